@@ -1,0 +1,346 @@
+"""The verbs: `analyze`, `price`, `quantize`, `prune`, `compress`, `certify`, `load`, on any model with any data.
+
+``data`` is a re-iterable of batches (dicts of tensors as transformers models take them, or ``(inputs, targets)``), or
+`Splits` where a budget needs its three parts under your control. The input model is untouched unless ``inplace=True``.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from curvprune import artifact, hf
+from curvprune.certificate import Verdict
+from curvprune.data import Split, Splits, as_split, split_items
+from curvprune.layers import Layer, find_layers
+from curvprune.ledger import Ledger
+from curvprune.objective import Batch, Objective, evaluate, make_objective, to_device
+from curvprune.options import Keep, Option, Prune, Quantize, check_fits
+from curvprune.pipeline import write_model
+from curvprune.plan import Budget, Plan
+from curvprune.solve import Solved
+from curvprune.stages import (
+    Analysis,
+    Job,
+    Settings,
+    apply_plan,
+    certify_plans,
+    compare,
+    price_options,
+    select_plans,
+    solve_options,
+)
+from curvprune.state import StageLog, State
+
+Data = Iterable[Batch] | Split | Splits
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What a verb returns.
+
+    Attributes:
+        model: the compressed model (weights rounded or pruned in place, in their own dtype).
+        plan: the option of every layer.
+        verdict: the certificate, where a budget with ``max_drop`` was given.
+        ledger: the prices, where a budget was given.
+        analysis: per-layer curvature from the same pass.
+        trials: the plans measured on the select split, with predicted and measured loss.
+    """
+
+    model: nn.Module
+    plan: Plan
+    verdict: Verdict | None
+    ledger: Ledger | None
+    analysis: Analysis | None
+    trials: tuple[dict[str, Any], ...]
+    solved: dict[str, Solved]
+
+    def save(self, folder: str | Path, *, tokenizer: Any = None) -> Path:
+        """Write the packed artifact, which `load` reads (and transformers, for its own models). Returns the folder."""
+        path = Path(folder)
+        write_model(path, self.model, self.solved, self.plan.to_dict(), tokenizer=tokenizer)
+        return path
+
+
+def analyze(
+    model: nn.Module,
+    data: Data,
+    *,
+    objective: str | Objective = "auto",
+    layers: str | Sequence[str] = "*",
+    labels: int = 1,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Analysis:
+    """Fisher trace (± standard error) and diagonal of every layer, labels sampled from the model.
+
+    Cost: one forward and ``labels`` backward passes per item of ``data``; memory: one float32 copy of the layers.
+    Raises ``ValueError`` for a glob that matches no layer or an objective that cannot be told.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        job = _job(
+            model, data, [], None, Path(folder), objective=objective, layers=layers, labels=labels, device=device,
+            seed=seed, progress=progress,
+        )  # fmt: skip
+        price_options(job, None)
+        assert job.analysis is not None
+        return job.analysis
+
+
+def price(
+    model: nn.Module,
+    data: Data,
+    *,
+    options: Sequence[Option],
+    objective: str | Objective = "auto",
+    layers: str | Sequence[str] = "*",
+    labels: int = 2,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Ledger:
+    """Bytes and predicted loss increase (nats, ± standard error) of every option of every layer.
+
+    Every option is solved (one forward pass over the data), then priced along its own change (one forward and
+    ``labels`` backward passes per item). Raises ``ValueError`` naming the layer that an option does not fit.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        job = _job(
+            model, data, options, None, Path(folder), objective=objective, layers=layers, labels=labels, device=device,
+            seed=seed, progress=progress,
+        )  # fmt: skip
+        price_options(job, solve_options(job))
+        assert job.ledger is not None
+        return job.ledger
+
+
+def compress(
+    model: nn.Module,
+    data: Data,
+    *,
+    options: Sequence[Option],
+    budget: Budget | None = None,
+    objective: str | Objective = "auto",
+    layers: str | Sequence[str] = "*",
+    settings: Settings | None = None,
+    device: str | torch.device | None = None,
+    inplace: bool = False,
+    progress: bool = False,
+) -> Result:
+    """Give every layer one of ``options`` so that the model is as small as the budget allows (or as good as
+    ``max_bytes`` allows), and certify it.
+
+    Without a budget there must be exactly one option, which every layer gets. With one, `Keep` is always among the
+    options. With ``Budget(max_drop=...)`` the data are split (or pass `Splits`), plans are measured on the select split
+    and the verdict comes from the certify split.
+
+    Raises:
+        ValueError: an option that does not fit a layer, a budget that the options cannot reach, too little data.
+    """
+    if budget is None and len(options) != 1:
+        raise ValueError(f"compress: without a budget pass exactly one option, got {len(options)}; or pass budget=")
+    offered = list(options) if budget is None else [*options, *([] if Keep() in options else [Keep()])]
+    with tempfile.TemporaryDirectory() as folder:
+        job = _job(
+            model, data, offered, budget, Path(folder), objective=objective, layers=layers, device=device,
+            settings=settings, progress=progress,
+        )  # fmt: skip
+        trials: tuple[dict[str, Any], ...] = ()
+        if budget is None:
+            choices = {n: offered[0].key for n in job.layers}
+            compressed, job.solved = apply_plan(job, choices, "applied/1", "apply")
+            unknown = float("nan")
+            job.plan = Plan(choices=choices, bytes=job.bytes_of(choices), predicted=unknown, predicted_stderr=unknown)
+        else:
+            candidates = solve_options(job)
+            price_options(job, candidates)
+            bench, sequence = select_plans(job, candidates)
+            compressed = job.reload(certify_plans(job, bench, sequence))
+            trials = tuple(bench.trials)
+        assert job.plan is not None
+        if inplace:
+            own = find_layers(model)
+            for name, layer in find_layers(compressed).items():
+                own[name].write_(layer.as_matrix(layer.weight.detach()))
+            compressed = model
+        return Result(
+            model=compressed,
+            plan=job.plan,
+            verdict=job.verdict,
+            ledger=job.ledger,
+            analysis=job.analysis,
+            trials=trials,
+            solved=job.solved,
+        )
+
+
+def quantize(
+    model: nn.Module,
+    data: Data,
+    *,
+    bits: int | Sequence[int] | None = None,
+    group_size: int | None = None,
+    symmetric: bool = True,
+    budget: Budget | None = None,
+    **arguments: Any,
+) -> Result:
+    """Round every layer to ``bits`` bits, or, with a budget, each layer to its own width (``bits``: the widths offered,
+    by default 2, 3, 4, 5, 6 and 8).
+
+    Args:
+        group_size: inputs that share a scale; ``None`` for one scale per output channel.
+        arguments: passed on to `compress`.
+    """
+    if bits is None:
+        bits = (2, 3, 4, 5, 6, 8) if budget is not None else 4
+    widths = [bits] if isinstance(bits, int) else list(bits)
+    options = [Quantize(bits=b, group_size=group_size, symmetric=symmetric) for b in widths]
+    return compress(model, data, options=options, budget=budget, **arguments)
+
+
+def prune(
+    model: nn.Module,
+    data: Data,
+    *,
+    sparsity: float | Sequence[float] | None = None,
+    pattern: str | None = None,
+    budget: Budget | None = None,
+    **arguments: Any,
+) -> Result:
+    """Set weights to zero with the survivors corrected (SparseGPT): a share of each layer, or N:M with
+    ``pattern="2:4"``.
+
+    With a budget, ``sparsity`` lists the shares offered to the planner. Zeros are stored as they are: pruning alone
+    does not make the file smaller. ``arguments`` are passed on to `compress`.
+    """
+    shares = [] if sparsity is None else [sparsity] if isinstance(sparsity, (int, float)) else list(sparsity)
+    options: list[Option] = [Prune(sparsity=s) for s in shares]
+    if pattern is not None:
+        options.append(Prune(pattern=pattern))
+    if not options:
+        raise ValueError('prune: pass sparsity (for example 0.5) or pattern ("2:4")')
+    return compress(model, data, options=options, budget=budget, **arguments)
+
+
+def certify(
+    baseline: nn.Module,
+    compressed: nn.Module,
+    data: Iterable[Batch] | Split,
+    budget: Budget,
+    *,
+    objective: str | Objective = "auto",
+    batch_size: int = 8,
+) -> Verdict:
+    """Whether ``compressed`` is within ``budget.max_drop`` of ``baseline``, paired on the items of ``data``.
+
+    The items must not have been used to make or choose the compressed model. Cost: one forward pass of each model.
+    Raises ``ValueError`` for a budget without ``max_drop``.
+    """
+    if budget.max_drop is None:
+        raise ValueError("certify needs Budget(metric, max_drop=...): a size cannot be certified from data")
+    split = as_split(data)
+    loss = make_objective(objective, baseline, to_device(split.items[0], next(baseline.parameters()).device))
+    results = [evaluate(m, split.batches(batch_size), loss) for m in (baseline, compressed)]
+    return compare(results[0], results[1], split, budget, unit=loss.unit)
+
+
+def load(folder: str | Path, *, model: nn.Module | None = None, device: str | torch.device = "cpu") -> nn.Module:
+    """Load a saved artifact, weights unpacked, in evaluation mode.
+
+    Args:
+        model: the uncompressed architecture, for models that transformers cannot rebuild from a config; it is filled
+            in place.
+
+    Raises ``ValueError`` for a folder without an artifact, or if ``model`` is needed or does not fit.
+    """
+    path = Path(folder)
+    if (path / artifact.MANIFEST).is_file() and model is None and (path / "config.json").is_file():
+        return hf.load_artifact(path, device=device)
+    if model is None:
+        missing = "" if (path / artifact.MANIFEST).is_file() else f" and {path} has no {artifact.MANIFEST}"
+        raise ValueError(
+            f"load({str(folder)!r}): not a transformers model{missing}; pass model=, an instance of its architecture"
+        )
+    return artifact.load_into(path, model).to(device).eval()
+
+
+def _job(
+    model: nn.Module,
+    data: Data,
+    options: Sequence[Option],
+    budget: Budget | None,
+    folder: Path,
+    *,
+    objective: str | Objective,
+    layers: str | Sequence[str],
+    device: str | torch.device | None,
+    progress: bool,
+    labels: int | None = None,
+    seed: int | None = None,
+    settings: Settings | None = None,
+) -> Job:
+    settings = settings or Settings()
+    settings = Settings(
+        seed=settings.seed if seed is None else seed,
+        labels=settings.labels if labels is None else labels,
+        trials=settings.trials,
+        attempts=settings.attempts,
+        batch_size=settings.batch_size,
+    )
+    found = find_layers(model, layers)
+    for name, layer in found.items():
+        for option in options:
+            check_fits(option, name, layer.shape)
+    if isinstance(data, Splits):
+        splits = data
+    elif budget is not None:
+        if isinstance(data, Split):
+            raise ValueError("a budget needs four splits: pass Splits(calibrate=, price=, select=, certify=)")
+        splits = split_items(data, seed=settings.seed)
+    else:
+        splits = _without_budget(as_split(data), priced=bool(options))
+    if device is not None:
+        model = copy.deepcopy(model).to(device)
+        found = {n: layer for n, layer in find_layers(model).items() if n in found}
+    first = to_device(splits.calibrate.items[0], next(model.parameters()).device)
+    job = Job(
+        model=model,
+        objective=make_objective(objective, model, first),
+        layers=found,
+        options={n: list(options) for n in found},
+        splits=splits,
+        budget=budget,
+        settings=settings,
+        state=State(folder / "state"),
+        stages=StageLog(show=progress),
+        reload=lambda path: artifact.load_into(path, copy.deepcopy(model)).eval(),
+        write_model=lambda path, solved, plan: artifact.save(path, model, find_layers(model), solved, plan),
+    )
+    if budget is not None and budget.max_bytes is not None and (smallest := job.smallest_bytes()) > budget.max_bytes:
+        raise ValueError(
+            f"max_bytes={budget.max_bytes} cannot be reached: the smallest model these options allow is {smallest} "
+            "bytes; offer smaller options or more layers"
+        )
+    return job
+
+
+def _without_budget(split: Split, *, priced: bool) -> Splits:
+    """Every third item prices what the others solve; where nothing is priced, or there is one item, all serve both."""
+    calibrate = price = split
+    if priced and len(split.items) > 2:
+        pairs = list(zip(split.items, split.documents, strict=True))
+        parts = [p for i, p in enumerate(pairs) if i % 3 != 2], pairs[2::3]
+        calibrate, price = (Split(items=tuple(i for i, _ in p), documents=tuple(d for _, d in p)) for p in parts)
+    return Splits(calibrate=calibrate, price=price, select=split, certify=split)
+
+
+__all__ = ["Layer", "Result", "analyze", "certify", "compress", "load", "price", "prune", "quantize"]

@@ -1,0 +1,203 @@
+"""Packed storage: from solved layers to tensors on disk and back.
+
+The layout is compressed-tensors' ``pack-quantized``: integer codes of ``bits`` bits packed without gaps into
+little-endian int32 words along the inputs, float scales, zero points packed along the outputs, and the shape. Plain
+transformers reads it for Linear layers of its own models; `curvprune.load` reads it for every kind of layer of any
+module.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int, Int8
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from curvprune.layers import Layer, find_layers
+from curvprune.options import Cast, Quantize, option_from_key, quantizer_of, stored_bytes
+from curvprune.solve import Solved
+from curvprune.solve.grids import dequantize
+from curvprune.state import State
+
+WEIGHTS = "model.safetensors"
+MANIFEST = "curvprune.json"
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Whether the model is one that transformers saves and loads itself (told without importing transformers)."""
+    return hasattr(model, "config") and hasattr(model, "save_pretrained")
+
+
+def packs(model: nn.Module, layer: Layer) -> bool:
+    """Whether the artifact can store this layer's codes packed.
+
+    transformers' loader unpacks untied ``nn.Linear`` only (a packed Embedding crashes its weight initialisation), so
+    other layers of its models are stored dense after rounding. Layers of any other module are always packed.
+    """
+    return not is_transformers(model) or (layer.kind == "linear" and not layer.aliases)
+
+
+def pack(codes: Int8[Tensor, "_ _"], bits: int, *, dim: int = 1) -> Int[Tensor, "_ _"]:
+    """Signed ``bits``-bit codes → int32 words along ``dim`` (1, or 0 for zero points), without gaps."""
+    if dim == 0:
+        return pack(codes.t().contiguous(), bits).t().contiguous()
+    unsigned = (codes.cpu().numpy().astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
+    planes = np.unpackbits(unsigned[..., None], axis=-1, count=bits, bitorder="little")
+    packed = np.packbits(planes.reshape(len(unsigned), -1), axis=-1, bitorder="little")
+    packed = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 4)))
+    return torch.from_numpy(packed.view("<i4").astype(np.int32))
+
+
+def unpack(words: Int[Tensor, "_ _"], bits: int, length: int, *, dim: int = 1) -> Int8[Tensor, "_ _"]:
+    """The inverse of `pack`; ``length`` is the number of codes along ``dim``."""
+    if dim == 0:
+        return unpack(words.t().contiguous(), bits, length).t().contiguous()
+    raw = np.ascontiguousarray(words.cpu().numpy().astype("<i4")).view(np.uint8)
+    planes = np.unpackbits(raw, axis=-1, bitorder="little")[:, : length * bits].reshape(len(raw), length, bits)
+    unsigned = np.packbits(planes, axis=-1, bitorder="little")[..., 0]
+    return torch.from_numpy((unsigned.astype(np.int16) - (1 << (bits - 1))).astype(np.int8))
+
+
+def stored_tensors(layer: Layer, solved: Solved, *, packed: bool) -> dict[str, Tensor]:
+    """The tensors of one layer as they lie on disk, keyed by their full name."""
+    quantize = quantizer_of(solved.option)
+    if quantize is None or not packed:
+        weight = layer.from_matrix(solved.weight)
+        dtype = getattr(torch, solved.option.dtype) if isinstance(solved.option, Cast) else layer.weight.dtype
+        return {f"{layer.name}.weight": weight.to(dtype).contiguous()}
+    assert solved.codes is not None and solved.scale is not None
+    tensors = {
+        f"{layer.name}.weight_packed": pack(solved.codes, quantize.bits),
+        f"{layer.name}.weight_scale": solved.scale.contiguous(),
+        f"{layer.name}.weight_shape": torch.tensor(layer.shape, dtype=torch.int64),
+    }
+    if solved.zero is not None:
+        tensors[f"{layer.name}.weight_zero_point"] = pack(solved.zero, quantize.bits, dim=0)
+    return tensors
+
+
+def state_dict_on_disk(
+    model: nn.Module, layers: Mapping[str, Layer], solved: Mapping[str, Solved]
+) -> dict[str, Tensor]:
+    """Every tensor of the compressed model: packed layers, and all else as it is; shared tensors once."""
+    replaced = {f"{layer.name}.weight": name for name, layer in layers.items() if name in solved}
+    aliases = {f"{alias}.weight" for layer in layers.values() for alias in layer.aliases}
+    tensors: dict[str, Tensor] = {}
+    seen: set[tuple[int, torch.Size, int]] = set()
+    for key, value in model.state_dict().items():
+        if key in replaced:
+            layer = layers[replaced[key]]
+            tensors.update(stored_tensors(layer, solved[layer.name], packed=packs(model, layer)))
+            continue
+        identity = (value.data_ptr(), value.shape, value.storage_offset())
+        if key in aliases or (value.numel() and identity in seen):
+            continue
+        seen.add(identity)
+        tensors[key] = value.detach().contiguous()
+    return tensors
+
+
+def other_bytes(model: nn.Module, layers: Mapping[str, Layer]) -> int:
+    """Tensor bytes on disk of all that is not one of ``layers``."""
+    tensors = state_dict_on_disk(model, layers, {})
+    inside = {f"{name}.weight" for name in layers}
+    return sum(t.numel() * t.element_size() for key, t in tensors.items() if key not in inside)
+
+
+def header_bytes(model: nn.Module, layers: Mapping[str, Layer]) -> int:
+    """Upper bound of the file's own header: one JSON entry per tensor, up to four tensors per packed layer."""
+    names = [*state_dict_on_disk(model, layers, {}), *(4 * [f"{n}.weight_zero_point" for n in layers])]
+    return 64 + sum(len(name) + 110 for name in names)
+
+
+def layer_bytes(model: nn.Module, layer: Layer, option: Any) -> int:
+    """Bytes on disk of one layer under one option."""
+    return stored_bytes(option, layer.shape, dtype=layer.dtype, packed=packs(model, layer))
+
+
+def save(
+    folder: Path, model: nn.Module, layers: Mapping[str, Layer], solved: Mapping[str, Solved], plan: Mapping[str, Any]
+) -> None:
+    """Write the weights and ``curvprune.json`` (which option each layer has) into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = State(folder)
+    state.write_tensors(WEIGHTS, state_dict_on_disk(model, layers, solved))
+    manifest = {
+        "format": "pack-quantized",
+        "version": 1,
+        "layers": {n: {"option": s.option.key, "packed": packs(model, layers[n])} for n, s in solved.items()},
+        "plan": dict(plan),
+    }
+    state.write_json(MANIFEST, manifest)
+
+
+@torch.no_grad()
+def load_into(folder: Path, model: nn.Module) -> nn.Module:
+    """Fill ``model`` (of the uncompressed architecture) with an artifact's weights, unpacked to the model's own types.
+
+    Raises ``ValueError`` naming the first tensor that is missing, left over or of another shape.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"{folder} has no {MANIFEST}: it is not a folder that curvprune saved")
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    tensors = load_file(folder / WEIGHTS)
+    for layer in find_layers(model).values():
+        entry = manifest["layers"].get(layer.name)
+        quantize = quantizer_of(option_from_key(entry["option"])) if entry else None
+        if quantize is None or not entry["packed"]:
+            continue
+        parts = {k: tensors.pop(f"{layer.name}.weight_{k}", None) for k in ("packed", "scale", "shape", "zero_point")}
+        if parts["packed"] is None or parts["scale"] is None or parts["shape"] is None:
+            raise ValueError(f"{folder}: layer {layer.name} lacks its packed tensors; the file is damaged")
+        if tuple(parts["shape"].tolist()) != layer.shape:
+            raise ValueError(f"{folder}: layer {layer.name} is {parts['shape'].tolist()}, the model has {layer.shape}")
+        matrix = _unpack_matrix(parts, quantize, layer.shape)
+        tensors[f"{layer.name}.weight"] = layer.from_matrix(matrix)
+    own = model.state_dict()
+    shared = {f"{alias}.weight" for layer in find_layers(model).values() for alias in layer.aliases}
+    if extra := sorted(set(tensors) - set(own)):
+        raise ValueError(f"{folder}: tensor {extra[0]!r} has no place in {type(model).__name__}")
+    loaded: set[int] = set()
+    for name, target in own.items():
+        if name in tensors:
+            if tensors[name].shape != target.shape:
+                raise ValueError(
+                    f"{folder}: {name} is {tuple(tensors[name].shape)}, the model has {tuple(target.shape)}"
+                )
+            target.copy_(tensors[name])
+            loaded.add(target.data_ptr())
+    missing = [n for n, t in own.items() if n not in tensors and n not in shared and t.data_ptr() not in loaded]
+    if missing:
+        raise ValueError(f"{folder}: no tensor for {missing[0]!r} of {type(model).__name__}")
+    return model
+
+
+def _unpack_matrix(parts: Mapping[str, Tensor | None], quantize: Quantize, shape: tuple[int, int]) -> Tensor:
+    packed, scale, zero = parts["packed"], parts["scale"], parts["zero_point"]
+    assert packed is not None and scale is not None
+    codes = unpack(packed, quantize.bits, shape[1])
+    zeros = None if zero is None else unpack(zero, quantize.bits, shape[0], dim=0)
+    return dequantize(codes, scale, zeros, quantize.group_size)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below ``folder``."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def tensor_names(folder: Path) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Name → (shape, bytes) of every tensor in the artifact, read from the header alone."""
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 — safe_open is not a dict
+        width = {"I8": 1, "U8": 1, "BOOL": 1, "F16": 2, "BF16": 2, "I16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8}
+        return {
+            key: (tuple(s.get_shape()), math.prod(s.get_shape()) * width[s.get_dtype()]) for key, s in slices.items()
+        }

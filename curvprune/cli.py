@@ -1,0 +1,103 @@
+"""The command line: arguments in, exit code out. 0 certified (or no budget asked), 1 violated or inconclusive, 2 bad
+input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.markup import escape
+from rich.table import Table
+
+from curvprune import pipeline
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+RecipeArgument = Annotated[Path, typer.Argument(help="a YAML recipe, for example recipes/quickstart.yaml")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="the run folder (default: runs/<name of the recipe>)")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
+
+
+def _bad_input(error: Exception) -> typer.Exit:
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+    return typer.Exit(2)
+
+
+@app.command()
+def run(recipe: RecipeArgument, out: OutOption = None, quiet: QuietOption = False) -> None:
+    """Compress, certify and report; running it again resumes."""
+    try:
+        result = pipeline.run(recipe, out or Path("runs") / recipe.stem, progress=not quiet)
+    except ValueError as error:
+        raise _bad_input(error) from error
+    _print_result(result)
+    raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def analyze(recipe: RecipeArgument, out: OutOption = None, quiet: QuietOption = False) -> None:
+    """Curvature and sensitivities only; `run` with the same --out goes on from there."""
+    try:
+        result = pipeline.analyze(recipe, out or Path("runs") / recipe.stem, progress=not quiet)
+    except ValueError as error:
+        raise _bad_input(error) from error
+    layers = (result.record.get("analysis") or {"layers": {}})["layers"]
+    table = Table(title=f"Fisher trace per layer, {result.record['unit']}: the 15 largest per weight")
+    for column in ("layer", "trace", "± se", "per weight"):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    ranked = sorted(layers.items(), key=lambda x: -x[1]["trace"]["value"] / x[1]["parameters"])
+    for name, entry in ranked[:15]:
+        trace, stderr = entry["trace"]["value"], entry["trace"]["stderr"]
+        spread = "–" if stderr is None else f"{stderr:.2g}"
+        table.add_row(escape(name), f"{trace:.4g}", spread, f"{trace / entry['parameters']:.3g}")
+    Console().print(table)
+    Console().print(f"{result.folder}/analysis.json, ledger.json, report.html", highlight=False)
+
+
+@app.command()
+def check(recipe: RecipeArgument) -> None:
+    """Validate a recipe, list layers and options, estimate time and memory."""
+    try:
+        found = pipeline.check(recipe)
+    except ValueError as error:
+        raise _bad_input(error) from error
+    console = Console()
+    table = Table(title=f"{len(found.layers)} layers to compress, {len(found.kept)} kept")
+    for column in ("layer", "kind", "out × in", "options"):
+        table.add_column(column)
+    for row in found.layers:
+        shape = f"{row['shape'][0]} × {row['shape'][1]}"
+        table.add_row(escape(row["name"]), row["kind"], shape, " ".join(row["options"]))
+    console.print(table)
+    if found.kept:
+        console.print(f"kept as they are: {escape(', '.join(found.kept))}", highlight=False)
+    parts = ", ".join(f"{stage} {minutes:.1f}" for stage, minutes in found.minutes.items())
+    console.print(f"estimated minutes: {sum(found.minutes.values()):.1f} ({parts})", highlight=False)
+    console.print(f"estimated peak memory: {found.memory_bytes / 1e9:.1f} GB", highlight=False)
+    console.print(
+        f"size: {found.dense_bytes / 1e6:.1f} MB now, {found.smallest_bytes / 1e6:.1f} MB with the smallest options",
+        highlight=False,
+    )
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
+    """(Re)build report.html of a run."""
+    try:
+        path = pipeline.rebuild_report(folder)
+    except ValueError as error:
+        raise _bad_input(error) from error
+    Console().print(str(path), highlight=False)
+
+
+def _print_result(result: pipeline.RunResult) -> None:
+    console = Console()
+    console.print(Markdown(result.summary))
+    console.print(f"{result.folder}/model/ and {result.folder}/report.html", highlight=False)
+
+
+if __name__ == "__main__":
+    app()

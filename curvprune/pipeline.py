@@ -1,0 +1,524 @@
+"""`run(recipe)`: from a recipe to a certified model and a report, and the three smaller jobs around it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import curvprune
+from curvprune import artifact, data, hf, report
+from curvprune.curvature.fisher import fisher_pass
+from curvprune.data import Splits
+from curvprune.layers import find_layers
+from curvprune.objective import Objective, make_objective, to_device
+from curvprune.options import Keep, Option, option_from_key, quantizer_of
+from curvprune.plan import Budget, frontier
+from curvprune.recipe import Recipe, RecipeError, assign_options, load_recipe, lock_text
+from curvprune.solve import Solved
+from curvprune.stages import (
+    Job,
+    Settings,
+    apply_and_measure,
+    certify_plans,
+    price_options,
+    select_plans,
+    solve_layer,
+    solve_options,
+)
+from curvprune.state import StageLog, State
+
+LOCK, ANALYSIS, LEDGER, PLAN, VERDICT = "recipe.lock.yaml", "analysis.json", "ledger.json", "plan.json", "verdict.json"
+REPORT_JSON, REPORT_HTML = "report.json", "report.html"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunResult:
+    """What a finished run says: exit code (0 certified or no budget, 1 otherwise), folder and the report's record."""
+
+    exit_code: int
+    folder: Path
+    record: dict[str, Any]
+
+    @property
+    def summary(self) -> str:
+        return report.summary(self.record)
+
+
+def run(recipe_path: str | Path, out: str | Path, *, progress: bool = True) -> RunResult:
+    """Run a recipe into the folder ``out``; a second call goes on where the first was interrupted.
+
+    Raises ``RecipeError`` before any long computation if the recipe, the model or the data do not fit each other, or if
+    ``out`` holds another run.
+    """
+    recipe, root = load_recipe(recipe_path), State(Path(out))
+    if (record := _finished(recipe, root)) is not None:
+        return _result(root, record)
+    job, about = prepare(recipe, root, progress=progress)
+    if job.budget is None:
+        folder = apply_and_measure(job, {n: options[0].key for n, options in job.options.items()})
+        bench_trials: list[dict[str, Any]] = []
+    else:
+        candidates = solve_options(job)
+        price_options(job, candidates)
+        _write_prices(job, root)
+        bench, sequence = select_plans(job, candidates)
+        folder = certify_plans(job, bench, sequence)
+        bench_trials = bench.trials
+    _publish(folder, root)
+    record = _record(job, about, bench_trials, root)
+    assert job.plan is not None
+    root.write_json(PLAN, {**job.plan.to_dict(), "layers": record["layers"]})
+    root.write_json(VERDICT, record["verdict"] or {"status": "NOT ASKED", "measured": record["measured"]})
+    root.write_json(REPORT_JSON, record)
+    root.write_text(REPORT_HTML, report.build(record))
+    root.write_json("state/done.json", {"recipe": _fingerprint(recipe)})
+    return _result(root, record)
+
+
+def analyze(recipe_path: str | Path, out: str | Path, *, progress: bool = True) -> RunResult:
+    """Curvature and sensitivities only: writes ``analysis.json``, ``ledger.json`` and a report; `run` goes on from
+    there."""
+    recipe, root = load_recipe(recipe_path), State(Path(out))
+    if (record := _finished(recipe, root)) is not None:
+        return _result(root, record)
+    job, about = prepare(recipe, root, progress=progress)
+    price_options(job, solve_options(job))
+    _write_prices(job, root)
+    record = _record(job, about, [], root)
+    root.write_json(REPORT_JSON, record)
+    root.write_text(REPORT_HTML, report.build(record))
+    return RunResult(exit_code=0, folder=root.folder, record=record)
+
+
+def rebuild_report(out: str | Path) -> Path:
+    """Write ``report.html`` again from ``report.json``. Raises ``ValueError`` if the folder holds no run."""
+    root = State(Path(out))
+    if not root.has(REPORT_JSON):
+        raise ValueError(f"{out} has no {REPORT_JSON}: run `curvprune run RECIPE --out {out}` (or analyze) first")
+    root.write_text(REPORT_HTML, report.build(root.read_json(REPORT_JSON)))
+    return root.path(REPORT_HTML)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """What `check` found: layers with their options, and what the run will need."""
+
+    layers: list[dict[str, Any]]
+    kept: list[str]
+    minutes: dict[str, float]
+    memory_bytes: int
+    smallest_bytes: int
+    dense_bytes: int
+
+
+def check(recipe_path: str | Path) -> Check:
+    """Validate a recipe against its model and data; time one item and one layer to estimate the whole run."""
+    recipe = load_recipe(recipe_path)
+    job, about = prepare(recipe, None, progress=False)
+    rows = [
+        {"name": n, "kind": layer.kind, "shape": layer.shape, "options": [o.key for o in job.options[n]]}
+        for n, layer in job.layers.items()
+    ]
+    dense = sum(p.numel() * p.element_size() for p in job.model.parameters())
+    minutes, memory = _estimate(job, dense)
+    return Check(
+        layers=rows,
+        kept=about["kept"],
+        minutes=minutes,
+        memory_bytes=memory,
+        smallest_bytes=job.smallest_bytes(),
+        dense_bytes=dense,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ preparing
+
+
+def prepare(recipe: Recipe, root: State | None, *, progress: bool) -> tuple[Job, dict[str, Any]]:
+    """Load model and data, find the layers, assign their options; everything that can be wrong is found here."""
+    device = _device(recipe)
+    model, tokenizer = _load_model(recipe)
+    splits = _load_data(recipe, tokenizer)
+    found = find_layers(model)
+    assigned = assign_options(recipe, {n: layer.shape for n, layer in found.items()})
+    layers = {n: found[n] for n in found if n in assigned}
+    kept = [n for n in found if n not in assigned]
+    model.to(device)
+    objective = _objective(recipe, model, splits)
+    budget = None if recipe.budget is None else Budget(**recipe.budget.model_dump())
+    settings = Settings(
+        seed=recipe.seed,
+        labels=recipe.price.labels,
+        trials=recipe.search.trials,
+        attempts=recipe.search.attempts,
+    )
+    about = {
+        "title": recipe.title or Path(recipe.model.name or recipe.model.path or recipe.model.package or "").name,
+        "kept": kept,
+        "recipe_sha256": _fingerprint(recipe),
+        "model_sha256": hf.model_sha256(model),
+        "data_sha256": splits.sha256(),
+        "device": str(device),
+        "seed": recipe.seed,
+    }
+    scratch = State(root.path("state")) if root is not None else State(Path(os.devnull))
+    job = Job(
+        model=model,
+        objective=objective,
+        layers=layers,
+        options=assigned,
+        splits=splits,
+        budget=budget,
+        settings=settings,
+        state=scratch,
+        stages=StageLog(show=progress),
+        reload=lambda folder: hf.load_artifact(folder, device=device),
+        write_model=lambda folder, solved, plan: write_model(folder, model, solved, plan, tokenizer=tokenizer),
+    )
+    if kept:
+        job.notes.append(f"{len(kept)} layer(s) match no entry of compress: and stay as they are: {', '.join(kept)}")
+    _check_budget(recipe, job)
+    if root is not None:
+        _claim(recipe, root, about)
+    return job, about
+
+
+def write_model(
+    folder: Path, model: nn.Module, solved: Mapping[str, Solved], plan: Mapping[str, Any], *, tokenizer: Any = None
+) -> None:
+    """An artifact folder: weights, manifest and, for transformers models, what ``from_pretrained`` needs."""
+    shutil.rmtree(folder, ignore_errors=True)
+    layers = find_layers(model)
+    artifact.save(folder, model, layers, solved, plan)
+    if artifact.is_transformers(model):
+        grids = {n: quantizer_of(s.option) for n, s in solved.items() if artifact.packs(model, layers[n])}
+        hf.save_config(folder, model, {n: q for n, q in grids.items() if q is not None}, tokenizer)
+
+
+def _device(recipe: Recipe) -> torch.device:
+    name = recipe.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise recipe.error(("device",), f"{name!r} cannot be used here ({error}); write auto or cpu") from error
+    return torch.device(name)
+
+
+def _load_model(recipe: Recipe) -> tuple[nn.Module, Any]:
+    section = recipe.model
+    gguf = None
+    try:
+        if section.package is not None:
+            source: str | Path = hf.package_folder(section.package)
+            if section.folder is not None:
+                source = Path(source) / section.folder
+            gguf = section.file
+            if gguf is not None and not (Path(source) / gguf).is_file():
+                raise ValueError(f"package {section.package} has no file {gguf!r} in {source}")
+        elif section.path is not None:
+            source = Path(section.path)
+            if not source.is_dir():
+                raise ValueError(f"{source} is not a folder; make it first (examples/ has scripts) or correct the path")
+        else:
+            assert section.name is not None
+            source = section.name
+        model = hf.load_model(
+            source,
+            task=section.task,
+            dtype=section.dtype,
+            gguf_file=gguf,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+        )
+        tokenizer = None
+        if section.task != "image-classification" and recipe.data.source != "digits":
+            tokenizer = hf.load_tokenizer(source, gguf_file=gguf, trust_remote_code=section.trust_remote_code)
+    except (ValueError, OSError) as error:
+        raise recipe.error(("model",), str(error)) from error
+    return model, tokenizer
+
+
+def _load_data(recipe: Recipe, tokenizer: Any) -> Splits:
+    section = recipe.data
+    counts = {purpose: getattr(section, purpose) for purpose in data.PURPOSES}
+    try:
+        if section.source == "digits":
+            return data.digits_splits(counts=counts, seed=recipe.seed)
+        if section.source == "python-docs":
+            documents = data.python_docs()
+        elif section.source == "text":
+            documents = data.text_files([Path(f) for f in section.files])
+        else:
+            assert section.name is not None and section.split is not None and section.column is not None
+            documents = hf.hub_documents(section.name, split=section.split, column=section.column)
+        tokens = {n: tokenizer(text, add_special_tokens=False)["input_ids"] for n, text in documents.items() if text}
+        return data.text_splits(tokens, length=section.sequence_length, counts=counts, seed=recipe.seed)
+    except ValueError as error:
+        raise recipe.error(("data",), str(error)) from error
+
+
+def _objective(recipe: Recipe, model: nn.Module, splits: Splits) -> Objective:
+    try:
+        batch = to_device(splits.calibrate.items[0], next(model.parameters()).device)
+        return make_objective(recipe.objective, model, batch)
+    except ValueError as error:
+        raise recipe.error(("objective",), str(error)) from error
+
+
+def _check_budget(recipe: Recipe, job: Job) -> None:
+    if job.budget is None:
+        return
+    if job.budget.metric == "accuracy" and job.objective.unit == "nats/token":
+        raise recipe.error(
+            ("budget", "metric"), "accuracy needs one prediction per item; for language models write loss"
+        )
+    if job.budget.max_bytes is not None:
+        smallest = job.smallest_bytes()
+        if smallest > job.budget.max_bytes:
+            raise recipe.error(
+                ("budget", "max_bytes"),
+                f"{job.budget.max_bytes} cannot be reached: the smallest model these options allow is {smallest} "
+                f"bytes; write max_bytes: {smallest} or offer smaller options",
+            )
+
+
+# ---------------------------------------------------------------------------------------------------- a run's own files
+
+
+def _fingerprint(recipe: Recipe) -> str:
+    return hashlib.sha256(lock_text(recipe, {}).encode()).hexdigest()
+
+
+def _finished(recipe: Recipe, root: State) -> dict[str, Any] | None:
+    """The record of a run of this very recipe that has ended, without loading the model."""
+    if not (root.has("state/done.json") and root.has(REPORT_JSON) and root.has("model")):
+        return None
+    if root.read_json("state/done.json")["recipe"] != _fingerprint(recipe):
+        return None
+    record: dict[str, Any] = root.read_json(REPORT_JSON)
+    return record
+
+
+def _claim(recipe: Recipe, root: State, about: Mapping[str, Any]) -> None:
+    """Write the lock, or refuse a folder that holds a run of other inputs: its intermediate results would not fit."""
+    inputs = {
+        "recipe_sha256": about["recipe_sha256"],
+        "model_sha256": about["model_sha256"],
+        "data_sha256": about["data_sha256"],
+        "curvprune": curvprune.__version__,
+        "torch": str(torch.__version__),
+        "device": about["device"],
+    }
+    if root.has("state/inputs.json"):
+        before = root.read_json("state/inputs.json")
+        if changed := [k for k in inputs if before.get(k) != inputs[k]]:
+            raise RecipeError(
+                f"{root.folder} holds a run with another {', '.join(changed)}; "
+                "give --out a new folder, or delete that one to start again"
+            )
+        return
+    root.write_text(LOCK, lock_text(recipe, {**inputs, **hf.versions(), "python": platform.python_version()}))
+    root.write_json("state/inputs.json", inputs)
+
+
+def _publish(folder: Path, root: State) -> None:
+    """Put the chosen artifact at ``model/``: a copy beside it, then two renames."""
+    final, fresh, old = root.path("model"), root.path(".model.new"), root.path(".model.old")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.copytree(folder, fresh, ignore=shutil.ignore_patterns("complete"))
+    if final.exists():
+        final.rename(old)
+    fresh.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_prices(job: Job, root: State) -> None:
+    assert job.ledger is not None and job.analysis is not None
+    root.write_json(LEDGER, job.ledger.to_dict())
+    root.write_json(ANALYSIS, job.analysis.to_dict())
+
+
+def _result(root: State, record: dict[str, Any]) -> RunResult:
+    verdict = record.get("verdict")
+    return RunResult(
+        exit_code=0 if verdict is None or verdict["status"] == "CERTIFIED" else 1, folder=root.folder, record=record
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- the record
+
+
+def _record(job: Job, about: Mapping[str, Any], trials: list[dict[str, Any]], root: State) -> dict[str, Any]:
+    before = sum(t.numel() * t.element_size() for t in artifact.state_dict_on_disk(job.model, job.layers, {}).values())
+    size: dict[str, Any] = {"before_bytes": before, "parameters": sum(p.numel() for p in job.model.parameters())}
+    if job.plan is not None:
+        after = root.path(f"model/{artifact.WEIGHTS}").stat().st_size
+        size |= {
+            "after_bytes": after,
+            "folder_bytes": artifact.folder_bytes(root.path("model")),
+            "ratio": after / before,
+        }
+    ledger = None
+    if job.ledger is not None:
+        ledger = {k: v for k, v in job.ledger.to_dict().items() if k not in ("sums", "count")}
+    return {
+        "title": about["title"],
+        "objective": job.objective.name,
+        "unit": job.objective.unit,
+        "budget": None if job.budget is None else job.budget.to_dict(),
+        "verdict": None if job.verdict is None else job.verdict.to_dict(),
+        "measured": job.record.get("measured"),
+        "attempts": job.record.get("attempts", []),
+        "size": size,
+        "layers": _layer_records(job),
+        "ledger": ledger,
+        "trials": [{k: v for k, v in t.items() if k != "choices"} for t in trials],
+        "frontier": _frontier(job),
+        "analysis": None if job.analysis is None else job.analysis.to_dict(),
+        "stages": job.stages.log,
+        "peak_memory_bytes": _peak_memory(),
+        "provenance": {
+            **{k: about[k] for k in ("recipe_sha256", "model_sha256", "data_sha256", "device", "seed")},
+            "curvprune": curvprune.__version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "threads": torch.get_num_threads(),
+            **hf.versions(),
+        },
+        "recipe": root.read_text(LOCK),
+        "notes": job.notes,
+    }
+
+
+def _frontier(job: Job) -> list[dict[str, Any]]:
+    if job.ledger is None:
+        return []
+    points = []
+    for point in frontier(job.ledger.rows):
+        predicted = job.ledger.predict(point.choices)
+        points.append(
+            {
+                "bytes": point.bytes + job.fixed_bytes,
+                "predicted": predicted.value,
+                "predicted_stderr": predicted.stderr if np.isfinite(predicted.stderr) else None,
+            }
+        )
+    return points
+
+
+def _layer_records(job: Job) -> list[dict[str, Any]]:
+    if job.plan is None:
+        return []
+    records = []
+    for name, layer in job.layers.items():
+        key = job.plan.choices[name]
+        size = artifact.layer_bytes(job.model, layer, option_from_key(key))
+        row = None if job.ledger is None else job.ledger.layer_rows(name)[key]
+        solved = job.solved.get(name)
+        records.append(
+            {
+                "name": name,
+                "kind": layer.kind,
+                "shape": list(layer.shape),
+                "parameters": layer.numel,
+                "option": key,
+                "bytes": size,
+                "bits": 8 * size / layer.numel,
+                "price": None if row is None else row.price,
+                "stderr": None if row is None or not np.isfinite(row.stderr) else row.stderr,
+                "damping": None if solved is None else solved.damping,
+                "reason": _reason(job, name, key),
+                "notes": [] if solved is None else list(solved.notes),
+            }
+        )
+    return records
+
+
+def _reason(job: Job, name: str, key: str) -> str:
+    """Why a layer got its option: what the next smaller and the next larger one would have cost and saved."""
+    if len(job.options[name]) == 1:
+        return "the only option offered"
+    assert job.ledger is not None
+    rows = job.ledger.layer_rows(name)
+    own, parts = rows[key], []
+    smaller = [r for r in rows.values() if r.bytes < own.bytes]
+    larger = [r for r in rows.values() if r.bytes > own.bytes]
+    if smaller:
+        r = max(smaller, key=lambda r: r.bytes)
+        parts.append(f"{r.option} would save {own.bytes - r.bytes:,} bytes for {r.price - own.price:+.2g} nats")
+    if larger:
+        r = min(larger, key=lambda r: r.bytes)
+        parts.append(f"{r.option} would spend {r.bytes - own.bytes:,} bytes for {r.price - own.price:+.2g} nats")
+    return "; ".join(parts)
+
+
+def _peak_memory() -> int:
+    """Peak resident memory of this process in bytes (Linux reports KiB, macOS bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# ------------------------------------------------------------------------------------------------------------ estimates
+
+
+def _estimate(job: Job, dense: int) -> tuple[dict[str, float], int]:
+    """Minutes per stage and peak bytes, from timing one item forward and backward and solving one layer."""
+    device = next(job.model.parameters()).device
+    item = to_device(job.splits.calibrate.items[0], device)
+    forward = _seconds(lambda: _no_grad_loss(job, item))
+    probe = sorted(job.layers.values(), key=lambda layer: layer.numel)[len(job.layers) // 2]
+
+    def backward() -> None:
+        fisher_pass(job.model, job.objective, [item], job.layers, {}, labels=1)
+
+    both = _seconds(backward)
+    changing: list[Option] = [o for o in job.options[probe.name] if not isinstance(o, Keep)]
+    moment = torch.eye(probe.shape[1], device=device).expand(probe.groups, -1, -1)
+    solving = _seconds(lambda: solve_layer(probe, changing, moment)) if changing else 0.0
+    share = sum(layer.numel for layer in job.layers.values()) / probe.numel
+    s, counts = job.settings, {k: len(getattr(job.splits, k).items) for k in data.PURPOSES}
+    per_option = solving / max(1, len(changing))
+    attempts = s.attempts if job.budget is not None else 1
+    seconds = {
+        "apply": attempts * (1.6 * counts["calibrate"] * forward + share * per_option),
+        "certify": (1 + attempts) * counts["certify"] * forward,
+    }
+    if job.budget is not None:
+        seconds |= {
+            "solve": 1.6 * counts["calibrate"] * forward + share * solving,
+            "price": counts["price"] * (forward + s.labels * max(both - forward, forward)),
+            "select": (s.trials + 5) * counts["select"] * forward,
+        }
+    weights = sum(layer.numel for layer in job.layers.values())
+    options = max(len(o) for o in job.options.values())
+    memory = 2 * dense + (weights * (2 * options + 4) if job.budget is not None else 0) + 500_000_000
+    return {k: v / 60 for k, v in seconds.items()}, memory
+
+
+def _no_grad_loss(job: Job, item: Any) -> None:
+    with torch.no_grad():
+        job.objective.loss(job.model, item)
+
+
+def _seconds(work: Any) -> float:
+    work()
+    start = time.monotonic()
+    work()
+    return time.monotonic() - start

@@ -1,0 +1,699 @@
+"""Choose one option per layer: the exact integer program, the nested frontier, and the closed loop that measures
+plans.
+
+Everything here works on rows with four attributes, `layer`, `option`, `bytes` and `price`: the ledger's own rows fit,
+and so does `Choice`. Options are opaque strings. Layers that a serving engine fuses must arrive as one layer (bytes
+and prices added).
+
+Arithmetic is exact where it decides anything: bytes are integers and prices are scaled to integers by a power of two,
+so a plan either satisfies a limit or does not. Where HiGHS is asked, it only proposes plans; this file checks them.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import warnings
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass, fields
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+
+import numpy as np
+from scipy.optimize import LinearConstraint, milp
+from scipy.sparse import coo_array
+
+METRICS = ("loss", "accuracy")
+_MAX_STATES = 50_000
+_MAX_CUTS = 50
+_MAX_NODES = 200_000
+
+
+@runtime_checkable
+class Row(Protocol):
+    """What the planner reads of a ledger row: bytes stored, and price in nats, of one option of one layer."""
+
+    @property
+    def layer(self) -> str: ...
+    @property
+    def option(self) -> str: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def price(self) -> float: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """The smallest `Row`: `option` for `layer` stores `bytes` bytes and is predicted to cost `price` nats."""
+
+    layer: str
+    option: str
+    bytes: int
+    price: float
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a compressed model may lose, or how large it may be. Exactly one of `max_drop` and `max_bytes`.
+
+    `max_drop` is a rise of the loss in nats per token (or example) for metric "loss", a fall of accuracy as a fraction
+    for metric "accuracy" (0.01 is one percentage point). `confidence` is one-sided. Raises ValueError.
+    """
+
+    metric: str = "loss"
+    _: KW_ONLY
+    max_drop: float | None = None
+    max_bytes: int | None = None
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise ValueError(
+                f"Budget(metric={self.metric!r}): the metric is one of {METRICS}; write Budget('loss', max_drop=0.02)"
+            )
+        if (self.max_drop is None) == (self.max_bytes is None):
+            given = "both" if self.max_drop is not None else "neither"
+            raise ValueError(
+                f"Budget takes exactly one of max_drop and max_bytes, {given} given; "
+                "write Budget('loss', max_drop=0.02) or Budget(max_bytes=60_000_000)"
+            )
+        if self.max_drop is not None:
+            drop = float(self.max_drop)
+            if not (math.isfinite(drop) and drop >= 0):
+                raise ValueError(f"Budget(max_drop={self.max_drop!r}): expected a finite number >= 0, such as 0.02")
+            if self.metric == "accuracy" and drop >= 1:
+                raise ValueError(
+                    f"Budget('accuracy', max_drop={drop:g}): accuracy drops are fractions below 1; "
+                    f"for {drop:g} percentage points write max_drop={drop / 100:g}"
+                )
+            object.__setattr__(self, "max_drop", drop)
+        if self.max_bytes is not None:
+            if isinstance(self.max_bytes, bool) or self.max_bytes != int(self.max_bytes) or self.max_bytes <= 0:
+                raise ValueError(f"Budget(max_bytes={self.max_bytes!r}): expected a whole number of bytes > 0")
+            object.__setattr__(self, "max_bytes", int(self.max_bytes))
+        if not 0.5 < self.confidence < 1:
+            raise ValueError(f"Budget(confidence={self.confidence!r}): expected a number in (0.5, 1), such as 0.95")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready record."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Budget:
+        """The inverse of `to_dict`. Raises ValueError on unknown keys."""
+        return cls(**_known_keys(cls, record))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """One option per layer. `bytes` is the stored size of the whole model, `predicted` its loss increase in nats."""
+
+    choices: dict[str, str]
+    bytes: int
+    predicted: float
+    predicted_stderr: float
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready record; numbers that are not finite become None."""
+        return {
+            "choices": dict(self.choices),
+            "bytes": int(self.bytes),
+            "predicted": _finite_or_none(self.predicted),
+            "predicted_stderr": _finite_or_none(self.predicted_stderr),
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Plan:
+        """The inverse of `to_dict` (None becomes NaN). Raises ValueError on unknown keys."""
+        known = _known_keys(cls, record)
+        for name in ("predicted", "predicted_stderr"):
+            known[name] = math.nan if known[name] is None else float(known[name])
+        return cls(**known | {"choices": dict(known["choices"]), "notes": tuple(known.get("notes", ()))})
+
+
+class Infeasible(ValueError):
+    """No plan satisfies the limit. `constraint` names it, `best` is what can be reached, `missing` the shortfall (>
+    0).
+    """
+
+    def __init__(self, message: str, *, constraint: str, limit: float, best: float, missing: float) -> None:
+        super().__init__(message)
+        self.constraint, self.limit, self.best, self.missing = constraint, limit, best, missing
+
+
+def cheapest(
+    rows: Iterable[Row],
+    *,
+    max_bytes: int | None = None,
+    max_loss: float | None = None,
+    fixed_bytes: int = 0,
+) -> dict[str, str]:
+    """The best plan under one limit: minimise sum(price) s.t. fixed_bytes + sum(bytes) <= max_bytes, or minimise
+    sum(bytes) s.t. sum(price) <= max_loss. One option per layer, exactly one of the two limits.
+
+    The price of a plan is the correctly rounded sum (`math.fsum`), so a limit read off `frontier` can be met again.
+    Among plans with an equal objective the one that uses less of the limited quantity wins; what still ties is decided
+    the same way every time, whatever the order of the rows.
+
+    Method: multiple-choice knapsack. Dominated options go first, then every option whose Lagrangian reduced cost
+    exceeds the gap between the linear relaxation and a greedy plan (Sinha and Zoltners 1979, Operations Research
+    27(3)); what is left is enumerated by dynamic programming in integers or, where that grows too large, given to
+    HiGHS (`scipy.optimize.milp`) with zero gap and its answer checked in integers. Cost: milliseconds to seconds at
+    1,000 layers x 20 options.
+
+    Returns layer -> option, in the order the layers first appear. Raises Infeasible when nothing fits, ValueError on
+    malformed rows. Warns (RuntimeWarning) when optimality could not be proven.
+    """
+    if (max_bytes is None) == (max_loss is None):
+        raise ValueError("cheapest() takes exactly one of max_bytes and max_loss")
+    if max_loss is not None and math.isnan(max_loss):
+        raise ValueError("cheapest(max_loss=nan): expected a number of nats")
+    table = _table(rows)
+    names = sorted(table)
+    scale = _scale(table)
+    ladders = [_undominated(table[name], scale) for name in names]
+
+    if max_bytes is not None:
+        smallest = fixed_bytes + sum(ladder[0].bytes for ladder in ladders)
+        if smallest > max_bytes:
+            raise Infeasible(
+                f"max_bytes={max_bytes}: the smallest model these options allow is {smallest} bytes; "
+                f"raise the budget by {smallest - max_bytes} bytes or add smaller options",
+                constraint="max_bytes",
+                limit=max_bytes,
+                best=smallest,
+                missing=smallest - max_bytes,
+            )
+        by_bytes = [[(rung.bytes, rung.price) for rung in ladder] for ladder in ladders]
+        picks = _knapsack(by_bytes, math.floor(max_bytes) - fixed_bytes)
+        picks = _least_weight(by_bytes, picks)
+    else:
+        limit = float(cast(float, max_loss))
+        lowest = Fraction(sum(ladder[-1].price for ladder in ladders), scale)
+        if float(lowest) > limit:
+            raise Infeasible(
+                f"max_loss={limit:g}: the lowest predicted loss these options allow is {float(lowest):g}; "
+                f"raise the limit by {float(lowest) - limit:g} or add more precise options",
+                constraint="max_loss",
+                limit=limit,
+                best=float(lowest),
+                missing=float(lowest) - limit,
+            )
+        by_price = [[(rung.price, rung.bytes) for rung in reversed(ladder)] for ladder in ladders]
+        highest = sum(ladder[0].price for ladder in ladders)
+        picks = _knapsack(by_price, min(highest, _rounding_limit(limit, scale, highest)))
+        picks = _least_weight(by_price, picks)
+        picks = [len(ladder) - 1 - pick for ladder, pick in zip(ladders, picks, strict=True)]
+
+    chosen = {name: ladder[pick].option for name, ladder, pick in zip(names, ladders, picks, strict=True)}
+    return {name: chosen[name] for name in table}
+
+
+class Point(NamedTuple):
+    """A plan on the frontier; unpacks as (bytes, price, choices)."""
+
+    bytes: int
+    price: float
+    choices: dict[str, str]
+
+
+def frontier(rows: Iterable[Row], *, points: int = 33) -> list[Point]:
+    """The nested plans of the Lagrangian relaxation, from the smallest model to the one with the lowest predicted
+    loss.
+
+    Each plan minimises sum(price) + lambda * sum(bytes) for some lambda: the lower convex hulls of the layers, merged
+    by slope. From one plan to the next (before thinning) one layer moves to a larger and cheaper option, so bytes rise
+    strictly, the price falls strictly, and no layer ever moves back. At most `points` >= 2 plans, both ends kept,
+    evenly spaced in steps. Exact; no integer program. Cost: O(rows log rows). Raises ValueError on malformed rows.
+    """
+    if points < 2:
+        raise ValueError(f"frontier(points={points}): expected at least 2, the smallest and the largest model")
+    table = _table(rows)
+    names = sorted(table)
+    scale = _scale(table)
+    ladders = [_undominated(table[name], scale) for name in names]
+    steps = _steps([[(rung.bytes, rung.price) for rung in ladder] for ladder in ladders])
+    kept = set(np.unique(np.linspace(0, len(steps), min(points, len(steps) + 1)).round().astype(int)).tolist())
+
+    picks = [0] * len(ladders)
+    size = sum(ladder[0].bytes for ladder in ladders)
+    price = sum(ladder[0].price for ladder in ladders)
+    path: list[Point] = []
+    for number in range(len(steps) + 1):
+        if number:
+            step = steps[number - 1]
+            before, after = ladders[step.layer][step.start], ladders[step.layer][step.stop]
+            size, price = size + after.bytes - before.bytes, price + after.price - before.price
+            picks[step.layer] = step.stop
+        if number in kept:
+            chosen = {name: ladder[pick].option for name, ladder, pick in zip(names, ladders, picks, strict=True)}
+            path.append(Point(size, float(Fraction(price, scale)), {name: chosen[name] for name in table}))
+    return path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """One measured plan: planned for a predicted loss of at most `limit`; `measured` is what it really cost."""
+
+    choices: dict[str, str]
+    limit: float
+    bytes: int
+    predicted: float
+    measured: float
+    accepted: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready record; a measurement that is not finite becomes None."""
+        return asdict(self) | {"measured": _finite_or_none(self.measured)}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Trial:
+        """The inverse of `to_dict` (None becomes NaN). Raises ValueError on unknown keys."""
+        known = _known_keys(cls, record)
+        return cls(**known | {"measured": math.nan if known["measured"] is None else float(known["measured"])})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Search:
+    """`trials` in the order they were measured; `best` is the smallest accepted plan, None when none was accepted."""
+
+    trials: tuple[Trial, ...]
+    best: dict[str, str] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready record."""
+        best = None if self.best is None else dict(self.best)
+        return {"trials": [trial.to_dict() for trial in self.trials], "best": best}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Search:
+        """The inverse of `to_dict`. Raises ValueError on unknown keys."""
+        known = _known_keys(cls, record)
+        return cls(trials=tuple(Trial.from_dict(trial) for trial in known["trials"]), best=known["best"])
+
+
+def search(
+    rows: Iterable[Row],
+    evaluate: Callable[[dict[str, str]], tuple[bool, float]],
+    *,
+    start: float,
+    max_trials: int = 6,
+    tolerance: float = 0.03,
+) -> Search:
+    """Closed loop over the predicted-loss limit of `cheapest`: measure a plan, correct the limit, measure again.
+
+    `evaluate(choices)` returns (accepted, measured drop in the unit of `start`) and is called at most once per plan
+    and `max_trials` times. `start` is the budget, and the first limit; should it be a fall of accuracy, the ratio
+    below turns it into nats from the second limit on. While every trial had the same outcome, the next limit is start
+    * predicted / measured, moved by at least a factor 0.8 or 1.25 (2 from the second time on) and at most 64; once one
+    plan was accepted and another rejected, the geometric mean of the two limits. With one trial left and nothing
+    accepted, the plan with the lowest predicted loss is measured. Stops when the accepted and the rejected plan differ
+    by less than `tolerance` of the bytes, when the smallest model is accepted or the most cautious one rejected, when
+    the limits between them give no new plan, or when the trials are spent.
+
+    A pure function of what `evaluate` returns: a caller who caches evaluations by plan can stop and resume. Raises
+    ValueError on malformed rows, a start that is negative or not finite, or an accepted plan without a finite loss.
+    """
+    if not (math.isfinite(start) and start >= 0):
+        raise ValueError(
+            f"search(start={start!r}): expected a finite number of nats >= 0, usually the budget's max_drop"
+        )
+    if max_trials < 1:
+        raise ValueError(f"search(max_trials={max_trials!r}): expected at least 1")
+    rows = list(rows)
+    table = _table(rows)
+    floor = math.fsum(min(rung.price for rung in ladder) for ladder in table.values())
+    ceiling = math.fsum(min(ladder, key=lambda rung: (rung.bytes, rung.price)).price for ladder in table.values())
+
+    measured_plans: dict[tuple[tuple[str, str], ...], Trial] = {}
+    accepted: tuple[float, Trial] | None = None
+    rejected: tuple[float, Trial] | None = None
+    limit = float(start)
+    # Planning is cheap next to measuring, so a limit that gives a plan already measured only narrows the bracket.
+    for outcomes in range(1, 4 * max_trials + 33):
+        limit = min(max(limit, floor), ceiling)
+        choices = cheapest(rows, max_loss=limit)
+        key = tuple(sorted(choices.items()))
+        if key not in measured_plans:
+            if len(measured_plans) == max_trials:
+                break
+            measured_plans[key] = _measure(choices, table, limit, evaluate)
+        trial = measured_plans[key]
+        if trial.accepted:
+            accepted = (limit, trial)
+        else:
+            # Every limit down to what the plan is predicted to cost gives this same plan.
+            limit = min(limit, trial.predicted)
+            rejected = (limit, trial)
+
+        if (trial.accepted and limit >= ceiling) or (not trial.accepted and limit <= floor):
+            break
+        if accepted and rejected:
+            (low, larger), (high, smaller) = accepted, rejected
+            if larger.bytes - smaller.bytes < tolerance * larger.bytes or high - low <= 1e-3 * abs(high):
+                break
+            limit = _between(low, high)
+        elif accepted:
+            limit = _bolder(limit, trial, start, outcomes, ceiling)
+        elif len(measured_plans) == max_trials - 1:
+            limit = floor
+        else:
+            limit = _more_cautious(limit, trial, start, outcomes, floor)
+
+    trials = tuple(measured_plans.values())
+    passing = [trial for trial in trials if trial.accepted]
+    best = min(passing, key=lambda trial: trial.bytes).choices if passing else None
+    return Search(trials=trials, best=best)
+
+
+def _measure(
+    choices: dict[str, str],
+    table: Mapping[str, Sequence[_Rung]],
+    limit: float,
+    evaluate: Callable[[dict[str, str]], tuple[bool, float]],
+) -> Trial:
+    chosen = [next(rung for rung in table[layer] if rung.option == option) for layer, option in choices.items()]
+    ok, measured = evaluate(dict(choices))
+    if ok and not math.isfinite(measured):
+        raise ValueError(f"evaluate() accepted a plan whose measured loss is {measured!r}; return False for such plans")
+    return Trial(
+        choices=choices,
+        limit=limit,
+        bytes=sum(rung.bytes for rung in chosen),
+        predicted=math.fsum(rung.price for rung in chosen),
+        measured=float(measured),
+        accepted=bool(ok),
+    )
+
+
+def _corrected(trial: Trial, start: float) -> float | None:
+    usable = math.isfinite(trial.measured) and trial.measured > 0 and trial.predicted > 0 and start > 0
+    return start * trial.predicted / trial.measured if usable else None
+
+
+def _bolder(limit: float, trial: Trial, start: float, outcomes: int, ceiling: float) -> float:
+    if limit <= 0:
+        return ceiling / 64 if ceiling > 0 else ceiling
+    corrected = _corrected(trial, start)
+    wanted = 4 * limit if corrected is None else corrected
+    return min(max(wanted, limit * (1.25 if outcomes == 1 else 2.0)), 64 * limit)
+
+
+def _more_cautious(limit: float, trial: Trial, start: float, outcomes: int, floor: float) -> float:
+    if limit <= 0:
+        return (limit + floor) / 2
+    corrected = _corrected(trial, start)
+    wanted = limit / 4 if corrected is None else corrected
+    return max(min(wanted, limit * (0.8 if outcomes == 1 else 0.5)), limit / 64)
+
+
+def _between(low: float, high: float) -> float:
+    if high <= 0:
+        return (low + high) / 2
+    # A plan that changes nothing costs 0 nats: without a floor the logarithmic bisection would never leave it.
+    return max(math.sqrt(max(low, 0.0) * high), low + (high - low) / 16)
+
+
+class _Rung(NamedTuple):
+    bytes: int
+    price: Any  # float in a table, int (price times the scale) in a ladder
+    option: str
+
+
+def _table(rows: Iterable[Row]) -> dict[str, list[_Rung]]:
+    table: dict[str, list[_Rung]] = {}
+    seen: set[tuple[str, str]] = set()
+    for row in rows:
+        price = float(row.price)
+        if not math.isfinite(price):
+            raise ValueError(
+                f"layer {row.layer!r}, option {row.option!r}: price is {price!r}, expected a finite number of nats; "
+                "drop this option or price it again"
+            )
+        try:
+            size = operator.index(row.bytes)
+        except TypeError:
+            size = -1
+        if size < 0:
+            raise ValueError(
+                f"layer {row.layer!r}, option {row.option!r}: bytes is {row.bytes!r}, expected a whole number >= 0"
+            )
+        if (row.layer, row.option) in seen:
+            raise ValueError(
+                f"layer {row.layer!r} lists option {row.option!r} twice; keep one row per layer and option"
+            )
+        seen.add((row.layer, row.option))
+        table.setdefault(row.layer, []).append(_Rung(size, price, row.option))
+    if not table:
+        raise ValueError("no rows: a plan needs at least one layer with at least one option")
+    return table
+
+
+def _scale(table: Mapping[str, Sequence[_Rung]]) -> int:
+    # Every float is an integer over a power of two, so the largest denominator is a common one.
+    return max(rung.price.as_integer_ratio()[1] for ladder in table.values() for rung in ladder)
+
+
+def _undominated(rungs: Sequence[_Rung], scale: int) -> list[_Rung]:
+    """Rungs with bytes rising and price (as integer) falling; equal rungs keep the first option by name."""
+    ladder: list[_Rung] = []
+    for rung in sorted(rungs):
+        numerator, denominator = rung.price.as_integer_ratio()
+        price = numerator * (scale // denominator)
+        if not ladder or price < ladder[-1].price:
+            ladder.append(_Rung(rung.bytes, price, rung.option))
+    return ladder
+
+
+def _rounding_limit(limit: float, scale: int, highest: int) -> int:
+    """The largest integer price whose correctly rounded value is <= limit."""
+    if limit == math.inf:
+        return highest
+    middle = (Fraction(limit) + Fraction(math.nextafter(limit, math.inf))) / 2
+    whole = math.floor(middle * scale)
+    return whole if float(Fraction(whole, scale)) <= limit else whole - 1
+
+
+class _Step(NamedTuple):
+    slope: Fraction
+    layer: int
+    start: int
+    stop: int
+
+
+_Ladder = Sequence[tuple[int, int]]  # (weight rising, cost falling), integers
+
+
+def _steps(ladders: Sequence[_Ladder]) -> list[_Step]:
+    """Steps along the lower convex hull of every ladder, steepest first: cost saved per unit of weight."""
+    steps = []
+    for number, ladder in enumerate(ladders):
+        hull: list[int] = []
+        for index, (weight, cost) in enumerate(ladder):
+            while len(hull) > 1:
+                (w0, c0), (w1, c1) = ladder[hull[-2]], ladder[hull[-1]]
+                if (c0 - c1) * (weight - w1) > (c1 - cost) * (w1 - w0):
+                    break
+                hull.pop()
+            hull.append(index)
+        for start, stop in pairwise(hull):
+            (w0, c0), (w1, c1) = ladder[start], ladder[stop]
+            steps.append(_Step(Fraction(c0 - c1, w1 - w0), number, start, stop))
+    return sorted(steps, key=lambda step: (-step.slope, step.layer, step.start))
+
+
+def _weight(ladders: Sequence[_Ladder], picks: Sequence[int]) -> int:
+    return sum(ladder[pick][0] for ladder, pick in zip(ladders, picks, strict=True))
+
+
+def _cost(ladders: Sequence[_Ladder], picks: Sequence[int]) -> int:
+    return sum(ladder[pick][1] for ladder, pick in zip(ladders, picks, strict=True))
+
+
+def _least_weight(ladders: Sequence[_Ladder], picks: list[int]) -> list[int]:
+    """Among plans of no higher cost, one of least weight: the same program with the two sides exchanged."""
+    swapped = [[(cost, weight) for weight, cost in reversed(ladder)] for ladder in ladders]
+    flipped = [len(ladder) - 1 - pick for ladder, pick in zip(ladders, picks, strict=True)]
+    lighter = _knapsack(swapped, _cost(ladders, picks), incumbent=flipped)
+    return [len(ladder) - 1 - pick for ladder, pick in zip(ladders, lighter, strict=True)]
+
+
+def _knapsack(ladders: Sequence[_Ladder], limit: int, incumbent: list[int] | None = None) -> list[int]:
+    """Indices that minimise the total cost with total weight <= limit; the lightest rungs must fit."""
+    steps = _steps(ladders)
+    picks = [0] * len(ladders)
+    room = limit - _weight(ladders, picks)
+    slope: Fraction | None = None
+    for step in steps:
+        extra = ladders[step.layer][step.stop][0] - ladders[step.layer][step.start][0]
+        if picks[step.layer] == step.start and extra <= room:
+            picks[step.layer], room = step.stop, room - extra
+        elif slope is None:
+            slope = step.slope
+    if slope is None:
+        return picks
+    for number, ladder in enumerate(ladders):
+        reach = bisect_right(ladder, ladder[picks[number]][0] + room, key=operator.itemgetter(0)) - 1
+        room -= ladder[reach][0] - ladder[picks[number]][0]
+        picks[number] = reach
+    if incumbent is not None and _cost(ladders, incumbent) <= _cost(ladders, picks):
+        picks = incumbent
+
+    # With weights priced at slope = rise / run, no plan can cost less than sum(min) - slope * limit. Everything is
+    # multiplied by run to stay in integers.
+    rise, run = slope.numerator, slope.denominator
+    reduced = [[run * cost + rise * weight for weight, cost in ladder] for ladder in ladders]
+    lowest = [min(values) for values in reduced]
+    gap = run * _cost(ladders, picks) - (sum(lowest) - rise * limit)
+    if gap == 0:
+        return picks
+    core = [
+        [(index, value - low) for index, value in enumerate(values) if value - low <= gap]
+        for values, low in zip(reduced, lowest, strict=True)
+    ]
+    enumerated = _enumerate_core(ladders, core, limit, rise, gap)
+    return _solve_core(ladders, core, limit, rise, gap, picks) if enumerated is None else enumerated
+
+
+def _enumerate_core(
+    ladders: Sequence[_Ladder],
+    core: Sequence[Sequence[tuple[int, int]]],
+    limit: int,
+    rise: int,
+    gap: int,
+) -> list[int] | None:
+    """The same optimum in integers, by dynamic programming over undominated partial plans; None if they grow too many.
+
+    Most cores are this small, and the hardest ones for a floating-point solver (prices all but proportional to bytes)
+    are.
+    """
+    base = [options[0][0] for options in core]
+    room = limit - _weight(ladders, base)
+    free = [number for number, options in enumerate(core) if len(options) > 1]
+    shifts = {
+        number: [
+            (ladders[number][index][0] - ladders[number][base[number]][0], excess, index)
+            for index, excess in core[number]
+        ]
+        for number in free
+    }
+    still_to_come = sum(shifts[number][-1][0] for number in free)
+    states: list[tuple[int, int, Any]] = [(0, 0, None)]  # weight above base, reduced cost, linked list of picks
+    for number in free:
+        still_to_come -= shifts[number][-1][0]
+        grown = sorted(
+            (
+                (weight + shift, spent + excess, (index, path))
+                for weight, spent, path in states
+                for shift, excess, index in shifts[number]
+                # Slack that the layers still to come cannot fill is paid for at the slope.
+                if weight + shift <= room
+                and spent + excess + rise * max(0, room - weight - shift - still_to_come) <= gap
+            ),
+            key=lambda state: state[:2],
+        )
+        states = []
+        for state in grown:
+            # Reduced cost is run * cost + rise * weight, so this compares the true costs.
+            if not states or state[1] - rise * state[0] < states[-1][1] - rise * states[-1][0]:
+                states.append(state)
+        if len(states) > _MAX_STATES:
+            return None
+    path = min(states, key=lambda state: state[1] - rise * state[0])[2]
+    picks = base
+    for number in reversed(free):
+        picks[number], path = path
+    return picks
+
+
+def _solve_core(
+    ladders: Sequence[_Ladder],
+    core: Sequence[Sequence[tuple[int, int]]],
+    limit: int,
+    rise: int,
+    gap: int,
+    picks: list[int],
+) -> list[int]:
+    """Minimise the cost over the options in `core` with HiGHS; `picks` is a feasible plan, `gap` above the bound.
+
+    Two scalings keep HiGHS's absolute tolerances (1e-6 on rows and on the objective) below any difference that matters:
+    the gap, not the whole cost, is the unit of the objective, and weights are whole multiples of their common divisor.
+    """
+    base = [min(options, key=lambda option: option[1])[0] for options in core]
+    entries = [
+        (number, index, excess, ladders[number][index][0] - ladders[number][base[number]][0])
+        for number, options in enumerate(core)
+        for index, excess in options
+        if index != base[number]
+    ]
+    if not entries:
+        return picks
+    # Reduced cost is run * cost + rise * weight: what is left after subtracting the weight is the cost.
+    savings = [excess - rise * shift for _, _, excess, shift in entries]
+    finest = min(Fraction(10_000, gap), Fraction(10**9, max(1, *map(abs, savings))))
+    divisor = math.gcd(*(shift for *_, shift in entries))
+    coarsest = max(1, Fraction(max(abs(shift) for *_, shift in entries), divisor * 10**9))
+    room = (limit - _weight(ladders, base)) // divisor
+    count = len(entries)
+    layers = {number: row for row, number in enumerate(dict.fromkeys(number for number, *_ in entries))}
+
+    costs = np.array([float(saving * finest) for saving in savings])
+    weights = np.array([float(shift // divisor / coarsest) for *_, shift in entries])
+    one_each = coo_array(
+        (np.ones(count), ([layers[number] for number, *_ in entries], np.arange(count))), shape=(len(layers), count)
+    )
+    constraints = [
+        LinearConstraint(weights[None, :], -np.inf, float(room / coarsest)),
+        LinearConstraint(one_each.tocsr(), -np.inf, 1.0),
+    ]
+    column = {(number, index): place for place, (number, index, *_) in enumerate(entries)}
+    failure = "HiGHS's tolerances let too many plans through that exceed the limit"
+    for _ in range(_MAX_CUTS):
+        answer = milp(
+            costs,
+            integrality=np.ones(count),
+            bounds=(np.zeros(count), np.ones(count)),
+            constraints=constraints,
+            options={"mip_rel_gap": 0.0, "node_limit": _MAX_NODES},
+        )
+        found = list(base)
+        if answer.x is not None:
+            for (number, index), place in column.items():
+                if answer.x[place] > 0.5:
+                    found[number] = index
+            if _weight(ladders, found) <= limit:
+                better = _cost(ladders, found) < _cost(ladders, picks)
+                picks = found if better else picks
+                if answer.status == 0:
+                    return picks
+        if answer.status != 0:
+            failure = f"HiGHS stopped early: {answer.message}"
+            break
+        # The proposal exceeds the limit by less than HiGHS can see: forbid exactly this plan and ask again.
+        signs = np.full(count, -1.0)
+        chosen = [column[number, index] for number, index in enumerate(found) if index != base[number]]
+        signs[chosen] = 1.0
+        constraints.append(LinearConstraint(signs[None, :], -np.inf, len(chosen) - 1.0))
+    warnings.warn(
+        f"the plan satisfies its limit but is not proven to be the best one ({failure}); "
+        "compare it with frontier(), whose plans next to it bound what a better one could gain",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return picks
+
+
+def _finite_or_none(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _known_keys(cls: Any, record: Mapping[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in fields(cls)}
+    if unknown := sorted(set(record) - names):
+        raise ValueError(f"{cls.__name__}.from_dict: unknown keys {unknown}; expected {sorted(names)}")
+    return dict(record)

@@ -1,0 +1,627 @@
+"""The stages of a compression, from a model and its splits to plans, solved layers and a verdict.
+
+    solve    every option of every layer, from one forward pass over the calibration items
+    price    every solved change, from one forward and a few backward passes per item
+    select   plans along the frontier, measured on the select split, beside controls
+    apply    the chosen plans: one sequential forward pass each, later layers see what earlier ones became
+    certify  those plans, cautious first, saved and loaded again, on items that nothing else has touched
+
+Each stage leaves its results in ``state/``, layer by layer, and skips what it finds there.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from curvprune import artifact
+from curvprune.apply import visit_layers
+from curvprune.certificate import Verdict, certify_accuracy, certify_loss, fixed_sequence, probability_of_certifying
+from curvprune.curvature.fisher import Change, Estimate, FisherPass, fisher_pass
+from curvprune.data import Split, Splits, collate
+from curvprune.layers import Layer, find_layers
+from curvprune.ledger import Ledger, build_ledger
+from curvprune.objective import ItemResults, Objective, evaluate, to_device
+from curvprune.options import Cast, Keep, Option, option_from_key, pruner_of, quantizer_of
+from curvprune.plan import Budget, Infeasible, Plan, cheapest, search
+from curvprune.solve import Solved, solve
+from curvprune.solve.grids import dequantize
+from curvprune.state import StageLog, State
+
+CHECKPOINT_SECONDS = 45.0  # the pricing pass writes its totals this often
+ACCEPTABLE = 0.90  # predicted probability of being certified that a plan must have on select
+CAUTION = 0.6  # each more cautious plan of the fixed sequence may cost so much of the next one's predicted loss
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """Knobs of a run that are not part of the model, the data or the budget."""
+
+    seed: int = 0
+    labels: int = 2
+    trials: int = 6
+    attempts: int = 2
+    batch_size: int = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerCurvature:
+    """Fisher of one layer: trace in nats per position, diagonal of the same shape as the weight as a matrix."""
+
+    trace: Estimate
+    diagonal: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Analysis:
+    """Per-layer curvature of the loss; ``matrix`` says of which matrix."""
+
+    matrix: str
+    layers: dict[str, LayerCurvature]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"matrix": self.matrix, "layers": {n: _summary(c) for n, c in self.layers.items()}}
+
+
+@dataclass(kw_only=True, slots=True)
+class Job:
+    """Everything that is fixed before the first long computation."""
+
+    model: nn.Module
+    objective: Objective
+    layers: dict[str, Layer]
+    options: dict[str, list[Option]]
+    splits: Splits
+    budget: Budget | None
+    settings: Settings
+    state: State
+    stages: StageLog
+    reload: Callable[[Path], nn.Module]
+    write_model: Callable[[Path, Mapping[str, Solved], Mapping[str, Any]], None]
+    notes: list[str] = field(default_factory=list)
+    ledger: Ledger | None = None
+    analysis: Analysis | None = None
+    plan: Plan | None = None
+    verdict: Verdict | None = None
+    solved: dict[str, Solved] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def fixed_bytes(self) -> int:
+        return artifact.other_bytes(self.model, self.layers)
+
+    def smallest_bytes(self) -> int:
+        """Bytes of the smallest model file that the options allow, header included."""
+        sizes = [
+            min(artifact.layer_bytes(self.model, self.layers[n], o) for o in opts) for n, opts in self.options.items()
+        ]
+        return self.fixed_bytes + artifact.header_bytes(self.model, self.layers) + sum(sizes)
+
+    def bytes_of(self, choices: Mapping[str, str]) -> int:
+        """Tensor bytes of the whole model on disk under a plan (the file adds its header)."""
+        return self.fixed_bytes + sum(
+            artifact.layer_bytes(self.model, self.layers[n], option_from_key(key)) for n, key in choices.items()
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------- solve
+
+
+@contextmanager
+def _one_thread(layer: Layer) -> Iterator[None]:
+    """The column sweep makes many small calls. Below a few thousand inputs a second CPU thread gains nothing and, on a
+    busy machine, waits at every one of them (measured: 6 times slower)."""
+    threads = torch.get_num_threads()
+    if layer.weight.device.type == "cpu" and layer.shape[1] < 4096:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def solve_layer(layer: Layer, options: list[Option], moment: Tensor | None) -> list[Solved]:
+    """Solve a layer's options; a grouped convolution is solved group by group."""
+    with _one_thread(layer):
+        return _solve_layer(layer, options, moment)
+
+
+def _solve_layer(layer: Layer, options: list[Option], moment: Tensor | None) -> list[Solved]:
+    weight = layer.as_matrix(layer.weight.detach())
+    if moment is None or layer.groups == 1:
+        return solve(weight, options, None if moment is None else moment[0], layer=layer.name)
+    height = layer.shape[0] // layer.groups
+    parts = [
+        solve(weight[g * height : (g + 1) * height], options, moment[g], layer=layer.name) for g in range(layer.groups)
+    ]
+    return [_stack([part[k] for part in parts]) for k in range(len(options))]
+
+
+def _stack(parts: list[Solved]) -> Solved:
+    def rows(name: str) -> Tensor | None:
+        tensors = [getattr(part, name) for part in parts]
+        return None if tensors[0] is None else torch.cat(tensors)
+
+    weight = rows("weight")
+    assert weight is not None
+    return Solved(
+        option=parts[0].option,
+        weight=weight,
+        codes=rows("codes"),
+        scale=rows("scale"),
+        zero=rows("zero"),
+        damping=max(p.damping for p in parts),
+        notes=tuple(note for p in parts for note in p.notes),
+    )
+
+
+def _write_solved(state: State, name: str, solved: list[Solved]) -> None:
+    """The tensors first, the small record last: the record's presence says that both are whole."""
+    tensors, record = {}, []
+    for k, s in enumerate(solved):
+        parts = {"codes": s.codes, "scale": s.scale, "zero": s.zero}
+        if s.codes is None and pruner_of(s.option) is not None:
+            parts["weight"] = s.weight
+        tensors.update({f"{k}.{part}": t for part, t in parts.items() if t is not None})
+        record.append({"option": s.option.key, "damping": s.damping, "notes": list(s.notes)})
+    state.write_tensors(f"{name}.safetensors", tensors)
+    state.write_json(f"{name}.json", record)
+
+
+def _read_solved(state: State, name: str, layer: Layer) -> list[Solved]:
+    tensors = state.read_tensors(f"{name}.safetensors")
+    solved = []
+    for k, entry in enumerate(state.read_json(f"{name}.json")):
+        option = option_from_key(entry["option"])
+        quantize = quantizer_of(option)
+        if quantize is not None:
+            weight = dequantize(
+                tensors[f"{k}.codes"], tensors[f"{k}.scale"], tensors.get(f"{k}.zero"), quantize.group_size
+            ).to(layer.weight.device)
+        elif f"{k}.weight" in tensors:
+            weight = tensors[f"{k}.weight"].to(layer.weight.device)
+        else:
+            solved += solve_layer(layer, [option], None)
+            continue
+        solved.append(
+            Solved(
+                option=option,
+                weight=weight,
+                codes=tensors.get(f"{k}.codes"),
+                scale=tensors.get(f"{k}.scale"),
+                zero=tensors.get(f"{k}.zero"),
+                damping=entry["damping"],
+                notes=tuple(entry["notes"]),
+            )
+        )
+    return solved
+
+
+def _sweep(
+    job: Job,
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    options: Mapping[str, list[Option]],
+    folder: str,
+    title: str,
+) -> Callable[[str], list[Solved]]:
+    """Visit the layers of ``model`` in one forward pass and solve them into ``state/folder``; if each layer has a
+    single option, write it into the model on the way, so that later layers see it. Returns a reader of the
+    results."""
+    names = {n: f"{folder}/{i:04d}" for i, n in enumerate(layers)}
+    todo = {n for n in layers if options[n] and not job.state.has(f"{names[n]}.json")}
+    sequential = all(len(options[n]) <= 1 for n in layers)
+
+    def visit(layer: Layer, moment: Callable[[], Tensor | None]) -> None:
+        name = layer.name
+        if name in todo:
+            job_options = options[name]
+            needs_moment = any(not isinstance(o, (Keep, Cast)) for o in job_options)
+            _write_solved(job.state, names[name], solve_layer(layer, job_options, moment() if needs_moment else None))
+            todo.discard(name)
+            advance(len(layers) - len(todo))
+        if sequential and options[name]:
+            layer.write_(_read_solved(job.state, names[name], layer)[0].weight)
+
+    with job.stages.stage(title, len(layers), done=len(layers) - len(todo)) as advance:
+        if todo:
+            batch = collate(job.splits.calibrate.items)
+            visit_layers(model, job.objective, to_device(batch, next(model.parameters()).device), layers, visit)
+        elif sequential:
+            for layer in layers.values():
+                visit(layer, lambda: None)
+    return lambda name: _read_solved(job.state, names[name], layers[name])
+
+
+def solve_options(job: Job) -> Callable[[str], list[Solved]]:
+    """Stage *solve*: candidates of every layer from the uncompressed model's own inputs."""
+    changing: dict[str, list[Option]] = {n: [o for o in job.options[n] if not isinstance(o, Keep)] for n in job.layers}
+    return _sweep(job, job.model, job.layers, changing, "solved", "solve options")
+
+
+# ---------------------------------------------------------------------------------------------------------------- price
+
+
+def price_options(job: Job, candidates: Callable[[str], list[Solved]] | None) -> None:
+    """Stage *price*: the ledger and the analysis, from one pass over the price items."""
+    items = job.splits.price.items
+    name, done_name = "fisher.safetensors", "fisher.json"
+    changed: dict[str, list[str]] = {n: [] for n in job.layers}
+    changes: dict[str, list[Change]] = {}
+    if candidates is not None:
+        changed = {n: [o.key for o in job.options[n] if not isinstance(o, Keep)] for n in job.layers}
+    resume = job.state.read_tensors(name) if job.state.has(name) else None
+    finished = job.state.has(done_name)
+    if candidates is not None and not finished:
+        for n, layer in job.layers.items():
+            if changed[n]:
+                weight = layer.as_matrix(layer.weight.detach())
+                wide = weight if weight.dtype == torch.float64 else weight.float()
+                changes[n] = [Change.of(s.weight.to(wide.dtype) - wide) for s in candidates(n)]
+    elif finished:
+        # The pass is over; its totals already hold the squares, and empty changes only set their number.
+        empty = Change(values=torch.zeros(0), scale=0.0)
+        changes = {n: [empty] * len(keys) for n, keys in changed.items()}
+    last = time.monotonic()
+
+    def after_item(done: int, totals: dict[str, Tensor]) -> None:
+        nonlocal last
+        advance(done)
+        if done == len(items) or time.monotonic() - last > CHECKPOINT_SECONDS:
+            job.state.write_tensors(name, totals)
+            last = time.monotonic()
+
+    done = int(resume["done"]) if resume is not None else 0
+    with job.stages.stage("price options", len(items), done=done) as advance:
+        measured = fisher_pass(
+            job.model,
+            job.objective,
+            items,
+            job.layers,
+            changes,
+            labels=job.settings.labels,
+            seed=job.settings.seed,
+            resume=resume,
+            after_item=after_item,
+        )
+    job.state.write_json(done_name, {"items": len(items)})
+    sizes = {
+        n: {o.key: artifact.layer_bytes(job.model, layer, o) for o in job.options[n]} for n, layer in job.layers.items()
+    }
+    job.analysis = _analysis(measured, job.layers)
+    if candidates is not None:
+        job.ledger = build_ledger(measured, sizes, changed=changed, unit=job.objective.unit)
+
+
+def _analysis(measured: FisherPass, layers: Mapping[str, Layer]) -> Analysis:
+    curvature = {n: LayerCurvature(trace=measured.trace(n), diagonal=measured.diagonal[n]) for n in layers}
+    return Analysis(matrix="Fisher (labels sampled from the model)", layers=curvature)
+
+
+def _summary(curvature: LayerCurvature) -> dict[str, Any]:
+    flat = curvature.diagonal.reshape(-1)
+    middle, high = (float(flat.kthvalue(max(1, int(q * flat.numel()))).values) for q in (0.5, 0.99))
+    stderr = curvature.trace.stderr
+    return {
+        "trace": {"value": curvature.trace.value, "stderr": stderr if np.isfinite(stderr) else None},
+        "parameters": flat.numel(),
+        "shape": list(curvature.diagonal.shape),
+        "diagonal": {"mean": float(flat.mean()), "max": float(flat.max()), "q50": middle, "q99": high},
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------- select
+
+
+def _results(job: Job, name: str, model: nn.Module, split: Split) -> ItemResults:
+    """Evaluate a model on a split, or read what an earlier process measured."""
+    if job.state.has(name):
+        record = job.state.read_json(name)
+        return ItemResults(**{k: torch.tensor(v, dtype=torch.float64) for k, v in record.items()})
+    results = evaluate(model, split.batches(job.settings.batch_size), job.objective)
+    job.state.write_json(
+        name, {"loss": results.loss.tolist(), "count": results.count.tolist(), "correct": results.correct.tolist()}
+    )
+    return results
+
+
+def compare(baseline: ItemResults, compressed: ItemResults, split: Split, budget: Budget, *, unit: str) -> Verdict:
+    """Paired verdict on a split for a budget with ``max_drop``; documents with several items are clusters."""
+    clusters = None if len(set(split.documents)) == len(split.documents) else np.array(split.documents)
+    assert budget.max_drop is not None
+    if budget.metric == "loss":
+        return certify_loss(
+            baseline.loss.numpy(),
+            compressed.loss.numpy(),
+            baseline.count.numpy(),
+            clusters=clusters,
+            max_drop=budget.max_drop,
+            confidence=budget.confidence,
+            unit=unit,
+        )
+    if float(baseline.count.max()) > 1:
+        raise ValueError("metric 'accuracy' needs one prediction per item; for language models use metric 'loss'")
+    return certify_accuracy(
+        baseline.correct.numpy() > 0.5,
+        compressed.correct.numpy() > 0.5,
+        clusters=clusters,
+        max_drop=budget.max_drop,
+        confidence=budget.confidence,
+    )
+
+
+def _chance(job: Job, verdict: Verdict) -> float:
+    """Predicted probability that a plan with this verdict on select is certified on the certify split."""
+    assert job.budget is not None and job.budget.max_drop is not None
+    shrink = (len(set(job.splits.select.documents)) / len(set(job.splits.certify.documents))) ** 0.5
+    return probability_of_certifying(
+        verdict.drop,
+        verdict.stderr,
+        verdict.stderr * shrink,
+        max_drop=job.budget.max_drop,
+        confidence=job.budget.confidence,
+    )
+
+
+@dataclass(slots=True)
+class _Bench:
+    """A copy of the model whose layers are set to any plan's candidates, for measuring on the select split."""
+
+    job: Job
+    candidates: Callable[[str], list[Solved]]
+    baseline: ItemResults
+    model: nn.Module | None = None
+    now: dict[str, str] = field(default_factory=dict)
+    trials: list[dict[str, Any]] = field(default_factory=list)
+
+    def measure(self, name: str, kind: str, choices: Mapping[str, str], note: str = "") -> dict[str, Any]:
+        """Measure a plan; returns its trial record (also appended to ``trials``)."""
+        job = self.job
+        key = hashlib.sha256(json.dumps(sorted(choices.items())).encode()).hexdigest()[:16]
+        path = f"select/{key}.json"
+        if not job.state.has(path):
+            self._set(choices)
+        results = _results(job, path, self.model or job.model, job.splits.select)
+        return self.add(name, kind, choices, results, note)
+
+    def add(
+        self, name: str, kind: str, choices: Mapping[str, str], results: ItemResults, note: str = ""
+    ) -> dict[str, Any]:
+        job = self.job
+        budget = job.budget if job.budget is not None and job.budget.max_drop is not None else None
+        compare_as = budget or Budget("loss", max_drop=0.0)
+        verdict = compare(self.baseline, results, job.splits.select, compare_as, unit=job.objective.unit)
+        predicted = job.ledger.predict(choices) if job.ledger is not None else None
+        chance = _chance(job, verdict) if budget is not None else None
+        trial = {
+            "name": name,
+            "kind": kind,
+            "choices": dict(choices),
+            "bytes": job.bytes_of(choices),
+            "predicted": None if predicted is None else predicted.value,
+            "predicted_stderr": None if predicted is None else _finite(predicted.stderr),
+            "measured": float((results.loss.sum() - self.baseline.loss.sum()) / self.baseline.count.sum()),
+            "measured_stderr": _finite(verdict.stderr) if compare_as.metric == "loss" else None,
+            "metric_drop": verdict.drop,
+            "chance": chance,
+            "accepted": chance is not None and chance >= ACCEPTABLE,
+            "items": len(self.baseline.loss),
+            "note": note,
+        }
+        self.trials.append(trial)
+        return trial
+
+    def _set(self, choices: Mapping[str, str]) -> None:
+        job = self.job
+        if self.model is None:
+            self.model = copy.deepcopy(job.model)
+        modules = dict(self.model.named_modules())
+        for name, key in choices.items():
+            if self.now.get(name, "keep") == key:
+                continue
+            layer = job.layers[name]
+            if key == "keep":
+                matrix = layer.as_matrix(layer.weight.detach())
+            else:
+                matrix = next(s.weight for s in self.candidates(name) if s.option.key == key)
+            with torch.no_grad():
+                weight = modules[name].weight
+                assert isinstance(weight, Tensor)
+                weight.copy_(layer.from_matrix(matrix))
+            self.now[name] = key
+
+
+def select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[_Bench, list[dict[str, Any]]]:
+    """Stage *select*: trials along the frontier, controls, and the fixed sequence to certify (cautious first)."""
+    assert job.budget is not None and job.ledger is not None
+    budget, rows = job.budget, job.ledger.rows
+    with job.stages.stage("measure on select", job.settings.trials + 5) as advance:
+        baseline = _results(job, "select/baseline.json", job.model, job.splits.select)
+        bench = _Bench(job, candidates, baseline)
+        advance(1)
+        if budget.max_bytes is not None:
+            header = artifact.header_bytes(job.model, job.layers)
+            choices = cheapest(rows, max_bytes=budget.max_bytes, fixed_bytes=job.fixed_bytes + header)
+            sequence = [bench.measure("plan 1", "plan", choices)]
+        else:
+            assert budget.max_drop is not None
+
+            def measured(choices: dict[str, str]) -> tuple[bool, float]:
+                trial = bench.measure(f"plan {len(bench.trials) + 1}", "plan", choices)
+                advance(1 + len(bench.trials))
+                return trial["accepted"], trial["metric_drop"]
+
+            found = search(rows, measured, start=budget.max_drop, max_trials=job.settings.trials)
+            best = next((t for t in bench.trials if t["choices"] == found.best), None)
+            if best is None:
+                # Nothing looks certifiable: the most cautious plan that was measured goes to the certificate all the
+                # same.
+                best = max(bench.trials, key=lambda t: (t["chance"], t["bytes"]))
+                job.notes.append("no plan measured on select reached the wanted chance of being certified")
+            sequence = [best]
+        for control in _controls(job, sequence[0]):
+            bench.measure(*control)
+            advance(1 + len(bench.trials))
+        if budget.max_drop is not None:
+            sequence = _fixed_sequence(job, bench, sequence[0])
+        advance(job.settings.trials + 5)
+    return bench, sequence
+
+
+def _fixed_sequence(job: Job, bench: _Bench, best: dict[str, Any]) -> list[dict[str, Any]]:
+    """The plans to certify, cautious first, fixed before the certify split is opened: the best plan, preceded by plans
+    that cost less. A control that is smaller than the best plan and as likely to be certified takes its place."""
+    rivals = [t for t in bench.trials if t["accepted"] and t["bytes"] < best["bytes"]]
+    if rivals:
+        best = min(rivals, key=lambda t: t["bytes"])
+        job.notes.append(f"{best['name']} is smaller than the best plan and was used instead")
+    sequence = [best]
+    ledger = job.ledger
+    assert ledger is not None
+    while len(sequence) < job.settings.attempts:
+        bolder = sequence[0]
+        try:
+            choices = cheapest(ledger.rows, max_loss=CAUTION * bolder["predicted"])
+        except Infeasible:
+            break
+        if job.bytes_of(choices) <= bolder["bytes"]:
+            break
+        sequence.insert(0, bench.measure(f"{bolder['name']}, more cautious", "plan", choices))
+    return sequence
+
+
+def _controls(job: Job, best: Mapping[str, Any]) -> list[tuple[str, str, dict[str, str]]]:
+    """Plans that anyone could make without curvature, near the size of the best one: the two nearest uniform ones,
+    and the best plan's own budget spent in the reversed order of sensitivity."""
+    assert job.ledger is not None
+    free = [n for n in job.layers if len(job.options[n]) > 1]
+    controls: list[tuple[str, str, dict[str, str]]] = []
+    if not free:
+        return controls
+    common = set.intersection(*({o.key for o in job.options[n]} for n in free))
+    uniform = []
+    for key in sorted(common):
+        choices = {n: key if n in free else job.options[n][0].key for n in job.layers}
+        uniform.append((job.bytes_of(choices), key, choices))
+    above = min((u for u in uniform if u[0] > best["bytes"]), default=None)
+    below = max((u for u in uniform if u[0] <= best["bytes"]), default=None)
+    controls += [(f"uniform {u[1]}", "control", u[2]) for u in (below, above) if u is not None]
+    # Reversed order: rank the layers by the price of their cheapest-to-store option per weight and swap the prices of
+    # the most and the least sensitive, then plan for the same bytes.
+    ledger = job.ledger
+    order = sorted(free, key=lambda n: max(r.price for r in ledger.layer_rows(n).values()) / job.layers[n].numel)
+    mirror = dict(zip(order, reversed(order), strict=True))
+    rows = []
+    for row in job.ledger.rows:
+        if row.layer not in mirror:
+            rows.append(row)
+            continue
+        own = max(r.price for r in job.ledger.layer_rows(row.layer).values())
+        other = max(r.price for r in job.ledger.layer_rows(mirror[row.layer]).values())
+        scale = other / own * job.layers[row.layer].numel / job.layers[mirror[row.layer]].numel if own else 1.0
+        rows.append(type(row)(layer=row.layer, option=row.option, bytes=row.bytes, price=row.price * scale, stderr=0.0))
+    choices = cheapest(rows, max_bytes=best["bytes"], fixed_bytes=job.fixed_bytes)
+    if choices != best["choices"]:
+        controls.append(("reversed order", "control", choices))
+    return controls
+
+
+# ---------------------------------------------------------------------------------------------------- apply and certify
+
+
+def apply_plan(job: Job, choices: Mapping[str, str], folder: str, title: str) -> tuple[nn.Module, dict[str, Solved]]:
+    """Stage *apply*: solve the chosen options in one sequential forward pass over a copy of the model."""
+    model = copy.deepcopy(job.model)
+    own = find_layers(model)
+    layers = {n: own[n] for n in job.layers}
+    options = {n: [option_from_key(choices[n])] if choices[n] != "keep" else [] for n in layers}
+    read = _sweep(job, model, {n: layers[n] for n in layers if options[n]}, options, folder, title)
+    solved = {n: read(n)[0] for n in layers if options[n]}
+    return model, solved
+
+
+def certify_plans(job: Job, bench: _Bench, sequence: list[dict[str, Any]]) -> Path:
+    """Stages *apply* and *certify* for each plan of the fixed sequence, up to the first that is not certified.
+    Returns the folder of the model to ship: the last certified one, or the first if there is none."""
+    assert job.budget is not None
+    attempts: list[tuple[Path, dict[str, Solved], Verdict]] = []
+    judged = job.budget if job.budget.max_drop is not None else None
+    for number, trial in enumerate(sequence, 1):
+        name, at = trial["name"], f"applied/{number}"
+        model, solved = apply_plan(job, trial["choices"], at, f"apply {name}")
+        results = _results(job, f"{at}/select.json", model, job.splits.select)
+        applied = bench.add(f"{name}, applied", "applied", trial["choices"], results, "solved in one sequential pass")
+        del model
+        if applied["metric_drop"] > trial["metric_drop"]:
+            # Judged on select alone, before certify is opened: ship whichever of the two solutions measured better.
+            solved = {n: next(s for s in bench.candidates(n) if s.option.key == trial["choices"][n]) for n in solved}
+            applied["note"] = "one sequential pass measured worse than the candidates, which were kept"
+        folder = _written(job, at, solved, _plan_of(job, trial))
+        attempts.append((folder, solved, _verdict_of(job, folder, f"certify/{number}.json", f"certify {name}", judged)))
+        if attempts[-1][2].status != "CERTIFIED":
+            break
+    last = fixed_sequence([verdict for _, _, verdict in attempts]) if judged else 0
+    index = 0 if last is None else last
+    folder, job.solved, verdict = attempts[index]
+    job.plan = _plan_of(job, sequence[index])
+    if judged:
+        job.verdict = verdict
+        job.record["attempts"] = [{**v.to_dict(), "plan": sequence[i]["name"]} for i, (_, _, v) in enumerate(attempts)]
+    job.record["measured"] = verdict.to_dict()
+    return folder
+
+
+def apply_and_measure(job: Job, choices: Mapping[str, str]) -> Path:
+    """Without a budget: apply the one plan there is and measure it, paired, on the certify split."""
+    _, job.solved = apply_plan(job, choices, "applied/1", "apply")
+    job.plan = Plan(
+        choices=dict(choices), bytes=job.bytes_of(choices), predicted=float("nan"), predicted_stderr=float("nan")
+    )
+    folder = _written(job, "applied/1", job.solved, job.plan)
+    job.record["measured"] = _verdict_of(job, folder, "certify/1.json", "measure", None).to_dict()
+    return folder
+
+
+def _written(job: Job, at: str, solved: Mapping[str, Solved], plan: Plan) -> Path:
+    folder = job.state.path(f"{at}/model")
+    if not (folder / "complete").exists():
+        job.write_model(folder, solved, plan.to_dict())
+        (folder / "complete").touch()
+    return folder
+
+
+def _verdict_of(job: Job, folder: Path, path: str, title: str, budget: Budget | None) -> Verdict:
+    """Paired verdict of a saved and reloaded model on the certify split; without a budget the bound is not judged."""
+    with job.stages.stage(title, 2) as advance:
+        baseline = _results(job, "certify/baseline.json", job.model, job.splits.certify)
+        advance(1)
+        model = job.model if job.state.has(path) else job.reload(folder)
+        results = _results(job, path, model, job.splits.certify)
+        advance(2)
+    budget = budget or Budget("loss", max_drop=0.0, confidence=0.95 if job.budget is None else job.budget.confidence)
+    return compare(baseline, results, job.splits.certify, budget, unit=job.objective.unit)
+
+
+def _plan_of(job: Job, trial: Mapping[str, Any]) -> Plan:
+    return Plan(
+        choices=dict(trial["choices"]),
+        bytes=trial["bytes"],
+        predicted=trial["predicted"],
+        predicted_stderr=float("nan") if trial["predicted_stderr"] is None else trial["predicted_stderr"],
+        notes=tuple(job.notes),
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None

@@ -1,0 +1,236 @@
+"""The verbs on ordinary torch modules: what they return, what they leave alone, what they refuse."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import curvprune as cp
+from curvprune.data import Split, digits
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    """A small network that has learnt the digits, and digits that it has not seen."""
+    images, labels = digits()
+    x = images.flatten(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Linear(64, 48), nn.ReLU(), nn.Dropout(0.1), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 10)
+        )
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        for _ in range(150):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[:900]), labels[:900]).backward()
+            optimizer.step()
+    model.zero_grad()
+    return model, (x[900:], labels[900:])
+
+
+def batches(data: tuple[torch.Tensor, torch.Tensor], size: int = 50) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return list(zip(data[0].split(size), data[1].split(size), strict=True))
+
+
+def accuracy(model: nn.Module, data: tuple[torch.Tensor, torch.Tensor]) -> float:
+    with torch.no_grad():
+        return float((model.eval()(data[0]).argmax(1) == data[1]).float().mean())
+
+
+def test_uniform_quantization_leaves_the_input_model_alone(trained):
+    model, data = trained
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    result = cp.quantize(model, batches(data), bits=3, group_size=16, symmetric=False)
+    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert result.verdict is None and set(result.plan.choices.values()) == {"int3-g16-asym"}
+    for name in ("0", "3", "5"):
+        weight = result.model.get_submodule(name).weight.reshape(-1, 16)
+        assert max(len(set(row.tolist())) for row in weight) <= 8
+    assert accuracy(result.model, data) > accuracy(model, data) - 0.05
+    model.train()
+
+
+def test_inplace_changes_the_model_itself(trained):
+    model = copy.deepcopy(trained[0])
+    result = cp.quantize(model, batches(trained[1]), bits=4, inplace=True)
+    assert result.model is model
+    assert max(len(set(row.tolist())) for row in model[0].weight) <= 16
+
+
+def test_compensated_rounding_beats_rounding_to_nearest_on_the_loss(trained):
+    model, data = trained
+    halves = (data[0][:450], data[1][:450]), (data[0][450:], data[1][450:])
+    objective = cp.LabelFree(copy.deepcopy(model).eval())
+    compensated = cp.quantize(model, batches(halves[0]), bits=2, group_size=16).model
+    nearest = copy.deepcopy(model).eval()
+    for name in ("0", "3", "5"):
+        weight = nearest.get_submodule(name).weight.data
+        groups = weight.reshape(-1, 16)
+        scale = groups.abs().amax(1, keepdim=True) / 2
+        weight.copy_(((groups / scale).round().clamp(-2, 1) * scale).reshape(weight.shape))
+    losses = [float(cp.objective.evaluate(m, batches(halves[1]), objective).mean_loss) for m in (compensated, nearest)]
+    assert losses[0] < 0.5 * losses[1]
+
+
+def test_prune_keeps_what_the_pattern_says(trained):
+    model, data = trained
+    half = cp.prune(model, batches(data), sparsity=0.5).model
+    for name in ("0", "3", "5"):
+        assert float((half.get_submodule(name).weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
+    pattern = cp.prune(model, batches(data), pattern="2:4", layers=["0", "3"]).model
+    assert int((pattern[0].weight.reshape(-1, 4) != 0).sum(1).max()) == 2
+    assert torch.equal(pattern[5].weight, model[5].weight)
+    assert accuracy(half, data) > 0.85
+
+
+def test_a_budget_gives_a_certified_smaller_model_that_saves_and_loads(trained, tmp_path):
+    model, data = trained
+    result = cp.quantize(model, batches(data), budget=cp.Budget("accuracy", max_drop=0.03), layers="*")
+    assert result.verdict is not None and result.verdict.status == "CERTIFIED" and result.verdict.bound <= 0.03
+    assert result.plan.bytes < 0.4 * 4 * sum(p.numel() for p in model.parameters())
+    assert result.ledger is not None
+    predicted = result.ledger.predict(result.plan.choices)
+    assert result.plan.predicted == pytest.approx(predicted.value) and predicted.stderr > 0
+    assert {t["kind"] for t in result.trials} == {"plan", "control", "applied"}
+    result.save(tmp_path / "out")
+    loaded = cp.load(tmp_path / "out", model=copy.deepcopy(model))
+    assert torch.equal(loaded(data[0]), result.model.eval()(data[0]))
+
+
+def test_max_bytes_is_met_by_the_file(trained, tmp_path):
+    model, data = trained
+    result = cp.quantize(model, batches(data), budget=cp.Budget(max_bytes=6500))
+    result.save(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size <= 6500
+    assert result.verdict is None and len(set(result.plan.choices.values())) > 1
+
+
+def test_prune_and_quantize_compete_in_one_ledger(trained):
+    model, data = trained
+    joint = cp.PruneQuantize(prune=cp.Prune(sparsity=0.5), quantize=cp.Quantize(bits=4))
+    options = [cp.Prune(sparsity=0.5), cp.Quantize(bits=4), joint]
+    ledger = cp.price(model, batches(data)[:4], options=options, layers=["0", "3"])
+    rows = ledger.layer_rows("0")
+    assert set(rows) == {"prune0.5", "int4-pc-sym", "prune0.5+int4-pc-sym"}
+    assert rows["prune0.5"].bytes == 64 * 48 * 4, "zeros are stored: pruning alone frees nothing"
+    assert rows["prune0.5+int4-pc-sym"].price > rows["int4-pc-sym"].price > 0
+    total = ledger.predict({"0": options[1], "3": joint})
+    parts = rows["int4-pc-sym"].price + ledger.layer_rows("3")[joint.key].price
+    assert total.value == pytest.approx(parts) and ledger.predict({"0": "keep"}).value == 0
+    again = cp.Ledger.from_dict(ledger.to_dict())
+    assert again.predict({"0": options[1], "3": joint}) == total and again.rows == ledger.rows
+    with pytest.raises(KeyError, match="option 'int2-pc-sym' was not priced"):
+        ledger.predict({"0": cp.Quantize(bits=2)})
+
+
+def test_prices_predict_the_measured_kl_of_each_layer(trained):
+    """The additive Fisher price of single changes against the measured divergence on the same data: right unit, right
+    order."""
+    model, data = trained
+    model.eval()
+    options = [cp.Quantize(bits=3), cp.Quantize(bits=4), cp.Prune(sparsity=0.3)]
+    part = (data[0][:400], data[1][:400])
+    ledger = cp.price(model, batches(part), options=options, labels=20)
+    objective = cp.LabelFree(model)
+    for layer in ("0", "3", "5"):
+        for option in options:
+            changed = cp.compress(model, batches(part), options=[option], layers=layer).model
+            measured = cp.objective.evaluate(changed, batches(part), objective).mean_loss
+            assert ledger.layer_rows(layer)[option.key].price == pytest.approx(measured, rel=0.5), (layer, option.key)
+
+
+def test_analyze_gives_trace_and_diagonal_of_each_layer(trained):
+    model, data = trained
+    analysis = cp.analyze(model, batches(data)[:3], labels=4)
+    assert set(analysis.layers) == {"0", "3", "5"} and "Fisher" in analysis.matrix
+    for name, curvature in analysis.layers.items():
+        assert curvature.diagonal.shape == model.get_submodule(name).weight.shape
+        assert float(curvature.diagonal.sum()) == pytest.approx(curvature.trace.value, rel=1e-4)
+        assert 0 < curvature.trace.stderr < curvature.trace.value
+
+
+def test_certify_compares_two_models_item_by_item(trained):
+    model, data = trained
+    same = cp.certify(model, copy.deepcopy(model), batches(data), cp.Budget("accuracy", max_drop=0.01))
+    assert same.status == "CERTIFIED" and same.drop == 0 and same.items == 897
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken[3].weight.zero_()
+    verdict = cp.certify(model, broken, batches(data), cp.Budget("loss", max_drop=0.01))
+    assert verdict.status == "VIOLATED" and verdict.unit == "nats/example"
+    few = cp.certify(model, copy.deepcopy(model), batches(data)[:1], cp.Budget("accuracy", max_drop=0.01))
+    assert few.status == "INCONCLUSIVE" and few.needed is not None and few.needed > 50
+
+
+def test_label_free_needs_no_labels():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 5))
+    data = [{"input": torch.randn(40, 8)} for _ in range(3)]
+    result = cp.quantize(model, data, budget=cp.Budget("loss", max_drop=0.05))
+    assert result.verdict is not None and result.verdict.baseline == pytest.approx(0, abs=1e-9)
+    assert result.verdict.status == "CERTIFIED"
+
+
+def test_convolutions_with_batchnorm_and_groups():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    )  # fmt: skip
+    data = [(torch.randn(8, 1, 9, 9), torch.randint(0, 4, (8,))) for _ in range(3)]
+    stats = model[1].running_mean.clone()
+    result = cp.quantize(model, data, bits=4)
+    assert torch.equal(model[1].running_mean, stats), "BatchNorm must not learn from calibration"
+    model.eval()
+    x = torch.cat([b[0] for b in data])
+    error = (result.model.eval()(x) - model(x)).norm() / model(x).norm()
+    assert 0 < float(error) < 0.2
+    assert max(len(set(row.tolist())) for row in result.model[3].weight.flatten(1)) <= 16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions(trained, dtype):
+    model, data = trained
+    model = copy.deepcopy(model).to(dtype)
+    typed = batches((data[0].to(dtype), data[1]))
+    result = cp.quantize(model, typed, bits=4, group_size=16)
+    assert result.model[0].weight.dtype == dtype
+    assert accuracy(result.model, (data[0].to(dtype), data[1])) > 0.85
+    assert cp.analyze(model, typed[:2]).layers["0"].trace.value > 0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, d: cp.quantize(m, d, bits=4, group_size=10), "group_size=10 does not divide its 64 inputs; .*8"),
+        (lambda m, d: cp.quantize(m, d, bits=7), "bits=7 is not offered"),
+        (lambda m, d: cp.quantize(m, d, bits=4, layers="nothing"), "matches none of the 3"),
+        (lambda m, d: cp.quantize(m, [], bits=4), "data is empty"),
+        (lambda m, d: cp.prune(m, d), "pass sparsity"),
+        (lambda m, d: cp.compress(m, d, options=[cp.Keep(), cp.Quantize(bits=4)]), "exactly one option, got 2"),
+        (lambda m, d: cp.quantize(m, d, budget=cp.Budget(max_bytes=100)), "smallest model these options allow"),
+        (lambda m, d: cp.certify(m, m, d, cp.Budget(max_bytes=100)), "max_drop"),
+        (lambda m, d: cp.quantize(m, cp.data.as_split(d), budget=cp.Budget("loss", max_drop=1)), "four splits"),
+        (lambda m, d: cp.analyze(m, d, objective="causal-lm"), "causal-lm needs"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_before_computing(trained, call, message):
+    model, data = trained
+    with pytest.raises(ValueError, match=message):
+        call(model, batches(data))
+
+
+def test_splits_of_ones_own(trained):
+    model, (x, y) = trained
+    cut = [
+        cp.data.as_split(batches((x[a:b], y[a:b])), f"part {a}")
+        for a, b in ((0, 200), (200, 300), (300, 400), (400, 897))
+    ]
+    assert all(isinstance(part, Split) for part in cut)
+    splits = cp.Splits(calibrate=cut[0], price=cut[1], select=cut[2], certify=cut[3])
+    result = cp.quantize(model, splits, bits=(3, 8), budget=cp.Budget("loss", max_drop=0.1))
+    assert result.verdict is not None and result.verdict.items == 497

@@ -1,0 +1,186 @@
+"""What is written is what is read: against compressed-tensors, plain transformers in a new process, our loader."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+import curvprune as cp
+from curvprune import artifact
+from curvprune.layers import find_layers
+from curvprune.options import BITS, Cast, Prune, PruneQuantize, Quantize
+from curvprune.stages import solve_layer
+from tests import tiny
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", [(3, 32), (5, 33), (7, 1), (1, 100)])
+def test_packing_is_that_of_compressed_tensors(bits, shape):
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    codes = torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    for dim, length in ((1, shape[1]), (0, shape[0])):
+        words = artifact.pack(codes, bits, dim=dim)
+        assert torch.equal(words, pack_to_int32(codes, bits, packed_dim=dim))
+        assert torch.equal(artifact.unpack(words, bits, length, dim=dim), codes)
+        assert torch.equal(unpack_from_int32(words, bits, torch.Size(shape), packed_dim=dim), codes)
+
+
+def compress_every_way(model: nn.Module, names: list[str], options: list) -> dict:
+    """Give the layers the options in turn, each solved with a random second moment; the model holds the result."""
+    layers, solved = find_layers(model), {}
+    for i, name in enumerate(names):
+        layer = layers[name]
+        x = torch.randn(layer.groups, 4 * layer.shape[1], layer.shape[1])
+        solved[name] = solve_layer(layer, [options[i % len(options)]], x.transpose(1, 2) @ x)[0]
+        layer.write_(solved[name].weight)
+    return solved
+
+
+MIXED = [
+    *[Quantize(bits=b, group_size=16, symmetric=b % 2 == 0) for b in BITS],
+    Quantize(bits=4),
+    Quantize(bits=8, symmetric=False),
+    Prune(sparsity=0.5),
+    PruneQuantize(prune=Prune(pattern="2:4"), quantize=Quantize(bits=3, group_size=16)),
+]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_plain_transformers_in_a_fresh_process_gives_the_same_logits(tmp_path, tied):
+    from curvprune.pipeline import write_model
+
+    torch.manual_seed(0)
+    original = tiny.llama(tied=tied)
+    model = tiny.llama(tied=tied)
+    names = [n for n in find_layers(model) if n.startswith("model.layers")] + ([] if tied else ["lm_head"])
+    solved = compress_every_way(model, names, MIXED)
+    solved |= compress_every_way(model, ["model.embed_tokens"], [Cast(dtype="float16")])
+    write_model(tmp_path, original, solved, {}, tokenizer=tiny.byte_tokenizer())
+    ids = torch.arange(40).reshape(2, 20)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    script = (
+        "import torch, sys; from transformers import AutoModelForCausalLM as A, AutoTokenizer as T\n"
+        f"m = A.from_pretrained({str(tmp_path)!r}).eval(); T.from_pretrained({str(tmp_path)!r})\n"
+        "assert m.dtype == torch.float32, m.dtype\n"
+        f"torch.save(m(input_ids=torch.arange(40).reshape(2, 20)).logits.detach(), {str(tmp_path / 'logits.pt')!r})"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    theirs = torch.load(tmp_path / "logits.pt", weights_only=True)
+    torch.testing.assert_close(theirs, expected, rtol=1e-5, atol=1e-5)
+    ours = cp.load(tmp_path)
+    torch.testing.assert_close(ours(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert next(ours.parameters()).shape == next(model.parameters()).shape, "unpacked before the first forward pass"
+
+
+def test_bytes_promised_are_bytes_on_disk(tmp_path):
+    model = tiny.llama()
+    layers = find_layers(model)
+    names = [n for n in layers if n.startswith("model.layers")]
+    solved = compress_every_way(model, names, MIXED)
+    artifact.save(tmp_path, model, layers, solved, {})
+    promised = artifact.other_bytes(model, {n: layers[n] for n in names}) + sum(
+        artifact.layer_bytes(model, layers[n], solved[n].option) for n in names
+    )
+    assert sum(size for _, size in artifact.tensor_names(tmp_path).values()) == promised
+    header = (tmp_path / artifact.WEIGHTS).stat().st_size - promised
+    assert 0 < header <= artifact.header_bytes(model, {n: layers[n] for n in names})
+
+
+class Convolutional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.grouped = nn.Conv2d(8, 8, 3, groups=2)
+        self.flat = nn.Conv1d(8, 4, 3)
+        self.table = nn.Embedding(6, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.grouped(torch.relu(self.norm(self.first(x))))).flatten(2)
+        x = self.flat(x).mean(2) + self.table.weight.sum(0)
+        return self.head(x)
+
+
+def test_any_module_round_trips_packed(tmp_path):
+    torch.manual_seed(0)
+    model = Convolutional().eval()
+    model.norm.running_mean.normal_()
+    original = Convolutional().eval()
+    original.load_state_dict(model.state_dict())
+    options = [Quantize(bits=3, symmetric=False), Quantize(bits=5), Quantize(bits=2), Quantize(bits=8)]
+    solved = compress_every_way(model, list(find_layers(model)), options)
+    artifact.save(tmp_path, original, find_layers(original), solved, {})
+    loaded = cp.load(tmp_path, model=Convolutional())
+    for (name, ours), theirs in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert not any(
+        k.endswith(".weight") and k.startswith(("first", "grouped")) for k in artifact.tensor_names(tmp_path)
+    )
+
+
+def test_layers_that_transformers_cannot_unpack_are_stored_dense(tmp_path):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_embd=16, n_layer=1, n_head=2, n_positions=32)).eval()
+    from curvprune.pipeline import write_model
+
+    layers = find_layers(model)
+    assert not artifact.packs(model, layers["transformer.h.0.mlp.c_fc"])
+    original_option = Quantize(bits=4)
+    assert artifact.layer_bytes(model, layers["transformer.h.0.mlp.c_fc"], original_option) == 64 * 16 * 4
+    solved = compress_every_way(model, [n for n in layers if ".h." in n], [original_option])
+    write_model(tmp_path, model, solved, {})
+    ids = torch.arange(10)[None]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_damaged_or_foreign_folders_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"has no curvprune\.json"):
+        cp.load(tmp_path)
+    model = Convolutional()
+    solved = compress_every_way(model, ["head"], [Quantize(bits=4)])
+    artifact.save(tmp_path, model, find_layers(model), solved, {})
+    with pytest.raises(ValueError, match="pass model="):
+        cp.load(tmp_path)
+
+    class Other(Convolutional):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 5)
+
+    with pytest.raises(ValueError, match=r"layer head is \[3, 4\], the model has \(5, 4\)"):
+        cp.load(tmp_path, model=Other())
+
+    class More(Convolutional):
+        def __init__(self) -> None:
+            super().__init__()
+            self.extra = nn.Linear(2, 2)
+
+    with pytest.raises(ValueError, match=r"no tensor for 'extra\.weight'"):
+        cp.load(tmp_path, model=More())
+    del model.table
+    with pytest.raises(ValueError, match=r"'table\.weight' has no place"):
+        cp.load(tmp_path, model=model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_load_with_the_very_weights_that_were_solved(tmp_path, dtype):
+    model = tiny.llama().to(dtype)
+    data = [{"input_ids": torch.randint(0, 256, (4, 30), generator=torch.Generator().manual_seed(0))}]
+    options = [Quantize(bits=4, group_size=16), Quantize(bits=8, symmetric=False), Quantize(bits=3, symmetric=False)]
+    for i, option in enumerate(options):
+        result = cp.compress(model, data, options=[option], layers="model.layers.*")
+        result.save(tmp_path / str(i))
+        loaded = cp.load(tmp_path / str(i)).state_dict()
+        for name, tensor in result.model.state_dict().items():
+            assert loaded[name].dtype == tensor.dtype == dtype
+            assert torch.equal(loaded[name], tensor), name

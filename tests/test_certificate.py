@@ -1,0 +1,517 @@
+"""Certificates against closed forms, brute-force likelihoods, exact enumeration, and simulated error rates."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy import optimize, stats
+
+from curvprune import certificate
+from curvprune.certificate import (
+    Verdict,
+    certify_accuracy,
+    certify_loss,
+    fixed_sequence,
+    items_needed,
+    probability_of_certifying,
+)
+
+ALPHA = 0.05
+
+
+def loss_verdict(difference: NDArray, count: NDArray, *, max_drop: float, **options: object) -> Verdict:
+    base = 2.0 * count
+    return certify_loss(base, base + difference, count, max_drop=max_drop, **options)  # type: ignore[arg-type]
+
+
+def symmetric(size: int, seed: int = 0) -> NDArray:
+    """A sample with no skewness at all, so that the bound is the plain t bound."""
+    half = np.random.default_rng(seed).normal(size=size // 2)
+    return np.concatenate([half, -half])
+
+
+def test_equal_items_without_skew_are_the_paired_t_test() -> None:
+    difference = 0.01 + 0.1 * symmetric(40)
+    count = np.full(40, 7.0)
+    verdict = loss_verdict(7 * difference, count, max_drop=0.05)
+    paired = stats.ttest_rel(2.0 + difference, np.full(40, 2.0), alternative="less")
+    assert verdict.drop == pytest.approx(0.01)
+    assert verdict.stderr == pytest.approx(stats.sem(difference))
+    assert verdict.bound == pytest.approx(paired.confidence_interval(0.95).high)
+    assert (verdict.baseline, verdict.compressed) == (pytest.approx(2.0), pytest.approx(2.01))
+    assert (verdict.items, verdict.clusters, verdict.unit) == (40, None, "nats/token")
+
+
+def test_equal_clusters_are_the_t_test_of_cluster_means() -> None:
+    means = 0.02 + 0.1 * symmetric(12)
+    within = 0.3 * np.random.default_rng(1).normal(size=(12, 5))
+    difference = means[:, None] + within - within.mean(axis=1, keepdims=True)
+    verdict = loss_verdict(
+        3 * difference.ravel(), np.full(60, 3.0), clusters=np.repeat([f"doc{i}" for i in range(12)], 5), max_drop=0.05
+    )
+    interval = stats.ttest_1samp(means, 0.0, alternative="less").confidence_interval(0.95)
+    assert verdict.stderr == pytest.approx(stats.sem(means))
+    assert verdict.bound == pytest.approx(interval.high)
+    assert (verdict.items, verdict.clusters) == (60, 12)
+
+
+def test_stderr_is_the_leave_one_cluster_out_jackknife_of_the_ratio() -> None:
+    rng = np.random.default_rng(2)
+    documents = rng.integers(0, 9, size=50)
+    count = rng.integers(1, 400, size=50).astype(float)
+    difference = rng.normal(size=50) * count**0.5
+    verdict = loss_verdict(difference, count, clusters=documents, max_drop=1.0)
+    ratio = difference.sum() / count.sum()
+    left_out = [difference[documents != c].sum() / count[documents != c].sum() for c in range(9)]
+    assert verdict.drop == pytest.approx(ratio)
+    assert verdict.stderr == pytest.approx(math.sqrt(8 / 9 * sum((value - ratio) ** 2 for value in left_out)))
+
+
+def test_satterthwaite_degrees_against_dense_matrices() -> None:
+    rng = np.random.default_rng(3)
+    for clusters in (2, 5, 17):
+        share = rng.lognormal(0, 1, clusters)
+        share /= share.sum()
+        weight, spread = rng.uniform(0.1, 1, clusters), rng.uniform(0.1, 1, clusters)
+        rows = np.eye(clusters) - share
+        product = rows.T @ np.diag(weight) @ rows @ np.diag(spread)
+        expected = np.trace(product) ** 2 / np.trace(product @ product)
+        assert certificate._satterthwaite(weight, share, spread) == pytest.approx(expected)
+    equal = np.full(8, 1 / 8)
+    assert certificate._satterthwaite(np.ones(8), equal, np.ones(8)) == pytest.approx(7)
+
+
+def test_the_smaller_degrees_of_freedom_are_used() -> None:
+    sizes = np.repeat([1.0, 2.0, 30.0, 60.0], 2)
+    effects = np.tile([1.0, -1.0], 4)  # in pairs of equal size: no skewness
+    verdict = loss_verdict(sizes * effects, sizes, max_drop=1.0)
+    share = sizes / sizes.sum()
+    rows = np.eye(8) - share
+    products = [
+        rows.T @ np.diag((share / (1 - share)) ** 2) @ rows @ np.diag(spread) for spread in (np.ones(8), 1 / sizes)
+    ]
+    degrees = [np.trace(product) ** 2 / np.trace(product @ product) for product in products]
+    assert degrees[0] < degrees[1] - 0.5
+    assert verdict.bound == pytest.approx(verdict.stderr * stats.t.ppf(0.95, degrees[0]))
+
+
+def test_skewness_towards_losses_widens_the_certificate_and_towards_gains_the_violation() -> None:
+    sample = np.random.default_rng(4).lognormal(0, 1, 30)
+    sample -= sample.mean()
+    se = stats.sem(sample)
+    kappa = np.sum(sample**3) / np.sum(sample**2) ** 1.5
+    t = stats.t.ppf(0.95, 29)
+    assert kappa > 0
+    towards_losses = loss_verdict(sample, np.ones(30), max_drop=0.0)
+    assert towards_losses.bound == pytest.approx(se * (t + kappa * (2 * t**2 + 1) / 6))
+    assert loss_verdict(-sample, np.ones(30), max_drop=0.0).bound == pytest.approx(se * t)
+    for sign, status in ((1, "VIOLATED"), (-1, "INCONCLUSIVE")):
+        assert loss_verdict(sign * sample + 2 * se * t, np.ones(30), max_drop=0.999 * se * t).status == status
+
+
+def test_the_three_verdicts_and_the_items_that_would_decide() -> None:
+    noise = 0.1 * symmetric(100, seed=5)
+    count = np.ones(100)
+    se = stats.sem(noise)
+    t = stats.t.ppf(0.95, 99)
+    for drop, max_drop, status in (
+        (0.0, 1.01 * t * se, "CERTIFIED"),
+        (0.0, 0.99 * t * se, "INCONCLUSIVE"),
+        (0.1 + 1.01 * t * se, 0.1, "VIOLATED"),
+        (0.1 + 0.99 * t * se, 0.1, "INCONCLUSIVE"),
+    ):
+        verdict = loss_verdict(noise + drop, count, max_drop=max_drop)
+        assert verdict.status == status
+        assert (verdict.needed is None) == (status != "INCONCLUSIVE")
+        if verdict.needed is not None:
+            exact = 100 * ((t + stats.norm.ppf(0.8)) * se / (max_drop - drop)) ** 2
+            assert verdict.needed == math.ceil(exact) > 100
+
+
+def test_needed_items_do_decide_with_the_promised_power() -> None:
+    rng = np.random.default_rng(6)
+    pilot = loss_verdict(0.1 * symmetric(60, seed=7), np.ones(60), max_drop=0.01)
+    assert pilot.needed is not None
+    spread = pilot.stderr * math.sqrt(60)
+    runs = [loss_verdict(rng.normal(0, spread, pilot.needed), np.ones(pilot.needed), max_drop=0.01) for _ in range(400)]
+    share = np.mean([run.status == "CERTIFIED" for run in runs])
+    assert abs(share - 0.8) < 4 * math.sqrt(0.8 * 0.2 / 400)
+
+
+def test_a_drop_equal_to_the_budget_needs_no_number_of_items() -> None:
+    verdict = loss_verdict(np.array([1.0, -1.0, 2.0, -2.0]), np.ones(4), max_drop=0.0)
+    assert (verdict.status, verdict.drop, verdict.needed) == ("INCONCLUSIVE", 0.0, None)
+
+
+def test_identical_differences_are_decided_by_their_value() -> None:
+    count = np.array([3.0, 5.0, 11.0, 2.0])
+    for max_drop, status in ((0.3, "CERTIFIED"), (0.29, "VIOLATED")):
+        verdict = certify_loss(2.1 * count, 2.4 * count, count, max_drop=max_drop + 1e-9)
+        assert (verdict.status, verdict.stderr) == (status, 0.0)
+    same = certify_loss(count, count, count, max_drop=0.0)
+    assert (same.status, same.drop, same.bound) == ("CERTIFIED", 0.0, 0.0)
+
+
+def simulate_loss(clusters: int, spread: float, correlation: float, runs: int, seed: int) -> float:
+    """Share of runs CERTIFIED at a true drop equal to the budget; lognormal cluster sizes, normal effects."""
+    rng = np.random.default_rng(seed)
+    accepted = 0
+    for _ in range(runs):
+        sizes = np.maximum(1, np.round(np.exp(rng.normal(3, spread, clusters))))
+        effects = sizes * math.sqrt(correlation) * rng.normal(size=clusters)
+        noise = np.sqrt(sizes * (1 - correlation)) * rng.normal(size=clusters)
+        verdict = loss_verdict(0.1 * sizes + effects + noise, sizes, max_drop=0.1, clusters=np.arange(clusters))
+        accepted += verdict.status == "CERTIFIED"
+    return accepted / runs
+
+
+def within_error(rate: float, runs: int) -> bool:
+    return rate <= ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / runs)
+
+
+@pytest.mark.parametrize("clusters", [8, 20, 60])
+@pytest.mark.parametrize("spread", [0.0, 1.2])
+def test_wrong_certificates_of_loss_stay_below_the_nominal_rate(clusters: int, spread: float) -> None:
+    rate = simulate_loss(clusters, spread, 0.3, 2000, seed=clusters)
+    assert within_error(rate, 2000) and rate > 0.002
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("clusters", [3, 8, 20, 60, 300])
+@pytest.mark.parametrize("spread", [0.0, 0.5, 1.0, 1.5])
+@pytest.mark.parametrize("correlation", [0.05, 0.5])
+def test_wrong_certificates_of_loss_large(clusters: int, spread: float, correlation: float) -> None:
+    assert within_error(simulate_loss(clusters, spread, correlation, 20_000, seed=clusters), 20_000)
+
+
+def test_the_plain_cluster_robust_bound_would_not_be_honest() -> None:
+    """The reason for the jackknife and Satterthwaite's degrees: the usual formula fails this very simulation."""
+    rng = np.random.default_rng(8)
+    sizes = np.maximum(1, np.round(np.exp(rng.normal(3, 1.2, (4000, 20)))))
+    total = (
+        sizes
+        + sizes * math.sqrt(0.3) * rng.normal(size=sizes.shape)
+        + np.sqrt(0.7 * sizes) * rng.normal(size=sizes.shape)
+    )
+    ratio = total.sum(1) / sizes.sum(1)
+    residual = total - ratio[:, None] * sizes
+    se = np.sqrt(20 / 19 * np.sum(residual**2, axis=1)) / sizes.sum(1)
+    assert np.mean(ratio + stats.t.ppf(0.95, 19) * se <= 1.0) > 0.08
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([1.0, 2.0], [1.0], [1.0, 1.0]), "lengths differ.*'compressed_sum': 1"),
+        (([1.0, math.nan], [1.0, 1.0], [1.0, 1.0]), r"baseline_sum is not finite at items \[1\]"),
+        (([1.0, 1.0], [1.0, math.inf], [1.0, 1.0]), r"compressed_sum is not finite at items \[1\]"),
+        (([1.0, 1.0], [1.0, 1.0], [1.0, 0.0]), r"items \[1\] have none"),
+        (([1.0], [1.0], [1.0]), "1 items.*at least 2"),
+        (([], [], []), "0 items.*at least 2"),
+        (([[1.0]], [[1.0]], [[1.0]]), "expected one number per item"),
+    ],
+)
+def test_bad_losses(arguments: tuple[list, list, list], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        certify_loss(*arguments, max_drop=0.1)
+
+
+def test_bad_clusters_and_limits() -> None:
+    ones = [1.0, 1.0, 1.0]
+    for clusters, message in ((["a"] * 3, "1 clusters.*finer"), (["a", "b"], "2 entries for 3 items")):
+        with pytest.raises(ValueError, match=message):
+            certify_loss(ones, ones, ones, clusters=clusters, max_drop=0.1)
+        with pytest.raises(ValueError, match=message):
+            certify_accuracy(ones, ones, clusters=clusters, max_drop=0.1)
+    for limits in ({"max_drop": -0.1}, {"max_drop": math.nan}, {"max_drop": 0.1, "confidence": 95.0}):
+        with pytest.raises(ValueError, match=r"max_drop=|confidence="):
+            certify_loss(ones, ones, ones, **limits)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"max_drop=|confidence="):
+            certify_accuracy(ones, ones, **limits)
+
+
+def results(n01: int, n10: int, items: int) -> tuple[NDArray, NDArray]:
+    """Baseline and compressed correctness with the given disagreements; the rest alternate right and wrong."""
+    base = np.arange(items) % 2 == 0
+    comp = base.copy()
+    base[:n01], comp[:n01] = True, False
+    base[n01 : n01 + n10], comp[n01 : n01 + n10] = False, True
+    return base, comp
+
+
+def accuracy_verdict(n01: int, n10: int, items: int, *, max_drop: float) -> Verdict:
+    return certify_accuracy(*results(n01, n10, items), max_drop=max_drop)
+
+
+@pytest.mark.parametrize("drop", [-0.2, -0.01, 0.01, 0.05, 0.3])
+def test_restricted_likelihood_against_numeric_maximisation(drop: float) -> None:
+    items = 60
+    for n01, n10 in ((0, 0), (3, 0), (0, 4), (5, 2), (20, 11)):
+        low, high = max(0.0, -drop), (1 - drop) / 2
+
+        def negative(gains: float, n01: int = n01, n10: int = n10) -> float:
+            parts = ((n01, gains + drop), (n10, gains), (items - n01 - n10, 1 - drop - 2 * gains))
+            return -sum(number * math.log(max(p, 1e-300)) for number, p in parts if number)
+
+        best = optimize.minimize_scalar(negative, bounds=(low, high), method="bounded", options={"xatol": 1e-10}).x
+        found = float(certificate._restricted_gains(np.array([float(n01)]), np.array([float(n10)]), items, drop)[0])
+        assert found == pytest.approx(best, abs=2e-6)
+        variance = 2 * best + drop * (1 - drop)
+        score = float(certificate._score(np.array(n01), np.array(n10), items, drop)[0])
+        assert score == pytest.approx((n01 - n10 - items * drop) / math.sqrt(items * variance), rel=1e-3)
+
+
+@pytest.mark.parametrize("drop", [-0.3, -0.05, 0.0, 0.01, 0.1, 0.5])
+def test_score_rises_with_losses_and_falls_with_gains(drop: float) -> None:
+    """The exact p-value walks along this order, so it must hold everywhere."""
+    b, c = np.meshgrid(np.arange(31), np.arange(31), indexing="ij")
+    score = np.where(b + c <= 30, certificate._score(b, c, 30, drop), np.nan)
+    assert np.nanmin(np.diff(score, axis=0)) > 0 and np.nanmax(np.diff(score, axis=1)) < 0
+
+
+@pytest.mark.parametrize(
+    ("n01", "n10", "items", "drop"), [(1, 2, 25, 0.1), (0, 0, 30, 0.08), (3, 1, 20, 0.3), (6, 9, 30, 0.02)]
+)
+def test_p_value_against_enumeration_of_every_outcome(n01: int, n10: int, items: int, drop: float) -> None:
+    def score(b: int, c: int) -> float:
+        return float(certificate._score(np.array(b), np.array(c), items, drop)[0])
+
+    observed = score(n01, n10)
+    extreme = [(b, c) for b in range(items + 1) for c in range(items + 1 - b) if score(b, c) <= observed + 1e-9]
+    table = np.array([(b, c, items - b - c) for b, c in extreme])
+    low = stats.beta.ppf(5e-5, n10, items - n10 + 1) if n10 else 0.0
+    high = min(stats.beta.isf(5e-5, n10 + 1, items - n10), (1 - drop) / 2)
+    worst = max(
+        stats.multinomial.pmf(table, items, [gains + drop, gains, 1 - drop - 2 * gains]).sum()
+        for gains in np.linspace(low, high, 400)
+    )
+    assert certificate._p_value(n01, n10, items, drop) == pytest.approx(worst + 1e-4, abs=5e-5)
+
+
+def test_accuracy_fields_and_consistency_of_bound_and_status() -> None:
+    verdict = accuracy_verdict(12, 4, 400, max_drop=0.05)
+    base, comp = results(12, 4, 400)
+    assert (verdict.baseline, verdict.compressed) == (base.mean(), comp.mean())
+    assert verdict.drop == pytest.approx(8 / 400)
+    assert verdict.stderr == pytest.approx(math.sqrt((16 / 400 - 0.02**2) / 400))
+    # At the bound the one-sided p-value passes alpha.
+    assert (
+        certificate._p_value(12, 4, 400, verdict.bound + 1e-4)
+        < ALPHA
+        < certificate._p_value(12, 4, 400, verdict.bound - 1e-4)
+    )
+    # Away from the corners exact and score interval agree.
+    tango = optimize.brentq(
+        lambda d: float(certificate._score(np.array(12), np.array(4), 400, d)[0]) + stats.norm.ppf(0.95), 0.02, 0.2
+    )
+    assert verdict.bound == pytest.approx(tango, rel=0.05)
+    assert accuracy_verdict(12, 4, 400, max_drop=verdict.bound + 1e-5).status == "CERTIFIED"
+    assert accuracy_verdict(12, 4, 400, max_drop=verdict.bound - 1e-4).status == "INCONCLUSIVE"
+    assert accuracy_verdict(40, 4, 400, max_drop=0.01).status == "VIOLATED"
+    assert accuracy_verdict(4, 40, 400, max_drop=0.0).status == "CERTIFIED"
+
+
+def test_agreement_on_every_item_certifies_only_with_enough_items() -> None:
+    """With no disagreement the exact bound is that of a binomial with none observed: 1 - alpha^(1/N)."""
+    for items in (20, 299, 3000):
+        verdict = accuracy_verdict(0, 0, items, max_drop=0.0)
+        assert verdict.bound == pytest.approx(1 - (ALPHA - 1e-4) ** (1 / items), rel=1e-3)
+    assert accuracy_verdict(0, 0, 280, max_drop=0.01).status == "INCONCLUSIVE"
+    assert accuracy_verdict(0, 0, 280, max_drop=0.01).needed == math.ceil(math.log(0.05) / math.log(0.99)) == 299
+    assert accuracy_verdict(0, 0, 310, max_drop=0.01).status == "CERTIFIED"
+
+
+def test_one_item_is_never_enough_but_is_no_error() -> None:
+    assert certify_accuracy([True], [True], max_drop=0.5).status == "INCONCLUSIVE"
+
+
+def test_needed_items_of_accuracy() -> None:
+    verdict = accuracy_verdict(12, 9, 300, max_drop=0.02)
+    z = stats.norm.ppf(0.95) + stats.norm.ppf(0.8)
+    assert verdict.status == "INCONCLUSIVE"
+    assert verdict.needed == math.ceil(z**2 * (21 / 300 - 0.01**2) / 0.01**2)
+    assert accuracy_verdict(6, 0, 300, max_drop=0.02).needed is None
+
+
+@functools.cache
+def certified(n01: int, n10: int, items: int, max_drop: float) -> bool:
+    return n01 - n10 < items * max_drop and certificate._p_value(n01, n10, items, max_drop) <= ALPHA
+
+
+def exact_size(items: int, max_drop: float, rho: float) -> tuple[float, float]:
+    """P(CERTIFIED) at true drop == max_drop, summed over outcomes: (this test, plain score test)."""
+    gains, losses = (rho - max_drop) / 2, (rho + max_drop) / 2
+    ours = plain = 0.0
+    for n10 in range(items + 1):
+        weight = stats.binom.pmf(n10, items, gains)
+        if weight < 1e-9:
+            continue
+        given = losses / (1 - gains)
+        low, high = -1, items - n10
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if certified(middle, n10, items, max_drop) else (low, middle - 1)
+        ours += weight * stats.binom.cdf(low, items - n10, given)
+        grid = np.arange(items - n10 + 1)
+        passes = certificate._score(grid, np.full(grid.shape, n10), items, max_drop) <= -stats.norm.ppf(0.95)
+        plain += weight * stats.binom.pmf(grid[passes], items - n10, given).sum()
+    return ours, plain
+
+
+@pytest.mark.parametrize(("items", "max_drop", "rho"), [(270, 0.01, 0.01), (200, 0.02, 0.03), (300, 0.02, 0.02)])
+def test_wrong_certificates_of_accuracy_exactly(items: int, max_drop: float, rho: float) -> None:
+    assert exact_size(items, max_drop, rho)[0] <= ALPHA
+
+
+def test_the_plain_score_test_would_exceed_the_nominal_rate() -> None:
+    ours, plain = exact_size(270, 0.01, 0.01)
+    assert plain > 0.06 and ours <= ALPHA
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("items", [200, 300, 1000, 5000])
+@pytest.mark.parametrize("max_drop", [0.01, 0.02, 0.05])
+@pytest.mark.parametrize("rho", [0.01, 0.05, 0.1, 0.2])
+def test_wrong_certificates_of_accuracy_large(items: int, max_drop: float, rho: float) -> None:
+    rng = np.random.default_rng(items)
+    runs, rho = 2000, max(rho, max_drop)
+    split = [(rho + max_drop) / 2, (rho - max_drop) / 2, 1 - rho]
+    draws = rng.multinomial(items, split, size=runs)
+    rate = float(np.mean([certified(int(b), int(c), items, max_drop) for b, c, _ in draws]))
+    assert within_error(rate, runs)
+
+
+def simulate_clustered_accuracy(clusters: int, correlation: float, runs: int, seed: int) -> float:
+    rng = np.random.default_rng(seed)
+    accepted = 0
+    scale = 1 / correlation - 1
+    for _ in range(runs):
+        sizes = np.maximum(1, np.round(20 * np.exp(rng.normal(0, 0.7, clusters)))).astype(int)
+        lost = rng.binomial(sizes, rng.beta(0.05 * scale, 0.95 * scale, clusters))
+        won = np.minimum(rng.binomial(sizes, rng.beta(0.02 * scale, 0.98 * scale, clusters)), sizes - lost)
+        columns = [results(int(b), int(c), int(n)) for b, c, n in zip(lost, won, sizes, strict=True)]
+        base, comp = (np.concatenate([column[side] for column in columns]) for side in (0, 1))
+        verdict = certify_accuracy(base, comp, clusters=np.repeat(np.arange(clusters), sizes), max_drop=0.03)
+        accepted += verdict.status == "CERTIFIED"
+    return accepted / runs
+
+
+@pytest.mark.parametrize("clusters", [10, 60])
+def test_wrong_certificates_of_clustered_accuracy(clusters: int) -> None:
+    assert within_error(simulate_clustered_accuracy(clusters, 0.2, 150, seed=clusters), 150)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("clusters", [10, 20, 60])
+@pytest.mark.parametrize("correlation", [0.02, 0.1, 0.3])
+def test_wrong_certificates_of_clustered_accuracy_large(clusters: int, correlation: float) -> None:
+    assert within_error(simulate_clustered_accuracy(clusters, correlation, 1000, seed=clusters), 1000)
+
+
+def test_clusters_cannot_certify_what_independent_items_would_not() -> None:
+    base, comp = results(0, 0, 400)
+    documents = np.repeat(np.arange(8), 50)
+    assert certify_accuracy(base, comp, max_drop=0.01).status == "CERTIFIED"
+    verdict = certify_accuracy(base, comp, clusters=documents, max_drop=0.01)
+    # Design effect 1 + 0.1 * 49 = 5.9, so 400 items count as 67.
+    assert verdict.status == "INCONCLUSIVE" and verdict.clusters == 8
+    assert verdict.bound == pytest.approx(1 - (ALPHA - 1e-4) ** (1 / 67), rel=1e-3)
+    assert verdict.needed == math.ceil(5.9 * math.log(0.05) / math.log(0.99))
+    singles = certify_accuracy(*results(12, 4, 400), clusters=np.arange(400), max_drop=0.05)
+    assert singles.bound == pytest.approx(accuracy_verdict(12, 4, 400, max_drop=0.05).bound, rel=0.1)
+
+
+def test_clustered_losses_violate() -> None:
+    base = np.ones(600, dtype=bool)
+    comp = np.arange(600) % 3 != 0
+    verdict = certify_accuracy(base, comp, clusters=np.repeat(np.arange(30), 20), max_drop=0.05)
+    assert verdict.status == "VIOLATED" and verdict.drop == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("base", "comp", "message"),
+    [
+        ([1, 0], [1], "lengths differ"),
+        ([1, 0.5], [1, 1], "booleans or 0/1"),
+        ([1, math.nan], [1, 1], "baseline_correct is not finite"),
+        ([], [], "no items"),
+    ],
+)
+def test_bad_accuracies(base: list, comp: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        certify_accuracy(base, comp, max_drop=0.1)
+    with pytest.raises(ValueError, match=r"0\.01 for one percentage point"):
+        certify_accuracy([1, 0], [1, 0], max_drop=1.0)
+
+
+def test_probability_of_certifying_against_simulation() -> None:
+    rng = np.random.default_rng(9)
+    truth = rng.normal(0.01, 0.004, 200_000)
+    seen = truth + rng.normal(0, 0.003, truth.size)
+    share = np.mean(seen + stats.norm.ppf(0.9) * 0.003 <= 0.02)
+    assert probability_of_certifying(0.01, 0.004, 0.003, max_drop=0.02, confidence=0.9) == pytest.approx(
+        share, abs=0.005
+    )
+    assert probability_of_certifying(0.01, 0.0, 0.0, max_drop=0.02) == 1.0
+    assert probability_of_certifying(0.03, 0.0, 0.0, max_drop=0.02) == 0.0
+    for bad in ((math.nan, 0.1, 0.1), (0.0, -0.1, 0.1), (0.0, 0.1, math.inf)):
+        with pytest.raises(ValueError, match="probability_of_certifying"):
+            probability_of_certifying(*bad, max_drop=0.02)
+
+
+def test_items_needed_are_the_published_numbers() -> None:
+    numbers = [items_needed(math.sqrt(rho), max_drop=0.01) for rho in (0.02, 0.05, 0.10)]
+    assert numbers == [1237, 3092, 6183]
+    assert items_needed(0.5, max_drop=0.02, drop=0.01) == items_needed(1.0, max_drop=0.02)
+    assert items_needed(0.0, max_drop=0.02) == 1
+    for arguments in ({"drop": 0.02}, {"drop": 0.03}, {"power": 1.0}, {"power": 0.2}):
+        with pytest.raises(ValueError, match="items_needed"):
+            items_needed(0.1, max_drop=0.02, **arguments)
+    with pytest.raises(ValueError, match="sd=-1"):
+        items_needed(-1.0, max_drop=0.02)
+
+
+def test_items_needed_give_the_promised_power() -> None:
+    items = items_needed(0.3, max_drop=0.05, drop=0.01, power=0.9)
+    means = np.random.default_rng(10).normal(0.01, 0.3 / math.sqrt(items), 20_000)
+    assert np.mean(means + stats.norm.ppf(0.95) * 0.3 / math.sqrt(items) <= 0.05) == pytest.approx(0.9, abs=0.01)
+
+
+def test_fixed_sequence_stops_at_the_first_failure() -> None:
+    passed = loss_verdict(np.zeros(4), np.ones(4), max_drop=0.1)
+    failed = loss_verdict(np.array([1.0, -1.0, 2.0, -2.0]), np.ones(4), max_drop=0.1)
+    assert (passed.status, failed.status) == ("CERTIFIED", "INCONCLUSIVE")
+    assert fixed_sequence([]) is None
+    assert fixed_sequence([failed, passed]) is None
+    assert fixed_sequence([passed, passed, failed, passed]) == 1
+    assert fixed_sequence([passed, passed]) == 1
+
+
+def test_fixed_sequence_keeps_the_error_rate_over_many_plans() -> None:
+    """Of ten plans the last seven are at the budget: a false certificate in at most 5 % of the runs."""
+    rng = np.random.default_rng(11)
+    drops = np.array([-1.0, -0.5, -0.2] + [0.0] * 7)
+    wrong, runs = 0, 600
+    for _ in range(runs):
+        sequence = [loss_verdict(0.2 + drop + 0.3 * rng.normal(size=25), np.ones(25), max_drop=0.2) for drop in drops]
+        last = fixed_sequence(sequence)
+        wrong += last is not None and drops[last] >= 0
+    assert within_error(wrong / runs, runs)
+
+
+def test_verdict_round_trips_through_json() -> None:
+    for verdict in (
+        loss_verdict(symmetric(10), np.full(10, 2), max_drop=0.1, clusters=[f"d{i}" for i in range(10)]),
+        accuracy_verdict(3, 1, 50, max_drop=0.1),
+    ):
+        record = json.loads(json.dumps(verdict.to_dict(), allow_nan=False))
+        assert Verdict.from_dict(record) == verdict
+    record["stderr"] = None
+    assert math.isnan(Verdict.from_dict(record).stderr)
+    with pytest.raises(ValueError, match="unknown keys"):
+        Verdict.from_dict(record | {"p_value": 0.1})

@@ -1,0 +1,118 @@
+"""Splits share nothing, padding is described by masks, and sources are what they say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from curvprune.data import (
+    DIGITS_TRAINING,
+    PURPOSES,
+    collate,
+    digits,
+    digits_splits,
+    itemize,
+    python_docs,
+    split_items,
+    text_splits,
+)
+
+
+def test_collate_pads_on_the_right_and_says_so():
+    items = [{"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([[1, 2, 3]])},
+             {"input_ids": torch.tensor([[4]]), "labels": torch.tensor([[4]])}]  # fmt: skip
+    batch = collate(items)
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[1, 2, 3], [4, -100, -100]]
+    assert items[1]["input_ids"].shape == (1, 1), "items must not change"
+
+
+def test_itemize_undoes_batches_of_both_kinds():
+    pairs = [(torch.arange(6).reshape(3, 2), torch.tensor([0, 1, 2])), (torch.ones(1, 2), torch.tensor([3]))]
+    items = itemize(pairs)
+    assert len(items) == 4 and items[2][0].tolist() == [[4, 5]] and items[3][1].tolist() == [3]
+    dicts = itemize([{"x": torch.arange(4).reshape(2, 2), "labels": torch.tensor([5, 6])}])
+    assert [d["labels"].tolist() for d in dicts] == [[5], [6]]
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([(torch.ones(1, 2), torch.ones(1)), (torch.ones(1, 3), torch.ones(1))], "inputs of one shape"),
+        ([{"x": torch.ones(1, 2)}, {"y": torch.ones(1, 2)}], "same keys"),
+        ([{"x": torch.ones(1, 2)}, {"x": torch.ones(1, 3)}], "'x' has different shapes"),
+    ],
+)
+def test_items_that_cannot_be_batched(items, message):
+    with pytest.raises(ValueError, match=message):
+        collate(items)
+
+
+def test_bad_data_is_refused():
+    with pytest.raises(ValueError, match="data is empty"):
+        itemize([])
+    with pytest.raises(ValueError, match="a batch without tensors"):
+        itemize([{}])
+    with pytest.raises(ValueError, match="at least 16"):
+        split_items([(torch.ones(5, 2), torch.zeros(5))], seed=0)
+
+
+def test_split_items_deals_every_item_once():
+    data = [(torch.arange(30.0)[:, None], torch.zeros(30, dtype=torch.long))]
+    splits = split_items(data, seed=1)
+    values = [{float(i[0]) for i in getattr(splits, p).items} for p in PURPOSES]
+    assert [len(v) for v in values] == [7, 4, 4, 15]
+    assert set.union(*values) == set(range(30))
+    assert splits.calibrate.sha256() == split_items(data, seed=1).calibrate.sha256()
+    assert splits.calibrate.sha256() != split_items(data, seed=2).calibrate.sha256()
+
+
+def test_text_splits_share_no_document_and_spread_over_documents():
+    rng = np.random.default_rng(0)
+    documents = {f"d{i}": rng.integers(0, 100, size=rng.integers(40, 900)).tolist() for i in range(30)}
+    counts = {"calibrate": 12, "price": 6, "select": 10, "certify": 25}
+    splits = text_splits(documents, length=64, counts=counts, seed=0)
+    parts = [getattr(splits, p) for p in PURPOSES]
+    assert [len(p.items) for p in parts] == list(counts.values())
+    names = [name for p in parts for name in set(p.documents)]
+    assert len(names) == len(set(names)) > 25, "no document in two splits, and nearly all take part"
+    for part in parts:
+        for item, name in zip(part.items, part.documents, strict=True):
+            window = item["input_ids"][0].tolist()
+            assert 32 <= len(window) <= 64
+            text = documents[name]
+            assert any(text[i : i + len(window)] == window for i in range(0, len(text), 64))
+
+
+def test_too_little_text_says_how_much_there_is():
+    with pytest.raises(ValueError, match=r"only 2 sequences of 64 tokens in 2 documents: .*select 0 of 4"):
+        counts = {"calibrate": 1, "price": 1, "select": 4, "certify": 1}
+        text_splits({"a": list(range(64)), "b": list(range(64))}, length=64, counts=counts, seed=0)
+
+
+def test_python_docs_share_no_paragraph():
+    documents = python_docs()
+    assert len(documents) > 50
+    seen: dict[str, str] = {}
+    for name, text in documents.items():
+        for paragraph in text.split("\n\n"):
+            key = " ".join(paragraph.split())
+            if len(key) >= 80:
+                assert key not in seen, f"{name} and {seen.get(key)} share: {key[:60]}"
+                seen[key] = name
+
+
+def test_digits_splits_are_fresh_and_disjoint():
+    images, labels = digits()
+    assert images.shape == (1797, 1, 8, 8) and float(images.min()) >= 0 and float(images.max()) == 1
+    counts = {"calibrate": 50, "price": 20, "select": 60, "certify": 70}
+    splits = digits_splits(counts=counts, seed=3)
+    indices = [int(n.split()[1]) for p in PURPOSES for n in getattr(splits, p).documents]
+    assert len(set(indices)) == 200 and min(indices) >= DIGITS_TRAINING
+    item = splits.certify.items[0]
+    index = int(splits.certify.documents[0].split()[1])
+    assert torch.equal(item["pixel_values"][0], images[index]) and int(item["labels"]) == int(labels[index])
+    with pytest.raises(ValueError, match="897 images"):
+        digits_splits(counts={**counts, "certify": 800}, seed=0)

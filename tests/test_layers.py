@@ -1,0 +1,75 @@
+"""Layers as matrices: reading, writing, and inputs as rows, against the modules' own forward pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from curvprune.layers import find_layers
+
+CONVOLUTIONS = [
+    nn.Conv2d(4, 6, 3, padding=1),
+    nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
+    nn.Conv2d(4, 6, 3, padding="same", dilation=2),
+    nn.Conv2d(4, 6, 3, padding="valid"),
+    nn.Conv2d(4, 6, 3, padding=1, groups=2),
+    nn.Conv2d(4, 4, 3, padding=1, groups=4),
+    nn.Conv2d(4, 6, 3, padding=2, padding_mode="circular"),
+    nn.Conv2d(4, 6, 2, padding="same", padding_mode="reflect"),
+    nn.Conv1d(4, 6, 3, stride=2, padding=2, dilation=2),
+    nn.Conv1d(4, 6, 4, padding="same"),
+    nn.Conv1d(4, 6, 3, groups=2),
+]
+
+
+@pytest.mark.parametrize("conv", CONVOLUTIONS, ids=str)
+def test_convolution_is_its_matrix_times_its_rows(conv):
+    model = nn.Sequential(conv)
+    layer = find_layers(model)["0"]
+    x = torch.randn(3, 4, 9) if isinstance(conv, nn.Conv1d) else torch.randn(3, 4, 9, 8)
+    rows = layer.rows(conv, x)
+    weight = layer.as_matrix(conv.weight).reshape(layer.groups, -1, layer.shape[1])
+    output = torch.einsum("goi,gni->gno", weight, rows)
+    own = (conv(x) - conv.bias.reshape(1, -1, *[1] * (x.ndim - 2))).movedim(1, -1).reshape(-1, conv.out_channels)
+    torch.testing.assert_close(output.movedim(0, 1).reshape(-1, conv.out_channels), own, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("module", [nn.Linear(5, 3), Conv1D(3, 5), nn.Embedding(7, 4), *CONVOLUTIONS[:2]], ids=str)
+def test_writing_a_matrix_reads_back(module):
+    layer = find_layers(nn.Sequential(module))["0"]
+    matrix = torch.randn(layer.shape)
+    layer.write_(matrix)
+    torch.testing.assert_close(layer.as_matrix(module.weight), matrix)
+    if isinstance(module, (nn.Linear, Conv1D)):
+        x = torch.randn(2, 6, 5)
+        torch.testing.assert_close(module(x) - module.bias, x @ matrix.t(), rtol=1e-4, atol=1e-5)
+        assert layer.rows(module, x).shape == (1, 12, 5)
+
+
+def test_tied_weights_are_one_layer():
+    config = LlamaConfig(vocab_size=10, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    config.tie_word_embeddings = True
+    layers = find_layers(LlamaForCausalLM(config))
+    assert layers["model.embed_tokens"].aliases == ("lm_head",)
+    assert layers["model.embed_tokens"].kind == "embedding"
+    assert len(layers["model.embed_tokens"].readers) == 1
+    assert "lm_head" not in layers and len(layers) == 8
+    assert list(find_layers(LlamaForCausalLM(config), "lm_head")) == ["model.embed_tokens"]
+
+
+def test_transformers_conv1d_is_found_as_out_by_in():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=12, n_embd=8, n_layer=1, n_head=2, n_positions=6))
+    layers = find_layers(model, "transformer.h.*")
+    assert layers["transformer.h.0.attn.c_attn"].shape == (24, 8)
+    assert layers["transformer.h.0.attn.c_attn"].kind == "conv1d"
+
+
+def test_a_glob_without_a_match_names_the_nearest_layer():
+    model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "decoder": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match=r"'encodr' matches none of the 2 .* nearest layer is 'encoder'"):
+        find_layers(model, ["decoder", "encodr"])
+    with pytest.raises(ValueError, match="no compressible layers"):
+        find_layers(nn.ReLU())

@@ -1,0 +1,169 @@
+"""Objectives against torch's and transformers' own losses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from curvprune.objective import CausalLM, Classification, LabelFree, evaluate, evaluating, make_objective, sampled_loss
+
+
+@pytest.fixture(scope="module")
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 40, shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_causal_lm_is_the_loss_of_transformers(llama):
+    ids = tokens(3, 7)
+    labels = ids.clone()
+    labels[0, :4] = -100
+    labels[2, 5] = -100
+    total, count = CausalLM().loss(llama, {"input_ids": ids, "labels": labels})
+    theirs = llama(input_ids=ids, labels=labels).loss
+    assert count == int((labels[:, 1:] != -100).sum())
+    assert float(total) / count == pytest.approx(float(theirs), rel=1e-6)
+
+
+def test_padding_on_either_side_changes_nothing(llama):
+    ids = tokens(1, 6)
+    plain = evaluate(llama, [{"input_ids": ids}], CausalLM())
+    for left in (0, 3):
+        padded = F.pad(ids, (left, 3 - left))
+        mask = F.pad(torch.ones_like(ids), (left, 3 - left))
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        batch = {"input_ids": padded, "attention_mask": mask, "position_ids": places}
+        result = evaluate(llama, [batch], CausalLM())
+        assert result.count.tolist() == plain.count.tolist() == [5.0]
+        assert result.loss.item() == pytest.approx(plain.loss.item(), rel=1e-5)
+
+
+def test_ragged_batches_give_the_mean_over_tokens_not_over_batches(llama):
+    ids = tokens(5, 8)
+    whole = evaluate(llama, [{"input_ids": ids}], CausalLM())
+    parts = evaluate(llama, [{"input_ids": ids[:4]}, {"input_ids": ids[4:]}], CausalLM())
+    torch.testing.assert_close(parts.loss, whole.loss, rtol=1e-5, atol=1e-6)
+    assert parts.mean_loss == pytest.approx(whole.mean_loss, rel=1e-6)
+
+
+def test_evaluation_uses_eval_mode_and_restores_each_module():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.9), nn.Linear(4, 3))
+    model.train()
+    model[2].eval()
+    batch = (torch.ones(2, 4), torch.tensor([0, 1]))
+    first, second = (evaluate(model, [batch], Classification()).loss for _ in range(2))
+    assert torch.equal(first, second)
+    assert [m.training for m in model.modules()] == [True, True, True, False]
+    with pytest.raises(RuntimeError, match="boom"), evaluating(model):
+        raise RuntimeError("boom")
+    assert [m.training for m in model.modules()] == [True, True, True, False]
+
+
+def test_classification_counts_hits_and_skips_ignored_labels():
+    model = nn.Identity()
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
+    labels = torch.tensor([0, 0, -100])
+    result = evaluate_identity(model, logits, labels)
+    assert result.count.tolist() == [1, 1, 0]
+    assert result.correct.tolist() == [1, 0, 0]
+    expected = F.cross_entropy(logits[:2], labels[:2], reduction="none")
+    torch.testing.assert_close(result.loss[:2], expected.double())
+
+
+def evaluate_identity(model, logits, labels):
+    return Classification().item_results(model, (logits, labels))
+
+
+def test_sequence_classification_of_transformers():
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(
+        BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    ).eval()
+    batch = {
+        "input_ids": tokens(3, 5),
+        "attention_mask": torch.ones(3, 5, dtype=torch.long),
+        "labels": torch.tensor([0, 1, 1]),
+    }
+    objective = make_objective("auto", model, batch)
+    assert isinstance(objective, Classification) and objective.unit == "nats/example"
+    total, count = objective.loss(model, batch)
+    assert float(total) / count == pytest.approx(float(model(**batch).loss), rel=1e-6)
+
+
+def test_label_free_is_the_kl_divergence_and_zero_at_the_reference(llama):
+    torch.manual_seed(1)
+    other = LlamaForCausalLM(llama.config).eval()
+    ids = tokens(2, 6)
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    objective = make_objective("label-free", llama, batch)
+    assert objective.unit == "nats/token"
+    assert evaluate(llama, [batch], objective).loss.abs().max() < 1e-9
+    result = evaluate(other, [batch], objective)
+    p, q = (F.log_softmax(m(**batch).logits.double(), -1) for m in (llama, other))
+    kl = F.kl_div(q, p, log_target=True, reduction="none").sum(-1) * mask
+    torch.testing.assert_close(result.loss, kl.sum(1).detach(), rtol=1e-5, atol=1e-7)
+    assert result.count.tolist() == [6, 4]
+    agree = (p.argmax(-1) == q.argmax(-1)) & mask.bool()
+    assert result.correct.tolist() == agree.sum(1).tolist()
+
+
+def test_sampled_labels_follow_the_model_and_the_seed():
+    logits = torch.tensor([0.0, 1.0, 2.0, -30.0]).repeat(20_000, 1)
+    positions = Classification().positions(logits, (logits, torch.zeros(len(logits), dtype=torch.long)))
+    losses = [float(sampled_loss(positions, torch.Generator().manual_seed(s))) for s in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+    p = logits[0].double().softmax(0)
+    entropy = float(-(p * p.log()).sum())
+    spread = float((p * (p.log() + entropy) ** 2).sum().sqrt()) / len(logits) ** 0.5
+    assert losses[0] / len(logits) == pytest.approx(entropy, abs=5 * spread)
+
+
+def test_half_precision_logits_are_compared_in_float32():
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    labels = torch.tensor([1, 2, 3, 4])
+    result = evaluate_identity(nn.Identity(), logits, labels)
+    torch.testing.assert_close(result.loss, F.cross_entropy(logits.float(), labels, reduction="none").double())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("perplexity", "expected auto, causal-lm"), ("causal-lm", None), ("auto", "cannot tell what its loss is")],
+)
+def test_objectives_that_cannot_be_told(name, message):
+    class TokenModel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 5)
+
+        def forward(self, input_ids):
+            return self.linear(torch.nn.functional.one_hot(input_ids, 3).float())
+
+    batch = {"input_ids": torch.tensor([[0, 1, 2]]), "labels": torch.tensor([[0, 1, 2]])}
+    if message is None:
+        assert isinstance(make_objective(name, TokenModel(), batch), CausalLM)
+    else:
+        with pytest.raises(ValueError, match=message):
+            make_objective(name, TokenModel(), batch)
+
+
+def test_bad_batches_say_what_is_wrong(llama):
+    with pytest.raises(ValueError, match=r"labels \(3,\) do not match logits \(2, 4\)"):
+        Classification().positions(torch.zeros(2, 4), (torch.zeros(2, 4), torch.zeros(3, dtype=torch.long)))
+    with pytest.raises(ValueError, match="no labels"):
+        Classification().loss(nn.Linear(3, 2), {"input": torch.zeros(1, 3)})
+    with pytest.raises(ValueError, match="data is empty"):
+        evaluate(llama, [], CausalLM())
+    assert LabelFree(llama).unit == "nats/example"

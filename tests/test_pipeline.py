@@ -1,0 +1,221 @@
+"""Whole runs of a small recipe: results, resume after SIGKILL, refusals, and the command line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import curvprune as cp
+from curvprune import pipeline
+from curvprune.artifact import WEIGHTS, tensor_names
+from curvprune.cli import app
+from curvprune.recipe import RecipeError
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    return tiny.write_recipe(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory) -> pipeline.RunResult:
+    return pipeline.run(recipe, tmp_path_factory.mktemp("run") / "out", progress=False)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Hashes of everything that must not depend on interruptions."""
+    files = [folder / "plan.json", folder / "verdict.json", folder / "ledger.json", folder / "analysis.json"]
+    files += sorted((folder / "model").rglob("*"))
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def test_a_run_leaves_its_files_and_a_certified_smaller_model(finished):
+    folder, record = finished.folder, finished.record
+    assert finished.exit_code == 0 and record["verdict"]["status"] == "CERTIFIED"
+    assert record["verdict"]["bound"] <= 0.2
+    for name in ("recipe.lock.yaml", "analysis.json", "ledger.json", "plan.json", "verdict.json", "report.html"):
+        assert (folder / name).stat().st_size > 0, name
+    assert record["size"]["after_bytes"] == (folder / "model" / WEIGHTS).stat().st_size < record["size"]["before_bytes"]
+    plan = json.loads((folder / "plan.json").read_text())
+    stored = sum(size for _, size in tensor_names(folder / "model").values())
+    assert plan["bytes"] == stored
+    assert {entry["name"] for entry in plan["layers"]} == set(plan["choices"])
+    assert all(entry["reason"] for entry in plan["layers"])
+    kinds = {t["kind"] for t in record["trials"]}
+    assert kinds == {"plan", "control", "applied"}
+    assert "<script" not in record["title"] and "CERTIFIED" in finished.summary
+
+
+def test_the_verdict_is_the_loss_of_the_saved_model(recipe, finished):
+    """Both losses again, with transformers' own loss on the certify split, weighted by tokens."""
+    from transformers import AutoModelForCausalLM
+
+    job, _ = pipeline.prepare(cp_recipe(recipe), None, progress=False)
+    verdict = json.loads((finished.folder / "verdict.json").read_text())
+    for source, key in ((finished.folder / "model", "compressed"), (recipe.parent / "tiny", "baseline")):
+        model = AutoModelForCausalLM.from_pretrained(source).eval()
+        total = count = 0.0
+        for item in job.splits.certify.items:
+            with torch.no_grad():
+                loss = model(input_ids=item["input_ids"], labels=item["input_ids"]).loss
+            total += float(loss) * (item["input_ids"].shape[1] - 1)
+            count += item["input_ids"].shape[1] - 1
+        assert verdict[key] == pytest.approx(total / count, abs=1e-5)
+
+
+def cp_recipe(path: Path):
+    from curvprune.recipe import load_recipe
+
+    return load_recipe(path)
+
+
+def test_a_second_run_returns_at_once_and_another_recipe_is_refused(recipe, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.hf, "load_model", lambda *a, **k: pytest.fail("the model must not be loaded again"))
+    again = pipeline.run(recipe, finished.folder, progress=False)
+    assert again.record == finished.record and again.exit_code == 0
+    monkeypatch.undo()
+    other = tmp_path / "other.yaml"
+    other.write_text(recipe.read_text().replace("seed: 0", "seed: 1"))
+    with pytest.raises(RecipeError, match=r"holds a run with another .*recipe_sha256"):
+        pipeline.run(other, finished.folder, progress=False)
+
+
+def test_ten_kills_at_random_moments_change_nothing(recipe, finished, tmp_path):
+    start = time.monotonic()
+    pipeline.run(recipe, tmp_path / "timed", progress=False)
+    seconds = time.monotonic() - start
+    out, moments, killed = tmp_path / "out", random.Random(0), 0
+    for _ in range(10):
+        child = os.fork()
+        if child == 0:
+            # Only the run itself may happen in the child; no test teardown.
+            try:
+                pipeline.run(recipe, out, progress=False)
+            finally:
+                os._exit(0)
+        time.sleep(moments.uniform(0.05, 0.35) * seconds)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        killed += os.WIFSIGNALED(status)
+    assert killed >= 6, "the kills must hit running processes"
+    final = pipeline.run(recipe, out, progress=False)
+    assert contents(out) == contents(finished.folder) == contents(tmp_path / "timed")
+    assert final.record["verdict"] == finished.record["verdict"]
+    assert final.record["trials"] == finished.record["trials"]
+
+
+def test_finished_stages_and_layers_are_not_repeated(recipe, finished, tmp_path, monkeypatch):
+    """Take the end of a finished run away and run again: nothing before it may be computed a second time."""
+    import shutil
+
+    out = tmp_path / "out"
+    shutil.copytree(finished.folder, out)
+    shutil.rmtree(out / "model")
+    removed = sorted((out / "state" / "solved").glob("*.json"))[3]
+    removed.unlink()
+    solved = []
+    real = cp.stages.solve_layer
+    monkeypatch.setattr(cp.stages, "solve_layer", lambda layer, *a: solved.append(layer.name) or real(layer, *a))
+    monkeypatch.setattr(cp.stages, "evaluate", lambda *a: pytest.fail("evaluated again"))
+    again = pipeline.run(recipe, out, progress=False)
+    casts = "model.embed_tokens"  # stored as a rule, not as tensors: reading it is solving it
+    assert len([n for n in solved if n != casts]) == 1
+    assert again.record["verdict"] == finished.record["verdict"]
+    assert contents(out) == contents(finished.folder)
+
+
+def test_max_bytes_gives_the_best_model_of_that_size(recipe, tmp_path):
+    text = recipe.read_text().replace("budget: {metric: loss, max_drop: 0.2}", "budget: {max_bytes: 45000}")
+    path = tmp_path / "bytes.yaml"
+    path.write_text(text)
+    result = pipeline.run(path, tmp_path / "out", progress=False)
+    assert result.exit_code == 0 and result.record["verdict"] is None
+    assert (tmp_path / "out" / "model" / WEIGHTS).stat().st_size <= 45_000
+    assert result.record["measured"]["compressed"] > 0
+
+
+def test_a_uniform_recipe_needs_no_budget(recipe, tmp_path):
+    lines = [line for line in recipe.read_text().splitlines() if "bits: 2" not in line and "bits: 3" not in line]
+    path = tmp_path / "uniform.yaml"
+    path.write_text("\n".join(line for line in lines if not line.startswith("budget")))
+    result = pipeline.run(path, tmp_path / "out", progress=False)
+    assert result.exit_code == 0 and result.record["ledger"] is None
+    assert {entry["option"] for entry in result.record["layers"]} == {"int8-pc-sym", "float16"}
+    assert abs(result.record["measured"]["drop"]) < 0.05
+
+
+def test_a_violated_budget_exits_with_one(recipe, tmp_path):
+    text = recipe.read_text().replace("max_drop: 0.2", "max_drop: 1.0e-7") + "objective: label-free\n"
+    text = text.replace("      - quantize: {bits: 8}\n", "")
+    path = tmp_path / "strict.yaml"
+    path.write_text(text)
+    result = CliRunner().invoke(app, ["run", str(path), "--out", str(tmp_path / "out"), "--quiet"])
+    assert result.exit_code == 1, result.output
+    verdict = json.loads((tmp_path / "out" / "verdict.json").read_text())
+    assert verdict["status"] == "VIOLATED" and verdict["bound"] > 1e-7 and verdict["baseline"] == 0
+    assert (tmp_path / "out" / "model" / WEIGHTS).exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "message"),
+    [
+        ("seed: 0", "sead: 0", "sead", "seed"),
+        ("model.layers.*", "model.layer.*", "model.layer.*", "model.layers.0"),
+        ("group_size: 16}", "group_size: 20}", "group_size: 20", r"32 inputs"),
+        ("certify: 16", "certify: 4000", None, "certify"),
+        ("max_drop: 0.2", "max_bytes: 100", "max_bytes: 100", "smallest model these options allow is"),
+        ("device: cpu", "device: cuda:7", "device", "write auto or cpu"),
+    ],
+)
+def test_bad_recipes_end_with_exit_code_two_and_a_line(recipe, tmp_path, old, new, line, message):
+    text = recipe.read_text().replace(old, new)
+    assert text != recipe.read_text()
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    result = CliRunner().invoke(app, ["run", str(path), "--out", str(tmp_path / "out"), "--quiet"])
+    assert result.exit_code == 2, result.output
+    output = " ".join(result.output.split())
+    assert message in output
+    if line is not None:
+        number = next(i for i, t in enumerate(text.splitlines(), 1) if line in t)
+        assert f"bad.yaml:{number}:" in output
+    assert not (tmp_path / "out" / "state" / "solved").exists()
+
+
+def test_analyze_then_run_share_their_work(recipe, finished, tmp_path):
+    runner = CliRunner()
+    out = str(tmp_path / "out")
+    result = runner.invoke(app, ["analyze", str(recipe), "--out", out, "--quiet"])
+    assert result.exit_code == 0, result.output
+    analysis = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    assert len(analysis["layers"]) == 15 and all(e["trace"]["value"] > 0 for e in analysis["layers"].values())
+    assert not (tmp_path / "out" / "model").exists() and (tmp_path / "out" / "report.html").exists()
+    assert runner.invoke(app, ["run", str(recipe), "--out", out, "--quiet"]).exit_code == 0
+    assert contents(tmp_path / "out") == contents(finished.folder)
+
+
+def test_check_lists_layers_and_estimates(recipe):
+    result = CliRunner().invoke(app, ["check", str(recipe)])
+    assert result.exit_code == 0, result.output
+    assert "15 layers to compress" in result.output and "estimated minutes" in result.output
+    assert "estimated peak memory" in result.output
+
+
+def test_the_report_can_be_rebuilt(finished):
+    path = finished.folder / "report.html"
+    before = path.read_text()
+    path.unlink()
+    result = CliRunner().invoke(app, ["report", str(finished.folder)])
+    assert result.exit_code == 0 and path.read_text() == before
+    missing = CliRunner().invoke(app, ["report", str(finished.folder / "nowhere")])
+    assert missing.exit_code == 2 and "report.json" in missing.output

@@ -1,0 +1,494 @@
+"""The planner against brute force: every plan of small instances is enumerated with exact fractions."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import warnings
+from collections.abc import Callable
+from fractions import Fraction
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from curvprune import plan
+from curvprune.plan import Budget, Choice, Infeasible, Plan, Search, Trial, cheapest, frontier, search
+
+KINDS = ("small integers", "wide", "ties", "gaussian", "tiny differences", "price follows bytes")
+
+
+def random_rows(seed: int, *, layers: int = 5, options: int = 5) -> list[Choice]:
+    rng = random.Random(seed)
+    kind = KINDS[seed % len(KINDS)]
+    rows = []
+    for layer in range(rng.randint(1, layers)):
+        for option in range(rng.randint(1, options)):
+            if kind == "small integers":
+                size, price = rng.randint(0, 10), float(rng.randint(0, 5))
+            elif kind == "wide":
+                size, price = rng.randint(1, 10**12), 10 ** rng.uniform(-9, 1)
+            elif kind == "ties":
+                size, price = rng.choice([64, 128, 192]) * 10**9, rng.choice([0.1, 0.2, 0.3])
+            elif kind == "gaussian":
+                size, price = rng.randint(1, 10**4), rng.gauss(0, 1)
+            elif kind == "tiny differences":
+                size, price = 10**12 + rng.randint(0, 3), 1 + rng.randint(0, 3) * 1e-12
+            else:
+                size = rng.randint(1, 1000)
+                price = size * 1e-3 + rng.randint(0, 2) * 1e-9
+            rows.append(Choice(layer=f"layer{layer}", option=f"option{option}", bytes=size, price=price))
+    return rows
+
+
+def by_layer(rows: list[Choice]) -> list[list[Choice]]:
+    table: dict[str, list[Choice]] = {}
+    for row in rows:
+        table.setdefault(row.layer, []).append(row)
+    return list(table.values())
+
+
+def every_plan(rows: list[Choice]) -> list[tuple[int, Fraction]]:
+    plans = itertools.product(*by_layer(rows))
+    return [(sum(row.bytes for row in rows), sum((Fraction(row.price) for row in rows), Fraction(0))) for rows in plans]
+
+
+def value(rows: list[Choice], choices: dict[str, str]) -> tuple[int, Fraction]:
+    assert sorted(choices) == sorted({row.layer for row in rows})
+    chosen = [row for row in rows if choices[row.layer] == row.option]
+    assert len(chosen) == len(choices)
+    return sum(row.bytes for row in chosen), sum((Fraction(row.price) for row in chosen), Fraction(0))
+
+
+def ladder(layers: int = 12, *, scale: float = 1e-3) -> list[Choice]:
+    """Layers like those of a network: 2 to 8 bits, price falling fourfold per bit, and one that changes nothing."""
+    rng = random.Random(7)
+    rows = []
+    for layer in range(layers):
+        parameters, sensitivity = rng.choice([1, 4, 11]) * 4096, scale * 10 ** rng.uniform(-1, 1)
+        for bits in (2, 3, 4, 5, 6, 8):
+            price = sensitivity * 4.0 ** (2 - bits)
+            rows.append(Choice(layer=f"layer{layer}", option=f"{bits} bit", bytes=parameters * bits // 8, price=price))
+        rows.append(Choice(layer=f"layer{layer}", option="keep", bytes=parameters * 2, price=0.0))
+    return rows
+
+
+@pytest.fixture(params=["enumeration", "highs"])
+def solver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Small cores are enumerated; with no states allowed every core goes to HiGHS."""
+    if request.param == "highs":
+        monkeypatch.setattr(plan, "_MAX_STATES", 0)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("seed", range(90))
+def test_cheapest_equals_brute_force_in_both_directions(seed: int, solver: str) -> None:
+    rows = random_rows(seed)
+    plans = every_plan(rows)
+    rng = random.Random(1000 + seed)
+    smallest, largest = min(size for size, _ in plans), max(size for size, _ in plans)
+    lowest, highest = min(cost for _, cost in plans), max(cost for _, cost in plans)
+    if solver == "highs" and KINDS[seed % len(KINDS)] in ("tiny differences", "price follows bytes"):
+        pytest.skip("beyond double precision: only the enumeration in integers can tell these plans apart")
+    exact = solver == "enumeration" or KINDS[seed % len(KINDS)] == "small integers"
+    with warnings.catch_warnings():
+        # HiGHS refuses coefficients above 1e15, which arise when nothing but rounding separates a plan from the bound.
+        warnings.simplefilter("error" if solver == "enumeration" else "ignore")
+        for max_bytes in (smallest, rng.randint(smallest, largest), rng.choice(plans)[0]):
+            spent, price = value(rows, cheapest(rows, max_bytes=max_bytes))
+            best_price, least = min((price, size) for size, price in plans if size <= max_bytes)
+            assert spent <= max_bytes
+            if exact:
+                assert (price, spent) == (best_price, least)
+            assert float(price) == pytest.approx(float(best_price), rel=1e-14)
+        for max_loss in (float(lowest), rng.uniform(float(lowest), float(highest)), float(rng.choice(plans)[1])):
+            if max_loss < float(lowest):
+                continue
+            size, price = value(rows, cheapest(rows, max_loss=max_loss))
+            best_size, lowest_there = min((size, price) for size, price in plans if float(price) <= max_loss)
+            assert size == best_size and float(price) <= max_loss
+            if exact:
+                assert price == lowest_there
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(90, 1500))
+def test_cheapest_equals_brute_force_on_many_instances(seed: int, solver: str) -> None:
+    test_cheapest_equals_brute_force_in_both_directions(seed, solver)
+
+
+def test_an_optimum_off_the_convex_hull_is_found(solver: str) -> None:
+    # The hull of each layer is {small, large}; with 11 bytes the best plan uses "middle" twice, which no hull contains.
+    sizes = {"small": (1, 10.0), "middle": (5, 6.5), "large": (10, 0.0)}
+    rows = [Choice(layer=layer, option=o, bytes=b, price=p) for layer in "ab" for o, (b, p) in sizes.items()]
+    assert cheapest(rows, max_bytes=10) == {"a": "middle", "b": "middle"}
+    assert sorted(cheapest(rows, max_bytes=11).values()) == ["large", "small"]
+
+
+def test_one_byte_decides_at_a_terabyte(solver: str) -> None:
+    big = 10**12
+    rows = [
+        Choice(layer=layer, option=option, bytes=size, price=price)
+        for layer in "abc"
+        for option, size, price in (("low", 1, 1.0), ("mid", big - 1, 1e-9), ("high", big, 0.0))
+    ]
+    assert sorted(cheapest(rows, max_bytes=3 * big - 1).values()) == ["high", "high", "mid"]
+    assert sorted(cheapest(rows, max_bytes=3 * big).values()) == ["high", "high", "high"]
+    assert sorted(cheapest(rows, max_loss=1e-9).values()) == ["high", "high", "mid"]
+
+
+def test_a_thousand_layers_of_twenty_options() -> None:
+    rng = random.Random(0)
+    rows = []
+    for layer in range(1000):
+        parameters, sensitivity = rng.choice([1, 4, 11]) * 4096 * 1024, 10 ** rng.uniform(-6, -2)
+        for option in range(20):
+            bits = 1.5 + 0.35 * option
+            price = sensitivity * 4**-bits * rng.uniform(0.5, 2)
+            rows.append(Choice(layer=f"l{layer}", option=f"o{option}", bytes=int(parameters * bits / 8), price=price))
+    path = frontier(rows, points=2000 * 20)
+    index = len(path) // 2
+    below, above = path[index], path[index + 1]
+    between = (below.bytes + above.bytes) // 2
+    spent, cost = value(rows, cheapest(rows, max_bytes=between))
+    # A hull plan is optimal at its own size, so the optimum between two of them lies between their prices.
+    assert spent <= between and above.price < cost and float(cost) <= below.price
+    spent, cost = value(rows, cheapest(rows, max_loss=below.price))
+    assert float(cost) <= below.price and spent == below.bytes
+
+
+def test_dominated_options_are_never_chosen() -> None:
+    rows = ladder()
+    worse = [Choice(layer=r.layer, option="0 " + r.option, bytes=r.bytes + 1, price=r.price + 1e-9) for r in rows]
+    for limits in ({"max_bytes": 120_000}, {"max_loss": 2e-3}):
+        assert cheapest(worse + rows, **limits) == cheapest(rows, **limits)
+
+
+def test_ties_do_not_depend_on_the_order_of_the_rows(solver: str) -> None:
+    rows = [
+        Choice(layer=f"l{layer}", option=option, bytes=size, price=price)
+        for layer in range(6)
+        for option, size, price in (("b", 1, 1.0), ("a", 1, 1.0), ("d", 2, 0.5), ("c", 2, 0.5))
+    ]
+    first = cheapest(rows, max_bytes=9)
+    assert sorted(first.values()) == ["a", "a", "a", "c", "c", "c"]
+    for seed in range(5):
+        shuffled = random.Random(seed).sample(rows, len(rows))
+        again = cheapest(shuffled, max_bytes=9)
+        assert again == first
+        assert list(again) == list(dict.fromkeys(row.layer for row in shuffled))
+
+
+def test_among_equal_prices_the_smaller_model_wins_and_among_equal_bytes_the_better(solver: str) -> None:
+    # Layer a can fall from 1 to 0 for 3 bytes, layer b for 2: with 4 bytes to spend only one of them can.
+    rows = [
+        Choice(layer="a", option="x", bytes=1, price=1.0),
+        Choice(layer="a", option="y", bytes=4, price=0.0),
+        Choice(layer="b", option="x", bytes=1, price=1.0),
+        Choice(layer="b", option="y", bytes=3, price=0.0),
+    ]
+    assert cheapest(rows, max_bytes=6) == {"a": "x", "b": "y"}
+    rows = [Choice(layer=r.layer, option=r.option, bytes=int(r.price) + 1, price=float(r.bytes)) for r in rows]
+    assert cheapest(rows, max_loss=6.0) == {"a": "x", "b": "y"}
+
+
+def test_fixed_bytes_count_towards_the_limit() -> None:
+    rows = ladder()
+    assert cheapest(rows, max_bytes=200_000, fixed_bytes=80_000) == cheapest(rows, max_bytes=120_000)
+
+
+def test_a_price_read_off_the_frontier_can_be_met_again() -> None:
+    rows = [
+        Choice(layer=f"l{i}", option=o, bytes=b, price=p)
+        for i in range(3)
+        for o, b, p in (("x", 1, 0.1), ("y", 2, 0.0))
+    ]
+    for point in frontier(rows):
+        assert value(rows, cheapest(rows, max_loss=point.price))[0] == point.bytes
+    # Rounded, three times 0.1 is 0.30000000000000004: a limit of 0.3 excludes it.
+    assert math.fsum([0.1] * 3) > 0.3 - 1e-17
+    assert value(rows, cheapest(rows, max_loss=math.fsum([0.1] * 3)))[0] == 3
+    assert value(rows, cheapest(rows, max_loss=math.nextafter(math.fsum([0.1] * 3), 0)))[0] == 4
+
+
+def test_infeasible_says_which_limit_and_by_how_much() -> None:
+    rows = [
+        Choice(layer=layer, option=o, bytes=b, price=p)
+        for layer in "ab"
+        for o, b, p in (("x", 900, 0.5), ("y", 950, 0.25))
+    ]
+    with pytest.raises(
+        Infeasible, match=r"max_bytes=1000: .* 1840 bytes; raise the budget by 840 bytes"
+    ) as bytes_error:
+        cheapest(rows, max_bytes=1000, fixed_bytes=40)
+    error = bytes_error.value
+    assert (error.constraint, error.limit, error.best, error.missing) == ("max_bytes", 1000, 1840, 840)
+    with pytest.raises(Infeasible, match=r"max_loss=0.2: .* 0.5; raise the limit by 0.3") as loss_error:
+        cheapest(rows, max_loss=0.2)
+    assert (loss_error.value.constraint, loss_error.value.best) == ("max_loss", 0.5)
+    assert isinstance(error, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([Choice(layer="mlp.up", option="4 bit", bytes=3, price=math.nan)], "'mlp.up'.*nan"),
+        ([Choice(layer="mlp.up", option="4 bit", bytes=3, price=math.inf)], "'mlp.up'.*inf"),
+        ([Choice(layer="mlp.up", option="4 bit", bytes=-3, price=0.0)], "'mlp.up'.*-3"),
+        ([SimpleNamespace(layer="mlp.up", option="4 bit", bytes=1.5, price=0.0)], "'mlp.up'.*1.5"),
+        ([Choice(layer="mlp.up", option="4 bit", bytes=3, price=0.0)] * 2, "'mlp.up'.*twice"),
+        ([], "no rows"),
+    ],
+)
+def test_malformed_rows_are_named(rows: list[Any], message: str) -> None:
+    actions: list[Callable[[], object]] = [
+        lambda: cheapest(rows, max_bytes=10),
+        lambda: frontier(rows),
+        lambda: search(rows, lambda choices: (True, 0.0), start=0.1),
+    ]
+    for action in actions:
+        with pytest.raises(ValueError, match=message):
+            action()
+
+
+def test_exactly_one_limit() -> None:
+    for limits in ({}, {"max_bytes": 10, "max_loss": 1.0}, {"max_loss": math.nan}):
+        with pytest.raises(ValueError, match=r"exactly one|nan"):
+            cheapest(ladder(), **limits)  # type: ignore[arg-type]
+
+
+def test_a_failing_solver_is_reported_and_the_plan_stays_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = random_rows(3, layers=5)
+    plans = every_plan(rows)
+    monkeypatch.setattr(plan, "_MAX_STATES", 0)
+
+    def give_up(*args: object, **kwargs: object) -> object:
+        return type("Answer", (), {"x": None, "status": 1, "message": "node limit"})()
+
+    monkeypatch.setattr(plan, "milp", give_up)
+    limits = sorted({size for size, _ in plans})
+    with pytest.warns(RuntimeWarning, match="not proven.*node limit"):
+        for max_bytes in limits:
+            assert value(rows, cheapest(rows, max_bytes=max_bytes))[0] <= max_bytes
+
+
+def test_a_proposal_over_the_limit_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A solver that ignores the limit and proposes the heaviest plans: its proposals must be checked and refused.
+    honest = plan.milp
+    refused = 0
+
+    def careless(costs, *, integrality, bounds, constraints, options):  # type: ignore[no-untyped-def]
+        nonlocal refused
+        refused += len(constraints) > 2
+        blind = [plan.LinearConstraint(constraints[0].A, -math.inf, math.inf), *constraints[1:]]
+        return honest(-constraints[0].A[0], integrality=integrality, bounds=bounds, constraints=blind, options=options)
+
+    monkeypatch.setattr(plan, "_MAX_STATES", 0)
+    monkeypatch.setattr(plan, "milp", careless)
+    rows = ladder(12)
+    for max_bytes in range(100_000, 200_000, 9_999):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert value(rows, cheapest(rows, max_bytes=max_bytes))[0] <= max_bytes
+    assert refused
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_frontier_is_the_lower_convex_hull_of_all_plans(seed: int) -> None:
+    rows = random_rows(seed)
+    plans = every_plan(rows)
+    best: dict[int, Fraction] = {}
+    for size, price in plans:
+        best[size] = min(price, best.get(size, price))
+    lowest = min(best.values())
+    stop = min(size for size, price in best.items() if price == lowest)
+    points = sorted((size, price) for size, price in best.items() if size <= stop)
+
+    path = frontier(rows, points=10_000)
+    exact = [value(rows, point.choices) for point in path]
+    assert exact[0] == points[0] and exact[-1] == points[-1]
+    for (size, price), point in zip(exact, path, strict=True):
+        assert (size, float(price)) == (point.bytes, point.price)
+        # On the hull: no chord between two plans passes below it.
+        for (s0, p0), (s1, p1) in itertools.combinations(points, 2):
+            if s0 < size < s1:
+                assert (price - p0) * (s1 - s0) <= (p1 - p0) * (size - s0)
+    slopes = [(p0 - p1) / (s1 - s0) for (s0, p0), (s1, p1) in itertools.pairwise(exact)]
+    assert all(slope > 0 for slope in slopes) and slopes == sorted(slopes, reverse=True)
+
+
+def test_frontier_is_nested_and_thinning_keeps_both_ends() -> None:
+    rows = ladder(20)
+    sizes = {(row.layer, row.option): row.bytes for row in rows}
+    path = frontier(rows, points=1000)
+    for before, after in itertools.pairwise(path):
+        changed = [layer for layer in before.choices if before.choices[layer] != after.choices[layer]]
+        assert len(changed) == 1
+        assert sizes[changed[0], before.choices[changed[0]]] < sizes[changed[0], after.choices[changed[0]]]
+    for count in (2, 3, 33):
+        thin = frontier(rows, points=count)
+        assert len(thin) == count and thin[0] == path[0] and thin[-1] == path[-1]
+        assert all(point in path for point in thin)
+    with pytest.raises(ValueError, match="points=1"):
+        frontier(rows, points=1)
+
+
+def test_frontier_of_one_option_is_one_point() -> None:
+    assert frontier([Choice(layer="a", option="x", bytes=3, price=-1.0)]) == [(3, -1.0, {"a": "x"})]
+
+
+class Truth:
+    """A simulated model: the measured loss is a fixed function of the predicted one; remembers every evaluation."""
+
+    def __init__(self, rows: list[Choice], measure: Callable[[float], float], budget: float) -> None:
+        self.rows, self.measure, self.budget = rows, measure, budget
+        self.seen: list[dict[str, str]] = []
+
+    def __call__(self, choices: dict[str, str]) -> tuple[bool, float]:
+        assert choices not in self.seen, "a plan was evaluated twice"
+        self.seen.append(choices)
+        measured = self.measure(float(value(self.rows, choices)[1]))
+        return measured <= self.budget, measured
+
+    def optimum(self) -> int:
+        """The smallest plan of the whole ladder of limits whose measured loss is within the budget."""
+        limits = [point.price for point in frontier(self.rows, points=10_000)]
+        sizes = [value(self.rows, cheapest(self.rows, max_loss=limit)) for limit in limits]
+        return min(size for size, price in sizes if self.measure(float(price)) <= self.budget)
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [lambda p: 1.4 * p, lambda p: 1.4 * p + 20 * p**2, lambda p: 0.3 * p, lambda p: 8 * p, lambda p: 0.4 * p**0.5],
+    ids=["1.4x", "curved", "0.3x", "8x", "root"],
+)
+def test_search_closes_in_on_the_smallest_plan_within_the_budget(measure: Callable[[float], float]) -> None:
+    rows = ladder(30)
+    truth = Truth(rows, measure, budget=0.02)
+    result = search(rows, truth, start=0.02, max_trials=10, tolerance=0.03)
+    assert result.best is not None
+    size, price = value(rows, result.best)
+    assert measure(float(price)) <= 0.02
+    assert size <= truth.optimum() * 1.03 / 0.97
+    assert [trial.choices for trial in result.trials] == truth.seen
+    for trial in result.trials:
+        assert value(rows, trial.choices) == (trial.bytes, pytest.approx(Fraction(trial.predicted)))
+        assert trial.predicted <= trial.limit
+        assert (trial.accepted, trial.measured) == (trial.measured <= 0.02, pytest.approx(measure(trial.predicted)))
+
+
+def test_search_corrects_the_second_limit_by_measured_over_predicted() -> None:
+    rows = ladder(30)
+    truth = Truth(rows, lambda p: 4 * p, budget=0.02)
+    first, second = search(rows, truth, start=0.02, max_trials=2).trials[0], None
+    result = search(rows, Truth(rows, lambda p: 4 * p, budget=0.02), start=0.02, max_trials=3)
+    second = result.trials[1]
+    assert first.limit == 0.02
+    assert second.limit == pytest.approx(0.02 * first.predicted / first.measured) == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize("max_trials", [2, 3, 6])
+def test_search_ends_at_the_most_cautious_plan_when_nothing_passes(max_trials: int) -> None:
+    rows = [row for row in ladder(10) if row.option != "keep"]
+    result = search(rows, Truth(rows, lambda p: p + 1, budget=0.02), start=0.02, max_trials=max_trials)
+    assert result.best is None and len(result.trials) <= max_trials
+    assert set(result.trials[-1].choices.values()) == {"8 bit"}
+
+
+def test_search_falls_back_to_the_cautious_plan_when_only_it_passes() -> None:
+    rows = ladder(10)
+    result = search(rows, Truth(rows, lambda p: 0.0 if p == 0 else 1.0, budget=0.02), start=0.02, max_trials=4)
+    assert result.best == {f"layer{i}": "keep" for i in range(10)}
+    assert len(result.trials) == 4
+
+
+def test_search_stops_at_the_smallest_model_when_everything_passes() -> None:
+    rows = ladder(10)
+    result = search(rows, Truth(rows, lambda p: 1e-3 * p, budget=0.02), start=0.001, max_trials=6)
+    assert result.best == {f"layer{i}": "2 bit" for i in range(10)}
+    assert len(result.trials) <= 3
+
+
+def test_search_survives_models_that_break() -> None:
+    rows = ladder(10)
+    truth = Truth(rows, lambda p: p if p < 1e-3 else math.nan, budget=0.02)
+    result = search(rows, truth, start=0.02, max_trials=8)
+    assert result.best is not None and float(value(rows, result.best)[1]) < 1e-3
+    assert Search.from_dict(json.loads(json.dumps(result.to_dict()))).best == result.best
+    with pytest.raises(ValueError, match="accepted a plan"):
+        search(rows, lambda choices: (True, math.nan), start=0.02)
+
+
+def test_search_starts_from_a_budget_of_nothing() -> None:
+    rows = ladder(10)
+    result = search(rows, Truth(rows, lambda p: p, budget=0.0), start=0.0)
+    assert result.best is not None and value(rows, result.best)[1] == 0
+
+
+def test_search_accepts_negative_prices() -> None:
+    rows = [Choice(layer=r.layer, option=r.option, bytes=r.bytes, price=r.price - 1e-3) for r in ladder(10)]
+    result = search(rows, Truth(rows, lambda p: p + 0.02, budget=0.015), start=0.015, max_trials=10)
+    assert result.best is not None and float(value(rows, result.best)[1]) <= -0.005
+
+
+def test_search_is_a_pure_function_and_resumes_from_a_cache() -> None:
+    rows = ladder(30)
+    whole = search(rows, Truth(rows, lambda p: 1.4 * p + 20 * p**2, budget=0.02), start=0.02, max_trials=8)
+    cache = {tuple(t.choices.items()): (t.accepted, t.measured) for t in whole.trials[:2]}
+    fresh = Truth(rows, lambda p: 1.4 * p + 20 * p**2, budget=0.02)
+    resumed = search(
+        rows, lambda c: cache[tuple(c.items())] if tuple(c.items()) in cache else fresh(c), start=0.02, max_trials=8
+    )
+    assert resumed == whole
+    assert fresh.seen == [t.choices for t in whole.trials[2:]]
+    assert Search.from_dict(json.loads(json.dumps(whole.to_dict()))) == whole
+    assert Trial.from_dict(whole.trials[0].to_dict()) == whole.trials[0]
+
+
+def test_search_validates_its_arguments() -> None:
+    for arguments in ({"start": -0.1}, {"start": math.inf}, {"start": 0.1, "max_trials": 0}):
+        with pytest.raises(ValueError, match=r"search\("):
+            search(ladder(3), lambda choices: (True, 0.0), **arguments)  # type: ignore[arg-type]
+
+
+def test_budget_takes_exactly_one_limit() -> None:
+    assert Budget("loss", max_drop=0.02) == Budget(max_drop=0.02)
+    assert Budget(max_bytes=60_000_000).max_bytes == 60_000_000
+    for budget in (Budget("accuracy", max_drop=0.01, confidence=0.9), Budget(max_bytes=5)):
+        assert Budget.from_dict(json.loads(json.dumps(budget.to_dict()))) == budget
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "neither given"),
+        ({"max_drop": 0.1, "max_bytes": 5}, "both given"),
+        ({"metric": "perplexity", "max_drop": 0.1}, "perplexity"),
+        ({"max_drop": -0.1}, "-0.1"),
+        ({"max_drop": math.nan}, "nan"),
+        ({"metric": "accuracy", "max_drop": 1.0}, "max_drop=0.01"),
+        ({"max_bytes": 0}, "max_bytes=0"),
+        ({"max_bytes": -5}, "max_bytes=-5"),
+        ({"max_drop": 0.1, "confidence": 95}, "confidence=95"),
+        ({"max_drop": 0.1, "confidence": 0.5}, "confidence=0.5"),
+    ],
+)
+def test_budget_errors_say_what_to_type(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Budget(**arguments)  # type: ignore[arg-type]
+
+
+def test_limits_of_a_budget_are_keyword_only() -> None:
+    with pytest.raises(TypeError):
+        Budget("loss", 0.02)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="unknown keys"):
+        Budget.from_dict({"max_drp": 0.1})
+
+
+def test_plan_round_trips_through_json() -> None:
+    original = Plan(choices={"a": "x"}, bytes=3, predicted=0.1, predicted_stderr=0.01, notes=("kept b",))
+    assert Plan.from_dict(json.loads(json.dumps(original.to_dict()))) == original
+    unknown = Plan(choices={"a": "x"}, bytes=3, predicted=0.1, predicted_stderr=math.nan).to_dict()
+    assert unknown["predicted_stderr"] is None and math.isnan(Plan.from_dict(unknown).predicted_stderr)

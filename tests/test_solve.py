@@ -1,0 +1,493 @@
+"""Solvers against exhaustive search, textbook inverse updates, closed forms and compressed-tensors."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import dequantize as peer_dequantize
+from torch import Tensor
+
+import curvprune.solve as solve_room
+from curvprune.options import Cast, Keep, Option, Prune, PruneQuantize, Quantize, pruner_of, quantizer_of
+from curvprune.solve import Solved, dequantize, quantize_to_grid, search_grid, solve
+from curvprune.solve.grids import COARSE, FINE, MIN_SCALE, ZERO_SHIFT_BITS, code_range
+from curvprune.solve.sweep import BLOCK, column_order, dealt_order, factor
+
+DAMPING = 0.01
+
+
+def weight(out: int, width: int, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    W = torch.randn(out, width, generator=g, dtype=torch.float64) * 0.05
+    W *= torch.where(torch.rand(out, width, generator=g) < 0.05, 4.0, 1.0)
+    return W.to(dtype)
+
+
+def second_moment(width: int, *, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    low = max(1, width // 3)
+    X = torch.randn(4 * width, low, generator=g, dtype=torch.float64) @ torch.randn(
+        low, width, generator=g, dtype=torch.float64
+    )
+    X += 0.3 * torch.randn(4 * width, width, generator=g, dtype=torch.float64)
+    X *= torch.exp(0.7 * torch.randn(width, generator=g, dtype=torch.float64))
+    return (X.T @ X / len(X)).to(dtype)
+
+
+def damped(A: Tensor) -> Tensor:
+    return A + DAMPING * A.diagonal().mean() * torch.eye(len(A), dtype=A.dtype)
+
+
+def output_error(W_hat: Tensor, W: Tensor, H: Tensor) -> float:
+    d = W_hat.double() - W.double()
+    return float(((d @ H.double()) * d).sum())
+
+
+def points(s: Solved, column: int) -> Tensor:
+    """All values that each row's grid has at a column: ``(out, 2^bits)``."""
+    assert s.scale is not None
+    q = quantizer_of(s.option)
+    assert q is not None
+    group = column // (s.weight.shape[1] // s.scale.shape[1])
+    low, high = code_range(q.bits)
+    k = torch.arange(low, high + 1, dtype=torch.float64)
+    zero = 0 if s.zero is None else s.zero[:, group, None].double()
+    return (k - zero) * s.scale[:, group, None].double()
+
+
+def nearest(s: Solved, column: int, values: Tensor) -> Tensor:
+    p = points(s, column)
+    return p.gather(1, (p - values[:, None]).abs().argmin(dim=1, keepdim=True))[:, 0]
+
+
+def textbook(W: Tensor, H: Tensor, s: Solved, order: Tensor) -> Tensor:
+    """Optimal brain surgeon in a fixed order: the inverse Hessian of the columns left, updated explicitly (float64)."""
+    prune = pruner_of(s.option)
+    width = len(order)
+    W, inverse = W.double()[:, order].clone(), torch.linalg.inv(H.double()[order][:, order])
+    pivots, rest = torch.empty(width, dtype=torch.float64), inverse.clone()
+    for j in range(width):
+        pivots[j] = rest[j, j]
+        rest = rest - torch.outer(rest[:, j], rest[j]) / rest[j, j]
+    drop = torch.zeros(W.shape, dtype=torch.bool)
+    for j in range(width):
+        if prune is not None and prune.sparsity is not None and j % BLOCK == 0:
+            stop = min(j + BLOCK, width)
+            count = round(prune.sparsity * stop * len(W)) - round(prune.sparsity * j * len(W))
+            ranked = (W[:, j:stop] ** 2 / pivots[j:stop]).flatten().argsort()[:count]
+            drop[:, j:stop] = (
+                torch.zeros(len(W) * (stop - j), dtype=torch.bool).index_fill(0, ranked, True).view(len(W), -1)
+            )
+        if prune is not None and prune.nm is not None and j % prune.nm[1] == 0:
+            n, m = prune.nm
+            for row in range(len(W)):
+                for p in (W[row, j : j + m] ** 2 / pivots[j : j + m]).argsort()[: m - n].tolist():
+                    drop[row, j + p] = True
+        q = W[:, j] if s.scale is None else nearest(s, int(order[j]), W[:, j])
+        q = torch.where(drop[:, j], 0.0, q)
+        change = (W[:, j] - q) / inverse[j, j]
+        W[:, j:] -= change[:, None] * inverse[j, j:]
+        W[:, j] = q
+        inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    result = torch.empty_like(W)
+    result[:, order] = W
+    return result
+
+
+QUANTIZERS: list[Quantize] = [
+    Quantize(bits=2, group_size=5, symmetric=False),
+    Quantize(bits=3, group_size=10),
+    Quantize(bits=4, symmetric=False),
+    Quantize(bits=8),
+]
+PRUNERS: list[Prune | PruneQuantize] = [
+    Prune(sparsity=0.5),
+    Prune(sparsity=0.3),
+    Prune(pattern="2:4"),
+    Prune(pattern="3:5"),
+    PruneQuantize(prune=Prune(sparsity=0.6), quantize=Quantize(bits=3, group_size=10, symmetric=False)),
+    PruneQuantize(prune=Prune(pattern="2:4"), quantize=Quantize(bits=4)),
+]
+
+
+def order_of(option: Option, A: Tensor) -> Tensor:
+    prune = pruner_of(option)
+    if prune is None:
+        return column_order(A.diagonal())
+    return column_order(A.diagonal(), prune.nm[1]) if prune.nm else dealt_order(A.diagonal())
+
+
+@pytest.mark.parametrize("shape", [(1, 20), (6, 20), (3, 140), (4, 260)])
+def test_sweep_equals_the_textbook(shape: tuple[int, int]) -> None:
+    W, A = weight(*shape), second_moment(shape[1])
+    options: list[Option] = [*QUANTIZERS, *PRUNERS]
+    for s in solve(W, options, A, layer="x", damping=DAMPING):
+        torch.testing.assert_close(s.weight, textbook(W, damped(A), s, order_of(s.option, A)), rtol=1e-8, atol=1e-10)
+
+
+def test_diagonal_second_moment_reaches_the_exhaustive_optimum() -> None:
+    W, A = weight(1, 4), torch.diag(torch.tensor([1.0, 3.0, 0.2, 2.0], dtype=torch.float64))
+    (s,) = solve(W, [Quantize(bits=2, symmetric=False)], A, layer="x")
+    grid = [points(s, j)[0].tolist() for j in range(4)]
+    best = min(output_error(torch.tensor([values], dtype=torch.float64), W, A) for values in itertools.product(*grid))
+    assert math.isclose(output_error(s.weight, W, A), best, rel_tol=1e-12)
+
+
+def test_compensation_is_between_the_optimum_and_rounding() -> None:
+    W, A = weight(200, 4), second_moment(4)
+    (s,) = solve(W, [Quantize(bits=2)], A, layer="x")
+    H = damped(A)
+    combinations = torch.tensor(list(itertools.product(range(4), repeat=4)))
+    plain = torch.stack([nearest(s, j, W[:, j]) for j in range(4)], dim=1)
+    optimum = 0.0
+    for row in range(len(W)):
+        values = torch.stack([points(s, j)[row][combinations[:, j]] for j in range(4)], dim=1)
+        d = values - W[row]
+        optimum += float(((d @ H) * d).sum(dim=1).min())
+    reached, rounded = output_error(s.weight, W, H), output_error(plain, W, H)
+    assert optimum <= reached * (1 + 1e-12)
+    assert reached < 0.9 * rounded
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_factor_inverts(dtype: torch.dtype) -> None:
+    A = second_moment(40, dtype=dtype)
+    f = factor(A, column_order(A.diagonal(), 4), layer="x", damping=DAMPING)
+    H = damped(A.double())[f.order][:, f.order]
+    assert torch.equal(f.U, f.U.triu())
+    torch.testing.assert_close(
+        f.U.double().T @ f.U.double() @ H,
+        torch.eye(40, dtype=torch.float64),
+        rtol=0,
+        atol=1e-10 if dtype == torch.float64 else 1e-3,
+    )
+    assert (f.damping, f.notes) == (DAMPING, ())
+
+
+def test_orders() -> None:
+    diagonal = torch.tensor([1.0, 2.0, 5.0, 5.0, 9.0, 0.0, 3.0, 1.0])
+    assert column_order(diagonal).tolist() == [4, 2, 3, 6, 1, 0, 7, 5]
+    assert column_order(diagonal, 4).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert column_order(diagonal, 2).tolist() == [2, 3, 4, 5, 6, 7, 0, 1]
+    dealt = dealt_order(torch.arange(300.0))
+    assert sorted(dealt.tolist()) == list(range(300))
+    assert dealt[:3].tolist() == [299, 296, 293]
+
+
+def test_pruning_one_weight_is_the_surgeons_solution() -> None:
+    W, A = weight(1, 10), second_moment(10)
+    p = int(A.diagonal().argmax())
+    W[0, p] = 1e-3  # first in the sweep and the cheapest: all others may move
+    (s,) = solve(W, [Prune(sparsity=0.1)], A, layer="x", damping=DAMPING)
+    H = damped(A)
+    rest = [j for j in range(10) if j != p]
+    expected = W.clone()
+    expected[0, p] = 0
+    expected[0, rest] += torch.linalg.solve(H[rest][:, rest], H[rest, p]) * W[0, p]
+    torch.testing.assert_close(s.weight, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("with_inputs", [True, False])
+@pytest.mark.parametrize("width", [20, 300])
+def test_sparsity_is_exact(width: int, with_inputs: bool) -> None:
+    W, A = weight(7, width), second_moment(width) if with_inputs else None
+    for s in solve(W, PRUNERS, A, layer="x"):
+        prune = pruner_of(s.option)
+        assert prune is not None
+        zeros = s.weight == 0
+        if prune.nm is not None:
+            n, m = prune.nm
+            dropped = zeros.view(7, -1, m).sum(dim=2)
+            assert bool((dropped == m - n).all() if s.scale is None else (dropped >= m - n).all())
+            continue
+        assert prune.sparsity is not None
+        count = round(prune.sparsity * W.numel())
+        assert int(zeros.sum()) == count if s.scale is None else int(zeros.sum()) >= count
+
+
+def test_pruned_and_rounded_weights_lie_on_the_grid() -> None:
+    W, A = weight(6, 40), second_moment(40)
+    for s in solve(W, PRUNERS[4:], A, layer="x"):
+        assert s.codes is not None and s.scale is not None
+        for j in range(40):
+            assert torch.equal(nearest(s, j, s.weight[:, j]), s.weight[:, j])
+        zero = torch.zeros_like(s.scale, dtype=torch.int8) if s.zero is None else s.zero
+        stored_zero = s.codes == zero.repeat_interleave(40 // zero.shape[1], dim=1)
+        assert torch.equal(stored_zero, s.weight == 0)
+
+
+def literal_search(
+    w: Tensor, a: Tensor, bits: int, symmetric: bool
+) -> tuple[float, float, Callable[[float, float], float]]:
+    """The documented candidates for one group, one after another: scale, error, and the error of any grid."""
+    low, high = code_range(bits)
+    top, bottom = max(float(w.max()), 0.0), min(float(w.min()), 0.0)
+    whole = max(top / high, bottom / low) if symmetric else (top - bottom) / (high - low)
+    zero: float = 0 if symmetric else min(max(round(low - bottom / whole), low), high)
+
+    def error(s: float, z: float) -> float:
+        return sum(
+            float(aj) * (wj - (min(max(round(wj / s + z), low), high) - z) * s) ** 2
+            for wj, aj in zip(w.tolist(), a, strict=True)
+        )
+
+    def half(s: float) -> float:
+        return float(torch.tensor(max(s, MIN_SCALE), dtype=torch.float64).half())
+
+    best = (math.inf, 0.0, 0.0)
+
+    def offer(s: float, z: float) -> None:
+        nonlocal best
+        s = half(s)
+        if error(s, z) < best[0]:
+            best = (error(s, z), s, z)
+
+    for share in COARSE:
+        offer(whole * share, zero)
+    if not symmetric and bits <= ZERO_SHIFT_BITS:
+        start = best[1]
+        for shift, share in itertools.product((-1, 1), (0.85, 1.0, 1.15)):
+            offer(start * share, min(max(zero + shift, low), high))
+    start, zero = best[1:]
+    for step in FINE:
+        offer(start + whole * step, zero)
+    _, s, z = best
+    codes = [min(max(round(wj / s + z), low), high) - z for wj in w.tolist()]
+    above = sum(float(aj) * c * wj for aj, c, wj in zip(a, codes, w.tolist(), strict=True))
+    below = sum(float(aj) * c * c for aj, c in zip(a, codes, strict=True))
+    if above > 0:
+        offer(above / below, z)
+    return best[1], best[0], error
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_grid_search_finds_the_best_candidate(bits: int, symmetric: bool) -> None:
+    W, a = weight(5, 24, seed=bits), second_moment(24).diagonal()
+    scale, zero = search_grid(W.T.contiguous(), bits=bits, group_size=8, symmetric=symmetric, importance=a)
+    low, high = code_range(bits)
+    for row, group in itertools.product(range(5), range(3)):
+        w = W[row, 8 * group : 8 * group + 8]
+        expected, least, error = literal_search(w, a[8 * group : 8 * group + 8], bits, symmetric)
+        found, z = float(scale[group, row]), 0 if zero is None else int(zero[group, row])
+        assert low <= z <= high
+        # Zero points can tie: two of them may give the same values.
+        assert found == expected
+        assert math.isclose(error(found, z), least, rel_tol=1e-9)
+        top, bottom = max(float(w.max()), 0.0), min(float(w.min()), 0.0)
+        minmax = max(top / high, bottom / low) if symmetric else (top - bottom) / (high - low)
+        minmax = float(torch.tensor(minmax, dtype=torch.float64).half())
+        assert least <= error(minmax, 0 if symmetric else round(low - bottom / minmax))
+
+
+def test_grid_search_is_close_to_an_exhaustive_one() -> None:
+    W, a = weight(20, 16), second_moment(16).diagonal()
+    for bits, symmetric, slack in ((2, False, 1.12), (2, True, 1.02), (4, False, 1.12), (4, True, 1.08)):
+        scale, zero = search_grid(W.T.contiguous(), bits=bits, symmetric=symmetric, importance=a)
+        low, high = code_range(bits)
+        s = W.abs().amax(dim=1, keepdim=True) * torch.linspace(0.01, 2, 800, dtype=torch.float64) * 2 / (high - low)
+        s = s[..., None].half().double()
+        best = torch.full((20,), math.inf, dtype=torch.float64)
+        for z in [0] if symmetric else range(low, high + 1):
+            q = ((W[:, None] / s + z).round().clamp(low, high) - z) * s
+            best = torch.minimum(best, ((q - W[:, None]) ** 2 @ a).amin(dim=1))
+        codes = quantize_to_grid(W, scale.T, None if zero is None else zero.T, bits=bits)
+        found = (dequantize(codes, scale.T, None if zero is None else zero.T, dtype=torch.float64) - W) ** 2 @ a
+        assert bool((found >= best * (1 - 1e-2)).all())
+        assert float(found.sum()) <= slack * float(best.sum())
+
+
+@pytest.mark.parametrize("chunk", [1, 37, 10_000])
+def test_grid_search_does_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    Wt, a = weight(50, 24).T.contiguous(), second_moment(24).diagonal()
+    expected = search_grid(Wt, bits=3, group_size=6, symmetric=False, importance=a)
+    monkeypatch.setattr("curvprune.solve.grids.CHUNK", chunk)
+    found = search_grid(Wt, bits=3, group_size=6, symmetric=False, importance=a)
+    assert torch.equal(found[0], expected[0])
+    assert found[1] is not None and expected[1] is not None and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("with_inputs", [True, False])
+def test_degenerate_groups(dtype: torch.dtype, with_inputs: bool) -> None:
+    W = weight(8, 20, dtype=dtype)
+    W[0] = 0
+    W[1, 5:10] = 0
+    W[2] = 0.25
+    W[3] = -0.25
+    W[4], W[4, 7] = 1e-4, 50.0
+    W[5] = 2e-7  # below the smallest float16 for most grids
+    W[6] *= 1e8
+    A = second_moment(20, dtype=dtype) if with_inputs else None
+    options: list[Option] = [
+        Quantize(bits=b, group_size=g, symmetric=s)
+        for b, g, s in itertools.product((2, 4, 8), (5, None), (True, False))
+    ]
+    for s in solve(W, options, A, layer="x"):
+        q = quantizer_of(s.option)
+        assert q is not None and s.scale is not None and s.codes is not None
+        assert bool(s.weight.isfinite().all()) and bool(s.scale.isfinite().all()) and bool((s.scale > 0).all())
+        assert bool((s.weight[0] == 0).all())
+        if q.group_size == 5:
+            assert bool((s.weight[1, 5:10] == 0).all())
+        if not with_inputs:
+            # A constant is a point of the grid up to the rounding of the scale.
+            torch.testing.assert_close(s.weight[2:4], W[2:4], rtol=2**-10, atol=0)
+            assert abs(float(s.weight[4, 7]) - 50) < 50 / 4
+            assert float((s.weight[5] - W[5]).abs().max()) <= MIN_SCALE / 2
+            assert float(s.weight[6].abs().max()) >= 65504, "saturates at the largest scale"
+        low, high = code_range(q.bits)
+        assert low <= int(s.codes.min()) and int(s.codes.max()) <= high
+        if s.zero is not None:
+            assert low <= int(s.zero.min()) and int(s.zero.max()) <= high
+
+
+def test_damping_grows_on_a_singular_second_moment() -> None:
+    x = torch.randn(12, generator=torch.Generator().manual_seed(0))
+    (s, p) = solve(
+        weight(3, 12, dtype=torch.float32),
+        [Quantize(bits=4), Prune(sparsity=0.5)],
+        torch.outer(x, x),
+        layer="mlp.up",
+        damping=0.0,
+    )
+    assert s.damping > 0 and p.damping == s.damping
+    assert any("mlp.up" in note and f"{s.damping:g}" in note for note in s.notes)
+    assert bool(s.weight.isfinite().all()) and bool(p.weight.isfinite().all())
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+def test_dead_inputs_are_rounded_to_nearest(damping: float) -> None:
+    W, A = weight(5, 20), second_moment(20)
+    A[:, [3, 11]] = 0
+    A[[3, 11]] = 0
+    s, p = solve(W, [Quantize(bits=4, group_size=5), Prune(sparsity=0.1)], A, layer="x", damping=damping)
+    assert s.damping == damping and s.notes == ()
+    for j in (3, 11):
+        assert torch.equal(s.weight[:, j], nearest(s, j, W[:, j]))
+    assert torch.equal(p.weight[:, [3, 11]], torch.where(p.weight[:, [3, 11]] == 0, 0.0, W[:, [3, 11]]))
+
+
+BAD = [
+    (lambda W, A: (W, [Quantize(bits=4)], torch.zeros_like(A)), "layer mlp.up.*received no inputs"),
+    (lambda W, A: (W, [Quantize(bits=4)], A * math.nan), "layer mlp.up.*NaN or infinite.*calibrate"),
+    (lambda W, A: (W, [Quantize(bits=4)], A[:4, :4]), r"layer mlp.up.*12 inputs.*\(4, 4\)"),
+    (lambda W, A: (W, [Quantize(bits=4)], -A), "layer mlp.up.*not positive definite.*more or other data.*leave"),
+    (lambda W, A: (W / 0, [Quantize(bits=4)], A), "layer mlp.up.*weight holds NaN"),
+    (lambda W, A: (W[0], [Quantize(bits=4)], A), r"layer mlp.up.*\(out, in\).*\(12,\)"),
+    (lambda W, A: (W, [Quantize(bits=4, group_size=5)], A), "layer mlp.up.*group_size=5.*nearest that does: 6"),
+    (lambda W, A: (W, [Prune(pattern="2:5")], A), "layer mlp.up.*multiple of 5"),
+    (lambda W, A: (W * 1e8, [Cast(dtype="float16")], A), "layer mlp.up.*overflow float16.*bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_errors_name_the_layer_and_a_remedy(arguments, message: str) -> None:  # type: ignore[no-untyped-def]
+    W, options, A = arguments(weight(3, 12), second_moment(12))
+    with pytest.raises(ValueError, match=message):
+        solve(W, options, A, layer="mlp.up")
+
+
+def test_negative_damping_is_refused() -> None:
+    with pytest.raises(ValueError, match="layer x: damping=-1"):
+        solve(weight(3, 12), [Keep()], None, layer="x", damping=-1)
+
+
+@pytest.mark.parametrize("option", [*QUANTIZERS, PRUNERS[4], PRUNERS[5]])
+def test_compressed_tensors_reads_the_same_weight(option: Quantize | PruneQuantize) -> None:
+    W, A = weight(6, 40, dtype=torch.float32), second_moment(40, dtype=torch.float32)
+    (s,) = solve(W, [option], A, layer="x")
+    q = quantizer_of(option)
+    assert q is not None and s.codes is not None and s.scale is not None
+    packed = pack_to_int32(s.codes, q.bits)
+    codes = unpack_from_int32(packed, q.bits, s.codes.shape)
+    zero = None
+    if s.zero is not None:
+        zero = unpack_from_int32(pack_to_int32(s.zero, q.bits, packed_dim=0), q.bits, s.zero.shape, packed_dim=0)
+    args = QuantizationArgs(
+        num_bits=q.bits,
+        type="int",
+        symmetric=q.symmetric,
+        strategy="channel" if q.group_size is None else "group",
+        group_size=q.group_size,
+    )
+    assert torch.equal(peer_dequantize(codes, s.scale.float(), zero, args), s.weight)
+    assert torch.equal(dequantize(s.codes, s.scale, s.zero, q.group_size), s.weight)
+    # Stored values are grid points: rounding them again changes nothing.
+    assert torch.equal(quantize_to_grid(s.weight, s.scale, s.zero, bits=q.bits, group_size=q.group_size), s.codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(dtype: torch.dtype) -> None:
+    W, A = weight(6, 40, dtype=dtype), second_moment(40, dtype=torch.float32)
+    options: list[Option] = [
+        Keep(),
+        Cast(dtype="bfloat16"),
+        Quantize(bits=8, group_size=10, symmetric=False),
+        Prune(sparsity=0.1),
+    ]
+    keep, cast, rounded, pruned = solve(W, options, A, layer="x")
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    assert all(s.weight.dtype == compute for s in (keep, cast, rounded, pruned))
+    assert torch.equal(keep.weight, W.to(compute))
+    assert torch.equal(cast.weight, W.to(torch.bfloat16).to(compute))
+    assert torch.equal(pruned.weight, pruned.weight.to(dtype).to(compute)), "stored in the dtype of W"
+    assert output_error(rounded.weight, W, A) < 1e-3 * output_error(torch.zeros_like(W), W, A)
+    assert rounded.scale is not None and rounded.scale.dtype == (dtype if dtype == torch.bfloat16 else torch.float16)
+
+
+def test_options_and_chunks_do_not_influence_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    W, A = weight(9, 140), second_moment(140)
+    options: list[Option] = [
+        Keep(),
+        PRUNERS[0],
+        QUANTIZERS[0],
+        PRUNERS[2],
+        QUANTIZERS[3],
+        PRUNERS[4],
+        PRUNERS[5],
+        QUANTIZERS[1],
+    ]
+    before = W.clone(), A.clone(), torch.get_rng_state()
+    together = solve(W, options, A, layer="x")
+    monkeypatch.setattr(solve_room, "STACKED_ROWS", 7)
+    chunked = solve(W, options, A, layer="x")
+    for option, s, c in zip(options, together, chunked, strict=True):
+        (alone,) = solve(W, [option], A, layer="x")
+        assert s.option is option
+        torch.testing.assert_close(s.weight, alone.weight, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(s.weight, c.weight, rtol=1e-9, atol=1e-12)
+    assert torch.equal(W, before[0]) and torch.equal(A, before[1]) and torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_without_inputs_rounds_to_nearest_and_prunes_by_magnitude() -> None:
+    W = weight(6, 20)
+    rounded, pruned, both = solve(W, [QUANTIZERS[0], Prune(sparsity=0.4), PRUNERS[4]], None, layer="x")
+    for j in range(20):
+        torch.testing.assert_close(rounded.weight[:, j], nearest(rounded, j, W[:, j]), rtol=0, atol=0)
+        torch.testing.assert_close(
+            both.weight[:, j],
+            torch.where(both.weight[:, j] == 0, 0.0, nearest(both, j, W[:, j])),
+            rtol=0,
+            atol=0,
+        )
+    cut = W.abs().flatten().sort().values[round(0.4 * W.numel())]
+    assert torch.equal(pruned.weight, torch.where(W.abs() >= cut, W, 0.0))
+    assert bool((both.weight[W.abs() < W.abs().flatten().sort().values[round(0.6 * W.numel())]] == 0).all())
+    assert rounded.damping == 0
+
+
+@pytest.mark.parametrize("option", QUANTIZERS)
+def test_compensation_beats_rounding_on_correlated_inputs(option: Quantize) -> None:
+    W, A = weight(16, 140, dtype=torch.float32), second_moment(140, dtype=torch.float32)
+    (s,) = solve(W, [option], A, layer="x")
+    assert s.scale is not None
+    codes = quantize_to_grid(W, s.scale, s.zero, bits=option.bits, group_size=option.group_size)
+    plain = dequantize(codes, s.scale, s.zero, option.group_size)
+    assert output_error(s.weight, W, A) < 0.7 * output_error(plain, W, A)

@@ -1,40 +1,59 @@
-"""curvprune: the smallest model that is provably inside an accuracy budget, priced by the curvature of the loss."""
+"""curvprune: the smallest model that is provably inside an accuracy budget, priced by the curvature of the loss.
+
+Names are imported on first use, so that the command line can set up the process before torch is loaded.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from curvprune.api import Result, analyze, certify, compress, load, price, prune, quantize
-from curvprune.certificate import Verdict
-from curvprune.data import Split, Splits
-from curvprune.ledger import Ledger
-from curvprune.objective import CausalLM, Classification, LabelFree, Objective
-from curvprune.options import Cast, Keep, Prune, PruneQuantize, Quantize
-from curvprune.plan import Budget, Plan
-from curvprune.stages import Analysis, Settings
+if TYPE_CHECKING:
+    from curvprune.api import Result as Result
+    from curvprune.api import analyze as analyze
+    from curvprune.api import certify as certify
+    from curvprune.api import compress as compress
+    from curvprune.api import load as load
+    from curvprune.api import price as price
+    from curvprune.api import prune as prune
+    from curvprune.api import quantize as quantize
+    from curvprune.certificate import Verdict as Verdict
+    from curvprune.data import Split as Split
+    from curvprune.data import Splits as Splits
+    from curvprune.ledger import Ledger as Ledger
+    from curvprune.objective import CausalLM as CausalLM
+    from curvprune.objective import Classification as Classification
+    from curvprune.objective import LabelFree as LabelFree
+    from curvprune.objective import Objective as Objective
+    from curvprune.options import Cast as Cast
+    from curvprune.options import Keep as Keep
+    from curvprune.options import Prune as Prune
+    from curvprune.options import PruneQuantize as PruneQuantize
+    from curvprune.options import Quantize as Quantize
+    from curvprune.plan import Budget as Budget
+    from curvprune.plan import Plan as Plan
+    from curvprune.stages import Analysis as Analysis
+    from curvprune.stages import Settings as Settings
 
-__all__ = [
-    "Analysis",
-    "Budget",
-    "Cast",
-    "CausalLM",
-    "Classification",
-    "Keep",
-    "LabelFree",
-    "Ledger",
-    "Objective",
-    "Plan",
-    "Prune",
-    "PruneQuantize",
-    "Quantize",
-    "Result",
-    "Settings",
-    "Split",
-    "Splits",
-    "Verdict",
-    "analyze",
-    "certify",
-    "compress",
-    "load",
-    "price",
-    "prune",
-    "quantize",
-]
+_HOME = {
+    "api": ("Result", "analyze", "certify", "compress", "load", "price", "prune", "quantize"),
+    "certificate": ("Verdict",),
+    "data": ("Split", "Splits"),
+    "ledger": ("Ledger",),
+    "objective": ("CausalLM", "Classification", "LabelFree", "Objective"),
+    "options": ("Cast", "Keep", "Prune", "PruneQuantize", "Quantize"),
+    "plan": ("Budget", "Plan"),
+    "stages": ("Analysis", "Settings"),
+}
+__all__ = ["__version__", *sorted(name for names in _HOME.values() for name in names)]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(import_module(f"curvprune.{module}"), name)
+    raise AttributeError(f"module 'curvprune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -95,7 +95,7 @@ def certify_loss(
     with m - 1 degrees of freedom accepts a true drop equal to the budget in up to 15 % of the runs at nominal 5 % when
     a few long documents dominate; this one stays below 5.5 % for normal effects (simulated in the tests). A few
     documents with rare, very large losses can still hide from any small sample: with skewed effects (lognormal, s =
-    0.6, most of the variance between documents) acceptance was up to 9 % at 20 clusters, 7 % at 300.
+    0.6, half of the variance between documents) acceptance was up to 9 % at 20 clusters, 7 % at 300.
 
     `needed` = items ((t + z_power) se / |max_drop - d|)^2: clusters needed, at the observed items per cluster. Raises
     ValueError on mismatched lengths, non-finite values, counts <= 0, fewer than two clusters.

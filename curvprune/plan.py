@@ -637,7 +637,7 @@ def _solve_core(
     savings = [excess - rise * shift for _, _, excess, shift in entries]
     finest = min(Fraction(10_000, gap), Fraction(10**9, max(1, *map(abs, savings))))
     divisor = math.gcd(*(shift for *_, shift in entries))
-    coarsest = max(1, Fraction(max(abs(shift) for *_, shift in entries), divisor * 10**9))
+    coarsest = max(Fraction(1), Fraction(max(abs(shift) for *_, shift in entries), divisor * 10**9))
     room = (limit - _weight(ladders, base)) // divisor
     count = len(entries)
     layers = {number: row for row, number in enumerate(dict.fromkeys(number for number, *_ in entries))}

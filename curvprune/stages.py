@@ -15,6 +15,7 @@ import copy
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ from curvprune.solve.grids import dequantize
 from curvprune.state import StageLog, State
 
 CHECKPOINT_SECONDS = 45.0  # the pricing pass writes its totals this often
-ACCEPTABLE = 0.90  # predicted probability of being certified that a plan must have on select
+ACCEPTABLE = 0.80  # predicted probability of being certified that a plan must have on select
 CAUTION = 0.6  # each more cautious plan of the fixed sequence may cost so much of the next one's predicted loss
 
 
@@ -337,14 +338,17 @@ def _results(job: Job, name: str, model: nn.Module, split: Split) -> ItemResults
 
 
 def compare(baseline: ItemResults, compressed: ItemResults, split: Split, budget: Budget, *, unit: str) -> Verdict:
-    """Paired verdict on a split for a budget with ``max_drop``; documents with several items are clusters."""
-    clusters = None if len(set(split.documents)) == len(split.documents) else np.array(split.documents)
+    """Paired verdict on a split for a budget with ``max_drop``; documents with several items are clusters. Items in
+    which no position counts (all labels ignored) say nothing and are left out."""
+    counted = (baseline.count > 0).numpy()
+    documents = np.array(split.documents)[counted]
+    clusters = None if len(set(documents)) == len(documents) else documents
     assert budget.max_drop is not None
     if budget.metric == "loss":
         return certify_loss(
-            baseline.loss.numpy(),
-            compressed.loss.numpy(),
-            baseline.count.numpy(),
+            baseline.loss.numpy()[counted],
+            compressed.loss.numpy()[counted],
+            baseline.count.numpy()[counted],
             clusters=clusters,
             max_drop=budget.max_drop,
             confidence=budget.confidence,
@@ -353,8 +357,8 @@ def compare(baseline: ItemResults, compressed: ItemResults, split: Split, budget
     if float(baseline.count.max()) > 1:
         raise ValueError("metric 'accuracy' needs one prediction per item; for language models use metric 'loss'")
     return certify_accuracy(
-        baseline.correct.numpy() > 0.5,
-        compressed.correct.numpy() > 0.5,
+        baseline.correct.numpy()[counted] > 0.5,
+        compressed.correct.numpy()[counted] > 0.5,
         clusters=clusters,
         max_drop=budget.max_drop,
         confidence=budget.confidence,
@@ -444,6 +448,16 @@ class _Bench:
 
 def select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[_Bench, list[dict[str, Any]]]:
     """Stage *select*: trials along the frontier, controls, and the fixed sequence to certify (cautious first)."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        chosen = _select_plans(job, candidates)
+    for w in caught:  # recorded to be noted, not to be hidden
+        warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+    job.notes += sorted({str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)})
+    return chosen
+
+
+def _select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[_Bench, list[dict[str, Any]]]:
     assert job.budget is not None and job.ledger is not None
     budget, rows = job.budget, job.ledger.rows
     with job.stages.stage("measure on select", job.settings.trials + 5) as advance:
@@ -509,7 +523,7 @@ def _controls(job: Job, best: Mapping[str, Any]) -> list[tuple[str, str, dict[st
     controls: list[tuple[str, str, dict[str, str]]] = []
     if not free:
         return controls
-    common = set.intersection(*({o.key for o in job.options[n]} for n in free))
+    common = set.intersection(*({o.key for o in job.options[n]} for n in free)) - {"keep"}
     uniform = []
     for key in sorted(common):
         choices = {n: key if n in free else job.options[n][0].key for n in job.layers}

@@ -234,3 +234,15 @@ def test_splits_of_ones_own(trained):
     splits = cp.Splits(calibrate=cut[0], price=cut[1], select=cut[2], certify=cut[3])
     result = cp.quantize(model, splits, bits=(3, 8), budget=cp.Budget("loss", max_drop=0.1))
     assert result.verdict is not None and result.verdict.items == 497
+
+
+def test_items_without_counted_labels_say_nothing(trained):
+    model, (x, y) = trained
+    ignored = y.clone()
+    ignored[::3] = -100
+    other = cp.quantize(model, batches((x, y)), bits=3).model
+    budget = cp.Budget("loss", max_drop=0.5)
+    some = cp.certify(model, other, batches((x, ignored)), budget)
+    kept = ignored != -100
+    only = cp.certify(model, other, batches((x[kept], y[kept])), budget)
+    assert some.items == only.items == int(kept.sum()) and some.drop == pytest.approx(only.drop)

@@ -314,6 +314,9 @@ def test_accuracy_fields_and_consistency_of_bound_and_status() -> None:
     assert accuracy_verdict(12, 4, 400, max_drop=verdict.bound - 1e-4).status == "INCONCLUSIVE"
     assert accuracy_verdict(40, 4, 400, max_drop=0.01).status == "VIOLATED"
     assert accuracy_verdict(4, 40, 400, max_drop=0.0).status == "CERTIFIED"
+    # Three losses in a hundred happen by chance in 8 % of the runs where one in a hundred is true.
+    assert accuracy_verdict(3, 0, 100, max_drop=0.01).status == "INCONCLUSIVE"
+    assert accuracy_verdict(7, 0, 100, max_drop=0.01).status == "VIOLATED"
 
 
 def test_agreement_on_every_item_certifies_only_with_enough_items() -> None:
@@ -424,6 +427,11 @@ def test_clusters_cannot_certify_what_independent_items_would_not() -> None:
     assert verdict.needed == math.ceil(5.9 * math.log(0.05) / math.log(0.99))
     singles = certify_accuracy(*results(12, 4, 400), clusters=np.arange(400), max_drop=0.05)
     assert singles.bound == pytest.approx(accuracy_verdict(12, 4, 400, max_drop=0.05).bound, rel=0.1)
+
+
+def test_effective_counts_are_rounded_against_the_compressed_model() -> None:
+    assert certificate._shrunk(3, 3, 101, 2.0) == (2, 1, 50)
+    assert certificate._shrunk(3, 0, 3, 8.0) == (1, 0, 1)
 
 
 def test_clustered_losses_violate() -> None:

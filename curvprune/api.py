@@ -163,8 +163,8 @@ def compress(
         else:
             candidates = solve_options(job)
             price_options(job, candidates)
-            bench, sequence = select_plans(job, candidates)
-            compressed = job.reload(certify_plans(job, bench, sequence))
+            bench, best = select_plans(job, candidates)
+            compressed = job.reload(certify_plans(job, bench, best))
             trials = tuple(bench.trials)
         assert job.plan is not None
         if inplace:

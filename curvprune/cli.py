@@ -8,6 +8,7 @@ import os
 # Before torch loads its thread pool: idle OpenMP threads sleep instead of spinning. On a machine that is also doing
 # something else, spinning threads keep the working ones off the cores (measured: 20 to 200 times slower).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars would tear ours apart
 
 from pathlib import Path
 from typing import Annotated

@@ -74,8 +74,8 @@ def run(recipe_path: str | Path, out: str | Path, *, progress: bool = True) -> R
         candidates = solve_options(job)
         price_options(job, candidates)
         _write_prices(job, root)
-        bench, sequence = select_plans(job, candidates)
-        folder = certify_plans(job, bench, sequence)
+        bench, best = select_plans(job, candidates)
+        folder = certify_plans(job, bench, best)
         bench_trials = bench.trials
     _publish(folder, root)
     record = _record(job, about, bench_trials, root)

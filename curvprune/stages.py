@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ from curvprune.state import StageLog, State
 
 CHECKPOINT_SECONDS = 45.0  # the pricing pass writes its totals this often
 ACCEPTABLE = 0.80  # predicted probability of being certified that a plan must have on select
-CAUTION = 0.6  # each more cautious plan of the fixed sequence may cost so much of the next one's predicted loss
+SAFE = 0.95  # ... and that the first plan of the fixed sequence should have
+CAUTION = 0.6  # a more cautious plan may cost so much of the next one's predicted loss
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -367,15 +368,24 @@ def compare(baseline: ItemResults, compressed: ItemResults, split: Split, budget
 
 def _chance(job: Job, verdict: Verdict) -> float:
     """Predicted probability that a plan with this verdict on select is certified on the certify split."""
+    return _chance_at(job, verdict.drop, verdict.stderr)
+
+
+def _chance_at(job: Job, drop: float, stderr: float) -> float:
     assert job.budget is not None and job.budget.max_drop is not None
     shrink = (len(set(job.splits.select.documents)) / len(set(job.splits.certify.documents))) ** 0.5
     return probability_of_certifying(
-        verdict.drop,
-        verdict.stderr,
-        verdict.stderr * shrink,
+        drop,
+        stderr,
+        stderr * shrink,
         max_drop=job.budget.max_drop,
         confidence=job.budget.confidence,
     )
+
+
+def _key(choices: Mapping[str, str]) -> str:
+    """A short name for a plan, for its files."""
+    return hashlib.sha256(json.dumps(sorted(choices.items())).encode()).hexdigest()[:16]
 
 
 @dataclass(slots=True)
@@ -392,14 +402,14 @@ class _Bench:
     def measure(self, name: str, kind: str, choices: Mapping[str, str], note: str = "") -> dict[str, Any]:
         """Measure a plan; returns its trial record (also appended to ``trials``)."""
         job = self.job
-        key = hashlib.sha256(json.dumps(sorted(choices.items())).encode()).hexdigest()[:16]
-        path = f"select/{key}.json"
+        path = f"select/{_key(choices)}.json"
         if not job.state.has(path):
             self._set(choices)
         results = _results(job, path, self.model or job.model, job.splits.select)
-        return self.add(name, kind, choices, results, note)
+        self.trials.append(self.record(name, kind, choices, results, note))
+        return self.trials[-1]
 
-    def add(
+    def record(
         self, name: str, kind: str, choices: Mapping[str, str], results: ItemResults, note: str = ""
     ) -> dict[str, Any]:
         job = self.job
@@ -408,7 +418,7 @@ class _Bench:
         verdict = compare(self.baseline, results, job.splits.select, compare_as, unit=job.objective.unit)
         predicted = job.ledger.predict(choices) if job.ledger is not None else None
         chance = _chance(job, verdict) if budget is not None else None
-        trial = {
+        return {
             "name": name,
             "kind": kind,
             "choices": dict(choices),
@@ -418,13 +428,12 @@ class _Bench:
             "measured": float((results.loss.sum() - self.baseline.loss.sum()) / self.baseline.count.sum()),
             "measured_stderr": _finite(verdict.stderr) if compare_as.metric == "loss" else None,
             "metric_drop": verdict.drop,
+            "metric_stderr": verdict.stderr,
             "chance": chance,
             "accepted": chance is not None and chance >= ACCEPTABLE,
             "items": len(self.baseline.loss),
             "note": note,
         }
-        self.trials.append(trial)
-        return trial
 
     def _set(self, choices: Mapping[str, str]) -> None:
         job = self.job
@@ -446,8 +455,8 @@ class _Bench:
             self.now[name] = key
 
 
-def select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[_Bench, list[dict[str, Any]]]:
-    """Stage *select*: trials along the frontier, controls, and the fixed sequence to certify (cautious first)."""
+def select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[_Bench, dict[str, Any]]:
+    """Stage *select*: trials along the frontier and controls. Returns the smallest acceptable one."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         chosen = _select_plans(job, candidates)
@@ -457,7 +466,7 @@ def select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[_
     return chosen
 
 
-def _select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[_Bench, list[dict[str, Any]]]:
+def _select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[_Bench, dict[str, Any]]:
     assert job.budget is not None and job.ledger is not None
     budget, rows = job.budget, job.ledger.rows
     with job.stages.stage("measure on select", job.settings.trials + 5) as advance:
@@ -467,7 +476,7 @@ def _select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[
         if budget.max_bytes is not None:
             header = artifact.header_bytes(job.model, job.layers)
             choices = cheapest(rows, max_bytes=budget.max_bytes, fixed_bytes=job.fixed_bytes + header)
-            sequence = [bench.measure("plan 1", "plan", choices)]
+            best = bench.measure("plan 1", "plan", choices)
         else:
             assert budget.max_drop is not None
 
@@ -477,42 +486,20 @@ def _select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[
                 return trial["accepted"], trial["metric_drop"]
 
             found = search(rows, measured, start=budget.max_drop, max_trials=job.settings.trials)
-            best = next((t for t in bench.trials if t["choices"] == found.best), None)
-            if best is None:
-                # Nothing looks certifiable: the most cautious plan that was measured goes to the certificate all the
-                # same.
-                best = max(bench.trials, key=lambda t: (t["chance"], t["bytes"]))
+            passing = next((t for t in bench.trials if t["choices"] == found.best), None)
+            if passing is None:
+                # The most cautious plan that was measured goes to the certificate all the same.
+                passing = max(bench.trials, key=lambda t: (t["chance"], t["bytes"]))
                 job.notes.append("no plan measured on select reached the wanted chance of being certified")
-            sequence = [best]
-        for control in _controls(job, sequence[0]):
+            best = passing
+        for control in _controls(job, best):
             bench.measure(*control)
             advance(1 + len(bench.trials))
-        if budget.max_drop is not None:
-            sequence = _fixed_sequence(job, bench, sequence[0])
+        if rivals := [t for t in bench.trials if t["accepted"] and t["bytes"] < best["bytes"]]:
+            best = min(rivals, key=lambda t: t["bytes"])
+            job.notes.append(f"{best['name']} is smaller than the best plan and was used instead")
         advance(job.settings.trials + 5)
-    return bench, sequence
-
-
-def _fixed_sequence(job: Job, bench: _Bench, best: dict[str, Any]) -> list[dict[str, Any]]:
-    """The plans to certify, cautious first, fixed before the certify split is opened: the best plan, preceded by plans
-    that cost less. A control that is smaller than the best plan and as likely to be certified takes its place."""
-    rivals = [t for t in bench.trials if t["accepted"] and t["bytes"] < best["bytes"]]
-    if rivals:
-        best = min(rivals, key=lambda t: t["bytes"])
-        job.notes.append(f"{best['name']} is smaller than the best plan and was used instead")
-    sequence = [best]
-    ledger = job.ledger
-    assert ledger is not None
-    while len(sequence) < job.settings.attempts:
-        bolder = sequence[0]
-        try:
-            choices = cheapest(ledger.rows, max_loss=CAUTION * bolder["predicted"])
-        except Infeasible:
-            break
-        if job.bytes_of(choices) <= bolder["bytes"]:
-            break
-        sequence.insert(0, bench.measure(f"{bolder['name']}, more cautious", "plan", choices))
-    return sequence
+    return bench, best
 
 
 def _controls(job: Job, best: Mapping[str, Any]) -> list[tuple[str, str, dict[str, str]]]:
@@ -565,35 +552,103 @@ def apply_plan(job: Job, choices: Mapping[str, str], folder: str, title: str) ->
     return model, solved
 
 
-def certify_plans(job: Job, bench: _Bench, sequence: list[dict[str, Any]]) -> Path:
-    """Stages *apply* and *certify* for each plan of the fixed sequence, up to the first that is not certified.
-    Returns the folder of the model to ship: the last certified one, or the first if there is none."""
-    assert job.budget is not None
-    attempts: list[tuple[Path, dict[str, Solved], Verdict]] = []
-    judged = job.budget if job.budget.max_drop is not None else None
-    for number, trial in enumerate(sequence, 1):
-        name, at = trial["name"], f"applied/{number}"
-        model, solved = apply_plan(job, trial["choices"], at, f"apply {name}")
-        results = _results(job, f"{at}/select.json", model, job.splits.select)
-        applied = bench.add(f"{name}, applied", "applied", trial["choices"], results, "solved in one sequential pass")
-        del model
-        if applied["metric_drop"] > trial["metric_drop"]:
-            # Judged on select alone, before certify is opened: ship whichever of the two solutions measured better.
-            solved = {n: next(s for s in bench.candidates(n) if s.option.key == trial["choices"][n]) for n in solved}
-            applied["note"] = "one sequential pass measured worse than the candidates, which were kept"
-        folder = _written(job, at, solved, _plan_of(job, trial))
-        attempts.append((folder, solved, _verdict_of(job, folder, f"certify/{number}.json", f"certify {name}", judged)))
-        if attempts[-1][2].status != "CERTIFIED":
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Applied:
+    """A plan solved, written to disk and measured on select; ``record`` is its trial record."""
+
+    record: dict[str, Any]
+    folder: Path
+    solved: dict[str, Solved]
+    chance: float | None
+
+
+def _apply_and_write(job: Job, bench: _Bench, name: str, choices: dict[str, str]) -> _Applied:
+    """Apply a plan and write its artifact. If its candidates were measured on select and did better there than the
+    sequential solution, they are written instead."""
+    at = f"applied/{_key(choices)}"
+    model, solved = apply_plan(job, choices, at, f"apply {name}")
+    results = _results(job, f"{at}/select.json", model, job.splits.select)
+    del model
+    record = bench.record(f"{name}, applied", "applied", choices, results, "solved in one sequential pass")
+    chance = record["chance"]
+    stitched = next((t for t in bench.trials if t["choices"] == choices), None)
+    if stitched is not None and stitched["metric_drop"] < record["metric_drop"]:
+        solved = {n: next(s for s in bench.candidates(n) if s.option.key == choices[n]) for n in solved}
+        record["note"] = "one sequential pass measured worse than the candidates, which were kept"
+        chance = stitched["chance"]
+    folder = _written(job, at, solved, _plan_of(job, record))
+    # What lies on disk packed need not be held in memory twice: codes and scales are enough for a later save.
+    light = {
+        n: replace(s, weight=torch.empty(0)) if s.codes is not None and artifact.packs(job.model, job.layers[n]) else s
+        for n, s in solved.items()
+    }
+    return _Applied(record=record, folder=folder, solved=light, chance=chance)
+
+
+def _fixed_sequence(job: Job, bench: _Bench, best: dict[str, Any]) -> list[_Applied]:
+    """The plans to certify, cautious first, fixed before the certify split is opened: everything here is judged on
+    select alone. While the first is not safe, a more cautious plan goes before it; once it is, bolder ones follow, as
+    far as the applied models leave room (applied sequentially, a plan usually costs less than its candidates did)."""
+    assert job.ledger is not None
+    sequence = [_apply_and_write(job, bench, best["name"], best["choices"])]
+    left_out: list[_Applied] = []
+    while job.budget is not None and job.budget.max_drop is not None:
+        if len(sequence) + len(left_out) >= job.settings.attempts:
             break
-    last = fixed_sequence([verdict for _, _, verdict in attempts]) if judged else 0
-    index = 0 if last is None else last
-    folder, job.solved, verdict = attempts[index]
-    job.plan = _plan_of(job, sequence[index])
+        safe = (sequence[0].chance or 0.0) >= SAFE
+        edge = sequence[-1] if safe else sequence[0]
+        factor = _room(job, edge.record) if safe else CAUTION
+        try:
+            choices = cheapest(job.ledger.rows, max_loss=factor * edge.record["predicted"])
+        except Infeasible:
+            break
+        if choices == edge.record["choices"] or (job.bytes_of(choices) < edge.record["bytes"]) != safe:
+            break
+        name = f"{best['name']}, {'bolder' if safe else 'more cautious'}"
+        applied = _apply_and_write(job, bench, name, choices)
+        if safe and (applied.chance or 0.0) < ACCEPTABLE:
+            left_out.append(applied)
+        else:
+            sequence.insert(len(sequence) if safe else 0, applied)
+    bench.trials += [applied.record for applied in (*sequence, *left_out)]
+    return sequence
+
+
+def _room(job: Job, record: Mapping[str, Any]) -> float:
+    """By how much the predicted loss of an applied plan may grow until its chance falls to `ACCEPTABLE`, if measured
+    and predicted loss grow together; at most twofold."""
+    assert job.budget is not None and job.budget.max_drop is not None
+    drop = record["metric_drop"]
+    low, high = drop, job.budget.max_drop
+    for _ in range(40):
+        middle = (low + high) / 2
+        verdict_chance = _chance_at(job, middle, record["metric_stderr"])
+        low, high = (middle, high) if verdict_chance >= ACCEPTABLE else (low, middle)
+    return min(2.0, low / drop) if drop > 0 else 2.0
+
+
+def certify_plans(job: Job, bench: _Bench, best: dict[str, Any]) -> Path:
+    """Stages *apply* and *certify*: fix a sequence of plans, then test them, cautious first, up to the first that is
+    not certified. Returns the folder of the model to ship: the last certified one, or the first if there is none."""
+    assert job.budget is not None
+    sequence = _fixed_sequence(job, bench, best)
+    bench.model = None  # nothing is measured on select any more: free a copy of the model
+    judged = job.budget if job.budget.max_drop is not None else None
+    verdicts: list[Verdict] = []
+    for applied in sequence:
+        name, key = applied.record["name"], _key(applied.record["choices"])
+        verdicts.append(_verdict_of(job, applied.folder, f"certify/{key}.json", f"certify {name}", judged))
+        if verdicts[-1].status != "CERTIFIED":
+            break
+    last = fixed_sequence(verdicts) if judged else 0
+    shipped, verdict = sequence[last or 0], verdicts[last or 0]
+    job.solved, job.plan = shipped.solved, _plan_of(job, shipped.record)
     if judged:
         job.verdict = verdict
-        job.record["attempts"] = [{**v.to_dict(), "plan": sequence[i]["name"]} for i, (_, _, v) in enumerate(attempts)]
+        tested = zip(sequence, verdicts, strict=False)
+        job.record["attempts"] = [{**v.to_dict(), "plan": a.record["name"]} for a, v in tested]
     job.record["measured"] = verdict.to_dict()
-    return folder
+    return shipped.folder
 
 
 def apply_and_measure(job: Job, choices: Mapping[str, str]) -> Path:

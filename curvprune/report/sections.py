@@ -507,7 +507,7 @@ def options_table(record: Record) -> Table:
 
     def cells(label: Cell, rows: Sequence[Record]) -> list[Cell]:
         stored, weights = _total(rows, "bytes"), _total(rows, "parameters")
-        price, error = _total(rows, "price"), _total(rows, "stderr")
+        price = _total(rows, "price")
         return [
             label,
             number_cell(len(rows), count(len(rows))),
@@ -517,7 +517,7 @@ def options_table(record: Record) -> Table:
             number_cell(
                 8 * stored / weights if weights else None, fixed(8 * stored / weights, 2) if weights else MISSING
             ),
-            number_cell(price, plus_minus(price, error)),
+            number_cell(price, sig(price)),
         ]
 
     columns = [
@@ -529,7 +529,7 @@ def options_table(record: Record) -> Table:
         Column("bits/weight", "8 x bytes / weights", "n"),
         Column(
             f"sum of prices ({unit_of(record)})",
-            "standard errors added, not in quadrature: prices share the calibration items, so this is an upper limit",
+            "the standard error of the whole plan is in section 3: layers share items, so errors do not add up",
             "n",
         ),
     ]

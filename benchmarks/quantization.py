@@ -3,9 +3,10 @@
     python benchmarks/quantization.py                                    # ours
     LLMC_PYTHON=/path/to/python python benchmarks/quantization.py        # ours and llm-compressor's, in one run
 
-``LLMC_PYTHON`` is an interpreter with llmcompressor installed (its pins need an environment of their own). Each setting runs
-in a process of its own on one thread. Calibration: 16 × 512 tokens of Python's documentation; evaluation: 16 × 512 tokens of
-other topics. Prints a Markdown table: perplexity, CPU seconds of compressing, peak memory, size of the weights.
+``LLMC_PYTHON`` is an interpreter with llmcompressor installed (its pins need an environment of their own). Each
+setting runs in a process of its own on one thread. Calibration: 16 × 512 tokens of Python's documentation;
+evaluation: 16 × 512 tokens of other topics. Prints a Markdown table: perplexity, CPU seconds of compressing, peak
+memory, size of the weights.
 """
 
 from __future__ import annotations

@@ -149,6 +149,14 @@ def check(recipe_path: str | Path) -> Check:
 
 def prepare(recipe: Recipe, root: State | None, *, progress: bool) -> tuple[Job, dict[str, Any]]:
     """Load model and data, find the layers, assign their options; everything that can be wrong is found here."""
+    if root is not None and recipe.model.path is not None:
+        source = Path(recipe.model.path).resolve()
+        if source.is_relative_to(root.folder.resolve()):
+            raise recipe.error(
+                ("model", "path"),
+                f"{recipe.model.path} lies inside the run folder {root.folder}, whose model/ the run writes; "
+                "give --out another folder",
+            )
     device = _device(recipe)
     model, tokenizer = _load_model(recipe)
     splits = _load_data(recipe, tokenizer)

@@ -1,6 +1,6 @@
 """Train a small vision transformer on scikit-learn's 8×8 digits, for recipes/digits-vit.yaml.
 
-    python examples/digits_vit.py --out runs/digits-vit/model
+    python examples/digits_vit.py --out runs/digits-vit-dense
 
 Takes under a minute on one CPU core. Trains on the first 900 images of `curvprune.data.digits` only; the recipe
 measures and certifies on the others.
@@ -60,7 +60,7 @@ def train(images: Tensor, labels: Tensor, *, epochs: int, seed: int) -> ViTForIm
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a small ViT on scikit-learn's digits.")
-    parser.add_argument("--out", type=Path, default=Path("runs/digits-vit/model"), help="folder for the model")
+    parser.add_argument("--out", type=Path, default=Path("runs/digits-vit-dense"), help="folder for the model")
     parser.add_argument("--epochs", type=int, default=25)
     arguments = parser.parse_args()
 

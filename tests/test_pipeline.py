@@ -219,3 +219,12 @@ def test_the_report_can_be_rebuilt(finished):
     assert result.exit_code == 0 and path.read_text() == before
     missing = CliRunner().invoke(app, ["report", str(finished.folder / "nowhere")])
     assert missing.exit_code == 2 and "report.json" in missing.output
+
+
+def test_a_run_never_overwrites_the_model_it_reads(recipe):
+    source = recipe.parent / "tiny"
+    before = {f.name: f.read_bytes() for f in source.iterdir()}
+    for out in (source, recipe.parent):
+        with pytest.raises(RecipeError, match=r"recipe\.yaml:2: model\.path: .*lies inside the run folder"):
+            pipeline.run(recipe, out, progress=False)
+    assert {f.name: f.read_bytes() for f in source.iterdir()} == before

@@ -615,8 +615,8 @@ def _fixed_sequence(job: Job, bench: _Bench, best: dict[str, Any]) -> list[_Appl
 
 
 def _room(job: Job, record: Mapping[str, Any]) -> float:
-    """By how much the predicted loss of an applied plan may grow until its chance falls to `ACCEPTABLE`, if measured
-    and predicted loss grow together; at most twofold."""
+    """By how much a bolder plan's predicted loss may exceed that of an applied one: half of the way (in logarithms) to
+    where its chance falls to `ACCEPTABLE` if measured and predicted loss grow together."""
     assert job.budget is not None and job.budget.max_drop is not None
     drop = record["metric_drop"]
     low, high = drop, job.budget.max_drop
@@ -624,7 +624,8 @@ def _room(job: Job, record: Mapping[str, Any]) -> float:
         middle = (low + high) / 2
         verdict_chance = _chance_at(job, middle, record["metric_stderr"])
         low, high = (middle, high) if verdict_chance >= ACCEPTABLE else (low, middle)
-    return min(2.0, low / drop) if drop > 0 else 2.0
+    # Half of the way on a logarithmic scale: that the applied plan measured well is partly luck.
+    return min(2.0, low / drop) ** 0.5 if drop > 0 else 2.0**0.5
 
 
 def certify_plans(job: Job, bench: _Bench, best: dict[str, Any]) -> Path:

@@ -813,6 +813,11 @@ def test_chosen_is_the_last_certified_attempt(small: dict[str, Any]) -> None:
     for attempts, expected in cases:
         points = sections.trial_points({"trials": [*small["trials"][:-1], *applied], "attempts": attempts})
         assert [p.name for p in points if p.chosen] == [expected]
+    # One attempt, and a bolder applied model that select rejected: the attempt says which of the two it was.
+    only = first | {"plan": "plan-2, applied"}
+    for trials in (applied, applied[::-1]):
+        points = sections.trial_points({"trials": trials, "attempts": [only]})
+        assert [p.name for p in points if p.chosen] == ["plan-2, applied"]
 
 
 def test_trial_chance_and_accuracy_are_shown_where_recorded(small: dict[str, Any]) -> None:

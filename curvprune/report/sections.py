@@ -565,12 +565,15 @@ def _shipped(record: Record) -> int | None:
 
 
 def _chosen_trial(record: Record) -> int | None:
-    """Index of the trial of the model that ships. Trials of applied models stand in the order of the attempts."""
-    trials = items_or_none(record, "trials")
+    """Index of the trial of the model that ships: the applied one that the shipped attempt names. Applied models that
+    were not worth an attempt come after the others."""
+    trials, attempts = items_or_none(record, "trials"), items_or_none(record, "attempts")
     applied = [k for k, t in enumerate(trials) if t.get("kind") == "applied"]
     shipped = _shipped(record)
-    if shipped is not None and len(applied) == len(items_or_none(record, "attempts")):
-        return applied[shipped]
+    if shipped is not None:
+        named = [k for k in applied if trials[k].get("name") == attempts[shipped].get("plan")]
+        if named or shipped < len(applied):
+            return named[0] if named else applied[shipped]
     accepted = [k for k, t in enumerate(trials) if t.get("accepted") is True and t.get("kind") != "control"]
     return applied[-1] if applied else accepted[-1] if accepted else None
 

@@ -569,7 +569,7 @@ def _apply_and_write(job: Job, bench: _Bench, name: str, choices: dict[str, str]
     model, solved = apply_plan(job, choices, at, f"apply {name}")
     results = _results(job, f"{at}/select.json", model, job.splits.select)
     del model
-    record = bench.record(f"{name}, applied", "applied", choices, results, "solved in one sequential pass")
+    record = bench.record(f"{name}, applied", "applied", choices, results)
     chance = record["chance"]
     stitched = next((t for t in bench.trials if t["choices"] == choices), None)
     if stitched is not None and stitched["metric_drop"] < record["metric_drop"]:

@@ -516,7 +516,10 @@ def _estimate(job: Job, dense: int) -> tuple[dict[str, float], int]:
         }
     weights = sum(layer.numel for layer in job.layers.values())
     options = max(len(o) for o in job.options.values())
-    memory = 2 * dense + (weights * (2 * options + 4) if job.budget is not None else 0) + 500_000_000
+    # Two models, 16-bit changes and a float32 diagonal, three copies of an evaluation batch's logits, libraries.
+    with torch.no_grad():
+        logits = job.objective.logits(job.model, item).numel() * job.settings.batch_size
+    memory = 2 * dense + (weights * (2 * options + 4) if job.budget is not None else 0) + 12 * logits + 500_000_000
     return {k: v / 60 for k, v in seconds.items()}, memory
 
 

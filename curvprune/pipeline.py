@@ -207,8 +207,10 @@ def prepare(recipe: Recipe, root: State | None, *, progress: bool) -> tuple[Job,
 def write_model(
     folder: Path, model: nn.Module, solved: Mapping[str, Solved], plan: Mapping[str, Any], *, tokenizer: Any = None
 ) -> None:
-    """An artifact folder: weights, manifest and, for transformers models, what ``from_pretrained`` needs."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Write an artifact: weights, manifest and, for transformers models, what ``from_pretrained`` needs. Files of an
+    artifact that is already there are replaced; a folder that holds anything else is refused (``ValueError``)."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / artifact.MANIFEST).is_file():
+        raise ValueError(f"{folder} is not empty and holds no artifact of curvprune; save into a new folder")
     layers = find_layers(model)
     artifact.save(folder, model, layers, solved, plan)
     if artifact.is_transformers(model):

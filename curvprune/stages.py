@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -666,6 +667,7 @@ def apply_and_measure(job: Job, choices: Mapping[str, str]) -> Path:
 def _written(job: Job, at: str, solved: Mapping[str, Solved], plan: Plan) -> Path:
     folder = job.state.path(f"{at}/model")
     if not (folder / "complete").exists():
+        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
         job.write_model(folder, solved, plan.to_dict())
         (folder / "complete").touch()
     return folder

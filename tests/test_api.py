@@ -246,3 +246,14 @@ def test_items_without_counted_labels_say_nothing(trained):
     kept = ignored != -100
     only = cp.certify(model, other, batches((x[kept], y[kept])), budget)
     assert some.items == only.items == int(kept.sum()) and some.drop == pytest.approx(only.drop)
+
+
+def test_saving_never_touches_a_folder_with_other_things_in_it(trained, tmp_path):
+    result = cp.quantize(trained[0], batches(trained[1]), bits=4)
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="is not empty and holds no artifact"):
+        result.save(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    for _ in range(2):
+        folder = result.save(tmp_path / "new")
+    assert torch.equal(cp.load(folder, model=copy.deepcopy(trained[0]))[0].weight, result.model[0].weight)

@@ -28,6 +28,9 @@ OutOption = Annotated[Path | None, typer.Option("--out", help="the run folder (d
 QuietOption = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
 
 
+BAD_INPUT = (ValueError, OSError, ArithmeticError)  # what a user can mend: recipe, paths, disk, weights that overflow
+
+
 def _bad_input(error: Exception) -> typer.Exit:
     Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
     return typer.Exit(2)
@@ -38,7 +41,7 @@ def run(recipe: RecipeArgument, out: OutOption = None, quiet: QuietOption = Fals
     """Compress, certify and report; running it again resumes."""
     try:
         result = pipeline.run(recipe, out or Path("runs") / recipe.stem, progress=not quiet)
-    except ValueError as error:
+    except BAD_INPUT as error:
         raise _bad_input(error) from error
     _print_result(result)
     raise typer.Exit(result.exit_code)
@@ -49,7 +52,7 @@ def analyze(recipe: RecipeArgument, out: OutOption = None, quiet: QuietOption = 
     """Curvature and sensitivities only; `run` with the same --out goes on from there."""
     try:
         result = pipeline.analyze(recipe, out or Path("runs") / recipe.stem, progress=not quiet)
-    except ValueError as error:
+    except BAD_INPUT as error:
         raise _bad_input(error) from error
     layers = (result.record.get("analysis") or {"layers": {}})["layers"]
     table = Table(title=f"Fisher trace per layer, {result.record['unit']}: the 15 largest per weight")
@@ -69,7 +72,7 @@ def check(recipe: RecipeArgument) -> None:
     """Validate a recipe, list layers and options, estimate time and memory."""
     try:
         found = pipeline.check(recipe)
-    except ValueError as error:
+    except BAD_INPUT as error:
         raise _bad_input(error) from error
     console = Console()
     table = Table(title=f"{len(found.layers)} layers to compress, {len(found.kept)} kept")
@@ -95,7 +98,7 @@ def report(folder: Annotated[Path, typer.Argument(help="a run folder")]) -> None
     """(Re)build report.html of a run."""
     try:
         path = pipeline.rebuild_report(folder)
-    except ValueError as error:
+    except BAD_INPUT as error:
         raise _bad_input(error) from error
     Console().print(str(path), highlight=False)
 

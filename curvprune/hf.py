@@ -66,9 +66,17 @@ def load_model(
     if gguf_file is not None:
         arguments["gguf_file"] = gguf_file
     try:
-        model = auto.from_pretrained(str(source), **arguments)
-    except (OSError, ImportError, ValueError) as error:
+        model, found = auto.from_pretrained(str(source), output_loading_info=True, **arguments)
+    except (OSError, ImportError, ValueError, RuntimeError) as error:
         raise ValueError(f"model {source}: {error}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"model {source}: its file lacks {missing[0]!r}"
+            f"{f' and {len(missing) - 1} more tensors' if len(missing) > 1 else ''}, which would be random numbers; "
+            "load a checkpoint that is complete for this task"
+        )
+    if gguf_file is None and getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(f"model {source} is already quantized; start from the original weights")
     if gguf_file is not None:
         # A model read from GGUF carries a quantization_config that would be saved with it: rebuild a plain one.
         config = copy.deepcopy(model.config).to_dict()

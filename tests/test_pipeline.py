@@ -228,3 +228,27 @@ def test_a_run_never_overwrites_the_model_it_reads(recipe):
         with pytest.raises(RecipeError, match=r"recipe\.yaml:2: model\.path: .*lies inside the run folder"):
             pipeline.run(recipe, out, progress=False)
     assert {f.name: f.read_bytes() for f in source.iterdir()} == before
+
+
+def test_models_that_must_not_be_compressed_are_refused(recipe, finished, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in (recipe.parent / "tiny").iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    cases = ((broken, "lacks 'model.layers.1.mlp.up_proj.weight'"), (finished.folder / "model", "already quantized"))
+    for source, message in cases:
+        path = tmp_path / f"{source.name}.yaml"
+        path.write_text(recipe.read_text().replace(str(recipe.parent / "tiny"), str(source)))
+        result = CliRunner().invoke(app, ["run", str(path), "--out", str(tmp_path / "out"), "--quiet"])
+        assert result.exit_code == 2 and message in " ".join(result.output.split())
+
+
+def test_an_out_that_is_a_file_is_bad_input(recipe, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    result = CliRunner().invoke(app, ["run", str(recipe), "--out", str(tmp_path / "file"), "--quiet"])
+    assert result.exit_code == 2 and "error:" in result.output and "Traceback" not in result.output

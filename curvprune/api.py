@@ -116,7 +116,7 @@ def price(
     with tempfile.TemporaryDirectory() as folder:
         job = _job(
             model, data, options, None, Path(folder), objective=objective, layers=layers, labels=labels, device=device,
-            seed=seed, progress=progress,
+            seed=seed, progress=progress, priced=True,
         )  # fmt: skip
         price_options(job, solve_options(job))
         assert job.ledger is not None
@@ -146,6 +146,8 @@ def compress(
     Raises:
         ValueError: an option that does not fit a layer, a budget that the options cannot reach, too little data.
     """
+    if not options:
+        raise ValueError("compress: no options given; pass for example options=[Quantize(bits=4)]")
     if budget is None and len(options) != 1:
         raise ValueError(f"compress: without a budget pass exactly one option, got {len(options)}; or pass budget=")
     offered = list(options) if budget is None else [*options, *([] if Keep() in options else [Keep()])]
@@ -167,6 +169,8 @@ def compress(
             compressed = job.reload(certify_plans(job, bench, best))
             trials = tuple(bench.trials)
         assert job.plan is not None
+        for module, original in zip(compressed.modules(), model.modules(), strict=True):
+            module.training = original.training
         if inplace:
             own = find_layers(model)
             for name, layer in find_layers(compressed).items():
@@ -287,6 +291,7 @@ def _job(
     labels: int | None = None,
     seed: int | None = None,
     settings: Settings | None = None,
+    priced: bool = False,
 ) -> Job:
     settings = settings or Settings()
     settings = Settings(
@@ -307,7 +312,7 @@ def _job(
             raise ValueError("a budget needs four splits: pass Splits(calibrate=, price=, select=, certify=)")
         splits = split_items(data, seed=settings.seed)
     else:
-        splits = _without_budget(as_split(data), priced=bool(options))
+        splits = _without_budget(as_split(data), priced=priced)
     if device is not None:
         model = copy.deepcopy(model).to(device)
         found = {n: layer for n, layer in find_layers(model).items() if n in found}
@@ -325,6 +330,8 @@ def _job(
         reload=lambda path: artifact.load_into(path, copy.deepcopy(model)).eval(),
         write_model=lambda path, solved, plan: artifact.save(path, model, find_layers(model), solved, plan),
     )
+    if budget is not None and budget.metric == "accuracy" and job.objective.unit == "nats/token":
+        raise ValueError("metric 'accuracy' needs one prediction per item; for language models use metric 'loss'")
     if budget is not None and budget.max_bytes is not None and (smallest := job.smallest_bytes()) > budget.max_bytes:
         raise ValueError(
             f"max_bytes={budget.max_bytes} cannot be reached: the smallest model these options allow is {smallest} "

@@ -44,10 +44,10 @@ def visit_layers(
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     shared: dict[str, tuple[Tensor, int, Tensor]] = {}
 
-    def before(layer: Layer, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def before(layer: Layer, module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         if layer.name not in pending:
             return
-        x = arguments[0]
+        x = arguments[0] if arguments else next(iter(named.values()))
 
         def moment() -> Tensor:
             known = shared.get("last")
@@ -64,7 +64,9 @@ def visit_layers(
             raise _Finished
 
     handles = [
-        reader.register_forward_pre_hook(lambda module, args, layer=layer: before(layer, module, args))
+        reader.register_forward_pre_hook(
+            lambda module, args, named, layer=layer: before(layer, module, args, named), with_kwargs=True
+        )
         for layer in layers.values()
         for reader in layer.readers
     ]
@@ -87,7 +89,7 @@ def visit_layers(
 
 def _second_moment(layer: Layer, module: nn.Module, x: Tensor, mask: Tensor | None) -> Float[Tensor, "groups in in"]:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if layer.kind != "conv" and mask is not None and x.shape[:2] == mask.shape and not bool(mask.all()):
+    if layer.kind != "conv" and mask is not None and x.ndim > 2 and x.shape[:2] == mask.shape and not bool(mask.all()):
         x = x[mask.bool()]
     total = torch.zeros(layer.groups, layer.shape[1], layer.shape[1], dtype=wide, device=x.device)
     count = 0

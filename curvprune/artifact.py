@@ -89,6 +89,7 @@ def state_dict_on_disk(
 ) -> dict[str, Tensor]:
     """Every tensor of the compressed model: packed layers, and all else as it is; shared tensors once."""
     replaced = {f"{layer.name}.weight": name for name, layer in layers.items() if name in solved}
+    covered = {_identity(layers[name].weight) for name in replaced.values()}
     aliases = {f"{alias}.weight" for layer in layers.values() for alias in layer.aliases}
     tensors: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size, int]] = set()
@@ -97,19 +98,24 @@ def state_dict_on_disk(
             layer = layers[replaced[key]]
             tensors.update(stored_tensors(layer, solved[layer.name], packed=packs(model, layer)))
             continue
-        identity = (value.data_ptr(), value.shape, value.storage_offset())
-        if key in aliases or (value.numel() and identity in seen):
+        identity = _identity(value)
+        if key in aliases or (value.numel() and (identity in seen or identity in covered)):
             continue
         seen.add(identity)
-        tensors[key] = value.detach().contiguous()
+        tensors[key] = value.detach()
     return tensors
+
+
+def _identity(tensor: Tensor) -> tuple[int, torch.Size, int]:
+    """Tells whether two tensors are the same memory: a weight may be known under several names."""
+    return tensor.data_ptr(), tensor.shape, int(tensor.storage_offset())
 
 
 def other_bytes(model: nn.Module, layers: Mapping[str, Layer]) -> int:
     """Tensor bytes on disk of all that is not one of ``layers``."""
-    tensors = state_dict_on_disk(model, layers, {})
-    inside = {f"{name}.weight" for name in layers}
-    return sum(t.numel() * t.element_size() for key, t in tensors.items() if key not in inside)
+    inside = {_identity(layer.weight) for layer in layers.values()}
+    tensors = state_dict_on_disk(model, layers, {}).values()
+    return sum(t.numel() * t.element_size() for t in tensors if _identity(t) not in inside)
 
 
 def header_bytes(model: nn.Module, layers: Mapping[str, Layer]) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from curvprune.options import Quantize
@@ -67,7 +68,7 @@ def load_model(
         arguments["gguf_file"] = gguf_file
     try:
         model, found = auto.from_pretrained(str(source), output_loading_info=True, **arguments)
-    except (OSError, ImportError, ValueError, RuntimeError) as error:
+    except (OSError, ImportError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model {source}: {error}") from error
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
@@ -160,6 +161,23 @@ def save_config(folder: Path, model: Any, choices: Mapping[str, Quantize], token
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def loads_packed(model: Any) -> bool:
+    """Whether transformers can load this class with packed Linear layers. Some classes (T5, SigLIP) initialise the
+    weights of their children by name while loading, which fails once packing has removed them. Tried on the meta
+    device: no memory, no forward pass."""
+    try:
+        with torch.device("meta"):
+            empty = type(model)(copy.deepcopy(model.config))
+        for module in empty.modules():
+            if isinstance(module, nn.Linear):
+                del module.weight
+        for module in empty.modules():
+            empty._init_weights(module)
+    except AttributeError:
+        return False
+    return True
 
 
 def load_artifact(folder: Path, *, device: str | torch.device = "cpu") -> nn.Module:

@@ -118,12 +118,15 @@ def find_layers(model: nn.Module, globs: str | Sequence[str] = "*") -> dict[str,
     """
     owners: dict[int, tuple[str, str, nn.Module]] = {}
     sharers: dict[int, list[tuple[str, str, nn.Module]]] = {}
-    for name, module in model.named_modules():
+    computed: list[str] = []
+    for name, module in model.named_modules(remove_duplicate=False):
         kind = _kind(module)
         if kind is None:
             continue
-        weight = module.weight
-        assert isinstance(weight, Tensor)
+        weight = module._parameters.get("weight")
+        if weight is None:
+            computed.append(name)
+            continue
         if id(weight) in owners:
             sharers[id(weight)].append((name, kind, module))
         else:
@@ -134,17 +137,22 @@ def find_layers(model: nn.Module, globs: str | Sequence[str] = "*") -> dict[str,
         weight = module.weight
         assert isinstance(weight, Tensor)
         shape = (weight.shape[1], weight.shape[0]) if kind == "conv1d" else (weight.shape[0], weight[0].numel())
-        readers = [m for _, k, m in [(name, kind, module), *sharers[key]] if k != "embedding"]
+        readers = {id(m): m for _, k, m in [(name, kind, module), *sharers[key]] if k != "embedding"}
         layers[name] = Layer(
             name=name,
             kind=kind,
             shape=shape,
             groups=module.groups if isinstance(module, (nn.Conv1d, nn.Conv2d)) else 1,
             module=module,
-            readers=tuple(readers),
+            readers=tuple(readers.values()),
             aliases=tuple(n for n, _, _ in sharers[key]),
         )
     globs = [globs] if isinstance(globs, str) else list(globs)
+    if blocked := [n for n in computed if any(fnmatchcase(n, glob) for glob in globs)]:
+        raise ValueError(
+            f"layer {blocked[0]}: its weight is not a parameter (weight_norm or another parametrization, or packed); "
+            "remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations) or leave it out"
+        )
     chosen: dict[str, Layer] = {}
     for glob in globs:
         names = [n for n, layer in layers.items() if any(fnmatchcase(x, glob) for x in (n, *layer.aliases))]

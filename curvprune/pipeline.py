@@ -199,6 +199,12 @@ def prepare(recipe: Recipe, root: State | None, *, progress: bool) -> tuple[Job,
     if kept:
         job.notes.append(f"{len(kept)} layer(s) match no entry of compress: and stay as they are: {', '.join(kept)}")
     _check_budget(recipe, job)
+    if any(quantizer_of(o) for options in assigned.values() for o in options) and not hf.loads_packed(model):
+        raise recipe.error(
+            ("model",),
+            f"transformers cannot load {type(model).__name__} with packed layers (it initialises their weights by "
+            "name); use cp.quantize and cp.load(folder, model=...) from Python",
+        )
     if root is not None:
         _claim(recipe, root, about)
     return job, about
@@ -215,7 +221,10 @@ def write_model(
     artifact.save(folder, model, layers, solved, plan)
     if artifact.is_transformers(model):
         grids = {n: quantizer_of(s.option) for n, s in solved.items() if artifact.packs(model, layers[n])}
-        hf.save_config(folder, model, {n: q for n, q in grids.items() if q is not None}, tokenizer)
+        packed = {n: q for n, q in grids.items() if q is not None}
+        # Without a config the folder is one for `curvprune.load(folder, model=...)`, which says so.
+        if not packed or hf.loads_packed(model):
+            hf.save_config(folder, model, packed, tokenizer)
 
 
 def _device(recipe: Recipe) -> torch.device:

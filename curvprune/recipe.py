@@ -139,7 +139,7 @@ class DataSection(_Section):
     sequence_length: int = Field(256, ge=2, description="tokens per sequence, a whole number of at least 2")
     calibrate: int = Field(32, ge=1, description="a whole number of items, at least 1")
     price: int = Field(24, ge=2, description="a whole number of items, at least 2")
-    select: int = Field(32, ge=1, description="a whole number of items, at least 1")
+    select: int = Field(32, ge=2, description="a whole number of items, at least 2")
     certify: int = Field(96, ge=2, description="a whole number of items, at least 2")
 
     @model_validator(mode="after")

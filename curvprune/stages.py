@@ -217,14 +217,15 @@ def _sweep(
     layers: Mapping[str, Layer],
     options: Mapping[str, list[Option]],
     folder: str,
+    *,
     title: str,
+    sequential: bool,
 ) -> Callable[[str], list[Solved]]:
-    """Visit the layers of ``model`` in one forward pass and solve them into ``state/folder``; if each layer has a
-    single option, write it into the model on the way, so that later layers see it. Returns a reader of the
-    results."""
+    """Visit the layers of ``model`` in one forward pass and solve them into ``state/folder``. If ``sequential``, write
+    each layer's single option into the model on the way, so that later layers see it; otherwise the model is only
+    read. Returns a reader of the results."""
     names = {n: f"{folder}/{i:04d}" for i, n in enumerate(layers)}
     todo = {n for n in layers if options[n] and not job.state.has(f"{names[n]}.json")}
-    sequential = all(len(options[n]) <= 1 for n in layers)
 
     def visit(layer: Layer, moment: Callable[[], Tensor | None]) -> None:
         name = layer.name
@@ -250,7 +251,7 @@ def _sweep(
 def solve_options(job: Job) -> Callable[[str], list[Solved]]:
     """Stage *solve*: candidates of every layer from the uncompressed model's own inputs."""
     changing: dict[str, list[Option]] = {n: [o for o in job.options[n] if not isinstance(o, Keep)] for n in job.layers}
-    return _sweep(job, job.model, job.layers, changing, "solved", "solve options")
+    return _sweep(job, job.model, job.layers, changing, "solved", title="solve options", sequential=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------- price
@@ -548,7 +549,9 @@ def apply_plan(job: Job, choices: Mapping[str, str], folder: str, title: str) ->
     own = find_layers(model)
     layers = {n: own[n] for n in job.layers}
     options = {n: [option_from_key(choices[n])] if choices[n] != "keep" else [] for n in layers}
-    read = _sweep(job, model, {n: layers[n] for n in layers if options[n]}, options, folder, title)
+    read = _sweep(
+        job, model, {n: layers[n] for n in layers if options[n]}, options, folder, title=title, sequential=True
+    )
     solved = {n: read(n)[0] for n in layers if options[n]}
     return model, solved
 

@@ -53,7 +53,10 @@ class State:
         self.write_text(name, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
     def read_json(self, name: str) -> Any:
-        return json.loads(self.read_text(name))
+        try:
+            return json.loads(self.read_text(name))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.path(name)} is damaged ({error}); delete it and run again") from error
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         path = self.path(name)

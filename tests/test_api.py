@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 from torch import nn
 
 import curvprune as cp
@@ -128,19 +129,22 @@ def test_prune_and_quantize_compete_in_one_ledger(trained):
 
 
 def test_prices_predict_the_measured_kl_of_each_layer(trained):
-    """The additive Fisher price of single changes against the measured divergence on the same data: right unit, right
-    order."""
+    """The price of single changes against the divergence measured on data that neither solved nor priced them."""
     model, data = trained
     model.eval()
     options = [cp.Quantize(bits=3), cp.Quantize(bits=4), cp.Prune(sparsity=0.3)]
-    part = (data[0][:400], data[1][:400])
+    part, fresh = (data[0][:400], data[1][:400]), (data[0][400:], data[1][400:])
     ledger = cp.price(model, batches(part), options=options, labels=20)
     objective = cp.LabelFree(model)
-    for layer in ("0", "3", "5"):
-        for option in options:
+    prices, measured = [], []
+    for option in options:
+        for layer in ("0", "3", "5"):
             changed = cp.compress(model, batches(part), options=[option], layers=layer).model
-            measured = cp.objective.evaluate(changed, batches(part), objective).mean_loss
-            assert ledger.layer_rows(layer)[option.key].price == pytest.approx(measured, rel=0.5), (layer, option.key)
+            measured.append(cp.objective.evaluate(changed, batches(fresh), objective).mean_loss)
+            prices.append(ledger.layer_rows(layer)[option.key].price)
+    for start in (0, 3, 6):  # single prices are noisy (a third); their sum over layers is less so
+        assert 1 / 1.6 < sum(prices[start : start + 3]) / sum(measured[start : start + 3]) < 1.6
+    assert spearmanr(prices, measured).statistic > 0.85
 
 
 def test_analyze_gives_trace_and_diagonal_of_each_layer(trained):
@@ -211,6 +215,7 @@ def test_other_precisions(trained, dtype):
         (lambda m, d: cp.quantize(m, d, bits=4, layers="nothing"), "matches none of the 3"),
         (lambda m, d: cp.quantize(m, [], bits=4), "data is empty"),
         (lambda m, d: cp.prune(m, d), "pass sparsity"),
+        (lambda m, d: cp.quantize(m, d, bits=[], budget=cp.Budget("loss", max_drop=1)), "no options given"),
         (lambda m, d: cp.compress(m, d, options=[cp.Keep(), cp.Quantize(bits=4)]), "exactly one option, got 2"),
         (lambda m, d: cp.quantize(m, d, budget=cp.Budget(max_bytes=100)), "smallest model these options allow"),
         (lambda m, d: cp.certify(m, m, d, cp.Budget(max_bytes=100)), "max_drop"),
@@ -257,3 +262,103 @@ def test_saving_never_touches_a_folder_with_other_things_in_it(trained, tmp_path
     for _ in range(2):
         folder = result.save(tmp_path / "new")
     assert torch.equal(cp.load(folder, model=copy.deepcopy(trained[0]))[0].weight, result.model[0].weight)
+
+
+def test_a_single_option_beside_keep_is_measured_against_the_uncompressed_model(trained):
+    model, data = trained
+    before = copy.deepcopy(model.state_dict())
+    ledger = cp.price(model, batches(data)[:4], options=[cp.Quantize(bits=2)])
+    assert all(row.price > 0 for row in ledger.rows)
+    result = cp.prune(model, batches(data), sparsity=0.95, budget=cp.Budget("loss", max_drop=0.001))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    pruned = [n for n, key in result.plan.choices.items() if key != "keep"]
+    for name in ("0", "3", "5"):
+        share = float((result.model.get_submodule(name).weight == 0).float().mean())
+        assert (share > 0.9) == (name in pruned)
+    for option in (cp.Prune(sparsity=0.95), cp.Quantize(bits=2)):
+        uniform = cp.compress(model, batches(data), options=[option]).model
+        assert cp.certify(model, uniform, batches(data), cp.Budget("loss", max_drop=1e-4)).drop > 1e-4
+
+
+def test_a_weight_under_two_names_is_compressed_once_and_stored_once(trained, tmp_path):
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(16, 16)
+            self.b = self.a
+            self.out = nn.Linear(16, 4)
+            self.raw = self.a.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(torch.relu(self.b(torch.relu(self.a(x))))) + self.raw.sum()
+
+    torch.manual_seed(0)
+    model = Shared()
+    data = [(torch.randn(8, 16), torch.randint(0, 4, (8,))) for _ in range(8)]
+    result = cp.quantize(model, data, bits=[2, 3], budget=cp.Budget("loss", max_drop=5.0))
+    assert len(set(result.model.a.weight[0].tolist())) <= 8
+    result.save(tmp_path)
+    stored = cp.artifact.tensor_names(tmp_path)
+    assert sum(size for _, size in stored.values()) == result.plan.bytes
+    assert not any(name.startswith(("b.", "raw")) for name in stored)
+    loaded = cp.load(tmp_path, model=Shared())
+    assert torch.equal(loaded(data[0][0]), result.model.eval()(data[0][0]))
+
+
+def test_masks_are_for_tokens_not_for_vectors_that_happen_to_have_their_shape():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    mask = torch.ones(2, 32, dtype=torch.long)
+    mask[0, 20:] = 0
+    batch = {"input_ids": torch.randint(0, 40, (2, 32)), "attention_mask": mask, "labels": torch.tensor([0, 1])}
+    assert cp.quantize(BertForSequenceClassification(config), [batch], bits=4).plan.bytes > 0
+
+
+def test_layers_called_by_keyword_and_parametrized_weights():
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(input=x)
+
+    data = [(torch.randn(8, 8), torch.randint(0, 4, (8,)))]
+    assert len(set(cp.quantize(Keyword(), data, bits=2).model.a.weight[0].tolist())) <= 4
+    normed = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 4)))
+    with pytest.raises(ValueError, match="layer 0: its weight is not a parameter"):
+        cp.quantize(normed, data, bits=2)
+
+
+def test_models_that_transformers_cannot_load_packed_are_saved_for_our_own_loader(tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=96, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    ids = torch.randint(1, 96, (4, 10))
+    data = [{"input_ids": ids, "decoder_input_ids": ids[:, :6]}]
+    result = cp.quantize(model, data, bits=4, objective="label-free")
+    result.save(tmp_path)
+    with pytest.raises(ValueError, match="pass model="):
+        cp.load(tmp_path)
+    loaded = cp.load(tmp_path, model=T5ForConditionalGeneration(config))
+    assert torch.equal(loaded(**data[0]).logits, result.model(**data[0]).logits)
+
+
+def test_all_data_calibrate_where_nothing_is_priced(trained, monkeypatch):
+    seen = []
+    real = cp.stages.collate
+    monkeypatch.setattr(cp.stages, "collate", lambda items: seen.append(len(items)) or real(items))
+    cp.quantize(trained[0], batches(trained[1])[:2], bits=4)
+    assert seen == [100]
+
+
+def test_modes_come_back_as_the_model_had_them(trained):
+    model = copy.deepcopy(trained[0])
+    model.train()
+    model[0].eval()
+    for budget in (None, cp.Budget("loss", max_drop=1.0)):
+        result = cp.quantize(model, batches(trained[1]), bits=4, budget=budget)
+        assert [m.training for m in result.model.modules()] == [m.training for m in model.modules()]

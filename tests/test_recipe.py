@@ -311,8 +311,8 @@ REJECTED = {
     ),
     "empty split": (
         START + "  select: 0 #!\n" + REST,
-        "data.select: 0 is not valid; expected a whole number of items, at least 1",
-        "nearest: 1",
+        "data.select: 0 is not valid; expected a whole number of items, at least 2",
+        "nearest: 2",
     ),
     "certify of one": (START + "  certify: 1 #!\n" + REST, "data.certify: 1 is not valid", "nearest: 2"),
     "text for a number": (START + '  calibrate: "4" #!\n' + REST, 'data.calibrate: "4" is not valid', "nearest: 4"),

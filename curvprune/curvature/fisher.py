@@ -156,7 +156,7 @@ def fisher_pass(
             for i in range(int(totals["done"]), len(items)):
                 position["item"] = i
                 # One generator per item: a resumed pass draws the labels that an uninterrupted one would.
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
+                generator = torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63)
                 batch = to_device(items[i], device)
                 positions = objective.positions(objective.logits(model, batch), batch)
                 totals["count"][i] = len(positions.item)

@@ -9,15 +9,24 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from curvprune.analysis import Analysis as Analysis
     from curvprune.api import Result as Result
     from curvprune.api import analyze as analyze
     from curvprune.api import certify as certify
     from curvprune.api import compress as compress
+    from curvprune.api import empirical_fisher as empirical_fisher
+    from curvprune.api import fisher as fisher
+    from curvprune.api import gauss_newton as gauss_newton
+    from curvprune.api import hessian as hessian
     from curvprune.api import load as load
     from curvprune.api import price as price
     from curvprune.api import prune as prune
     from curvprune.api import quantize as quantize
     from curvprune.certificate import Verdict as Verdict
+    from curvprune.curvature.estimators import density as density
+    from curvprune.curvature.estimators import diagonal as diagonal
+    from curvprune.curvature.estimators import eigenpairs as eigenpairs
+    from curvprune.curvature.estimators import trace as trace
     from curvprune.data import Split as Split
     from curvprune.data import Splits as Splits
     from curvprune.ledger import Ledger as Ledger
@@ -32,18 +41,22 @@ if TYPE_CHECKING:
     from curvprune.options import Quantize as Quantize
     from curvprune.plan import Budget as Budget
     from curvprune.plan import Plan as Plan
-    from curvprune.stages import Analysis as Analysis
     from curvprune.stages import Settings as Settings
 
 _HOME = {
-    "api": ("Result", "analyze", "certify", "compress", "load", "price", "prune", "quantize"),
+    "analysis": ("Analysis",),
+    "api": (
+        *("Result", "analyze", "certify", "compress", "empirical_fisher", "fisher", "gauss_newton", "hessian", "load"),
+        *("price", "prune", "quantize"),
+    ),
+    "curvature.estimators": ("density", "diagonal", "eigenpairs", "trace"),
     "certificate": ("Verdict",),
     "data": ("Split", "Splits"),
     "ledger": ("Ledger",),
     "objective": ("CausalLM", "Classification", "LabelFree", "Objective"),
     "options": ("Cast", "Keep", "Prune", "PruneQuantize", "Quantize"),
     "plan": ("Budget", "Plan"),
-    "stages": ("Analysis", "Settings"),
+    "stages": ("Settings",),
 }
 __all__ = ["__version__", *sorted(name for names in _HOME.values() for name in names)]
 

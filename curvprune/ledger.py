@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from curvprune.curvature.fisher import Estimate, FisherPass, ratio_estimate
+from curvprune.curvature.estimators import Estimate
+from curvprune.curvature.fisher import FisherPass, ratio_estimate
 
 CURVATURE = "Fisher along the change, labels sampled from the model"
 

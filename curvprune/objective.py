@@ -85,8 +85,18 @@ class Objective:
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         """``(sum, count)`` of the loss over the positions that count; differentiable. One forward pass."""
-        positions = self.positions(self.logits(model, batch), batch)
+        return self.loss_of(self.logits(model, batch), batch)
+
+    def loss_of(self, logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
+        """`loss` from logits that are already there."""
+        positions = self.positions(logits, batch)
         return self._compare(positions, batch)[0].sum(), len(positions.item)
+
+    def item_losses(self, logits: Tensor, batch: Batch) -> tuple[Float[Tensor, " items"], int]:
+        """Summed loss of every item, and the number of positions of all; differentiable."""
+        positions = self.positions(logits, batch)
+        losses = self._compare(positions, batch)[0]
+        return losses.new_zeros(positions.items).index_add(0, positions.item, losses), len(positions.item)
 
     def _compare(self, positions: Positions, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss of every position and the class that counts as right there."""
@@ -200,7 +210,12 @@ def _pick(logits: Tensor, labels: Tensor | None, keep: Tensor) -> Positions:
 def sampled_loss(positions: Positions, generator: torch.Generator) -> Tensor:
     """``−Σ log p(ŷ)`` with one label ŷ per position sampled from the model itself (the true Fisher's labels, not the
     data's). The draw uses inverse-CDF sampling on the CPU generator, so it does not depend on the device."""
-    total = torch.zeros((), device=positions.logits.device)
+    return sampled_losses(positions, generator).sum()
+
+
+def sampled_losses(positions: Positions, generator: torch.Generator) -> Float[Tensor, " n"]:
+    """The terms of `sampled_loss`, one for each position."""
+    losses = []
     for logits in positions.logits.split(_CHUNK):
         with torch.no_grad():
             cumulative = _wide(logits).softmax(-1).cumsum(-1)
@@ -208,8 +223,8 @@ def sampled_loss(positions: Positions, generator: torch.Generator) -> Tensor:
             # Scaling by the last entry keeps the draw inside the vocabulary when the sum rounds to less than one.
             target = uniform.to(cumulative.dtype) * cumulative[:, -1:]
             drawn = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[-1] - 1).squeeze(1)
-        total = total + F.cross_entropy(_wide(logits), drawn, reduction="sum")
-    return total
+        losses.append(F.cross_entropy(_wide(logits), drawn, reduction="none"))
+    return torch.cat(losses)
 
 
 OBJECTIVES: dict[str, type[Objective]] = {

@@ -20,6 +20,7 @@ from torch import nn
 
 import curvprune
 from curvprune import artifact, data, hf, report
+from curvprune.analysis import analyze_curvature
 from curvprune.curvature.fisher import fisher_pass
 from curvprune.data import Splits
 from curvprune.layers import find_layers
@@ -97,10 +98,44 @@ def analyze(recipe_path: str | Path, out: str | Path, *, progress: bool = True) 
     job, about = prepare(recipe, root, progress=progress)
     price_options(job, solve_options(job))
     _write_prices(job, root)
-    record = _record(job, about, [], root)
+    curvature = _curvature(job, recipe)
+    assert job.analysis is not None
+    root.write_json(ANALYSIS, {**curvature, "fisher": job.analysis.to_dict()})
+    record = {**_record(job, about, [], root), "analysis": curvature}
     root.write_json(REPORT_JSON, record)
     root.write_text(REPORT_HTML, report.build(record))
     return RunResult(exit_code=0, folder=root.folder, record=record)
+
+
+SPECTRA_UP_TO = 30_000_000  # parameters: above, a layer's eigenvalues take minutes each on a CPU
+
+
+def _curvature(job: Job, recipe: Recipe) -> dict[str, Any]:
+    """Second-order curvature of the uncompressed model on the first price items, or what an earlier process found."""
+    if job.state.has("curvature.json"):
+        found: dict[str, Any] = job.state.read_json("curvature.json")
+        return found
+    section = recipe.analyze
+    parameters = sum(p.numel() for p in job.model.parameters())
+    spectra = parameters <= SPECTRA_UP_TO if section.spectra is None else section.spectra
+    items = job.splits.price.items[: section.items]
+    device = next(job.model.parameters()).device
+    size = job.settings.batch_size
+    batches = [to_device(data.collate(items[i : i + size]), device) for i in range(0, len(items), size)]
+    with job.stages.steps() as advance:
+        analysis = analyze_curvature(
+            job.model, job.objective, batches, job.layers, matrix=section.matrix,
+            quantities=("trace", "diagonal", *(("eigenvalues", "density") if spectra else ())), rtol=section.rtol,
+            max_products=section.max_products, seed=recipe.seed, advance=advance,
+        )  # fmt: skip
+    record = analysis.to_dict()
+    if not spectra:
+        record["notes"].append(
+            f"eigenvalues and spectral density were left out ({parameters} parameters); "
+            "write analyze: {spectra: true} for them"
+        )
+    job.state.write_json("curvature.json", record)
+    return record
 
 
 def rebuild_report(out: str | Path) -> Path:

@@ -296,6 +296,20 @@ class PriceSection(_Section):
     labels: int = Field(2, ge=1, description="labels sampled per item, a whole number of at least 1")
 
 
+class AnalyzeSection(_Section):
+    """What ``curvprune analyze`` computes besides the prices."""
+
+    matrix: Literal["hessian", "ggn"] = "hessian"
+    items: int = Field(8, ge=1, description="items of the price split, a whole number of at least 1")
+    rtol: float = Field(0.05, gt=0, description="relative standard error asked of every trace, a number above 0")
+    max_products: int = Field(
+        16, ge=8, description="most products for a layer's trace or an eigenvalue problem, a whole number of at least 8"
+    )
+    spectra: bool | None = Field(
+        None, description="true or false: eigenvalues of every layer and the whole model's spectrum (left out: by size)"
+    )
+
+
 class SearchSection(_Section):
     """How often plans may be measured: ``trials`` on the select split, ``attempts`` on the certify split."""
 
@@ -317,6 +331,7 @@ class Recipe(_Section):
     )
     budget: BudgetSection | None = None
     price: PriceSection = PriceSection()
+    analyze: AnalyzeSection = AnalyzeSection()
     search: SearchSection = SearchSection()
     device: str = Field("auto", description="auto, cpu, cuda, cuda:0 (or another number) or mps")
     seed: int = Field(0, ge=0, lt=2**63, examples=[0], description="a whole number of at least 0")

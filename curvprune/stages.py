@@ -28,9 +28,10 @@ import torch
 from torch import Tensor, nn
 
 from curvprune import artifact
+from curvprune.analysis import MATRICES, Analysis, LayerCurvature
 from curvprune.apply import visit_layers
 from curvprune.certificate import Verdict, certify_accuracy, certify_loss, fixed_sequence, probability_of_certifying
-from curvprune.curvature.fisher import Change, Estimate, FisherPass, fisher_pass
+from curvprune.curvature.fisher import Change, FisherPass, fisher_pass
 from curvprune.data import Split, Splits, collate
 from curvprune.layers import Layer, find_layers
 from curvprune.ledger import Ledger, build_ledger
@@ -56,25 +57,6 @@ class Settings:
     trials: int = 6
     attempts: int = 2
     batch_size: int = 4
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LayerCurvature:
-    """Fisher of one layer: trace in nats per position, diagonal of the same shape as the weight as a matrix."""
-
-    trace: Estimate
-    diagonal: Tensor
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Analysis:
-    """Per-layer curvature of the loss; ``matrix`` says of which matrix."""
-
-    matrix: str
-    layers: dict[str, LayerCurvature]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"matrix": self.matrix, "layers": {n: _summary(c) for n, c in self.layers.items()}}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -309,20 +291,11 @@ def price_options(job: Job, candidates: Callable[[str], list[Solved]] | None) ->
 
 
 def _analysis(measured: FisherPass, layers: Mapping[str, Layer]) -> Analysis:
-    curvature = {n: LayerCurvature(trace=measured.trace(n), diagonal=measured.diagonal[n]) for n in layers}
-    return Analysis(matrix="Fisher (labels sampled from the model)", layers=curvature)
-
-
-def _summary(curvature: LayerCurvature) -> dict[str, Any]:
-    flat = curvature.diagonal.reshape(-1)
-    middle, high = (float(flat.kthvalue(max(1, int(q * flat.numel()))).values) for q in (0.5, 0.99))
-    stderr = curvature.trace.stderr
-    return {
-        "trace": {"value": curvature.trace.value, "stderr": stderr if np.isfinite(stderr) else None},
-        "parameters": flat.numel(),
-        "shape": list(curvature.diagonal.shape),
-        "diagonal": {"mean": float(flat.mean()), "max": float(flat.max()), "q50": middle, "q99": high},
+    curvature = {
+        n: LayerCurvature(trace=measured.trace(n), diagonal=measured.diagonal[n], shape=layer.shape)
+        for n, layer in layers.items()
     }
+    return Analysis(matrix=MATRICES["fisher"], layers=curvature, num_items=len(measured.count))
 
 
 # --------------------------------------------------------------------------------------------------------------- select

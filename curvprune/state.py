@@ -98,3 +98,17 @@ class StageLog:
         if self.show and not console.is_terminal:
             console.print(f"{name}: {'resumed, ' if done else ''}{total} done in {seconds:.0f} s")
         self.log.append({"name": name, "seconds": round(seconds, 2), "resumed": done > 0})
+
+    @contextmanager
+    def steps(self) -> Iterator[Callable[[str, int, int], None]]:
+        """Yields a function to call with (step, done, total), each step with a bar of its own."""
+        columns = (TextColumn("{task.description:<30}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        tasks: dict[str, Any] = {}
+        with Progress(*columns, console=Console(stderr=True), disable=not self.show) as progress:
+
+            def advance(step: str, done: int, total: int) -> None:
+                if step not in tasks:
+                    tasks[step] = progress.add_task(step, total=total)
+                progress.update(tasks[step], completed=done, total=total)
+
+            yield advance

@@ -149,7 +149,7 @@ def test_prices_predict_the_measured_kl_of_each_layer(trained):
 
 def test_analyze_gives_trace_and_diagonal_of_each_layer(trained):
     model, data = trained
-    analysis = cp.analyze(model, batches(data)[:3], labels=4)
+    analysis = cp.analyze(model, batches(data)[:3], matrix="fisher", quantities=["trace", "diagonal"], labels=4)
     assert set(analysis.layers) == {"0", "3", "5"} and "Fisher" in analysis.matrix
     for name, curvature in analysis.layers.items():
         assert curvature.diagonal.shape == model.get_submodule(name).weight.shape

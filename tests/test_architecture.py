@@ -25,13 +25,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     "state": set(),
     "report": set(),
     "curvature": set(),
-    "curvature/fisher": {"objective", "layers"},
+    "curvature/operators": set(),
+    "curvature/estimators": {"curvature/operators"},
+    "curvature/products": {"curvature/operators", "objective"},
+    "curvature/layerwise": {"curvature/operators", "curvature/estimators"},
+    "curvature/fisher": {"curvature/estimators", "objective", "layers"},
+    "curvature/factors": {
+        *("curvature/operators", "curvature/estimators", "curvature/products", "objective", "layers"),
+    },
+    "analysis": {
+        *("curvature/estimators", "curvature/products", "curvature/layerwise", "curvature/fisher", "curvature/factors"),
+        *("objective", "layers"),
+    },
     "solve": {"options"},
     "apply": {"objective", "layers"},
     "data": {"objective"},
     "hf": {"objective", "options"},
     "recipe": {"options", "plan"},
-    "ledger": {"solve", "curvature/fisher", "options"},
+    "ledger": {"solve", "curvature/estimators", "curvature/fisher", "options"},
     "artifact": {"options", "plan", "layers", "solve", "state"},
 }
 MAY_IMPORT["stages"] = {*MAY_IMPORT} - {"hf", "recipe", "report"}

@@ -198,7 +198,11 @@ def test_analyze_then_run_share_their_work(recipe, finished, tmp_path):
     result = runner.invoke(app, ["analyze", str(recipe), "--out", out, "--quiet"])
     assert result.exit_code == 0, result.output
     analysis = json.loads((tmp_path / "out" / "analysis.json").read_text())
-    assert len(analysis["layers"]) == 15 and all(e["trace"]["value"] > 0 for e in analysis["layers"].values())
+    assert len(analysis["layers"]) == 15 and analysis["matrix"] == "Hessian"
+    assert all(e["trace"]["value"] > 0 for e in analysis["fisher"]["layers"].values())
+    assert all(e["eigenvalues"] is not None for e in analysis["layers"].values())
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "2/λ" in report and analysis["diagnosis"]["lambda_max"] > analysis["diagnosis"]["lambda_min"]
     assert not (tmp_path / "out" / "model").exists() and (tmp_path / "out" / "report.html").exists()
     assert runner.invoke(app, ["run", str(recipe), "--out", out, "--quiet"]).exit_code == 0
     assert contents(tmp_path / "out") == contents(finished.folder)

@@ -100,6 +100,7 @@ def test_defaults_of_a_short_recipe(tmp_path: Path) -> None:
         "objective": "auto",
         "budget": {"metric": "loss", "max_drop": 0.05, "max_bytes": None, "confidence": 0.95},
         "price": {"labels": 2},
+        "analyze": {"matrix": "hessian", "items": 8, "rtol": 0.05, "max_products": 16, "spectra": None},
         "search": {"trials": 6, "attempts": 2},
         "device": "auto",
         "seed": 0,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from curvprune.report import build, charts, figures, sections, summary
+from curvprune.report import build, charts, curvature, figures, sections, summary
 
 VOID = {"meta", "link", "input", "br", "hr", "img", "base", "col", "area", "source", "track", "wbr", "embed"}
 KINDS = {
@@ -914,12 +914,13 @@ def test_options_table_sums(record: dict[str, Any]) -> None:
 
 def test_curvature_chart_draws_each_layer_and_names_the_matrix(page: Page, small: dict[str, Any]) -> None:
     assert "Matrix: Fisher (labels sampled from the model)." in page.words
-    name = "model.layers.0.mlp.up_proj"
+    name, other = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
     small["analysis"]["layers"][name]["trace"] = {"value": -0.2, "stderr": 0.3}
-    shown = sections.curvature(small)
+    small["analysis"]["layers"][other]["trace"] = {"value": None, "stderr": 0.3}
+    shown = curvature.traces(small)
     assert str(shown["chart"]).count('class="point') == 7
-    assert shown["hidden"] == [name]
-    assert f"Not drawn (no positive trace on record): {name}." in parsed(small).words
+    assert shown["hidden"] == [other]
+    assert f"Not drawn (no trace on record): {other}." in parsed(small).words
 
 
 def test_provenance_shows_every_hash(page: Page, record: dict[str, Any]) -> None:

@@ -21,17 +21,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from curvprune.curvature.estimators import Estimate
 from curvprune.layers import Layer
 from curvprune.objective import Batch, Objective, evaluating, sampled_loss, to_device
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Estimate:
-    """A value with its standard error and the number of independent items behind it."""
-
-    value: float
-    stderr: float
-    num_items: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

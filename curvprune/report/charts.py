@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from markupsafe import Markup, escape
 
-from .figures import clean, num, plus_minus, short, sig, size
+from .figures import clean, plus_minus, short, sig, size
 
 SHAPES = ("circle", "square", "diamond", "triangle")
 
@@ -25,8 +26,10 @@ def element(name: str, *children: object, **attributes: object) -> Markup:
     return Markup(f"<{name}{''.join(written)}>{inner}</{name}>")
 
 
-def _svg(width: float, height: float, label: str, parts: Sequence[object], *, class_: str = "chart") -> Markup:
-    body = element("title", label), *parts
+def _svg(
+    width: float, height: float, label: str, parts: Sequence[object], *, class_: str = "chart", desc: str = ""
+) -> Markup:
+    body = element("title", label), *([element("desc", desc)] if desc else []), *parts
     return element("svg", *body, class_=class_, viewBox=f"0 0 {width:g} {height:g}", role="img", aria_label=label)
 
 
@@ -67,8 +70,9 @@ class Scale:
             first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
             return [float(f"{k * step:.12g}") for k in range(first, last + 1)]
         magnitudes = [abs(v) for v in (self.low, self.high) if v]
-        bottom = self.knee if self.kind == "asinh" else self.low
-        exponents = range(math.floor(math.log10(bottom)), math.ceil(math.log10(max(magnitudes))) + 1)
+        # Ticks inside the linear part of asinh would crowd around zero, which has its own.
+        bottom = math.ceil(math.log10(self.knee)) if self.kind == "asinh" else math.floor(math.log10(self.low))
+        exponents = range(bottom, math.ceil(math.log10(max(magnitudes))) + 1)
         few = self.kind == "log" and self.high < 200 * self.low
         stride = max(1, round(len(exponents) / (2 * about)))
         positive = [m * 10.0**e for e in exponents[::stride] for m in ((1, 2, 5) if few else (1,))]
@@ -233,20 +237,28 @@ class Point:
 
 
 def _axes(
-    x: Scale, y: Scale, x_label: str, y_label: str, *, x_ticks: Sequence[tuple[float, str]] | None = None
+    x: Scale,
+    y: Scale,
+    x_label: str,
+    y_label: str,
+    *,
+    x_ticks: Sequence[tuple[float, str]] | None = None,
+    below: float = 0.0,
 ) -> list[object]:
-    """Grid, tick labels and axis titles; the plot area is ``x.start..x.stop`` by ``y.stop..y.start``."""
+    """Grid, tick labels and axis titles; the plot area is ``x.start..x.stop`` by ``y.stop..y.start``, with ``below``
+    pixels kept free between it and the labels."""
     parts: list[object] = []
+    foot = y.start + below
     for tick in y.ticks():
         parts += [_line(x.start, y(tick), x.stop, y(tick), "zero" if tick == 0 else "grid")]
         parts += [_text(x.start - 7, y(tick) + 3.5, short(tick), "tick", "end")]
     for tick, label in x_ticks if x_ticks is not None else [(t, short(t)) for t in x.ticks(about=7)]:
         parts += [
-            _line(x(tick), y.start, x(tick), y.stop, "grid"),
-            _text(x(tick), y.start + 16, label, "tick", "middle"),
+            _line(x(tick), foot, x(tick), y.stop, "grid"),
+            _text(x(tick), foot + 16, label, "tick", "middle"),
         ]
     parts += [_line(x.start, y.start, x.stop, y.start, "axis"), _line(x.start, y.start, x.start, y.stop, "axis")]
-    parts.append(_text(x.stop, y.start + 33, x_label, "label", "end"))
+    parts.append(_text(x.stop, foot + 33, x_label, "label", "end"))
     parts.append(_text(x.start - 48, y.stop - 10, y_label, "label"))
     return parts
 
@@ -536,38 +548,232 @@ def _key(span: tuple[float, float], y: float, unit: str) -> list[object]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dot:
-    """One layer in the curvature chart."""
+    """One mark of the trace chart; ``shift`` moves it sideways, in slots, so that two marks of a layer do not hide
+    each other."""
 
-    name: str
-    series: int
     value: float
     stderr: float | None
+    shape: str
+    class_: str
+    title: str
+    shift: float = 0.0
 
 
-def traces(dots: Sequence[Dot | None], labels: Sequence[str], *, matrix: str, unit: str) -> Markup | None:
-    """Curvature trace of each layer in model order (across) on a log scale with error bars. ``None`` (no positive
-    value to show) leaves its place empty."""
-    shown = [d for d in dots if d is not None]
+def trace_scale(values: Sequence[float], errors: Sequence[float], *, start: float, stop: float) -> Scale:
+    """Logarithmic while all values are positive, else asinh with a knee at the noise (or, without errors, at the
+    small values), so that a sign can be read where it means something; linear where that is no wider."""
+    biggest = max(map(abs, values))
+    if min(values) > 0:
+        return Scale(kind="log", low=min(values) / 2, high=biggest * 2, start=start, stop=stop)
+    sizes, noise = sorted(abs(v) for v in values if v), sorted(e for e in errors if e > 0)
+    reach = [v + s * e for v, e in zip(values, errors, strict=True) for s in (-1, 1)] + [0.0]
+    if sizes:
+        knee = max(noise[len(noise) // 2] if noise else 0.0, sizes[len(sizes) // 10], 1e-6 * biggest)
+        if biggest > 12 * knee:
+            low, high = min(1.4 * min(reach), -knee), max(1.4 * max(reach), knee)
+            return Scale(kind="asinh", low=low, high=high, start=start, stop=stop, knee=knee)
+    margin = 0.08 * (max(reach) - min(reach)) or 1.0
+    return Scale(kind="linear", low=min(reach) - margin, high=max(reach) + margin, start=start, stop=stop)
+
+
+def traces(
+    layers: Sequence[Sequence[Dot]], labels: Sequence[str], *, matrix: str, unit: str, apart: Sequence[int] = ()
+) -> Markup | None:
+    """Curvature traces of each layer in model order (across) with error bars, the marks of one layer joined by a line.
+    A layer without marks leaves its place empty; those in ``apart`` get a ring."""
+    shown = [d for dots in layers for d in dots]
     if not shown:
         return None
     width, height, left, top, right, bottom = 1120.0, 330.0, 70.0, 26.0, 10.0, 42.0
-    values = [d.value for d in shown]
-    y = Scale(kind="log", low=min(values) / 2, high=max(values) * 2, start=height - bottom, stop=top)
-    x = Scale(kind="linear", low=-1.0, high=float(len(dots)), start=left, stop=width - right)
-    stride = max(1, math.ceil(len(dots) / 7))
-    ticks = [(float(k), labels[k]) for k in range(stride // 2, len(dots), stride)]
+    y = trace_scale([d.value for d in shown], [d.stderr or 0.0 for d in shown], start=height - bottom, stop=top)
+    x = Scale(kind="linear", low=-1.0, high=float(len(layers)), start=left, stop=width - right)
+    stride = max(1, math.ceil(len(layers) / 7))
+    ticks = [(float(k), labels[k]) for k in range(stride // 2, len(layers), stride)]
     parts = _axes(x, y, "layer, in model order", f"trace of {matrix} ({unit})", x_ticks=ticks)
-    radius = 3.4 if len(dots) > 80 else 4.2
-    for k, dot in enumerate(dots):
-        if dot is not None and num(dot.stderr):
-            assert dot.stderr is not None
-            parts.append(_error_bar(x(k), y(dot.value - dot.stderr), y(dot.value + dot.stderr)))
-    for k, dot in enumerate(dots):
-        if dot is not None:
-            title = f"{dot.name}: {plus_minus(dot.value, dot.stderr)}"
-            shape = SHAPES[dot.series % len(SHAPES)]
-            parts.append(marker(shape, x(k), y(dot.value), f"point k{dot.series % 8}", title, r=radius))
-    return _svg(width, height, "Curvature trace of each layer, logarithmic scale", parts)
+    radius = 3.4 if len(layers) > 80 else 4.2
+    for k, dots in enumerate(layers):
+        if len(dots) > 1:
+            low, high = min(d.value for d in dots), max(d.value for d in dots)
+            parts.append(_line(x(k), y(low), x(k), y(high), "joins"))
+        for dot in dots:
+            if dot.stderr:
+                parts.append(_error_bar(x(k + dot.shift), y(dot.value - dot.stderr), y(dot.value + dot.stderr)))
+    for k, dots in enumerate(layers):
+        for dot in dots:
+            parts.append(marker(dot.shape, x(k + dot.shift), y(dot.value), dot.class_, dot.title, r=radius))
+        if k in apart and dots:
+            parts.append(element("circle", cx=x(k + dots[0].shift), cy=y(dots[0].value), r=9.0, class_="apart"))
+    kind = {"log": "logarithmic scale", "asinh": "scale linear around zero, logarithmic beyond"}.get(y.kind, "")
+    label = ", ".join(["Curvature trace of each layer", *([kind] if kind else [])])
+    negative = sum(bool(dots) and dots[0].value < 0 for dots in layers)
+    desc = f"{len(layers)} layers, {negative} of them with a negative trace. The table below has the numbers."
+    return _svg(width, height, label, parts, desc=desc)
+
+
+Curve = Sequence[tuple[float, float]]
+
+
+def spectral_knee(curve: Curve) -> float:
+    """Half the density lies within this distance of zero; never finer than the grid resolves there."""
+    reach, peak = max(abs(v) for v, _ in curve), max(d for _, d in curve)
+    if not reach > 0 or not peak > 0:
+        return 1.0
+    pieces = sorted(
+        (abs(a / 2 + b / 2), (b / reach - a / reach) * (p / peak + q / peak) / 2) for (a, p), (b, q) in pairwise(curve)
+    )
+    half, mass, knee = math.fsum(m for _, m in pieces) / 2, 0.0, reach
+    for distance, piece in pieces:
+        mass += piece
+        if mass >= half:
+            knee = distance
+            break
+    gaps = [b - a for (a, _), (b, _) in pairwise(curve) if a <= 0 <= b]
+    return max(knee, 1e-6 * reach, *gaps)
+
+
+def _floor(curve: Curve) -> float:
+    """Where the logarithmic density axis ends: a decade below the lowest bump, twelve below the peak at most. Smoothed
+    densities fall off without end between bumps, and drawing that would flatten the rest."""
+    peak = max(d for _, d in curve)
+    inner = zip(curve, curve[1:], curve[2:], strict=False)
+    bumps = [d for (_, before), (_, d), (_, after) in inner if before < d >= after and d > 1e-11 * peak]
+    return max(1e-12 * peak, min([*bumps, 0.1 * peak]) / 10)
+
+
+def spectral_axis(curve: Curve, marks: Sequence[float], *, start: float, stop: float) -> Scale:
+    """Eigenvalues across: linear around zero with the bulk, logarithmic beyond so that outliers fit. Reaches over what
+    is drawn of the density and over ``marks``."""
+    floor = _floor(curve)
+    shown = [*(v for v, d in curve if d >= floor), *marks, 0.0]
+    low, high = min(shown), max(shown)
+    reach = max(-low, high)
+    if not reach > 0:
+        return Scale(kind="linear", low=-1.0, high=1.0, start=start, stop=stop)
+    knee = spectral_knee(curve)
+    if reach > 12 * knee:
+        return Scale(
+            kind="asinh",
+            low=min(1.25 * low, -knee / 2),
+            high=max(1.25 * high, knee / 2),
+            start=start,
+            stop=stop,
+            knee=knee,
+        )
+    margin = 0.05 * (high - low)
+    return Scale(kind="linear", low=low - margin, high=high + margin, start=start, stop=stop)
+
+
+def _halves(curve: Curve) -> tuple[Curve, Curve]:
+    """The curve at and below zero, and from zero on; they meet in a point in between."""
+    negative, positive = [p for p in curve if p[0] < 0], [p for p in curve if p[0] >= 0]
+    if negative and positive and positive[0][0] > 0:
+        (a, p), (b, q) = negative[-1], positive[0]
+        middle = (0.0, p + (q - p) * (-a / (b - a)))
+        return [*negative, middle], [middle, *positive]
+    return ([*negative, positive[0]] if negative and positive else negative), positive
+
+
+def _outline(curve: Curve, x: Scale, y: Scale, *, apart: float) -> list[tuple[float, float]]:
+    """Pixels of the part of a curve that lies on the axis, without the points that cannot be told from their
+    neighbours."""
+    inside = [k for k, (v, _) in enumerate(curve) if x.low <= v <= x.high]
+    if not inside:
+        return []
+    kept: list[tuple[float, float]] = []
+    for value, density in curve[max(0, inside[0] - 1) : inside[-1] + 2]:
+        point = x(value), y(max(density, y.low))
+        if not kept or abs(point[0] - kept[-1][0]) >= apart or abs(point[1] - kept[-1][1]) >= apart:
+            kept.append(point)
+    return kept
+
+
+def _area(curve: Curve, x: Scale, y: Scale, *, apart: float = 0.6, line: bool = True) -> list[object]:
+    """A density as an area down to the axis: what is below zero in its own colour and, drawn as a line, dashed."""
+    parts: list[object] = []
+    for half, sign in zip(_halves(curve), (" negative", ""), strict=True):
+        points = _outline(half, x, y, apart=apart)
+        if len(points) < 2:
+            continue
+        closed = [(points[0][0], y.start), *points, (points[-1][0], y.start)]
+        parts.append(
+            element("polygon", points=" ".join(f"{a:.1f},{b:.1f}" for a, b in closed), class_=f"density{sign}")
+        )
+        if line:
+            drawn = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
+            parts.append(element("polyline", points=drawn, class_=f"spectrum{sign}"))
+    return parts
+
+
+def spectrum(
+    curve: Curve,
+    *,
+    x: Scale,
+    runs: Sequence[Sequence[float]],
+    eigenvalues: Sequence[tuple[float, str]],
+    matrix: str,
+    unit: str,
+) -> Markup:
+    """Density of the eigenvalues on a logarithmic axis; below it a row of ticks for the nodes of every run, on the axis
+    the extreme eigenvalues ``(value, tooltip)``."""
+    width, height, top, bottom = 1120.0, 380.0, 26.0, 42.0
+    row = 0.0 if not runs else min(7.0, 42.0 / len(runs))
+    below = row * len(runs) + (9.0 if runs else 0.0)
+    floor, peak = _floor(curve), max(d for _, d in curve)
+    y = Scale(kind="log", low=floor, high=2 * peak, start=height - bottom - below, stop=top)
+    parts = _axes(x, y, f"eigenvalue of {matrix} ({unit})", "density, log scale", below=below)
+    zero = x(0.0)
+    parts.append(_line(zero, y.start + below, zero, y.stop, "zero"))
+    if zero - x.start > 110:
+        parts.append(_text(zero - 7, top - 6, "curves down", "label negative-text", "end"))
+    if x.stop - zero > 110:
+        parts.append(_text(zero + 7, top - 6, "curves up", "label"))
+    parts += _area(curve, x, y)
+    for k, nodes in enumerate(runs):
+        at = y.start + 6 + k * row
+        path = "".join(f"M{x(v):.1f} {at:.1f}v{0.75 * row:.1f}" for v in nodes)
+        title = element("title", f"run {k + 1}: {len(nodes)} nodes from {sig(min(nodes))} to {sig(max(nodes))}")
+        parts.append(element("path", title, d=path, class_="rug"))
+    parts += [marker("diamond", x(v), y.start, "eigenvalue", title, r=3.6) for v, title in eigenvalues]
+    at_peak = max(curve, key=lambda point: point[1])
+    ends = [v for v, _ in eigenvalues]
+    desc = (
+        f"The density peaks at {sig(at_peak[0])} with {sig(peak)} per unit of the eigenvalue"
+        + (f"; the extreme eigenvalues are {sig(min(ends))} and {sig(max(ends))}" if ends else "")
+        + ". The tables below have the numbers."
+    )
+    return _svg(width, height, f"Spectral density of {matrix}, logarithmic scale", parts, desc=desc)
+
+
+def spectra(panels: Sequence[tuple[str, str, Curve]], *, matrix: str, unit: str) -> Markup | None:
+    """Small densities ``(name, label, curve)`` side by side on one eigenvalue axis, each relative to its own peak."""
+    if not panels:
+        return None
+    columns = min(4, len(panels))
+    width, gap, head, row, foot = 1120.0, 22.0, 22.0, 96.0, 30.0
+    panel = (width - gap * (columns + 1)) / columns
+    height = head + row * math.ceil(len(panels) / columns) + foot
+    axes = [spectral_axis(curve, (), start=0.0, stop=panel) for _, _, curve in panels]
+    knees = sorted(spectral_knee(curve) for _, _, curve in panels)
+    low, high, knee = min(a.low for a in axes), max(a.high for a in axes), knees[len(knees) // 2]
+    knee = max(knee, 1e-6 * max(-low, high))
+    kind = "asinh" if max(-low, high) > 12 * knee else "linear"
+    depth = min(_floor(c) / max(d for _, d in c) for _, _, c in panels)
+    parts: list[object] = []
+    for k, (name, label, curve) in enumerate(panels):
+        left, top = gap + (k % columns) * (panel + gap), head + (k // columns) * row
+        x = Scale(kind=kind, low=low, high=high, start=left, stop=left + panel, knee=knee)
+        y = Scale(kind="log", low=depth, high=1.0, start=top + row - 30, stop=top)
+        peak = max(d for _, d in curve)
+        parts.append(element("text", element("title", name), label, x=left, y=top - 4, class_="row"))
+        parts += _area([(v, d / peak) for v, d in curve], x, y, apart=2.0, line=False)
+        parts += [_line(left, y.start, left + panel, y.start, "axis"), _line(x(0.0), y.start, x(0.0), top, "zero")]
+        if k >= len(panels) - columns:
+            ticks = x.ticks(about=3)
+            for tick in (t for t in ticks if t in (0.0, ticks[0], ticks[-1])):
+                parts.append(_text(x(tick), y.start + 13, short(tick), "tick", "middle"))
+    parts.append(_text(width - gap, height - 4, f"eigenvalue of {matrix} ({unit})", "label", "end"))
+    desc = "One panel a layer, one eigenvalue axis for all, densities relative to the layer's peak on a log scale."
+    return _svg(width, height, f"Spectral densities of {matrix} by layer", parts, desc=desc)
 
 
 def legend(entries: Sequence[tuple[str, str, str]]) -> Markup:

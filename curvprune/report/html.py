@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from . import charts, sections
+from . import charts, curvature, sections
 from .figures import clean, count, num, size
 
 CONTENTS = (
@@ -117,7 +117,13 @@ def build(record: Mapping[str, Any]) -> str:
         heat=_attempt(sections.heat, record),
         ledger_facts=_attempt(sections.ledger_facts, record)["value"],
         ledger_table=_attempt(sections.ledger_table, record),
-        curvature=_attempt(sections.curvature, record),
+        curvature=_attempt(curvature.overview, record),
+        diagnosis=_attempt(curvature.diagnosis, record),
+        spectrum=_attempt(curvature.spectrum, record),
+        layer_spectra=curvature.layer_spectra(record),
+        traces=_attempt(curvature.traces, record),
+        eigenvalues=_attempt(curvature.eigenvalues, record),
+        disagreements=_attempt(curvature.disagreements, record),
         stages=_attempt(sections.stages_table, record),
         peak=None if peak is None else sections.Fact("peak", size(peak), peak, "", f"{count(peak)} B"),
         provenance=_attempt(sections.provenance_table, record),

@@ -105,14 +105,16 @@ def items_or_none(record: Record, key: str) -> list[Record]:
         return []
 
 
-def _mapping_or_empty(record: Record, key: str) -> Record:
+def mapping_or_empty(record: Record, key: str) -> Record:
+    """As `mapping`, with an empty mapping where there is nothing."""
     try:
         return mapping(record, key)
     except Missing:
         return {}
 
 
-def _texts(value: Any) -> list[str]:
+def texts(value: Any) -> list[str]:
+    """A text or a list of texts as a list, without the missing ones."""
     values = value if isinstance(value, list | tuple) else [value]
     return [word(v) for v in values if v is not None]
 
@@ -127,13 +129,14 @@ def number_cell(value: Any, text: str, class_: str = "n", title: str = "") -> Ce
     return Cell(text, num(value), class_, title)
 
 
-def _error_cell(value: Any, stderr: Any) -> Cell:
+def error_cell(value: Any, stderr: Any) -> Cell:
+    """A number with its standard error."""
     return number_cell(value, plus_minus(value, stderr))
 
 
 def unit_of(record: Record) -> str:
     """The unit of prices and losses."""
-    return word(record.get("unit") or _mapping_or_empty(record, "ledger").get("unit") or "nats")
+    return word(record.get("unit") or mapping_or_empty(record, "ledger").get("unit") or "nats")
 
 
 # --- 1. verdict ------------------------------------------------------------------------------------------------------
@@ -178,8 +181,8 @@ def status_of(record: Record) -> str:
     if isinstance(verdict, Mapping) and verdict:
         status = verdict.get("status")
         return clean(status) if isinstance(status, str) else "STATUS MISSING"
-    asked = num(_mapping_or_empty(record, "budget").get("max_drop")) is not None
-    applied = num(_mapping_or_empty(record, "size").get("after_bytes")) is not None
+    asked = num(mapping_or_empty(record, "budget").get("max_drop")) is not None
+    applied = num(mapping_or_empty(record, "size").get("after_bytes")) is not None
     finished = "verdict" in record and applied and not asked
     return "NO ACCURACY BUDGET ASKED" if finished else "NOT FINISHED"
 
@@ -204,7 +207,7 @@ def statement(record: Record) -> str:
     """What the verdict means, in one sentence (two where the data cannot decide)."""
     status = status_of(record)
     if status == "NO ACCURACY BUDGET ASKED":
-        measured = _mapping_or_empty(record, "measured")
+        measured = mapping_or_empty(record, "measured")
         if num(measured.get("drop")) is None:
             return "No accuracy budget was asked, so nothing was tested; the losses below are estimates."
         unit = Quantity.of(measured).unit
@@ -289,8 +292,8 @@ def advice(record: Record) -> list[str]:
 
 def _judged(record: Record) -> dict[str, Any]:
     """The verdict, or without a budget what was measured on the certify split (then with no budget to compare with)."""
-    verdict = _mapping_or_empty(record, "verdict")
-    return dict(verdict) if verdict else {**_mapping_or_empty(record, "measured"), "max_drop": None, "needed": None}
+    verdict = mapping_or_empty(record, "verdict")
+    return dict(verdict) if verdict else {**mapping_or_empty(record, "measured"), "max_drop": None, "needed": None}
 
 
 def verdict_facts(record: Record) -> list[Fact]:
@@ -422,7 +425,7 @@ def option_order(record: Record) -> list[str]:
     """Every option on record, least compressed first: by mean bytes relative to the layer's largest option."""
     by_layer: dict[str, list[tuple[str, float]]] = {}
     seen: dict[str, None] = {}
-    for row in [*items_or_none(_mapping_or_empty(record, "ledger"), "rows"), *items_or_none(record, "layers")]:
+    for row in [*items_or_none(mapping_or_empty(record, "ledger"), "rows"), *items_or_none(record, "layers")]:
         option, layer = word(row.get("option")), word(row.get("layer", row.get("name")))
         seen.setdefault(option)
         stored = num(row.get("bytes"))
@@ -484,7 +487,7 @@ def _total(rows: Sequence[Record], key: str) -> float:
 
 
 def size_chart(record: Record) -> Markup | None:
-    sizes = _mapping_or_empty(record, "size")
+    sizes = mapping_or_empty(record, "size")
     before, after = num(sizes.get("before_bytes")), num(sizes.get("after_bytes"))
     colours = option_colours(record)
     segments = [(o, _total(rows, "bytes"), colours[o]) for o, rows in _by_option(record).items()]
@@ -503,7 +506,7 @@ def size_chart(record: Record) -> Markup | None:
 def options_table(record: Record) -> Table:
     layers = items(record, "layers")
     colours = option_colours(record)
-    after = num(_mapping_or_empty(record, "size").get("after_bytes"))
+    after = num(mapping_or_empty(record, "size").get("after_bytes"))
 
     def cells(label: Cell, rows: Sequence[Record]) -> list[Cell]:
         stored, weights = _total(rows, "bytes"), _total(rows, "parameters")
@@ -592,16 +595,17 @@ def trial_points(record: Record) -> list[charts.Point]:
                 class_=class_,
                 bytes=num(trial.get("bytes")),
                 predicted=num(trial.get("predicted")),
-                predicted_stderr=_error(trial.get("predicted_stderr")),
+                predicted_stderr=error_of(trial.get("predicted_stderr")),
                 measured=num(trial.get("measured")),
-                measured_stderr=_error(trial.get("measured_stderr")),
+                measured_stderr=error_of(trial.get("measured_stderr")),
                 chosen=k == chosen,
             )
         )
     return points
 
 
-def _error(value: Any) -> float | None:
+def error_of(value: Any) -> float | None:
+    """A standard error, or ``None`` where the record has none or a negative one."""
     number = num(value)
     return number if number is not None and number >= 0 else None
 
@@ -631,7 +635,7 @@ def trials_table(record: Record) -> Table:
     rows = []
     for k, trial in enumerate(trials):
         p, m = num(trial.get("predicted")), num(trial.get("measured"))
-        ep, em = _error(trial.get("predicted_stderr")), _error(trial.get("measured_stderr"))
+        ep, em = error_of(trial.get("predicted_stderr")), error_of(trial.get("measured_stderr"))
         gap = None if p is None or m is None else m - p
         spread = None if ep is None or em is None else math.hypot(ep, em)
         z = gap / spread if gap is not None and spread else None
@@ -646,8 +650,8 @@ def trials_table(record: Record) -> Table:
                 ),
                 Cell(word(trial.get("kind"))),
                 number_cell(trial.get("bytes"), size(trial.get("bytes")), title=f"{count(trial.get('bytes'))} B"),
-                _error_cell(p, ep),
-                _error_cell(m, em),
+                error_cell(p, ep),
+                error_cell(m, em),
                 number_cell(gap, plus_minus(gap, spread)),
                 number_cell(z, fixed(z, 1), "n alert" if z is not None and abs(z) > 3 else "n"),
                 number_cell(ratio, sig(ratio)),
@@ -680,7 +684,7 @@ def trials_reading(record: Record) -> str:
     good = total = 0
     for trial in items_or_none(record, "trials"):
         p, m = num(trial.get("predicted")), num(trial.get("measured"))
-        ep, em = _error(trial.get("predicted_stderr")), _error(trial.get("measured_stderr"))
+        ep, em = error_of(trial.get("predicted_stderr")), error_of(trial.get("measured_stderr"))
         if p is not None and m is not None and ep is not None and em is not None and math.hypot(ep, em) > 0:
             total += 1
             good += abs(m - p) <= 2 * math.hypot(ep, em)
@@ -690,12 +694,12 @@ def trials_reading(record: Record) -> str:
 
 
 def max_bytes_of(record: Record) -> float | None:
-    return num(_mapping_or_empty(record, "budget").get("max_bytes"))
+    return num(mapping_or_empty(record, "budget").get("max_bytes"))
 
 
 def loss_budget_of(record: Record) -> float | None:
     """The budget when it is one in the unit of the predicted loss."""
-    verdict, budget = _mapping_or_empty(record, "verdict"), _mapping_or_empty(record, "budget")
+    verdict, budget = mapping_or_empty(record, "verdict"), mapping_or_empty(record, "budget")
     for source in (verdict, budget):
         limit = num(source.get("max_drop"))
         if limit is not None and source.get("metric", "loss") == "loss":
@@ -708,7 +712,7 @@ def frontier_chart(record: Record) -> Markup:
     for row in items(record, "frontier"):
         stored, predicted = num(row.get("bytes")), num(row.get("predicted"))
         if stored is not None and predicted is not None:
-            curve.append((stored, predicted, _error(row.get("predicted_stderr")) or 0.0))
+            curve.append((stored, predicted, error_of(row.get("predicted_stderr")) or 0.0))
     chart = charts.frontier(
         sorted(curve),
         trial_points(record),
@@ -729,7 +733,7 @@ def frontier_table(record: Record) -> Table:
     rows = [
         [
             number_cell(row.get("bytes"), size(row.get("bytes")), title=f"{count(row.get('bytes'))} B"),
-            _error_cell(row.get("predicted"), row.get("predicted_stderr")),
+            error_cell(row.get("predicted"), row.get("predicted_stderr")),
         ]
         for row in items(record, "frontier")
     ]
@@ -764,9 +768,9 @@ def layers_table(record: Record) -> Table:
                 Cell(option, class_="mono nowrap", swatch=colours[option]),
                 number_cell(layer.get("bits"), fixed(layer.get("bits"), 2)),
                 number_cell(layer.get("bytes"), size(layer.get("bytes")), title=f"{count(layer.get('bytes'))} B"),
-                _error_cell(layer.get("price"), layer.get("stderr")),
+                error_cell(layer.get("price"), layer.get("stderr")),
                 Cell(word(layer.get("reason") or "")),
-                Cell("; ".join(_texts(layer.get("notes")))),
+                Cell("; ".join(texts(layer.get("notes")))),
             ]
         )
     columns = [
@@ -810,7 +814,7 @@ def heat(record: Record) -> tuple[Markup, str]:
     """The heat map and the prefix its labels leave out."""
     rows = items(mapping(record, "ledger"), "rows")
     cells = {
-        (word(r.get("layer")), word(r.get("option"))): (num(r.get("price")), _error(r.get("stderr"))) for r in rows
+        (word(r.get("layer")), word(r.get("option"))): (num(r.get("price")), error_of(r.get("stderr"))) for r in rows
     }
     names = list(dict.fromkeys(layer for layer, _ in cells))
     stem, labels = labels_of(names, longest=26)
@@ -857,63 +861,6 @@ def ledger_facts(record: Record) -> str:
         f"Curvature: {word(ledger.get('curvature'))}; {count(ledger.get('num_items'))} items, "
         f"{count(ledger.get('labels_per_item'))} sampled label(s) per item; prices in {unit_of(record)}."
     )
-
-
-# --- 7. curvature ----------------------------------------------------------------------------------------------------
-
-
-def curvature(record: Record) -> dict[str, Any]:
-    """The trace chart, its legend and table."""
-    analysis = mapping(record, "analysis")
-    layers = mapping(analysis, "layers")
-    matrix = word(analysis.get("matrix") or "a curvature matrix the record does not name")
-    if not layers:
-        raise Missing("'analysis' has no layers")
-    names = [clean(n) for n in layers]
-    families = Counter(n.rsplit(".", 1)[-1] for n in names)
-    common = [f for f, n in families.most_common(7) if n > 1]
-    dots: list[charts.Dot | None] = []
-    rows = []
-    hidden = []
-    for name, entry in zip(names, layers.values(), strict=True):
-        entry = entry if isinstance(entry, Mapping) else {}
-        trace, diagonal = _mapping_or_empty(entry, "trace"), _mapping_or_empty(entry, "diagonal")
-        value, error = num(trace.get("value")), _error(trace.get("stderr"))
-        family = name.rsplit(".", 1)[-1]
-        series = common.index(family) if family in common else 7
-        dots.append(charts.Dot(name=name, series=series, value=value, stderr=error) if value and value > 0 else None)
-        if dots[-1] is None:
-            hidden.append(name)
-        rows.append(
-            [
-                Cell(name, class_="mono"),
-                number_cell(value, plus_minus(value, trace.get("stderr"))),
-                number_cell(entry.get("parameters"), count(entry.get("parameters"))),
-                *(number_cell(diagonal.get(k), sig(diagonal.get(k))) for k in ("mean", "q50", "q99", "max")),
-            ]
-        )
-    unit = f"{unit_of(record)} per unit weight change squared"
-    columns = [
-        Column("layer"),
-        Column(f"trace {PLUS_MINUS} se", f"sum of the diagonal, {unit}", "n"),
-        Column("weights", "", "n"),
-        *(
-            Column(f"diagonal, {k}", f"{k} over the layer's weights, {unit}", "n")
-            for k in ("mean", "median", "q99", "max")
-        ),
-    ]
-    _, labels = labels_of(names, longest=24)
-    entries = [(charts.SHAPES[k % 4], f"point k{k}", f) for k, f in enumerate(common)]
-    if len(common) < len(families):
-        entries.append((charts.SHAPES[7 % 4], "point k7", "other"))
-    return {
-        "matrix": matrix,
-        "chart": charts.traces(dots, labels, matrix="the matrix", unit=unit),
-        "legend": charts.legend(entries),
-        "table": Table("curvature", columns, rows),
-        "hidden": hidden,
-        "unit": unit,
-    }
 
 
 # --- 8 and 9. cost and provenance ------------------------------------------------------------------------------------
@@ -963,15 +910,16 @@ def provenance_table(record: Record) -> Table:
 
 
 def notes(record: Record) -> list[tuple[str, str]]:
-    """``(where, text)`` of every note: the run's, the layers' (equal texts together), the trials', and what this report
-    itself finds inconsistent in the record."""
+    """``(where, text)`` of every note: the run's, the layers' (equal texts together), the curvature's, the trials', and
+    what this report itself finds inconsistent in the record."""
     found = [("check of this report", text) for text in inconsistencies(record)]
-    found += [("run", text) for text in _texts(record.get("notes"))]
+    found += [("run", text) for text in texts(record.get("notes"))]
     by_text: dict[str, list[str]] = {}
     for layer in items_or_none(record, "layers"):
-        for text in _texts(layer.get("notes")):
+        for text in texts(layer.get("notes")):
             by_text.setdefault(text, []).append(word(layer.get("name")))
     found += [(", ".join(names), text) for text, names in by_text.items()]
+    found += [("curvature", text) for text in texts(mapping_or_empty(record, "analysis").get("notes"))]
     for trial in items_or_none(record, "trials"):
         if trial.get("note"):
             found.append((f"trial {word(trial.get('name'))}", clean(trial["note"])))
@@ -981,7 +929,7 @@ def notes(record: Record) -> list[tuple[str, str]]:
 def inconsistencies(record: Record) -> list[str]:
     """What cannot be right, or weakens the guarantee, in the record as it stands."""
     found = []
-    verdict = _mapping_or_empty(record, "verdict")
+    verdict = mapping_or_empty(record, "verdict")
     bound, drop, budget = (num(verdict.get(k)) for k in ("bound", "drop", "max_drop"))
     status = verdict.get("status")
     if status == "CERTIFIED" and (bound is None or budget is None or bound > budget):
@@ -1001,7 +949,7 @@ def inconsistencies(record: Record) -> list[str]:
                 "split at the same confidence: a fixed sequence stops at the first failure, so the stated confidence "
                 "does not cover them."
             )
-    sizes = _mapping_or_empty(record, "size")
+    sizes = mapping_or_empty(record, "size")
     after = num(sizes.get("after_bytes"))
     stored = _total(items_or_none(record, "layers"), "bytes")
     if after is not None and stored > after:
@@ -1012,4 +960,8 @@ def inconsistencies(record: Record) -> list[str]:
     # A ratio may be written either way round: the factor saved or the share left.
     if times is not None and ratio is not None and min(abs(ratio / times - 1), abs(ratio * times - 1)) > 0.01:
         found.append(f"The recorded ratio {sig(ratio, 4)} fits neither before/after = {sig(times, 4)} nor its inverse.")
+    diagnosis = mapping_or_empty(mapping_or_empty(record, "analysis"), "diagnosis")
+    largest, step = num(diagnosis.get("lambda_max")), num(diagnosis.get("max_learning_rate"))
+    if largest is not None and step is not None and (largest <= 0 or abs(step * largest / 2 - 1) > 0.01):
+        found.append(f"The recorded learning rate bound {sig(step, 4)} is not 2/λmax for λmax = {sig(largest, 4)}.")
     return found

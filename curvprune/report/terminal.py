@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from . import sections
+from . import curvature, sections
 from .figures import clean, count, duration, fixed, num, plus_minus, short, size
 
 NOTES_SHOWN = 5
@@ -24,7 +24,8 @@ def _options(record: sections.Record) -> str:
 
 
 def summary(record: Mapping[str, Any]) -> str:
-    """A short Markdown summary that also reads well as plain text: verdict, size, options, prediction, time, notes.
+    """A short Markdown summary that also reads well as plain text: verdict, size, options, prediction, time,
+    curvature, notes.
 
     Args:
         record: contents of ``report.json``; missing keys leave their line out or say what is missing.
@@ -65,6 +66,7 @@ def summary(record: Mapping[str, Any]) -> str:
         peak = num(record.get("peak_memory_bytes"))
         memory = "" if peak is None else f", peak memory {size(peak)}"
         lines.append(_line(f"- time {duration(sum(seconds))}{memory}"))
+    lines += [_line(f"- curvature, {text}") for text in curvature.diagnosis_lines(record)]
     lines += [_line(f"- next: {text}") for text in sections.advice(record)]
     notes = sections.notes(record)
     lines += [_line(f"- note ({_where(where)}): {text}") for where, text in notes[:NOTES_SHOWN]]

@@ -224,7 +224,7 @@ def eigenpairs(
     ``which``: ``LM`` largest magnitude, ``LA`` largest, ``SA`` smallest, ``BE`` k largest and k smallest. The error of
     a value is estimated as ``min(r, r²/gap)`` with its residual r and the gap to the nearest other Ritz value, which
     counts at its value ± its own residual. An error at rounding level of the largest value is always accepted. At least
-    6 products are made, and the values must have moved by less than a quarter of the tolerance in the last one, before
+    6 products are made, and the values must have moved by less than the tolerance in the last one, before
     a result is believed, unless the space is exhausted sooner. The errors say how close each
     value is to an eigenvalue; that none is skipped rests on the start's share in every wanted eigenvector.
 
@@ -862,7 +862,7 @@ def _lanczos(
         moved = _moved(theta[wanted], before)
         before = theta[wanted]
         if met and not complete:
-            still = bool((moved <= _tolerance(theta, tol, op)[wanted] / 4).all())
+            still = bool((moved <= _tolerance(theta, tol, op)[wanted]).all())
             met = not unproven if invariant else products >= _STEPS and still
             # No eigenvalue of what is not yet spanned exceeds the best of the running block (a random start in what the
             # locked vectors leave): nothing is missing once that best is no better than the last one wanted.

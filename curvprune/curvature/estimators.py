@@ -224,8 +224,8 @@ def eigenpairs(
     ``which``: ``LM`` largest magnitude, ``LA`` largest, ``SA`` smallest, ``BE`` k largest and k smallest. The error of
     a value is estimated as ``min(r, r²/gap)`` with its residual r and the gap to the nearest other Ritz value, which
     counts at its value ± its own residual. An error at rounding level of the largest value is always accepted. At least
-    6 products are made, and the values must have moved by less than the tolerance in the last one, before
-    a result is believed, unless the space is exhausted sooner. The errors say how close each
+    6 products are made, and what the values still have to go, by their last two steps, must be less than
+    the tolerance, before a result is believed, unless the space is exhausted sooner. The errors say how close each
     value is to an eigenvalue; that none is skipped rests on the start's share in every wanted eigenvector.
 
     - ``lanczos``: one product a step, full reorthogonalisation, convergence tested after each product. At ``max_basis``
@@ -844,7 +844,7 @@ def _lanczos(
     # A given start may lie in an invariant subspace that misses the wanted end; a random one does not.
     unproven = start is not None
     products = 0
-    before = np.zeros(0)
+    before = moved = np.zeros(0)
     while True:
         j = len(basis) - 1
         w, beta, scale = _lanczos_step(op, basis, t, j)
@@ -859,10 +859,10 @@ def _lanczos(
         wanted = _wanted(theta, k, which)
         met = len(wanted) > 0 and _all_met(theta, errors, wanted, tol, op)
         # At the edge of a dense spectrum r²/gap is too good: the values must also have stopped moving.
-        moved = _moved(theta[wanted], before)
+        moved, last = _moved(theta[wanted], before), moved
         before = theta[wanted]
         if met and not complete:
-            still = bool((moved <= _tolerance(theta, tol, op)[wanted]).all())
+            still = bool((_still_to_go(moved, last) <= _tolerance(theta, tol, op)[wanted]).all())
             met = not unproven if invariant else products >= _STEPS and still
             # No eigenvalue of what is not yet spanned exceeds the best of the running block (a random start in what the
             # locked vectors leave): nothing is missing once that best is no better than the last one wanted.
@@ -955,6 +955,14 @@ def _all_met(theta: np.ndarray, errors: np.ndarray, wanted: np.ndarray, tol: flo
 def _moved(values: np.ndarray, before: np.ndarray) -> np.ndarray:
     """How far each value went in the last step; infinitely far in the first."""
     return np.abs(values - before) if len(values) == len(before) else np.full(len(values), np.inf)
+
+
+def _still_to_go(moved: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """The sum of the steps to come if they go on shrinking by the ratio of the last two (Aitken), at most the last."""
+    if len(moved) != len(last):
+        return moved
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(last > 2 * moved, np.minimum(moved, moved**2 / (last - moved)), moved)
 
 
 def _nothing_missing(

@@ -179,10 +179,9 @@ class MatrixFree(Operator):
         return part
 
     def _matmat(self, v: Tensor) -> Tensor:
-        total = torch.zeros_like(v)
         count = torch.zeros((), dtype=torch.float64, device=self.device)
-        slices = self.space.slices
         own = dict(self.source.model.named_parameters())
+        columns: list[Tensor | None] = [None] * v.shape[1]
         for graph in self.source.graphs(self._build):
             count += graph.count
             for j in range(v.shape[1]):
@@ -191,10 +190,19 @@ class MatrixFree(Operator):
                     products = self._product(graph, parts)
                 except RuntimeError as error:
                     raise _explained(error) from error
-                for name, part in zip(self.space.shapes, products, strict=True):
-                    if part is not None:
-                        total[slices[name], j] += part.reshape(-1).to(self.dtype)
-        return all_sum(total) / _some(count)
+                # Vectors as long as the model are moved as seldom as possible: with one mini-batch, once.
+                flat = torch.cat(
+                    [
+                        torch.zeros_like(x).reshape(-1) if y is None else y.reshape(-1).to(self.dtype)
+                        for x, y in zip(parts, products, strict=True)
+                    ]
+                ).to(self.dtype)
+                known = columns[j]
+                columns[j] = flat if known is None else known.add_(flat)
+        positions = _some(count)
+        sums = [all_sum(torch.zeros_like(v[:, j]) if c is None else c) for j, c in enumerate(columns)]
+        means = [total.div_(positions) for total in sums]
+        return means[0].unsqueeze(1) if len(means) == 1 else torch.stack(means, 1)
 
 
 def _some(count: Tensor) -> float:

@@ -35,7 +35,8 @@ MATRICES = {
     "fisher": "Fisher (labels sampled from the model)",
     "empirical-fisher": "empirical Fisher (the data's own labels, per item)",
 }
-QUANTITIES = ("trace", "diagonal", "eigenvalues", "density")
+QUANTITIES = ("trace", "diagonal", "eigenvalues", "density")  # computed unless the user picks
+ALL_QUANTITIES = (*QUANTITIES, "layer-densities")
 # Asked of eigenvalues whose error shall be below 1e-2: r²/gap is optimistic where the spectrum is dense at its ends.
 EIGEN_TOL = 2e-3
 BASIS_BYTES = 2 << 30  # Lanczos vectors of the whole model that fit without asking
@@ -50,7 +51,7 @@ class LayerCurvature:
         diagonal: shaped as the weight as a matrix, ``(out, in)``.
         method: how trace and diagonal were found: ``"exact"``, ``"items"``, ``"joint probes"`` or ``"layer probes"``.
         exact: the layer's path to the loss is piecewise linear, so that its Hessian block is its Gauss–Newton block.
-        eigenpairs: extreme ones, both ends.
+        eigenpairs: extreme ones, both ends. Of an exact block, the null space has no vectors: they are nan.
         density: of the block.
         diagonal_error: relative standard error of the diagonal (2-norm); 0 where exact, nan where not estimated.
         gauss_newton_trace: of the same block, for comparison with the Hessian's.
@@ -187,14 +188,14 @@ def analyze_curvature(
     """
     if matrix not in MATRICES:
         raise ValueError(f"matrix={matrix!r}: expected one of {', '.join(MATRICES)}")
-    if unknown := [q for q in quantities if q not in QUANTITIES]:
-        raise ValueError(f"quantity {unknown[0]!r}: expected some of {', '.join(QUANTITIES)}")
+    if unknown := [q for q in quantities if q not in ALL_QUANTITIES]:
+        raise ValueError(f"quantity {unknown[0]!r}: expected some of {', '.join(ALL_QUANTITIES)}")
     if not rtol > 0 or max_products < 8:
         raise ValueError(f"rtol must be positive and max_products at least 8, got {rtol} and {max_products}")
     want = set(quantities)
     batches = list(batches)
     first_order = matrix in ("fisher", "empirical-fisher")
-    if first_order and want & {"eigenvalues", "density"} and set(quantities) != set(QUANTITIES):
+    if first_order and want & {"eigenvalues", "density", "layer-densities"} and set(quantities) != set(QUANTITIES):
         raise ValueError(
             f"matrix={matrix!r} gives trace and diagonal; for its spectrum pass matrix='ggn' (for these losses the "
             "same as the true Fisher), or build the operator: curvprune.fisher(...), curvprune.empirical_fisher(...)"
@@ -352,10 +353,31 @@ def _second_order(
                 work.advance("eigenvalues", i + 1, len(names))
         if matrix == "hessian" and per_layer and "trace" in work.want:
             result |= _compare_with_gauss_newton(work, {n: result[n] for n in rest})
+    if "layer-densities" in work.want:
+        result |= _layer_densities(work, build, result, retain)
     for name in work.layers:
         if name not in result:
             result[name] = LayerCurvature(trace=None, diagonal=None, shape=work.layers[name].shape)
     return {n: result[n] for n in work.layers}, block
+
+
+def _layer_densities(
+    work: _Work, build: Callable[..., MatrixFree], known: Mapping[str, LayerCurvature], retain: int
+) -> dict[str, LayerCurvature]:
+    """Spectral density of every layer's block: 3 runs of 30 products restricted to the layer."""
+    names = {n: work.parameter(n) for n in work.layers}
+    operator = build(
+        work.model, work.batches, work.objective, parameters=[_literal(p) for p in names.values()], retain=retain
+    )
+    result = {}
+    for i, (name, parameter) in enumerate(names.items()):
+        spectrum = density(
+            operator.restrict([parameter]), runs=3, steps=30, points=256, generator=work.generator(500_000 + i)
+        )
+        base = known.get(name) or LayerCurvature(trace=None, diagonal=None, shape=work.layers[name].shape)
+        result[name] = _with(base, density=spectrum)
+        work.advance("densities of the layers", i + 1, len(names))
+    return result
 
 
 def _compare_with_gauss_newton(work: _Work, layers: dict[str, LayerCurvature]) -> dict[str, LayerCurvature]:

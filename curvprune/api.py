@@ -94,7 +94,7 @@ def analyze(
         matrix: ``"hessian"``, ``"ggn"`` (generalised Gauss–Newton; for these losses the true Fisher), ``"fisher"``
             (from labels drawn from the model) or ``"empirical-fisher"``; the last two give trace and diagonal.
         quantities: some of ``"trace"``, ``"diagonal"``, ``"eigenvalues"`` (of each layer) and ``"density"`` (spectrum
-            of the whole model, with the diagnosis).
+            of the whole model, with the diagnosis), ``"layer-densities"`` (spectrum of each layer; 90 products each).
         rtol: relative standard error asked of every probed trace.
         max_products: most products for one layer's trace, and for one eigenvalue problem; results that needed more say
             so in ``converged``.

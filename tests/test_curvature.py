@@ -502,6 +502,18 @@ def test_the_same_seed_gives_the_same_bits():
     assert any(c.trace != other.layers[n].trace for n, c in first.layers.items())
 
 
+@pytest.mark.parametrize("case", ["conv", "mlp"])
+def test_the_spectral_density_of_a_layer_has_the_block_s_moments(case, references):
+    model, batches, _ = CASES[case]()
+    analysis = cp.analyze(model, batches, quantities=["layer-densities"])
+    for name, c in analysis.layers.items():
+        values = torch.linalg.eigvalsh(block(references(case, "hessian"), model, f"{name}.weight"))
+        assert float(c.density.nodes.max()) <= float(values[-1]) + 1e-9
+        assert float(c.density.nodes.min()) >= float(values[0]) - 1e-9
+        trace = c.density.trace(len(values))
+        assert abs(trace.value - float(values.sum())) < 6 * trace.stderr + 1e-9
+
+
 def test_too_few_products_are_not_called_converged():
     model, batches, _ = CASES["attention"]()
     analysis = cp.analyze(model, batches, quantities=["trace"], rtol=1e-6, max_products=9)

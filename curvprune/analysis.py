@@ -206,17 +206,18 @@ def analyze_curvature(
         model=model, objective=objective, batches=batches, layers=layers, structure=found, want=want, rtol=rtol,
         max_products=max_products, labels=labels, seed=seed, which=which, advance=advance,
     )  # fmt: skip
+    if first_order and want - {"trace", "diagonal"}:
+        work.notes.append(f"matrix={matrix!r} gives trace and diagonal only; matrix='ggn' has the spectra as well")
     items = sum(len(next(iter(b.values())) if isinstance(b, Mapping) else b[0]) for b in batches)
     whole: ModelCurvature | None = None
     if first_order:
         curvature = _from_items(work, matrix == "empirical-fisher", taken)
     else:
         operator = hessian if matrix == "hessian" else gauss_newton
-        curvature, block = _second_order(work, matrix, operator, retain)
+        curvature = _second_order(work, matrix, operator, retain)
         if "density" in want:
             whole = _whole(work, operator, retain)
-        del block
-    result = Analysis(
+    return Analysis(
         matrix=MATRICES[matrix],
         layers=curvature,
         unit=objective.unit,
@@ -225,7 +226,6 @@ def analyze_curvature(
         notes=tuple(work.notes),
         diagnosis=None if whole is None else diagnose(MATRICES[matrix], whole, curvature, _norm(model)),
     )
-    return result
 
 
 def _norm(model: nn.Module) -> float:
@@ -286,16 +286,13 @@ def _of_moments(work: _Work, moments: Moments, method: str, *, stderr: bool) -> 
     return result
 
 
-def _second_order(
-    work: _Work, matrix: str, build: Callable[..., MatrixFree], retain: int
-) -> tuple[dict[str, LayerCurvature], MatrixFree | None]:
+def _second_order(work: _Work, matrix: str, build: Callable[..., MatrixFree], retain: int) -> dict[str, LayerCurvature]:
     """Blocks of the Hessian or the Gauss–Newton matrix: exact ones first, probes and Lanczos for the rest."""
     found = work.structure
     exact_names = [] if not found.exact else list(found.factored if matrix == "ggn" else found.piecewise_linear)
     exact = {n: work.layers[n] for n in exact_names}
     rest = {n: layer for n, layer in work.layers.items() if n not in exact}
     result: dict[str, LayerCurvature] = {}
-    spectra = "eigenvalues" in work.want or "density" in work.want
     per_layer = bool({"trace", "diagonal"} & work.want)
     if exact:
         work.advance("exact blocks", 0, 1)
@@ -311,8 +308,7 @@ def _second_order(
                 exact=name in found.piecewise_linear,
             )  # fmt: skip
             result[name] = _with(base, eigenpairs=blocks.eigenpairs.get(name))
-    block: MatrixFree | None = None
-    if rest and (per_layer or spectra):
+    if rest and (per_layer or "eigenvalues" in work.want):
         names = {n: work.parameter(n) for n in rest}
         block = build(
             work.model, work.batches, work.objective, parameters=[_literal(p) for p in names.values()], retain=retain
@@ -358,7 +354,7 @@ def _second_order(
     for name in work.layers:
         if name not in result:
             result[name] = LayerCurvature(trace=None, diagonal=None, shape=work.layers[name].shape)
-    return {n: result[n] for n in work.layers}, block
+    return {n: result[n] for n in work.layers}
 
 
 def _layer_densities(

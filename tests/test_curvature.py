@@ -434,13 +434,38 @@ def test_the_fisher_of_every_layer_is_unbiased(case, references):
 
 
 def test_the_batched_fisher_equals_the_pass_over_single_items():
-    """One class is certain for every label: nothing is random, and both ways must agree on an empirical Fisher."""
+    """Nothing is random in an empirical Fisher: contractions of whole batches against the items' own gradients."""
     model, batches, _ = CASES["conv"]()
     analysis = cp.analyze(model, batches, matrix="empirical-fisher", quantities=["trace", "diagonal"])
     for name, c in analysis.layers.items():
         expected = dense(model, batches, Classification(), "empirical", [f"{name}.weight"])
         torch.testing.assert_close(c.diagonal.reshape(-1), expected.diagonal(), rtol=1e-8, atol=1e-12)
         assert c.trace.value == pytest.approx(float(expected.trace()), rel=1e-9)
+
+
+def test_token_labels_are_never_taken_for_one_prediction_per_item():
+    """The first items have one label that counts, the last has several: their scores add up before they are squared."""
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(x)
+
+    model = seeded(lambda: Tokens().double())
+    x = torch.randn(3, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([[0, -100], [1, -100], [2, 0]])
+    data = [(x, y)]
+    layers = find_layers(model)
+    assert not factors.structure(model, Classification(), data[0], layers).exact
+    with pytest.raises(ValueError, match="use the Fisher"):
+        factors.exact_gauss_newton(model, Classification(), data, layers)
+    analysis = cp.analyze(model, data, objective="classification", quantities=["trace"], rtol=0.05, max_products=400)
+    truth = float(dense(model, data, Classification(), "hessian", ["head.weight"]).detach().trace())
+    trace = analysis.layers["head"].trace
+    assert abs(trace.value - truth) < 4 * trace.stderr + 1e-12
 
 
 def test_kronecker_factors_are_exact_for_one_item():
@@ -482,7 +507,7 @@ def test_probed_traces_and_diagonals_of_all_layers_are_unbiased(references):
             within += abs(t.trace.value - float(truth.sum())) <= 2 * t.trace.stderr + 1e-12
             assert t.trace.num_products == t.joint + t.restricted <= 60
             assert not t.trace.converged or t.trace.stderr <= 0.1 * abs(t.trace.value)
-    assert within >= 48  # of 60; 95 % would be 57
+    assert within >= 53  # of 60; 95 % would be 57, and the spread of few probes is itself uncertain
     found = probe_layers(
         operator, names, rtol=1e-3, max_products=800, diagonal=True, generator=torch.Generator().manual_seed(1)
     )

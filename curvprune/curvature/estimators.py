@@ -420,7 +420,7 @@ def _mean_and_stderr(samples: Tensor) -> tuple[float, float]:
     return value, float((centred.var() / len(samples)).sqrt())
 
 
-def _believable(stderr: float, count: int) -> float:
+def believable(stderr: float, count: int) -> float:
     """90 % upper confidence bound of a standard error from ``count`` samples; infinite for fewer than 8."""
     if count < _ENOUGH:
         return math.inf
@@ -430,14 +430,14 @@ def _believable(stderr: float, count: int) -> float:
 def _met(stderr: float, size: float, count: int, rtol: float) -> bool:
     if not math.isfinite(size):
         raise FloatingPointError("a product of the operator is not finite; run the model in float32 or bfloat16")
-    return count >= _ENOUGH and _believable(stderr, count) <= rtol * abs(size)
+    return count >= _ENOUGH and believable(stderr, count) <= rtol * abs(size)
 
 
 def _more(stderr: float, size: float, count: int, rtol: float) -> int:
     """Samples to add: what a standard error falling with the square root asks for, from half to all of ``count``."""
     if count < _ENOUGH:
         return _ENOUGH - count
-    ratio = _believable(stderr, count) / (rtol * abs(size)) if size else math.inf
+    ratio = believable(stderr, count) / (rtol * abs(size)) if size else math.inf
     wanted = count * min(ratio, 1e6) ** 2 - count
     return math.ceil(min(max(wanted, count / 2), count))
 

@@ -199,7 +199,8 @@ class Structure:
         factored: layers called once, whose weight is used nowhere else and whose rows belong to one item each.
         piecewise_linear: factored layers whose path to the logits is piecewise linear.
         reasons: layer → why it is not factored.
-        exact: every item has at most one position and few enough classes for exact Gauss–Newton columns.
+        exact: every item has at most one prediction (logits ``(items, classes)``) and few enough classes for exact
+            Gauss–Newton columns.
     """
 
     factored: tuple[str, ...]
@@ -233,13 +234,12 @@ def structure(
             reasons[name] = "an embedding with max_norm or scale_grad_by_freq is not linear"
     factored = tuple(n for n in layers if n not in reasons)
     nonlinear = _nonlinear(pair, factored)
-    positions = objective.positions(pair.logits.detach(), batch)
-    single_position = len(positions.item) == len(positions.item.unique())
     return Structure(
         factored=factored,
         piecewise_linear=tuple(n for n in factored if n not in nonlinear),
         reasons=reasons,
-        exact=single_position and pair.logits.shape[-1] - 1 <= MAX_COLUMNS,
+        # By shape, not by the labels of these few items: others may have more positions that count.
+        exact=pair.logits.ndim == 2 and pair.logits.shape[-1] - 1 <= MAX_COLUMNS,
     )
 
 
@@ -468,6 +468,11 @@ def _ordered(
     for batch in batches:
         with torch.no_grad(), evaluating(model):
             logits = objective.logits(model, batch)
+        if logits.ndim != 2 or logits.shape[-1] - 1 > MAX_COLUMNS:
+            raise ValueError(
+                f"exact Gauss–Newton columns need logits (items, up to {MAX_COLUMNS + 1} classes), got "
+                f"{tuple(logits.shape)}; use the Fisher from sampled labels"
+            )
         positions = objective.positions(logits, batch)
         columns, ranks = softmax_columns(positions.logits.to(_wide(logits)))
         item_rank = torch.zeros(positions.items, dtype=ranks.dtype, device=ranks.device)

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvprune.curvature.estimators import Estimate, signs
+from curvprune.curvature.estimators import Estimate, believable, signs
 from curvprune.curvature.operators import Operator
 
 PILOT = 8  # probes of a kind before its spread is believed
@@ -107,6 +107,9 @@ def probe_layers(
                 joint[layer].add((parts[parameter] * products[parameter]).reshape(-1), diagonal)
 
     def probe_alone(layer: str, count: int) -> None:
+        if len(names) == 1:  # there is nothing to leave out
+            probe_jointly(count)
+            return
         block = op.restrict([names[layer]])
         for _ in range(count):
             z = signs(block, 1, generator)[:, 0].to(device=op.device, dtype=op.dtype)
@@ -114,12 +117,16 @@ def probe_layers(
 
     def met(layer: str) -> bool:
         value, stderr = _combined(joint[layer], alone[layer])
-        return stderr <= rtol * abs(value) and joint[layer].count + alone[layer].count >= min(PILOT, max_products)
+        probes = joint[layer].count + alone[layer].count
+        return probes >= PILOT and believable(stderr, probes) <= rtol * abs(value)
 
     probe_jointly(min(PILOT, max_products))
     todo = [n for n in names if not met(n)]
     advance(len(names) - len(todo), len(names))
-    if len(names) > 1:
+    if todo and max_products < 2 * PILOT:  # no room for a second kind whose spread could be believed
+        probe_jointly(max_products - min(PILOT, max_products))
+        todo = []
+    elif len(names) > 1:
         for layer in todo:
             probe_alone(layer, min(PILOT, max_products - joint[layer].count))
         todo = [n for n in todo if not met(n)]
@@ -131,7 +138,7 @@ def probe_layers(
     for layer in todo:
         while not met(layer) and (left := max_products - joint[layer].count - alone[layer].count) > 0:
             value, stderr = _combined(joint[layer], alone[layer])
-            have = alone[layer].count
+            have = alone[layer].count or joint[layer].count
             want = have * (stderr / (rtol * abs(value))) ** 2 if value and math.isfinite(stderr) else math.inf
             probe_alone(layer, max(1, int(min(left, max(2, have), max(2.0, want - have)))))
         advance(len(names) - len(todo) + todo.index(layer) + 1, len(names))
@@ -166,10 +173,11 @@ def _combined(joint: _Kind, alone: _Kind) -> tuple[float, float]:
     """Both kinds weighted by the precision of their means. The weights come from the same probes as the means; with
     `PILOT` of each kind that costs a little efficiency, not the centre, because sample and variance of symmetric
     estimates are nearly uncorrelated."""
-    parts = [k for k in (joint, alone) if k.count >= 2]
+    # The spread of two or three samples can be small by chance, and would then take all the weight.
+    parts = [k for k in (joint, alone) if k.count >= PILOT]
     if not parts:
-        kind = joint if joint.count else alone
-        return kind.mean, math.inf
+        kind = max(joint, alone, key=lambda k: k.count)
+        return kind.mean, (kind.variance / kind.count) ** 0.5 if kind.count else math.inf
     precisions = [k.count / k.variance if k.variance > 0 else math.inf for k in parts]
     for kind, precision in zip(parts, precisions, strict=True):
         if math.isinf(precision):
@@ -182,7 +190,7 @@ def _result(joint: _Kind, alone: _Kind, rtol: float, converged: bool) -> LayerTr
     value, stderr = _combined(joint, alone)
     count = joint.count + alone.count
     diagonal, error = None, math.inf
-    kinds = [k for k in (joint, alone) if k.halves]
+    kinds = [k for k in (joint, alone) if k.halves and k.count >= PILOT] or [k for k in (joint, alone) if k.halves][:1]
     if kinds:
         total = torch.zeros_like(kinds[0].halves[0])
         difference = torch.zeros_like(total)

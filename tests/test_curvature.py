@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 import curvprune as cp
 from curvprune.curvature import factors, products
-from curvprune.curvature.layerwise import probe_layers
+from curvprune.curvature.layerwise import _combined, _Kind, probe_layers
 from curvprune.layers import find_layers
 from curvprune.objective import CausalLM, Classification, LabelFree
 
@@ -539,6 +539,11 @@ def test_the_spectral_density_of_a_layer_has_the_block_s_moments(case, reference
         assert abs(trace.value - float(values.sum())) < 6 * trace.stderr + 1e-9
 
 
+def test_two_probes_that_agree_by_chance_do_not_outweigh_eight():
+    joint, alone = _Kind(samples=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]), _Kind(samples=[100.0, 100.001])
+    assert _combined(joint, alone)[0] == 4.5
+
+
 def test_too_few_products_are_not_called_converged():
     model, batches, _ = CASES["attention"]()
     analysis = cp.analyze(model, batches, quantities=["trace"], rtol=1e-6, max_products=9)
@@ -636,7 +641,7 @@ def test_curvlinops_agrees():
 def _process(rank: int, world: int, address: str, results) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-    results.put((rank, _figures()))
+    results.put((rank, (_figures(), list(products.my_share(range(5))))))
     torch.distributed.destroy_process_group()
 
 
@@ -676,5 +681,6 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
     for process in processes:
         process.join()
     alone = _figures()
-    for figures in found.values():
+    assert sorted(i for _, share in found.values() for i in share) == list(range(5))  # split, not repeated
+    for figures, _ in found.values():
         assert figures == pytest.approx(alone, rel=1e-6, abs=1e-9)

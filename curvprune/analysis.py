@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,17 @@ from curvprune.curvature.products import MatrixFree, gauss_newton, hessian, loss
 from curvprune.layers import Layer
 from curvprune.objective import Batch, Objective
 
+# Gives the value of a part of an analysis, by (key, compute, encode to JSON, decode from it): computes it, or finds it
+# where an interrupted analysis left it.
+Remember = Callable[[str, Callable[[], Any], Callable[[Any], Any], Callable[[Any], Any]], Any]
+
+
+def compute_always(
+    key: str, compute: Callable[[], Any], encode: Callable[[Any], Any], decode: Callable[[Any], Any]
+) -> Any:
+    return compute()
+
+
 MATRICES = {
     "hessian": "Hessian",
     "ggn": "generalised Gauss-Newton",
@@ -39,7 +51,6 @@ QUANTITIES = ("trace", "diagonal", "eigenvalues", "density")  # computed unless 
 ALL_QUANTITIES = (*QUANTITIES, "layer-densities")
 # Asked of eigenvalues whose error shall be below 1e-2: r²/gap is optimistic where the spectrum is dense at its ends.
 EIGEN_TOL = 2e-3
-BASIS_BYTES = 2 << 30  # Lanczos vectors of the whole model that fit without asking
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +66,7 @@ class LayerCurvature:
         density: of the block.
         diagonal_error: relative standard error of the diagonal (2-norm); 0 where exact, nan where not estimated.
         gauss_newton_trace: of the same block, for comparison with the Hessian's.
+        diagonal_summary: mean, max and quantiles; all that is left of a diagonal that was found on disk.
     """
 
     trace: Estimate | None
@@ -66,6 +78,7 @@ class LayerCurvature:
     density: SpectralDensity | None = None
     diagonal_error: float = math.nan
     gauss_newton_trace: Estimate | None = None
+    diagonal_summary: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,7 +165,9 @@ class _Work:
     labels: int
     seed: int
     which: Which
+    vector_bytes: int
     advance: Callable[[str, int, int], None]
+    remember: Remember
     notes: list[str] = field(default_factory=list)
 
     def generator(self, stream: int) -> torch.Generator:
@@ -179,9 +194,12 @@ def analyze_curvature(
     seed: int = 0,
     which: Which = "BE",
     retain: int = 1,
+    vector_bytes: int = 4 << 30,
     advance: Callable[[str, int, int], None] = lambda step, done, total: None,
+    remember: Remember = compute_always,
 ) -> Analysis:
-    """See `curvprune.analyze`. ``advance`` is called with (step, done, total).
+    """See `curvprune.analyze`. ``advance`` is called with (step, done, total); ``remember`` with each part that
+    an interrupted analysis should keep (exact blocks, traces of a group of layers, eigenvalues or density of a layer).
 
     Raises ``ValueError`` for an unknown matrix or quantity, a tolerance that is not positive, a model that is not
     deterministic, a layer that is not on the way to the loss.
@@ -204,7 +222,8 @@ def analyze_curvature(
     found = structure(model, objective, batches[0], layers, taken)
     work = _Work(
         model=model, objective=objective, batches=batches, layers=layers, structure=found, want=want, rtol=rtol,
-        max_products=max_products, labels=labels, seed=seed, which=which, advance=advance,
+        max_products=max_products, labels=labels, seed=seed, which=which, vector_bytes=vector_bytes, advance=advance,
+        remember=remember,
     )  # fmt: skip
     if first_order and want - {"trace", "diagonal"}:
         work.notes.append(f"matrix={matrix!r} gives trace and diagonal only; matrix='ggn' has the spectra as well")
@@ -289,72 +308,138 @@ def _of_moments(work: _Work, moments: Moments, method: str, *, stderr: bool) -> 
 def _second_order(work: _Work, matrix: str, build: Callable[..., MatrixFree], retain: int) -> dict[str, LayerCurvature]:
     """Blocks of the Hessian or the Gauss–Newton matrix: exact ones first, probes and Lanczos for the rest."""
     found = work.structure
-    exact_names = [] if not found.exact else list(found.factored if matrix == "ggn" else found.piecewise_linear)
-    exact = {n: work.layers[n] for n in exact_names}
-    rest = {n: layer for n, layer in work.layers.items() if n not in exact}
+    exact = [] if not found.exact else list(found.factored if matrix == "ggn" else found.piecewise_linear)
+    rest = [n for n in work.layers if n not in exact]
     result: dict[str, LayerCurvature] = {}
     per_layer = bool({"trace", "diagonal"} & work.want)
     if exact:
         work.advance("exact blocks", 0, 1)
-        blocks = factors.exact_gauss_newton(
-            work.model, work.objective, work.batches, exact, moments=per_layer, diagonal="diagonal" in work.want,
-            eigenvalues=1 if "eigenvalues" in work.want else 0,
-        )  # fmt: skip
+        result.update(work.remember("exact", partial(_exact, work, exact, per_layer), _layer_records, _layers_of))
         work.advance("exact blocks", 1, 1)
-        result |= _of_moments(work, blocks.moments, "exact", stderr=False)
-        for name in exact:
-            base = result.get(name) or LayerCurvature(
-                trace=None, diagonal=None, shape=work.layers[name].shape, method="exact",
-                exact=name in found.piecewise_linear,
-            )  # fmt: skip
-            result[name] = _with(base, eigenpairs=blocks.eigenpairs.get(name))
+    if per_layer and (heads := [n for n in rest if n in found.heads]):
+        result.update(work.remember("heads", partial(_heads, work, heads), _layer_records, _layers_of))
     if rest and (per_layer or "eigenvalues" in work.want):
-        names = {n: work.parameter(n) for n in rest}
-        block = build(
-            work.model, work.batches, work.objective, parameters=[_literal(p) for p in names.values()], retain=retain
-        )
-        if per_layer:
-            traces = probe_layers(
-                block, names, rtol=work.rtol, max_products=work.max_products, diagonal="diagonal" in work.want,
-                generator=work.generator(1), advance=lambda done, total: work.advance("traces", done, total),
-            )  # fmt: skip
-            for name, t in traces.items():
-                diagonal = None
-                if t.diagonal is not None:
-                    layer = rest[name]
-                    diagonal = layer.as_matrix(t.diagonal.view(layer.weight.shape))
-                result[name] = LayerCurvature(
-                    trace=t.trace,
-                    diagonal=diagonal,
-                    shape=rest[name].shape,
-                    method="layer probes" if t.restricted else "joint probes",
-                    diagonal_error=t.diagonal_error if diagonal is not None else math.nan,
-                )
-            slow = [n for n, t in traces.items() if not t.trace.converged]
-            if slow:
-                work.notes.append(
-                    f"{len(slow)} of {len(traces)} probed traces did not reach a standard error of {work.rtol:.0%} "
-                    f"with {work.max_products} probes each (first: {slow[0]}); raise max_products or rtol"
-                )
-        if "eigenvalues" in work.want:
-            for i, (name, parameter) in enumerate(names.items()):
-                restricted = block.restrict([parameter])
-                which: Which = work.which if restricted.space.dim > 1 else "LM"
-                pairs = eigenpairs(
-                    restricted, 1, which=which, tol=EIGEN_TOL, max_products=max(work.max_products, 8),
-                    generator=work.generator(1000 + i),
-                )  # fmt: skip
-                base = result.get(name) or LayerCurvature(trace=None, diagonal=None, shape=rest[name].shape)
-                result[name] = _with(base, eigenpairs=pairs)
-                work.advance("eigenvalues", i + 1, len(names))
-        if matrix == "hessian" and per_layer and "trace" in work.want:
-            result |= _compare_with_gauss_newton(work, {n: result[n] for n in rest})
+        done = 0
+        for number, group in enumerate(groups := _groups(work, rest)):
+            # Built where it is first needed, and gone before the next group's: a graph is the largest thing here.
+            block = _Lazy(work, build, group, retain)
+            probed = [n for n in group if n not in found.heads]
+            if per_layer and probed:
+                compute = partial(_probed, work, block, probed, number, (done, len(rest)))
+                result.update(work.remember(f"traces-{number}", compute, _layer_records, _layers_of))
+            if "eigenvalues" in work.want:
+                for i, name in enumerate(group, done):
+                    pairs = work.remember(
+                        f"eigenvalues-{i}", partial(_eigenpairs, work, block, name, i), _pairs_record, _pairs_of
+                    )
+                    base = result.get(name) or LayerCurvature(trace=None, diagonal=None, shape=work.layers[name].shape)
+                    result[name] = _with(base, eigenpairs=pairs)
+                    work.advance("eigenvalues", i + 1, len(rest))
+            done += len(group)
+        if len(groups) > 1:
+            work.notes.append(f"layers were probed in {len(groups)} groups, so that their vectors fit vector_bytes")
+        if slow := [n for n in rest if n in result and (t := result[n].trace) is not None and not t.converged]:
+            work.notes.append(
+                f"{len(slow)} of {len(rest)} probed traces did not reach a standard error of {work.rtol:.0%} "
+                f"with {work.max_products} probes each (first: {slow[0]}); raise max_products or rtol"
+            )
+        if matrix == "hessian" and "trace" in work.want:
+            result |= _compare_with_gauss_newton(work, {n: result[n] for n in rest if n not in found.heads})
     if "layer-densities" in work.want:
         result |= _layer_densities(work, build, result, retain)
     for name in work.layers:
         if name not in result:
             result[name] = LayerCurvature(trace=None, diagonal=None, shape=work.layers[name].shape)
     return {n: result[n] for n in work.layers}
+
+
+class _Lazy:
+    """The operator over a group of layers, built when it is first asked for."""
+
+    def __init__(self, work: _Work, build: Callable[..., MatrixFree], group: Sequence[str], retain: int) -> None:
+        self.work, self.build, self.retain = work, build, retain
+        self.names = {n: work.parameter(n) for n in group}
+        self._operator: MatrixFree | None = None
+
+    @property
+    def operator(self) -> MatrixFree:
+        if self._operator is None:
+            self._operator = self.build(
+                self.work.model, self.work.batches, self.work.objective,
+                parameters=[_literal(p) for p in self.names.values()], retain=self.retain,
+            )  # fmt: skip
+        return self._operator
+
+
+def _groups(work: _Work, names: Sequence[str]) -> list[list[str]]:
+    """Neighbouring layers whose vectors fit into ``vector_bytes`` together; at least one layer each."""
+    # probe, product, retained gradient, one to move them; two halves of the diagonal for each kind of probe
+    vectors = 8 if "diagonal" in work.want else 4
+    groups: list[list[str]] = []
+    room = 0
+    for name in names:
+        weight = work.layers[name].weight
+        size = vectors * weight.numel() * (8 if weight.dtype == torch.float64 else 4)
+        if not groups or size > room:
+            groups.append([])
+            room = work.vector_bytes
+        groups[-1].append(name)
+        room -= size
+    return groups
+
+
+def _exact(work: _Work, names: Sequence[str], per_layer: bool) -> dict[str, LayerCurvature]:
+    blocks = factors.exact_gauss_newton(
+        work.model, work.objective, work.batches, {n: work.layers[n] for n in names}, moments=per_layer,
+        diagonal="diagonal" in work.want, eigenvalues=1 if "eigenvalues" in work.want else 0,
+    )  # fmt: skip
+    result = _of_moments(work, blocks.moments, "exact", stderr=False)
+    for name in names:
+        base = result.get(name) or LayerCurvature(
+            trace=None, diagonal=None, shape=work.layers[name].shape, method="exact",
+            exact=name in work.structure.piecewise_linear,
+        )  # fmt: skip
+        result[name] = _with(base, eigenpairs=blocks.eigenpairs.get(name))
+    return result
+
+
+def _heads(work: _Work, names: Sequence[str]) -> dict[str, LayerCurvature]:
+    moments = factors.head_moments(
+        work.model, work.objective, work.batches, {n: work.layers[n] for n in names}, diagonal="diagonal" in work.want
+    )
+    return _of_moments(work, moments, "exact", stderr=False)
+
+
+def _probed(
+    work: _Work, block: _Lazy, names: Sequence[str], number: int, progress: tuple[int, int]
+) -> dict[str, LayerCurvature]:
+    before, total = progress
+    traces = probe_layers(
+        block.operator, {n: block.names[n] for n in names}, rtol=work.rtol, max_products=work.max_products,
+        diagonal="diagonal" in work.want, generator=work.generator(1 + 2_000_000 * number),
+        advance=lambda done, _: work.advance("traces", before + done, total),
+    )  # fmt: skip
+    result = {}
+    for name, t in traces.items():
+        layer, diagonal = work.layers[name], None
+        if t.diagonal is not None:
+            diagonal = layer.as_matrix(t.diagonal.view(layer.weight.shape))
+        result[name] = LayerCurvature(
+            trace=t.trace,
+            diagonal=diagonal,
+            shape=layer.shape,
+            method="layer probes" if t.restricted else "joint probes",
+            diagonal_error=t.diagonal_error if diagonal is not None else math.nan,
+        )
+    return result
+
+
+def _eigenpairs(work: _Work, block: _Lazy, name: str, number: int) -> EigenPairs:
+    restricted = block.operator.restrict([block.names[name]])
+    return eigenpairs(
+        restricted, 1, which=work.which if restricted.space.dim > 1 else "LM", tol=EIGEN_TOL,
+        max_products=max(work.max_products, 8), generator=work.generator(1000 + number),
+    )  # fmt: skip
 
 
 def _layer_densities(
@@ -367,13 +452,21 @@ def _layer_densities(
     )
     result = {}
     for i, (name, parameter) in enumerate(names.items()):
-        spectrum = density(
-            operator.restrict([parameter]), runs=3, steps=30, points=256, generator=work.generator(500_000 + i)
+        spectrum = work.remember(
+            f"density-{i}",
+            partial(_layer_density, work, operator, parameter, i),
+            _density_record,
+            _density_of,
         )
         base = known.get(name) or LayerCurvature(trace=None, diagonal=None, shape=work.layers[name].shape)
         result[name] = _with(base, density=spectrum)
         work.advance("densities of the layers", i + 1, len(names))
     return result
+
+
+def _layer_density(work: _Work, operator: MatrixFree, parameter: str, number: int) -> SpectralDensity:
+    block = operator.restrict([parameter])
+    return density(block, runs=3, steps=30, points=256, generator=work.generator(500_000 + number))
 
 
 def _compare_with_gauss_newton(work: _Work, layers: dict[str, LayerCurvature]) -> dict[str, LayerCurvature]:
@@ -409,23 +502,31 @@ def _whole(work: _Work, build: Callable[..., MatrixFree], retain: int) -> ModelC
     start = loss_and_gradient(operator)
     n = operator.space.dim
     vector = n * torch.finfo(operator.dtype).bits // 8
-    room = BASIS_BYTES // vector
+    room = work.vector_bytes // vector
     pairs: EigenPairs | None = None
     spectrum: SpectralDensity | None = None
     if min(n, 8) <= room:
-        pairs = eigenpairs(
-            operator, 1, which="BE" if n > 1 else "LM", tol=EIGEN_TOL, max_products=max(work.max_products, 8),
-            max_basis=None if room >= work.max_products else max(5, int(room)), generator=work.generator(2),
+        pairs = work.remember(
+            "model-eigenvalues",
+            lambda: eigenpairs(
+                operator, 1, which="BE" if n > 1 else "LM", tol=EIGEN_TOL, max_products=max(work.max_products, 8),
+                max_basis=None if room >= work.max_products else max(5, int(room)), generator=work.generator(2),
+            ),
+            _pairs_record, _pairs_of,
         )  # fmt: skip
         work.advance("spectrum", 1, 2)
         steps = int(min(40, room, n))
         runs = 5
-        spectrum = density(operator, runs=runs, steps=steps, generator=work.generator(3))
+        spectrum = work.remember(
+            "model-density", lambda: density(operator, runs=runs, steps=steps, generator=work.generator(3)),
+            _density_record, _density_of,
+        )  # fmt: skip
         work.advance("spectrum", 2, 2)
     else:
         work.notes.append(
             f"the whole model's spectrum was left out: Lanczos needs at least {min(n, 8)} vectors of "
-            f"{vector / 1e9:.1f} GB, and {BASIS_BYTES / 1e9:.1f} GB are set aside; per-layer results are not affected"
+            f"{vector / 1e9:.1f} GB, and vector_bytes is {work.vector_bytes / 1e9:.1f} GB; per-layer results are not "
+            "affected"
         )
     return ModelCurvature(
         parameters=n,
@@ -524,7 +625,7 @@ def _layer_record(c: LayerCurvature) -> dict[str, Any]:
     trace = _estimate(c.trace)
     if trace is not None and c.trace is not None:
         trace |= {"num_products": c.trace.num_products, "converged": c.trace.converged, "method": c.method}
-    diagonal = None
+    diagonal = None if c.diagonal_summary is None else dict(c.diagonal_summary)
     if c.diagonal is not None:
         flat = c.diagonal.reshape(-1)
         middle, high = (float(flat.kthvalue(max(1, int(q * flat.numel()))).values) for q in (0.5, 0.99))
@@ -541,6 +642,48 @@ def _layer_record(c: LayerCurvature) -> dict[str, Any]:
         "eigenvalues": _pairs_record(c.eigenpairs),
         "density": None if c.density is None else _density_record(c.density),
     }
+
+
+def _layer_records(layers: dict[str, LayerCurvature]) -> dict[str, Any]:
+    return {n: _layer_record(c) | {"method": c.method} for n, c in layers.items()}
+
+
+def _layers_of(records: Mapping[str, Any]) -> dict[str, LayerCurvature]:
+    """What `_layer_records` wrote, without the diagonals."""
+    return {
+        n: LayerCurvature(
+            trace=_estimate_of(r["trace"]),
+            diagonal=None,
+            shape=(r["shape"][0], r["shape"][1]),
+            method=r["method"],
+            exact=r["exact"],
+            eigenpairs=None if r["eigenvalues"] is None else _pairs_of(r["eigenvalues"]),
+            diagonal_summary=r["diagonal"],
+        )
+        for n, r in records.items()
+    }
+
+
+def _estimate_of(r: Mapping[str, Any] | None) -> Estimate | None:
+    if r is None:
+        return None
+    value, stderr = (math.nan if r[k] is None else r[k] for k in ("value", "stderr"))
+    return Estimate(value=value, stderr=stderr, num_products=r["num_products"], converged=r["converged"])
+
+
+def _pairs_of(r: Mapping[str, Any]) -> EigenPairs:
+    values, residuals, errors = (torch.tensor(r[k], dtype=torch.float64) for k in ("values", "residuals", "errors"))
+    return EigenPairs(
+        values=values, residuals=residuals, errors=errors, vectors=values.new_zeros(0, len(values)),
+        num_products=r["num_products"], converged=r["converged"],
+    )  # fmt: skip
+
+
+def _density_of(r: Mapping[str, Any]) -> SpectralDensity:
+    nodes, weights, grid, values = (
+        torch.tensor(r[k], dtype=torch.float64) for k in ("nodes", "weights", "grid", "density")
+    )
+    return SpectralDensity(nodes=nodes, weights=weights, grid=grid, density=values, num_products=r["num_products"])
 
 
 def _density_record(d: SpectralDensity) -> dict[str, Any]:

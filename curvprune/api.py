@@ -83,6 +83,7 @@ def analyze(
     max_products: int = 32,
     labels: int = 1,
     which: Literal["BE", "LM", "LA", "SA"] = "BE",
+    vector_bytes: int = 4 << 30,
     device: str | torch.device | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -99,14 +100,17 @@ def analyze(
         max_products: most products for one layer's trace, and for one eigenvalue problem; results that needed more say
             so in ``converged``.
         labels: draws per position for the Fisher.
+        vector_bytes: memory for vectors: layers are probed together in groups whose vectors fit, and the whole model's
+            spectrum is left out, with a note, if eight Lanczos vectors do not.
         which: ends of each layer's spectrum: ``"BE"`` both, ``"LM"`` the largest in magnitude.
 
     Exact without probes: Gauss–Newton blocks where an item has one prediction of up to 129 classes, and Hessian blocks
-    of layers whose path to the loss is piecewise linear (ReLU, pooling, BatchNorm in evaluation mode).
+    of layers whose path to the loss is piecewise linear (ReLU, pooling, BatchNorm in evaluation mode); of an output
+    layer (lm_head, not tied) trace and diagonal for any number of positions and classes.
 
     Cost: exact blocks about 0.8 gradients per class; a joint probe two gradients for all layers, a restricted one about
-    0.7 for one layer; Fisher about 1.2 gradients per label. Memory: the graph of one mini-batch, twice; Lanczos
-    vectors of one layer; for ``"density"`` 40 vectors of the model (left out, with a note, above 2 GB).
+    0.7 for one layer; Fisher about 1.2 gradients per label. Memory: the graph of one mini-batch, twice; eight vectors
+    of a group of layers; for ``"density"`` up to 40 vectors of the model.
 
     Raises ``ValueError`` for a glob that matches no layer, an objective that cannot be told, an unknown matrix or
     quantity, a model that is not deterministic (naming the module), a layer that is not on the way to the loss.
@@ -125,7 +129,8 @@ def analyze(
     with log.steps() as advance:
         return analyze_curvature(
             model, loss, batches, find_layers(model, layers), matrix=matrix, quantities=quantities, rtol=rtol,
-            max_products=max_products, labels=labels, seed=seed, which=which, advance=advance,
+            max_products=max_products, labels=labels, seed=seed, which=which, vector_bytes=vector_bytes,
+            advance=advance,
         )  # fmt: skip
 
 

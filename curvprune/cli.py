@@ -43,7 +43,8 @@ def run(recipe: RecipeArgument, out: OutOption = None, quiet: QuietOption = Fals
         result = pipeline.run(recipe, out or Path("runs") / recipe.stem, progress=not quiet)
     except BAD_INPUT as error:
         raise _bad_input(error) from error
-    _print_result(result)
+    if result.record:  # of several processes the first reports
+        _print_result(result)
     raise typer.Exit(result.exit_code)
 
 
@@ -54,6 +55,8 @@ def analyze(recipe: RecipeArgument, out: OutOption = None, quiet: QuietOption = 
         result = pipeline.analyze(recipe, out or Path("runs") / recipe.stem, progress=not quiet)
     except BAD_INPUT as error:
         raise _bad_input(error) from error
+    if not result.record:  # of several processes the first reports
+        return
     layers = (result.record.get("analysis") or {"layers": {}})["layers"]
     table = Table(title=f"Fisher trace per layer, {result.record['unit']}: the 15 largest per weight")
     for column in ("layer", "trace", "± se", "per weight"):

@@ -10,7 +10,8 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 import curvprune
-from curvprune import artifact, data, hf, report
+from curvprune import artifact, data, hf, processes, report
 from curvprune.analysis import analyze_curvature
 from curvprune.curvature.fisher import fisher_pass
 from curvprune.data import Splits
@@ -61,20 +62,30 @@ class RunResult:
 def run(recipe_path: str | Path, out: str | Path, *, progress: bool = True) -> RunResult:
     """Run a recipe into the folder ``out``; a second call goes on where the first was interrupted.
 
+    Of several processes (``torchrun``, one file system) each solves its share of the layers and prices its share of the
+    items; the first goes on alone, and only its result has a record.
+
     Raises ``RecipeError`` before any long computation if the recipe, the model or the data do not fit each other, or if
     ``out`` holds another run.
     """
     recipe, root = load_recipe(recipe_path), State(Path(out))
     if (record := _finished(recipe, root)) is not None:
         return _result(root, record)
-    job, about = prepare(recipe, root, progress=progress)
-    if job.budget is None:
+    with processes.together():
+        first = processes.rank() == 0
+        root = replace(root, writes=first)
+        job, about = prepare(recipe, root, progress=progress and first)
+        candidates = None
+        if job.budget is not None:
+            candidates = solve_options(job)
+            price_options(job, candidates)
+            _write_prices(job, root)
+    if not first:
+        return RunResult(exit_code=0, folder=root.folder, record={})
+    if candidates is None:
         folder = apply_and_measure(job, {n: options[0].key for n, options in job.options.items()})
         bench_trials: list[dict[str, Any]] = []
     else:
-        candidates = solve_options(job)
-        price_options(job, candidates)
-        _write_prices(job, root)
         bench, best = select_plans(job, candidates)
         folder = certify_plans(job, bench, best)
         bench_trials = bench.trials
@@ -91,14 +102,24 @@ def run(recipe_path: str | Path, out: str | Path, *, progress: bool = True) -> R
 
 def analyze(recipe_path: str | Path, out: str | Path, *, progress: bool = True) -> RunResult:
     """Curvature and sensitivities only: writes ``analysis.json``, ``ledger.json`` and a report; `run` goes on from
-    there."""
+    there. Several processes (``torchrun``, one file system) share the layers and the data; only the first one's result
+    has a record."""
     recipe, root = load_recipe(recipe_path), State(Path(out))
     if (record := _finished(recipe, root)) is not None:
         return _result(root, record)
+    with processes.together():
+        first = processes.rank() == 0
+        root = replace(root, writes=first)
+        return _analyze(recipe, root, progress=progress and first)
+
+
+def _analyze(recipe: Recipe, root: State, *, progress: bool) -> RunResult:
     job, about = prepare(recipe, root, progress=progress)
     price_options(job, solve_options(job))
     _write_prices(job, root)
     curvature = _curvature(job, recipe)
+    if not root.writes:
+        return RunResult(exit_code=0, folder=root.folder, record={})
     assert job.analysis is not None
     root.write_json(ANALYSIS, {**curvature, "fisher": job.analysis.to_dict()})
     record = {**_record(job, about, [], root), "analysis": curvature}
@@ -111,10 +132,7 @@ SPECTRA_UP_TO = 30_000_000  # parameters: above, a layer's eigenvalues take minu
 
 
 def _curvature(job: Job, recipe: Recipe) -> dict[str, Any]:
-    """Second-order curvature of the uncompressed model on the first price items, or what an earlier process found."""
-    if job.state.has("curvature.json"):
-        found: dict[str, Any] = job.state.read_json("curvature.json")
-        return found
+    """Second-order curvature of the uncompressed model on the first price items; finished parts are not repeated."""
     section = recipe.analyze
     parameters = sum(p.numel() for p in job.model.parameters())
     spectra = parameters <= SPECTRA_UP_TO if section.spectra is None else section.spectra
@@ -126,7 +144,8 @@ def _curvature(job: Job, recipe: Recipe) -> dict[str, Any]:
         analysis = analyze_curvature(
             job.model, job.objective, batches, job.layers, matrix=section.matrix,
             quantities=("trace", "diagonal", *(("eigenvalues", "density") if spectra else ())), rtol=section.rtol,
-            max_products=section.max_products, seed=recipe.seed, advance=advance,
+            max_products=section.max_products, seed=recipe.seed, vector_bytes=int(section.vector_gb * 1e9),
+            advance=advance, remember=partial(_remember, job.state),
         )  # fmt: skip
     record = analysis.to_dict()
     if not spectra:
@@ -134,8 +153,18 @@ def _curvature(job: Job, recipe: Recipe) -> dict[str, Any]:
             f"eigenvalues and spectral density were left out ({parameters} parameters); "
             "write analyze: {spectra: true} for them"
         )
-    job.state.write_json("curvature.json", record)
     return record
+
+
+def _remember(state: State, key: str, compute: Any, encode: Any, decode: Any) -> Any:
+    """A part of an analysis: read if an earlier run finished it, else computed and written. Of several processes the
+    first one's view of the folder counts, because all must compute together or not at all."""
+    name = f"curvature/{key}.json"
+    if processes.first_says(state.has(name)):
+        return decode(state.read_json(name))
+    value = compute()
+    state.write_json(name, encode(value))
+    return value
 
 
 def rebuild_report(out: str | Path) -> Path:
@@ -217,7 +246,7 @@ def prepare(recipe: Recipe, root: State | None, *, progress: bool) -> tuple[Job,
         "device": str(device),
         "seed": recipe.seed,
     }
-    scratch = State(root.path("state")) if root is not None else State(Path(os.devnull))
+    scratch = State(root.path("state"), writes=root.writes) if root is not None else State(Path(os.devnull))
     job = Job(
         model=model,
         objective=objective,
@@ -241,7 +270,9 @@ def prepare(recipe: Recipe, root: State | None, *, progress: bool) -> tuple[Job,
             "name); use cp.quantize and cp.load(folder, model=...) from Python",
         )
     if root is not None:
-        _claim(recipe, root, about)
+        if root.writes:
+            _claim(recipe, root, about)
+        processes.wait()
     return job, about
 
 
@@ -266,6 +297,8 @@ def _device(recipe: Recipe) -> torch.device:
     name = recipe.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and processes.shared():
+        name = f"cuda:{torch.cuda.current_device()}"
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:

@@ -305,6 +305,9 @@ class AnalyzeSection(_Section):
     max_products: int = Field(
         16, ge=8, description="most products for a layer's trace or an eigenvalue problem, a whole number of at least 8"
     )
+    vector_gb: float = Field(
+        4.0, gt=0, description="gigabytes for vectors as long as the layers that are probed together, a number above 0"
+    )
     spectra: bool | None = Field(
         None, description="true or false: eigenvalues of every layer and the whole model's spectrum (left out: by size)"
     )

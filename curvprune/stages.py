@@ -38,6 +38,7 @@ from curvprune.ledger import Ledger, build_ledger
 from curvprune.objective import ItemResults, Objective, evaluate, to_device
 from curvprune.options import Cast, Keep, Option, option_from_key, pruner_of, quantizer_of
 from curvprune.plan import Budget, Infeasible, Plan, cheapest, search
+from curvprune.processes import rank, shared, wait, world
 from curvprune.solve import Solved, solve
 from curvprune.solve.grids import dequantize
 from curvprune.state import StageLog, State
@@ -205,28 +206,32 @@ def _sweep(
 ) -> Callable[[str], list[Solved]]:
     """Visit the layers of ``model`` in one forward pass and solve them into ``state/folder``. If ``sequential``, write
     each layer's single option into the model on the way, so that later layers see it; otherwise the model is only
-    read. Returns a reader of the results."""
+    read. Of several processes each solves its share of the layers, unless ``sequential``. Returns a reader of the
+    results."""
     names = {n: f"{folder}/{i:04d}" for i, n in enumerate(layers)}
-    todo = {n for n in layers if options[n] and not job.state.has(f"{names[n]}.json")}
+    mine = list(layers)[rank() :: world()]
+    todo = {n for n in mine if options[n] and not job.state.has(f"{names[n]}.json")}
+    own_state = replace(job.state, writes=True)
 
     def visit(layer: Layer, moment: Callable[[], Tensor | None]) -> None:
         name = layer.name
         if name in todo:
             job_options = options[name]
             needs_moment = any(not isinstance(o, (Keep, Cast)) for o in job_options)
-            _write_solved(job.state, names[name], solve_layer(layer, job_options, moment() if needs_moment else None))
+            _write_solved(own_state, names[name], solve_layer(layer, job_options, moment() if needs_moment else None))
             todo.discard(name)
-            advance(len(layers) - len(todo))
+            advance(len(mine) - len(todo))
         if sequential and options[name]:
             layer.write_(_read_solved(job.state, names[name], layer)[0].weight)
 
-    with job.stages.stage(title, len(layers), done=len(layers) - len(todo)) as advance:
+    with job.stages.stage(title, len(mine), done=len(mine) - len(todo)) as advance:
         if todo:
             batch = collate(job.splits.calibrate.items)
             visit_layers(model, job.objective, to_device(batch, next(model.parameters()).device), layers, visit)
         elif sequential:
             for layer in layers.values():
                 visit(layer, lambda: None)
+    wait()
     return lambda name: _read_solved(job.state, names[name], layers[name])
 
 
@@ -247,8 +252,13 @@ def price_options(job: Job, candidates: Callable[[str], list[Solved]] | None) ->
     changes: dict[str, list[Change]] = {}
     if candidates is not None:
         changed = {n: [o.key for o in job.options[n] if not isinstance(o, Keep)] for n in job.layers}
-    resume = job.state.read_tensors(name) if job.state.has(name) else None
+    wait()  # nobody looks at the folder while the first process is still writing its last file
     finished = job.state.has(done_name)
+    own_state, own_name = job.state, name
+    if shared():
+        own_state, own_name = replace(job.state, writes=True), f"fisher.{rank()}of{world()}.safetensors"
+    checkpoint = name if finished else own_name
+    resume = job.state.read_tensors(checkpoint) if job.state.has(checkpoint) else None
     if candidates is not None and not finished:
         for n, layer in job.layers.items():
             if changed[n]:
@@ -264,8 +274,10 @@ def price_options(job: Job, candidates: Callable[[str], list[Solved]] | None) ->
     def after_item(done: int, totals: dict[str, Tensor]) -> None:
         nonlocal last
         advance(done)
-        if done == len(items) or time.monotonic() - last > CHECKPOINT_SECONDS:
+        if done == len(items):
             job.state.write_tensors(name, totals)
+        elif time.monotonic() - last > CHECKPOINT_SECONDS:
+            own_state.write_tensors(own_name, totals)
             last = time.monotonic()
 
     done = int(resume["done"]) if resume is not None else 0
@@ -282,6 +294,7 @@ def price_options(job: Job, candidates: Callable[[str], list[Solved]] | None) ->
             after_item=after_item,
         )
     job.state.write_json(done_name, {"items": len(items)})
+    wait()
     sizes = {
         n: {o.key: artifact.layer_bytes(job.model, layer, o) for o in job.options[n]} for n, layer in job.layers.items()
     }

@@ -23,9 +23,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A folder of JSON and safetensors files, each written atomically; names are paths inside the folder."""
+    """A folder of JSON and safetensors files, each written atomically; names are paths inside the folder. Of several
+    processes one writes; to the others ``writes`` is False and writing does nothing."""
 
     folder: Path
+    writes: bool = True
 
     def path(self, name: str) -> Path:
         path = (self.folder / name).resolve()
@@ -38,6 +40,8 @@ class State:
 
     def write_text(self, name: str, text: str) -> None:
         path = self.path(name)
+        if not self.writes:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
         with temporary.open("w", encoding="utf-8") as file:
@@ -60,6 +64,8 @@ class State:
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         path = self.path(name)
+        if not self.writes:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
         save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary)

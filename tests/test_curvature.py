@@ -11,6 +11,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import curvprune as cp
+from curvprune import processes
 from curvprune.curvature import factors, products
 from curvprune.curvature.layerwise import _combined, _Kind, probe_layers
 from curvprune.layers import find_layers
@@ -625,6 +626,54 @@ def test_bert_and_llama_give_every_quantity():
     assert analysis.layers["bert.pooler.dense"].gauss_newton_trace.stderr == 0
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_output_layer_is_exact_for_every_position(tied):
+    config = LlamaConfig(
+        vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=8, tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = seeded(lambda: LlamaForCausalLM(config)).eval()
+    ids = torch.randint(0, 11, (3, 5), generator=torch.Generator().manual_seed(0))
+    mask, labels = torch.ones_like(ids), ids.clone()
+    mask[1, :2] = 0
+    labels[2, 3] = -100
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    data = [{k: v[i : i + 2] for k, v in batch.items()} for i in (0, 2)]  # ragged
+    found = cp.analyze(model, data, quantities=["trace", "diagonal"])
+    if tied:  # the embedding is the same weight: it is not linear on the way to the logits
+        assert not any(c.method == "exact" for c in found.layers.values())
+        return
+    objective = CausalLM()
+
+    def loss(weight):
+        function = torch.func.functional_call
+        logits = function(model, {"lm_head.weight": weight}, kwargs={"input_ids": ids, "attention_mask": mask}).logits
+        total, count = objective.loss_of(logits, batch)
+        return total / count
+
+    truth = torch.func.hessian(loss)(model.lm_head.weight.detach()).reshape(88, 88)
+    for analysis in (found, cp.analyze(model, data, quantities=["trace", "diagonal"], layers="lm_head")):
+        head = analysis.layers["lm_head"]
+        assert head.method == "exact" and head.exact and head.trace.stderr == 0 and head.diagonal_error == 0
+        assert head.trace.value == pytest.approx(float(truth.trace()), rel=1e-10)
+        torch.testing.assert_close(head.diagonal.reshape(-1), truth.diagonal(), rtol=1e-10, atol=1e-14)
+
+
+def test_groups_of_layers_bound_the_vectors(references):
+    model, batches, _ = CASES["mlp"]()
+    whole = cp.analyze(model, batches, quantities=["trace", "eigenvalues"], max_products=64)
+    split = cp.analyze(model, batches, quantities=["trace", "eigenvalues"], max_products=64, vector_bytes=1)
+    assert any("groups" in note for note in split.notes) and not any("groups" in note for note in whole.notes)
+    assert list(split.layers) == list(whole.layers)
+    for name, c in split.layers.items():
+        other = whole.layers[name]
+        spread = math.hypot(c.trace.stderr, other.trace.stderr)
+        assert abs(c.trace.value - other.trace.value) <= 4 * spread + 1e-12
+        assert float(c.eigenpairs.values[0]) == pytest.approx(float(other.eigenpairs.values[0]), rel=1e-2)
+    spectrum = cp.analyze(model, batches, quantities=["density"], vector_bytes=1)
+    assert spectrum.model.density is None and any("left out" in note for note in spectrum.notes)
+
+
 def test_curvlinops_agrees():
     curvlinops = pytest.importorskip("curvlinops")
     model, batches, objective = CASES["mlp"]()
@@ -641,7 +690,7 @@ def test_curvlinops_agrees():
 def _process(rank: int, world: int, address: str, results) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-    results.put((rank, (_figures(), list(products.my_share(range(5))))))
+    results.put((rank, (_figures(), list(processes.my_share(range(5))))))
     torch.distributed.destroy_process_group()
 
 
@@ -674,11 +723,11 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
     address = f"file://{tmp_path}/rendezvous"
-    processes = [context.Process(target=_process, args=(rank, 2, address, results)) for rank in range(2)]
-    for process in processes:
+    both = [context.Process(target=_process, args=(rank, 2, address, results)) for rank in range(2)]
+    for process in both:
         process.start()
-    found = dict(results.get(timeout=120) for _ in processes)
-    for process in processes:
+    found = dict(results.get(timeout=120) for _ in both)
+    for process in both:
         process.join()
     alone = _figures()
     assert sorted(i for _, share in found.values() for i in share) == list(range(5))  # split, not repeated

@@ -7,6 +7,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import torch
 from typer.testing import CliRunner
 
 import curvprune as cp
-from curvprune import pipeline
+from curvprune import analysis, pipeline
 from curvprune.artifact import WEIGHTS, tensor_names
 from curvprune.cli import app
 from curvprune.recipe import RecipeError
@@ -30,6 +32,11 @@ def recipe(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def finished(recipe, tmp_path_factory) -> pipeline.RunResult:
     return pipeline.run(recipe, tmp_path_factory.mktemp("run") / "out", progress=False)
+
+
+@pytest.fixture(scope="module")
+def analysed(recipe, tmp_path_factory) -> Path:
+    return pipeline.analyze(recipe, tmp_path_factory.mktemp("analysed") / "out", progress=False).folder
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -197,15 +204,62 @@ def test_analyze_then_run_share_their_work(recipe, finished, tmp_path):
     out = str(tmp_path / "out")
     result = runner.invoke(app, ["analyze", str(recipe), "--out", out, "--quiet"])
     assert result.exit_code == 0, result.output
-    analysis = json.loads((tmp_path / "out" / "analysis.json").read_text())
-    assert len(analysis["layers"]) == 15 and analysis["matrix"] == "Hessian"
-    assert all(e["trace"]["value"] > 0 for e in analysis["fisher"]["layers"].values())
-    assert all(e["eigenvalues"] is not None for e in analysis["layers"].values())
+    found = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    assert len(found["layers"]) == 15 and found["matrix"] == "Hessian"
+    assert all(e["trace"]["value"] > 0 for e in found["fisher"]["layers"].values())
+    assert all(e["eigenvalues"] is not None for e in found["layers"].values())
     report = (tmp_path / "out" / "report.html").read_text()
-    assert "2/λ" in report and analysis["diagnosis"]["lambda_max"] > analysis["diagnosis"]["lambda_min"]
+    assert "2/λ" in report and found["diagnosis"]["lambda_max"] > found["diagnosis"]["lambda_min"]
     assert not (tmp_path / "out" / "model").exists() and (tmp_path / "out" / "report.html").exists()
     assert runner.invoke(app, ["run", str(recipe), "--out", out, "--quiet"]).exit_code == 0
     assert contents(tmp_path / "out") == contents(finished.folder)
+
+
+def test_an_interrupted_analysis_loses_one_layer(recipe, analysed, tmp_path, monkeypatch):
+    out, runner = tmp_path / "out", CliRunner()
+    computed: list[str] = []
+    compute = analysis._eigenpairs
+
+    def until_the_fifth(work, block, name, number):
+        computed.append(name)
+        if len(computed) == 5:
+            raise KeyboardInterrupt
+        return compute(work, block, name, number)
+
+    monkeypatch.setattr(analysis, "_eigenpairs", until_the_fifth)
+    arguments = ["analyze", str(recipe), "--quiet", "--out"]
+    runner.invoke(app, [*arguments, str(out)])
+    assert len(computed) == 5 and not (out / "report.html").exists()
+    assert runner.invoke(app, [*arguments, str(out)]).exit_code == 0
+    assert len(set(computed)) == 15 and len(computed) == 16  # the fifth one twice
+    assert (out / "analysis.json").read_text() == (analysed / "analysis.json").read_text()
+
+
+def test_processes_share_an_analysis(recipe, analysed, tmp_path):
+    """Two processes under torchrun: the same ledger and the same curvature as one, and `run` goes on from there."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = ["-m", "curvprune", "analyze", str(recipe), "--quiet", "--out", str(tmp_path / "two")]
+    ended = subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert ended.stdout.count("analysis.json") == 1  # one of them reports
+    one, two = (json.loads((folder / "analysis.json").read_text()) for folder in (analysed, tmp_path / "two"))
+    assert numbers(two["fisher"]) == pytest.approx(numbers(one["fisher"]), rel=1e-6)
+    traces = [{n: c["trace"]["value"] for n, c in record["layers"].items()} for record in (one, two)]
+    assert traces[1] == pytest.approx(traces[0], rel=1e-5, abs=1e-7)
+    assert two["diagnosis"]["lambda_max"] == pytest.approx(one["diagnosis"]["lambda_max"], rel=1e-6)
+    one, two = (json.loads((folder / "ledger.json").read_text()) for folder in (analysed, tmp_path / "two"))
+    assert numbers(two) == pytest.approx(numbers(one), rel=1e-6)
+    solved = [{f.name: f.read_bytes() for f in (d / "state/solved").iterdir()} for d in (analysed, tmp_path / "two")]
+    assert solved[0] == solved[1]
+
+
+def numbers(record, path="") -> dict[str, float]:
+    """The numbers of a JSON record by their paths."""
+    if isinstance(record, dict):
+        return {k: v for key, value in record.items() for k, v in numbers(value, f"{path}/{key}").items()}
+    if isinstance(record, list):
+        return {k: v for i, value in enumerate(record) for k, v in numbers(value, f"{path}/{i}").items()}
+    return {path: record} if isinstance(record, (int, float)) else {}
 
 
 def test_check_lists_layers_and_estimates(recipe):

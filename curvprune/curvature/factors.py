@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -30,9 +29,10 @@ from torch.overrides import TorchFunctionMode
 
 from curvprune.curvature.estimators import EigenPairs
 from curvprune.curvature.operators import BlockDiagonal, Ekfac, Kronecker, Operator, ParamSpace
-from curvprune.curvature.products import all_sum, check_deterministic, first_items, my_share
+from curvprune.curvature.products import check_deterministic, first_items
 from curvprune.layers import Layer
 from curvprune.objective import Batch, Objective, Positions, evaluating, sampled_losses
+from curvprune.processes import all_sum, gather, my_share
 
 ELEMENTS = 1 << 23  # numbers of one chunk of per-item matrices: bounds them at 32 MB
 VECTORS = 1 << 25  # numbers of the gradient columns that a spectrum keeps at once: 128 MB
@@ -198,6 +198,7 @@ class Structure:
     Attributes:
         factored: layers called once, whose weight is used nowhere else and whose rows belong to one item each.
         piecewise_linear: factored layers whose path to the logits is piecewise linear.
+        heads: piecewise linear layers whose output is the logits, for any number of positions and classes.
         reasons: layer → why it is not factored.
         exact: every item has at most one prediction (logits ``(items, classes)``) and few enough classes for exact
             Gauss–Newton columns.
@@ -205,6 +206,7 @@ class Structure:
 
     factored: tuple[str, ...]
     piecewise_linear: tuple[str, ...]
+    heads: tuple[str, ...]
     reasons: dict[str, str]
     exact: bool
 
@@ -234,13 +236,29 @@ def structure(
             reasons[name] = "an embedding with max_norm or scale_grad_by_freq is not linear"
     factored = tuple(n for n in layers if n not in reasons)
     nonlinear = _nonlinear(pair, factored)
+    piecewise_linear = tuple(n for n in factored if n not in nonlinear)
     return Structure(
         factored=factored,
-        piecewise_linear=tuple(n for n in factored if n not in nonlinear),
+        piecewise_linear=piecewise_linear,
+        heads=tuple(n for n in piecewise_linear if _is_head(pair, n)),
         reasons=reasons,
         # By shape, not by the labels of these few items: others may have more positions that count.
         exact=pair.logits.ndim == 2 and pair.logits.shape[-1] - 1 <= MAX_COLUMNS,
     )
+
+
+def _is_head(taken: Capture, name: str) -> bool:
+    """The layer's output is the logits, seen through nothing but views, copies and casts."""
+    call, logits = taken.calls[name][0], taken.logits
+    if taken.layers[name].kind != "linear" or call.shape != logits.shape:
+        return False
+    node: Any = logits.grad_fn
+    while node is not None and node is not call.edge.node:
+        kind = node.name().rstrip("0123456789").removesuffix("Backward")
+        if kind not in ("View", "UnsafeView", "Alias", "Clone", "ToCopy"):
+            return False
+        node = node.next_functions[0][0]
+    return node is not None
 
 
 def _rows_belong(single: Tensor, pair: Tensor) -> bool:
@@ -372,9 +390,9 @@ class _Sums:
     def result(self) -> Moments:
         # A process without a mini-batch of its own has nothing to add.
         none = [torch.zeros(0, dtype=torch.float64)]
-        count = _gather(torch.cat(self.counts or none))
+        count = gather(torch.cat(self.counts or none))
         total = float(count.sum())
-        traces = {n: _gather(torch.cat(t or none)) for n, t in self.traces.items()}
+        traces = {n: gather(torch.cat(t or none)) for n, t in self.traces.items()}
         for name, trace in traces.items():
             if not bool(torch.isfinite(trace).all()):
                 item = int((~torch.isfinite(trace)).nonzero()[0])
@@ -382,15 +400,6 @@ class _Sums:
                     f"layer {name}: the gradient of item {item} is not finite; run the model in float32 or bfloat16"
                 )
         return Moments(count=count, traces=traces, diagonal={n: all_sum(d) / total for n, d in self.diagonal.items()})
-
-
-def _gather(values: Tensor) -> Tensor:
-    """The values of all processes, one after the other, on the CPU."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return values.cpu()
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, values.cpu())
-    return torch.cat(parts)
 
 
 def _count(positions: Positions) -> Tensor:
@@ -439,6 +448,44 @@ def fisher_moments(
                     partial[name] += sums.traces[name].pop()
         for name, trace in partial.items():
             sums.traces[name].append(trace)
+    return sums.result()
+
+
+def head_moments(
+    model: nn.Module,
+    objective: Objective,
+    batches: Sequence[Batch],
+    layers: Mapping[str, Layer],
+    *,
+    diagonal: bool = True,
+) -> Moments:
+    """Exact block of a layer whose output is the logits, ``Σ (diag p − p pᵀ) ⊗ x xᵀ``: trace ``Σ (1 − Σp²)‖x‖²`` and
+    diagonal ``Σ p(1 − p) x²``, whatever the number of positions and classes. Cost: one forward pass, and one product
+    of the size of the layer's own."""
+    sums = _Sums(layers, diagonal)
+    for batch in my_share(batches):
+        taken = capture(model, objective, batch, layers)
+        with torch.no_grad():
+            positions = objective.positions(taken.logits.detach(), batch)
+            sums.counts.append(_count(positions))
+            for name in layers:
+                x = taken.calls[name][0].x
+                # The rows of the input are those of the logits, so the objective picks the ones that count.
+                rows = objective.positions(x.view(*taken.logits.shape[:-1], x.shape[-1]), batch).logits
+                per_item = torch.zeros(taken.items, dtype=torch.float64, device=rows.device)
+                for start in range(0, len(rows), ITEMS * MAX_COLUMNS):
+                    part = slice(start, start + ITEMS * MAX_COLUMNS)
+                    p = positions.logits[part].to(_wide(rows)).softmax(-1)
+                    squares = rows[part].to(p.dtype).square()
+                    curved = p - p.square()
+                    per_item.index_add_(
+                        0,
+                        positions.item[part],
+                        curved.sum(1, dtype=torch.float64) * squares.sum(1, dtype=torch.float64),
+                    )
+                    if diagonal:
+                        sums.diagonal[name].addmm_(curved.t(), squares)
+                sums.traces[name].append(per_item)
     return sums.result()
 
 
@@ -593,7 +640,7 @@ def _spectra(
     for name, layer in layers.items():
         mine = torch.cat(vectors[name]) if vectors[name] else torch.zeros(0, layer.numel, dtype=_wide(layer.weight))
         del vectors[name]
-        spectra[name], pairs[name] = _from_columns(_gather(mine), positions, k)
+        spectra[name], pairs[name] = _from_columns(gather(mine), positions, k)
 
 
 def _from_columns(v: Float[Tensor, "m n"], total: float, k: int) -> tuple[Tensor, EigenPairs]:

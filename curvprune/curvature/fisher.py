@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from curvprune.curvature.estimators import Estimate
 from curvprune.layers import Layer
 from curvprune.objective import Batch, Objective, evaluating, sampled_loss, to_device
+from curvprune.processes import all_sum, my_share, shared, world
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,10 +120,15 @@ def fisher_pass(
         resume: the totals that ``after_item`` last received, to go on after that item with the same result.
         after_item: called with (items done, totals) after each item, for progress and checkpoints.
 
+    Several processes share the items; each counts and resumes its own, and at the end all call ``after_item`` once more
+    with the totals of all.
+
     Raises:
         ValueError: a layer that received no gradient (it is not on the way to the loss), by name.
         FloatingPointError: a non-finite gradient, naming the layer and the item.
     """
+    if world() > max(1, len(items)):
+        raise ValueError(f"{world()} processes for {len(items)} items: start at most one process for each item")
     device = next(model.parameters()).device
     totals = resume or _empty_totals(layers, changes, len(items), labels, device)
     totals = {k: v.to(device) for k, v in totals.items()}
@@ -145,7 +151,9 @@ def fisher_pass(
             hook = lambda p, name=name, layer=layer: take(name, layer, p)  # noqa: E731
             handles.append(layer.weight.register_post_accumulate_grad_hook(hook))
         try:
-            for i in range(int(totals["done"]), len(items)):
+            mine = my_share(range(len(items)))
+            done = int(totals["done"])
+            for i in mine[done:] if done < len(items) else ():
                 position["item"] = i
                 # One generator per item: a resumed pass draws the labels that an uninterrupted one would.
                 generator = torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63)
@@ -157,10 +165,16 @@ def fisher_pass(
                 _check_finite(totals, layers, i)
                 totals["done"] += 1
                 if after_item is not None:
-                    after_item(i + 1, totals)
+                    after_item(int(totals["done"]), totals)
         finally:
             for handle in handles:
                 handle.remove()
+    if shared() and int(totals["done"]) < len(items):
+        for key in sorted(totals.keys() - {"done"}):
+            all_sum(totals[key])
+        totals["done"].fill_(len(items))
+        if after_item is not None:
+            after_item(len(items), totals)
     if silent := [n for n in layers if not bool(totals[f"trace/{n}"].any())]:
         raise ValueError(
             f"layer {silent[0]} received no gradient from any item: it is not on the way to the loss; leave it out"

@@ -16,12 +16,12 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvprune.curvature.operators import Operator, ParamSpace
 from curvprune.objective import Batch, Objective, evaluating, sampled_losses
+from curvprune.processes import all_sum, my_share, rank, world
 
 
 def first_items(batch: Batch, count: int) -> Batch:
@@ -36,22 +36,6 @@ def double_backward() -> Iterator[None]:
     """Fused attention has no double backward: takes the math path, and gives the user's setting back."""
     with sdpa_kernel(SDPBackend.MATH):
         yield
-
-
-def my_share(batches: Sequence[Any]) -> Sequence[Any]:
-    """The mini-batches of this process: all, unless ``torch.distributed`` is initialised."""
-    return batches[dist.get_rank() :: dist.get_world_size()] if _distributed() else batches
-
-
-def all_sum(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, in place."""
-    if _distributed():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def check_deterministic(model: nn.Module, objective: Objective, batch: Batch) -> None:
@@ -281,7 +265,7 @@ class _GaussNewton(MatrixFree):
                 return losses, lambda u: u, count
             positions = objective.positions(logits, batch)
             # One stream per mini-batch of the whole data: a graph that is built again draws the same labels.
-            place = number * dist.get_world_size() + dist.get_rank() if _distributed() else number
+            place = number * world() + rank()
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + place) % 2**63)
             drawn = [sampled_losses(positions, generator) for _ in range(self.labels)]
             sums = [x.new_zeros(positions.items).index_add(0, positions.item, x) for x in drawn]

@@ -655,8 +655,9 @@ def test_an_output_layer_is_exact_for_every_position(tied):
     for analysis in (found, cp.analyze(model, data, quantities=["trace", "diagonal"], layers="lm_head")):
         head = analysis.layers["lm_head"]
         assert head.method == "exact" and head.exact and head.trace.stderr == 0 and head.diagonal_error == 0
-        assert head.trace.value == pytest.approx(float(truth.trace()), rel=1e-10)
-        torch.testing.assert_close(head.diagonal.reshape(-1), truth.diagonal(), rtol=1e-10, atol=1e-14)
+        # transformers computes its norms in float32, whatever the model's type
+        assert head.trace.value == pytest.approx(float(truth.trace()), rel=1e-6)
+        torch.testing.assert_close(head.diagonal.reshape(-1), truth.diagonal(), rtol=1e-5, atol=1e-9)
 
 
 def test_groups_of_layers_bound_the_vectors(references):

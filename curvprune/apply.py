@@ -4,11 +4,18 @@ A pre-hook on each layer sees the layer's inputs for all items at once, sums the
 chunks (layers that read the same tensor share it), hands it to a visitor that may overwrite the weight, and lets the
 forward go on. Whatever the architecture, later layers then see what the earlier ones have become. The pass ends
 before the last layer multiplies, so a language model's logits over all tokens never exist.
+
+If the uncompressed model runs beside it, layer by layer, the visitor also gets ``D = E[(x̃ − x) xᵀ]`` with ``x̃`` what
+the uncompressed model has there: how far the inputs have drifted, and what the layer can do about it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -24,60 +31,83 @@ class _Finished(Exception):
     """The last layer was visited; the rest of the forward pass is not needed."""
 
 
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """What a layer's inputs are on average.
+
+    Attributes:
+        second: ``E[x xᵀ]``.
+        drift: ``E[(x̃ − x) xᵀ]`` against the uncompressed model's inputs ``x̃``; ``None`` if equal or unknown.
+    """
+
+    second: Float[Tensor, "groups in in"]
+    drift: Float[Tensor, "groups in in"] | None = None
+
+
 @torch.no_grad()
 def visit_layers(
     model: nn.Module,
     objective: Objective,
     batch: Batch,
     layers: Mapping[str, Layer],
-    visit: Callable[[Layer, Callable[[], Float[Tensor, "groups in in"] | None]], None],
+    visit: Callable[[Layer, Callable[[], Moments | None]], None],
+    *,
+    reference: tuple[nn.Module, Mapping[str, Layer]] | None = None,
 ) -> None:
-    """Call ``visit(layer, moment)`` for every layer just before it runs; ``moment()`` computes its input second moment.
+    """Call ``visit(layer, moments)`` for every layer just before it runs; ``moments()`` computes those of its inputs.
 
-    ``moment()`` is lazy (a resumed run skips it) and returns ``None`` for embeddings that are only looked up; those are
-    visited after the pass. Layers called several times are visited at their first call.
+    ``moments()`` is lazy (a resumed run skips it) and returns ``None`` for embeddings that are only looked up; those
+    are visited after the pass. Layers called several times are visited at their first call.
+
+    Args:
+        reference: the uncompressed model and its layers of the same names, for the drift. It costs a second forward
+            pass, on the CPU with bfloat16 products, and one more Gram matrix for each input. Where the two models'
+            inputs have different shapes (a router sent other tokens) there is no drift.
 
     Raises:
         ValueError: layers that the forward pass never reached, by name.
     """
     pending = {name: layer for name, layer in layers.items() if layer.readers}
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    shared: dict[str, tuple[Tensor, int, Tensor]] = {}
+    shared: dict[str, tuple[Tensor, int, Moments]] = {}
 
-    def before(layer: Layer, module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+    def before(
+        layer: Layer, module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor], beside: _Beside | None
+    ) -> None:
         if layer.name not in pending:
             return
         x = arguments[0] if arguments else next(iter(named.values()))
+        original = None if beside is None else beside.input_of(layer.name)
 
-        def moment() -> Tensor:
+        def moments() -> Moments:
             known = shared.get("last")
             if layer.kind != "conv" and known is not None and known[0] is x and known[1] == x._version:
                 return known[2]
-            value = _second_moment(layer, module, x, mask)
+            value = _moments(layer, module, x, original, mask)
             if layer.kind != "conv":  # two convolutions may unfold the same tensor differently
                 shared["last"] = (x, x._version, value)
             return value
 
-        visit(layer, moment)
+        visit(layer, moments)
         del pending[layer.name]
         if not pending:
             raise _Finished
 
-    handles = [
-        reader.register_forward_pre_hook(
-            lambda module, args, named, layer=layer: before(layer, module, args, named), with_kwargs=True
-        )
-        for layer in layers.values()
-        for reader in layer.readers
-    ]
-    try:
-        with evaluating(model):
+    with _beside(reference, objective, batch, pending) as beside, evaluating(model):
+        handles = [
+            reader.register_forward_pre_hook(
+                lambda module, args, named, layer=layer: before(layer, module, args, named, beside), with_kwargs=True
+            )
+            for layer in layers.values()
+            for reader in layer.readers
+        ]
+        try:
             objective.logits(model, batch)
-    except _Finished:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+        except _Finished:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
     if pending:
         raise ValueError(
             f"the forward pass never reached {len(pending)} layer(s), first {next(iter(pending))}: leave them out"
@@ -87,16 +117,120 @@ def visit_layers(
             visit(layer, lambda: None)
 
 
-def _second_moment(layer: Layer, module: nn.Module, x: Tensor, mask: Tensor | None) -> Float[Tensor, "groups in in"]:
+class _Beside:
+    """A forward pass of another model in a thread of its own, one layer ahead at most: holds its inputs one by one."""
+
+    def __init__(self, model: nn.Module, objective: Objective, batch: Batch, layers: Mapping[str, Layer]) -> None:
+        self.model, self.objective, self.batch, self.layers = model, objective, batch, layers
+        self.inputs: queue.Queue[tuple[str, Tensor] | None] = queue.Queue(maxsize=1)
+        self.stopped, self.over = threading.Event(), False
+        self.skipped: dict[str, Tensor] = {}
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        seen: set[str] = set()
+
+        def before(name: str, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            if self.stopped.is_set():
+                raise _Finished
+            if name not in seen:
+                seen.add(name)
+                self.inputs.put((name, arguments[0] if arguments else next(iter(named.values()))))
+
+        handles = [
+            reader.register_forward_pre_hook(
+                lambda module, args, named, name=name: before(name, args, named), with_kwargs=True
+            )
+            for name, layer in self.layers.items()
+            for reader in layer.readers
+        ]
+        try:
+            # The drift is the difference of what two models compute; an error of 2⁻⁹ in one of them is far below it.
+            half = next(self.model.parameters()).dtype == torch.float32
+            device = next(self.model.parameters()).device.type
+            with evaluating(self.model), torch.autocast(device, torch.bfloat16, enabled=half and device == "cpu"):
+                self.objective.logits(self.model, self.batch)
+        except _Finished:
+            pass
+        except Exception:  # the pass that this one runs beside meets the same, and says it to the user
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+            if not self.stopped.is_set():
+                self.inputs.put(None)
+
+    def input_of(self, name: str) -> Tensor | None:
+        """The layer's input there, or ``None`` if the pass has ended without it."""
+        while name not in self.skipped and not self.over:
+            item = self.inputs.get()
+            if item is None:
+                self.over = True
+            elif item[0] == name:
+                return item[1]
+            else:
+                self.skipped[item[0]] = item[1]
+        return self.skipped.pop(name, None)
+
+    def stop(self) -> None:
+        self.stopped.set()
+        while self.thread.is_alive():
+            try:
+                self.inputs.get(timeout=0.05)
+            except queue.Empty:
+                continue
+
+
+@contextmanager
+def _beside(
+    reference: tuple[nn.Module, Mapping[str, Layer]] | None,
+    objective: Objective,
+    batch: Batch,
+    pending: Mapping[str, Layer],
+) -> Iterator[_Beside | None]:
+    if reference is None:
+        yield None
+        return
+    model, layers = reference
+    beside = _Beside(model, objective, batch, {n: layers[n] for n in pending})
+    try:
+        yield beside
+    finally:
+        beside.stop()
+
+
+def _moments(layer: Layer, module: nn.Module, x: Tensor, original: Tensor | None, mask: Tensor | None) -> Moments:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if original is not None and original.shape != x.shape:
+        original = None
     if layer.kind != "conv" and mask is not None and x.ndim > 2 and x.shape[:2] == mask.shape and not bool(mask.all()):
         x = x[mask.bool()]
-    total = torch.zeros(layer.groups, layer.shape[1], layer.shape[1], dtype=wide, device=x.device)
+        original = None if original is None else original[mask.bool()]
+    second = torch.zeros(layer.groups, layer.shape[1], layer.shape[1], dtype=wide, device=x.device)
+    drift = None if original is None else torch.zeros_like(second)
     count = 0
-    # Convolutions unfold one item at a time at most; other inputs are already rows.
-    parts = x.split(1) if layer.kind == "conv" else x.reshape(-1, layer.shape[1]).split(_ROWS)
-    for part in parts:
+
+    def parts(t: Tensor) -> tuple[Tensor, ...]:
+        # Convolutions unfold one item at a time at most; other inputs are already rows.
+        return t.split(1) if layer.kind == "conv" else t.reshape(-1, layer.shape[1]).split(_ROWS)
+
+    there = None if original is None else parts(original)
+    for i, part in enumerate(parts(x)):
         rows = layer.rows(module, part).to(wide)
-        total.baddbmm_(rows.transpose(1, 2), rows)
+        second.baddbmm_(rows.transpose(1, 2), rows)
         count += rows.shape[1]
-    return total / count
+        if drift is not None and there is not None:
+            moved = layer.rows(module, there[i]).to(wide) - rows
+            drift += _coarse_product(moved, rows)
+    if drift is not None and not bool(drift.any()):
+        drift = None
+    return Moments(second / count, None if drift is None else drift / count)
+
+
+def _coarse_product(a: Tensor, b: Tensor) -> Tensor:
+    """``aᵀ b``; on the CPU from bfloat16 factors, twice as fast: it only tells where to move, and is shrunk anyway."""
+    if a.device.type == "cpu" and a.dtype == torch.float32:
+        return (a.transpose(1, 2).bfloat16() @ b.bfloat16()).to(a.dtype)
+    return a.transpose(1, 2) @ b

@@ -22,6 +22,7 @@ from torch import nn
 import curvprune
 from curvprune import artifact, data, hf, processes, report
 from curvprune.analysis import analyze_curvature
+from curvprune.apply import Moments
 from curvprune.curvature.fisher import fisher_pass
 from curvprune.data import Splits
 from curvprune.layers import find_layers
@@ -577,14 +578,14 @@ def _estimate(job: Job, dense: int) -> tuple[dict[str, float], int]:
 
     both = _seconds(backward)
     changing: list[Option] = [o for o in job.options[probe.name] if not isinstance(o, Keep)]
-    moment = torch.eye(probe.shape[1], device=device).expand(probe.groups, -1, -1)
-    solving = _seconds(lambda: solve_layer(probe, changing, moment)) if changing else 0.0
+    moments = Moments(torch.eye(probe.shape[1], device=device).repeat(probe.groups, 1, 1))
+    solving = _seconds(lambda: solve_layer(probe, changing, moments)) if changing else 0.0
     share = sum(layer.numel for layer in job.layers.values()) / probe.numel
     s, counts = job.settings, {k: len(getattr(job.splits, k).items) for k in data.PURPOSES}
     per_option = solving / max(1, len(changing))
     attempts = s.attempts if job.budget is not None else 1
     seconds = {
-        "apply": attempts * (1.6 * counts["calibrate"] * forward + share * per_option),
+        "apply": attempts * (2.2 * counts["calibrate"] * forward + share * per_option),
         "certify": (1 + attempts) * counts["certify"] * forward,
     }
     if job.budget is not None:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from curvprune import artifact
 from curvprune.analysis import MATRICES, Analysis, LayerCurvature
-from curvprune.apply import visit_layers
+from curvprune.apply import Moments, visit_layers
 from curvprune.certificate import Verdict, certify_accuracy, certify_loss, fixed_sequence, probability_of_certifying
 from curvprune.curvature.fisher import Change, FisherPass, fisher_pass
 from curvprune.data import Split, Splits, collate
@@ -117,20 +117,29 @@ def _one_thread(layer: Layer) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def solve_layer(layer: Layer, options: list[Option], moment: Tensor | None) -> list[Solved]:
+def solve_layer(layer: Layer, options: list[Option], moments: Moments | None) -> list[Solved]:
     """Solve a layer's options; a grouped convolution is solved group by group."""
     with _one_thread(layer):
-        return _solve_layer(layer, options, moment)
+        return _solve_layer(layer, options, moments)
 
 
-def _solve_layer(layer: Layer, options: list[Option], moment: Tensor | None) -> list[Solved]:
+def _solve_layer(layer: Layer, options: list[Option], moments: Moments | None) -> list[Solved]:
     weight = layer.as_matrix(layer.weight.detach())
-    if moment is None or layer.groups == 1:
-        return solve(weight, options, None if moment is None else moment[0], layer=layer.name)
+    if moments is None:
+        return solve(weight, options, layer=layer.name)
     height = layer.shape[0] // layer.groups
     parts = [
-        solve(weight[g * height : (g + 1) * height], options, moment[g], layer=layer.name) for g in range(layer.groups)
+        solve(
+            weight[g * height : (g + 1) * height],
+            options,
+            moments.second[g],
+            layer=layer.name,
+            drift=None if moments.drift is None else moments.drift[g],
+        )
+        for g in range(layer.groups)
     ]
+    if len(parts) == 1:
+        return parts[0]
     return [_stack([part[k] for part in parts]) for k in range(len(options))]
 
 
@@ -205,20 +214,20 @@ def _sweep(
     sequential: bool,
 ) -> Callable[[str], list[Solved]]:
     """Visit the layers of ``model`` in one forward pass and solve them into ``state/folder``. If ``sequential``, write
-    each layer's single option into the model on the way, so that later layers see it; otherwise the model is only
-    read. Of several processes each solves its share of the layers, unless ``sequential``. Returns a reader of the
-    results."""
+    each layer's single option into the model on the way, so that later layers see it, and let the uncompressed model
+    run beside it, so that they make up for it; otherwise the model is only read. Of several processes each solves its
+    share of the layers, unless ``sequential``. Returns a reader of the results."""
     names = {n: f"{folder}/{i:04d}" for i, n in enumerate(layers)}
     mine = list(layers)[rank() :: world()]
     todo = {n for n in mine if options[n] and not job.state.has(f"{names[n]}.json")}
     own_state = replace(job.state, writes=True)
 
-    def visit(layer: Layer, moment: Callable[[], Tensor | None]) -> None:
+    def visit(layer: Layer, moments: Callable[[], Moments | None]) -> None:
         name = layer.name
         if name in todo:
             job_options = options[name]
             needs_moment = any(not isinstance(o, (Keep, Cast)) for o in job_options)
-            _write_solved(own_state, names[name], solve_layer(layer, job_options, moment() if needs_moment else None))
+            _write_solved(own_state, names[name], solve_layer(layer, job_options, moments() if needs_moment else None))
             todo.discard(name)
             advance(len(mine) - len(todo))
         if sequential and options[name]:
@@ -227,7 +236,10 @@ def _sweep(
     with job.stages.stage(title, len(mine), done=len(mine) - len(todo)) as advance:
         if todo:
             batch = collate(job.splits.calibrate.items)
-            visit_layers(model, job.objective, to_device(batch, next(model.parameters()).device), layers, visit)
+            visit_layers(
+                model, job.objective, to_device(batch, next(model.parameters()).device), layers, visit,
+                reference=(job.model, job.layers) if sequential else None,
+            )  # fmt: skip
         elif sequential:
             for layer in layers.values():
                 visit(layer, lambda: None)

@@ -90,7 +90,8 @@ def test_prune_keeps_what_the_pattern_says(trained):
 
 def test_a_budget_gives_a_certified_smaller_model_that_saves_and_loads(trained, tmp_path):
     model, data = trained
-    result = cp.quantize(model, batches(data), budget=cp.Budget("accuracy", max_drop=0.03), layers="*")
+    budget = cp.Budget("accuracy", max_drop=0.03)
+    result = cp.quantize(model, batches(data), budget=budget, layers="*", settings=cp.Settings(seed=1))
     assert result.verdict is not None and result.verdict.status == "CERTIFIED" and result.verdict.bound <= 0.03
     assert result.plan.bytes < 0.4 * 4 * sum(p.numel() for p in model.parameters())
     assert result.ledger is not None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -51,7 +54,7 @@ def test_second_moments_exclude_padding_and_are_shared_by_layers_with_one_input(
     assert order[-1] == "model.embed_tokens" and len(order) == len(layers) == 15  # tied: visited where it multiplies
     for name, moment in moments.items():
         x = seen[name].double()
-        torch.testing.assert_close(moment[0].double(), x.t() @ x / len(x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(moment.second[0].double(), x.t() @ x / len(x), rtol=1e-5, atol=1e-6)
     q, k = (f"model.layers.0.self_attn.{n}_proj" for n in "qk")
     assert moments[q] is moments[k]
     assert moments[q] is not moments["model.layers.0.self_attn.o_proj"]
@@ -71,7 +74,7 @@ def test_later_layers_see_what_earlier_ones_became():
 
     visit_layers(model, Classification(), (x, torch.zeros(20, dtype=torch.long)), find_layers(model), visit)
     hidden = torch.relu(x @ new.t() + model[0].bias).detach()
-    torch.testing.assert_close(moments["2"][0], hidden.t() @ hidden / 20)
+    torch.testing.assert_close(moments["2"].second[0], hidden.t() @ hidden / 20)
 
 
 def test_convolutions_do_not_share_moments_although_they_read_one_tensor():
@@ -90,8 +93,8 @@ def test_convolutions_do_not_share_moments_although_they_read_one_tensor():
     for name in ("a", "b"):
         rows = layers[name].rows(layers[name].module, x)
         expected = rows.transpose(1, 2) @ rows / rows.shape[1]
-        torch.testing.assert_close(moments[name], expected, rtol=1e-4, atol=1e-5)
-    assert moments["a"].shape == (2, 9, 9) and moments["b"].shape == (1, 18, 18)
+        torch.testing.assert_close(moments[name].second, expected, rtol=1e-4, atol=1e-5)
+    assert moments["a"].second.shape == (2, 9, 9) and moments["b"].second.shape == (1, 18, 18)
 
 
 def test_the_pass_stops_before_the_last_layer_and_leaves_no_hooks():
@@ -121,3 +124,95 @@ def test_lookup_embeddings_are_visited_without_a_moment_and_unreached_layers_are
     with pytest.raises(ValueError, match=r"never reached 1 layer.*first spare"):
         collect(model, batch, find_layers(model), Classification())
     assert not model.head._forward_pre_hooks
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_drift_is_the_difference_of_two_models_inputs(dtype):
+    """Against both models' inputs, captured apart; padding does not count, layers with one input share its moments."""
+    model = llama().to(dtype)
+    reference = copy.deepcopy(model)
+    ids = torch.randint(0, 30, (3, 8))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    found = {}
+
+    def visit(layer, moments):
+        found[layer.name] = moments()
+        layer.write_(0.5 * layer.as_matrix(layer.weight.detach()))
+
+    layers = find_layers(model, "model.layers.*")
+    visit_layers(model, CausalLM(), batch, layers, visit, reference=(reference, find_layers(reference)))
+    before, now = (inputs_of(m, batch, mask) for m in (reference, model))
+    tolerance = 1e-6 if dtype == torch.float64 else 0.05  # bfloat16 products
+    for name, moments in found.items():
+        expected = (before[name] - now[name]).t() @ now[name] / int(mask.sum())
+        if float(expected.abs().max()) == 0:
+            assert moments.drift is None  # nothing before it has changed
+        else:
+            assert float((moments.drift[0] - expected).norm() / expected.norm()) < tolerance, name
+    assert found["model.layers.0.self_attn.q_proj"].drift is None
+    q, k = (f"model.layers.1.self_attn.{n}_proj" for n in "qk")
+    assert found[q] is found[k] and found[q].drift is not None
+    assert threading.active_count() == 1
+
+
+def inputs_of(model, batch, mask):
+    seen = {}
+    handles = [
+        layer.readers[0].register_forward_pre_hook(lambda _, a, n=n: seen.__setitem__(n, a[0][mask.bool()]))
+        for n, layer in find_layers(model).items()
+    ]
+    with torch.no_grad():
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+class Routed(nn.Module):
+    """Sends the rows with a positive first feature through one expert, the others through a second one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x):
+        h = self.first(x)
+        up = h[:, 0] > 0
+        out = h.new_zeros(len(h), 2)
+        out[up] = self.a(h[up])
+        out[~up] = self.b(h[~up])
+        return out
+
+
+def test_there_is_no_drift_where_a_router_sends_other_rows():
+    torch.manual_seed(0)
+    model = Routed().double()
+    reference = copy.deepcopy(model)
+    found = {}
+
+    def visit(layer, moments):
+        found[layer.name] = moments()
+        if layer.name == "first":
+            layer.module.bias.data[0] += 1.0
+
+    batch = (torch.randn(20, 3, dtype=torch.float64), torch.zeros(20, dtype=torch.long))
+    visit_layers(
+        model, Classification(), batch, find_layers(model), visit, reference=(reference, find_layers(reference))
+    )
+    assert all(moments.drift is None for moments in found.values()) and set(found) == {"first", "a", "b"}
+
+
+def test_a_failing_visit_ends_the_pass_beside_it():
+    model = llama()
+    reference = copy.deepcopy(model)
+
+    def visit(layer, moments):
+        raise KeyError(layer.name)
+
+    batch = {"input_ids": torch.randint(0, 30, (2, 4))}
+    with pytest.raises(KeyError):
+        visit_layers(model, CausalLM(), batch, find_layers(model), visit, reference=(reference, find_layers(reference)))
+    assert threading.active_count() == 1
+    assert not any(m._forward_pre_hooks for m in (*reference.modules(), *model.modules()))

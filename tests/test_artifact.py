@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import curvprune as cp
 from curvprune import artifact
+from curvprune.apply import Moments
 from curvprune.layers import find_layers
 from curvprune.options import BITS, Cast, Prune, PruneQuantize, Quantize
 from curvprune.stages import solve_layer
@@ -38,7 +39,7 @@ def compress_every_way(model: nn.Module, names: list[str], options: list) -> dic
     for i, name in enumerate(names):
         layer = layers[name]
         x = torch.randn(layer.groups, 4 * layer.shape[1], layer.shape[1])
-        solved[name] = solve_layer(layer, [options[i % len(options)]], x.transpose(1, 2) @ x)[0]
+        solved[name] = solve_layer(layer, [options[i % len(options)]], Moments(x.transpose(1, 2) @ x))[0]
         layer.write_(solved[name].weight)
     return solved
 

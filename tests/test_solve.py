@@ -15,7 +15,7 @@ from torch import Tensor
 
 import curvprune.solve as solve_room
 from curvprune.options import Cast, Keep, Option, Prune, PruneQuantize, Quantize, pruner_of, quantizer_of
-from curvprune.solve import Solved, dequantize, quantize_to_grid, search_grid, solve
+from curvprune.solve import DRIFT, Solved, dequantize, quantize_to_grid, search_grid, solve
 from curvprune.solve.grids import COARSE, FINE, MIN_SCALE, ZERO_SHIFT_BITS, code_range
 from curvprune.solve.sweep import BLOCK, column_order, dealt_order, factor
 
@@ -491,3 +491,23 @@ def test_compensation_beats_rounding_on_correlated_inputs(option: Quantize) -> N
     codes = quantize_to_grid(W, s.scale, s.zero, bits=option.bits, group_size=option.group_size)
     plain = dequantize(codes, s.scale, s.zero, option.group_size)
     assert output_error(s.weight, W, A) < 0.7 * output_error(plain, W, A)
+
+
+def test_the_drift_moves_the_target_towards_what_undoes_it():
+    """At 8 bits rounding is nearly exact, so what comes out is the moved weight: DRIFT of the way to the least-squares
+    solution of ``min E|V x - W x~|^2``, found here from the inputs themselves."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 12, generator=generator, dtype=torch.float64)
+    original = x @ (torch.eye(12) + 0.2 * torch.randn(12, 12, generator=generator)).double() + 0.1
+    W = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    A, D = x.T @ x / 400, (original - x).T @ x / 400
+    best = torch.linalg.lstsq(x, original @ W.T).solution.T
+    options = [Quantize(bits=8, group_size=4), Prune(sparsity=0.5), Keep()]
+    moved = solve(W, options, A, layer="a", damping=1e-9, drift=D)
+    target = W + DRIFT * (best - W)
+    assert float((moved[0].weight - target).abs().max()) < 0.02 < float((moved[0].weight - W).abs().max())
+    assert torch.equal(moved[2].weight, W)
+    # Pruning with the drift comes closer to the original outputs than without.
+    still = solve(W, options, A, layer="a", damping=1e-9)
+    errors = [float((x @ s[1].weight.T - original @ W.T).square().sum()) for s in (moved, still)]
+    assert errors[0] < errors[1]

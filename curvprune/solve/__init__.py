@@ -24,6 +24,10 @@ STACKED_ROWS = 16384  # rows swept at a time: enough to hide the cost of a colum
 # 0, .0245 / .00602 / .00151 with 0.75, .0248 / .00606 / .00153 with 1.
 ABSORBED = 0.75
 
+# Share of the way to the target that undoes the drift of a layer's inputs. The whole way trusts the calibration data
+# too much. TODO figures
+DRIFT = 0.5
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Solved:
@@ -50,9 +54,19 @@ class Solved:
 
 @torch.no_grad()
 def solve(
-    W: Tensor, options: Sequence[Option], A: Tensor | None = None, *, layer: str, damping: float = 0.01
+    W: Tensor,
+    options: Sequence[Option],
+    A: Tensor | None = None,
+    *,
+    layer: str,
+    damping: float = 0.01,
+    drift: Tensor | None = None,
 ) -> list[Solved]:
     """Apply every option to one layer, minimising ``tr((W_hat - W) (A + lambda I) (W_hat - W)^T)``.
+
+    With ``drift``, the layer makes up for the error of earlier layers: ``W_hat x`` shall be what ``W x~`` was. As
+    ``E|W_hat x - W x~|^2`` is the objective above around ``W + W D A^-1`` (plus a constant), the weight is moved by
+    ``DRIFT`` of the way there before anything is rounded or pruned.
 
     * ``Keep`` returns ``W`` itself; ``Cast`` rounds through the narrower type.
     * ``Quantize``: scales by a search weighted with what an error costs in the sweep, then the GPTQ sweep in order of
@@ -67,6 +81,7 @@ def solve(
         options: any mix; all are solved on the same ``W``.
         A: ``(in, in)`` second moment of the inputs, ``E[x x^T]``, any scale; ``None`` for layers without one.
         layer: name used in errors and notes.
+        drift: ``D (in, in)``, ``E[(x~ - x) x^T]`` with ``x~`` the inputs that the layer had in the uncompressed model.
         damping: lambda over the mean of diag(A). Grows tenfold, up to 1, while the Cholesky fails; that is noted.
 
     Returns:
@@ -80,7 +95,8 @@ def solve(
         ``in^3`` for the factor and ``in^2 * out / 2`` multiply-adds per option; no forward pass.
 
     Source:
-        GPTQ, arXiv 2210.17323; SparseGPT, arXiv 2301.00774.
+        GPTQ, arXiv 2210.17323; SparseGPT, arXiv 2301.00774; targets from the uncompressed inputs: GPTAQ, arXiv
+        2504.02692, Qronos, arXiv 2505.11695.
     """
     _check(W, options, A, layer=layer, damping=damping)
     Wc = W.detach().to(torch.promote_types(W.dtype, torch.float32))
@@ -95,6 +111,8 @@ def solve(
         else:
             batches.setdefault(_together(option), []).append(i)
     Wt = Wc.T.contiguous() if batches else Wc.T
+    if batches and H is not None and drift is not None:
+        Wt = Wt + _move(Wt, H, drift.to(H), damping)
     for multiple, members in batches.items():
         batch = [options[i] for i in members]
         if H is None:
@@ -112,6 +130,16 @@ def _together(option: Option) -> int | None:
     if prune is None:
         return 1
     return prune.nm[1] if prune.nm else None
+
+
+def _move(Wt: Tensor, H: Tensor, drift: Tensor, damping: float) -> Tensor:
+    """``DRIFT * (W D (A + lambda I)^-1)^T``; nothing if that is not positive definite (`factor` makes a note)."""
+    damped = H.clone()
+    damped.diagonal().add_(H.diagonal().mean() * max(damping, 1e-6))
+    L, info = torch.linalg.cholesky_ex(damped)
+    if int(info):
+        return torch.zeros_like(Wt)
+    return torch.cholesky_solve(drift.T @ Wt, L).mul_(DRIFT)
 
 
 def _compensated(W: Tensor, Wt: Tensor, batch: Sequence[Option], diagonal: Tensor, f: Factor) -> list[Solved]:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from curvprune import artifact, hf
+from curvprune import artifact
 from curvprune.analysis import QUANTITIES, Analysis, analyze_curvature
 from curvprune.certificate import Verdict
 from curvprune.curvature import products
@@ -25,7 +25,7 @@ from curvprune.layers import Layer, find_layers
 from curvprune.ledger import Ledger
 from curvprune.objective import Batch, Objective, evaluate, make_objective, to_device
 from curvprune.options import Keep, Option, Prune, Quantize, check_fits
-from curvprune.pipeline import write_model
+from curvprune.pipeline import load_artifact, write_model
 from curvprune.plan import Budget, Plan
 from curvprune.solve import Solved
 from curvprune.stages import (
@@ -63,11 +63,13 @@ class Result:
     analysis: Analysis | None
     trials: tuple[dict[str, Any], ...]
     solved: dict[str, Solved]
+    portable: bool = True
 
     def save(self, folder: str | Path, *, tokenizer: Any = None) -> Path:
-        """Write the packed artifact, which `load` reads (and transformers, for its own models). Returns the folder."""
+        """Write the packed artifact, which `load` reads (and transformers, for its own models, unless
+        ``Settings(portable=False)``, which packs embeddings and every other kind of layer too). Returns the folder."""
         path = Path(folder)
-        write_model(path, self.model, self.solved, self.plan.to_dict(), tokenizer=tokenizer)
+        write_model(path, self.model, self.solved, self.plan.to_dict(), tokenizer=tokenizer, portable=self.portable)
         return path
 
 
@@ -254,6 +256,7 @@ def compress(
             analysis=job.analysis,
             trials=trials,
             solved=job.solved,
+            portable=job.settings.portable,
         )
 
 
@@ -338,7 +341,7 @@ def load(folder: str | Path, *, model: nn.Module | None = None, device: str | to
     """
     path = Path(folder)
     if (path / artifact.MANIFEST).is_file() and model is None and (path / "config.json").is_file():
-        return hf.load_artifact(path, device=device)
+        return load_artifact(path, device=device)
     if model is None:
         missing = "" if (path / artifact.MANIFEST).is_file() else f" and {path} has no {artifact.MANIFEST}"
         raise ValueError(
@@ -370,6 +373,7 @@ def _job(
         trials=settings.trials,
         attempts=settings.attempts,
         batch_size=settings.batch_size,
+        portable=settings.portable,
     )
     found = find_layers(model, layers)
     for name, layer in found.items():
@@ -398,7 +402,9 @@ def _job(
         state=State(folder / "state"),
         stages=StageLog(show=progress),
         reload=lambda path: artifact.load_into(path, copy.deepcopy(model)).eval(),
-        write_model=lambda path, solved, plan: artifact.save(path, model, find_layers(model), solved, plan),
+        write_model=lambda path, solved, plan: artifact.save(
+            path, model, find_layers(model), solved, plan, portable=settings.portable
+        ),
     )
     if budget is not None and budget.metric == "accuracy" and job.objective.unit == "nats/token":
         raise ValueError("metric 'accuracy' needs one prediction per item; for language models use metric 'loss'")

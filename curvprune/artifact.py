@@ -28,6 +28,9 @@ from curvprune.solve.grids import dequantize
 from curvprune.state import State
 
 WEIGHTS = "model.safetensors"
+# Of an artifact that is not portable: transformers would take the other name for its own, miss what is packed, and
+# start it at random with no more than a warning.
+FOREIGN_WEIGHTS = "packed.safetensors"
 MANIFEST = "curvprune.json"
 
 
@@ -36,13 +39,14 @@ def is_transformers(model: nn.Module) -> bool:
     return hasattr(model, "config") and hasattr(model, "save_pretrained")
 
 
-def packs(model: nn.Module, layer: Layer) -> bool:
+def packs(model: nn.Module, layer: Layer, *, portable: bool = True) -> bool:
     """Whether the artifact can store this layer's codes packed.
 
-    transformers' loader unpacks untied ``nn.Linear`` only (a packed Embedding crashes its weight initialisation), so
-    other layers of its models are stored dense after rounding. Layers of any other module are always packed.
+    transformers' loader unpacks untied ``nn.Linear`` only (a packed Embedding crashes its weight initialisation), so a
+    ``portable`` artifact stores other layers of its models dense after rounding. One that is not portable packs every
+    kind, and so does that of any other module; `curvprune.load` reads it, transformers refuses it.
     """
-    return not is_transformers(model) or (layer.kind == "linear" and not layer.aliases)
+    return not portable or not is_transformers(model) or (layer.kind == "linear" and not layer.aliases)
 
 
 def pack(codes: Int8[Tensor, "_ _"], bits: int, *, dim: int = 1) -> Int[Tensor, "_ _"]:
@@ -85,7 +89,7 @@ def stored_tensors(layer: Layer, solved: Solved, *, packed: bool) -> dict[str, T
 
 
 def state_dict_on_disk(
-    model: nn.Module, layers: Mapping[str, Layer], solved: Mapping[str, Solved]
+    model: nn.Module, layers: Mapping[str, Layer], solved: Mapping[str, Solved], *, portable: bool = True
 ) -> dict[str, Tensor]:
     """Every tensor of the compressed model: packed layers, and all else as it is; shared tensors once."""
     replaced = {f"{layer.name}.weight": name for name, layer in layers.items() if name in solved}
@@ -96,7 +100,7 @@ def state_dict_on_disk(
     for key, value in model.state_dict().items():
         if key in replaced:
             layer = layers[replaced[key]]
-            tensors.update(stored_tensors(layer, solved[layer.name], packed=packs(model, layer)))
+            tensors.update(stored_tensors(layer, solved[layer.name], packed=packs(model, layer, portable=portable)))
             continue
         identity = _identity(value)
         if key in aliases or (value.numel() and (identity in seen or identity in covered)):
@@ -124,25 +128,46 @@ def header_bytes(model: nn.Module, layers: Mapping[str, Layer]) -> int:
     return 64 + sum(len(name) + 110 for name in names)
 
 
-def layer_bytes(model: nn.Module, layer: Layer, option: Any) -> int:
+def layer_bytes(model: nn.Module, layer: Layer, option: Any, *, portable: bool = True) -> int:
     """Bytes on disk of one layer under one option."""
-    return stored_bytes(option, layer.shape, dtype=layer.dtype, packed=packs(model, layer))
+    return stored_bytes(option, layer.shape, dtype=layer.dtype, packed=packs(model, layer, portable=portable))
 
 
 def save(
-    folder: Path, model: nn.Module, layers: Mapping[str, Layer], solved: Mapping[str, Solved], plan: Mapping[str, Any]
+    folder: Path,
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    solved: Mapping[str, Solved],
+    plan: Mapping[str, Any],
+    *,
+    portable: bool = True,
 ) -> None:
-    """Write the weights and ``curvprune.json`` (which option each layer has) into ``folder``."""
+    """Write the weights and ``curvprune.json`` (which option each layer has) into ``folder``; `packs` says what
+    ``portable`` means."""
     folder.mkdir(parents=True, exist_ok=True)
     state = State(folder)
-    state.write_tensors(WEIGHTS, state_dict_on_disk(model, layers, solved))
+    state.write_tensors(
+        WEIGHTS if portable else FOREIGN_WEIGHTS, state_dict_on_disk(model, layers, solved, portable=portable)
+    )
     manifest = {
         "format": "pack-quantized",
         "version": 1,
-        "layers": {n: {"option": s.option.key, "packed": packs(model, layers[n])} for n, s in solved.items()},
+        "portable": portable,
+        "layers": {
+            n: {"option": s.option.key, "packed": packs(model, layers[n], portable=portable)} for n, s in solved.items()
+        },
         "plan": dict(plan),
     }
     state.write_json(MANIFEST, manifest)
+
+
+def weights_file(folder: Path) -> Path:
+    return folder / (WEIGHTS if is_portable(folder) else FOREIGN_WEIGHTS)
+
+
+def is_portable(folder: Path) -> bool:
+    """Whether transformers can load the folder by itself."""
+    return bool(json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("portable", True))
 
 
 @torch.no_grad()
@@ -154,7 +179,7 @@ def load_into(folder: Path, model: nn.Module) -> nn.Module:
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"{folder} has no {MANIFEST}: it is not a folder that curvprune saved")
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    tensors = load_file(folder / WEIGHTS)
+    tensors = load_file(weights_file(folder))
     for layer in find_layers(model).values():
         entry = manifest["layers"].get(layer.name)
         quantize = quantizer_of(option_from_key(entry["option"])) if entry else None
@@ -201,7 +226,7 @@ def folder_bytes(folder: Path) -> int:
 
 def tensor_names(folder: Path) -> dict[str, tuple[tuple[int, ...], int]]:
     """Name → (shape, bytes) of every tensor in the artifact, read from the header alone."""
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
+    with safe_open(weights_file(folder), framework="pt") as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 — safe_open is not a dict
         width = {"I8": 1, "U8": 1, "BOOL": 1, "F16": 2, "BF16": 2, "I16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8}
         return {

@@ -163,6 +163,18 @@ def save_config(folder: Path, model: Any, choices: Mapping[str, Quantize], token
         tokenizer.save_pretrained(folder)
 
 
+def load_foreign(folder: Path) -> nn.Module:
+    """The uncompressed architecture that a folder's config describes, its weights not yet filled in."""
+    transformers = _transformers()
+    record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = record["architectures"][0]
+    if not hasattr(transformers, name):
+        raise ValueError(f"{folder}: architecture {name!r} is not part of transformers; load it by its own class")
+    kind = getattr(transformers, name)
+    config = kind.config_class.from_dict(record)
+    return kind._from_config(config, dtype=getattr(torch, record["dtype"]))
+
+
 def loads_packed(model: Any) -> bool:
     """Whether transformers can load this class with packed Linear layers. Some classes (T5, SigLIP) initialise the
     weights of their children by name while loading, which fails once packing has removed them. Tried on the meta

@@ -237,6 +237,7 @@ def prepare(recipe: Recipe, root: State | None, *, progress: bool) -> tuple[Job,
         labels=recipe.price.labels,
         trials=recipe.search.trials,
         attempts=recipe.search.attempts,
+        portable=recipe.portable,
     )
     about = {
         "title": recipe.title or Path(recipe.model.name or recipe.model.path or recipe.model.package or "").name,
@@ -258,17 +259,20 @@ def prepare(recipe: Recipe, root: State | None, *, progress: bool) -> tuple[Job,
         settings=settings,
         state=scratch,
         stages=StageLog(show=progress),
-        reload=lambda folder: hf.load_artifact(folder, device=device),
-        write_model=lambda folder, solved, plan: write_model(folder, model, solved, plan, tokenizer=tokenizer),
+        reload=lambda folder: load_artifact(folder, device=device),
+        write_model=lambda folder, solved, plan: write_model(
+            folder, model, solved, plan, tokenizer=tokenizer, portable=recipe.portable
+        ),
     )
     if kept:
         job.notes.append(f"{len(kept)} layer(s) match no entry of compress: and stay as they are: {', '.join(kept)}")
     _check_budget(recipe, job)
-    if any(quantizer_of(o) for options in assigned.values() for o in options) and not hf.loads_packed(model):
+    rounds = any(quantizer_of(o) for options in assigned.values() for o in options)
+    if rounds and recipe.portable and not hf.loads_packed(model):
         raise recipe.error(
             ("model",),
             f"transformers cannot load {type(model).__name__} with packed layers (it initialises their weights by "
-            "name); use cp.quantize and cp.load(folder, model=...) from Python",
+            "name); write portable: false, for a folder that curvprune.load reads",
         )
     if root is not None:
         if root.writes:
@@ -278,20 +282,33 @@ def prepare(recipe: Recipe, root: State | None, *, progress: bool) -> tuple[Job,
 
 
 def write_model(
-    folder: Path, model: nn.Module, solved: Mapping[str, Solved], plan: Mapping[str, Any], *, tokenizer: Any = None
+    folder: Path,
+    model: nn.Module,
+    solved: Mapping[str, Solved],
+    plan: Mapping[str, Any],
+    *,
+    tokenizer: Any = None,
+    portable: bool = True,
 ) -> None:
     """Write an artifact: weights, manifest and, for transformers models, what ``from_pretrained`` needs. Files of an
     artifact that is already there are replaced; a folder that holds anything else is refused (``ValueError``)."""
     if folder.exists() and any(folder.iterdir()) and not (folder / artifact.MANIFEST).is_file():
         raise ValueError(f"{folder} is not empty and holds no artifact of curvprune; save into a new folder")
     layers = find_layers(model)
-    artifact.save(folder, model, layers, solved, plan)
+    artifact.save(folder, model, layers, solved, plan, portable=portable)
     if artifact.is_transformers(model):
         grids = {n: quantizer_of(s.option) for n, s in solved.items() if artifact.packs(model, layers[n])}
         packed = {n: q for n, q in grids.items() if q is not None}
         # Without a config the folder is one for `curvprune.load(folder, model=...)`, which says so.
-        if not packed or hf.loads_packed(model):
-            hf.save_config(folder, model, packed, tokenizer)
+        if not portable or not packed or hf.loads_packed(model):
+            hf.save_config(folder, model, packed if portable else {}, tokenizer)
+
+
+def load_artifact(folder: Path, *, device: str | torch.device = "cpu") -> nn.Module:
+    """Load a saved transformers model, portable or not, in evaluation mode, weights unpacked."""
+    if artifact.is_portable(folder):
+        return hf.load_artifact(folder, device=device)
+    return artifact.load_into(folder, hf.load_foreign(folder)).to(device).eval()
 
 
 def _device(recipe: Recipe) -> torch.device:
@@ -456,7 +473,7 @@ def _record(job: Job, about: Mapping[str, Any], trials: list[dict[str, Any]], ro
     before = sum(t.numel() * t.element_size() for t in artifact.state_dict_on_disk(job.model, job.layers, {}).values())
     size: dict[str, Any] = {"before_bytes": before, "parameters": sum(p.numel() for p in job.model.parameters())}
     if job.plan is not None:
-        after = root.path(f"model/{artifact.WEIGHTS}").stat().st_size
+        after = artifact.weights_file(root.path("model")).stat().st_size
         size |= {
             "after_bytes": after,
             "folder_bytes": artifact.folder_bytes(root.path("model")),
@@ -517,7 +534,7 @@ def _layer_records(job: Job) -> list[dict[str, Any]]:
     records = []
     for name, layer in job.layers.items():
         key = job.plan.choices[name]
-        size = artifact.layer_bytes(job.model, layer, option_from_key(key))
+        size = job.layer_bytes(name, option_from_key(key))
         row = None if job.ledger is None else job.ledger.layer_rows(name)[key]
         solved = job.solved.get(name)
         records.append(

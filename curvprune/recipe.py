@@ -336,6 +336,10 @@ class Recipe(_Section):
     price: PriceSection = PriceSection()
     analyze: AnalyzeSection = AnalyzeSection()
     search: SearchSection = SearchSection()
+    portable: bool = Field(
+        True,
+        description="true (transformers loads model/) or false (every kind of layer is packed)",
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:0 (or another number) or mps")
     seed: int = Field(0, ge=0, lt=2**63, examples=[0], description="a whole number of at least 0")
 

@@ -58,6 +58,7 @@ class Settings:
     trials: int = 6
     attempts: int = 2
     batch_size: int = 4
+    portable: bool = True  # see `curvprune.artifact.packs`
 
 
 @dataclass(kw_only=True, slots=True)
@@ -89,16 +90,16 @@ class Job:
 
     def smallest_bytes(self) -> int:
         """Bytes of the smallest model file that the options allow, header included."""
-        sizes = [
-            min(artifact.layer_bytes(self.model, self.layers[n], o) for o in opts) for n, opts in self.options.items()
-        ]
+        sizes = [min(self.layer_bytes(n, o) for o in opts) for n, opts in self.options.items()]
         return self.fixed_bytes + artifact.header_bytes(self.model, self.layers) + sum(sizes)
 
     def bytes_of(self, choices: Mapping[str, str]) -> int:
         """Tensor bytes of the whole model on disk under a plan (the file adds its header)."""
-        return self.fixed_bytes + sum(
-            artifact.layer_bytes(self.model, self.layers[n], option_from_key(key)) for n, key in choices.items()
-        )
+        return self.fixed_bytes + sum(self.layer_bytes(n, option_from_key(key)) for n, key in choices.items())
+
+    def layer_bytes(self, name: str, option: Option) -> int:
+        """Bytes on disk of a layer under an option."""
+        return artifact.layer_bytes(self.model, self.layers[name], option, portable=self.settings.portable)
 
 
 # ---------------------------------------------------------------------------------------------------------------- solve
@@ -307,9 +308,7 @@ def price_options(job: Job, candidates: Callable[[str], list[Solved]] | None) ->
         )
     job.state.write_json(done_name, {"items": len(items)})
     wait()
-    sizes = {
-        n: {o.key: artifact.layer_bytes(job.model, layer, o) for o in job.options[n]} for n, layer in job.layers.items()
-    }
+    sizes = {n: {o.key: job.layer_bytes(n, o) for o in job.options[n]} for n in job.layers}
     job.analysis = _analysis(measured, job.layers)
     if candidates is not None:
         job.ledger = build_ledger(measured, sizes, changed=changed, unit=job.objective.unit)
@@ -581,7 +580,9 @@ def _apply_and_write(job: Job, bench: _Bench, name: str, choices: dict[str, str]
     folder = _written(job, at, solved, _plan_of(job, record))
     # What lies on disk packed need not be held in memory twice: codes and scales are enough for a later save.
     light = {
-        n: replace(s, weight=torch.empty(0)) if s.codes is not None and artifact.packs(job.model, job.layers[n]) else s
+        n: replace(s, weight=torch.empty(0))
+        if s.codes is not None and artifact.packs(job.model, job.layers[n], portable=job.settings.portable)
+        else s
         for n, s in solved.items()
     }
     return _Applied(record=record, folder=folder, solved=light, chance=chance)

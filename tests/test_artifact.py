@@ -10,7 +10,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import curvprune as cp
 from curvprune import artifact
@@ -185,3 +185,46 @@ def test_half_precision_models_load_with_the_very_weights_that_were_solved(tmp_p
         for name, tensor in result.model.state_dict().items():
             assert loaded[name].dtype == tensor.dtype == dtype
             assert torch.equal(loaded[name], tensor), name
+
+
+def test_a_folder_that_is_not_portable_packs_embeddings_and_says_so_to_transformers(tmp_path):
+    """A tied 8-bit embedding lies packed on disk, comes back in a fresh process, and transformers refuses the folder
+    instead of starting the missing weights at random."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    data = [{"input_ids": torch.randint(0, 64, (2, 8))} for _ in range(4)]
+    result = cp.quantize(model, data, bits=8, settings=cp.Settings(portable=False))
+    result.save(tmp_path / "packed")
+    names = artifact.tensor_names(tmp_path / "packed")
+    assert "model.embed_tokens.weight_packed" in names and "model.embed_tokens.weight" not in names
+    assert (
+        sum(size for _, size in names.values())
+        == result.plan.bytes
+        < 0.3 * 4 * sum(p.numel() for p in model.parameters())
+    )
+    loaded = cp.load(tmp_path / "packed")
+    assert type(loaded) is LlamaForCausalLM and loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    with torch.no_grad():
+        assert torch.equal(loaded(**data[0]).logits, result.model.eval()(**data[0]).logits)
+    with pytest.raises(OSError, match="no file named"):
+        LlamaForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+def test_a_t5_that_transformers_cannot_unpack_loads_from_a_folder_that_is_not_portable(tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0, pad_token_id=0
+    )
+    model = T5ForConditionalGeneration(config).eval()
+    ids = lambda: torch.randint(1, 50, (2, 6))  # noqa: E731
+    data = [{"input_ids": ids(), "decoder_input_ids": ids()} for _ in range(4)]
+    result = cp.quantize(model, data, bits=4, objective="label-free", settings=cp.Settings(portable=False))
+    loaded = cp.load(result.save(tmp_path / "packed"))
+    with torch.no_grad():
+        assert torch.equal(loaded(**data[0]).logits, result.model.eval()(**data[0]).logits)

@@ -111,15 +111,15 @@ def solve(
         else:
             batches.setdefault(_together(option), []).append(i)
     Wt = Wc.T.contiguous() if batches else Wc.T
-    if batches and H is not None and drift is not None:
-        Wt = Wt + _move(Wt, H, drift.to(H), damping)
     for multiple, members in batches.items():
         batch = [options[i] for i in members]
         if H is None:
             results = [_uncompensated(W, Wt, option) for option in batch]
         else:
             order = dealt_order(H.diagonal()) if multiple is None else column_order(H.diagonal(), multiple)
-            results = _compensated(W, Wt, batch, H.diagonal(), factor(H, order, layer=layer, damping=damping))
+            f = factor(H, order, layer=layer, damping=damping)
+            target = Wt if drift is None else Wt + f.solve(drift.to(Wt).T @ Wt).mul_(DRIFT)
+            results = _compensated(W, target, batch, H.diagonal(), f)
         solved.update(zip(members, results, strict=True))
     return [solved[i] for i in range(len(options))]
 
@@ -130,16 +130,6 @@ def _together(option: Option) -> int | None:
     if prune is None:
         return 1
     return prune.nm[1] if prune.nm else None
-
-
-def _move(Wt: Tensor, H: Tensor, drift: Tensor, damping: float) -> Tensor:
-    """``DRIFT * (W D (A + lambda I)^-1)^T``; nothing if that is not positive definite (`factor` makes a note)."""
-    damped = H.clone()
-    damped.diagonal().add_(H.diagonal().mean() * max(damping, 1e-6))
-    L, info = torch.linalg.cholesky_ex(damped)
-    if int(info):
-        return torch.zeros_like(Wt)
-    return torch.cholesky_solve(drift.T @ Wt, L).mul_(DRIFT)
 
 
 def _compensated(W: Tensor, Wt: Tensor, batch: Sequence[Option], diagonal: Tensor, f: Factor) -> list[Solved]:

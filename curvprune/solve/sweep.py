@@ -30,6 +30,12 @@ class Factor:
     damping: float  # lambda / mean(diag A) really used
     notes: tuple[str, ...]
 
+    def solve(self, b: Tensor) -> Tensor:
+        """``(A + lambda I)^-1 b`` in the original order, for ``b (in, columns)``."""
+        x = torch.empty_like(b)
+        x[self.order] = self.U.T @ (self.U @ b[self.order])
+        return x
+
 
 def column_order(diagonal: Tensor, multiple: int = 1) -> Tensor:
     """Columns by descending second moment, in whole groups of ``multiple`` consecutive ones (N:M patterns stay intact).

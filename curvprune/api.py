@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from curvprune.analysis import QUANTITIES, Analysis, analyze_curvature
 from curvprune.certificate import Verdict
 from curvprune.curvature import products
 from curvprune.data import Split, Splits, as_split, split_items
-from curvprune.layers import Layer, find_layers
+from curvprune.layers import Layer, find_layers, left_over
 from curvprune.ledger import Ledger
 from curvprune.objective import Batch, Objective, evaluate, make_objective, to_device
 from curvprune.options import Keep, Option, Prune, Quantize, check_fits
@@ -330,10 +331,19 @@ def certify(
     return compare(results[0], results[1], split, budget, unit=loss.unit)
 
 
-def load(folder: str | Path, *, model: nn.Module | None = None, device: str | torch.device = "cpu") -> nn.Module:
-    """Load a saved artifact, weights unpacked, in evaluation mode.
+def load(
+    folder: str | Path,
+    *,
+    model: nn.Module | None = None,
+    packed: bool = False,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """Load a saved artifact in evaluation mode.
 
     Args:
+        packed: keep rounded weights packed in memory (half a byte a weight up to 4 bits, else one) and unpack each when
+            its module runs: the same outputs in a fraction of the memory, slower where few tokens pass at a time. The
+            model is for inference: it has no dense weights to train or to save.
         model: the uncompressed architecture, for models that transformers cannot rebuild from a config; it is filled
             in place.
 
@@ -341,13 +351,13 @@ def load(folder: str | Path, *, model: nn.Module | None = None, device: str | to
     """
     path = Path(folder)
     if (path / artifact.MANIFEST).is_file() and model is None and (path / "config.json").is_file():
-        return load_artifact(path, device=device)
+        return load_artifact(path, packed=packed, device=device)
     if model is None:
         missing = "" if (path / artifact.MANIFEST).is_file() else f" and {path} has no {artifact.MANIFEST}"
         raise ValueError(
             f"load({str(folder)!r}): not a transformers model{missing}; pass model=, an instance of its architecture"
         )
-    return artifact.load_into(path, model).to(device).eval()
+    return artifact.load_into(path, model, packed=packed).to(device).eval()
 
 
 def _job(
@@ -413,6 +423,8 @@ def _job(
             f"max_bytes={budget.max_bytes} cannot be reached: the smallest model these options allow is {smallest} "
             "bytes; offer smaller options or more layers"
         )
+    if (message := left_over(model)) is not None:
+        warnings.warn(message, UserWarning, stacklevel=4)
     return job
 
 

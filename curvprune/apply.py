@@ -153,7 +153,10 @@ class _Beside:
             # The drift is the difference of what two models compute; an error of 2⁻⁹ in one of them is far below it.
             half = next(self.model.parameters()).dtype == torch.float32
             device = next(self.model.parameters()).device.type
-            with evaluating(self.model), torch.autocast(device, torch.bfloat16, enabled=half and device == "cpu"):
+            with (
+                evaluating(self.model),
+                torch.autocast(device, torch.bfloat16, enabled=half and device == "cpu", cache_enabled=False),
+            ):
                 self.objective.logits(self.model, self.batch)
         except _Finished:
             pass

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from curvprune.layers import Layer, find_layers
 from curvprune.options import Cast, Quantize, option_from_key, quantizer_of, stored_bytes
+from curvprune.packed import PackedWeight, pack_modules
 from curvprune.solve import Solved
 from curvprune.solve.grids import dequantize
 from curvprune.state import State
@@ -171,8 +172,9 @@ def is_portable(folder: Path) -> bool:
 
 
 @torch.no_grad()
-def load_into(folder: Path, model: nn.Module) -> nn.Module:
+def load_into(folder: Path, model: nn.Module, *, packed: bool = False) -> nn.Module:
     """Fill ``model`` (of the uncompressed architecture) with an artifact's weights, unpacked to the model's own types.
+    With ``packed`` the modules of packed layers are replaced by ones that keep them packed (`curvprune.packed`).
 
     Raises ``ValueError`` naming the first tensor that is missing, left over or of another shape.
     """
@@ -180,6 +182,7 @@ def load_into(folder: Path, model: nn.Module) -> nn.Module:
         raise ValueError(f"{folder} has no {MANIFEST}: it is not a folder that curvprune saved")
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     tensors = load_file(weights_file(folder))
+    held: list[tuple[Layer, PackedWeight]] = []
     for layer in find_layers(model).values():
         entry = manifest["layers"].get(layer.name)
         quantize = quantizer_of(option_from_key(entry["option"])) if entry else None
@@ -190,13 +193,17 @@ def load_into(folder: Path, model: nn.Module) -> nn.Module:
             raise ValueError(f"{folder}: layer {layer.name} lacks its packed tensors; the file is damaged")
         if tuple(parts["shape"].tolist()) != layer.shape:
             raise ValueError(f"{folder}: layer {layer.name} is {parts['shape'].tolist()}, the model has {layer.shape}")
-        matrix = _unpack_matrix(parts, quantize, layer.shape)
-        tensors[f"{layer.name}.weight"] = layer.from_matrix(matrix)
+        codes, scale, zero = _unpack(parts, quantize, layer.shape)
+        if packed:
+            held.append((layer, PackedWeight(codes, scale, zero, quantize, layer.weight.dtype)))
+        else:
+            matrix = dequantize(codes, scale, zero, quantize.group_size)
+            tensors[f"{layer.name}.weight"] = layer.from_matrix(matrix)
     own = model.state_dict()
     shared = {f"{alias}.weight" for layer in find_layers(model).values() for alias in layer.aliases}
     if extra := sorted(set(tensors) - set(own)):
         raise ValueError(f"{folder}: tensor {extra[0]!r} has no place in {type(model).__name__}")
-    loaded: set[int] = set()
+    loaded = {layer.weight.data_ptr() for layer, _ in held}
     for name, target in own.items():
         if name in tensors:
             if tensors[name].shape != target.shape:
@@ -208,15 +215,20 @@ def load_into(folder: Path, model: nn.Module) -> nn.Module:
     missing = [n for n, t in own.items() if n not in tensors and n not in shared and t.data_ptr() not in loaded]
     if missing:
         raise ValueError(f"{folder}: no tensor for {missing[0]!r} of {type(model).__name__}")
+    for layer, weight in held:
+        pack_modules(model, layer, weight)
     return model
 
 
-def _unpack_matrix(parts: Mapping[str, Tensor | None], quantize: Quantize, shape: tuple[int, int]) -> Tensor:
+def _unpack(
+    parts: Mapping[str, Tensor | None], quantize: Quantize, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scales and zeros."""
     packed, scale, zero = parts["packed"], parts["scale"], parts["zero_point"]
     assert packed is not None and scale is not None
     codes = unpack(packed, quantize.bits, shape[1])
     zeros = None if zero is None else unpack(zero, quantize.bits, shape[0], dim=0)
-    return dequantize(codes, scale, zeros, quantize.group_size)
+    return codes, scale, zeros
 
 
 def folder_bytes(folder: Path) -> int:

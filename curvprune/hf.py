@@ -171,6 +171,7 @@ def load_foreign(folder: Path) -> nn.Module:
     if not hasattr(transformers, name):
         raise ValueError(f"{folder}: architecture {name!r} is not part of transformers; load it by its own class")
     kind = getattr(transformers, name)
+    record.pop("quantization_config", None)  # the weights are ours to unpack
     config = kind.config_class.from_dict(record)
     return kind._from_config(config, dtype=getattr(torch, record["dtype"]))
 

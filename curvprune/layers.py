@@ -111,6 +111,21 @@ def _kind(module: nn.Module) -> str | None:
     return None
 
 
+def left_over(model: nn.Module) -> str | None:
+    """What to tell the user if more than 1 % of the parameters are matrices that are no layer's weight, such as
+    stacked experts."""
+    inside = {id(module._parameters.get("weight")) for module in model.modules() if _kind(module) is not None}
+    outside = {n: p for n, p in model.named_parameters() if p.ndim >= 2 and id(p) not in inside}
+    share = sum(p.numel() for p in outside.values()) / max(1, sum(p.numel() for p in model.parameters()))
+    if share <= 0.01:
+        return None
+    largest = max(outside, key=lambda n: outside[n].numel())
+    return (
+        f"{share:.0%} of the parameters are in {len(outside)} tensors that belong to no Linear, convolution or "
+        f"embedding (largest: {largest}, {tuple(outside[largest].shape)}) and stay as they are"
+    )
+
+
 def find_layers(model: nn.Module, globs: str | Sequence[str] = "*") -> dict[str, Layer]:
     """Every compressible layer whose module name (or an alias) matches one of the globs, in the model's own order.
 

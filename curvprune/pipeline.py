@@ -25,7 +25,7 @@ from curvprune.analysis import analyze_curvature
 from curvprune.apply import Moments
 from curvprune.curvature.fisher import fisher_pass
 from curvprune.data import Splits
-from curvprune.layers import find_layers
+from curvprune.layers import find_layers, left_over
 from curvprune.objective import Objective, make_objective, to_device
 from curvprune.options import Keep, Option, option_from_key, quantizer_of
 from curvprune.plan import Budget, frontier
@@ -266,6 +266,8 @@ def prepare(recipe: Recipe, root: State | None, *, progress: bool) -> tuple[Job,
     )
     if kept:
         job.notes.append(f"{len(kept)} layer(s) match no entry of compress: and stay as they are: {', '.join(kept)}")
+    if (message := left_over(model)) is not None:
+        job.notes.append(message)
     _check_budget(recipe, job)
     rounds = any(quantizer_of(o) for options in assigned.values() for o in options)
     if rounds and recipe.portable and not hf.loads_packed(model):
@@ -304,11 +306,11 @@ def write_model(
             hf.save_config(folder, model, packed if portable else {}, tokenizer)
 
 
-def load_artifact(folder: Path, *, device: str | torch.device = "cpu") -> nn.Module:
-    """Load a saved transformers model, portable or not, in evaluation mode, weights unpacked."""
-    if artifact.is_portable(folder):
+def load_artifact(folder: Path, *, packed: bool = False, device: str | torch.device = "cpu") -> nn.Module:
+    """Load a saved transformers model, portable or not, in evaluation mode, weights unpacked unless ``packed``."""
+    if artifact.is_portable(folder) and not packed:
         return hf.load_artifact(folder, device=device)
-    return artifact.load_into(folder, hf.load_foreign(folder)).to(device).eval()
+    return artifact.load_into(folder, hf.load_foreign(folder), packed=packed).to(device).eval()
 
 
 def _device(recipe: Recipe) -> torch.device:

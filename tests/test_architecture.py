@@ -45,7 +45,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hf": {"objective", "options"},
     "recipe": {"options", "plan"},
     "ledger": {"solve", "curvature/estimators", "curvature/fisher", "options"},
-    "artifact": {"options", "plan", "layers", "solve", "state"},
+    "packed": {"options", "layers", "solve"},
+    "artifact": {"options", "plan", "layers", "solve", "state", "packed"},
 }
 MAY_IMPORT["stages"] = {*MAY_IMPORT} - {"hf", "recipe", "report"}
 MAY_IMPORT["pipeline"] = {*MAY_IMPORT}

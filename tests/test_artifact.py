@@ -10,13 +10,23 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import curvprune as cp
 from curvprune import artifact
 from curvprune.apply import Moments
 from curvprune.layers import find_layers
 from curvprune.options import BITS, Cast, Prune, PruneQuantize, Quantize
+from curvprune.packed import PackedWeight
+from curvprune.solve import solve
 from curvprune.stages import solve_layer
 from tests import tiny
 
@@ -228,3 +238,55 @@ def test_a_t5_that_transformers_cannot_unpack_loads_from_a_folder_that_is_not_po
     loaded = cp.load(result.save(tmp_path / "packed"))
     with torch.no_grad():
         assert torch.equal(loaded(**data[0]).logits, result.model.eval()(**data[0]).logits)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize(("group_size", "symmetric"), [(None, True), (3, False)])
+def test_packed_weights_are_the_unpacked_ones(bits, group_size, symmetric):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 9, generator=generator)  # an odd number of inputs
+    quantize = Quantize(bits=bits, group_size=group_size, symmetric=symmetric)
+    solved = solve(weight, [quantize], layer="a")[0]
+    held = PackedWeight(solved.codes, solved.scale, solved.zero, quantize, torch.float32)
+    assert torch.equal(held.rows(), solved.weight)
+    assert torch.equal(held.rows(torch.tensor([4, 0, 4])), solved.weight[[4, 0, 4]])
+    stored = held.codes.numel() * held.codes.element_size()
+    assert stored == (6 * 5 if bits <= 4 else 6 * 9)
+
+
+def kinds_of_models() -> list[tuple]:
+    torch.manual_seed(0)
+    ids = torch.randint(0, 64, (2, 8))
+    llama = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    gpt2 = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=16)
+    convnext = ConvNextConfig(hidden_sizes=[16, 32], depths=[1, 1], num_stages=2, num_labels=5, image_size=32)
+    return [
+        ("tied llama", LlamaForCausalLM(llama), {"input_ids": ids}, 8),
+        ("gpt2", GPT2LMHeadModel(gpt2), {"input_ids": ids}, 4),
+        ("convnext", ConvNextForImageClassification(convnext), {"pixel_values": torch.randn(2, 3, 32, 32)}, 4),
+    ]
+
+
+@pytest.mark.parametrize("case", kinds_of_models(), ids=lambda case: case[0])
+def test_a_packed_load_gives_the_outputs_of_an_unpacked_one_in_less_memory(case, tmp_path):
+    _, model, batch, bits = case
+    model.eval()
+    result = cp.quantize(model, [batch], bits=bits, objective="label-free", settings=cp.Settings(portable=False))
+    result.save(tmp_path)
+    dense, packed = cp.load(tmp_path), cp.load(tmp_path, packed=True)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(**batch).logits, dense(**batch).logits, rtol=1e-5, atol=1e-6)
+        few = {k: v[:1, :1] if k == "input_ids" else v[:1] for k, v in batch.items()}  # the int8 kernel
+        torch.testing.assert_close(packed(**few).logits, dense(**few).logits, rtol=1e-4, atol=1e-5)
+
+    def held(m):
+        return sum(t.numel() * t.element_size() for t in {id(t): t for t in (*m.parameters(), *m.buffers())}.values())
+
+    assert held(packed) < 0.5 * held(dense)
+    if "input_ids" in batch:
+        start = batch["input_ids"][:, :4]
+        generated = [m.generate(start, max_new_tokens=3, do_sample=False, pad_token_id=0) for m in (dense, packed)]
+        assert torch.equal(*generated)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from curvprune.layers import Layer, find_layers
 from curvprune.options import Cast, Quantize, option_from_key, quantizer_of, stored_bytes
-from curvprune.packed import PackedWeight, pack_modules
+from curvprune.packed import PackedWeight, give_back_memory, pack_modules
 from curvprune.solve import Solved
 from curvprune.solve.grids import dequantize
 from curvprune.state import State
@@ -215,8 +215,11 @@ def load_into(folder: Path, model: nn.Module, *, packed: bool = False) -> nn.Mod
     missing = [n for n, t in own.items() if n not in tensors and n not in shared and t.data_ptr() not in loaded]
     if missing:
         raise ValueError(f"{folder}: no tensor for {missing[0]!r} of {type(model).__name__}")
-    for layer, weight in held:
-        pack_modules(model, layer, weight)
+    del own, tensors  # the dense weights must go with their modules
+    while held:
+        pack_modules(model, *held.pop())
+    if packed:
+        give_back_memory()
     return model
 
 

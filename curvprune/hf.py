@@ -173,7 +173,10 @@ def load_foreign(folder: Path) -> nn.Module:
     kind = getattr(transformers, name)
     record.pop("quantization_config", None)  # the weights are ours to unpack
     config = kind.config_class.from_dict(record)
-    return kind._from_config(config, dtype=getattr(torch, record["dtype"]))
+    model: nn.Module = kind._from_config(config, dtype=getattr(torch, record["dtype"]))
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model
 
 
 def loads_packed(model: Any) -> bool:
@@ -211,6 +214,10 @@ def load_artifact(folder: Path, *, device: str | torch.device = "cpu") -> nn.Mod
         from compressed_tensors.compressors import ModelCompressor
 
         ModelCompressor().decompress_model(model)
+    # The weights are dense from here on: a config that called them packed would be saved with them.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
     return model.to(device).eval()
 
 

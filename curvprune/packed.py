@@ -8,6 +8,8 @@ torch 2.13, AVX-512 without AMX); its 4-bit kernels lost to unpacking and are no
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from typing import Any
 
 import torch
@@ -102,3 +104,11 @@ def pack_modules(model: nn.Module, layer: Layer, weight: PackedWeight) -> None:
     for name, module in modules.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, Packed(module, weight, layer))
+
+
+def give_back_memory() -> None:
+    """The dense weights that were freed go back to the system: glibc would keep those below 32 MB for itself."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in musl
+        if trim is not None:
+            trim(0)

@@ -290,3 +290,17 @@ def test_a_packed_load_gives_the_outputs_of_an_unpacked_one_in_less_memory(case,
         start = batch["input_ids"][:, :4]
         generated = [m.generate(start, max_new_tokens=3, do_sample=False, pad_token_id=0) for m in (dense, packed)]
         assert torch.equal(*generated)
+
+
+@pytest.mark.parametrize("portable", [True, False])
+def test_what_is_loaded_can_be_saved_as_an_ordinary_dense_model(portable, tmp_path):
+    torch.manual_seed(0)
+    model = tiny.llama()
+    batch = {"input_ids": torch.randint(0, model.config.vocab_size, (2, 8))}
+    result = cp.quantize(model, [batch], bits=4, settings=cp.Settings(portable=portable))
+    result.save(tmp_path / "packed")
+    cp.load(tmp_path / "packed").save_pretrained(tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    assert not hasattr(dense.config, "quantization_config")
+    with torch.no_grad():
+        assert torch.equal(dense(**batch).logits, result.model.eval()(**batch).logits)

@@ -25,7 +25,8 @@ STACKED_ROWS = 16384  # rows swept at a time: enough to hide the cost of a colum
 ABSORBED = 0.75
 
 # Share of the way to the target that undoes the drift of a layer's inputs. The whole way trusts the calibration data
-# too much. TODO figures
+# too much: SmolLM2-135M, 3 bits in groups of 64, 16 x 512 tokens, perplexity on another text 56.9 with 0, 53.0 with
+# 0.3, 51.8 with 0.5, 55.8 with 1. A small classifier gained at 60 to 600 calibration items, at 0.5 and 1 alike.
 DRIFT = 0.5
 
 

@@ -130,8 +130,8 @@ def ours(folder: Path, setting: dict, draw: int) -> dict:
         split = lambda part: Split(items=tuple(part), documents=tuple(str(i) for i in range(len(part))))  # noqa: E731
         price = items["price"]
         splits = Splits(
-            calibrate=split(items["calibrate"]), price=split(price[:-2]), select=split(price[-2:-1]),
-            certify=split(price[-1:]),
+            calibrate=split(items["calibrate"]), price=split(price[:-4]), select=split(price[-4:-2]),
+            certify=split(price[-2:]),
         )  # fmt: skip
         result = cp.compress(model, splits, options=options, budget=cp.Budget("loss", max_bytes=room), layers=inside)
     else:

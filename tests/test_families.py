@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -88,7 +87,9 @@ def test_every_family_comes_back_in_a_fresh_process(tmp_path):
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
     for folder in folders:
-        assert torch.equal(load_file(folder + ".logits")["logits"], expected[folder]), Path(folder).name
+        # The same weights; the sums of a mixture's experts may run in another order in another process.
+        logits = load_file(folder + ".logits")["logits"]
+        torch.testing.assert_close(logits, expected[folder], rtol=1e-5, atol=1e-6, msg=lambda m, f=folder: f"{f}: {m}")
 
 
 def test_stacked_experts_are_not_left_out_in_silence():

@@ -126,20 +126,20 @@ class _Beside:
         self.inputs: queue.Queue[tuple[str, Tensor] | None] = queue.Queue(maxsize=1)
         self.stopped, self.over = threading.Event(), False
         self.skipped: dict[str, Tensor] = {}
+        self.seen: set[str] = set()
+        self.error: Exception | None = None
         self.thread = threading.Thread(target=self._run, name="uncompressed model", daemon=True)
         self.thread.start()
 
     @torch.no_grad()
     def _run(self) -> None:
-        seen: set[str] = set()
-
         def before(name: str, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
             if self.stopped.is_set():
                 raise _Finished
-            if name not in seen:
-                seen.add(name)
+            if name not in self.seen:
+                self.seen.add(name)
                 self.inputs.put((name, arguments[0] if arguments else next(iter(named.values()))))
-                if len(seen) == len(self.layers):  # the rest, a language model's logits for one, is not needed
+                if len(self.seen) == len(self.layers):  # the rest, a language model's logits for one, is not needed
                     raise _Finished
 
         handles = [
@@ -151,25 +151,31 @@ class _Beside:
         ]
         try:
             # The drift is the difference of what two models compute; an error of 2⁻⁹ in one of them is far below it.
-            half = next(self.model.parameters()).dtype == torch.float32
-            device = next(self.model.parameters()).device.type
-            with (
-                evaluating(self.model),
-                torch.autocast(device, torch.bfloat16, enabled=half and device == "cpu", cache_enabled=False),
-            ):
-                self.objective.logits(self.model, self.batch)
+            weight = next(self.model.parameters())
+            half = weight.dtype == torch.float32 and weight.device.type == "cpu"
+            try:
+                self._forward(half)
+            except RuntimeError:
+                if not half:
+                    raise
+                self._forward(False)  # an operation without bfloat16; inputs that were given away are not given again
         except _Finished:
             pass
-        except Exception:  # the pass that this one runs beside meets the same, and says it to the user
-            pass
+        except Exception as error:  # `input_of` raises it in the thread of the caller
+            self.error = error
         finally:
             for handle in handles:
                 handle.remove()
             if not self.stopped.is_set():
                 self.inputs.put(None)
 
+    def _forward(self, half: bool) -> None:
+        device = next(self.model.parameters()).device.type
+        with evaluating(self.model), torch.autocast(device, torch.bfloat16, enabled=half, cache_enabled=False):
+            self.objective.logits(self.model, self.batch)
+
     def input_of(self, name: str) -> Tensor | None:
-        """The layer's input there, or ``None`` if the pass has ended without it."""
+        """The layer's input there, or ``None`` if the pass has ended without it. Raises what ended the pass."""
         while name not in self.skipped and not self.over:
             item = self.inputs.get()
             if item is None:
@@ -178,6 +184,8 @@ class _Beside:
                 return item[1]
             else:
                 self.skipped[item[0]] = item[1]
+        if self.error is not None:
+            raise RuntimeError(f"the uncompressed model failed before layer {name}: {self.error}") from self.error
         return self.skipped.pop(name, None)
 
     def stop(self) -> None:

@@ -63,9 +63,9 @@ class PackedWeight(nn.Module):
 class Packed(nn.Module):
     """A module of any kind with its weight packed; attributes other than ``weight`` are the module's own."""
 
-    def __init__(self, module: nn.Module, weight: PackedWeight, layer: Layer) -> None:
+    def __init__(self, module: nn.Module, weight: PackedWeight, kind: str, shape: torch.Size) -> None:
         super().__init__()
-        self.shape, self.kind = layer.weight.shape if layer.kind == "conv" else layer.shape, layer.kind
+        self.kind, self.shape = kind, shape
         module.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
         self.module, self.packed = module, weight
         self.looks_up = type(module).forward is nn.Embedding.forward and module.max_norm is None
@@ -100,10 +100,11 @@ class Packed(nn.Module):
 
 def pack_modules(model: nn.Module, layer: Layer, weight: PackedWeight) -> None:
     """Replace every module that holds or shares the layer's weight."""
+    shape = layer.weight.shape
     modules = {name: model.get_submodule(name) for name in (layer.name, *layer.aliases)}
     for name, module in modules.items():
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, Packed(module, weight, layer))
+        setattr(model.get_submodule(parent), leaf, Packed(module, weight, layer.kind, shape))
 
 
 def give_back_memory() -> None:

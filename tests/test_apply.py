@@ -223,3 +223,39 @@ def test_a_gram_matrix_of_several_blocks_is_whole_and_symmetric():
     model, x = nn.Sequential(nn.Linear(500, 3, dtype=torch.float64)), torch.randn(70, 500, dtype=torch.float64)
     moments, _ = collect(model, (x, torch.zeros(70, dtype=torch.long)), find_layers(model), Classification())
     torch.testing.assert_close(moments["0"].second[0], x.t() @ x / 70, rtol=1e-12, atol=1e-12)
+
+
+class NoHalf(nn.Module):
+    """Has an operation that refuses bfloat16, or everything from the second model on."""
+
+    def __init__(self, always=False):
+        super().__init__()
+        self.first, self.second, self.always = nn.Linear(3, 3), nn.Linear(3, 2), always
+
+    def forward(self, x):
+        h = self.first(x)
+        if h.dtype == torch.bfloat16 or self.always:
+            raise RuntimeError("not implemented for this type")
+        return self.second(h)
+
+
+def test_a_model_without_bfloat16_runs_beside_in_its_own_type_and_other_failures_are_told():
+    torch.manual_seed(0)
+    model, x = NoHalf(), torch.randn(20, 3)
+    reference = copy.deepcopy(model)
+    batch = (x, torch.zeros(20, dtype=torch.long))
+    found = {}
+
+    def visit(layer, moments):
+        found[layer.name] = moments()
+        layer.write_(0.5 * layer.as_matrix(layer.weight.detach()))
+
+    layers = find_layers(model)
+    visit_layers(model, Classification(), batch, layers, visit, reference=(reference, find_layers(reference)))
+    with torch.no_grad():
+        before, now = reference.first(x), model.first(x)
+    expected = (before - now).t() @ now / 20
+    assert float((found["second"].drift[0] - expected).norm() / expected.norm()) < 0.02
+    reference.always = True
+    with pytest.raises(RuntimeError, match="uncompressed model failed before layer second: not implemented"):
+        visit_layers(model, Classification(), batch, layers, visit, reference=(reference, find_layers(reference)))

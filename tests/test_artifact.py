@@ -304,3 +304,18 @@ def test_what_is_loaded_can_be_saved_as_an_ordinary_dense_model(portable, tmp_pa
     assert not hasattr(dense.config, "quantization_config")
     with torch.no_grad():
         assert torch.equal(dense(**batch).logits, result.model.eval()(**batch).logits)
+
+
+def test_convolutions_that_share_a_weight_stay_packed_together(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1), nn.Flatten())
+    model[2].weight = model[0].weight
+    x = torch.randn(4, 3, 2, 2)
+    result = cp.quantize(model, [(x, torch.zeros(4, dtype=torch.long))], bits=4)
+    result.save(tmp_path)
+    fresh = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1), nn.Flatten())
+    fresh[2].weight = fresh[0].weight
+    packed = cp.load(tmp_path, model=fresh, packed=True)
+    assert packed[0].packed is packed[2].packed
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x), result.model.eval()(x))

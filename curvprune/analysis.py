@@ -64,6 +64,8 @@ class LayerCurvature:
         exact: the layer's path to the loss is piecewise linear, so that its Hessian block is its Gauss–Newton block.
         eigenpairs: extreme ones, both ends. Of an exact block, the null space has no vectors: they are nan.
         density: of the block.
+        spectrum: of an exact block, all its eigenvalues but the null space's zeros, descending, in nats; computed with
+            the eigenpairs.
         diagonal_error: relative standard error of the diagonal (2-norm); 0 where exact, nan where not estimated.
         gauss_newton_trace: of the same block, for comparison with the Hessian's.
         diagonal_summary: mean, max and quantiles; all that is left of a diagonal that was found on disk.
@@ -79,6 +81,7 @@ class LayerCurvature:
     diagonal_error: float = math.nan
     gauss_newton_trace: Estimate | None = None
     diagonal_summary: Mapping[str, float] | None = None
+    spectrum: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -399,7 +402,7 @@ def _exact(work: _Work, names: Sequence[str], per_layer: bool) -> dict[str, Laye
             trace=None, diagonal=None, shape=work.layers[name].shape, method="exact",
             exact=name in work.structure.piecewise_linear,
         )  # fmt: skip
-        result[name] = _with(base, eigenpairs=blocks.eigenpairs.get(name))
+        result[name] = _with(base, eigenpairs=blocks.eigenpairs.get(name), spectrum=blocks.spectra.get(name))
     return result
 
 
@@ -645,7 +648,10 @@ def _layer_record(c: LayerCurvature) -> dict[str, Any]:
 
 
 def _layer_records(layers: dict[str, LayerCurvature]) -> dict[str, Any]:
-    return {n: _layer_record(c) | {"method": c.method} for n, c in layers.items()}
+    return {
+        n: _layer_record(c) | {"method": c.method, "spectrum": None if c.spectrum is None else c.spectrum.tolist()}
+        for n, c in layers.items()
+    }
 
 
 def _layers_of(records: Mapping[str, Any]) -> dict[str, LayerCurvature]:
@@ -659,6 +665,7 @@ def _layers_of(records: Mapping[str, Any]) -> dict[str, LayerCurvature]:
             exact=r["exact"],
             eigenpairs=None if r["eigenvalues"] is None else _pairs_of(r["eigenvalues"]),
             diagonal_summary=r["diagonal"],
+            spectrum=None if r["spectrum"] is None else torch.tensor(r["spectrum"], dtype=torch.float64),
         )
         for n, r in records.items()
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 import curvprune as cp
 from curvprune import processes
+from curvprune.analysis import _layer_records, _layers_of
 from curvprune.curvature import factors, products
 from curvprune.curvature.layerwise import _combined, _Kind, probe_layers
 from curvprune.layers import find_layers
@@ -610,6 +612,21 @@ def test_a_minimum_is_called_one_and_a_saddle_is_not():
             p.mul_(1e-3)
     analysis = cp.analyze(saddle, [(x, y)], max_products=60)
     assert analysis.diagnosis.lambda_min < 0 and analysis.diagnosis.kind in ("saddle", "not stationary")
+
+
+def test_exact_blocks_give_their_whole_spectrum(references):
+    """All but the null space's zeros, against the dense Hessian block; and what lies on disk is the same."""
+    model, batches, _ = CASES["conv"]()
+    layers = cp.analyze(model, batches, quantities=["eigenvalues"]).layers
+    exact = {n: c for n, c in layers.items() if c.exact}
+    assert exact and all(c.spectrum is None for n, c in layers.items() if n not in exact)
+    for name, c in exact.items():
+        truth = torch.linalg.eigvalsh(block(references("conv", "hessian"), model, f"{name}.weight")).flip(0)
+        padded = torch.zeros_like(truth)
+        padded[: len(c.spectrum)] = c.spectrum
+        torch.testing.assert_close(padded, truth, rtol=1e-8, atol=1e-10)
+        again = _layers_of(json.loads(json.dumps(_layer_records({name: c}))))[name]
+        assert torch.equal(again.spectrum, c.spectrum)
 
 
 def test_bert_and_llama_give_every_quantity():

@@ -319,3 +319,13 @@ def test_convolutions_that_share_a_weight_stay_packed_together(tmp_path):
     assert packed[0].packed is packed[2].packed
     with torch.no_grad():
         torch.testing.assert_close(packed(x), result.model.eval()(x))
+
+
+def test_a_portable_folder_loads_packed_as_well(tmp_path):
+    model = tiny.llama(tied=False)
+    batch = {"input_ids": torch.randint(0, model.config.vocab_size, (2, 8))}
+    cp.quantize(model, [batch], bits=3, group_size=16, symmetric=False).save(tmp_path)
+    dense, packed = cp.load(tmp_path), cp.load(tmp_path, packed=True)
+    assert not hasattr(packed.config, "quantization_config") and hasattr(packed.lm_head, "packed")
+    with torch.no_grad():
+        torch.testing.assert_close(packed(**batch).logits, dense(**batch).logits, rtol=1e-5, atol=1e-6)

@@ -26,6 +26,7 @@ from curvprune.objective import Batch, Objective, evaluating
 
 _BLOCK = 192  # columns of a block of a Gram matrix
 _ROWS = 4096  # input rows per update of a Gram matrix: bounds the memory of unfolded convolutions and upcasts
+_ENOUGH = 2  # tokens per input below which an expert's moment is filled up with that of all experts
 
 
 class _Finished(Exception):
@@ -39,10 +40,12 @@ class Moments:
     Attributes:
         second: ``E[x xᵀ]``.
         drift: ``E[(x̃ − x) xᵀ]`` against the uncompressed model's inputs ``x̃``; ``None`` if equal or unknown.
+        notes: what the report must say about them.
     """
 
     second: Float[Tensor, "groups in in"]
     drift: Float[Tensor, "groups in in"] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @torch.no_grad()
@@ -63,7 +66,7 @@ def visit_layers(
     Args:
         reference: the uncompressed model and its layers of the same names, for the drift. It costs a second forward
             pass, on the CPU with bfloat16 products, and one more Gram matrix for each input. Where the two models'
-            inputs have different shapes (a router sent other tokens) there is no drift.
+            inputs have different shapes (a router sent other tokens) there is no drift; stacked experts have none.
 
     Raises:
         ValueError: layers that the forward pass never reached, by name.
@@ -77,10 +80,12 @@ def visit_layers(
     ) -> None:
         if layer.name not in pending:
             return
-        x = arguments[0] if arguments else next(iter(named.values()))
-        original = None if beside is None else beside.input_of(layer.name)
+        x, *others = (*arguments, *named.values())
+        original = None if beside is None or layer.kind == "experts" else beside.input_of(layer.name)
 
         def moments() -> Moments:
+            if layer.kind == "experts":
+                return _expert_moments(layer, x, others[0], mask)
             known = shared.get("last")
             if layer.kind != "conv" and known is not None and known[0] is x and known[1] == x._version:
                 return known[2]
@@ -204,11 +209,12 @@ def _beside(
     batch: Batch,
     pending: Mapping[str, Layer],
 ) -> Iterator[_Beside | None]:
-    if reference is None:
+    if reference is None or all(layer.kind == "experts" for layer in pending.values()):
         yield None
         return
     model, layers = reference
-    beside = _Beside(model, objective, batch, {n: layers[n] for n in pending})
+    # The two models' routers send different tokens to an expert, whose target is known for the common ones alone.
+    beside = _Beside(model, objective, batch, {n: layers[n] for n in pending if layers[n].kind != "experts"})
     try:
         yield beside
     finally:
@@ -238,12 +244,46 @@ def _moments(layer: Layer, module: nn.Module, x: Tensor, original: Tensor | None
         if drift is not None and there is not None:
             moved = layer.rows(module, there[i]).to(wide) - rows
             drift += _coarse_product(moved, rows)
-    for start in _blocks(layer.shape[1]):  # the lower triangle is the mirror of the upper one
-        stop = start + _BLOCK
-        second[:, stop:, start:stop] = second[:, start:stop, stop:].transpose(1, 2)
+    _mirror(second)
     if drift is not None and not bool(drift.any()):
         drift = None
     return Moments(second / count, None if drift is None else drift / count)
+
+
+def _expert_moments(layer: Layer, x: Tensor, chosen: Tensor, mask: Tensor | None) -> Moments:
+    """The moment of each expert's own tokens. One with fewer than `_ENOUGH` per input (where a sample says little
+    about the directions that it lacks, and none makes it singular) gets what is missing as tokens of the average
+    expert: with none it has the moment of all experts' tokens, with enough its own alone."""
+    if mask is not None and mask.numel() == len(x) and not bool(mask.all()):
+        kept = mask.reshape(-1).bool()
+        x, chosen = x[kept], chosen[kept]
+    width = layer.shape[1]
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    second = torch.zeros(layer.groups, width, width, dtype=wide, device=x.device)
+    counts = []
+    for total, rows in zip(second.split(1), layer.expert_rows(x, chosen), strict=True):
+        for part in rows.split(_ROWS):
+            _add_gram(total, part.to(wide)[None])
+        counts.append(len(rows))
+    _mirror(second)
+    average = second.sum(0) / max(1, sum(counts))
+    few = 0
+    for total, count in zip(second, counts, strict=True):
+        missing = max(0, _ENOUGH * width - count)
+        few += missing > 0
+        total.add_(average, alpha=missing).div_(count + missing)
+    notes = (
+        f"layer {layer.name}: {few} of {layer.groups} experts saw fewer than {_ENOUGH * width} calibration tokens (the "
+        f"fewest {min(counts)}); tokens of the average expert stand in for the missing ones",
+    )
+    return Moments(second, notes=notes if few else ())
+
+
+def _mirror(second: Tensor) -> None:
+    """Fill the lower triangle from the upper one."""
+    for start in _blocks(second.shape[1]):
+        stop = start + _BLOCK
+        second[:, stop:, start:stop] = second[:, start:stop, stop:].transpose(1, 2)
 
 
 def _blocks(width: int) -> range:

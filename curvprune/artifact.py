@@ -77,7 +77,7 @@ def stored_tensors(layer: Layer, solved: Solved, *, packed: bool) -> dict[str, T
     if quantize is None or not packed:
         weight = layer.from_matrix(solved.weight)
         dtype = getattr(torch, solved.option.dtype) if isinstance(solved.option, Cast) else layer.weight.dtype
-        return {f"{layer.name}.weight": weight.to(dtype).contiguous()}
+        return {layer.keys[0]: weight.to(dtype).contiguous()}
     assert solved.codes is not None and solved.scale is not None
     tensors = {
         f"{layer.name}.weight_packed": pack(solved.codes, quantize.bits),
@@ -93,9 +93,9 @@ def state_dict_on_disk(
     model: nn.Module, layers: Mapping[str, Layer], solved: Mapping[str, Solved], *, portable: bool = True
 ) -> dict[str, Tensor]:
     """Every tensor of the compressed model: packed layers, and all else as it is; shared tensors once."""
-    replaced = {f"{layer.name}.weight": name for name, layer in layers.items() if name in solved}
+    replaced = {layer.keys[0]: name for name, layer in layers.items() if name in solved}
     covered = {_identity(layers[name].weight) for name in replaced.values()}
-    aliases = {f"{alias}.weight" for layer in layers.values() for alias in layer.aliases}
+    aliases = {key for layer in layers.values() for key in layer.keys[1:]}
     tensors: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size, int]] = set()
     for key, value in model.state_dict().items():
@@ -198,9 +198,9 @@ def load_into(folder: Path, model: nn.Module, *, packed: bool = False) -> nn.Mod
             held.append((layer, PackedWeight(codes, scale, zero, quantize, layer.weight.dtype)))
         else:
             matrix = dequantize(codes, scale, zero, quantize.group_size)
-            tensors[f"{layer.name}.weight"] = layer.from_matrix(matrix)
+            tensors[layer.keys[0]] = layer.from_matrix(matrix)
     own = model.state_dict()
-    shared = {f"{alias}.weight" for layer in find_layers(model).values() for alias in layer.aliases}
+    shared = {key for layer in find_layers(model).values() for key in layer.keys[1:]}
     if extra := sorted(set(tensors) - set(own)):
         raise ValueError(f"{folder}: tensor {extra[0]!r} has no place in {type(model).__name__}")
     loaded = {layer.weight.data_ptr() for layer, _ in held}

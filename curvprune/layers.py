@@ -1,19 +1,20 @@
 """Find the weights that can be compressed, each as one matrix ``W[out, in]`` together with how its inputs become rows.
 
-Works on any ``nn.Module``: Linear, Conv1d, Conv2d, transformers' ``Conv1D`` (told by its class name, so that this
-file does not import transformers) and Embedding. Modules that share one weight are one layer.
+Works on any ``nn.Module``: Linear, Conv1d, Conv2d, Embedding, transformers' ``Conv1D`` and its stacked experts (told by
+their attributes, so that this file does not import transformers). Modules that share one weight are one layer.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 
@@ -22,13 +23,14 @@ class Layer:
     """One compressible weight.
 
     Attributes:
-        name: module name (of the first module, if several share the weight).
-        kind: ``"linear"``, ``"conv"``, ``"conv1d"`` (transformers) or ``"embedding"``.
-        shape: ``(out, in)`` of the weight as a matrix.
-        groups: input groups of a grouped convolution: rows ``out/groups`` at a time see their own inputs.
+        name: module name (of the first module, if several share the weight); of stacked experts, the parameter's name.
+        kind: ``"linear"``, ``"conv"``, ``"conv1d"`` (transformers), ``"embedding"`` or ``"experts"`` (transformers).
+        shape: ``(out, in)`` of the weight as a matrix; the experts' matrices stand one below the other.
+        groups: input groups of a grouped convolution, or experts: rows ``out/groups`` at a time see their own inputs.
         module: the module that owns the weight.
         readers: modules whose inputs multiply the weight (empty for a lookup-only embedding).
-        aliases: names of further modules that share the weight.
+        aliases: further such names under which the weight is known.
+        parameter: the weight's name in its module.
     """
 
     name: str
@@ -38,10 +40,22 @@ class Layer:
     module: nn.Module
     readers: tuple[nn.Module, ...]
     aliases: tuple[str, ...]
+    parameter: str = "weight"
 
     @property
     def weight(self) -> nn.Parameter:
-        return self.module.weight  # type: ignore[return-value]
+        return getattr(self.module, self.parameter)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The weight's names in ``model.state_dict()``, the layer's own first."""
+        names = (self.name, *self.aliases)
+        return names if self.kind == "experts" else tuple(f"{name}.weight" for name in names)
+
+    @property
+    def transposed(self) -> bool:
+        """The weight is stored as ``[in, out]``, or ``[experts, in, out]``."""
+        return self.kind == "conv1d" or (self.kind == "experts" and bool(self.module.is_transposed))
 
     @property
     def numel(self) -> int:
@@ -54,11 +68,11 @@ class Layer:
 
     def as_matrix(self, tensor: Tensor) -> Float[Tensor, "out in"]:
         """Reshape a tensor laid out like the weight (the weight itself, a gradient) to ``[out, in]``."""
-        return tensor.t() if self.kind == "conv1d" else tensor.reshape(self.shape)
+        return (tensor.transpose(-1, -2) if self.transposed else tensor).reshape(self.shape)
 
     def from_matrix(self, matrix: Float[Tensor, "out in"]) -> Tensor:
         """The inverse of `as_matrix`."""
-        return matrix.t() if self.kind == "conv1d" else matrix.reshape(self.weight.shape)
+        return laid_out(matrix, self.weight.shape, transposed=self.transposed)
 
     @torch.no_grad()
     def write_(self, matrix: Float[Tensor, "out in"]) -> None:
@@ -78,6 +92,33 @@ class Layer:
         patches = F.unfold(padded, kernel, dilation=dilation, stride=stride)  # (batch, channels·kernel, places)
         grouped = patches.reshape(len(patches), self.groups, self.shape[1], -1)
         return grouped.permute(1, 0, 3, 2).reshape(self.groups, -1, self.shape[1])
+
+    def expert_rows(
+        self, hidden: Float[Tensor, "tokens width"], chosen: Int[Tensor, "tokens k"]
+    ) -> Iterator[Float[Tensor, "n in"]]:
+        """Kind ``"experts"``: the inputs of each expert in turn, of the tokens that ``chosen`` sends there.
+
+        ``hidden`` and ``chosen`` are the first two arguments of the experts' module. What reaches an expert's second
+        matrix comes from its first one as that is now, by the formula that transformers' implementations share (see
+        ``batched_mm_experts_forward``), so that it does not matter which of them the model runs.
+        """
+        module: Any = self.module
+        first = "gate_up_proj" if module.has_gate else "up_proj"
+        for expert in range(self.groups):
+            rows = hidden[torch.where(chosen == expert)[0]]
+            if self.parameter != first:
+                weight = getattr(module, first)[expert]
+                bias = getattr(module, f"{first}_bias")[expert] if module.has_bias else None
+                rows = F.linear(rows, weight.t() if module.is_transposed else weight, bias)
+                rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
+            yield rows
+
+
+def laid_out(matrix: Tensor, shape: Sequence[int], *, transposed: bool) -> Tensor:
+    """A layer's matrix ``[out, in]`` in the shape of its weight; a transposed weight is ``[in, out]`` at the end."""
+    if not transposed:
+        return matrix.reshape(*shape)
+    return matrix.reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
 
 
 def _two(value: tuple[int, ...]) -> tuple[int, int]:
@@ -99,31 +140,46 @@ def _padding(conv: nn.Conv1d | nn.Conv2d, kernel: Sequence[int], dilation: Seque
     return [side for pair in reversed(sides) for side in pair]
 
 
-def _kind(module: nn.Module) -> str | None:
+def _weights(module: nn.Module) -> list[tuple[str, str]]:
+    """(kind, parameter name) of the weights that a module owns, in the order in which it uses them."""
     if isinstance(module, nn.Linear):
-        return "linear"
+        return [("linear", "weight")]
     if isinstance(module, (nn.Conv1d, nn.Conv2d)) and not getattr(module, "transposed", False):
-        return "conv"
+        return [("conv", "weight")]
     if isinstance(module, nn.Embedding):
-        return "embedding"
+        return [("embedding", "weight")]
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", None) is not None:
-        return "conv1d"
-    return None
+        return [("conv1d", "weight")]
+    if all(hasattr(module, a) for a in ("_apply_gate", "has_gate", "has_bias", "is_transposed")):
+        # What transformers' `use_experts_implementation` sets: these names and layouts are what it relies on.
+        names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+        if all(isinstance(w := module._parameters.get(n), Tensor) and (w.ndim == 3 or not w.numel()) for n in names):
+            return [("experts", n) for n in names]
+    return []
 
 
 def left_over(model: nn.Module) -> str | None:
     """What to tell the user if more than 1 % of the parameters are matrices that are no layer's weight, such as
-    stacked experts."""
-    inside = {id(module._parameters.get("weight")) for module in model.modules() if _kind(module) is not None}
+    stacked experts of another layout."""
+    inside = {id(module._parameters.get(p)) for module in model.modules() for _, p in _weights(module)}
     outside = {n: p for n, p in model.named_parameters() if p.ndim >= 2 and id(p) not in inside}
     share = sum(p.numel() for p in outside.values()) / max(1, sum(p.numel() for p in model.parameters()))
     if share <= 0.01:
         return None
     largest = max(outside, key=lambda n: outside[n].numel())
     return (
-        f"{share:.0%} of the parameters are in {len(outside)} tensors that belong to no Linear, convolution or "
-        f"embedding (largest: {largest}, {tuple(outside[largest].shape)}) and stay as they are"
+        f"{share:.0%} of the parameters are in {len(outside)} tensors that belong to no Linear, convolution, embedding "
+        f"or known kind of experts (largest: {largest}, {tuple(outside[largest].shape)}) and stay as they are"
     )
+
+
+def _matrix_shape(kind: str, module: nn.Module, weight: Tensor) -> tuple[int, int]:
+    if kind == "conv1d":
+        return weight.shape[1], weight.shape[0]
+    if kind == "experts":
+        width = weight.shape[1] if module.is_transposed else weight.shape[2]
+        return weight.numel() // width, width
+    return weight.shape[0], weight[0].numel()
 
 
 def find_layers(model: nn.Module, globs: str | Sequence[str] = "*") -> dict[str, Layer]:
@@ -131,36 +187,34 @@ def find_layers(model: nn.Module, globs: str | Sequence[str] = "*") -> dict[str,
 
     Raises ``ValueError`` for a glob that matches nothing, naming the nearest layer.
     """
-    owners: dict[int, tuple[str, str, nn.Module]] = {}
+    owners: dict[int, tuple[str, str, str, nn.Module]] = {}
     sharers: dict[int, list[tuple[str, str, nn.Module]]] = {}
     computed: list[str] = []
-    for name, module in model.named_modules(remove_duplicate=False):
-        kind = _kind(module)
-        if kind is None:
-            continue
-        weight = module._parameters.get("weight")
-        if weight is None:
-            computed.append(name)
-            continue
-        if id(weight) in owners:
-            sharers[id(weight)].append((name, kind, module))
-        else:
-            owners[id(weight)] = (name, kind, module)
-            sharers[id(weight)] = []
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        for kind, parameter in _weights(module):
+            name = ".".join(n for n in (module_name, parameter) if n) if kind == "experts" else module_name
+            weight = module._parameters.get(parameter)
+            if weight is None or not weight.numel():  # nothing is left of a packed one
+                computed.append(name)
+            elif id(weight) in owners:
+                sharers[id(weight)].append((name, kind, module))
+            else:
+                owners[id(weight)] = (name, kind, parameter, module)
+                sharers[id(weight)] = []
     layers: dict[str, Layer] = {}
-    for key, (name, kind, module) in owners.items():
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        shape = (weight.shape[1], weight.shape[0]) if kind == "conv1d" else (weight.shape[0], weight[0].numel())
+    for key, (name, kind, parameter, module) in owners.items():
+        weight = module._parameters[parameter]
+        assert weight is not None
         readers = {id(m): m for _, k, m in [(name, kind, module), *sharers[key]] if k != "embedding"}
         layers[name] = Layer(
             name=name,
             kind=kind,
-            shape=shape,
-            groups=module.groups if isinstance(module, (nn.Conv1d, nn.Conv2d)) else 1,
+            shape=_matrix_shape(kind, module, weight),
+            groups=len(weight) if kind == "experts" else getattr(module, "groups", 1) if kind == "conv" else 1,
             module=module,
             readers=tuple(readers.values()),
             aliases=tuple(n for n, _, _ in sharers[key]),
+            parameter=parameter,
         )
     globs = [globs] if isinstance(globs, str) else list(globs)
     if blocked := [n for n in computed if any(fnmatchcase(n, glob) for glob in globs)]:

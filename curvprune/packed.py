@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
-from curvprune.layers import Layer
+from curvprune.layers import Layer, laid_out
 from curvprune.options import Quantize
 from curvprune.solve.grids import dequantize
 
@@ -60,28 +60,38 @@ class PackedWeight(nn.Module):
         return dequantize(codes, self.scale[index], zero, self.group_size).to(self.dtype)
 
 
-class Packed(nn.Module):
-    """A module of any kind with its weight packed; attributes other than ``weight`` are the module's own."""
+class _Around(nn.Module):
+    """A module around another one, whose attributes it has."""
 
-    def __init__(self, module: nn.Module, weight: PackedWeight, kind: str, shape: torch.Size) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.kind, self.shape = kind, shape
-        module.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
-        self.module, self.packed = module, weight
-        self.looks_up = type(module).forward is nn.Embedding.forward and module.max_norm is None
-        self.multiplies = type(module).forward is nn.Linear.forward
-
-    @property
-    def weight(self) -> Tensor:
-        """Unpacked, laid out as the module wants it."""
-        matrix = self.packed.rows()
-        return matrix.t() if self.kind == "conv1d" else matrix.reshape(self.shape)
+        self.module = module
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("module"), name)
+
+
+def _emptied(module: nn.Module, parameter: str, dtype: torch.dtype) -> None:
+    setattr(module, parameter, nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False))
+
+
+class Packed(_Around):
+    """A module of any kind with its weight packed; attributes other than ``weight`` are the module's own."""
+
+    def __init__(self, module: nn.Module, weight: PackedWeight, shape: torch.Size, transposed: bool) -> None:
+        super().__init__(module)
+        self.packed, self.shape, self.transposed = weight, shape, transposed
+        _emptied(module, "weight", weight.dtype)
+        self.looks_up = type(module).forward is nn.Embedding.forward and module.max_norm is None
+        self.multiplies = type(module).forward is nn.Linear.forward
+
+    @property
+    def weight(self) -> Tensor:
+        """Unpacked, laid out as the module wants it."""
+        return laid_out(self.packed.rows(), self.shape, transposed=self.transposed)
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         if self.looks_up and len(arguments) == 1 and not named:
@@ -98,13 +108,41 @@ class Packed(nn.Module):
         return torch.func.functional_call(self.module, {"weight": self.weight}, arguments, named)
 
 
+class PackedExperts(_Around):
+    """Stacked experts with one of their parameters packed, or both; while they run, all of them are unpacked."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.packed = nn.ModuleDict()
+        self.layouts: dict[str, tuple[torch.Size, bool]] = {}
+
+    def pack(self, parameter: str, weight: PackedWeight, shape: torch.Size, transposed: bool) -> None:
+        _emptied(self.module, parameter, weight.dtype)
+        self.packed[parameter] = weight
+        self.layouts[parameter] = shape, transposed
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        weights = {
+            n: laid_out(cast(PackedWeight, self.packed[n]).rows(), shape, transposed=transposed)
+            for n, (shape, transposed) in self.layouts.items()
+        }
+        return torch.func.functional_call(self.module, weights, arguments, named)
+
+
 def pack_modules(model: nn.Module, layer: Layer, weight: PackedWeight) -> None:
     """Replace every module that holds or shares the layer's weight."""
-    shape = layer.weight.shape
-    modules = {name: model.get_submodule(name) for name in (layer.name, *layer.aliases)}
-    for name, module in modules.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, Packed(module, weight, layer.kind, shape))
+    shape, transposed = layer.weight.shape, layer.transposed
+    for name in (layer.name, *layer.aliases):
+        owner = name.rpartition(".")[0] if layer.kind == "experts" else name
+        module = model.get_submodule(owner)
+        packed: nn.Module
+        if layer.kind == "experts":
+            packed = module if isinstance(module, PackedExperts) else PackedExperts(module)
+            packed.pack(layer.parameter, weight, shape, transposed)
+        else:
+            packed = Packed(module, weight, shape, transposed)
+        parent, _, leaf = owner.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, packed)
 
 
 def give_back_memory() -> None:

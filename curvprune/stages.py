@@ -119,7 +119,7 @@ def _one_thread(layer: Layer) -> Iterator[None]:
 
 
 def solve_layer(layer: Layer, options: list[Option], moments: Moments | None) -> list[Solved]:
-    """Solve a layer's options; a grouped convolution is solved group by group."""
+    """Solve a layer's options; a grouped convolution is solved group by group, stacked experts one by one."""
     with _one_thread(layer):
         return _solve_layer(layer, options, moments)
 
@@ -139,9 +139,10 @@ def _solve_layer(layer: Layer, options: list[Option], moments: Moments | None) -
         )
         for g in range(layer.groups)
     ]
-    if len(parts) == 1:
-        return parts[0]
-    return [_stack([part[k] for part in parts]) for k in range(len(options))]
+    stacked = parts[0] if len(parts) == 1 else [_stack([part[k] for part in parts]) for k in range(len(options))]
+    if not moments.notes:
+        return stacked
+    return [s if isinstance(s.option, (Keep, Cast)) else replace(s, notes=(*moments.notes, *s.notes)) for s in stacked]
 
 
 def _stack(parts: list[Solved]) -> Solved:
@@ -158,7 +159,7 @@ def _stack(parts: list[Solved]) -> Solved:
         scale=rows("scale"),
         zero=rows("zero"),
         damping=max(p.damping for p in parts),
-        notes=tuple(note for p in parts for note in p.notes),
+        notes=tuple(dict.fromkeys(note for p in parts for note in p.notes)),
     )
 
 
@@ -438,7 +439,7 @@ class _Bench:
         job = self.job
         if self.model is None:
             self.model = copy.deepcopy(job.model)
-        modules = dict(self.model.named_modules())
+        own = find_layers(self.model)
         for name, key in choices.items():
             if self.now.get(name, "keep") == key:
                 continue
@@ -447,10 +448,7 @@ class _Bench:
                 matrix = layer.as_matrix(layer.weight.detach())
             else:
                 matrix = next(s.weight for s in self.candidates(name) if s.option.key == key)
-            with torch.no_grad():
-                weight = modules[name].weight
-                assert isinstance(weight, Tensor)
-                weight.copy_(layer.from_matrix(matrix))
+            own[name].write_(matrix)
             self.now[name] = key
 
 

@@ -161,6 +161,7 @@ def capture(model: nn.Module, objective: Objective, batch: Batch, layers: Mappin
     handles = [
         module.register_forward_hook(take(name))
         for name, layer in layers.items()
+        if layer.kind != "experts"
         for module in {id(m): m for m in (layer.module, *layer.readers)}.values()
     ]
     uses = _WeightUses({id(layer.weight): n for n, layer in layers.items()})
@@ -180,6 +181,8 @@ def _wide(t: Tensor) -> torch.dtype:
 
 def _backward(taken: Capture, names: Sequence[str], outputs: Tensor, seed: Tensor | None, retain: bool) -> list[Tensor]:
     """Gradients at the outputs of the layers, in at least float32."""
+    if experts := [n for n in names if taken.layers[n].kind == "experts"]:
+        raise ValueError(f"layer {experts[0]}: stacked experts have no factors per item; leave it out")
     edges = [taken.calls[n][0].edge for n in names]
     gradients = torch.autograd.grad(outputs, edges, seed, retain_graph=retain, allow_unused=True)
     for name, g in zip(names, gradients, strict=True):
@@ -228,7 +231,9 @@ def structure(
     reasons: dict[str, str] = {}
     for name, layer in layers.items():
         calls, uses = pair.calls[name], pair.uses[name]
-        if len(calls) != 1 or uses != 1:
+        if layer.kind == "experts":
+            reasons[name] = "a router decides which items' rows an expert sees"
+        elif len(calls) != 1 or uses != 1:
             reasons[name] = f"its weight is used {max(uses, len(calls))} times, {len(calls)} of them by calling it"
         elif len(calls[0].x) % pair.items or not _rows_belong(single.calls[name][0].x, calls[0].x):
             reasons[name] = "the first dimension of its input does not count items"
@@ -683,14 +688,15 @@ def kfac(
     seed: int = 0,
 ) -> BlockDiagonal:
     """The Fisher approximated by ``G ⊗ A`` for each layer: ``A = E[x xᵀ]`` over rows, ``G = Σ g gᵀ / positions`` with
-    one label drawn per position. Grouped convolutions and embeddings have none and raise ``ValueError``.
+    one label drawn per position. Grouped convolutions, embeddings and stacked experts have none and
+    raise ``ValueError``.
 
     Cost: one forward and one backward pass; memory: ``in² + out²`` for each layer.
     """
     factors, _ = _factors(model, objective, batches, layers, seed)
     return BlockDiagonal(
         {
-            n: Kronecker(g, a, _space(layers[n]), unit=objective.unit, transposed=_transposed(layers[n]))
+            n: Kronecker(g, a, _space(layers[n]), unit=objective.unit, transposed=layers[n].transposed)
             for n, (g, a) in factors.items()
         }
     )
@@ -722,7 +728,7 @@ def ekfac(
             all_sum(scales[n]) / total,
             _space(layers[n]),
             unit=objective.unit,
-            transposed=_transposed(layers[n]),
+            transposed=layers[n].transposed,
         )
         for n in layers
     }
@@ -731,10 +737,6 @@ def ekfac(
 
 def _space(layer: Layer) -> ParamSpace:
     return ParamSpace(shapes={f"{layer.name}.weight": tuple(layer.weight.shape)})
-
-
-def _transposed(layer: Layer) -> bool:
-    return layer.kind == "conv1d"
 
 
 def _sampled(
@@ -752,8 +754,8 @@ def _factors(
     model: nn.Module, objective: Objective, batches: Sequence[Batch], layers: Mapping[str, Layer], seed: int
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
     for name, layer in layers.items():
-        if layer.groups != 1 or layer.kind == "embedding":
-            raise ValueError(f"layer {name}: a grouped convolution or an embedding has no Kronecker factors")
+        if layer.groups != 1 or layer.kind in ("embedding", "experts"):
+            raise ValueError(f"layer {name}: a grouped convolution, an embedding or experts have no Kronecker factors")
     a: dict[str, Tensor] = {}
     g: dict[str, Tensor] = {}
     rows: dict[str, float] = dict.fromkeys(layers, 0.0)

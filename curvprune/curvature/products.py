@@ -32,10 +32,20 @@ def first_items(batch: Batch, count: int) -> Batch:
 
 
 @contextmanager
-def double_backward() -> Iterator[None]:
-    """Fused attention has no double backward: takes the math path, and gives the user's setting back."""
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
+def double_backward(model: nn.Module) -> Iterator[None]:
+    """Fused attention has no double backward, nor have transformers' grouped products of experts one for several
+    vectors or in float64: takes the math path and the loop over experts, and gives the user's settings back."""
+    experts = [m.config for m in model.modules() if hasattr(m, "_apply_gate") and hasattr(m, "config")]
+    name = "_experts_implementation_internal"  # the public name would set nested configs as well
+    before = [(config, getattr(config, name)) for config in experts if hasattr(config, name)]
+    try:
+        for config, _ in before:
+            setattr(config, name, "eager")
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for config, implementation in reversed(before):
+            setattr(config, name, implementation)
 
 
 def check_deterministic(model: nn.Module, objective: Objective, batch: Batch) -> None:
@@ -120,7 +130,7 @@ class _Source:
         # Everything else is passed detached: its own requires_grad must not grow the graph.
         rest = {n: p.detach() for n, p in self.model.named_parameters() if n not in leaves}
         inputs = {f"model.{n}": p for n, p in (*leaves.items(), *rest.items())}
-        with evaluating(self.model), torch.enable_grad(), double_backward():
+        with evaluating(self.model), torch.enable_grad(), double_backward(self.model):
             return torch.func.functional_call(function, inputs, (batch,))
 
     def graphs(self, build: Callable[[int, Batch], _Graph]) -> Iterator[_Graph]:

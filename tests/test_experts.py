@@ -1,0 +1,418 @@
+"""Stacked experts: their inputs against what transformers' own forward multiplies, and every stage on top of them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import (
+    AriaTextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    NemotronHConfig,
+)
+from transformers.models.aria.modeling_aria import AriaExperts
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+import curvprune as cp
+from curvprune import artifact
+from curvprune.apply import Moments, visit_layers
+from curvprune.curvature import factors
+from curvprune.curvature.fisher import Change, fisher_pass, ratio_estimate
+from curvprune.layers import find_layers, left_over
+from curvprune.objective import CausalLM, Classification
+from curvprune.stages import solve_layer
+from tests.test_fisher import exact_fisher
+
+# In models this small the router's weight is more than 1 % of the parameters.
+pytestmark = pytest.mark.filterwarnings("ignore:.*belong to no Linear")
+
+GATE_UP, DOWN = (f"model.layers.0.mlp.experts.{n}_proj" for n in ("gate_up", "down"))
+
+
+def mixtral(*, hidden: int = 8, inner: int = 12, experts: int = 3, vocabulary: int = 20, seed: int = 0) -> Any:
+    config = MixtralConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=experts, num_experts_per_tok=2, initializer_range=0.4,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MixtralForCausalLM(config).eval()
+
+
+def gpt_oss() -> Any:
+    config = GptOssConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, num_local_experts=3, num_experts_per_tok=2, initializer_range=0.3,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return GptOssForCausalLM(config).eval()
+
+
+def padded(vocabulary: int = 20, items: int = 4, length: int = 16) -> dict[str, Tensor]:
+    ids = torch.randint(0, vocabulary, (items, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 10:] = 0
+    mask[2, :3] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+class Multiplied(TorchFunctionMode):
+    """Records what is multiplied with a slice of a stacked parameter: (parameter, expert) → rows."""
+
+    def __init__(self, module: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.rows: dict[tuple[str, int], Tensor] = {}
+        self.slices = {w.data_ptr(): (n, e) for n in names for e, w in enumerate(module.get_parameter(n).detach())}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.linear, Tensor.matmul, Tensor.__matmul__, torch.matmul):
+            with torch._C.DisableTorchFunction():
+                self.rows[self.slices[args[1].data_ptr()]] = args[0].detach().clone()
+        return func(*args, **(kwargs or {}))
+
+
+def experts_of(kind: str) -> nn.Module:
+    sizes = {"hidden_size": 6, "num_local_experts": 4}
+    module: nn.Module = {
+        "mixtral": lambda: MixtralExperts(MixtralConfig(**sizes, intermediate_size=5)),
+        "gpt-oss: transposed, biases, gate and up interleaved": lambda: GptOssExperts(
+            GptOssConfig(**sizes, intermediate_size=5)
+        ),
+        "aria: transposed": lambda: AriaExperts(
+            AriaTextConfig(hidden_size=6, moe_num_experts=4, intermediate_size=5, num_attention_heads=2)
+        ),
+        "nemotron: no gate": lambda: NemotronHExperts(
+            NemotronHConfig(hidden_size=6, n_routed_experts=4, moe_intermediate_size=5)
+        ),
+    }[kind]()
+    module.config._experts_implementation = "eager"
+    with torch.no_grad():
+        for p in module.parameters():
+            p.normal_()
+    return module
+
+
+KINDS = ["mixtral", "gpt-oss: transposed, biases, gate and up interleaved", "aria: transposed", "nemotron: no gate"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rows_of_an_expert_are_what_the_eager_forward_multiplies(kind):
+    torch.manual_seed(0)
+    module = experts_of(kind)
+    layers = find_layers(module)
+    first = "up_proj" if "no gate" in kind else "gate_up_proj"
+    assert [(n, layer.kind, layer.groups) for n, layer in layers.items()] == [
+        (first, "experts", 4),
+        ("down_proj", "experts", 4),
+    ]
+    hidden, chosen = torch.randn(9, 6), torch.stack([torch.randperm(3)[:2] for _ in range(9)])  # expert 3 gets none
+    with torch.no_grad(), Multiplied(module, list(layers)) as seen:
+        module(hidden, chosen, torch.rand(9, 2))
+    assert len(seen.rows) == 2 * 3
+    for name, layer in layers.items():
+        matrix = layer.as_matrix(layer.weight.detach()).reshape(4, -1, layer.shape[1])
+        assert torch.equal(layer.from_matrix(matrix.reshape(layer.shape)), layer.weight)
+        for expert, rows in enumerate(layer.expert_rows(hidden, chosen)):
+            rows = rows.detach()
+            if expert == 3:
+                assert rows.shape == (0, layer.shape[1])
+                continue
+            theirs = seen.rows[name, expert]
+            torch.testing.assert_close(rows.t() @ rows, theirs.t() @ theirs)  # in any order
+            stored = layer.weight.detach()[expert]
+            torch.testing.assert_close(matrix[expert], stored.t() if module.is_transposed else stored)
+
+
+def moments_of(model: nn.Module, batch: Any, objective: Any = None, change: Callable | None = None, **named: Any):
+    found = {}
+
+    def visit(layer, moments):
+        found[layer.name] = moments()
+        if change is not None:
+            change(layer)
+
+    visit_layers(model, objective or CausalLM(), batch, find_layers(model), visit, **named)
+    return found
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_the_moment_of_an_expert_is_that_of_the_tokens_sent_to_it(implementation):
+    """By hand from the routed tokens, padding left out, whichever implementation is in force; it stays in force."""
+    model, batch = mixtral(), padded()
+    model.set_experts_implementation(implementation)
+    seen = {}
+    handle = model.model.layers[0].mlp.experts.register_forward_pre_hook(lambda m, a: seen.update(x=a[0], chosen=a[1]))
+    with torch.no_grad():
+        before = model(**batch).logits
+    handle.remove()
+    moments = moments_of(model, batch)
+    assert model.config._experts_implementation == implementation
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, before)
+    kept = batch["attention_mask"].flatten().bool()
+    experts = model.model.layers[0].mlp.experts
+    for e in range(3):
+        tokens = [t for t in range(len(kept)) if kept[t] and e in seen["chosen"][t].tolist()]
+        x = seen["x"][tokens].double()
+        torch.testing.assert_close(moments[GATE_UP].second[e].double(), x.t() @ x / len(x), rtol=1e-5, atol=1e-6)
+        gate, up = (x @ experts.gate_up_proj[e].double().t()).detach().chunk(2, 1)
+        y = F.silu(gate) * up
+        torch.testing.assert_close(moments[DOWN].second[e].double(), y.t() @ y / len(y), rtol=1e-5, atol=1e-6)
+    assert not moments[GATE_UP].notes and not moments[DOWN].notes
+
+
+def test_the_second_matrix_sees_what_the_first_became_and_experts_have_no_drift():
+    model, batch = mixtral(), padded()
+    reference = copy.deepcopy(model)
+
+    def change(layer):
+        if layer.kind != "embedding":  # visited last
+            layer.write_(0.5 * layer.as_matrix(layer.weight.detach()))
+
+    moments = moments_of(model, batch, change=change, reference=(reference, find_layers(reference)))
+    again = moments_of(model, batch)  # every layer is what it became: nothing changes on the way
+    for name, moment in moments.items():
+        if moment is not None:
+            torch.testing.assert_close(moment.second, again[name].second)
+    assert moments[GATE_UP].drift is None and moments[DOWN].drift is None
+    assert moments["model.layers.0.self_attn.o_proj"].drift is not None and moments["lm_head"].drift is not None
+
+
+class Fixed(nn.Module):
+    """Experts whose tokens are given, and classes on top."""
+
+    def __init__(self, chosen: Tensor) -> None:
+        super().__init__()
+        self.experts, self.chosen = experts_of("mixtral"), chosen
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.experts(x, self.chosen[: len(x)], torch.ones(len(x), 1)))
+
+
+def test_experts_with_few_tokens_borrow_from_the_average_expert_and_say_so():
+    torch.manual_seed(0)
+    counts = [0, 1, 7, 40]
+    chosen = torch.cat([torch.full((n, 1), e) for e, n in enumerate(counts)])
+    model, x = Fixed(chosen), torch.randn(48, 6)
+    batch = (x, torch.zeros(48, dtype=torch.long))
+    moment = moments_of(model, batch, Classification())["experts.gate_up_proj"]
+    average, start = x.t() @ x / 48, 0
+    for e, n in enumerate(counts):
+        own = x[start : start + n]
+        start += n
+        missing = max(0, 2 * 6 - n)
+        torch.testing.assert_close(moment.second[e], (own.t() @ own + missing * average) / (n + missing))
+    torch.testing.assert_close(moment.second[0], average)
+    assert moment.notes == (
+        "layer experts.gate_up_proj: 3 of 4 experts saw fewer than 12 calibration tokens (the fewest 0); tokens of the "
+        "average expert stand in for the missing ones",
+    )
+    result = cp.quantize(model, [batch], bits=3)
+    assert all(
+        any("3 of 4 experts" in n for n in result.solved[f"experts.{p}_proj"].notes) for p in ("gate_up", "down")
+    )
+    assert all(bool(s.weight.isfinite().all()) for s in result.solved.values())
+    assert not result.solved["head"].notes
+    cast = cp.compress(model, [batch], options=[cp.Cast(dtype="bfloat16")])
+    assert not any(s.notes for s in cast.solved.values())
+
+
+def test_each_expert_is_rounded_for_its_own_tokens():
+    """Rounding them apart fits each expert's tokens better than with the moment of all."""
+    torch.manual_seed(0)
+    scales = torch.exp(2 * torch.randn(4, 6))  # every expert's tokens have their own large inputs
+    chosen = torch.arange(400).remainder(4)[:, None]
+    x = torch.randn(400, 6) * scales[chosen[:, 0]]
+    model = Fixed(chosen)
+    layer = find_layers(model)["experts.gate_up_proj"]
+    batch = (x, torch.zeros(400, dtype=torch.long))
+    rounded = cp.quantize(model, [batch], bits=2, layers="experts.gate_up_proj").solved["experts.gate_up_proj"].weight
+
+    def error(matrix: Tensor) -> float:
+        change = (matrix - layer.as_matrix(layer.weight.detach())).reshape(4, 10, 6)
+        return sum(float((r @ d.t()).square().sum()) for r, d in zip(layer.expert_rows(x, chosen), change, strict=True))
+
+    second = (x.t() @ x / 400)[None].repeat(4, 1, 1)
+    together = solve_layer(layer, [cp.Quantize(bits=2)], Moments(second))[0].weight
+    nearest = solve_layer(layer, [cp.Quantize(bits=2)], None)[0].weight
+    assert error(rounded) < 0.9 * min(error(together), error(nearest))
+
+
+def float64_model() -> tuple[Any, list[dict[str, Tensor]]]:
+    model = mixtral(hidden=4, inner=4, vocabulary=5).double()
+    model.set_experts_implementation("eager")  # grouped_mm has no float64
+    ids = torch.randint(0, 5, (2, 5), generator=torch.Generator().manual_seed(3))
+    return model, [{"input_ids": ids[:1]}, {"input_ids": ids[1:, :4]}]
+
+
+def test_the_fisher_of_experts_is_the_enumerated_one():
+    model, items = float64_model()
+    layers = {n: layer for n, layer in find_layers(model).items() if layer.kind == "experts"}
+    assert list(layers) == [GATE_UP, DOWN]
+    generator = torch.Generator().manual_seed(0)
+    deltas = {n: torch.randn(v.shape, generator=generator, dtype=torch.float64) for n, v in layers.items()}
+    measured = fisher_pass(
+        model, CausalLM(), items, layers, {n: [Change.of(d)] for n, d in deltas.items()}, labels=2000
+    )
+    for name, layer in layers.items():
+        fisher = exact_fisher(model, layer.weight, items, lambda m, b: m(**b).logits[:, :-1])
+        assert measured.trace(name).value == pytest.approx(float(fisher.trace()), rel=0.05)
+        exact = layer.as_matrix(fisher.diagonal().reshape(layer.weight.shape))
+        torch.testing.assert_close(measured.diagonal[name], exact, rtol=0.2, atol=0.03 * float(exact.max()))
+        delta = layer.from_matrix(deltas[name]).flatten()
+        price = ratio_estimate(measured.squares[name][:, 0], measured.count).value
+        assert price == pytest.approx(0.5 * float(delta @ fisher @ delta), rel=0.08)
+
+
+def dense_hessian(model: nn.Module, batches: list, name: str) -> Tensor:
+    """Of the mean loss over positions, by reverse over reverse through the whole model."""
+    weight = dict(model.named_parameters())[name].detach()
+
+    def mean_loss(flat: Tensor) -> Tensor:
+        total, count = flat.new_zeros(()), 0
+        for b in batches:
+            out = torch.func.functional_call(model, {name: flat.view(weight.shape)}, (), b).logits
+            targets = b["input_ids"][:, 1:]
+            total = total + F.cross_entropy(out[:, :-1].flatten(0, 1), targets.flatten(), reduction="sum")
+            count += targets.numel()
+        return total / count
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        return torch.autograd.functional.hessian(mean_loss, weight.flatten())
+
+
+@pytest.mark.parametrize("experts", [3, 2])  # of two, both see every token: the weight's use looks like a plain one
+def test_the_hessian_of_experts_is_probed_and_right(experts):
+    model = mixtral(hidden=4, inner=4, vocabulary=5, experts=experts).double()
+    model.set_experts_implementation("eager")
+    _, items = float64_model()
+    found = cp.analyze(model, items, layers=[GATE_UP, DOWN], quantities=["trace", "diagonal"], max_products=100)
+    for name in (GATE_UP, DOWN):
+        dense = dense_hessian(model, items, name)
+        curvature, layer = found.layers[name], find_layers(model)[name]
+        assert not curvature.exact and "probes" in curvature.method
+        assert abs(curvature.trace.value - float(dense.trace())) < 4 * curvature.trace.stderr + 1e-9
+        exact = layer.as_matrix(dense.diagonal().reshape(layer.weight.shape))
+        assert float((curvature.diagonal - exact).norm() / exact.norm()) < 4 * curvature.diagonal_error
+        eye = torch.eye(len(dense), dtype=torch.float64)
+        torch.testing.assert_close(cp.hessian(model, items, parameters=[name]) @ eye, dense)
+        grouped = copy.deepcopy(model).float()
+        grouped.set_experts_implementation("grouped_mm")
+        operator = cp.hessian(grouped, items, parameters=[name])
+        torch.testing.assert_close(operator @ eye.float(), dense.float(), rtol=1e-3, atol=1e-5)
+        assert grouped.config._experts_implementation == "grouped_mm"
+
+
+def test_experts_are_never_taken_for_layers_with_factors():
+    """With one expert hit, or the grouped implementation, the weight is used once, like a Linear's."""
+    chosen = torch.zeros(8, 1, dtype=torch.long)
+    model, batch = Fixed(chosen), (torch.randn(8, 6), torch.tensor([0, 1] * 4))
+    layers = find_layers(model)
+    assert factors.structure(model, Classification(), batch, layers).factored == ("head",)
+    for matrix, methods in (("ggn", {"joint probes", "layer probes"}), ("fisher", {"items"})):
+        found = cp.analyze(model, [batch], matrix=matrix, quantities=["trace"]).layers
+        assert found["experts.gate_up_proj"].method in methods
+    with pytest.raises(ValueError, match=r"layer experts\.gate_up_proj: a router decides"):
+        cp.analyze(model, [batch], matrix="empirical-fisher", quantities=["trace"])
+    with pytest.raises(ValueError, match=r"layer experts\.gate_up_proj: stacked experts have no factors"):
+        factors.exact_gauss_newton(model, Classification(), [batch], layers)
+    with pytest.raises(ValueError, match=r"layer experts\.gate_up_proj: .* no Kronecker factors"):
+        factors.kfac(model, Classification(), [batch], layers)
+
+
+OPTIONS = [
+    cp.Quantize(bits=3, group_size=4, symmetric=False),
+    cp.Quantize(bits=8),
+    cp.Cast(dtype="bfloat16"),
+    cp.Prune(pattern="2:4"),
+    cp.Prune(sparsity=0.5),
+]
+
+
+@pytest.mark.parametrize("build", [mixtral, gpt_oss])
+@pytest.mark.parametrize("portable", [True, False])
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda o: o.key)
+def test_every_option_comes_back_in_the_bytes_that_were_promised(build, portable, option, tmp_path):
+    model = build()
+    batch = padded(model.config.vocab_size)
+    result = cp.compress(model, [batch], options=[option], layers="*experts*", settings=cp.Settings(portable=portable))
+    result.save(tmp_path)
+    stored = artifact.tensor_names(tmp_path)
+    assert result.plan.bytes == sum(size for _, size in stored.values())
+    layers = find_layers(result.model)
+    packs = not portable and isinstance(option, cp.Quantize)
+    for name in (GATE_UP, DOWN):
+        names = [n for n in stored if n.startswith(name) and "bias" not in n]
+        assert (name in names) != packs
+        assert sum(stored[n][1] for n in names) == artifact.layer_bytes(model, layers[name], option, portable=portable)
+        matrix = layers[name].as_matrix(layers[name].weight.detach())
+        if isinstance(option, cp.Prune):
+            assert float((matrix == 0).float().mean()) == 0.5
+        torch.testing.assert_close(matrix, result.solved[name].weight)
+    dense, packed = cp.load(tmp_path), cp.load(tmp_path, packed=True)
+    with torch.no_grad():
+        expected = result.model(**batch).logits
+        assert not torch.equal(expected, model(**batch).logits)
+        torch.testing.assert_close(dense(**batch).logits, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(packed(**batch).logits, expected, rtol=1e-5, atol=1e-6)
+    if packs:
+        experts = packed.model.layers[0].mlp.experts
+        assert experts.num_experts == 3 and not experts.module.gate_up_proj.numel()
+        with pytest.raises(ValueError, match=r"layer .*experts.*: its weight is not a parameter"):
+            find_layers(packed)
+
+
+def test_experts_take_part_in_a_plan():
+    model = mixtral(hidden=16, inner=32)
+    data = [padded() | {"input_ids": padded()["input_ids"].roll(i, 0)} for i in range(12)]
+    ledger = cp.price(model, data, options=[cp.Quantize(bits=b) for b in (2, 4)])
+    prices = {k: r.price for k, r in ledger.layer_rows(GATE_UP).items()}
+    assert prices["int2-pc-sym"] > prices["int4-pc-sym"] > 0
+    settings = cp.Settings(portable=False)
+    small = cp.quantize(model, data, bits=4, settings=settings).plan.bytes
+    result = cp.quantize(model, data, bits=[2, 4, 8], budget=cp.Budget(max_bytes=small + 12_000), settings=settings)
+    assert {GATE_UP, DOWN} <= set(result.plan.choices) and math.isfinite(result.plan.predicted)
+    assert result.plan.choices[GATE_UP] != "keep"
+    own = copy.deepcopy(model)
+    changed = cp.quantize(own, data, bits=4, layers="*experts*", inplace=True)
+    assert changed.model is own and not torch.equal(*(m.get_parameter(GATE_UP) for m in (own, model)))
+
+
+def test_what_does_not_fit_names_the_experts():
+    model, batch = mixtral(), padded()
+    with pytest.raises(ValueError, match=r"experts\.gate_up_proj.*group_size"):
+        cp.quantize(model, [batch], bits=4, group_size=5, layers="*experts*")
+    with pytest.raises(ValueError, match=r"nearest layer is 'model.layers.0.mlp.experts.gate_up_proj'"):
+        find_layers(model, "model.layers.0.mlp.experts.gate_proj")
+    with torch.no_grad():
+        model.get_parameter(DOWN)[1, 0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"layer model\.layers\.0\.mlp\.experts\.down_proj: its weight holds NaN"):
+        cp.quantize(model, [batch], bits=4, layers="*experts*")
+
+
+def test_experts_of_another_layout_are_not_left_out_in_silence():
+    config = Llama4TextConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=32, intermediate_size_mlp=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_local_experts=4,
+    )  # fmt: skip
+    model = Llama4ForCausalLM(config)
+    assert not any("experts" in n for n in find_layers(model))
+    assert "experts" in (left_over(model) or "") and left_over(mixtral(hidden=32, inner=64)) is None
+    with pytest.warns(UserWarning, match=r"% of the parameters are in .*experts.* stay as they are"):
+        cp.quantize(model, [{"input_ids": torch.randint(0, 20, (2, 8))}], bits=4)

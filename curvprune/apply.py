@@ -26,7 +26,8 @@ from curvprune.objective import Batch, Objective, evaluating
 
 _BLOCK = 192  # columns of a block of a Gram matrix
 _ROWS = 4096  # input rows per update of a Gram matrix: bounds the memory of unfolded convolutions and upcasts
-_ENOUGH = 2  # tokens per input below which an expert's moment is filled up with that of all experts
+# Tokens of the average expert, for each input, that count beside an expert's own; `benchmarks/experts.py` tried others.
+_BORROWED = 0.5
 
 
 class _Finished(Exception):
@@ -251,9 +252,8 @@ def _moments(layer: Layer, module: nn.Module, x: Tensor, original: Tensor | None
 
 
 def _expert_moments(layer: Layer, x: Tensor, chosen: Tensor, mask: Tensor | None) -> Moments:
-    """The moment of each expert's own tokens. One with fewer than `_ENOUGH` per input (where a sample says little
-    about the directions that it lacks, and none makes it singular) gets what is missing as tokens of the average
-    expert: with none it has the moment of all experts' tokens, with enough its own alone."""
+    """The moment of each expert's tokens, with ``_BORROWED·in`` tokens of the average expert among them: few tokens say
+    little about most directions, and none nothing at all. Many outweigh the borrowed ones."""
     if mask is not None and mask.numel() == len(x) and not bool(mask.all()):
         kept = mask.reshape(-1).bool()
         x, chosen = x[kept], chosen[kept]
@@ -267,14 +267,13 @@ def _expert_moments(layer: Layer, x: Tensor, chosen: Tensor, mask: Tensor | None
         counts.append(len(rows))
     _mirror(second)
     average = second.sum(0) / max(1, sum(counts))
-    few = 0
+    borrowed = _BORROWED * width
     for total, count in zip(second, counts, strict=True):
-        missing = max(0, _ENOUGH * width - count)
-        few += missing > 0
-        total.add_(average, alpha=missing).div_(count + missing)
+        total.add_(average, alpha=borrowed).div_(count + borrowed)
+    few = sum(count < width for count in counts)
     notes = (
-        f"layer {layer.name}: {few} of {layer.groups} experts saw fewer than {_ENOUGH * width} calibration tokens (the "
-        f"fewest {min(counts)}); tokens of the average expert stand in for the missing ones",
+        f"layer {layer.name}: {few} of {layer.groups} experts saw fewer calibration tokens than their {width} inputs "
+        f"(the fewest {min(counts)}) and were solved for those of all experts in part",
     )
     return Moments(second, notes=notes if few else ())
 

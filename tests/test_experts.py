@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import (
@@ -150,6 +154,13 @@ def moments_of(model: nn.Module, batch: Any, objective: Any = None, change: Call
     return found
 
 
+def borrowing(parts: list[Tensor]) -> Tensor:
+    """The experts' moments, each with half as many tokens of the average expert as it has inputs."""
+    every = torch.cat(parts)
+    average, borrowed = every.t() @ every / len(every), every.shape[1] / 2
+    return torch.stack([(p.t() @ p + borrowed * average) / (len(p) + borrowed) for p in parts])
+
+
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_the_moment_of_an_expert_is_that_of_the_tokens_sent_to_it(implementation):
     """By hand from the routed tokens, padding left out, whichever implementation is in force; it stays in force."""
@@ -166,13 +177,16 @@ def test_the_moment_of_an_expert_is_that_of_the_tokens_sent_to_it(implementation
         assert torch.equal(model(**batch).logits, before)
     kept = batch["attention_mask"].flatten().bool()
     experts = model.model.layers[0].mlp.experts
+    inputs: dict[str, list[Tensor]] = {GATE_UP: [], DOWN: []}
     for e in range(3):
         tokens = [t for t in range(len(kept)) if kept[t] and e in seen["chosen"][t].tolist()]
         x = seen["x"][tokens].double()
-        torch.testing.assert_close(moments[GATE_UP].second[e].double(), x.t() @ x / len(x), rtol=1e-5, atol=1e-6)
         gate, up = (x @ experts.gate_up_proj[e].double().t()).detach().chunk(2, 1)
-        y = F.silu(gate) * up
-        torch.testing.assert_close(moments[DOWN].second[e].double(), y.t() @ y / len(y), rtol=1e-5, atol=1e-6)
+        inputs[GATE_UP].append(x)
+        inputs[DOWN].append(F.silu(gate) * up)
+    for name, parts in inputs.items():
+        expected = borrowing(parts)
+        torch.testing.assert_close(moments[name].second.double(), expected, rtol=1e-5, atol=1e-6)
     assert not moments[GATE_UP].notes and not moments[DOWN].notes
 
 
@@ -212,20 +226,15 @@ def test_experts_with_few_tokens_borrow_from_the_average_expert_and_say_so():
     model, x = Fixed(chosen), torch.randn(48, 6)
     batch = (x, torch.zeros(48, dtype=torch.long))
     moment = moments_of(model, batch, Classification())["experts.gate_up_proj"]
-    average, start = x.t() @ x / 48, 0
-    for e, n in enumerate(counts):
-        own = x[start : start + n]
-        start += n
-        missing = max(0, 2 * 6 - n)
-        torch.testing.assert_close(moment.second[e], (own.t() @ own + missing * average) / (n + missing))
-    torch.testing.assert_close(moment.second[0], average)
+    torch.testing.assert_close(moment.second, borrowing(list(x.split(counts))))
+    torch.testing.assert_close(moment.second[0], x.t() @ x / 48)  # without tokens of its own, the average
     assert moment.notes == (
-        "layer experts.gate_up_proj: 3 of 4 experts saw fewer than 12 calibration tokens (the fewest 0); tokens of the "
-        "average expert stand in for the missing ones",
+        "layer experts.gate_up_proj: 2 of 4 experts saw fewer calibration tokens than their 6 inputs (the fewest 0) "
+        "and were solved for those of all experts in part",
     )
     result = cp.quantize(model, [batch], bits=3)
     assert all(
-        any("3 of 4 experts" in n for n in result.solved[f"experts.{p}_proj"].notes) for p in ("gate_up", "down")
+        any("2 of 4 experts" in n for n in result.solved[f"experts.{p}_proj"].notes) for p in ("gate_up", "down")
     )
     assert all(bool(s.weight.isfinite().all()) for s in result.solved.values())
     assert not result.solved["head"].notes
@@ -416,3 +425,46 @@ def test_experts_of_another_layout_are_not_left_out_in_silence():
     assert "experts" in (left_over(model) or "") and left_over(mixtral(hidden=32, inner=64)) is None
     with pytest.warns(UserWarning, match=r"% of the parameters are in .*experts.* stay as they are"):
         cp.quantize(model, [{"input_ids": torch.randint(0, 20, (2, 8))}], bits=4)
+
+
+class AnyConfig:
+    """Small sizes under whatever names a class of experts reads them."""
+
+    _experts_implementation = "eager"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if "expert" in name and name.startswith(("num", "n_", "moe_num")):
+            return 4
+        known = {"act": "silu", "limit": 7.0, "alpha": 1.7, "eps": 1e-6, "latent": None, "intermediate": 5}
+        return next((value for part, value in known.items() if part in name), 6)
+
+
+@pytest.mark.slow
+def test_the_rows_of_every_class_of_experts_give_its_own_output():
+    """The formula that the second matrix's inputs come from is that of all classes that transformers has."""
+    classes = []
+    for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
+        if found := re.findall(r"^@use_experts_implementation.*\nclass (\w+)", path.read_text("utf-8"), re.MULTILINE):
+            module = importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}")
+            classes += [getattr(module, name) for name in found]
+    assert len(classes) > 40
+    hidden, shares = torch.randn(9, 6), torch.rand(9, 2)
+    chosen = torch.stack([torch.randperm(4)[:2] for _ in range(9)])
+    for kind in classes:
+        experts = kind(AnyConfig())
+        with torch.no_grad():
+            for p in experts.parameters():
+                p.normal_()
+            layers, output = find_layers(experts), torch.zeros(9, 6)
+            second = layers["down_proj"]
+            matrices = second.as_matrix(second.weight).reshape(4, 6, 5)
+            for e, rows in enumerate(second.expert_rows(hidden, chosen)):
+                token, place = torch.where(chosen == e)
+                y = F.linear(rows, matrices[e], experts.down_proj_bias[e] if experts.has_bias else None)
+                y = experts.post_expert_norm(y) if getattr(experts, "has_post_expert_norm", False) else y
+                output.index_add_(0, token, y * shares[token, place, None])
+            own = experts(hidden, chosen, shares)
+        scale = float(own.abs().max())
+        torch.testing.assert_close(output, own, rtol=1e-5, atol=1e-5 * scale, msg=lambda m, k=kind: f"{k}: {m}")

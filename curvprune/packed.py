@@ -132,9 +132,10 @@ class PackedExperts(_Around):
 def pack_modules(model: nn.Module, layer: Layer, weight: PackedWeight) -> None:
     """Replace every module that holds or shares the layer's weight."""
     shape, transposed = layer.weight.shape, layer.transposed
-    for name in (layer.name, *layer.aliases):
-        owner = name.rpartition(".")[0] if layer.kind == "experts" else name
-        module = model.get_submodule(owner)
+    names = (layer.name, *layer.aliases)
+    owners = [name.rpartition(".")[0] if layer.kind == "experts" else name for name in names]
+    # All are looked up first: two names may lead to one place, where the first would leave what the second finds.
+    for owner, module in [(owner, model.get_submodule(owner)) for owner in owners]:
         packed: nn.Module
         if layer.kind == "experts":
             packed = module if isinstance(module, PackedExperts) else PackedExperts(module)

@@ -58,7 +58,7 @@ class Settings:
     trials: int = 6
     attempts: int = 2
     batch_size: int = 4
-    portable: bool = True  # see `curvprune.artifact.packs`
+    portable: artifact.Portable = True  # see `curvprune.artifact.reader_of`
 
 
 @dataclass(kw_only=True, slots=True)
@@ -581,7 +581,7 @@ def _apply_and_write(job: Job, bench: _Bench, name: str, choices: dict[str, str]
     # What lies on disk packed need not be held in memory twice: codes and scales are enough for a later save.
     light = {
         n: replace(s, weight=torch.empty(0))
-        if s.codes is not None and artifact.packs(job.model, job.layers[n], portable=job.settings.portable)
+        if s.codes is not None and artifact.packs(job.model, job.layers[n], s.option, portable=job.settings.portable)
         else s
         for n, s in solved.items()
     }

@@ -43,7 +43,7 @@ def is_transformers(model: nn.Module) -> bool:
 
 
 def reader_of(model: nn.Module, layer: Layer, *, portable: Portable = True) -> str | None:
-    """Who must be able to read this layer packed, besides `curvprune.load`: ``"transformers"``, ``"engines"``, ``None``.
+    """Who must be able to read this layer packed besides `curvprune.load`: ``"transformers"``, ``"engines"``, ``None``.
 
     transformers' loader unpacks untied ``nn.Linear`` only (a packed Embedding crashes its weight initialisation), so a
     ``portable`` artifact stores other layers of its models dense after rounding; ``portable="engines"`` keeps the
@@ -209,12 +209,7 @@ def load_into(folder: Path, model: nn.Module, *, packed: bool = False) -> nn.Mod
         quantize = quantizer_of(option_from_key(entry["option"])) if entry else None
         if quantize is None or not entry["packed"]:
             continue
-        parts = {k: tensors.pop(f"{layer.name}.weight_{k}", None) for k in ("packed", "scale", "shape", "zero_point")}
-        if parts["packed"] is None or parts["scale"] is None or parts["shape"] is None:
-            raise ValueError(f"{folder}: layer {layer.name} lacks its packed tensors; the file is damaged")
-        if tuple(parts["shape"].tolist()) != layer.shape:
-            raise ValueError(f"{folder}: layer {layer.name} is {parts['shape'].tolist()}, the model has {layer.shape}")
-        codes, scale, zero = _unpack(parts, quantize, layer.shape)
+        codes, scale, zero = take_packed(folder, tensors, layer, quantize)
         if packed:
             held.append((layer, PackedWeight(codes, scale, zero, quantize, layer.weight.dtype)))
         else:
@@ -244,16 +239,25 @@ def load_into(folder: Path, model: nn.Module, *, packed: bool = False) -> nn.Mod
     return model
 
 
-def _unpack(
-    parts: Mapping[str, Tensor | None], quantize: Quantize, shape: tuple[int, int]
+def take_packed(
+    folder: Path, tensors: dict[str, Tensor], layer: Layer, quantize: Quantize
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes, scales and zeros."""
-    packed, scale, zero = parts["packed"], parts["scale"], parts["zero_point"]
-    assert packed is not None and scale is not None
-    codes = unpack(packed, quantize.bits, shape[1])
+    """Codes, scales and zeros of a packed layer, as in `curvprune.solve.Solved`; its tensors are removed from the
+    folder's ``tensors``.
+
+    Raises ``ValueError`` naming the layer if they are not whole or of another shape.
+    """
+    packed, scale, shape, zero = (
+        tensors.pop(f"{layer.name}.weight_{k}", None) for k in ("packed", "scale", "shape", "zero_point")
+    )
+    if packed is None or scale is None or shape is None:
+        raise ValueError(f"{folder}: layer {layer.name} lacks its packed tensors; the file is damaged")
+    if tuple(shape.tolist()) != layer.shape:
+        raise ValueError(f"{folder}: layer {layer.name} is {shape.tolist()}, the model has {layer.shape}")
+    codes = unpack(packed, quantize.bits, layer.shape[1])
     if quantize.bits == 1:
         return codes, scale, torch.full(scale.shape, HALF_WAY, dtype=torch.float16) if zero is None else zero
-    return codes, scale, None if zero is None else unpack(zero, quantize.bits, shape[0], dim=0)
+    return codes, scale, None if zero is None else unpack(zero, quantize.bits, layer.shape[0], dim=0)
 
 
 def folder_bytes(folder: Path) -> int:

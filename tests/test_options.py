@@ -95,7 +95,8 @@ def test_bad_options_say_what_to_write(value, message):
 
 def test_options_that_do_not_fit_name_layer_and_nearest_value():
     with pytest.raises(
-        ValueError, match=r"layer a\.b: group_size=64 does not divide its 96 inputs.*transformers.*nearest that does: 48.*portable"
+        ValueError,
+        match=r"layer a\.b: group_size=64 does not divide its 96 inputs.*transformers.*nearest that does: 48.*portable",
     ):
         check_fits(Quantize(bits=4, group_size=64), "a.b", (10, 96), reader="transformers")
     with pytest.raises(ValueError, match=r"layer x: pattern 2:4 needs a multiple of 4 inputs.*sparsity: 0.5"):

@@ -39,7 +39,7 @@ class Solved:
             the dtype of the given weight, at least float32. ``Keep`` shares memory with a float32 or float64 input.
         codes: ``(out, in)`` int8 in ``[-2^(b-1), 2^(b-1) - 1]``, or ``None`` without a grid.
         scale: ``(out, groups)`` float16 (bfloat16 for a bfloat16 weight).
-        zero: ``(out, groups)`` int8 in the range of the codes; ``None`` for a symmetric grid. Of one bit always float16,
+        zero: ``(out, groups)`` int8 in the range of the codes; ``None`` for a symmetric grid. Of one bit it is float16,
             -1/2 for a symmetric grid (see `curvprune.solve.grids`).
         damping: the lambda over the mean of diag(A) really used; 0 when nothing was factorised.
         notes: what the report must say about this layer.

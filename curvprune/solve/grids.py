@@ -137,7 +137,7 @@ def search_grid(
         scores 13 candidates (19 for asymmetric grids of at most ``ZERO_SHIFT_BITS`` bits), for one bit one sort of each
         group at most; no forward pass.
     """
-    width, out = Wt.shape
+    width = len(Wt)
     a = Wt.new_ones(width) if importance is None else importance.to(Wt)
     size = min(group_size or width, width)
     whole = width - width % size

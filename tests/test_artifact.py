@@ -341,6 +341,19 @@ def test_what_compressed_tensors_lacks_comes_back_from_a_folder_that_is_not_port
         torch.testing.assert_close(packed(**batch).logits, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_budget_is_spent_on_what_compressed_tensors_lacks(tmp_path):
+    model = tiny.llama(tied=False)
+    data = [{"input_ids": torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(i))} for i in range(30)]
+    result = cp.compress(
+        model, data, options=UNEVEN[:4], budget=cp.Budget(max_bytes=25_000), settings=cp.Settings(portable=False)
+    )
+    result.save(tmp_path)
+    assert len(set(result.plan.choices.values())) > 1
+    assert sum(size for _, size in artifact.tensor_names(tmp_path).values()) == result.plan.bytes <= 25_000
+    with torch.no_grad():
+        assert torch.equal(cp.load(tmp_path)(**data[0]).logits, result.model.eval()(**data[0]).logits)
+
+
 def test_compressed_tensors_has_no_shorter_last_group(tmp_path):
     """Why a portable artifact refuses one: plain transformers cannot unpack it."""
     from compressed_tensors.quantization import QuantizationArgs
@@ -367,6 +380,8 @@ def test_one_bit_is_dense_where_transformers_must_read_it(symmetric, tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(theirs(**batch).logits, result.model.eval()(**batch).logits)
+        for packed in (False, True):
+            assert torch.equal(cp.load(tmp_path, packed=packed)(**batch).logits, result.model(**batch).logits)
     weight = theirs.model.layers[0].mlp.up_proj.weight
     assert all(len(group.unique()) == 2 for group in weight.detach().reshape(-1, 16))
 

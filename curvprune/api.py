@@ -68,7 +68,8 @@ class Result:
 
     def save(self, folder: str | Path, *, tokenizer: Any = None) -> Path:
         """Write the packed artifact, which `load` reads (and transformers, for its own models, unless
-        ``Settings(portable=False)``, which packs embeddings and every other kind of layer too). Returns the folder."""
+        ``Settings(portable=False)``, which packs embeddings and every other kind of layer too; ``"engines"`` keeps to
+        what serving engines have kernels for). Returns the folder."""
         path = Path(folder)
         write_model(path, self.model, self.solved, self.plan.to_dict(), tokenizer=tokenizer, portable=self.portable)
         return path

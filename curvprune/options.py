@@ -165,7 +165,7 @@ def check_fits(option: Option, layer: str, shape: tuple[int, int], *, reader: st
             raise ValueError(
                 f"layer {layer}: group_size={asked} does not divide its {width} inputs, and {reader} cannot read "
                 f"a shorter last group; nearest that does: {nearest} (or null for one scale per channel), "
-                "or portable: false"
+                "or portable: false (in Python Settings(portable=False))"
             )
     if prune is not None and prune.nm is not None and width % prune.nm[1]:
         raise ValueError(

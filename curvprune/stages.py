@@ -60,6 +60,10 @@ class Settings:
     batch_size: int = 4
     portable: artifact.Portable = True  # see `curvprune.artifact.reader_of`
 
+    def __post_init__(self) -> None:
+        if self.portable not in (True, False, "engines"):
+            raise ValueError(f'Settings: portable={self.portable!r} is unknown; choose True, False or "engines"')
+
 
 @dataclass(kw_only=True, slots=True)
 class Job:

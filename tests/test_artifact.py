@@ -390,6 +390,8 @@ def test_an_artifact_for_engines_holds_only_what_they_have_kernels_for(tmp_path)
     model = tiny.llama(tied=False)
     batch = {"input_ids": torch.randint(0, model.config.vocab_size, (2, 8))}
     settings = cp.Settings(portable="engines")
+    with pytest.raises((ValueError, TypeError), match="portable"):  # these tests check types at run time as well
+        cp.Settings(portable="engine")
     with pytest.raises(ValueError, match=r"q_proj: option int3-pc-sym: .*2, 4 or 8 bits, not 3; nearest: 4"):
         cp.quantize(model, [batch], bits=3, settings=settings)
     budget = cp.Budget(max_bytes=85_000)
@@ -397,8 +399,12 @@ def test_an_artifact_for_engines_holds_only_what_they_have_kernels_for(tmp_path)
     offered = {row.option for row in result.ledger.rows}
     assert offered == {"keep", "int2-pc-sym", "int4-pc-sym", "int8-pc-sym"}
     result.save(tmp_path)
-    groups = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["config_groups"]
-    assert {group["weights"]["num_bits"] for group in groups.values()} <= {2, 4, 8}
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert {group["weights"]["num_bits"] for group in config["config_groups"].values()} <= {2, 4, 8}
+    # vLLM wants every Linear layer to be a target or ignored.
+    targets = {name for group in config["config_groups"].values() for name in group["targets"]}
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert targets | set(config["ignore"]) == linear and "lm_head" in config["ignore"]
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(theirs(**batch).logits, result.model.eval()(**batch).logits)

@@ -178,6 +178,7 @@ def price(
     objective: str | Objective = "auto",
     layers: str | Sequence[str] = "*",
     labels: int = 2,
+    portable: artifact.Portable = True,
     device: str | torch.device | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -185,12 +186,13 @@ def price(
     """Bytes and predicted loss increase (nats, ± standard error) of every option of every layer.
 
     Every option is solved (one forward pass over the data), then priced along its own change (one forward and
-    ``labels`` backward passes per item). Raises ``ValueError`` naming the layer that an option does not fit.
+    ``labels`` backward passes per item). ``portable`` says of which artifact the bytes are, as in `Settings`.
+    Raises ``ValueError`` naming the layer that an option does not fit.
     """
     with tempfile.TemporaryDirectory() as folder:
         job = _job(
             model, data, options, None, Path(folder), objective=objective, layers=layers, labels=labels, device=device,
-            seed=seed, progress=progress, priced=True,
+            seed=seed, progress=progress, priced=True, settings=Settings(portable=portable),
         )  # fmt: skip
         price_options(job, solve_options(job))
         assert job.ledger is not None

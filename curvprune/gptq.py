@@ -1,5 +1,5 @@
-"""Export an artifact in the layout of GPTQ checkpoints (``checkpoint_format: gptq_v2``), which GPTQModel reads on any
-device and vLLM and SGLang on GPUs.
+"""Export an artifact in the layout of GPTQ checkpoints (``checkpoint_format: gptq_v2``), which GPTQModel and serving
+engines read; docs/formats.md says what was tried.
 
 Of every Linear layer in the model's blocks it holds ``qweight (in * bits / 32, out)``, unsigned codes packed without
 gaps into int32 words along the inputs; ``scales (groups, out)`` in float16; ``qzeros (groups, out * bits / 32)``,

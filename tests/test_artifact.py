@@ -341,6 +341,16 @@ def test_what_compressed_tensors_lacks_comes_back_from_a_folder_that_is_not_port
         torch.testing.assert_close(packed(**batch).logits, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_prices_come_with_the_bytes_of_the_artifact_that_is_asked_for():
+    model, option = tiny.llama(tied=False), Quantize(bits=1, group_size=20)
+    data = [{"input_ids": torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(i))} for i in range(3)]
+    sizes = {
+        portable: cp.price(model, data, options=[option], layers="lm_head", portable=portable).rows[0].bytes
+        for portable in (True, False)
+    }
+    assert sizes == {True: 256 * 32 * 4, False: 256 * (4 + 2 * 2) + 16}
+
+
 def test_a_budget_is_spent_on_what_compressed_tensors_lacks(tmp_path):
     model = tiny.llama(tied=False)
     data = [{"input_ids": torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(i))} for i in range(30)]

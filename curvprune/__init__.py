@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from curvprune.curvature.estimators import trace as trace
     from curvprune.data import Split as Split
     from curvprune.data import Splits as Splits
+    from curvprune.gptq import export_gptq as export_gptq
     from curvprune.ledger import Ledger as Ledger
     from curvprune.objective import CausalLM as CausalLM
     from curvprune.objective import Classification as Classification
@@ -52,6 +53,7 @@ _HOME = {
     "curvature.estimators": ("density", "diagonal", "eigenpairs", "trace"),
     "certificate": ("Verdict",),
     "data": ("Split", "Splits"),
+    "gptq": ("export_gptq",),
     "ledger": ("Ledger",),
     "objective": ("CausalLM", "Classification", "LabelFree", "Objective"),
     "options": ("Cast", "Keep", "Prune", "PruneQuantize", "Quantize"),

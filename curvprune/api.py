@@ -25,7 +25,7 @@ from curvprune.data import Split, Splits, as_split, split_items
 from curvprune.layers import Layer, find_layers, left_over
 from curvprune.ledger import Ledger
 from curvprune.objective import Batch, Objective, evaluate, make_objective, to_device
-from curvprune.options import Keep, Option, Prune, Quantize, check_fits
+from curvprune.options import ENGINE_ASYMMETRIC_BITS, ENGINE_BITS, Keep, Option, Prune, Quantize, check_fits
 from curvprune.pipeline import load_artifact, write_model
 from curvprune.plan import Budget, Plan
 from curvprune.solve import Solved
@@ -64,11 +64,12 @@ class Result:
     analysis: Analysis | None
     trials: tuple[dict[str, Any], ...]
     solved: dict[str, Solved]
-    portable: bool = True
+    portable: artifact.Portable = True
 
     def save(self, folder: str | Path, *, tokenizer: Any = None) -> Path:
         """Write the packed artifact, which `load` reads (and transformers, for its own models, unless
-        ``Settings(portable=False)``, which packs embeddings and every other kind of layer too). Returns the folder."""
+        ``Settings(portable=False)``, which packs embeddings and every other kind of layer too; ``"engines"`` keeps to
+        what serving engines have kernels for). Returns the folder."""
         path = Path(folder)
         write_model(path, self.model, self.solved, self.plan.to_dict(), tokenizer=tokenizer, portable=self.portable)
         return path
@@ -177,6 +178,7 @@ def price(
     objective: str | Objective = "auto",
     layers: str | Sequence[str] = "*",
     labels: int = 2,
+    portable: artifact.Portable = True,
     device: str | torch.device | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -184,12 +186,13 @@ def price(
     """Bytes and predicted loss increase (nats, ± standard error) of every option of every layer.
 
     Every option is solved (one forward pass over the data), then priced along its own change (one forward and
-    ``labels`` backward passes per item). Raises ``ValueError`` naming the layer that an option does not fit.
+    ``labels`` backward passes per item). ``portable`` says of which artifact the bytes are, as in `Settings`.
+    Raises ``ValueError`` naming the layer that an option does not fit.
     """
     with tempfile.TemporaryDirectory() as folder:
         job = _job(
             model, data, options, None, Path(folder), objective=objective, layers=layers, labels=labels, device=device,
-            seed=seed, progress=progress, priced=True,
+            seed=seed, progress=progress, priced=True, settings=Settings(portable=portable),
         )  # fmt: skip
         price_options(job, solve_options(job))
         assert job.ledger is not None
@@ -272,14 +275,21 @@ def quantize(
     **arguments: Any,
 ) -> Result:
     """Round every layer to ``bits`` bits, or, with a budget, each layer to its own width (``bits``: the widths offered,
-    by default 2, 3, 4, 5, 6 and 8).
+    by default 2, 3, 4, 5, 6 and 8, or those that serving engines have kernels for with
+    ``Settings(portable="engines")``).
 
     Args:
         group_size: inputs that share a scale; ``None`` for one scale per output channel.
         arguments: passed on to `compress`.
     """
     if bits is None:
-        bits = (2, 3, 4, 5, 6, 8) if budget is not None else 4
+        settings: Settings | None = arguments.get("settings")
+        if budget is None:
+            bits = 4
+        elif settings is not None and settings.portable == "engines":
+            bits = ENGINE_BITS if symmetric else ENGINE_ASYMMETRIC_BITS
+        else:
+            bits = (2, 3, 4, 5, 6, 8)
     widths = [bits] if isinstance(bits, int) else list(bits)
     options = [Quantize(bits=b, group_size=group_size, symmetric=symmetric) for b in widths]
     return compress(model, data, options=options, budget=budget, **arguments)
@@ -386,9 +396,10 @@ def _job(
         portable=settings.portable,
     )
     found = find_layers(model, layers)
+    readers = {n: artifact.reader_of(model, layer, portable=settings.portable) for n, layer in found.items()}
     for name, layer in found.items():
         for option in options:
-            check_fits(option, name, layer.shape)
+            check_fits(option, name, layer.shape, reader=readers[name])
     if isinstance(data, Splits):
         splits = data
     elif budget is not None:

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from curvprune.layers import Layer, find_layers
-from curvprune.options import Cast, Quantize, option_from_key, quantizer_of, stored_bytes
+from curvprune.options import Cast, Option, Quantize, option_from_key, quantizer_of, stored_bytes
 from curvprune.packed import PackedWeight, give_back_memory, pack_modules
 from curvprune.solve import Solved
-from curvprune.solve.grids import dequantize
+from curvprune.solve.grids import HALF_WAY, dequantize
 from curvprune.state import State
 
 WEIGHTS = "model.safetensors"
@@ -34,20 +34,37 @@ WEIGHTS = "model.safetensors"
 FOREIGN_WEIGHTS = "packed.safetensors"
 MANIFEST = "curvprune.json"
 
+Portable = bool | Literal["engines"]
+
 
 def is_transformers(model: nn.Module) -> bool:
     """Whether the model is one that transformers saves and loads itself (told without importing transformers)."""
     return hasattr(model, "config") and hasattr(model, "save_pretrained")
 
 
-def packs(model: nn.Module, layer: Layer, *, portable: bool = True) -> bool:
-    """Whether the artifact can store this layer's codes packed.
+def reader_of(model: nn.Module, layer: Layer, *, portable: Portable = True) -> str | None:
+    """Who must be able to read this layer packed besides `curvprune.load`: ``"transformers"``, ``"engines"``, ``None``.
 
     transformers' loader unpacks untied ``nn.Linear`` only (a packed Embedding crashes its weight initialisation), so a
-    ``portable`` artifact stores other layers of its models dense after rounding. One that is not portable packs every
-    kind, and so does that of any other module; `curvprune.load` reads it, transformers refuses it.
+    ``portable`` artifact stores other layers of its models dense after rounding; ``portable="engines"`` keeps the
+    options of those that are packed to what serving engines have kernels for. An artifact that is not portable is for
+    `curvprune.load` alone, and so is that of any module that is not transformers' own.
     """
-    return not portable or not is_transformers(model) or (layer.kind == "linear" and not layer.aliases)
+    if not portable or not is_transformers(model) or layer.kind != "linear" or layer.aliases:
+        return None
+    return "engines" if portable == "engines" else "transformers"
+
+
+def packs(model: nn.Module, layer: Layer, option: Option, *, portable: Portable = True) -> bool:
+    """Whether the artifact stores this layer's codes packed under this option: every rounded layer, if only
+    `curvprune.load` must read it; else those of `reader_of`, from 2 bits on (compressed-tensors' zero points are
+    integers, which one bit has no use for)."""
+    quantize = quantizer_of(option)
+    if quantize is None:
+        return False
+    if not portable or not is_transformers(model):
+        return True
+    return quantize.bits > 1 and reader_of(model, layer, portable=portable) is not None
 
 
 def pack(codes: Int8[Tensor, "_ _"], bits: int, *, dim: int = 1) -> Int[Tensor, "_ _"]:
@@ -84,13 +101,14 @@ def stored_tensors(layer: Layer, solved: Solved, *, packed: bool) -> dict[str, T
         f"{layer.name}.weight_scale": solved.scale.contiguous(),
         f"{layer.name}.weight_shape": torch.tensor(layer.shape, dtype=torch.int64),
     }
-    if solved.zero is not None:
-        tensors[f"{layer.name}.weight_zero_point"] = pack(solved.zero, quantize.bits, dim=0)
+    if solved.zero is not None and not quantize.symmetric:
+        zero = solved.zero.contiguous() if quantize.bits == 1 else pack(solved.zero, quantize.bits, dim=0)
+        tensors[f"{layer.name}.weight_zero_point"] = zero
     return tensors
 
 
 def state_dict_on_disk(
-    model: nn.Module, layers: Mapping[str, Layer], solved: Mapping[str, Solved], *, portable: bool = True
+    model: nn.Module, layers: Mapping[str, Layer], solved: Mapping[str, Solved], *, portable: Portable = True
 ) -> dict[str, Tensor]:
     """Every tensor of the compressed model: packed layers, and all else as it is; shared tensors once."""
     replaced = {layer.keys[0]: name for name, layer in layers.items() if name in solved}
@@ -101,7 +119,9 @@ def state_dict_on_disk(
     for key, value in model.state_dict().items():
         if key in replaced:
             layer = layers[replaced[key]]
-            tensors.update(stored_tensors(layer, solved[layer.name], packed=packs(model, layer, portable=portable)))
+            one = solved[layer.name]
+            packed = packs(model, layer, one.option, portable=portable)
+            tensors.update(stored_tensors(layer, one, packed=packed))
             continue
         identity = _identity(value)
         if key in aliases or (value.numel() and (identity in seen or identity in covered)):
@@ -129,9 +149,9 @@ def header_bytes(model: nn.Module, layers: Mapping[str, Layer]) -> int:
     return 64 + sum(len(name) + 110 for name in names)
 
 
-def layer_bytes(model: nn.Module, layer: Layer, option: Any, *, portable: bool = True) -> int:
+def layer_bytes(model: nn.Module, layer: Layer, option: Option, *, portable: Portable = True) -> int:
     """Bytes on disk of one layer under one option."""
-    return stored_bytes(option, layer.shape, dtype=layer.dtype, packed=packs(model, layer, portable=portable))
+    return stored_bytes(option, layer.shape, dtype=layer.dtype, packed=packs(model, layer, option, portable=portable))
 
 
 def save(
@@ -141,7 +161,7 @@ def save(
     solved: Mapping[str, Solved],
     plan: Mapping[str, Any],
     *,
-    portable: bool = True,
+    portable: Portable = True,
 ) -> None:
     """Write the weights and ``curvprune.json`` (which option each layer has) into ``folder``; `packs` says what
     ``portable`` means."""
@@ -155,7 +175,8 @@ def save(
         "version": 1,
         "portable": portable,
         "layers": {
-            n: {"option": s.option.key, "packed": packs(model, layers[n], portable=portable)} for n, s in solved.items()
+            n: {"option": s.option.key, "packed": packs(model, layers[n], s.option, portable=portable)}
+            for n, s in solved.items()
         },
         "plan": dict(plan),
     }
@@ -188,12 +209,7 @@ def load_into(folder: Path, model: nn.Module, *, packed: bool = False) -> nn.Mod
         quantize = quantizer_of(option_from_key(entry["option"])) if entry else None
         if quantize is None or not entry["packed"]:
             continue
-        parts = {k: tensors.pop(f"{layer.name}.weight_{k}", None) for k in ("packed", "scale", "shape", "zero_point")}
-        if parts["packed"] is None or parts["scale"] is None or parts["shape"] is None:
-            raise ValueError(f"{folder}: layer {layer.name} lacks its packed tensors; the file is damaged")
-        if tuple(parts["shape"].tolist()) != layer.shape:
-            raise ValueError(f"{folder}: layer {layer.name} is {parts['shape'].tolist()}, the model has {layer.shape}")
-        codes, scale, zero = _unpack(parts, quantize, layer.shape)
+        codes, scale, zero = take_packed(folder, tensors, layer, quantize)
         if packed:
             held.append((layer, PackedWeight(codes, scale, zero, quantize, layer.weight.dtype)))
         else:
@@ -223,15 +239,25 @@ def load_into(folder: Path, model: nn.Module, *, packed: bool = False) -> nn.Mod
     return model
 
 
-def _unpack(
-    parts: Mapping[str, Tensor | None], quantize: Quantize, shape: tuple[int, int]
+def take_packed(
+    folder: Path, tensors: dict[str, Tensor], layer: Layer, quantize: Quantize
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes, scales and zeros."""
-    packed, scale, zero = parts["packed"], parts["scale"], parts["zero_point"]
-    assert packed is not None and scale is not None
-    codes = unpack(packed, quantize.bits, shape[1])
-    zeros = None if zero is None else unpack(zero, quantize.bits, shape[0], dim=0)
-    return codes, scale, zeros
+    """Codes, scales and zeros of a packed layer, as in `curvprune.solve.Solved`; its tensors are removed from the
+    folder's ``tensors``.
+
+    Raises ``ValueError`` naming the layer if they are not whole or of another shape.
+    """
+    packed, scale, shape, zero = (
+        tensors.pop(f"{layer.name}.weight_{k}", None) for k in ("packed", "scale", "shape", "zero_point")
+    )
+    if packed is None or scale is None or shape is None:
+        raise ValueError(f"{folder}: layer {layer.name} lacks its packed tensors; the file is damaged")
+    if tuple(shape.tolist()) != layer.shape:
+        raise ValueError(f"{folder}: layer {layer.name} is {shape.tolist()}, the model has {layer.shape}")
+    codes = unpack(packed, quantize.bits, layer.shape[1])
+    if quantize.bits == 1:
+        return codes, scale, torch.full(scale.shape, HALF_WAY, dtype=torch.float16) if zero is None else zero
+    return codes, scale, None if zero is None else unpack(zero, quantize.bits, layer.shape[0], dim=0)
 
 
 def folder_bytes(folder: Path) -> int:

@@ -19,7 +19,7 @@ from rich.markdown import Markdown
 from rich.markup import escape
 from rich.table import Table
 
-from curvprune import pipeline
+from curvprune import gptq, pipeline
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -104,6 +104,19 @@ def report(folder: Annotated[Path, typer.Argument(help="a run folder")]) -> None
     except BAD_INPUT as error:
         raise _bad_input(error) from error
     Console().print(str(path), highlight=False)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="a saved model, for example runs/quickstart/model")],
+    out: Annotated[Path, typer.Argument(help="a new folder")],
+) -> None:
+    """Write a saved model as a GPTQ checkpoint (one grid of 2, 3, 4 or 8 bits for all Linear layers)."""
+    try:
+        gptq.export_gptq(folder, out)
+    except BAD_INPUT as error:
+        raise _bad_input(error) from error
+    Console().print(str(out), highlight=False)
 
 
 def _print_result(result: pipeline.RunResult) -> None:

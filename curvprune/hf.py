@@ -117,8 +117,9 @@ def model_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def quantization_config(choices: Mapping[str, Quantize]) -> dict[str, Any]:
-    """The ``quantization_config`` entry of ``config.json`` for packed layers: one group per kind of grid."""
+def quantization_config(model: nn.Module, choices: Mapping[str, Quantize]) -> dict[str, Any]:
+    """The ``quantization_config`` entry of ``config.json`` for packed layers: one group per kind of grid. Linear layers
+    that are not packed are named under ``ignore``: vLLM refuses a model with one that no entry covers."""
     groups: dict[Quantize, list[str]] = {}
     for layer, quantize in choices.items():
         groups.setdefault(quantize, []).append(layer)
@@ -128,7 +129,7 @@ def quantization_config(choices: Mapping[str, Quantize]) -> dict[str, Any]:
         "quantization_status": "compressed",
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
-        "ignore": [],
+        "ignore": [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in choices],
         "config_groups": {
             quantize.key: {
                 "targets": names,
@@ -155,7 +156,7 @@ def save_config(folder: Path, model: Any, choices: Mapping[str, Quantize], token
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     if choices:
-        config["quantization_config"] = quantization_config(choices)
+        config["quantization_config"] = quantization_config(model, choices)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)

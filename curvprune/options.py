@@ -13,10 +13,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-BITS = (2, 3, 4, 5, 6, 8)
+BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 SCALE_BYTES = 2  # scales are stored as float16
+ONE_BIT_ZERO_BYTES = 2  # the zero points of one bit are no integers: see `curvprune.solve.grids`
 SHAPE_BYTES = 16  # pack-quantized stores `weight_shape` as two int64
+
+# What serving engines have kernels for in compressed-tensors checkpoints; docs/formats.md says where that was read.
+ENGINE_BITS = (2, 4, 8)
+ENGINE_ASYMMETRIC_BITS = (4, 8)
+ENGINE_GROUP_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,9 +54,11 @@ class Quantize:
     """Round to a uniform integer grid.
 
     Args:
-        bits: one of 2, 3, 4, 5, 6, 8.
-        group_size: inputs that share a scale; ``None`` means one scale per output channel.
-        symmetric: zero is the middle of the grid; otherwise each group has an integer zero point.
+        bits: 1 to 8.
+        group_size: inputs that share a scale; ``None`` means one scale per output channel. Where it does not divide the
+            inputs, the last group is shorter.
+        symmetric: zero is the middle of the grid; otherwise each group has a zero point of its own. The values of one
+            bit are -s and s (symmetric), or any two.
     """
 
     bits: int
@@ -110,6 +118,12 @@ class PruneQuantize:
     prune: Prune
     quantize: Quantize
 
+    def __post_init__(self) -> None:
+        if self.quantize.bits == 1:
+            raise ValueError(
+                "prune with quantize: bits=1 has two values and no room for the zero of a pruned weight (nearest: 2)"
+            )
+
     @property
     def key(self) -> str:
         return f"{self.prune.key}+{self.quantize.key}"
@@ -133,23 +147,58 @@ def pruner_of(option: Option) -> Prune | None:
     return option if isinstance(option, Prune) else None
 
 
-def check_fits(option: Option, layer: str, shape: tuple[int, int]) -> None:
-    """Raise ``ValueError`` naming layer and nearest valid value if the option cannot apply to ``W[out, in]``."""
+def check_fits(option: Option, layer: str, shape: tuple[int, int], *, reader: str | None = None) -> None:
+    """Raise ``ValueError`` naming layer and nearest valid value if the option cannot apply to ``W[out, in]``.
+
+    Args:
+        reader: who must read the layer packed, besides curvprune: nobody (``None``), ``"transformers"`` or
+            ``"engines"``; see `curvprune.artifact.reader_of`.
+    """
     _, width = shape
     quantize, prune = quantizer_of(option), pruner_of(option)
-    if quantize is not None and quantize.group_size is not None and width % quantize.group_size:
-        divisors = [d for d in range(1, width + 1) if width % d == 0]
+    if quantize is not None and reader == "engines":
+        _check_engines(quantize, layer, width)
+    if quantize is not None and quantize.bits > 1 and reader is not None:
         asked = quantize.group_size
-        nearest = min(divisors, key=lambda d: (abs(d - asked), -d))
-        raise ValueError(
-            f"layer {layer}: group_size={quantize.group_size} does not divide its {width} inputs; "
-            f"nearest that does: {nearest} (or null for one scale per channel)"
-        )
+        if asked is not None and width % asked:
+            nearest = min(_divisors(width), key=lambda d: (abs(d - asked), -d))
+            raise ValueError(
+                f"layer {layer}: group_size={asked} does not divide its {width} inputs, and {reader} cannot read "
+                f"a shorter last group; nearest that does: {nearest} (or null for one scale per channel), "
+                "or portable: false (in Python Settings(portable=False))"
+            )
     if prune is not None and prune.nm is not None and width % prune.nm[1]:
         raise ValueError(
             f"layer {layer}: pattern {prune.pattern} needs a multiple of {prune.nm[1]} inputs, the layer has {width}; "
             f"use prune: {{sparsity: {1 - prune.nm[0] / prune.nm[1]:g}}} there or leave the layer out"
         )
+
+
+def _divisors(width: int) -> list[int]:
+    return [d for d in range(1, width + 1) if width % d == 0]
+
+
+def _check_engines(quantize: Quantize, layer: str, width: int) -> None:
+    widths = ENGINE_BITS if quantize.symmetric else ENGINE_ASYMMETRIC_BITS
+    if quantize.bits not in widths:
+        nearest = min(widths, key=lambda b: (abs(b - quantize.bits), -b))
+        kind = "" if quantize.symmetric else " with zero points"
+        raise ValueError(
+            f"layer {layer}: option {quantize.key}: serving engines have kernels for {_or(widths)} bits{kind}, "
+            f"not {quantize.bits}; nearest: {nearest} (or portable: true, for transformers)"
+        )
+    if quantize.group_size not in (None, *ENGINE_GROUP_SIZES):
+        fitting = [g for g in ENGINE_GROUP_SIZES if width % g == 0]
+        nearest_size = min(fitting, key=lambda g: abs(g - (quantize.group_size or 0)), default=None)
+        raise ValueError(
+            f"layer {layer}: option {quantize.key}: serving engines have kernels for groups of "
+            f"{_or(ENGINE_GROUP_SIZES)} or one scale per channel, not {quantize.group_size}; nearest that divides its "
+            f"{width} inputs: {'null (one scale per channel)' if nearest_size is None else nearest_size}"
+        )
+
+
+def _or(values: tuple[int, ...]) -> str:
+    return f"{', '.join(map(str, values[:-1]))} or {values[-1]}"
 
 
 def stored_bytes(option: Option, shape: tuple[int, int], *, dtype: str, packed: bool) -> int:
@@ -158,20 +207,21 @@ def stored_bytes(option: Option, shape: tuple[int, int], *, dtype: str, packed: 
     Args:
         shape: ``(out, in)`` of the weight as a matrix.
         dtype: the model's own type, in which unpacked weights are stored.
-        packed: whether the artifact can pack this layer (see `curvprune.artifact.packs`). A pruned layer without a
-        grid and
-            a rounded layer that cannot be packed are stored dense: pruning alone frees no bytes in this format.
+        packed: whether the artifact can pack this layer (see `curvprune.artifact.packs`). A pruned layer without a grid
+            and a rounded layer that cannot be packed are stored dense: pruning alone frees no bytes in this format.
 
     Packed layout (compressed-tensors ``pack-quantized``): codes in int32 words along the inputs, float16 scales,
-    zero points in int32 words along the outputs, the shape as two int64.
+    zero points in int32 words along the outputs (float16 of one bit), the shape as two int64.
     """
     out, width = shape
     quantize = quantizer_of(option)
     if quantize is None or not packed:
         return out * width * DTYPE_BYTES[option.dtype if isinstance(option, Cast) else dtype]
-    groups = 1 if quantize.group_size is None else width // quantize.group_size
+    groups = 1 if quantize.group_size is None else math.ceil(width / quantize.group_size)
     total = out * math.ceil(width * quantize.bits / 32) * 4 + out * groups * SCALE_BYTES + SHAPE_BYTES
-    if not quantize.symmetric:
+    if not quantize.symmetric and quantize.bits == 1:
+        total += out * groups * ONE_BIT_ZERO_BYTES
+    elif not quantize.symmetric:
         total += math.ceil(out * quantize.bits / 32) * 4 * groups
     return total
 

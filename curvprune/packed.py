@@ -35,7 +35,7 @@ class PackedWeight(nn.Module):
         self,
         codes: Int8[Tensor, "out in"],
         scale: Float[Tensor, "out groups"],
-        zero: Int8[Tensor, "out groups"] | None,
+        zero: Int8[Tensor, "out groups"] | Float[Tensor, "out groups"] | None,
         quantize: Quantize,
         dtype: torch.dtype,
     ) -> None:

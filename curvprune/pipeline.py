@@ -226,7 +226,8 @@ def prepare(recipe: Recipe, root: State | None, *, progress: bool) -> tuple[Job,
     model, tokenizer = _load_model(recipe)
     splits = _load_data(recipe, tokenizer)
     found = find_layers(model)
-    assigned = assign_options(recipe, {n: layer.shape for n, layer in found.items()})
+    readers = {n: artifact.reader_of(model, layer, portable=recipe.portable) for n, layer in found.items()}
+    assigned = assign_options(recipe, {n: layer.shape for n, layer in found.items()}, readers=readers)
     layers = {n: found[n] for n in found if n in assigned}
     kept = [n for n in found if n not in assigned]
     model.to(device)
@@ -290,7 +291,7 @@ def write_model(
     plan: Mapping[str, Any],
     *,
     tokenizer: Any = None,
-    portable: bool = True,
+    portable: artifact.Portable = True,
 ) -> None:
     """Write an artifact: weights, manifest and, for transformers models, what ``from_pretrained`` needs. Files of an
     artifact that is already there are replaced; a folder that holds anything else is refused (``ValueError``)."""
@@ -299,7 +300,7 @@ def write_model(
     layers = find_layers(model)
     artifact.save(folder, model, layers, solved, plan, portable=portable)
     if artifact.is_transformers(model):
-        grids = {n: quantizer_of(s.option) for n, s in solved.items() if artifact.packs(model, layers[n])}
+        grids = {n: quantizer_of(s.option) for n, s in solved.items() if artifact.packs(model, layers[n], s.option)}
         packed = {n: q for n, q in grids.items() if q is not None}
         # Without a config the folder is one for `curvprune.load(folder, model=...)`, which says so.
         if not portable or not packed or hf.loads_packed(model):

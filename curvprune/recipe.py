@@ -336,9 +336,10 @@ class Recipe(_Section):
     price: PriceSection = PriceSection()
     analyze: AnalyzeSection = AnalyzeSection()
     search: SearchSection = SearchSection()
-    portable: bool = Field(
+    portable: bool | Literal["engines"] = Field(
         True,
-        description="true (transformers loads model/) or false (every kind of layer is packed)",
+        description="true (transformers loads model/), engines (so do serving engines) or false (every kind of layer "
+        "is packed, for curvprune.load)",
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:0 (or another number) or mps")
     seed: int = Field(0, ge=0, lt=2**63, examples=[0], description="a whole number of at least 0")
@@ -413,11 +414,14 @@ def load_recipe(path: str | Path) -> Recipe:
     return recipe
 
 
-def assign_options(recipe: Recipe, layers: dict[str, tuple[int, int]]) -> dict[str, list[Option]]:
+def assign_options(
+    recipe: Recipe, layers: dict[str, tuple[int, int]], *, readers: Mapping[str, str | None] | None = None
+) -> dict[str, list[Option]]:
     """The options that each layer may get: the first entry with a glob that matches its name decides.
 
     Args:
         layers: name → ``(out, in)`` of the weight as a matrix.
+        readers: name → who must be able to read the layer packed; see `curvprune.options.check_fits`.
 
     Returns:
         Layer → options, in the order of ``layers``. A layer that no entry matches is absent: it is kept.
@@ -456,7 +460,7 @@ def assign_options(recipe: Recipe, layers: dict[str, tuple[int, int]]) -> dict[s
         entry = recipe.compress[owner[name]]
         for position, option in enumerate(entry.options):
             try:
-                check_fits(option, name, shape)
+                check_fits(option, name, shape, reader=(readers or {}).get(name))
             except ValueError as error:
                 raise recipe.error(("compress", owner[name], "options", position), str(error)) from error
         assigned[name] = list(entry.options)

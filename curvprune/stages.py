@@ -58,7 +58,11 @@ class Settings:
     trials: int = 6
     attempts: int = 2
     batch_size: int = 4
-    portable: bool = True  # see `curvprune.artifact.packs`
+    portable: artifact.Portable = True  # see `curvprune.artifact.reader_of`
+
+    def __post_init__(self) -> None:
+        if self.portable not in (True, False, "engines"):
+            raise ValueError(f'Settings: portable={self.portable!r} is unknown; choose True, False or "engines"')
 
 
 @dataclass(kw_only=True, slots=True)
@@ -579,7 +583,7 @@ def _apply_and_write(job: Job, bench: _Bench, name: str, choices: dict[str, str]
     # What lies on disk packed need not be held in memory twice: codes and scales are enough for a later save.
     light = {
         n: replace(s, weight=torch.empty(0))
-        if s.codes is not None and artifact.packs(job.model, job.layers[n], portable=job.settings.portable)
+        if s.codes is not None and artifact.packs(job.model, job.layers[n], s.option, portable=job.settings.portable)
         else s
         for n, s in solved.items()
     }

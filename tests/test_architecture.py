@@ -49,9 +49,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "artifact": {"options", "plan", "layers", "solve", "state", "packed"},
 }
 MAY_IMPORT["stages"] = {*MAY_IMPORT} - {"hf", "recipe", "report"}
+MAY_IMPORT["gptq"] = {"artifact", "hf", "layers", "options", "state"}
 MAY_IMPORT["pipeline"] = {*MAY_IMPORT}
 MAY_IMPORT["api"] = {*MAY_IMPORT}
-MAY_IMPORT["cli"] = {"pipeline", "recipe"}
+MAY_IMPORT["cli"] = {"gptq", "pipeline", "recipe"}
 MAY_IMPORT["__init__"] = {*MAY_IMPORT} - {"cli"}
 MAY_IMPORT["__main__"] = {"cli"}
 

@@ -91,17 +91,30 @@ def test_plain_transformers_in_a_fresh_process_gives_the_same_logits(tmp_path, t
     assert next(ours.parameters()).shape == next(model.parameters()).shape, "unpacked before the first forward pass"
 
 
-def test_bytes_promised_are_bytes_on_disk(tmp_path):
+UNEVEN = [  # what compressed-tensors does not have: shorter last groups, and zero points of one bit
+    Quantize(bits=4, group_size=24),
+    Quantize(bits=3, group_size=20, symmetric=False),
+    Quantize(bits=1),
+    Quantize(bits=1, group_size=20, symmetric=False),
+    Quantize(bits=8, group_size=100),
+    PruneQuantize(prune=Prune(sparsity=0.5), quantize=Quantize(bits=4, group_size=20)),
+]
+
+
+@pytest.mark.parametrize(
+    ("portable", "options"), [(True, MIXED), (False, [*MIXED, *UNEVEN]), ("engines", [Quantize(bits=4), *UNEVEN[2:4]])]
+)
+def test_bytes_promised_are_bytes_on_disk(tmp_path, portable, options):
     model = tiny.llama()
     layers = find_layers(model)
     names = [n for n in layers if n.startswith("model.layers")]
-    solved = compress_every_way(model, names, MIXED)
-    artifact.save(tmp_path, model, layers, solved, {})
+    solved = compress_every_way(model, names, options)
+    artifact.save(tmp_path, model, layers, solved, {}, portable=portable)
     promised = artifact.other_bytes(model, {n: layers[n] for n in names}) + sum(
-        artifact.layer_bytes(model, layers[n], solved[n].option) for n in names
+        artifact.layer_bytes(model, layers[n], solved[n].option, portable=portable) for n in names
     )
     assert sum(size for _, size in artifact.tensor_names(tmp_path).values()) == promised
-    header = (tmp_path / artifact.WEIGHTS).stat().st_size - promised
+    header = artifact.weights_file(tmp_path).stat().st_size - promised
     assert 0 < header <= artifact.header_bytes(model, {n: layers[n] for n in names})
 
 
@@ -127,7 +140,13 @@ def test_any_module_round_trips_packed(tmp_path):
     model.norm.running_mean.normal_()
     original = Convolutional().eval()
     original.load_state_dict(model.state_dict())
-    options = [Quantize(bits=3, symmetric=False), Quantize(bits=5), Quantize(bits=2), Quantize(bits=8)]
+    options = [
+        Quantize(bits=3, symmetric=False),
+        Quantize(bits=5, group_size=16),
+        Quantize(bits=1),
+        Quantize(bits=8),
+        Quantize(bits=1, group_size=3, symmetric=False),
+    ]
     solved = compress_every_way(model, list(find_layers(model)), options)
     artifact.save(tmp_path, original, find_layers(original), solved, {})
     loaded = cp.load(tmp_path, model=Convolutional())
@@ -143,8 +162,8 @@ def test_layers_that_transformers_cannot_unpack_are_stored_dense(tmp_path):
     from curvprune.pipeline import write_model
 
     layers = find_layers(model)
-    assert not artifact.packs(model, layers["transformer.h.0.mlp.c_fc"])
     original_option = Quantize(bits=4)
+    assert not artifact.packs(model, layers["transformer.h.0.mlp.c_fc"], original_option)
     assert artifact.layer_bytes(model, layers["transformer.h.0.mlp.c_fc"], original_option) == 64 * 16 * 4
     solved = compress_every_way(model, [n for n in layers if ".h." in n], [original_option])
     write_model(tmp_path, model, solved, {})
@@ -240,8 +259,8 @@ def test_a_t5_that_transformers_cannot_unpack_loads_from_a_folder_that_is_not_po
         assert torch.equal(loaded(**data[0]).logits, result.model.eval()(**data[0]).logits)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
-@pytest.mark.parametrize(("group_size", "symmetric"), [(None, True), (3, False)])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 7, 8])
+@pytest.mark.parametrize(("group_size", "symmetric"), [(None, True), (3, False), (4, False), (5, True), (20, True)])
 def test_packed_weights_are_the_unpacked_ones(bits, group_size, symmetric):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(6, 9, generator=generator)  # an odd number of inputs
@@ -304,6 +323,101 @@ def test_what_is_loaded_can_be_saved_as_an_ordinary_dense_model(portable, tmp_pa
     assert not hasattr(dense.config, "quantization_config")
     with torch.no_grad():
         assert torch.equal(dense(**batch).logits, result.model.eval()(**batch).logits)
+
+
+@pytest.mark.parametrize("option", UNEVEN, ids=lambda option: option.key)
+def test_what_compressed_tensors_lacks_comes_back_from_a_folder_that_is_not_portable(option, tmp_path):
+    model = tiny.llama(tied=False)
+    batch = {"input_ids": torch.randint(0, model.config.vocab_size, (2, 8))}
+    result = cp.compress(model, [batch], options=[option], settings=cp.Settings(portable=False))
+    result.save(tmp_path)
+    assert sum(size for _, size in artifact.tensor_names(tmp_path).values()) == result.plan.bytes
+    names = artifact.tensor_names(tmp_path)
+    assert all(f"{n}.weight_packed" in names for n in find_layers(model))
+    dense, packed = cp.load(tmp_path), cp.load(tmp_path, packed=True)
+    with torch.no_grad():
+        expected = result.model.eval()(**batch).logits
+        assert torch.equal(dense(**batch).logits, expected)
+        torch.testing.assert_close(packed(**batch).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_prices_come_with_the_bytes_of_the_artifact_that_is_asked_for():
+    model, option = tiny.llama(tied=False), Quantize(bits=1, group_size=20)
+    data = [{"input_ids": torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(i))} for i in range(3)]
+    sizes = {
+        portable: cp.price(model, data, options=[option], layers="lm_head", portable=portable).rows[0].bytes
+        for portable in (True, False)
+    }
+    assert sizes == {True: 256 * 32 * 4, False: 256 * (4 + 2 * 2) + 16}
+
+
+def test_a_budget_is_spent_on_what_compressed_tensors_lacks(tmp_path):
+    model = tiny.llama(tied=False)
+    data = [{"input_ids": torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(i))} for i in range(30)]
+    result = cp.compress(
+        model, data, options=UNEVEN[:4], budget=cp.Budget(max_bytes=25_000), settings=cp.Settings(portable=False)
+    )
+    result.save(tmp_path)
+    assert len(set(result.plan.choices.values())) > 1
+    assert sum(size for _, size in artifact.tensor_names(tmp_path).values()) == result.plan.bytes <= 25_000
+    with torch.no_grad():
+        assert torch.equal(cp.load(tmp_path)(**data[0]).logits, result.model.eval()(**data[0]).logits)
+
+
+def test_compressed_tensors_has_no_shorter_last_group(tmp_path):
+    """Why a portable artifact refuses one: plain transformers cannot unpack it."""
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    args = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=20)
+    with pytest.raises(ValueError, match=r"divisble.*20.*32"):
+        dequantize(torch.zeros(3, 32, dtype=torch.int8), torch.ones(3, 2), None, args)
+    model = tiny.llama()
+    batch = {"input_ids": torch.randint(0, model.config.vocab_size, (2, 8))}
+    with pytest.raises(ValueError, match=r"q_proj: group_size=20 .* 32 inputs.*nearest that does: 16.*portable"):
+        cp.quantize(model, [batch], bits=4, group_size=20, layers="model.layers.*")
+    # An embedding is stored dense in such an artifact, and no group needs to be whole.
+    cp.quantize(model, [batch], bits=4, group_size=20, layers="model.embed_tokens").save(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path) is not None
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_one_bit_is_dense_where_transformers_must_read_it(symmetric, tmp_path):
+    model = tiny.llama(tied=False)
+    batch = {"input_ids": torch.randint(0, model.config.vocab_size, (2, 8))}
+    result = cp.quantize(model, [batch], bits=1, group_size=16, symmetric=symmetric)
+    result.save(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(theirs(**batch).logits, result.model.eval()(**batch).logits)
+        for packed in (False, True):
+            assert torch.equal(cp.load(tmp_path, packed=packed)(**batch).logits, result.model(**batch).logits)
+    weight = theirs.model.layers[0].mlp.up_proj.weight
+    assert all(len(group.unique()) == 2 for group in weight.detach().reshape(-1, 16))
+
+
+def test_an_artifact_for_engines_holds_only_what_they_have_kernels_for(tmp_path):
+    model = tiny.llama(tied=False)
+    batch = {"input_ids": torch.randint(0, model.config.vocab_size, (2, 8))}
+    settings = cp.Settings(portable="engines")
+    with pytest.raises((ValueError, TypeError), match="portable"):  # these tests check types at run time as well
+        cp.Settings(portable="engine")
+    with pytest.raises(ValueError, match=r"q_proj: option int3-pc-sym: .*2, 4 or 8 bits, not 3; nearest: 4"):
+        cp.quantize(model, [batch], bits=3, settings=settings)
+    budget = cp.Budget(max_bytes=85_000)
+    result = cp.quantize(model, [batch] * 30, budget=budget, settings=settings, layers="model.layers.*")
+    offered = {row.option for row in result.ledger.rows}
+    assert offered == {"keep", "int2-pc-sym", "int4-pc-sym", "int8-pc-sym"}
+    result.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert {group["weights"]["num_bits"] for group in config["config_groups"].values()} <= {2, 4, 8}
+    # vLLM wants every Linear layer to be a target or ignored.
+    targets = {name for group in config["config_groups"].values() for name in group["targets"]}
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert targets | set(config["ignore"]) == linear and "lm_head" in config["ignore"]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(**batch).logits, result.model.eval()(**batch).logits)
 
 
 def test_convolutions_that_share_a_weight_stay_packed_together(tmp_path):

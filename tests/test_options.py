@@ -25,7 +25,7 @@ from curvprune.solve import solve
 OPTIONS = [
     Keep(),
     Cast(dtype="bfloat16"),
-    *[Quantize(bits=b, group_size=g, symmetric=s) for b in BITS for g in (None, 8) for s in (True, False)],
+    *[Quantize(bits=b, group_size=g, symmetric=s) for b in BITS for g in (None, 8, 7) for s in (True, False)],
     Prune(sparsity=0.25),
     Prune(pattern="2:4"),
     PruneQuantize(prune=Prune(pattern="1:4"), quantize=Quantize(bits=3, group_size=8)),
@@ -73,7 +73,9 @@ def test_yaml_forms(value, option):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"quantize": {"bits": 7}}, r"bits=7 is not offered; .*nearest: 6"),
+        ({"quantize": {"bits": 9}}, r"bits=9 is not offered; .*nearest: 8"),
+        ({"quantize": {"bits": 0}}, r"bits=0 is not offered; .*nearest: 1"),
+        ({"prune": {"sparsity": 0.5}, "quantize": {"bits": 1}}, r"bits=1 has two values .*nearest: 2"),
         ({"quantize": {"bits": 4, "groupsize": 64}}, "expected a mapping with keys from"),
         ({"quantize": {"bits": 4, "group_size": 0}}, "positive integer"),
         ({"quantize": {"bits": True}}, "not offered"),
@@ -93,9 +95,31 @@ def test_bad_options_say_what_to_write(value, message):
 
 def test_options_that_do_not_fit_name_layer_and_nearest_value():
     with pytest.raises(
-        ValueError, match=r"layer a\.b: group_size=64 does not divide its 96 inputs; nearest that does: 48"
+        ValueError,
+        match=r"layer a\.b: group_size=64 does not divide its 96 inputs.*transformers.*nearest that does: 48.*portable",
     ):
-        check_fits(Quantize(bits=4, group_size=64), "a.b", (10, 96))
+        check_fits(Quantize(bits=4, group_size=64), "a.b", (10, 96), reader="transformers")
     with pytest.raises(ValueError, match=r"layer x: pattern 2:4 needs a multiple of 4 inputs.*sparsity: 0.5"):
         check_fits(Prune(pattern="2:4"), "x", (10, 30))
-    check_fits(Quantize(bits=4, group_size=32), "a.b", (10, 96))
+    check_fits(Quantize(bits=4, group_size=32), "a.b", (10, 96), reader="transformers")
+    check_fits(Quantize(bits=4, group_size=64), "a.b", (10, 96))
+    check_fits(Quantize(bits=1, group_size=64), "a.b", (10, 96), reader="transformers")  # stored dense
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (Quantize(bits=3), "layer a: option int3-pc-sym: .*2, 4 or 8 bits, not 3; nearest: 4"),
+        (Quantize(bits=1), "2, 4 or 8 bits, not 1; nearest: 2"),
+        (Quantize(bits=7), "nearest: 8"),
+        (Quantize(bits=2, symmetric=False), "4 or 8 bits with zero points, not 2; nearest: 4"),
+        (Quantize(bits=4, group_size=16), "groups of 32, 64 or 128 .*nearest that divides its 96 inputs: 32"),
+        (Quantize(bits=4, group_size=64), "group_size=64 does not divide its 96 inputs, .*engines"),
+        (PruneQuantize(prune=Prune(sparsity=0.5), quantize=Quantize(bits=6)), "not 6; nearest: 8"),
+    ],
+)
+def test_options_without_kernels_in_engines_name_the_nearest_that_has_one(option, message):
+    with pytest.raises(ValueError, match=message):
+        check_fits(option, "a", (10, 96), reader="engines")
+    for fine in (Quantize(bits=4, group_size=32), Quantize(bits=8, symmetric=False), Quantize(bits=2), Keep()):
+        check_fits(fine, "a", (10, 96), reader="engines")

@@ -366,9 +366,9 @@ REJECTED = {
         "nearest: group_size",
     ),
     "bits not offered": (
-        OFFERS + "      - quantize:\n          group_size: 32\n          bits: 7 #!\n" + BUDGET,
-        "compress[0].options[2].quantize.bits: quantize: bits=7 is not offered",
-        "nearest: 6",
+        OFFERS + "      - quantize:\n          group_size: 32\n          bits: 9 #!\n" + BUDGET,
+        "compress[0].options[2].quantize.bits: quantize: bits=9 is not offered",
+        "nearest: 8",
     ),
     "bits as text": (
         OFFERS + '      - quantize: {bits: "4"} #!\n' + BUDGET,
@@ -383,12 +383,12 @@ REJECTED = {
     "bits as a switch": (
         OFFERS + "      - quantize: {bits: true} #!\n" + BUDGET,
         "quantize.bits: true is not valid",
-        "one of 2, 3, 4",
+        "one of 1, 2, 3, 4",
     ),
     "no bits": (
         OFFERS + "      - quantize: {group_size: 8} #!\n" + BUDGET,
         "quantize: bits is missing",
-        "one of 2, 3, 4",
+        "one of 1, 2, 3, 4",
     ),
     "no arguments": (
         OFFERS + "      - quantize: 4 #!\n" + BUDGET,
@@ -604,11 +604,16 @@ def test_globs_of_one_entry_may_overlap(tmp_path: Path) -> None:
     assert len(assign_options(load_recipe(write(tmp_path, MODEL + DATA + text)), LAYERS)) == 3
 
 
-def assignment_error(folder: Path, text: str, layers: dict[str, tuple[int, int]] = LAYERS) -> str:
+def assignment_error(
+    folder: Path,
+    text: str,
+    layers: dict[str, tuple[int, int]] = LAYERS,
+    readers: dict[str, str | None] | None = None,
+) -> str:
     full = MODEL + DATA + text
     recipe = load_recipe(write(folder, full + BUDGET))
     with pytest.raises(RecipeError) as caught:
-        assign_options(recipe, layers)
+        assign_options(recipe, layers, readers=readers)
     assert caught.value.line == marked_line(full), str(caught.value)
     assert str(caught.value).startswith(f"{folder / 'recipe.yaml'}:{caught.value.line}: compress[")
     return str(caught.value)
@@ -651,11 +656,27 @@ compress:
       - keep
       - quantize: {bits: 4, group_size: 64} #!
 """
-    message = assignment_error(tmp_path, text)
+    message = assignment_error(tmp_path, text, readers=dict.fromkeys(LAYERS, "transformers"))
     assert (
         "compress[0].options[1]: layer model.layers.0.down_proj: group_size=64 does not divide its 96 inputs" in message
     )
-    assert "nearest that does: 48" in message
+    assert "nearest that does: 48" in message and "portable: false" in message
+    assert len(assign_options(load_recipe(tmp_path / "recipe.yaml"), LAYERS)) == 3, "curvprune.load reads it"
+
+
+def test_a_width_without_kernels_is_reported_at_its_option(tmp_path: Path) -> None:
+    text = """\
+portable: engines
+compress:
+  - layers: "*"
+    options:
+      - quantize: {bits: 4, group_size: 32}
+      - quantize: {bits: 3, group_size: 32} #!
+"""
+    message = assignment_error(tmp_path, text, readers={"model.layers.0.down_proj": "engines"})
+    assert "compress[0].options[1]: layer model.layers.0.down_proj: option int3-g32-sym: " in message
+    assert "2, 4 or 8 bits, not 3; nearest: 4" in message
+    assert load_recipe(tmp_path / "recipe.yaml").portable == "engines"
 
 
 # ------------------------------------------------------------ later complaints

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from curvprune.options import Cast, Keep, Option, Prune, check_fits, pruner_of, quantizer_of
-from curvprune.solve.grids import code_range, dequantize, quantize_to_grid, scale_dtype, search_grid
+from curvprune.solve.grids import code_range, dequantize, quantize_to_grid, scale_dtype, search_grid, spread
 from curvprune.solve.sweep import Factor, Rows, column_order, dealt_order, factor, sweep_columns
 
 __all__ = ["Solved", "dequantize", "quantize_to_grid", "search_grid", "solve"]
@@ -39,7 +39,8 @@ class Solved:
             the dtype of the given weight, at least float32. ``Keep`` shares memory with a float32 or float64 input.
         codes: ``(out, in)`` int8 in ``[-2^(b-1), 2^(b-1) - 1]``, or ``None`` without a grid.
         scale: ``(out, groups)`` float16 (bfloat16 for a bfloat16 weight).
-        zero: ``(out, groups)`` int8 in the range of the codes; ``None`` for a symmetric grid.
+        zero: ``(out, groups)`` int8 in the range of the codes; ``None`` for a symmetric grid. Of one bit it is float16,
+            -1/2 for a symmetric grid (see `curvprune.solve.grids`).
         damping: the lambda over the mean of diag(A) really used; 0 when nothing was factorised.
         notes: what the report must say about this layer.
     """
@@ -146,28 +147,35 @@ def _compensated(W: Tensor, Wt: Tensor, batch: Sequence[Option], diagonal: Tenso
     ]
     for start in range(0, out, step):
         part = slice(start, start + step)
-        rows = []
+        rows: list[Rows] = []
+        zeros: list[Tensor | None] = []
         for option, grid in zip(batch, grids, strict=True):
             prune, quantize = pruner_of(option), quantizer_of(option)
-            scale = low = high = None
+            weight, scale, zero, low, high, size = Wt[:, part], None, None, None, None, None
             if grid is not None and quantize is not None:
+                size = quantize.group_size
                 scale = grid[0][:, part].to(Wt)
                 zero = torch.zeros_like(scale) if grid[1] is None else grid[1][:, part].to(Wt)
+                if quantize.bits == 1:
+                    # The sweep knows integers only. It sees nothing but differences of weights and their values, so
+                    # both may be moved together, by what makes the zero point an integer.
+                    weight = weight + spread(zero * scale, width, size, dim=0)
+                    zero = torch.zeros_like(scale)
                 low, high = (bound - zero for bound in code_range(quantize.bits))
+            zeros.append(zero if grid is not None and grid[1] is not None else None)
             rows.append(
                 Rows(
-                    weight=Wt[:, part],
+                    weight=weight,
                     scale=scale,
                     low=low,
                     high=high,
+                    group_size=size,
                     sparsity=prune.sparsity if prune else None,
                     nm=prune.nm if prune else None,
                 )
             )
-        for result, grid, value in zip(results, grids, sweep_columns(rows, f), strict=True):
-            if grid is not None and grid[1] is not None:
-                value.view(len(grid[1]), -1, value.shape[1]).add_(grid[1][:, None, part])
-            result[:, part] = value
+        for result, row, zero, value in zip(results, rows, zeros, sweep_columns(rows, f), strict=True):
+            result[:, part] = value if zero is None else value + spread(zero, width, row.group_size, dim=0)
     return [
         _packaged(W, option, grid, result.T.contiguous(), f.damping, f.notes)
         for option, grid, result in zip(batch, grids, results, strict=True)

@@ -1,9 +1,14 @@
-"""Integer grids: one 16-bit scale and one integer zero point for each (output row, group of inputs).
+"""Uniform grids: one 16-bit scale and one zero point for each (output row, group of inputs).
 
 A grid with scale ``s`` and zero ``z`` holds the values ``(k - z) * s`` for the integers ``k`` in
-``[-2^(b-1), 2^(b-1) - 1]`` (compressed-tensors' signed convention). Zero is always one of them, so a pruned weight is a
-point of the grid. A product of at most nine bits with a 16-bit float is exact in float32: what is computed here is what
-a reader of the file gets.
+``[-2^(b-1), 2^(b-1) - 1]`` (compressed-tensors' signed convention). From 2 bits on ``z`` is such an integer too, so
+zero is on the grid and a pruned weight a point of it; a product of at most nine bits with a 16-bit float is exact in
+float32: what is computed here is what a reader of the file gets.
+
+One bit has two values. Around an integer zero point one of them would be 0, so that all weights of one sign would be
+lost. There ``z`` is a float16: -1/2 in a symmetric grid, whose values are ``-s/2`` and ``s/2``, any number otherwise.
+
+The last group of a row is shorter where the group size does not divide the inputs.
 """
 
 from __future__ import annotations
@@ -20,6 +25,8 @@ FINE = (-0.06, -0.03, 0.03, 0.06)
 ZERO_SHIFT_BITS = 4  # finer grids have so many points that losing one at an end hardly matters
 MIN_SCALE = 2.0**-24  # smallest positive float16
 MAX_SCALE = 65504.0
+MOST_STEPS = 1024  # from here on the steps of float16 are whole ones
+HALF_WAY = -0.5  # zero of a symmetric grid of one bit
 CHUNK = 1 << 17  # elements scored at a time: half a megabyte stays in the cache of one core
 
 
@@ -39,6 +46,13 @@ def round_scale(scale: Tensor, stored: torch.dtype = torch.float16) -> Tensor:
     return scale.clamp(MIN_SCALE, MAX_SCALE).to(stored).to(scale.dtype)
 
 
+def spread(parameters: Tensor, width: int, group_size: int | None, *, dim: int) -> Tensor:
+    """Parameters of groups, one for each group along ``dim``, repeated for each of the ``width`` inputs."""
+    if parameters.shape[dim] == 1:
+        return parameters
+    return parameters.repeat_interleave(group_size or width, dim=dim).narrow(dim, 0, width)
+
+
 def quantize_to_grid(
     W: Tensor, scale: Tensor, zero: Tensor | None = None, *, bits: int, group_size: int | None = None
 ) -> Tensor:
@@ -47,20 +61,24 @@ def quantize_to_grid(
     Args:
         W: ``(out, in)`` float.
         scale: ``(out, groups)`` float16, positive.
-        zero: ``(out, groups)`` int8, or ``None`` for a symmetric grid.
+        zero: ``(out, groups)`` int8, or ``None`` for a symmetric grid of 2 bits or more; float16 for one bit.
         group_size: inputs per group; ``None`` means one group per row.
 
     Returns:
         codes ``(out, in)`` int8, ``clamp(round(w / s) + z, -2^(b-1), 2^(b-1) - 1)``.
     """
-    out, width = W.shape
+    width = W.shape[1]
     compute = torch.promote_types(W.dtype, torch.float32)
     low, high = code_range(bits)
-    codes = W.to(compute).reshape(out, -1, group_size or width) / scale.to(compute)[..., None]
+    codes = W.to(compute) / spread(scale.to(compute), width, group_size, dim=1)
+    shift = None if zero is None else spread(zero, width, group_size, dim=1)
+    if shift is not None and shift.is_floating_point():
+        codes += shift
+        shift = None
     codes.round_()
-    if zero is not None:
-        codes += zero[..., None]
-    return codes.clamp_(low, high).to(torch.int8).reshape(out, width)
+    if shift is not None:
+        codes += shift
+    return codes.clamp_(low, high).to(torch.int8)
 
 
 def dequantize(
@@ -71,21 +89,21 @@ def dequantize(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Values of stored codes, ``(codes - zero) * scale``, exact in float32.
+    """Values of stored codes, ``(codes - zero) * scale``, exact in float32 from 2 bits on.
 
     Args:
         codes: ``(out, in)`` int8.
         scale: ``(out, groups)`` float16.
-        zero: ``(out, groups)`` int8, or ``None`` for a symmetric grid.
+        zero: ``(out, groups)`` int8, or ``None`` for a symmetric grid of 2 bits or more; float16 for one bit.
         group_size: inputs per group; ``None`` means one group per row.
         dtype: float32 or float64.
     """
-    out, width = codes.shape
-    values = codes.to(dtype).reshape(out, -1, group_size or width)
+    width = codes.shape[1]
+    values = codes.to(dtype)
     if zero is not None:
-        values -= zero[..., None]
-    values *= scale.to(dtype)[..., None]
-    return values.reshape(out, width)
+        values -= spread(zero, width, group_size, dim=1)
+    values *= spread(scale.to(dtype), width, group_size, dim=1)
+    return values
 
 
 def search_grid(
@@ -102,7 +120,8 @@ def search_grid(
     Starts from the smallest scale that clips nothing and tries its ``COARSE`` shares, then ``FINE`` steps around the
     best, then the least-squares scale of the best codes. Up to ``ZERO_SHIFT_BITS`` bits the zero points next to the
     min-max one are tried as well (that is, clipping one end more than the other). Scores use the scale as it
-    will be stored, so the result is never worse than min-max.
+    will be stored, so the result is never worse than min-max. The two values of one bit are the best ones there are,
+    up to the rounding of what is stored: see `_two_values`.
 
     Args:
         Wt: ``(in, out)``, float32 or float64: the weight transposed, so that the rows' parameters lie along the
@@ -111,23 +130,44 @@ def search_grid(
         stored: the type of the scales.
 
     Returns:
-        scale ``(groups, out)`` of type ``stored`` and zero ``(groups, out)`` int8 (``None`` if symmetric).
+        scale ``(groups, out)`` of type ``stored`` and zero ``(groups, out)``: int8, ``None`` if symmetric; of one bit
+        float16, -1/2 if symmetric.
 
     Cost:
-        scores 13 candidates (19 for asymmetric grids of at most ``ZERO_SHIFT_BITS`` bits); no forward pass.
+        scores 13 candidates (19 for asymmetric grids of at most ``ZERO_SHIFT_BITS`` bits), for one bit one sort of each
+        group at most; no forward pass.
     """
-    width, out = Wt.shape
-    size = group_size or width
-    groups = Wt.reshape(-1, size, out)
+    width = len(Wt)
     a = Wt.new_ones(width) if importance is None else importance.to(Wt)
+    size = min(group_size or width, width)
+    whole = width - width % size
+    parts = [_search_groups(Wt[:whole], a[:whole], size, bits, symmetric, stored)]
+    if whole < width:  # the last group is shorter
+        parts.append(_search_groups(Wt[whole:], a[whole:], width - whole, bits, symmetric, stored))
+    scale, zero = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    scale = scale.to(stored)
+    if bits == 1:
+        return scale, zero.to(torch.float16)
+    return scale, None if symmetric else zero.to(torch.int8)
+
+
+def _search_groups(
+    Wt: Tensor, a: Tensor, size: int, bits: int, symmetric: bool, stored: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Groups of one size: ``Wt (groups * size, out)``, ``a (groups * size,)`` -> scale and zero, ``(groups, out)``."""
+    groups = Wt.reshape(-1, size, Wt.shape[1])
     # Only ratios matter inside a group; without this, tiny second moments underflow in float32.
     a = a.reshape(-1, 1, size)
     a = a / a.amax(dim=2, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
-    scale = Wt.new_empty(len(groups), out)
+    scale = Wt.new_empty(len(groups), Wt.shape[1])
     zero = torch.zeros_like(scale)
-    for part in _chunks(len(groups), size, out):
-        scale[part], zero[part] = _search(groups[part[0], :, part[1]].contiguous(), a[part[0]], bits, symmetric, stored)
-    return scale.to(stored), None if symmetric else zero.to(torch.int8)
+    for part in _chunks(len(groups), size, Wt.shape[1]):
+        w = groups[part[0], :, part[1]].contiguous()
+        if bits == 1:
+            scale[part], zero[part] = _two_values(w, a[part[0]], symmetric, stored)
+        else:
+            scale[part], zero[part] = _search(w, a[part[0]], bits, symmetric, stored)
+    return scale, zero
 
 
 def _chunks(groups: int, size: int, out: int) -> Iterator[tuple[slice, slice]]:
@@ -194,3 +234,41 @@ def _search(w: Tensor, a: Tensor, bits: int, symmetric: bool, stored: torch.dtyp
         best.offer(start + whole * step, zero)
     best.offer(best.least_squares_scale(), best.zero)
     return best.scale[:, 0], best.zero[:, 0]
+
+
+def _two_values(w: Tensor, a: Tensor, symmetric: bool, stored: torch.dtype) -> tuple[Tensor, Tensor]:
+    """One bit: ``w (groups, size, rows)``, ``a (groups, 1, size)`` -> scale and zero, ``(groups, rows)``.
+
+    Symmetric: the best ``s`` of the values ``-s`` and ``s`` is the mean of ``|w|``, weighted with ``a``. Asymmetric:
+    weights of the lower value lie below those of the upper one, so a group has as many candidates as members: split
+    the sorted weights, and each side's value is its mean. What the best split gains over one value for all is
+    ``A_1 A_2 / (A_1 + A_2) (m_2 - m_1)^2`` with the sides' sums of ``a`` and means ``m``.
+    """
+    a = a.transpose(1, 2).expand_as(w)
+    if not bool((a.sum(dim=1) > 0).all()):  # inputs that are always zero: every weight counts the same
+        a = torch.where(a.sum(dim=1, keepdim=True) > 0, a, 1.0)
+    if symmetric:
+        scale = round_scale(2 * (a * w.abs()).sum(dim=1) / a.sum(dim=1), stored)
+        return scale, torch.full_like(scale, HALF_WAY)
+    w, order = w.sort(dim=1)
+    a = a.gather(1, order)
+    below, moment = a.cumsum(dim=1), (a * w).cumsum(dim=1)
+    mass, total = below[:, -1:], moment[:, -1:]
+    above = mass - below
+    tiny = torch.finfo(w.dtype).tiny
+    gap = (total - moment) / above.clamp_min(tiny) - moment / below.clamp_min(tiny)
+    gain = torch.where((below > 0) & (above > 0), below * above * gap.square(), -1.0)
+    gain[:, -1] = 0  # all weights on one side: the split that is always there
+    split = gain.argmax(dim=1, keepdim=True)
+    lower = (moment.gather(1, split) / below.gather(1, split).clamp_min(tiny))[:, 0]
+    upper = ((total - moment.gather(1, split)) / above.gather(1, split).clamp_min(tiny))[:, 0]
+    mean = (total / mass)[:, 0]
+    # Two values that nearly agree are further from zero than a float16 zero point can tell steps apart: then all
+    # weights get one value, and the other is 0.
+    single = (split[:, 0] == w.shape[1] - 1) | (mean.abs() > MOST_STEPS * (upper - lower))
+    lower = torch.where(single, mean.clamp_max(0), lower)
+    upper = torch.where(single, mean.clamp_min(0), upper)
+    scale = round_scale(upper - lower, stored)
+    # The middle of the two values stays where it is when the scale is rounded.
+    zero = HALF_WAY - (upper + lower) / (2 * scale)
+    return scale, zero.clamp(-MAX_SCALE, MAX_SCALE)

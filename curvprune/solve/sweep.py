@@ -108,6 +108,7 @@ class Rows:
     scale: Tensor | None = None  # (groups, rows) compute dtype; None leaves survivors unrounded
     low: Tensor | None = None  # (groups, rows) smallest code minus zero
     high: Tensor | None = None  # (groups, rows)
+    group_size: int | None = None  # inputs of a group, fewer in the last where it does not divide; None: one group
     sparsity: float | None = None
     nm: tuple[int, int] | None = None
 
@@ -191,7 +192,7 @@ def _expand(stacked: Sequence[Rows], columns: Tensor) -> tuple[Tensor, Tensor, T
     pieces: list[tuple[Tensor, Tensor, Tensor]] = []
     for r in stacked:
         if r.scale is not None and r.low is not None and r.high is not None:
-            group = columns // (len(r.weight) // len(r.scale))
+            group = columns // (r.group_size or len(r.weight))
             pieces.append((r.scale[group], r.low[group], r.high[group]))
     if not pieces:
         return None

@@ -1,0 +1,133 @@
+"""Export an artifact in the layout of GPTQ checkpoints (``checkpoint_format: gptq_v2``), which GPTQModel and serving
+engines read; docs/formats.md says what was tried.
+
+Of every Linear layer in the model's blocks it holds ``qweight (in * bits / 32, out)``, unsigned codes packed without
+gaps into int32 words along the inputs; ``scales (groups, out)`` in float16; ``qzeros (groups, out * bits / 32)``,
+unsigned zero points packed along the outputs (version 1 stored them less one); ``g_idx (in,)``, the group of each
+input. A weight is ``(code - zero) * scale``. There is one grid for all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import curvprune
+from curvprune import artifact, hf
+from curvprune.layers import Layer, find_layers
+from curvprune.options import Quantize, option_from_key, quantizer_of
+from curvprune.state import State
+
+BITS = (2, 3, 4, 8)  # GPTQModel packs 5, 6 and 7 bits in planes, which other readers do not know
+
+
+def export_gptq(folder: str | Path, out: str | Path) -> Path:
+    """Write a saved artifact of a transformers model once more, as a GPTQ checkpoint.
+
+    Every Linear layer of the model's blocks must have the same grid of 2, 3, 4 or 8 bits. The output head and layers of
+    other kinds are written dense, rounded or not as they are in the artifact: GPTQ's readers expect them so. What a
+    reader unpacks are the weights of the artifact.
+
+    Args:
+        folder: what ``Result.save`` or a run (``model/``) wrote, portable or not.
+        out: a new or empty folder.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: not an artifact of a transformers model; layers whose grids differ, by name; a width or a shape that
+            the layout does not have.
+    """
+    folder, out = Path(folder), Path(out)
+    if not (folder / artifact.MANIFEST).is_file() or not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not an artifact of a transformers model: it lacks a manifest or a config")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; export into a new folder")
+    model: Any = artifact.load_into(folder, hf.load_foreign(folder))
+    layers = find_layers(model)
+    blocks = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    linear = {n: x for n, x in layers.items() if x.kind == "linear" and not x.aliases and n.startswith(blocks)}
+    quantize = _one_grid(folder, linear)
+    stored, tensors = load_file(artifact.weights_file(folder)), artifact.state_dict_on_disk(model, layers, {})
+    for name, layer in linear.items():
+        del tensors[f"{name}.weight"]
+        codes = artifact.take_packed(folder, stored, layer, quantize)
+        tensors |= {f"{name}.{key}": t for key, t in _gptq_tensors(layer, quantize, *codes).items()}
+    State(out).write_tensors(artifact.WEIGHTS, tensors)
+    settings = _config(quantize)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    State(out).write_json("config.json", {**config, "quantization_config": settings})
+    State(out).write_json("quantize_config.json", settings)
+    for path in folder.iterdir():  # the tokenizer, the generation config
+        if path.is_file() and path.name not in (artifact.MANIFEST, "config.json", artifact.weights_file(folder).name):
+            shutil.copy2(path, out / path.name)
+    return out
+
+
+def _one_grid(folder: Path, linear: dict[str, Layer]) -> Quantize:
+    """The grid that all layers have."""
+    manifest = json.loads((folder / artifact.MANIFEST).read_text(encoding="utf-8"))["layers"]
+    grids = {n: quantizer_of(option_from_key(manifest[n]["option"])) if n in manifest else None for n in linear}
+    counts = Counter(grid for grid in grids.values() if grid is not None)
+    if not counts:
+        raise ValueError(
+            f"{folder}: none of the {len(linear)} Linear layers in its blocks is rounded; GPTQ needs one grid for all"
+        )
+    quantize = counts.most_common(1)[0][0]
+    if others := [f"{n} ({'not rounded' if g is None else g.key})" for n, g in grids.items() if g != quantize]:
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        raise ValueError(
+            f"{folder}: GPTQ needs one grid for all Linear layers; {counts[quantize]} have {quantize.key}, but not "
+            f"{', '.join(others[:5])}{more}; compress with one option for all of them"
+        )
+    if quantize.bits not in BITS:
+        nearest = min(BITS, key=lambda b: (abs(b - quantize.bits), -b))
+        raise ValueError(f"{folder}: GPTQ's layout has 2, 3, 4 or 8 bits, not {quantize.bits}; nearest: {nearest}")
+    whole = 32 if quantize.bits == 3 else 32 // quantize.bits
+    for name, layer in linear.items():
+        if any(size % whole for size in layer.shape) or layer.shape[1] % (quantize.group_size or 1):
+            groups = f" and whole groups of {quantize.group_size} inputs" if quantize.group_size else ""
+            raise ValueError(
+                f"layer {name}: GPTQ's layout at {quantize.bits} bits needs outputs and inputs that are multiples of "
+                f"{whole}{groups}; it is {layer.shape[0]} x {layer.shape[1]}"
+            )
+    return quantize
+
+
+def _gptq_tensors(
+    layer: Layer, quantize: Quantize, codes: Tensor, scale: Tensor, zero: Tensor | None
+) -> dict[str, Tensor]:
+    # bfloat16 reaches further down than float16: of tiny scales digits would be lost.
+    if not torch.equal(scale.to(torch.float16).to(scale.dtype), scale):
+        raise ValueError(f"layer {layer.name}: its scales do not fit into float16; compress a float16 or float32 model")
+    if zero is None:
+        zero = torch.zeros(scale.shape, dtype=torch.int8)
+    inputs = torch.arange(layer.shape[1], dtype=torch.int32)
+    return {
+        "qweight": artifact.pack(codes, quantize.bits).t().contiguous(),
+        "qzeros": artifact.pack(zero, quantize.bits, dim=0).t().contiguous(),
+        "scales": scale.to(torch.float16).t().contiguous(),
+        "g_idx": inputs // (quantize.group_size or layer.shape[1]),
+    }
+
+
+def _config(quantize: Quantize) -> dict[str, Any]:
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq_v2",
+        "bits": quantize.bits,
+        "group_size": quantize.group_size or -1,
+        "sym": quantize.symmetric,
+        "desc_act": False,
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "meta": {"quantizer": f"curvprune:{curvprune.__version__}"},
+    }

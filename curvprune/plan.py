@@ -2,8 +2,8 @@
 plans.
 
 Everything here works on rows with four attributes, `layer`, `option`, `bytes` and `price`: the ledger's own rows fit,
-and so does `Choice`. Options are opaque strings. Layers that a serving engine fuses must arrive as one layer (bytes
-and prices added).
+and so does `Choice`. Options are opaque strings. Layers that must share an option (`same_option`: groups of layer
+names, each group offered the same options) are planned as one, bytes and prices added; plans name each of them.
 
 Arithmetic is exact where it decides anything: bytes are integers and prices are scaled to integers by a power of two,
 so a plan either satisfies a limit or does not. Where HiGHS is asked, it only proposes plans; this file checks them.
@@ -15,7 +15,8 @@ import math
 import operator
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, fields
 from fractions import Fraction
 from itertools import pairwise
@@ -152,9 +153,11 @@ def cheapest(
     max_bytes: int | None = None,
     max_loss: float | None = None,
     fixed_bytes: int = 0,
+    same_option: Iterable[Collection[str]] = (),
 ) -> dict[str, str]:
     """The best plan under one limit: minimise sum(price) s.t. fixed_bytes + sum(bytes) <= max_bytes, or minimise
-    sum(bytes) s.t. sum(price) <= max_loss. One option per layer, exactly one of the two limits.
+    sum(bytes) s.t. sum(price) <= max_loss. One option per layer, the same for all layers of a group in `same_option`,
+    exactly one of the two limits.
 
     The price of a plan is the correctly rounded sum (`math.fsum`), so a limit read off `frontier` can be met again.
     Among plans with an equal objective the one that uses less of the limited quantity wins; what still ties is decided
@@ -167,13 +170,13 @@ def cheapest(
     1,000 layers x 20 options.
 
     Returns layer -> option, in the order the layers first appear. Raises Infeasible when nothing fits, ValueError on
-    malformed rows. Warns (RuntimeWarning) when optimality could not be proven.
+    malformed rows or groups. Warns (RuntimeWarning) when optimality could not be proven.
     """
     if (max_bytes is None) == (max_loss is None):
         raise ValueError("cheapest() takes exactly one of max_bytes and max_loss")
     if max_loss is not None and math.isnan(max_loss):
         raise ValueError("cheapest(max_loss=nan): expected a number of nats")
-    table = _table(rows)
+    table, units = _table(rows, same_option)
     names = sorted(table)
     scale = _scale(table)
     ladders = [_undominated(table[name], scale) for name in names]
@@ -211,7 +214,7 @@ def cheapest(
         picks = [len(ladder) - 1 - pick for ladder, pick in zip(ladders, picks, strict=True)]
 
     chosen = {name: ladder[pick].option for name, ladder, pick in zip(names, ladders, picks, strict=True)}
-    return {name: chosen[name] for name in table}
+    return {layer: chosen[unit] for layer, unit in units.items()}
 
 
 class Point(NamedTuple):
@@ -222,18 +225,19 @@ class Point(NamedTuple):
     choices: dict[str, str]
 
 
-def frontier(rows: Iterable[Row], *, points: int = 33) -> list[Point]:
+def frontier(rows: Iterable[Row], *, points: int = 33, same_option: Iterable[Collection[str]] = ()) -> list[Point]:
     """The nested plans of the Lagrangian relaxation, from the smallest model to the one with the lowest predicted
     loss.
 
     Each plan minimises sum(price) + lambda * sum(bytes) for some lambda: the lower convex hulls of the layers, merged
-    by slope. From one plan to the next (before thinning) one layer moves to a larger and cheaper option, so bytes rise
-    strictly, the price falls strictly, and no layer ever moves back. At most `points` >= 2 plans, both ends kept,
-    evenly spaced in steps. Exact; no integer program. Cost: O(rows log rows). Raises ValueError on malformed rows.
+    by slope. From one plan to the next (before thinning) one layer, or one group of layers that share an option, moves
+    to a larger and cheaper option, so bytes rise strictly, the price falls strictly, and no layer ever moves back. At
+    most `points` >= 2 plans, both ends kept, evenly spaced in steps. Exact; no integer program. Cost: O(rows log
+    rows). Raises ValueError on malformed rows or groups.
     """
     if points < 2:
         raise ValueError(f"frontier(points={points}): expected at least 2, the smallest and the largest model")
-    table = _table(rows)
+    table, units = _table(rows, same_option)
     names = sorted(table)
     scale = _scale(table)
     ladders = [_undominated(table[name], scale) for name in names]
@@ -252,7 +256,9 @@ def frontier(rows: Iterable[Row], *, points: int = 33) -> list[Point]:
             picks[step.layer] = step.stop
         if number in kept:
             chosen = {name: ladder[pick].option for name, ladder, pick in zip(names, ladders, picks, strict=True)}
-            path.append(Point(size, float(Fraction(price, scale)), {name: chosen[name] for name in table}))
+            path.append(
+                Point(size, float(Fraction(price, scale)), {layer: chosen[unit] for layer, unit in units.items()})
+            )
     return path
 
 
@@ -304,6 +310,7 @@ def search(
     start: float,
     max_trials: int = 6,
     tolerance: float = 0.03,
+    same_option: Iterable[Collection[str]] = (),
 ) -> Search:
     """Closed loop over the predicted-loss limit of `cheapest`: measure a plan, correct the limit, measure again.
 
@@ -317,7 +324,8 @@ def search(
     the limits between them give no new plan, or when the trials are spent.
 
     A pure function of what `evaluate` returns: a caller who caches evaluations by plan can stop and resume. Raises
-    ValueError on malformed rows, a start that is negative or not finite, or an accepted plan without a finite loss.
+    ValueError on malformed rows or groups, a start that is negative or not finite, or an accepted plan without a finite
+    loss.
     """
     if not (math.isfinite(start) and start >= 0):
         raise ValueError(
@@ -325,10 +333,10 @@ def search(
         )
     if max_trials < 1:
         raise ValueError(f"search(max_trials={max_trials!r}): expected at least 1")
-    rows = list(rows)
-    table = _table(rows)
-    floor = math.fsum(min(rung.price for rung in ladder) for ladder in table.values())
-    ceiling = math.fsum(min(ladder, key=lambda rung: (rung.bytes, rung.price)).price for ladder in table.values())
+    rows, same_option = list(rows), [tuple(group) for group in same_option]
+    table, units = _table(rows, same_option)
+    floor = _total(min(rung.price for rung in ladder) for ladder in table.values())
+    ceiling = _total(min(ladder, key=lambda rung: (rung.bytes, rung.price)).price for ladder in table.values())
 
     measured_plans: dict[tuple[tuple[str, str], ...], Trial] = {}
     accepted: tuple[float, Trial] | None = None
@@ -337,12 +345,12 @@ def search(
     # Planning is cheap next to measuring, so a limit that gives a plan already measured only narrows the bracket.
     for outcomes in range(1, 4 * max_trials + 33):
         limit = min(max(limit, floor), ceiling)
-        choices = cheapest(rows, max_loss=limit)
+        choices = cheapest(rows, max_loss=limit, same_option=same_option)
         key = tuple(sorted(choices.items()))
         if key not in measured_plans:
             if len(measured_plans) == max_trials:
                 break
-            measured_plans[key] = _measure(choices, table, limit, evaluate)
+            measured_plans[key] = _measure(choices, table, units, limit, evaluate)
         trial = measured_plans[key]
         if trial.accepted:
             accepted = (limit, trial)
@@ -374,10 +382,12 @@ def search(
 def _measure(
     choices: dict[str, str],
     table: Mapping[str, Sequence[_Rung]],
+    units: Mapping[str, str],
     limit: float,
     evaluate: Callable[[dict[str, str]], tuple[bool, float]],
 ) -> Trial:
-    chosen = [next(rung for rung in table[layer] if rung.option == option) for layer, option in choices.items()]
+    options = {units[layer]: option for layer, option in choices.items()}
+    chosen = [next(rung for rung in table[unit] if rung.option == option) for unit, option in options.items()]
     ok, measured = evaluate(dict(choices))
     if ok and not math.isfinite(measured):
         raise ValueError(f"evaluate() accepted a plan whose measured loss is {measured!r}; return False for such plans")
@@ -385,7 +395,7 @@ def _measure(
         choices=choices,
         limit=limit,
         bytes=sum(rung.bytes for rung in chosen),
-        predicted=math.fsum(rung.price for rung in chosen),
+        predicted=_total(rung.price for rung in chosen),
         measured=float(measured),
         accepted=bool(ok),
     )
@@ -421,11 +431,20 @@ def _between(low: float, high: float) -> float:
 
 class _Rung(NamedTuple):
     bytes: int
-    price: Any  # float in a table, int (price times the scale) in a ladder
+    price: Any  # Fraction in a table, int (price times the scale) in a ladder
     option: str
 
 
-def _table(rows: Iterable[Row]) -> dict[str, list[_Rung]]:
+def _total(prices: Iterable[Fraction]) -> float:
+    """The correctly rounded sum."""
+    return float(sum(prices, Fraction(0)))
+
+
+def _table(
+    rows: Iterable[Row], same_option: Iterable[Collection[str]]
+) -> tuple[dict[str, list[_Rung]], dict[str, str]]:
+    """The rungs of every unit (a layer, or a group of layers under the first of their names), and the unit of every
+    layer in the order in which layers first appear."""
     table: dict[str, list[_Rung]] = {}
     seen: set[tuple[str, str]] = set()
     for row in rows:
@@ -448,10 +467,35 @@ def _table(rows: Iterable[Row]) -> dict[str, list[_Rung]]:
                 f"layer {row.layer!r} lists option {row.option!r} twice; keep one row per layer and option"
             )
         seen.add((row.layer, row.option))
-        table.setdefault(row.layer, []).append(_Rung(size, price, row.option))
+        table.setdefault(row.layer, []).append(_Rung(size, Fraction(price), row.option))
     if not table:
         raise ValueError("no rows: a plan needs at least one layer with at least one option")
-    return table
+    units = {layer: layer for layer in table}
+    groups = [sorted(group) for group in same_option if group]
+    for layer, count in Counter(layer for group in groups for layer in group).items():
+        if layer not in table:
+            raise ValueError(f"same_option: layer {layer!r} has no rows; leave it out or price its options")
+        if count > 1:
+            raise ValueError(f"same_option: layer {layer!r} is named {count} times; expected each layer in one group")
+    for group in groups:
+        _merge(table, group)
+        units.update(dict.fromkeys(group, group[0]))
+    return table, units
+
+
+def _merge(table: dict[str, list[_Rung]], group: Sequence[str]) -> None:
+    """Make one unit of a group's layers: bytes and prices of each option added, without rounding."""
+    unit = group[0]
+    totals = {rung.option: rung for rung in table[unit]}
+    for layer in group[1:]:
+        rungs = {rung.option: rung for rung in table.pop(layer)}
+        if strange := sorted(set(rungs) ^ set(totals)):
+            raise ValueError(
+                f"same_option: layers {unit!r} and {layer!r} are in one group, but only one of them is offered "
+                f"{', '.join(strange)}; offer both the same options"
+            )
+        totals = {o: _Rung(t.bytes + rungs[o].bytes, t.price + rungs[o].price, o) for o, t in totals.items()}
+    table[unit] = list(totals.values())
 
 
 def _scale(table: Mapping[str, Sequence[_Rung]]) -> int:

@@ -113,6 +113,89 @@ def test_cheapest_equals_brute_force_in_both_directions(seed: int, solver: str) 
                 assert price == lowest_there
 
 
+def grouped_rows(seed: int) -> tuple[list[Choice], list[tuple[str, ...]]]:
+    """Up to six layers in groups of one to three; the layers of a group are offered the same options."""
+    rng = random.Random(seed)
+    rows, groups, number = [], [], 0
+    for _ in range(rng.randint(1, 3)):
+        group = tuple(f"layer{number + k}" for k in range(rng.randint(1, 3)))
+        number += len(group)
+        groups.append(group)
+        for option in range(rng.randint(1, 4)):
+            for layer in group:
+                price = rng.choice([rng.gauss(0, 1), rng.randint(0, 3) * 0.1])
+                rows.append(Choice(layer=layer, option=f"option{option}", bytes=rng.randint(0, 60), price=price))
+    rng.shuffle(rows)
+    return rows, groups
+
+
+def share(choices: dict[str, str], groups: list[tuple[str, ...]]) -> bool:
+    return all(len({choices[layer] for layer in group}) == 1 for group in groups)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_plans_of_groups_equal_brute_force_over_the_plans_that_share(seed: int, solver: str) -> None:
+    rows, groups = grouped_rows(seed)
+    layers = sorted({row.layer for row in rows})
+    table = [sorted((row for row in rows if row.layer == layer), key=lambda row: row.option) for layer in layers]
+    sharing = []
+    for combination in itertools.product(*table):
+        choices = {row.layer: row.option for row in combination}
+        if share(choices, groups):
+            sharing.append(value(rows, choices))
+    rng = random.Random(seed)
+    max_bytes, max_loss = rng.choice(sharing)[0], float(rng.choice(sharing)[1])
+
+    plan = cheapest(rows, max_bytes=max_bytes, same_option=groups)
+    assert list(plan) == list(dict.fromkeys(row.layer for row in rows)) and share(plan, groups)
+    assert value(rows, plan)[0] <= max_bytes
+    best = min((price, size) for size, price in sharing if size <= max_bytes)
+    assert float(value(rows, plan)[1]) == pytest.approx(float(best[0]), abs=1e-14)
+    if solver == "enumeration":
+        assert value(rows, plan) == best[::-1]
+
+    plan = cheapest(rows, max_loss=max_loss, same_option=groups)
+    assert share(plan, groups) and float(value(rows, plan)[1]) <= max_loss
+    assert value(rows, plan)[0] == min(size for size, price in sharing if float(price) <= max_loss)
+
+    path = frontier(rows, points=1000, same_option=groups)
+    assert all(share(point.choices, groups) for point in path)
+    assert value(rows, path[0].choices) == min(sharing)
+    assert value(rows, path[-1].choices)[1] == min(price for _, price in sharing)
+    for point in path:  # each minimises price + λ bytes among the plans that share, for some λ
+        assert (point.bytes, point.price) == (value(rows, point.choices)[0], float(value(rows, point.choices)[1]))
+    for (s0, p0), (s1, p1) in itertools.pairwise(value(rows, point.choices) for point in path):
+        slope = (p0 - p1) / (s1 - s0)
+        assert min(price + slope * size for size, price in sharing) == p0 + slope * s0
+
+
+def test_search_measures_only_plans_that_share() -> None:
+    rows = ladder(12)
+    groups = [("layer0", "layer5", "layer7"), ("layer2", "layer1")]
+    truth = Truth(rows, lambda p: 1.4 * p, budget=0.02)
+    result = search(rows, truth, start=0.02, max_trials=6, same_option=groups)
+    assert result.best is not None and len(result.trials) > 1
+    for trial in result.trials:
+        assert share(trial.choices, groups)
+        assert value(rows, trial.choices) == (trial.bytes, pytest.approx(Fraction(trial.predicted)))
+    free = search(rows, Truth(rows, lambda p: 1.4 * p, budget=0.02), start=0.02, max_trials=6)
+    assert free.best is not None and not share(free.best, groups)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([("layer0", "nowhere")], "'nowhere' has no rows"),
+        ([("layer0", "layer1"), ("layer1", "layer2")], "'layer1' is named 2 times"),
+        ([("layer0", "odd")], "'layer0' and 'odd' are in one group, but only one of them is offered 2 bit, .*odd bit"),
+    ],
+)
+def test_groups_that_cannot_be_are_named(groups: list[tuple[str, ...]], message: str) -> None:
+    rows = [*ladder(3), Choice(layer="odd", option="odd bit", bytes=1, price=0.0)]
+    with pytest.raises(ValueError, match=message):
+        cheapest(rows, max_bytes=10**6, same_option=groups)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(90, 1500))
 def test_cheapest_equals_brute_force_on_many_instances(seed: int, solver: str) -> None:

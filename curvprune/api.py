@@ -22,6 +22,7 @@ from curvprune.analysis import QUANTITIES, Analysis, analyze_curvature
 from curvprune.certificate import Verdict
 from curvprune.curvature import products
 from curvprune.data import Split, Splits, as_split, split_items
+from curvprune.groups import find_groups, read_request
 from curvprune.layers import Layer, find_layers, left_over
 from curvprune.ledger import Ledger
 from curvprune.objective import Batch, Objective, evaluate, make_objective, to_device
@@ -207,6 +208,7 @@ def compress(
     budget: Budget | None = None,
     objective: str | Objective = "auto",
     layers: str | Sequence[str] = "*",
+    same_option: str | Sequence[str | Sequence[str]] = (),
     settings: Settings | None = None,
     device: str | torch.device | None = None,
     inplace: bool = False,
@@ -219,8 +221,16 @@ def compress(
     options. With ``Budget(max_drop=...)`` the data are split (or pass `Splits`), plans are measured on the select split
     and the verdict comes from the certify split.
 
+    Args:
+        same_option: layers that must get the same option, because a serving engine runs them as one: lists of globs,
+            each of which makes a group of its layers in every parent module, for example
+            ``[["*.gate_proj", "*.up_proj"]]``; ``"fused"`` stands for query, key and value, and for gate and up,
+            under their usual names (`curvprune.groups.FUSED`).
+
     Raises:
-        ValueError: an option that does not fit a layer, a budget that the options cannot reach, too little data.
+        ValueError: an option that does not fit a layer, a budget that the options cannot reach, too little data; a glob
+            that matches nothing, a layer in two groups, layers of a group that are offered different options (one of
+            them left out by ``layers``).
     """
     if not options:
         raise ValueError("compress: no options given; pass for example options=[Quantize(bits=4)]")
@@ -230,7 +240,7 @@ def compress(
     with tempfile.TemporaryDirectory() as folder:
         job = _job(
             model, data, offered, budget, Path(folder), objective=objective, layers=layers, device=device,
-            settings=settings, progress=progress,
+            settings=settings, progress=progress, same_option=same_option,
         )  # fmt: skip
         trials: tuple[dict[str, Any], ...] = ()
         if budget is None:
@@ -385,6 +395,7 @@ def _job(
     seed: int | None = None,
     settings: Settings | None = None,
     priced: bool = False,
+    same_option: str | Sequence[str | Sequence[str]] = (),
 ) -> Job:
     settings = settings or Settings()
     settings = Settings(
@@ -400,6 +411,10 @@ def _job(
     for name, layer in found.items():
         for option in options:
             check_fits(option, name, layer.shape, reader=readers[name])
+    keys = [option.key for option in options]
+    groups = find_groups(
+        read_request(same_option), {n: keys if n in found else [Keep().key] for n in find_layers(model)}
+    )
     if isinstance(data, Splits):
         splits = data
     elif budget is not None:
@@ -417,6 +432,8 @@ def _job(
         objective=make_objective(objective, model, first),
         layers=found,
         options={n: list(options) for n in found},
+        same_option=groups.layers,
+        notes=list(groups.notes),
         splits=splits,
         budget=budget,
         settings=settings,

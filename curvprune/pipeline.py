@@ -29,7 +29,7 @@ from curvprune.layers import find_layers, left_over
 from curvprune.objective import Objective, make_objective, to_device
 from curvprune.options import Keep, Option, option_from_key, quantizer_of
 from curvprune.plan import Budget, frontier
-from curvprune.recipe import Recipe, RecipeError, assign_options, load_recipe, lock_text
+from curvprune.recipe import Recipe, RecipeError, assign_groups, assign_options, load_recipe, lock_text
 from curvprune.solve import Solved
 from curvprune.stages import (
     Job,
@@ -228,6 +228,7 @@ def prepare(recipe: Recipe, root: State | None, *, progress: bool) -> tuple[Job,
     found = find_layers(model)
     readers = {n: artifact.reader_of(model, layer, portable=recipe.portable) for n, layer in found.items()}
     assigned = assign_options(recipe, {n: layer.shape for n, layer in found.items()}, readers=readers)
+    groups = assign_groups(recipe, found, assigned)
     layers = {n: found[n] for n in found if n in assigned}
     kept = [n for n in found if n not in assigned]
     model.to(device)
@@ -255,6 +256,7 @@ def prepare(recipe: Recipe, root: State | None, *, progress: bool) -> tuple[Job,
         objective=objective,
         layers=layers,
         options=assigned,
+        same_option=groups.layers,
         splits=splits,
         budget=budget,
         settings=settings,
@@ -265,6 +267,7 @@ def prepare(recipe: Recipe, root: State | None, *, progress: bool) -> tuple[Job,
             folder, model, solved, plan, tokenizer=tokenizer, portable=recipe.portable
         ),
     )
+    job.notes += groups.notes
     if kept:
         job.notes.append(f"{len(kept)} layer(s) match no entry of compress: and stay as they are: {', '.join(kept)}")
     if (message := left_over(model)) is not None:
@@ -519,7 +522,7 @@ def _frontier(job: Job) -> list[dict[str, Any]]:
     if job.ledger is None:
         return []
     points = []
-    for point in frontier(job.ledger.rows):
+    for point in frontier(job.ledger.rows, same_option=job.same_option):
         predicted = job.ledger.predict(point.choices)
         points.append(
             {
@@ -535,6 +538,7 @@ def _layer_records(job: Job) -> list[dict[str, Any]]:
     if job.plan is None:
         return []
     records = []
+    unit_of = {name: unit for unit in job.units for name in unit}
     for name, layer in job.layers.items():
         key = job.plan.choices[name]
         size = job.layer_bytes(name, option_from_key(key))
@@ -552,29 +556,36 @@ def _layer_records(job: Job) -> list[dict[str, Any]]:
                 "price": None if row is None else row.price,
                 "stderr": None if row is None or not np.isfinite(row.stderr) else row.stderr,
                 "damping": None if solved is None else solved.damping,
-                "reason": _reason(job, name, key),
+                "reason": _reason(job, name, unit_of[name], key),
                 "notes": [] if solved is None else list(solved.notes),
             }
         )
     return records
 
 
-def _reason(job: Job, name: str, key: str) -> str:
-    """Why a layer got its option: what the next smaller and the next larger one would have cost and saved."""
+def _reason(job: Job, name: str, unit: tuple[str, ...], key: str) -> str:
+    """Why a layer got its option: what the next smaller and the next larger one would have cost and saved, for all the
+    layers that share it."""
     if len(job.options[name]) == 1:
         return "the only option offered"
     assert job.ledger is not None
-    rows = job.ledger.layer_rows(name)
-    own, parts = rows[key], []
-    smaller = [r for r in rows.values() if r.bytes < own.bytes]
-    larger = [r for r in rows.values() if r.bytes > own.bytes]
+    size: dict[str, int] = {}
+    price: dict[str, float] = {}
+    for member in unit:
+        for option, row in job.ledger.layer_rows(member).items():
+            size[option] = size.get(option, 0) + row.bytes
+            price[option] = price.get(option, 0.0) + row.price
+    parts = []
+    smaller = [option for option in size if size[option] < size[key]]
+    larger = [option for option in size if size[option] > size[key]]
     if smaller:
-        r = max(smaller, key=lambda r: r.bytes)
-        parts.append(f"{r.option} would save {own.bytes - r.bytes:,} bytes for {r.price - own.price:+.2g} nats")
+        o = max(smaller, key=lambda option: size[option])
+        parts.append(f"{o} would save {size[key] - size[o]:,} bytes for {price[o] - price[key]:+.2g} nats")
     if larger:
-        r = min(larger, key=lambda r: r.bytes)
-        parts.append(f"{r.option} would spend {r.bytes - own.bytes:,} bytes for {r.price - own.price:+.2g} nats")
-    return "; ".join(parts)
+        o = min(larger, key=lambda option: size[option])
+        parts.append(f"{o} would spend {size[o] - size[key]:,} bytes for {price[o] - price[key]:+.2g} nats")
+    others = ", ".join(member.rpartition(".")[2] for member in unit if member != name)
+    return (f"shared with {others}, together: " if others else "") + "; ".join(parts)
 
 
 def _peak_memory() -> int:

@@ -32,6 +32,7 @@ from pydantic import (
     model_validator,
 )
 
+from curvprune.groups import GroupError, Groups, Request, find_groups, read_request
 from curvprune.options import BITS, OPTIONS, Cast, Keep, Option, PruneQuantize, check_fits, parse_option
 
 KeyPath = tuple[str | int, ...]
@@ -259,6 +260,17 @@ class CompressEntry(_Section):
         return self
 
 
+def _read_request(value: Any) -> Request:
+    try:
+        return read_request(value)
+    except GroupError as error:
+        raise _At(error.position, error.message) from error
+
+
+def _request_yaml(request: Request) -> list[str | list[str]]:
+    return [entry if isinstance(entry, str) else list(entry) for entry in request]
+
+
 class BudgetSection(_Section):
     """How much accuracy may be lost (``max_drop``), or how large the model may be (``max_bytes``)."""
 
@@ -331,6 +343,11 @@ class Recipe(_Section):
     objective: Literal["auto", "causal-lm", "classification", "label-free"] = "auto"
     compress: tuple[CompressEntry, ...] = Field(
         min_length=1, strict=False, description='a list of entries that start with "- layers:"'
+    )
+    same_option: Annotated[Request, PlainValidator(_read_request), PlainSerializer(_request_yaml, when_used="json")] = (
+        Field(
+            (), description="fused, or a list of lists of globs whose layers, within one parent module, share an option"
+        )
     )
     budget: BudgetSection | None = None
     price: PriceSection = PriceSection()
@@ -465,6 +482,18 @@ def assign_options(
                 raise recipe.error(("compress", owner[name], "options", position), str(error)) from error
         assigned[name] = list(entry.options)
     return assigned
+
+
+def assign_groups(recipe: Recipe, layers: Iterable[str], assigned: Mapping[str, Iterable[Option]]) -> Groups:
+    """The layers that must share an option, from `assign_options` and the names of all layers.
+
+    Raises:
+        RecipeError: see `curvprune.groups.find_groups`.
+    """
+    try:
+        return find_groups(recipe.same_option, {n: [o.key for o in assigned.get(n, [Keep()])] for n in layers})
+    except GroupError as error:
+        raise recipe.error(("same_option", *error.position), error.message) from error
 
 
 def lock_text(recipe: Recipe, resolved: dict[str, Any]) -> str:

@@ -80,6 +80,7 @@ class Job:
     stages: StageLog
     reload: Callable[[Path], nn.Module]
     write_model: Callable[[Path, Mapping[str, Solved], Mapping[str, Any]], None]
+    same_option: tuple[tuple[str, ...], ...] = ()  # groups of layers; each is offered the same options
     notes: list[str] = field(default_factory=list)
     ledger: Ledger | None = None
     analysis: Analysis | None = None
@@ -92,9 +93,15 @@ class Job:
     def fixed_bytes(self) -> int:
         return artifact.other_bytes(self.model, self.layers)
 
+    @property
+    def units(self) -> list[tuple[str, ...]]:
+        """Layers that get one option together, and every other layer by itself."""
+        grouped = {n for group in self.same_option for n in group}
+        return [*self.same_option, *((n,) for n in self.layers if n not in grouped)]
+
     def smallest_bytes(self) -> int:
         """Bytes of the smallest model file that the options allow, header included."""
-        sizes = [min(self.layer_bytes(n, o) for o in opts) for n, opts in self.options.items()]
+        sizes = [min(sum(self.layer_bytes(n, o) for n in unit) for o in self.options[unit[0]]) for unit in self.units]
         return self.fixed_bytes + artifact.header_bytes(self.model, self.layers) + sum(sizes)
 
     def bytes_of(self, choices: Mapping[str, str]) -> int:
@@ -476,7 +483,12 @@ def _select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[
         advance(1)
         if budget.max_bytes is not None:
             header = artifact.header_bytes(job.model, job.layers)
-            choices = cheapest(rows, max_bytes=budget.max_bytes, fixed_bytes=job.fixed_bytes + header)
+            choices = cheapest(
+                rows,
+                max_bytes=budget.max_bytes,
+                fixed_bytes=job.fixed_bytes + header,
+                same_option=job.same_option,
+            )
             best = bench.measure("plan 1", "plan", choices)
         else:
             assert budget.max_drop is not None
@@ -486,7 +498,13 @@ def _select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[
                 advance(1 + len(bench.trials))
                 return trial["accepted"], trial["metric_drop"]
 
-            found = search(rows, measured, start=budget.max_drop, max_trials=job.settings.trials)
+            found = search(
+                rows,
+                measured,
+                start=budget.max_drop,
+                max_trials=job.settings.trials,
+                same_option=job.same_option,
+            )
             passing = next((t for t in bench.trials if t["choices"] == found.best), None)
             if passing is None:
                 # The most cautious plan that was measured goes to the certificate all the same.
@@ -519,21 +537,20 @@ def _controls(job: Job, best: Mapping[str, Any]) -> list[tuple[str, str, dict[st
     above = min((u for u in uniform if u[0] > best["bytes"]), default=None)
     below = max((u for u in uniform if u[0] <= best["bytes"]), default=None)
     controls += [(f"uniform {u[1]}", "control", u[2]) for u in (below, above) if u is not None]
-    # Reversed order: rank the layers by the price of their cheapest-to-store option per weight and swap the prices of
-    # the most and the least sensitive, then plan for the same bytes.
-    ledger = job.ledger
-    order = sorted(free, key=lambda n: max(r.price for r in ledger.layer_rows(n).values()) / job.layers[n].numel)
-    mirror = dict(zip(order, reversed(order), strict=True))
-    rows = []
-    for row in job.ledger.rows:
-        if row.layer not in mirror:
-            rows.append(row)
-            continue
-        own = max(r.price for r in job.ledger.layer_rows(row.layer).values())
-        other = max(r.price for r in job.ledger.layer_rows(mirror[row.layer]).values())
-        scale = other / own * job.layers[row.layer].numel / job.layers[mirror[row.layer]].numel if own else 1.0
-        rows.append(type(row)(layer=row.layer, option=row.option, bytes=row.bytes, price=row.price * scale, stderr=0.0))
-    choices = cheapest(rows, max_bytes=best["bytes"], fixed_bytes=job.fixed_bytes)
+    # Reversed order: rank the layers (those that share an option as one) by the price of their cheapest-to-store option
+    # per weight and swap the prices of the most and the least sensitive, then plan for the same bytes.
+    rows_of = {n: job.ledger.layer_rows(n) for n in free}
+    units = [unit for unit in job.units if unit[0] in rows_of]
+    dearest = {u: max(sum(rows_of[n][key].price for n in u) for key in rows_of[u[0]]) for u in units}
+    weights = {u: sum(job.layers[n].numel for n in u) for u in units}
+    order = sorted(units, key=lambda u: dearest[u] / weights[u])
+    scale = {
+        n: dearest[other] / dearest[unit] * weights[unit] / weights[other] if dearest[unit] else 1.0
+        for unit, other in zip(order, reversed(order), strict=True)
+        for n in unit
+    }
+    rows = [replace(r, price=r.price * scale.get(r.layer, 1.0), stderr=0.0) for r in job.ledger.rows]
+    choices = cheapest(rows, max_bytes=best["bytes"], fixed_bytes=job.fixed_bytes, same_option=job.same_option)
     if choices != best["choices"]:
         controls.append(("reversed order", "control", choices))
     return controls
@@ -604,7 +621,7 @@ def _fixed_sequence(job: Job, bench: _Bench, best: dict[str, Any]) -> list[_Appl
         edge = sequence[-1] if safe else sequence[0]
         factor = _room(job, edge.record) if safe else CAUTION
         try:
-            choices = cheapest(job.ledger.rows, max_loss=factor * edge.record["predicted"])
+            choices = cheapest(job.ledger.rows, max_loss=factor * edge.record["predicted"], same_option=job.same_option)
         except Infeasible:
             break
         if choices == edge.record["choices"] or (job.bytes_of(choices) < edge.record["bytes"]) != safe:

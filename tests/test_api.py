@@ -111,6 +111,33 @@ def test_max_bytes_is_met_by_the_file(trained, tmp_path):
     assert result.verdict is None and len(set(result.plan.choices.values())) > 1
 
 
+class Gated(nn.Module):
+    """Two branches that meet in a product, like gate and up, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.ModuleDict({"gate_proj": nn.Linear(64, 48), "up_proj": nn.Linear(64, 48)})
+        self.head = nn.Linear(48, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.mlp["gate_proj"](x).relu() * self.mlp["up_proj"](x))
+
+
+def test_layers_that_share_an_option_do_so_in_every_plan(trained):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Gated()
+    data = batches(trained[1])
+    budget = cp.Budget(max_bytes=7000)
+    free = cp.quantize(model, data, budget=budget)
+    assert free.plan.choices["mlp.gate_proj"] != free.plan.choices["mlp.up_proj"]
+    for request in ("fused", [["*.gate_proj", "mlp.up_*"]]):
+        tied = cp.quantize(model, data, budget=budget, same_option=request)
+        for choices in [tied.plan.choices, *(trial["choices"] for trial in tied.trials)]:
+            assert choices["mlp.gate_proj"] == choices["mlp.up_proj"]
+        assert tied.ledger.rows == free.ledger.rows, "prices stay each layer's own"
+
+
 def test_prune_and_quantize_compete_in_one_ledger(trained):
     model, data = trained
     joint = cp.PruneQuantize(prune=cp.Prune(sparsity=0.5), quantize=cp.Quantize(bits=4))
@@ -219,6 +246,10 @@ def test_other_precisions(trained, dtype):
         (lambda m, d: cp.compress(m, d, options=[cp.Keep(), cp.Quantize(bits=4)]), "exactly one option, got 2"),
         (lambda m, d: cp.quantize(m, d, budget=cp.Budget(max_bytes=100)), "smallest model these options allow"),
         (lambda m, d: cp.certify(m, m, d, cp.Budget(max_bytes=100)), "max_drop"),
+        (lambda m, d: cp.quantize(m, d, same_option="fuse"), "nearest: fused"),
+        (lambda m, d: cp.quantize(m, d, same_option=["0", "3"]), r"same_option\[0\]: '0' is neither fused"),
+        (lambda m, d: cp.quantize(m, d, same_option=[["0", "first"]]), r"same_option\[0\]\[1\]: 'first' matches none"),
+        (lambda m, d: cp.quantize(m, d, layers="0", same_option=[["0", "3"]]), "layers 0 and 3 must share .*int4"),
         (lambda m, d: cp.quantize(m, cp.data.as_split(d), budget=cp.Budget("loss", max_drop=1)), "four splits"),
         (lambda m, d: cp.analyze(m, d, objective="causal-lm"), "causal-lm needs"),
     ],

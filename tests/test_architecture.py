@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objective": set(),
     "layers": set(),
     "options": set(),
+    "groups": set(),
     "plan": set(),
     "certificate": set(),
     "state": set(),
@@ -43,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "apply": {"objective", "layers"},
     "data": {"objective"},
     "hf": {"objective", "options"},
-    "recipe": {"options", "plan"},
+    "recipe": {"options", "groups"},
     "ledger": {"solve", "curvature/estimators", "curvature/fisher", "options"},
     "packed": {"options", "layers", "solve"},
     "artifact": {"options", "plan", "layers", "solve", "state", "packed"},
@@ -57,7 +58,7 @@ MAY_IMPORT["__init__"] = {*MAY_IMPORT} - {"cli"}
 MAY_IMPORT["__main__"] = {"cli"}
 
 ONLY_HF = {"transformers", "compressed_tensors", "datasets", "accelerate", "gguf"}
-WITHOUT_TORCH = {"plan", "certificate", "options", "recipe", "report"}
+WITHOUT_TORCH = {"plan", "groups", "certificate", "options", "recipe", "report"}
 NO_SUCH_NAMES = {"utils", "util", "core", "base", "common", "helpers", "misc"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))

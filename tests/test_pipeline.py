@@ -151,6 +151,40 @@ def test_max_bytes_gives_the_best_model_of_that_size(recipe, tmp_path):
     assert result.record["measured"]["compressed"] > 0
 
 
+@pytest.mark.parametrize("budget", ["max_drop: 0.2", "max_bytes: 45000"])
+def test_layers_that_serving_engines_fuse_get_the_same_option_everywhere(recipe, tmp_path, monkeypatch, budget):
+    path = tmp_path / "fused.yaml"
+    path.write_text(recipe.read_text().replace("max_drop: 0.2", budget) + "same_option: fused\n")
+    plans = []
+    real = cp.stages._Bench.record
+
+    def spy(self, name, kind, choices, *arguments):
+        plans.append(dict(choices))
+        return real(self, name, kind, choices, *arguments)
+
+    monkeypatch.setattr(cp.stages._Bench, "record", spy)
+    result = pipeline.run(path, tmp_path / "out", progress=False)
+    shipped = json.loads((tmp_path / "out" / "plan.json").read_text())
+    plans.append(shipped["choices"])
+    blocks = [f"model.layers.{i}." for i in range(2)]
+    groups = [[f"{b}self_attn.{x}_proj" for x in "qkv"] for b in blocks]
+    groups += [[f"{b}mlp.{x}_proj" for x in ("gate", "up")] for b in blocks]
+    assert len(plans) >= 4
+    for choices in plans:
+        assert all(len({choices[name] for name in group}) == 1 for group in groups), choices
+    assert any(len(set(choices.values())) > 2 for choices in plans), "uniform plans would share by themselves"
+    reasons = {entry["name"]: entry["reason"] for entry in shipped["layers"]}
+    assert reasons[groups[0][0]].startswith("shared with k_proj, v_proj, together: int")
+    assert "shared" not in reasons["model.layers.0.mlp.down_proj"]
+    ledger = cp.Ledger.from_dict(json.loads((tmp_path / "out" / "ledger.json").read_text()))
+    q, k, v = (ledger.layer_rows(name) for name in groups[0])
+    own = shipped["choices"][groups[0][0]]
+    other = next(word for word in reasons[groups[0][0]].split() if word.startswith("int"))
+    difference = abs(sum(rows[own].bytes - rows[other].bytes for rows in (q, k, v)))
+    assert f"{difference:,} bytes" in reasons[groups[0][0]]
+    assert result.record["frontier"]
+
+
 def test_a_uniform_recipe_needs_no_budget(recipe, tmp_path):
     lines = [line for line in recipe.read_text().splitlines() if "bits: 2" not in line and "bits: 3" not in line]
     path = tmp_path / "uniform.yaml"
@@ -181,6 +215,12 @@ def test_a_violated_budget_exits_with_one(recipe, tmp_path):
         ("group_size: 16}", "group_size: 20}", "group_size: 20", r"32 inputs"),
         ("certify: 16", "certify: 4000", None, "certify"),
         ("max_drop: 0.2", "max_bytes: 100", "max_bytes: 100", "smallest model these options allow is"),
+        (
+            "seed: 0",
+            'same_option: [["*.q_proj", "*.v_prj"]]',
+            "same_option",
+            "nearest layer: model.layers.1.self_attn.v_proj",
+        ),
         ("device: cpu", "device: cuda:7", "device", "write auto or cpu"),
     ],
 )

@@ -11,8 +11,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from curvprune.groups import Groups
 from curvprune.options import Cast, Keep, Prune, PruneQuantize, Quantize
-from curvprune.recipe import Recipe, RecipeError, assign_options, load_recipe, lock_text
+from curvprune.recipe import Recipe, RecipeError, assign_groups, assign_options, load_recipe, lock_text
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
@@ -98,6 +99,7 @@ def test_defaults_of_a_short_recipe(tmp_path: Path) -> None:
             "certify": 96,
         },
         "objective": "auto",
+        "same_option": (),
         "budget": {"metric": "loss", "max_drop": 0.05, "max_bytes": None, "confidence": 0.95},
         "price": {"labels": 2},
         "analyze": {
@@ -485,6 +487,18 @@ REJECTED = {
     "no attempts": (OFFERS + BUDGET + "search:\n  attempts: 0 #!\n", "search.attempts: 0", "nearest: 1"),
     "unknown device": (OFFERS + BUDGET + "device: cuda0 #!\n", "device: unknown device 'cuda0'", "nearest: cuda:0"),
     "negative seed": (OFFERS + BUDGET + "seed: -1 #!\n", "seed: -1 is not valid", "nearest: 0"),
+    "a word that is no group": (OFFERS + BUDGET + "same_option: fussed #!\n", "same_option:", "nearest: fused"),
+    "globs that are no group": (
+        OFFERS + BUDGET + 'same_option:\n  - "*.q_proj" #!\n  - "*.k_proj"\n',
+        "same_option[0]: '*.q_proj' is neither fused nor a list of globs",
+        'write fused, or lists of globs such as [["*.q_proj"',
+    ),
+    "a number in a group": (
+        OFFERS + BUDGET + 'same_option:\n  - - "*.q_proj"\n    - 3 #!\n',
+        "same_option[0][1]: 3 is not a glob",
+        "write fused",
+    ),
+    "an empty group": (OFFERS + BUDGET + "same_option: [[]] #!\n", "same_option[0]: []", "write fused"),
     "unknown objective": (OFFERS + BUDGET + "objective: labelfree #!\n", "objective:", "nearest: label-free"),
     "objective against task": (
         OFFERS + BUDGET + "objective: classification #!\n",
@@ -677,6 +691,94 @@ compress:
     assert "compress[0].options[1]: layer model.layers.0.down_proj: option int3-g32-sym: " in message
     assert "2, 4 or 8 bits, not 3; nearest: 4" in message
     assert load_recipe(tmp_path / "recipe.yaml").portable == "engines"
+
+
+# ------------------------------------------------------------ layers that share an option
+
+BLOCKS = {
+    f"model.layers.{block}.{name}": (64, 64)
+    for block in range(2)
+    for name in ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
+}
+
+
+def grouped(folder: Path, text: str, layers: dict[str, tuple[int, int]] = BLOCKS) -> Groups:
+    recipe = load_recipe(write(folder, MODEL + DATA + text + BUDGET))
+    assert load_recipe(write(folder, lock_text(recipe, {}))) == recipe
+    return assign_groups(recipe, layers, assign_options(recipe, layers))
+
+
+def grouping_error(folder: Path, text: str) -> str:
+    full = MODEL + DATA + text
+    with pytest.raises(RecipeError) as caught:
+        grouped(folder, text)
+    assert caught.value.line == marked_line(full), str(caught.value)
+    return str(caught.value)
+
+
+def members(names: str) -> tuple[tuple[str, ...], ...]:
+    """The same names in both blocks, in the model's order."""
+    return tuple(
+        tuple(f"model.layers.{block}.{name}" for name in group.split())
+        for block in range(2)
+        for group in names.split(",")
+    )
+
+
+def test_fused_ties_query_key_value_and_gate_up_in_every_block(tmp_path: Path) -> None:
+    fused = members("attn.q_proj attn.k_proj attn.v_proj, mlp.gate_proj mlp.up_proj")
+    found = grouped(tmp_path, COMPRESS + "same_option: fused\n")
+    assert found == Groups(layers=fused, notes=())
+    globs = 'same_option:\n  - ["*.gate_proj", "*.up_*"]\n  - ["*.attn.[qkv]_proj"]\n'
+    assert grouped(tmp_path, COMPRESS + globs) == found
+    alone = (
+        "same_option[1]: no other layer in the same parent module to share with: model.layers.0.attn.o_proj, "
+        "model.layers.1.attn.o_proj"
+    )
+    mixed = grouped(tmp_path, COMPRESS + 'same_option: [fused, ["*.o_proj"]]\n')
+    assert mixed == Groups(layers=fused, notes=(alone,))
+    assert grouped(tmp_path, COMPRESS) == Groups(layers=(), notes=())
+
+
+def test_fused_knows_the_names_of_other_families_and_says_so_where_it_knows_none(tmp_path: Path) -> None:
+    names = ["bert.0.self.query", "bert.0.self.key", "bert.0.self.value", "t5.0.wi_0", "t5.0.wi_1", "mixtral.0.w1"]
+    names += ["mixtral.0.w2", "mixtral.0.w3", "gpt2.0.c_attn", "other.key"]
+    text = 'compress:\n  - layers: "*"\n    options: [keep, {quantize: {bits: 4}}]\nsame_option: fused\n'
+    found = grouped(tmp_path, text, dict.fromkeys(names, (8, 8)))
+    assert found.layers == (tuple(names[:3]), tuple(names[3:5]), ("mixtral.0.w1", "mixtral.0.w3"))
+    assert grouped(tmp_path, text, {"a.c_attn": (8, 8)}).notes == (
+        "same_option: no layers of this model have names that are known to be fused",
+    )
+
+
+def test_layers_that_have_no_choice_need_no_group(tmp_path: Path) -> None:
+    one = 'compress:\n  - layers: "*"\n    options: [{quantize: {bits: 4}}]\nsame_option: fused\n'
+    assert grouped(tmp_path, one).layers == ()
+    kept = 'compress:\n  - layers: "*.o_proj"\n    options: [keep, {quantize: {bits: 4}}]\nsame_option: fused\n'
+    assert grouped(tmp_path, kept).layers == ()
+
+
+def test_groups_that_cannot_be_have_a_line(tmp_path: Path) -> None:
+    message = grouping_error(tmp_path, COMPRESS + 'same_option:\n  - - "*.q_proj"\n    - "*.qk_proj" #!\n')
+    assert "same_option[0][1]: '*.qk_proj' matches none of the 12 layers; nearest layer: model.layers." in message
+    twice = 'same_option:\n  - fused\n  - ["*.v_proj", "*.o_proj"] #!\n'
+    message = grouping_error(tmp_path, COMPRESS + twice)
+    assert "same_option[1]: layer model.layers.0.attn.v_proj is already in a group of same_option[0]" in message
+    fewer = """\
+compress:
+  - layers: "*.up_proj"
+    options: [{quantize: {bits: 8}}, keep]
+  - layers: "*.gate_proj"
+    options: [{quantize: {bits: 8}}, {quantize: {bits: 4}}]
+same_option: fused #!
+"""
+    message = grouping_error(tmp_path, fewer)
+    assert "layers model.layers.0.mlp.gate_proj and model.layers.0.mlp.up_proj must share an option" in message
+    assert "only model.layers.0.mlp.gate_proj is offered int4-pc-sym" in message
+    assert "only model.layers.0.mlp.up_proj is offered keep; offer both the same options" in message
+    left_out = 'compress:\n  - layers: ["*.q_proj", "*.k_proj"]\n    options: [{quantize: {bits: 8}}]\n'
+    message = grouping_error(tmp_path, left_out + "same_option: fused #!\n")
+    assert "only model.layers.0.attn.v_proj is offered keep" in message
 
 
 # ------------------------------------------------------------ later complaints

@@ -560,7 +560,8 @@ def _controls(job: Job, best: Mapping[str, Any]) -> list[tuple[str, str, dict[st
 
 
 def apply_plan(job: Job, choices: Mapping[str, str], folder: str, title: str) -> tuple[nn.Module, dict[str, Solved]]:
-    """Stage *apply*: solve the chosen options in one sequential forward pass over a copy of the model."""
+    """Stage *apply*: solve the chosen options in one sequential forward pass over a copy of the model. The solutions
+    share the memory of the copy's weights, which hold the same values."""
     model = copy.deepcopy(job.model)
     own = find_layers(model)
     layers = {n: own[n] for n in job.layers}
@@ -568,7 +569,12 @@ def apply_plan(job: Job, choices: Mapping[str, str], folder: str, title: str) ->
     read = _sweep(
         job, model, {n: layers[n] for n in layers if options[n]}, options, folder, title=title, sequential=True
     )
-    solved = {n: read(n)[0] for n in layers if options[n]}
+    solved = {
+        n: replace(s, weight=layers[n].as_matrix(layers[n].weight.detach()))
+        for n in layers
+        if options[n]
+        for s in read(n)
+    }
     return model, solved
 
 
@@ -654,8 +660,8 @@ def certify_plans(job: Job, bench: _Bench, best: dict[str, Any]) -> Path:
     """Stages *apply* and *certify*: fix a sequence of plans, then test them, cautious first, up to the first that is
     not certified. Returns the folder of the model to ship: the last certified one, or the first if there is none."""
     assert job.budget is not None
+    bench.model = None  # no candidates are measured any more: free a copy of the model
     sequence = _fixed_sequence(job, bench, best)
-    bench.model = None  # nothing is measured on select any more: free a copy of the model
     judged = job.budget if job.budget.max_drop is not None else None
     verdicts: list[Verdict] = []
     for applied in sequence:

@@ -39,10 +39,14 @@ class Moments:
     Attributes:
         second: ``E[x xᵀ]``.
         drift: ``E[(x̃ − x) xᵀ]`` against the uncompressed model's inputs ``x̃``; ``None`` if equal or unknown.
+        mean: ``E[x]``.
+        moved: ``E[x̃ − x]``, where there is a drift.
     """
 
     second: Float[Tensor, "groups in in"]
     drift: Float[Tensor, "groups in in"] | None = None
+    mean: Float[Tensor, "groups in"] | None = None
+    moved: Float[Tensor, "groups in"] | None = None
 
 
 @torch.no_grad()
@@ -224,6 +228,8 @@ def _moments(layer: Layer, module: nn.Module, x: Tensor, original: Tensor | None
         original = None if original is None else original[mask.bool()]
     second = torch.zeros(layer.groups, layer.shape[1], layer.shape[1], dtype=wide, device=x.device)
     drift = None if original is None else torch.zeros_like(second)
+    mean = torch.zeros(layer.groups, layer.shape[1], dtype=wide, device=x.device)
+    moved_mean = torch.zeros_like(mean)
     count = 0
 
     def parts(t: Tensor) -> tuple[Tensor, ...]:
@@ -234,16 +240,20 @@ def _moments(layer: Layer, module: nn.Module, x: Tensor, original: Tensor | None
     for i, part in enumerate(parts(x)):
         rows = layer.rows(module, part).to(wide)
         _add_gram(second, rows)
+        mean += rows.sum(1)
         count += rows.shape[1]
         if drift is not None and there is not None:
             moved = layer.rows(module, there[i]).to(wide) - rows
             drift += _coarse_product(moved, rows)
+            moved_mean += moved.sum(1)
     for start in _blocks(layer.shape[1]):  # the lower triangle is the mirror of the upper one
         stop = start + _BLOCK
         second[:, stop:, start:stop] = second[:, start:stop, stop:].transpose(1, 2)
     if drift is not None and not bool(drift.any()):
         drift = None
-    return Moments(second / count, None if drift is None else drift / count)
+    if drift is None:
+        return Moments(second / count, mean=mean / count)
+    return Moments(second / count, drift / count, mean=mean / count, moved=moved_mean / count)
 
 
 def _blocks(width: int) -> range:

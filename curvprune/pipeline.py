@@ -291,19 +291,27 @@ def write_model(
     *,
     tokenizer: Any = None,
     portable: bool = True,
+    structure: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an artifact: weights, manifest and, for transformers models, what ``from_pretrained`` needs. Files of an
-    artifact that is already there are replaced; a folder that holds anything else is refused (``ValueError``)."""
+    artifact that is already there are replaced; a folder that holds anything else is refused (``ValueError``).
+    ``structure``: shapes that the config does not describe (`curvprune.shapes`)."""
     if folder.exists() and any(folder.iterdir()) and not (folder / artifact.MANIFEST).is_file():
         raise ValueError(f"{folder} is not empty and holds no artifact of curvprune; save into a new folder")
     layers = find_layers(model)
-    artifact.save(folder, model, layers, solved, plan, portable=portable)
+    artifact.save(folder, model, layers, solved, plan, portable=portable, structure=structure)
     if artifact.is_transformers(model):
         grids = {n: quantizer_of(s.option) for n, s in solved.items() if artifact.packs(model, layers[n])}
         packed = {n: q for n, q in grids.items() if q is not None}
         # Without a config the folder is one for `curvprune.load(folder, model=...)`, which says so.
         if not portable or not packed or hf.loads_packed(model):
             hf.save_config(folder, model, packed if portable else {}, tokenizer)
+
+
+def describe(model: nn.Module, widths: Mapping[str, tuple[int, int]] | None) -> bool:
+    """Whether a plain config describes a structurally pruned model; it is then written into the model. ``widths`` is
+    ``None`` where cuts of one kind have different widths."""
+    return widths is not None and artifact.is_transformers(model) and hf.describe_(model, widths)
 
 
 def load_artifact(folder: Path, *, packed: bool = False, device: str | torch.device = "cpu") -> nn.Module:

@@ -188,6 +188,14 @@ class Pruned:
     predicted: Estimate | None
     ledger: Ledger | None
     notes: tuple[str, ...]
+    kinds: dict[str, str]
+
+    def uniform_widths(self) -> dict[str, tuple[int, int]] | None:
+        """Kind → (units before, after), if cuts of one kind have one width and had one."""
+        widths: dict[str, set[tuple[int, int]]] = {}
+        for name, kind in self.kinds.items():
+            widths.setdefault(kind, set()).add((self.units[name], self.left[name]))
+        return {k: w.pop() for k, w in widths.items()} if all(len(w) == 1 for w in widths.values()) else None
 
 
 def prune_units(
@@ -210,6 +218,8 @@ def prune_units(
     first = to_device(splits.calibrate.items[0], device)
     kinds = tuple(asked.share) if isinstance(asked.share, Mapping) else asked.kinds
     found = find_cuts(model, objective, first, kinds=kinds)
+    if asked.uniform:
+        found = _alike(found)
     cuts, layers = found.cuts, find_layers(model)
     if isinstance(asked.share, Mapping) and (lacking := set(asked.share) - {c.kind for c in cuts.values()}):
         raise ValueError(f"structured: the model has no prunable {sorted(lacking)[0]}; " + "; ".join(found.notes))
@@ -239,7 +249,20 @@ def prune_units(
         predicted=predicted,
         ledger=ledger,
         notes=tuple(found.notes),
+        kinds={n: c.kind for n, c in cuts.items()},
     )
+
+
+def _alike(found: Found) -> Found:
+    """Of MLPs and heads only those of the most common size: a config has one number for them."""
+    cuts, notes = dict(found.cuts), list(found.notes)
+    for kind in ("mlp", "heads"):
+        sizes = [c.units for c in found.cuts.values() if c.kind == kind]
+        for name, cut in found.cuts.items():
+            if cut.kind == kind and cut.units != max(set(sizes), key=sizes.count):
+                del cuts[name]
+                notes.append(f"{name}: stays as it is, its {cut.units} units are not the width that its kind has")
+    return Found(cuts=cuts, sinks=found.sinks, notes=notes)
 
 
 def _widths(cut: Cut, asked: Structured) -> list[int]:

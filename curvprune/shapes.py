@@ -1,0 +1,51 @@
+"""How a model differs in shape from the one it was made of, as JSON, and making another one differ in the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def difference(original: nn.Module, smaller: nn.Module) -> dict[str, Any]:
+    """Shapes of tensors that changed, and whole-number attributes of modules (``in_features``, ``num_heads``) that did.
+
+    Both must have the same modules."""
+    before = {n: t.shape for n, t in _tensors(original).items()}
+    shapes = {n: list(t.shape) for n, t in _tensors(smaller).items() if t.shape != before[n]}
+    attributes: dict[str, dict[str, int]] = {}
+    for (name, old), new in zip(original.named_modules(), smaller.modules(), strict=True):
+        for key, value in vars(new).items():
+            if type(value) is int and value != vars(old).get(key):
+                attributes.setdefault(name, {})[key] = value
+    return {"shapes": shapes, "attributes": attributes}
+
+
+def reshape_(model: nn.Module, record: Mapping[str, Any]) -> nn.Module:
+    """Give a model of the original architecture the shapes of `difference`; tensors that change hold zeros afterwards.
+
+    Raises ``ValueError`` naming a module or tensor that the model does not have.
+    """
+    tensors, modules = _tensors(model), dict(model.named_modules())
+    if strange := [n for n in record["shapes"] if n not in tensors] + [
+        n for n in record["attributes"] if n not in modules
+    ]:
+        raise ValueError(
+            f"{type(model).__name__} has no {strange[0]!r}: pass an instance of what was pruned as model="
+        )
+    for name, attributes in record["attributes"].items():
+        for key, value in attributes.items():
+            setattr(modules[name], key, value)
+    for name, shape in record["shapes"].items():
+        owner, _, key = name.rpartition(".")
+        old = tensors[name]
+        new = torch.zeros(shape, dtype=old.dtype, device=old.device)
+        value = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+        setattr(modules[owner], key, value)
+    return model
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -94,8 +94,8 @@ class StructuredResult:
 
     model: nn.Module
     cuts: dict[str, tuple[int, int]]
-    macs: tuple[float, float]
-    parameters: tuple[float, float]
+    macs: tuple[int, int]
+    parameters: tuple[int, int]
     predicted: Estimate | None
     verdict: Verdict | None
     ledger: Ledger | None

@@ -2,8 +2,8 @@
 
 A *cut* is a dimension inside the model whose units can be taken out one by one: the width of an MLP, key-value heads
 with the query heads that read them, the channels of convolutions, tied by residual connections and BatchNorm. The
-dependency graph comes from torch-pruning; a cut counts only if the model without one of its units computes exactly what
-the model computes when nothing reads that unit, which is tried.
+dependency graph comes from torch-pruning; a cut counts only if the model without half of its units computes what the
+model computes when nothing reads those units, which is tried.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from curvprune.layers import Layer, find_layers
 from curvprune.objective import Batch, Objective, evaluating
@@ -118,6 +120,11 @@ class _Graph:
             for p, flag in flags:
                 p.requires_grad_(flag)
         self.nodes = self.graph.module2node
+        if not any(self.makes(node) for node in self.nodes.values()):
+            with evaluating(model), _Exits() as exits:
+                objective.logits(model, batch)
+            reason = exits.first or "its outputs do not depend on a Linear or convolution"
+            raise ValueError(f"torch-pruning cannot trace {type(model).__name__}: {reason}")
 
     def makes(self, node: Any) -> bool:
         return node.type in (self.types.CONV, self.types.LINEAR)
@@ -149,10 +156,37 @@ class _Graph:
         return self.names.get(node.module) or node.name.split(" ")[0]
 
 
+class _Exits(TorchFunctionMode):
+    """Watches for the first operation that leaves autograd's graph: inputs with a gradient, an output without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: str | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", str(func))
+        came = any(isinstance(a, Tensor) and (a.requires_grad) for a in args)
+        floating = isinstance(result, Tensor) and result.is_floating_point() and not result.requires_grad
+        if self.first is None and came and (name in ("numpy", "tolist", "item") or floating) and name != "__get__":
+            frames = _of_model(traceback.extract_stack())
+            self.first = f"`{name}` leaves autograd's graph, in `{frames[-1].line}`"
+        return result
+
+
+def _of_model(frames: traceback.StackSummary) -> list[traceback.FrameSummary]:
+    """The frames that are neither ours nor a library's underneath the model."""
+
+    def stranger(filename: str) -> bool:
+        path = Path(filename)
+        return path.parent != Path(__file__).parent and not {"torch", "jaxtyping", "beartype"} & {*path.parts}
+
+    return [f for f in frames if stranger(f.filename) and not f.filename.startswith("<")] or list(frames)
+
+
 def _where(error: BaseException) -> str:
     """The operation at which a forward pass failed: the line of the model's own code, and the message."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename.replace("\\", "/")]
-    frames = [f for f in frames if "/curvprune/" not in f.filename or "/tests/" in f.filename] or frames
+    frames = _of_model(traceback.extract_tb(error.__traceback__))
     text = str(error).strip().splitlines() or [type(error).__name__]
     return f"`{frames[-1].line}` in {frames[-1].name} ({text[0]})" if frames else text[0]
 
@@ -367,7 +401,7 @@ def silence_(layers: Mapping[str, Layer], cuts: Mapping[str, Cut], removed: Mapp
 def _tried(
     model: nn.Module, objective: Objective, batch: Batch, cuts: dict[str, Cut]
 ) -> tuple[dict[str, Cut], list[str]]:
-    """The cuts that survive: without one unit the model computes what it computes when nothing reads that unit."""
+    """The cuts that survive: without some units the model computes what it computes when nothing reads them."""
     cuts = {n: c for n, c in cuts.items() if c.units > 1}
     if not cuts or _complaint(model, objective, batch, cuts) is None:
         return cuts, []
@@ -382,7 +416,8 @@ def _tried(
 
 @torch.no_grad()
 def _complaint(model: nn.Module, objective: Objective, batch: Batch, cuts: dict[str, Cut]) -> str | None:
-    removed = {n: [c.units - 1] for n, c in cuts.items()}
+    # Half of the units, not one, which might happen to matter little.
+    removed = {n: list(range(c.units - c.units // 2, c.units)) for n, c in cuts.items()}
     trial = copy.deepcopy(model)
     silence_(find_layers(trial), cuts, removed)
     with evaluating(trial):
@@ -392,8 +427,10 @@ def _complaint(model: nn.Module, objective: Objective, batch: Batch, cuts: dict[
         with evaluating(trial):
             found = objective.logits(trial, batch).double()
     except Exception as error:
-        return f"with a unit less, the model fails at {_where(error)}"
+        return f"with fewer units, the model fails at {_where(error)}"
     precise = {torch.float64: 1e-9, torch.float32: 1e-3}.get(next(model.parameters()).dtype, 0.05)
     if found.shape != expected.shape or not bool((found - expected).abs().max() <= precise * expected.abs().max()):
-        return "with a unit less, the model computes something else: the unit is read in a way that the graph misses"
+        return (
+            "with fewer units, the model computes something else: they are read in a way that the graph does not show"
+        )
     return None

@@ -32,9 +32,7 @@ def reshape_(model: nn.Module, record: Mapping[str, Any]) -> nn.Module:
     if strange := [n for n in record["shapes"] if n not in tensors] + [
         n for n in record["attributes"] if n not in modules
     ]:
-        raise ValueError(
-            f"{type(model).__name__} has no {strange[0]!r}: pass an instance of what was pruned as model="
-        )
+        raise ValueError(f"{type(model).__name__} has no {strange[0]!r}: pass an instance of what was pruned as model=")
     for name, attributes in record["attributes"].items():
         for key, value in attributes.items():
             setattr(modules[name], key, value)

@@ -122,7 +122,7 @@ class Work:
                 seen.add(id(parameter))
                 layer = layers.get(name)
                 weight = layer is not None and parameter is layer.weight
-                macs = parameter.numel() / layer.groups * positions.get(name, 0) if layer and weight else 0.0
+                macs = parameter.numel() * positions.get(name, 0) if weight else 0
                 inputs = sides.get((name, "in"), {}) if weight else {}
                 outputs = sides.get((name, "out"), {})
                 self.terms.append(_Term(macs=macs, parameters=parameter.numel(), outputs=outputs, inputs=inputs))
@@ -132,14 +132,14 @@ class Work:
                 macs = 2.0 * positions[read.module] ** 2 * read.index.numel()
                 self.terms.append(_Term(macs=macs, parameters=0.0, outputs={name: 1 / cut.units}, inputs={}))
 
-    def __call__(self, of: str, left: Mapping[str, int]) -> float:
+    def __call__(self, of: str, left: Mapping[str, int]) -> int:
         """Of ``"macs"`` or ``"parameters"`` with ``left[cut]`` units of each cut (all, where it is not named)."""
         gone = {n: units - left.get(n, units) for n, units in self.units.items()}
 
         def remains(shares: Mapping[str, float]) -> float:
             return 1.0 - math.fsum(share * gone[n] for n, share in shares.items())
 
-        return math.fsum(getattr(t, of) * remains(t.outputs) * remains(t.inputs) for t in self.terms)
+        return round(math.fsum(getattr(t, of) * remains(t.outputs) * remains(t.inputs) for t in self.terms))
 
 
 @torch.no_grad()
@@ -183,8 +183,8 @@ class Pruned:
     left: dict[str, int]
     units: dict[str, int]
     removed: dict[str, list[int]]
-    macs: tuple[float, float]
-    parameters: tuple[float, float]
+    macs: tuple[int, int]
+    parameters: tuple[int, int]
     predicted: Estimate | None
     ledger: Ledger | None
     notes: tuple[str, ...]
@@ -513,14 +513,13 @@ def _prices(
                     sums[n][i] += 0.5 * along[n].square() / labels
     itemsize = next(model.parameters()).element_size()
     rows, columns = [], []
-    total = work("parameters", {})
     for n, cut in cuts.items():
-        own = cut_bytes(work, n, cut.units, total, itemsize)
+        own = cut_bytes(work, n, cut.units, itemsize)
         rows.append(Row(layer=n, option=str(cut.units), bytes=own, price=0.0, stderr=0.0))
         columns.append(np.zeros(len(items)))
         for k, left in enumerate(plans[n].widths[1:]):
             estimate = ratio_estimate(sums[n][:, k], counts)
-            size = cut_bytes(work, n, left, total, itemsize)
+            size = cut_bytes(work, n, left, itemsize)
             rows.append(Row(layer=n, option=str(left), bytes=size, price=estimate.value, stderr=estimate.stderr))
             columns.append(sums[n][:, k].numpy())
     return Ledger(
@@ -529,9 +528,9 @@ def _prices(
     )  # fmt: skip
 
 
-def cut_bytes(work: Work, cut: str, left: int, total: float, itemsize: int) -> int:
+def cut_bytes(work: Work, cut: str, left: int, itemsize: int) -> int:
     """Bytes of what belongs to a cut, the other cuts at full width."""
-    return round((work("parameters", {cut: left}) - work("parameters", {cut: 0})) * itemsize)
+    return (work("parameters", {cut: left}) - work("parameters", {cut: 0})) * itemsize
 
 
 def choose_widths(

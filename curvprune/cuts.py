@@ -23,8 +23,10 @@ from torch.overrides import TorchFunctionMode
 
 from curvprune.layers import Layer, find_layers
 from curvprune.objective import Batch, Objective, evaluating
+from curvprune.shapes import drop_
 
 KINDS = ("mlp", "heads", "channels")
+BLOCKS = "blocks"  # a kind of its own: whole blocks of a residual stream, each a cut of one unit
 _HEAD_SIZE = ("head_dim", "attention_head_size")
 _QUERY_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
@@ -46,7 +48,8 @@ class Cut:
 
     Attributes:
         name: of the module that holds all of it, or of its first producer.
-        kind: ``"mlp"``, ``"heads"`` (a unit is one key-value head with its query heads) or ``"channels"``.
+        kind: ``"mlp"``, ``"heads"`` (a unit is one key-value head with its query heads), ``"channels"``, or
+            ``"blocks"``: the one unit is the block called ``name``.
         units: how many there are.
         makes: where its units come out of or pass through: producers, BatchNorm, depthwise convolutions.
         reads: where its units go in; the columns are those of `Layer`'s matrix.
@@ -196,6 +199,7 @@ def _trace(model: nn.Module, objective: Objective, batch: Batch) -> Found:
     layers = find_layers(model)
     order = {module: i for i, module in enumerate(model.modules())}
     cuts: list[Cut] = []
+    streams: list[list[str]] = []
     notes: list[str] = []
     done: set[Any] = set()
     for node in sorted((n for n in graph.nodes.values() if graph.makes(n)), key=lambda n: order[n.module]):
@@ -207,6 +211,7 @@ def _trace(model: nn.Module, objective: Objective, batch: Batch) -> Found:
             continue  # the outputs of the model are not hidden
         producers.sort(key=lambda n: order[n.module])
         readers.sort(key=lambda n: order[n.module])
+        streams.append([graph.name(n) for n in producers])
         try:
             attends = [n for n in between if any(w in n.name.lower() for w in ("scaleddot", "bmm", "softmax"))]
             if attends:
@@ -223,7 +228,22 @@ def _trace(model: nn.Module, objective: Objective, batch: Batch) -> Found:
         shared = "" if cut.kind == "channels" else _common(parts)
         name = shared if shared and shared not in named else cut.makes[0].module
         named[name] = replace(cut, name=name)
+    named.update(_blocks(model, layers, streams))
     return Found(cuts=named, sinks=_sinks(graph), notes=notes)
+
+
+def _blocks(model: nn.Module, layers: Mapping[str, Layer], streams: Sequence[Sequence[str]]) -> dict[str, Cut]:
+    """Members of a ``ModuleList`` that write into a dimension which others write into as well."""
+    cuts = {}
+    for owner, blocks in model.named_modules():
+        for i in range(len(blocks)) if isinstance(blocks, nn.ModuleList) and len(blocks) > 1 else ():
+            name = f"{owner}.{i}"
+            inside = [[w for w in writers if w.startswith(f"{name}.")] for writers in streams]
+            writers = [w for own, all_ in zip(inside, streams, strict=True) if 0 < len(own) < len(all_) for w in own]
+            if writers and all(w in layers and layers[w].kind == "linear" for w in writers):
+                reads = tuple(Slot(module=w, side="in", index=torch.arange(layers[w].shape[1])[None]) for w in writers)
+                cuts[f"{name} whole"] = Cut(name=name, kind=BLOCKS, units=1, makes=(), reads=reads, counts={})
+    return cuts
 
 
 def _common(paths: Sequence[Sequence[str]]) -> str:
@@ -366,7 +386,10 @@ def remove_(model: nn.Module, cuts: Mapping[str, Cut], removed: Mapping[str, Seq
     tp = _torch_pruning()
     graph = tp.DependencyGraph()
     gone: dict[tuple[str, str], set[int]] = {}
+    drop_(model, [cuts[n].name for n, units in removed.items() if cuts[n].kind == BLOCKS and units])
     for name, units in removed.items():
+        if cuts[name].kind == BLOCKS:
+            continue
         for slot in (*cuts[name].makes, *cuts[name].reads):
             where = gone.setdefault((slot.module, slot.side), set())
             where.update(slot.index[list(units)].flatten().tolist())
@@ -396,13 +419,15 @@ def silence_(layers: Mapping[str, Layer], cuts: Mapping[str, Cut], removed: Mapp
             matrix = layer.as_matrix(layer.weight.detach()).clone()
             matrix[:, slot.index[list(units)].flatten().to(matrix.device)] = 0
             layer.write_(matrix)
+            if cuts[name].kind == BLOCKS and units and layer.module.bias is not None:
+                layer.module.bias.zero_()  # type: ignore[operator]
 
 
 def _tried(
     model: nn.Module, objective: Objective, batch: Batch, cuts: dict[str, Cut]
 ) -> tuple[dict[str, Cut], list[str]]:
     """The cuts that survive: without some units the model computes what it computes when nothing reads them."""
-    cuts = {n: c for n, c in cuts.items() if c.units > 1}
+    cuts = {n: c for n, c in cuts.items() if c.units > 1 or c.kind == BLOCKS}
     if not cuts or _complaint(model, objective, batch, cuts) is None:
         return cuts, []
     good, notes = {}, []
@@ -418,6 +443,9 @@ def _tried(
 def _complaint(model: nn.Module, objective: Objective, batch: Batch, cuts: dict[str, Cut]) -> str | None:
     # Half of the units, not one, which might happen to matter little.
     removed = {n: list(range(c.units - c.units // 2, c.units)) for n, c in cuts.items()}
+    for i, (n, c) in enumerate(cuts.items()):
+        if c.kind == BLOCKS:
+            removed[n] = [0] if i % 2 or len(cuts) == 1 else []
     trial = copy.deepcopy(model)
     silence_(find_layers(trial), cuts, removed)
     with evaluating(trial):

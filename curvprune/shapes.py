@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 
-def difference(original: nn.Module, smaller: nn.Module) -> dict[str, Any]:
-    """Shapes of tensors that changed, and whole-number attributes of modules (``in_features``, ``num_heads``) that did.
-
-    Both must have the same modules."""
+def difference(original: nn.Module, smaller: nn.Module, *, dropped: Sequence[str] = ()) -> dict[str, Any]:
+    """Shapes of tensors that changed, and whole-number attributes of modules (``in_features``, ``num_heads``) that did;
+    or, where whole blocks were ``dropped``, only which. Otherwise both must have the same modules."""
+    if dropped:
+        return {"dropped": list(dropped), "shapes": {}, "attributes": {}}
     before = {n: t.shape for n, t in _tensors(original).items()}
     shapes = {n: list(t.shape) for n, t in _tensors(smaller).items() if t.shape != before[n]}
     attributes: dict[str, dict[str, int]] = {}
@@ -28,6 +29,7 @@ def reshape_(model: nn.Module, record: Mapping[str, Any]) -> nn.Module:
 
     Raises ``ValueError`` naming a module or tensor that the model does not have.
     """
+    drop_(model, record.get("dropped", ()))
     tensors, modules = _tensors(model), dict(model.named_modules())
     if strange := [n for n in record["shapes"] if n not in tensors] + [
         n for n in record["attributes"] if n not in modules
@@ -43,6 +45,31 @@ def reshape_(model: nn.Module, record: Mapping[str, Any]) -> nn.Module:
         value = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
         setattr(modules[owner], key, value)
     return model
+
+
+def drop_(model: nn.Module, names: Sequence[str]) -> None:
+    """Take whole blocks out of their ``ModuleList``, in place; the numbers that layers and the config keep of their
+    place follow. Raises ``ValueError`` naming a block that the model does not have."""
+    places: dict[str, set[int]] = {}
+    for name in names:
+        owner, _, index = name.rpartition(".")
+        places.setdefault(owner, set()).add(int(index))
+    for owner, gone in places.items():
+        holder, _, key = owner.rpartition(".")
+        blocks = dict(model.named_modules()).get(owner)
+        if not isinstance(blocks, nn.ModuleList) or max(gone) >= len(blocks):
+            raise ValueError(f"{type(model).__name__} has no block {owner}.{max(gone)}; pass what was pruned as model=")
+        left = [i for i in range(len(blocks)) if i not in gone]
+        setattr(model.get_submodule(holder), key, nn.ModuleList(blocks[i] for i in left))
+        for place, i in enumerate(left):
+            for module in blocks[i].modules():
+                if isinstance(getattr(module, "layer_idx", None), int):
+                    module.layer_idx = place  # type: ignore[assignment]
+        config: Any = getattr(model, "config", None)
+        if getattr(config, "num_hidden_layers", None) == len(blocks):
+            config.num_hidden_layers = len(left)
+            if len(getattr(config, "layer_types", None) or ()) == len(blocks):
+                config.layer_types = [config.layer_types[i] for i in left]
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

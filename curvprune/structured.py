@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from curvprune.apply import Moments, visit_layers
 from curvprune.curvature.estimators import Estimate
 from curvprune.curvature.fisher import Change, ratio_estimate
-from curvprune.cuts import KINDS, Cut, Found, find_cuts, remove_
+from curvprune.cuts import BLOCKS, KINDS, Cut, Found, find_cuts, remove_
 from curvprune.data import Split, Splits, collate
 from curvprune.layers import Layer, find_layers
 from curvprune.ledger import Ledger, Row
@@ -48,7 +48,8 @@ class Structured:
         share: share of the model's multiply-adds (or parameters, see ``of``) to remove; or, for some kinds, the share
             of their units: ``{"mlp": 0.25}``.
         of: ``"macs"`` or ``"parameters"``, where ``share`` is a number.
-        kinds: some of ``"mlp"``, ``"heads"``, ``"channels"``; others stay as they are.
+        kinds: some of ``"mlp"``, ``"heads"``, ``"channels"``; others stay as they are. Or ``("blocks",)`` alone: whole
+            blocks of a pre-norm transformer; prune the result again for widths.
         uniform: one width for all cuts of a kind (the same share of units, where they differ in size), so that a plain
             transformers config describes the result.
         round_to: widths are multiples of this, where units are that many; by default 8 from 256 units on, else 1.
@@ -78,8 +79,8 @@ class Structured:
                     f"structured={self.share!r}: shares to remove lie strictly between 0 and 1, for example 0.3"
                 )
         asked = tuple(self.share) if isinstance(self.share, Mapping) else self.kinds
-        if not asked or (unknown := sorted(set(asked) - set(KINDS))):
-            raise ValueError(f"structured: unknown kinds {unknown if asked else asked}; expected some of {KINDS}")
+        if asked != (BLOCKS,) and (not asked or set(asked) - set(KINDS)):
+            raise ValueError(f"structured: kinds {asked}: expected some of {KINDS}, or {BLOCKS!r} alone")
         if self.of not in MEASURES:
             raise ValueError(f"structured: of={self.of!r}; expected one of {MEASURES}")
         if self.round_to is not None and self.round_to < 1:
@@ -108,6 +109,10 @@ class Work:
         positions = _positions(model, objective, item, layers)
         sides: dict[tuple[str, str], dict[str, float]] = {}
         for name, cut in cuts.items():
+            if cut.kind == BLOCKS:
+                inside = model.get_submodule(cut.name).named_modules(prefix=cut.name)
+                sides.update({(module, "out"): {name: 1.0} for module, _ in inside})
+                continue
             for slot in (*cut.makes, *cut.reads):
                 module = model.get_submodule(slot.module)
                 width = layers[slot.module].shape[1] if slot.side == "in" else len(module.weight)  # type: ignore[arg-type]
@@ -177,6 +182,8 @@ class Pruned:
         predicted: rise of the loss in nats, from the prices; ``None`` where nothing had to be chosen.
         ledger: the prices of all widths, where there was a choice.
         notes: dimensions that are no cuts, and why.
+        kinds: cut → kind.
+        dropped: blocks that are gone.
     """
 
     model: nn.Module
@@ -189,9 +196,12 @@ class Pruned:
     ledger: Ledger | None
     notes: tuple[str, ...]
     kinds: dict[str, str]
+    dropped: tuple[str, ...]
 
     def uniform_widths(self) -> dict[str, tuple[int, int]] | None:
         """Kind → (units before, after), if cuts of one kind have one width and had one."""
+        if BLOCKS in self.kinds.values():
+            return {}  # the config follows when blocks are dropped
         widths: dict[str, set[tuple[int, int]]] = {}
         for name, kind in self.kinds.items():
             widths.setdefault(kind, set()).add((self.units[name], self.left[name]))
@@ -228,7 +238,7 @@ def prune_units(
     _check_reach(work, widths, asked)
     plans = _solve_widths(model, objective, splits.calibrate, found, widths, asked, seed=seed, batch_size=batch_size)
     ledger = predicted = None
-    if asked.uniform and isinstance(asked.share, Mapping):
+    if asked.uniform and isinstance(asked.share, Mapping) and kinds != (BLOCKS,):
         left = {n: w[-1] for n, w in widths.items()}
     else:
         ledger = _prices(model, objective, splits.price, cuts, layers, plans, work, labels=asked.labels, seed=seed)
@@ -250,6 +260,7 @@ def prune_units(
         ledger=ledger,
         notes=tuple(found.notes),
         kinds={n: c.kind for n, c in cuts.items()},
+        dropped=tuple(c.name for n, c in cuts.items() if c.kind == BLOCKS and removed[n]),
     )
 
 
@@ -267,6 +278,8 @@ def _alike(found: Found) -> Found:
 
 def _widths(cut: Cut, asked: Structured) -> list[int]:
     """Widths on offer, from all units downwards."""
+    if cut.kind == BLOCKS:
+        return [1, 0]
     step = asked.round_to or (8 if cut.units >= 256 else 1)
     step = step if cut.units >= 2 * step else 1
 
@@ -379,6 +392,8 @@ def _solve_cut(
     asked: Structured,
 ) -> _Plan:
     matrices = {s.module: layers[s.module].as_matrix(layers[s.module].weight.detach()) for s in cut.reads}
+    if cut.kind == BLOCKS:
+        return _Plan(widths=widths, order=[0], changes={n: [Change.of(-_with_bias(layers[n]))] for n in matrices})
     readers = [
         Reader(
             weight=matrices[s.module],
@@ -402,6 +417,12 @@ def _solve_cut(
                 delta = torch.cat([delta, constant[:, None]], 1)
             changes[slot.module].append(Change.of(delta))
     return _Plan(widths=widths, order=order, changes=changes)
+
+
+def _with_bias(layer: Layer) -> Tensor:
+    """The matrix of a layer, with its bias as a last column if it has one."""
+    W, bias = layer.as_matrix(layer.weight.detach()), layer.module.bias
+    return W if bias is None else torch.cat([W, bias.detach()[:, None]], 1)  # type: ignore[operator]
 
 
 @contextmanager
@@ -573,7 +594,7 @@ def _knapsack(
 ) -> dict[str, int]:
     movers: dict[str, list[str]] = {}
     for n, cut in cuts.items():
-        movers.setdefault(cut.kind if asked.uniform else n, []).append(n)
+        movers.setdefault(cut.kind if asked.uniform and cut.kind != BLOCKS else n, []).append(n)
     offered = {m: len(widths[names[0]]) for m, names in movers.items()}
     price = {m: [math.fsum(prices[n][k] for n in names) for k in range(offered[m])] for m, names in movers.items()}
 
@@ -647,6 +668,11 @@ def _applied(
 
     def visit(layer: Layer, measure: Any) -> None:
         keep = _kept(layer, found.cuts, removed)
+        if not len(keep):  # of a block that is gone
+            layer.weight.zero_()
+            if layer.module.bias is not None:
+                layer.module.bias.zero_()  # type: ignore[operator]
+            return
         moments = measure()
         if len(keep) == layer.shape[1] and moments.drift is None:
             return

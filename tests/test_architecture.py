@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "packed": {"options", "layers", "solve"},
     "shapes": set(),
     "artifact": {"options", "plan", "layers", "solve", "state", "packed", "shapes"},
-    "cuts": {"layers", "objective"},
+    "cuts": {"layers", "objective", "shapes"},
     "structured": {
         *("apply", "cuts", "data", "layers", "ledger", "objective", "plan", "solve"),
         *("curvature/estimators", "curvature/fisher"),

@@ -210,7 +210,7 @@ EXPECTED = {
 def test_surgery_leaves_what_zeroed_columns_leave(kind):
     model, data, objective = make(kind)
     found = find_cuts(model, objective, data[0])
-    cuts = found.cuts
+    cuts = {n: c for n, c in found.cuts.items() if c.kind != "blocks"}
     assert {n: (c.kind, c.units) for n, c in cuts.items()} == EXPECTED[kind]
     g = torch.Generator().manual_seed(1)
     removed = {n: torch.randperm(c.units, generator=g)[: c.units // 2].tolist() for n, c in cuts.items()}
@@ -270,6 +270,24 @@ def test_pruned_saved_and_reloaded_in_a_fresh_process(reloaded, kind, uniform):
         torch.testing.assert_close(logits(plain, batch), expected)
         sizes = {p.shape for n, p in plain.named_parameters() if n.endswith(("up_proj.weight", "fc1.weight"))}
         assert len(sizes) == 1
+
+
+@pytest.mark.parametrize("kind", ["vit", "llama"])
+def test_whole_blocks_leave_and_plain_transformers_reads_the_rest(tmp_path, kind):
+    model, data, _ = make(kind)
+    result = cp.prune(model, data, structured={"blocks": 0.5}, drift=0.0)
+    (gone,) = [n.split()[0] for n, (left, _) in result.cuts.items() if not left]
+    blocks = model.get_submodule(gone.rpartition(".")[0])
+    other = blocks[1 - int(gone[-1])]
+    (left,) = result.model.get_submodule(gone.rpartition(".")[0])
+    assert all(torch.equal(a, b) for a, b in zip(left.parameters(), other.parameters(), strict=True))
+    blocks[int(gone[-1])].register_forward_hook(
+        lambda m, args, y: args[0] if isinstance(y, torch.Tensor) else (args[0],)
+    )
+    torch.testing.assert_close(logits(result.model, data[0]), logits(model, data[0]))
+    assert result.portable and result.parameters[0] == sum(p.numel() for p in result.model.parameters())
+    plain = type(model).from_pretrained(result.save(tmp_path))
+    torch.testing.assert_close(logits(plain, data[0]), logits(result.model, data[0]))
 
 
 def test_compensation_and_choice_beat_the_largest_weights():
@@ -385,8 +403,9 @@ def test_a_model_that_cannot_be_cut_says_where(model, message):
     "arguments, message",
     [
         ({"structured": 1.2}, "strictly between 0 and 1"),
-        ({"structured": {"depth": 0.2}}, "unknown kinds"),
-        ({"structured": 0.3, "kinds": ()}, "unknown kinds"),
+        ({"structured": {"depth": 0.2}}, "expected some of"),
+        ({"structured": 0.3, "kinds": ()}, "expected some of"),
+        ({"structured": {"blocks": 0.5, "mlp": 0.5}}, "alone"),
         ({"structured": 0.3, "of": "seconds"}, "expected one of"),
         ({"structured": 0.3, "round_to": 0}, "round_to"),
         ({"structured": 0.3, "sparsity": 0.5}, "without sparsity"),

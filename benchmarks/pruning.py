@@ -112,28 +112,33 @@ def macs(net: nn.Module) -> int:
 # -------------------------------------------------------------------------------------------------------- torch-pruning
 
 
-class Hessian(tp.importance.GroupHessianImportance):
-    """With sums over samples: as released it keeps the last one (it looks for the name, it stores by parameter)."""
+def gradients(net: nn.Module, data: Splits, criterion: str) -> list[Tensor]:
+    """What Taylor (gradient of the mean loss) and Hessian (mean of squared gradients) ask for, of every parameter."""
+    x = torch.cat([i[0] for i in data.calibrate.items])
+    y = torch.cat([i[1] for i in data.calibrate.items])
+    parameters = list(net.parameters())
+    if criterion == "Taylor":
+        return list(torch.autograd.grad(nn.functional.cross_entropy(net(x), y), parameters))
+    sums = [torch.zeros_like(p) for p in parameters]
+    for a, b in zip(x.split(1), y.split(1), strict=True) if criterion == "Hessian" else ():
+        for total, g in zip(sums, torch.autograd.grad(nn.functional.cross_entropy(net(a), b), parameters), strict=True):
+            total += g**2 / len(x)
+    return sums
 
-    def accumulate_grad(self, model: nn.Module) -> None:
-        for p in model.parameters():
-            if p.grad is not None:
-                self._accu_grad[p] = self._accu_grad.get(p, 0) + p.grad.detach().clone() ** 2
-                self._counter[p] = self._counter.get(p, 0) + 1
 
-
-def peer(net: nn.Module, data: Splits, criterion: str, *, ratio: float, ranking: str, stream: bool) -> nn.Module:
+def peer(
+    net: nn.Module, data: Splits, criterion: str, known: list[Tensor], *, ratio: float, ranking: str, stream: bool
+) -> nn.Module:
     net = copy.deepcopy(net)
     importance = {
         "magnitude": tp.importance.GroupMagnitudeImportance,
         "Taylor": tp.importance.GroupTaylorImportance,
-        "Hessian": Hessian,
+        "Hessian": tp.importance.GroupHessianImportance,
         "OBD-C": tp.importance.OBDCImportance,
     }[criterion]()
     if criterion == "OBD-C":
         importance.num_classes = 10
     x = torch.cat([i[0] for i in data.calibrate.items])
-    y = torch.cat([i[1] for i in data.calibrate.items])
     heads, ignored = {}, []
     for name, module in net.named_modules():
         if name.endswith((".q_proj", ".k_proj", ".v_proj")):
@@ -145,15 +150,10 @@ def peer(net: nn.Module, data: Splits, criterion: str, *, ratio: float, ranking:
         net, x[:2], importance, global_pruning=ranking == "global", pruning_ratio=ratio, max_pruning_ratio=0.9,
         ignored_layers=ignored, num_heads=dict(heads), in_channel_groups={}, out_channel_groups={},
     )  # fmt: skip
-    if criterion == "Taylor":
-        nn.functional.cross_entropy(net(x), y).backward()
-    elif criterion == "Hessian":
-        importance.zero_grad()
-        for a, b in zip(x.split(1), y.split(1), strict=True):
-            net.zero_grad()
-            nn.functional.cross_entropy(net(a), b).backward()
-            importance.accumulate_grad(net)
-    elif criterion == "OBD-C":
+    # The Hessian's own accumulation keeps the last sample only: it looks for a name and stores by parameter.
+    for p, g in zip(net.parameters(), known, strict=True):
+        p.grad = g.clone()
+    if criterion == "OBD-C":
         importance._prepare_model(net, pruner)
         generator = torch.Generator().manual_seed(0)
         for a in x.split(50):
@@ -172,17 +172,16 @@ def peer(net: nn.Module, data: Splits, criterion: str, *, ratio: float, ranking:
 
 def peer_at(net: nn.Module, data: Splits, criterion: str, *, at_least: int, ranking: str, stream: bool) -> tuple:
     """The peer's model with the fewest multiply-adds that are not below ``at_least``: (accuracy, multiply-adds)."""
-    low, high, best = 0.0, 0.9, (accuracy(net), macs(net))
+    known = gradients(net, data, criterion)
+    low, high, best = 0.0, 0.9, net
     for _ in range(7):
         ratio = (low + high) / 2
-        found = peer(net, data, criterion, ratio=ratio, ranking=ranking, stream=stream)
-        if (cost := macs(found)) >= at_least:
-            low = ratio
-            if cost < best[1]:
-                best = accuracy(found), cost
+        found = peer(net, data, criterion, known, ratio=ratio, ranking=ranking, stream=stream)
+        if macs(found) >= at_least:
+            low, best = ratio, found
         else:
             high = ratio
-    return best
+    return accuracy(best), macs(best)
 
 
 # --------------------------------------------------------------------------------------------------------------- tables

@@ -29,7 +29,7 @@ from curvprune.objective import Batch, Objective, evaluate, make_objective, to_d
 from curvprune.options import Keep, Option, Prune, Quantize, check_fits
 from curvprune.pipeline import describe, load_artifact, write_model
 from curvprune.plan import Budget, Plan
-from curvprune.shapes import difference
+from curvprune.shapes import changes_of, difference, remember_
 from curvprune.solve import Solved
 from curvprune.stages import (
     Job,
@@ -101,13 +101,12 @@ class StructuredResult:
     ledger: Ledger | None
     notes: tuple[str, ...]
     portable: bool
-    structure: dict[str, Any] | None
 
     def save(self, folder: str | Path, *, tokenizer: Any = None) -> Path:
         """Write the artifact, which `load` reads (and transformers, where ``portable``). Returns the folder."""
         path = Path(folder)
         plan = {"cuts": {n: {"left": left, "of": of} for n, (left, of) in self.cuts.items()}}
-        write_model(path, self.model, {}, plan, tokenizer=tokenizer, portable=self.portable, structure=self.structure)
+        write_model(path, self.model, {}, plan, tokenizer=tokenizer)
         return path
 
 
@@ -398,6 +397,9 @@ def _prune_structured(
         raise ValueError("metric 'accuracy' needs one prediction per item; for language models use metric 'loss'")
     pruned = prune_units(model, loss, splits, asked, seed=settings.seed, batch_size=settings.batch_size)
     portable = describe(pruned.model, pruned.uniform_widths())
+    if not portable:
+        change = difference(model, pruned.model, dropped=pruned.dropped)
+        remember_(pruned.model, [*changes_of(model), change])
     verdict = None
     if budget is not None:
         results = [evaluate(m, splits.certify.batches(settings.batch_size), loss) for m in (model, pruned.model)]
@@ -412,7 +414,6 @@ def _prune_structured(
         ledger=pruned.ledger,
         notes=pruned.notes,
         portable=portable,
-        structure=None if portable else difference(model, pruned.model, dropped=pruned.dropped),
     )
 
 

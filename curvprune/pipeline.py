@@ -30,6 +30,7 @@ from curvprune.objective import Objective, make_objective, to_device
 from curvprune.options import Keep, Option, option_from_key, quantizer_of
 from curvprune.plan import Budget, frontier
 from curvprune.recipe import Recipe, RecipeError, assign_options, load_recipe, lock_text
+from curvprune.shapes import changes_of
 from curvprune.solve import Solved
 from curvprune.stages import (
     Job,
@@ -291,15 +292,15 @@ def write_model(
     *,
     tokenizer: Any = None,
     portable: bool = True,
-    structure: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an artifact: weights, manifest and, for transformers models, what ``from_pretrained`` needs. Files of an
     artifact that is already there are replaced; a folder that holds anything else is refused (``ValueError``).
-    ``structure``: shapes that the config does not describe (`curvprune.shapes`)."""
+    A model of transformers with shapes that its config cannot describe (`curvprune.shapes`) is never portable."""
     if folder.exists() and any(folder.iterdir()) and not (folder / artifact.MANIFEST).is_file():
         raise ValueError(f"{folder} is not empty and holds no artifact of curvprune; save into a new folder")
     layers = find_layers(model)
-    artifact.save(folder, model, layers, solved, plan, portable=portable, structure=structure)
+    portable = portable and not (artifact.is_transformers(model) and changes_of(model))
+    artifact.save(folder, model, layers, solved, plan, portable=portable)
     if artifact.is_transformers(model):
         grids = {n: quantizer_of(s.option) for n, s in solved.items() if artifact.packs(model, layers[n])}
         packed = {n: q for n, q in grids.items() if q is not None}

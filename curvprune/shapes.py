@@ -8,6 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
+_ATTRIBUTE = "curvprune_changes"  # where a model carries its changes, so that later steps on it save them as well
+
+
+def changes_of(model: nn.Module) -> list[dict[str, Any]]:
+    """The records of `difference`, in order, that lead from a model's architecture to its shapes; copies keep them."""
+    return list(getattr(model, _ATTRIBUTE, ()))
+
+
+def remember_(model: nn.Module, changes: Sequence[Mapping[str, Any]]) -> None:
+    """Let a model carry its changes."""
+    setattr(model, _ATTRIBUTE, list(changes))
+
 
 def difference(original: nn.Module, smaller: nn.Module, *, dropped: Sequence[str] = ()) -> dict[str, Any]:
     """Shapes of tensors that changed, and whole-number attributes of modules (``in_features``, ``num_heads``) that did;

@@ -85,6 +85,10 @@ class Structured:
             raise ValueError(f"structured: of={self.of!r}; expected one of {MEASURES}")
         if self.round_to is not None and self.round_to < 1:
             raise ValueError(f"structured: round_to={self.round_to!r} must be at least 1")
+        if min(self.widths, self.labels) < 1:
+            raise ValueError(f"structured: widths={self.widths!r} and labels={self.labels!r} must be at least 1")
+        if not 0 <= self.drift <= 1 or not self.damping >= 0:
+            raise ValueError(f"structured: drift={self.drift!r} must be in [0, 1], damping={self.damping!r} at least 0")
         if not 0 < self.most < 1:
             raise ValueError(f"structured: most={self.most!r} must lie strictly between 0 and 1")
 

@@ -408,6 +408,8 @@ def test_a_model_that_cannot_be_cut_says_where(model, message):
         ({"structured": {"blocks": 0.5, "mlp": 0.5}}, "alone"),
         ({"structured": 0.3, "of": "seconds"}, "expected one of"),
         ({"structured": 0.3, "round_to": 0}, "round_to"),
+        ({"structured": 0.3, "drift": 2.0}, "drift"),
+        ({"structured": 0.3, "labels": 0}, "labels"),
         ({"structured": 0.3, "sparsity": 0.5}, "without sparsity"),
         ({"structured": 0.3, "speed": 2}, "unknown argument 'speed'"),
         ({"structured": {"channels": 0.3}}, "no prunable channels"),
@@ -419,6 +421,17 @@ def test_bad_input_is_refused(arguments, message):
     model, data, _ = make("llama")
     with pytest.raises(ValueError, match=message):
         cp.prune(model, data, **arguments)
+
+
+@pytest.mark.parametrize("kind", ["cnn", "llama"])
+def test_what_was_pruned_can_be_pruned_and_quantized_and_saved(tmp_path, kind):
+    model, data, _ = make(kind)
+    first = cp.prune(model, data, structured={"mlp": 0.3}).model
+    second = cp.prune(first, data, structured={"mlp": 0.3}).model
+    result = cp.quantize(second, data, bits=8, layers=["hidden", "head"] if kind == "cnn" else "*")
+    folder = result.save(tmp_path / "out")
+    extra = {"model": Residual()} if kind == "cnn" else {}
+    torch.testing.assert_close(logits(cp.load(folder, **extra), data[0]), logits(result.model, data[0]))
 
 
 def test_a_folder_is_not_loaded_into_another_architecture(tmp_path):

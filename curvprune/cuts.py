@@ -93,7 +93,7 @@ def find_cuts(model: nn.Module, objective: Objective, batch: Batch, *, kinds: Se
     cuts, failed = _tried(model, objective, batch, {n: c for n, c in found.cuts.items() if c.kind in kinds})
     notes = found.notes + failed
     if not cuts:
-        reasons = "; ".join(notes) if notes else "it has no Linear or convolution inside"
+        reasons = "; ".join(notes) if notes else "it has no layer that only other layers read"
         raise ValueError(f"no prunable {' or '.join(kinds)} in {type(model).__name__}: {reasons}")
     return Found(cuts=cuts, sinks=found.sinks, notes=notes)
 
@@ -222,6 +222,8 @@ def _trace(model: nn.Module, objective: Objective, batch: Batch) -> Found:
             notes.append(f"{graph.name(node)}: {reason}")
             continue
         cuts.append(cut)
+    if unknown := [n for n, layer in layers.items() if layer.kind == "conv1d"]:
+        notes.append(f"torch-pruning knows no transformers Conv1D ({unknown[0]}{', …' if len(unknown) > 1 else ''})")
     named: dict[str, Cut] = {}
     for cut in cuts:
         parts = [slot.module.split(".") for slot in (*cut.makes, *cut.reads)]

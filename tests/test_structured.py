@@ -13,6 +13,8 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     ViTConfig,
@@ -25,9 +27,6 @@ from curvprune.layers import find_layers
 from curvprune.objective import evaluate, make_objective
 from curvprune.solve.structured import Reader, compensate, removal_order
 from curvprune.structured import Structured, Work, choose_widths
-
-pytest.importorskip("torch_pruning")
-
 
 # -------------------------------------------------------------------------------------------------------------- algebra
 
@@ -381,6 +380,12 @@ class Mixed(nn.Module):
     def forward(self, x):
         h = self.one(x)
         return self.two(h / h.norm(dim=1, keepdim=True))
+
+
+def test_a_model_without_linear_layers_says_so():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=16, bos_token_id=0))
+    with pytest.raises(ValueError, match=r"no transformers Conv1D \(transformer\.h\.0\.attn\.c_attn, …\)"):
+        cp.prune(model.eval(), [{"input_ids": torch.arange(8)[None]}], structured=0.3)
 
 
 @pytest.mark.parametrize(

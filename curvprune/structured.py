@@ -92,6 +92,11 @@ class Structured:
         if not 0 < self.most < 1:
             raise ValueError(f"structured: most={self.most!r} must lie strictly between 0 and 1")
 
+    @property
+    def chooses(self) -> bool:
+        """Whether there are widths to choose among; else every cut of a kind gets the one that was asked for."""
+        return not (self.uniform and isinstance(self.share, Mapping)) or tuple(self.share) == (BLOCKS,)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Term:
@@ -242,7 +247,7 @@ def prune_units(
     _check_reach(work, widths, asked)
     plans = _solve_widths(model, objective, splits.calibrate, found, widths, asked, seed=seed, batch_size=batch_size)
     ledger = predicted = None
-    if asked.uniform and isinstance(asked.share, Mapping) and kinds != (BLOCKS,):
+    if not asked.chooses:
         left = {n: w[-1] for n, w in widths.items()}
     else:
         ledger = _prices(model, objective, splits.price, cuts, layers, plans, work, labels=asked.labels, seed=seed)
@@ -290,7 +295,7 @@ def _widths(cut: Cut, asked: Structured) -> list[int]:
     def rounded(share: float) -> int:
         return max(min(step, cut.units), min(cut.units, round(share * cut.units / step) * step))
 
-    if asked.uniform and isinstance(asked.share, Mapping):
+    if isinstance(asked.share, Mapping) and not asked.chooses:
         return [cut.units, rounded(1 - asked.share[cut.kind])]
     shares = np.linspace(1, 1 - asked.most, asked.widths + 1)
     offered = [cut.units, *(rounded(s) for s in shares[1:])]
@@ -411,7 +416,7 @@ def _solve_cut(
     at_once = max(1, cut.units // 192)
     order = removal_order(readers, until=widths[-1], damping=asked.damping, at_once=at_once)
     changes: dict[str, list[Change]] = {s.module: [] for s in cut.reads}
-    for width in widths[1:] if len(widths) > 2 else ():
+    for width in widths[1:] if asked.chooses else ():
         for slot in cut.reads:
             keep = _kept(layers[slot.module], {cut.name: cut}, {cut.name: order[: cut.units - width]})
             W, A = matrices[slot.module], moments[slot.module]

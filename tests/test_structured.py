@@ -168,10 +168,10 @@ def bert():
     return BertForSequenceClassification(config).eval(), data
 
 
-def llama():
+def llama(**changes):
     config = LlamaConfig(
         vocab_size=64, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=8, head_dim=4,
-        num_key_value_heads=4, initializer_range=0.2, tie_word_embeddings=True,
+        **{"num_key_value_heads": 4, "initializer_range": 0.2, "tie_word_embeddings": True, **changes},
     )  # fmt: skip
     return LlamaForCausalLM(config).eval(), [{"input_ids": torch.randint(0, 64, (8, 12))} for _ in range(3)]
 
@@ -179,10 +179,10 @@ def llama():
 MODELS = {"cnn": residual, "vit": vit, "bert": bert, "llama": llama}
 
 
-def make(kind: str):
+def make(kind: str, **changes):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, data = MODELS[kind]()
+        model, data = MODELS[kind](**changes)
     return model, data, make_objective("auto", model, data[0])
 
 
@@ -337,6 +337,16 @@ def test_the_choice_of_widths_is_the_best_of_all():
                 if work("macs", {n: widths[n][k] for n, k in zip(cuts, plan, strict=True)}) <= limit
             ]
             assert paid <= 1.25 * min(feasible)
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_cuts_of_two_units_are_priced(uniform):
+    """Two key-value heads: one width below the full one."""
+    model, data, _ = make("llama", num_key_value_heads=2)
+    result = cp.prune(model, data, structured=0.1, kinds=("heads",), uniform=uniform)
+    assert result.macs[0] <= 0.9 * result.macs[1]
+    assert set(result.cuts.values()) == ({(1, 2)} if uniform else {(1, 2), (2, 2)})
+    assert result.predicted is not None and result.predicted.value > 0
 
 
 def test_a_budget_certifies():

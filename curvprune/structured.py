@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -115,7 +115,7 @@ class Work:
     def __init__(self, model: nn.Module, objective: Objective, item: Batch, cuts: Mapping[str, Cut]) -> None:
         self.units = {n: c.units for n, c in cuts.items()}
         layers = find_layers(model)
-        positions = _positions(model, objective, item, layers)
+        positions = self.positions = _positions(model, objective, item, layers)
         sides: dict[tuple[str, str], dict[str, float]] = {}
         for name, cut in cuts.items():
             if cut.kind == BLOCKS:
@@ -255,7 +255,7 @@ def prune_units(
         left = choose_widths(cuts, widths, prices, work, asked)
         predicted = ledger.predict({n: str(w) for n, w in left.items()})
     removed = {n: sorted(plans[n].order[: cuts[n].units - w]) for n, w in left.items()}
-    smaller = _applied(model, objective, splits.calibrate, found, removed, asked)
+    smaller = _applied(model, objective, splits.calibrate, found, removed, asked, reached=work.positions)
     remove_(smaller, cuts, removed)
     full: dict[str, int] = {}
     return Pruned(
@@ -627,10 +627,7 @@ def _knapsack(
             for k, change in enumerate(table)
         ]
         room = math.floor((aim - here - sum(min(t) for t in tables.values())) * scale)
-        if room < 0:
-            picks = dict(smallest)
-        else:
-            picks = {m: int(k) for m, k in cheapest(rows, max_bytes=room).items()} if room > 0 else dict(smallest)
+        picks = {m: int(k) for m, k in cheapest(rows, max_bytes=room).items()} if room > 0 else dict(smallest)
         if cost(of(picks)) <= limit and (best is None or paid(picks) < paid(best)):
             best = picks
         key = tuple(picks.values())
@@ -662,6 +659,8 @@ def _applied(
     found: Found,
     removed: Mapping[str, Sequence[int]],
     asked: Structured,
+    *,
+    reached: Collection[str],
 ) -> nn.Module:
     """A copy in which nothing reads the removed units and every layer makes up for what it lost and for the drift of
     what it still gets."""
@@ -671,8 +670,8 @@ def _applied(
     # A weight that is also an embedding's must not move: what is looked up would change.
     layers = {n: layer for n, layer in layers.items() if layer.kind != "embedding" and not layer.aliases}
     reads = {s.module for c in found.cuts.values() for s in c.reads}
-    if not asked.drift:
-        layers = {n: layer for n, layer in layers.items() if n in reads}
+    wanted = reads | set(reached) if asked.drift else reads
+    layers = {n: layer for n, layer in layers.items() if n in wanted}
     originals = {n: layer for n, layer in find_layers(model).items() if n in layers}
 
     def visit(layer: Layer, measure: Any) -> None:

@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from curvprune.analysis import Analysis as Analysis
     from curvprune.api import Result as Result
+    from curvprune.api import StructuredResult as StructuredResult
     from curvprune.api import analyze as analyze
     from curvprune.api import certify as certify
     from curvprune.api import compress as compress
@@ -43,12 +44,13 @@ if TYPE_CHECKING:
     from curvprune.plan import Budget as Budget
     from curvprune.plan import Plan as Plan
     from curvprune.stages import Settings as Settings
+    from curvprune.structured import Structured as Structured
 
 _HOME = {
     "analysis": ("Analysis",),
     "api": (
         *("Result", "analyze", "certify", "compress", "empirical_fisher", "fisher", "gauss_newton", "hessian", "load"),
-        *("price", "prune", "quantize"),
+        *("price", "prune", "quantize", "StructuredResult"),
     ),
     "curvature.estimators": ("density", "diagonal", "eigenpairs", "trace"),
     "certificate": ("Verdict",),
@@ -59,6 +61,7 @@ _HOME = {
     "options": ("Cast", "Keep", "Prune", "PruneQuantize", "Quantize"),
     "plan": ("Budget", "Plan"),
     "stages": ("Settings",),
+    "structured": ("Structured",),
 }
 __all__ = ["__version__", *sorted(name for names in _HOME.values() for name in names)]
 

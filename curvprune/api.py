@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,14 +21,16 @@ from curvprune import artifact
 from curvprune.analysis import QUANTITIES, Analysis, analyze_curvature
 from curvprune.certificate import Verdict
 from curvprune.curvature import products
+from curvprune.curvature.estimators import Estimate
 from curvprune.data import Split, Splits, as_split, split_items
 from curvprune.groups import find_groups, read_request
 from curvprune.layers import Layer, find_layers, left_over
 from curvprune.ledger import Ledger
 from curvprune.objective import Batch, Objective, evaluate, make_objective, to_device
 from curvprune.options import ENGINE_ASYMMETRIC_BITS, ENGINE_BITS, Keep, Option, Prune, Quantize, check_fits
-from curvprune.pipeline import load_artifact, write_model
+from curvprune.pipeline import describe, load_artifact, write_model
 from curvprune.plan import Budget, Plan
+from curvprune.shapes import changes_of, difference, remember_
 from curvprune.solve import Solved
 from curvprune.stages import (
     Job,
@@ -41,6 +43,7 @@ from curvprune.stages import (
     solve_options,
 )
 from curvprune.state import StageLog, State
+from curvprune.structured import Structured, prune_units
 
 Data = Iterable[Batch] | Split | Splits
 
@@ -73,6 +76,39 @@ class Result:
         what serving engines have kernels for). Returns the folder."""
         path = Path(folder)
         write_model(path, self.model, self.solved, self.plan.to_dict(), tokenizer=tokenizer, portable=self.portable)
+        return path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StructuredResult:
+    """What `prune` returns where whole units were removed.
+
+    Attributes:
+        model: the smaller model; the input model is untouched.
+        cuts: cut → (units left, units before).
+        macs, parameters: (after, before); multiply-adds of one item.
+        predicted: rise of the loss in nats from the prices, where there were widths to choose among.
+        verdict: the certificate, where a budget with ``max_drop`` was given.
+        ledger: the price of every width of every cut, where there was a choice.
+        notes: which dimensions cannot be cut, and why.
+        portable: whether a plain config describes the result, so that transformers' ``from_pretrained`` loads it.
+    """
+
+    model: nn.Module
+    cuts: dict[str, tuple[int, int]]
+    macs: tuple[int, int]
+    parameters: tuple[int, int]
+    predicted: Estimate | None
+    verdict: Verdict | None
+    ledger: Ledger | None
+    notes: tuple[str, ...]
+    portable: bool
+
+    def save(self, folder: str | Path, *, tokenizer: Any = None) -> Path:
+        """Write the artifact, which `load` reads (and transformers, where ``portable``). Returns the folder."""
+        path = Path(folder)
+        plan = {"cuts": {n: {"left": left, "of": of} for n, (left, of) in self.cuts.items()}}
+        write_model(path, self.model, {}, plan, tokenizer=tokenizer)
         return path
 
 
@@ -311,22 +347,94 @@ def prune(
     *,
     sparsity: float | Sequence[float] | None = None,
     pattern: str | None = None,
+    structured: float | Mapping[str, float] | Structured | None = None,
+    uniform: bool = False,
     budget: Budget | None = None,
     **arguments: Any,
-) -> Result:
+) -> Result | StructuredResult:
     """Set weights to zero with the survivors corrected (SparseGPT): a share of each layer, or N:M with
-    ``pattern="2:4"``.
+    ``pattern="2:4"``. Or, with ``structured``, remove whole hidden units: the model becomes smaller and faster.
 
     With a budget, ``sparsity`` lists the shares offered to the planner. Zeros are stored as they are: pruning alone
     does not make the file smaller. ``arguments`` are passed on to `compress`.
+
+    Args:
+        structured: the share of multiply-adds to remove, from MLP widths, key-value heads with their query heads, and
+            channels, wherever it costs least; ``{"mlp": 0.25}`` for a share of the units of a kind; or a `Structured`
+            with every choice there is. What stays is compensated. A ``budget`` with ``max_drop`` then certifies the
+            result. ``arguments``: ``objective``, ``settings`` and ``device``, and the fields of `Structured`.
+        uniform: one width per kind, so that a plain transformers config describes the result.
     """
+    if structured is not None:
+        if sparsity is not None or pattern is not None:
+            raise ValueError("prune: structured goes without sparsity and pattern; prune the result again for both")
+        return _prune_structured(model, data, structured, uniform=uniform, budget=budget, **arguments)
     shares = [] if sparsity is None else [sparsity] if isinstance(sparsity, (int, float)) else list(sparsity)
     options: list[Option] = [Prune(sparsity=s) for s in shares]
     if pattern is not None:
         options.append(Prune(pattern=pattern))
     if not options:
-        raise ValueError('prune: pass sparsity (for example 0.5) or pattern ("2:4")')
+        raise ValueError('prune: pass sparsity (for example 0.5), pattern ("2:4") or structured (for example 0.3)')
     return compress(model, data, options=options, budget=budget, **arguments)
+
+
+def _prune_structured(
+    model: nn.Module,
+    data: Data,
+    structured: float | Mapping[str, float] | Structured,
+    *,
+    uniform: bool,
+    budget: Budget | None,
+    objective: str | Objective = "auto",
+    settings: Settings | None = None,
+    device: str | torch.device | None = None,
+    **arguments: Any,
+) -> StructuredResult:
+    known = {f.name for f in fields(Structured)} - {"share", "uniform"}
+    if unknown := sorted(set(arguments) - known):
+        raise ValueError(f"prune(structured=...): unknown argument {unknown[0]!r}; expected some of {sorted(known)}")
+    if isinstance(structured, Structured):
+        asked = replace(structured, **arguments)
+        asked = replace(asked, uniform=True) if uniform else asked
+    else:
+        asked = Structured(share=structured, uniform=uniform, **arguments)
+    if budget is not None and budget.max_drop is None:
+        raise ValueError("prune(structured=...): a budget certifies here and needs max_drop; sizes are asked by share")
+    settings = settings or Settings()
+    if isinstance(data, Splits):
+        splits = data
+    elif budget is None:
+        splits = _without_budget(as_split(data), priced=True)
+    elif isinstance(data, Split):
+        raise ValueError("a budget needs four splits: pass Splits(calibrate=, price=, select=, certify=)")
+    else:
+        splits = split_items(data, seed=settings.seed)
+    if device is not None:
+        model = copy.deepcopy(model).to(device)
+    home = next(model.parameters()).device
+    loss = make_objective(objective, model, to_device(splits.calibrate.items[0], home))
+    if budget is not None and budget.metric == "accuracy" and loss.unit == "nats/token":
+        raise ValueError("metric 'accuracy' needs one prediction per item; for language models use metric 'loss'")
+    pruned = prune_units(model, loss, splits, asked, seed=settings.seed, batch_size=settings.batch_size)
+    portable = describe(pruned.model, pruned.uniform_widths())
+    if not portable:
+        change = difference(model, pruned.model, dropped=pruned.dropped)
+        remember_(pruned.model, [*changes_of(model), change])
+    verdict = None
+    if budget is not None:
+        results = [evaluate(m, splits.certify.batches(settings.batch_size), loss) for m in (model, pruned.model)]
+        verdict = compare(results[0], results[1], splits.certify, budget, unit=loss.unit)
+    return StructuredResult(
+        model=pruned.model,
+        cuts={n: (left, pruned.units[n]) for n, left in pruned.left.items()},
+        macs=(pruned.macs[1], pruned.macs[0]),
+        parameters=(pruned.parameters[1], pruned.parameters[0]),
+        predicted=pruned.predicted,
+        verdict=verdict,
+        ledger=pruned.ledger,
+        notes=pruned.notes,
+        portable=portable,
+    )
 
 
 def certify(
@@ -469,6 +577,7 @@ def _without_budget(split: Split, *, priced: bool) -> Splits:
 __all__ = [
     "Layer",
     "Result",
+    "StructuredResult",
     "analyze",
     "certify",
     "compress",

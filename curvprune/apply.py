@@ -41,11 +41,15 @@ class Moments:
     Attributes:
         second: ``E[x xᵀ]``.
         drift: ``E[(x̃ − x) xᵀ]`` against the uncompressed model's inputs ``x̃``; ``None`` if equal or unknown.
+        mean: ``E[x]``.
+        moved: ``E[x̃ − x]``, where there is a drift.
         notes: what the report must say about them.
     """
 
     second: Float[Tensor, "groups in in"]
     drift: Float[Tensor, "groups in in"] | None = None
+    mean: Float[Tensor, "groups in"] | None = None
+    moved: Float[Tensor, "groups in"] | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -231,6 +235,8 @@ def _moments(layer: Layer, module: nn.Module, x: Tensor, original: Tensor | None
         original = None if original is None else original[mask.bool()]
     second = torch.zeros(layer.groups, layer.shape[1], layer.shape[1], dtype=wide, device=x.device)
     drift = None if original is None else torch.zeros_like(second)
+    mean = torch.zeros(layer.groups, layer.shape[1], dtype=wide, device=x.device)
+    moved_mean = torch.zeros_like(mean)
     count = 0
 
     def parts(t: Tensor) -> tuple[Tensor, ...]:
@@ -241,14 +247,18 @@ def _moments(layer: Layer, module: nn.Module, x: Tensor, original: Tensor | None
     for i, part in enumerate(parts(x)):
         rows = layer.rows(module, part).to(wide)
         _add_gram(second, rows)
+        mean += rows.sum(1)
         count += rows.shape[1]
         if drift is not None and there is not None:
             moved = layer.rows(module, there[i]).to(wide) - rows
             drift += _coarse_product(moved, rows)
+            moved_mean += moved.sum(1)
     _mirror(second)
     if drift is not None and not bool(drift.any()):
         drift = None
-    return Moments(second / count, None if drift is None else drift / count)
+    if drift is None:
+        return Moments(second / count, mean=mean / count)
+    return Moments(second / count, drift / count, mean=mean / count, moved=moved_mean / count)
 
 
 def _expert_moments(layer: Layer, x: Tensor, chosen: Tensor, mask: Tensor | None) -> Moments:

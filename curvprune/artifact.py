@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from curvprune.layers import Layer, find_layers
 from curvprune.options import Cast, Option, Quantize, option_from_key, quantizer_of, stored_bytes
 from curvprune.packed import PackedWeight, give_back_memory, pack_modules
+from curvprune.shapes import changes_of, remember_, reshape_
 from curvprune.solve import Solved
 from curvprune.solve.grids import HALF_WAY, dequantize
 from curvprune.state import State
@@ -164,7 +165,7 @@ def save(
     portable: Portable = True,
 ) -> None:
     """Write the weights and ``curvprune.json`` (which option each layer has) into ``folder``; `packs` says what
-    ``portable`` means."""
+    ``portable`` means. A model whose shapes are not its architecture's carries how they differ."""
     folder.mkdir(parents=True, exist_ok=True)
     state = State(folder)
     state.write_tensors(
@@ -179,6 +180,7 @@ def save(
             for n, s in solved.items()
         },
         "plan": dict(plan),
+        **({"changes": changes} if (changes := changes_of(model)) else {}),
     }
     state.write_json(MANIFEST, manifest)
 
@@ -203,6 +205,10 @@ def load_into(folder: Path, model: nn.Module, *, packed: bool = False) -> nn.Mod
         raise ValueError(f"{folder} has no {MANIFEST}: it is not a folder that curvprune saved")
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     tensors = load_file(weights_file(folder))
+    if (changes := manifest.get("changes", [])) != changes_of(model):
+        for change in changes:
+            reshape_(model, change)
+        remember_(model, changes)
     held: list[tuple[Layer, PackedWeight]] = []
     for layer in find_layers(model).values():
         entry = manifest["layers"].get(layer.name)

@@ -164,6 +164,39 @@ def save_config(folder: Path, model: Any, choices: Mapping[str, Quantize], token
         tokenizer.save_pretrained(folder)
 
 
+_MLP_WIDTH = ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim", "d_ff", "n_inner")
+
+
+def describe_(model: Any, widths: Mapping[str, tuple[int, int]]) -> bool:
+    """Write new widths into a pruned model's config if a config can describe them: kind → (units before, after) of
+    `curvprune.cuts`. Whether it can is tried: the class is built from the new config, on the meta device, and all
+    shapes must be those of the model. Otherwise the config stays as it is."""
+    config = copy.deepcopy(model.config)
+    if "mlp" in widths:
+        before, after = widths["mlp"]
+        for key in _MLP_WIDTH:
+            if getattr(config, key, None) == before:
+                setattr(config, key, after)
+    if "heads" in widths:
+        before, after = widths["heads"]
+        heads = config.num_attention_heads
+        # Without a head_dim, the class divides the hidden size by the number of heads.
+        config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        config.num_attention_heads = heads // before * after
+        if getattr(config, "num_key_value_heads", None) is not None:
+            config.num_key_value_heads = after
+    try:
+        with torch.device("meta"):
+            empty = type(model)(copy.deepcopy(config))
+        shapes = {n: t.shape for n, t in empty.state_dict().items()}
+    except (ValueError, RuntimeError, AttributeError, TypeError):
+        return False
+    if shapes != {n: t.shape for n, t in model.state_dict().items()}:
+        return False
+    model.config.update(config.to_diff_dict())
+    return True
+
+
 def load_foreign(folder: Path) -> nn.Module:
     """The uncompressed architecture that a folder's config describes, its weights not yet filled in."""
     transformers = _transformers()

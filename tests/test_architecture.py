@@ -47,9 +47,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe": {"options", "groups"},
     "ledger": {"solve", "curvature/estimators", "curvature/fisher", "options"},
     "packed": {"options", "layers", "solve"},
-    "artifact": {"options", "plan", "layers", "solve", "state", "packed"},
+    "shapes": set(),
+    "artifact": {"options", "plan", "layers", "solve", "state", "packed", "shapes"},
+    "cuts": {"layers", "objective", "shapes"},
+    "structured": {
+        *("apply", "cuts", "data", "layers", "ledger", "objective", "plan", "solve"),
+        *("curvature/estimators", "curvature/fisher"),
+    },
 }
-MAY_IMPORT["stages"] = {*MAY_IMPORT} - {"hf", "recipe", "report"}
+MAY_IMPORT["stages"] = {*MAY_IMPORT} - {"hf", "recipe", "report", "structured"}
 MAY_IMPORT["gptq"] = {"artifact", "hf", "layers", "options", "state"}
 MAY_IMPORT["pipeline"] = {*MAY_IMPORT}
 MAY_IMPORT["api"] = {*MAY_IMPORT}
@@ -130,6 +136,8 @@ def test_heavy_libraries_stay_in_their_room(path: Path) -> None:
     room = room_of(path)
     if room != "hf":
         assert not libraries & ONLY_HF, "only hf.py imports these"
+    if room != "cuts":
+        assert "torch_pruning" not in libraries, "only cuts.py imports it"
     if room in WITHOUT_TORCH:
         assert "torch" not in libraries
 

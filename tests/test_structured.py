@@ -1,0 +1,457 @@
+"""Structured pruning: the algebra against least squares and exhaustive search, the surgery against zeroed columns."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import curvprune as cp
+from curvprune.cuts import find_cuts, remove_, silence_
+from curvprune.layers import find_layers
+from curvprune.objective import evaluate, make_objective
+from curvprune.solve.structured import Reader, compensate, removal_order
+from curvprune.structured import Structured, Work, choose_widths
+
+# -------------------------------------------------------------------------------------------------------------- algebra
+
+
+def problem(seed: int, *, out: int = 5, units: int = 6, k: int = 2, constant: bool = False):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(200, units * k, generator=g, dtype=torch.float64) @ torch.randn(
+        units * k, units * k, generator=g, dtype=torch.float64
+    )
+    x = x + torch.randn(units * k, generator=g, dtype=torch.float64)
+    W = torch.randn(out, units * k, generator=g, dtype=torch.float64)
+    full = torch.cat([x, torch.ones(200, 1, dtype=torch.float64)], 1) if constant else x
+    return x, W, full.T @ full / 200, torch.arange(units * k).reshape(units, k)
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_compensation_is_least_squares_on_the_inputs_that_stay(constant):
+    x, W, A, columns = problem(0, constant=constant)
+    keep = columns[[0, 2, 3, 5]].flatten()
+    smaller, shift = compensate(W, A, keep, name="w", damping=0.0)
+    kept = torch.cat([x[:, keep], torch.ones(200, 1, dtype=torch.float64)], 1) if constant else x[:, keep]
+    expected = torch.linalg.lstsq(kept, x @ W.T).solution.T
+    torch.testing.assert_close(smaller[:, keep], expected[:, : len(keep)])
+    torch.testing.assert_close(shift, expected[:, -1] if constant else torch.zeros(5, dtype=torch.float64))
+    gone = torch.ones(12, dtype=torch.bool)
+    gone[keep] = False
+    assert not smaller[:, gone].any()
+
+
+def test_drift_is_undone_by_the_asked_share():
+    x, W, A, _ = problem(1)
+    original = x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    D = (original - x).T @ x / 200
+    for share in (0.0, 0.5, 1.0):
+        solved, _ = compensate(W, A, torch.arange(12), name="w", drift=D, share=share, damping=0.0)
+        target = (1 - share) * x @ W.T + share * original @ W.T
+        torch.testing.assert_close(solved, torch.linalg.lstsq(x, target).solution.T)
+
+
+def loss_of(readers, kept, rows):
+    """Brute force: the row-weighted error of several readers with only the units ``kept``, everything refitted."""
+    total = 0.0
+    for (x, W, _, columns), weight in zip(readers, rows, strict=True):
+        K = columns[list(kept)].flatten()
+        solution = torch.linalg.lstsq(x[:, K], x @ W.T).solution
+        total += float((((x @ W.T - x[:, K] @ solution) ** 2).mean(0) * weight).sum())
+    return total
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_greedy_step_removes_the_unit_that_costs_least(seed):
+    parts = [problem(seed), problem(seed + 100, out=3)]
+    rows = [torch.rand(5, dtype=torch.float64) + 0.1, torch.rand(3, dtype=torch.float64) + 0.1]
+    readers = [
+        Reader(weight=W, second=A, columns=c, rows=r, name="w") for (_, W, A, c), r in zip(parts, rows, strict=True)
+    ]
+    order = removal_order(readers, until=1, damping=0.0)
+    left = set(range(6))
+    for unit in order:
+        costs = {u: loss_of(parts, left - {u}, rows) for u in left}
+        assert unit == min(costs, key=costs.get)
+        left.discard(unit)
+    assert removal_order(readers, until=3, damping=0.0) == order[:3], "choices are nested"
+    assert removal_order(readers, until=1, damping=0.0, removed=order[:2]) == order[2:]
+
+
+def test_the_greedy_choice_is_near_the_best_of_all():
+    ratios = []
+    for seed in range(10):
+        part = problem(seed, units=6, k=1)
+        rows = [torch.ones(5, dtype=torch.float64)]
+        order = removal_order(
+            [Reader(weight=part[1], second=part[2], columns=part[3], rows=rows[0], name="w")], until=3, damping=0.0
+        )
+        best = min(loss_of([part], kept, rows) for kept in itertools.combinations(range(6), 3))
+        ratios.append(loss_of([part], set(range(6)) - set(order), rows) / best)
+    assert min(ratios) >= 1 - 1e-9
+    assert sum(r < 1 + 1e-9 for r in ratios) >= 5 and max(ratios) < 3
+
+
+def test_a_singular_moment_is_named():
+    with pytest.raises(ValueError, match=r"layer blocks\.3: the second moment .* singular"):
+        compensate(torch.ones(2, 3), torch.zeros(3, 3), torch.arange(2), name="blocks.3")
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+
+
+class Residual(nn.Module):
+    """A residual stream of 8 channels with BatchNorm, a depthwise convolution and a linear head behind a flatten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv1, self.norm1 = nn.Conv2d(8, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.depth = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.conv2, self.norm2 = nn.Conv2d(12, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.hidden, self.head = nn.Linear(8 * 4, 20), nn.Linear(20, 3)
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.stem(x)))
+        y = torch.relu(self.depth(torch.relu(self.norm1(self.conv1(x)))))
+        x = torch.relu(x + self.norm2(self.conv2(y)))
+        x = nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+        return self.head(torch.relu(self.hidden(x)))
+
+
+def residual():
+    model = Residual()
+    for norm in (model.norm, model.norm1, model.norm2):
+        nn.init.normal_(norm.running_mean)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+        nn.init.normal_(norm.bias)
+    return model.eval(), [(torch.randn(8, 1, 6, 6), torch.randint(0, 3, (8,))) for _ in range(3)]
+
+
+def vit():
+    config = ViTConfig(
+        image_size=8, patch_size=4, num_channels=1, hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=32, num_labels=3, initializer_range=0.2,
+    )  # fmt: skip
+    data = [{"pixel_values": torch.randn(8, 1, 8, 8), "labels": torch.randint(0, 3, (8,))} for _ in range(3)]
+    return ViTForImageClassification(config).eval(), data
+
+
+def bert():
+    config = BertConfig(
+        vocab_size=64, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, num_labels=3,
+        initializer_range=0.2,
+    )  # fmt: skip
+    data = [
+        {
+            "input_ids": torch.randint(0, 64, (8, 10)),
+            "attention_mask": torch.ones(8, 10, dtype=torch.long),
+            "labels": torch.randint(0, 3, (8,)),
+        }
+        for _ in range(3)
+    ]
+    return BertForSequenceClassification(config).eval(), data
+
+
+def llama(**changes):
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=8, head_dim=4,
+        **{"num_key_value_heads": 4, "initializer_range": 0.2, "tie_word_embeddings": True, **changes},
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval(), [{"input_ids": torch.randint(0, 64, (8, 12))} for _ in range(3)]
+
+
+MODELS = {"cnn": residual, "vit": vit, "bert": bert, "llama": llama}
+
+
+def make(kind: str, **changes):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, data = MODELS[kind](**changes)
+    return model, data, make_objective("auto", model, data[0])
+
+
+def logits(model: nn.Module, batch) -> torch.Tensor:
+    with torch.no_grad():
+        return make_objective("auto", model, batch).logits(model, batch)
+
+
+EXPECTED = {
+    "cnn": {"stem": ("channels", 8), "conv1": ("channels", 12), "hidden": ("mlp", 20)},
+    "vit": {f"vit.layers.{i}.{n}": c for i in (0, 1) for n, c in (("attention", ("heads", 4)), ("mlp", ("mlp", 32)))},
+    "bert": {
+        **{f"bert.encoder.layer.{i}.attention": ("heads", 4) for i in (0, 1)},
+        **{f"bert.encoder.layer.{i}": ("mlp", 32) for i in (0, 1)},
+        "bert.pooler.dense": ("mlp", 24),
+    },
+    "llama": {
+        f"model.layers.{i}.{n}": c for i in (0, 1) for n, c in (("self_attn", ("heads", 4)), ("mlp", ("mlp", 32)))
+    },
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_surgery_leaves_what_zeroed_columns_leave(kind):
+    model, data, objective = make(kind)
+    found = find_cuts(model, objective, data[0])
+    cuts = {n: c for n, c in found.cuts.items() if c.kind != "blocks"}
+    assert {n: (c.kind, c.units) for n, c in cuts.items()} == EXPECTED[kind]
+    g = torch.Generator().manual_seed(1)
+    removed = {n: torch.randperm(c.units, generator=g)[: c.units // 2].tolist() for n, c in cuts.items()}
+    work = Work(model, objective, data[0], cuts)
+    silenced = copy.deepcopy(model)
+    silence_(find_layers(silenced), cuts, removed)
+    smaller = copy.deepcopy(silenced)
+    remove_(smaller, cuts, removed)
+    torch.testing.assert_close(logits(smaller, data[1]), logits(silenced, data[1]), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits(smaller, data[1]), logits(model, data[1]), rtol=1e-2)
+    left = {n: c.units - len(removed[n]) for n, c in cuts.items()}
+    for tried, share in ((model, {}), (smaller, left)):
+        assert work("parameters", share) == sum(p.numel() for p in tried.parameters())
+        again = Work(tried, objective, data[0], find_cuts(tried, objective, data[0]).cuts)
+        assert work("macs", share) == pytest.approx(again("macs", {}))
+
+
+@pytest.fixture(scope="module")
+def reloaded(tmp_path_factory):
+    """Every kind pruned both ways and saved; its outputs after loading in one fresh process, and before."""
+    root = tmp_path_factory.mktemp("pruned")
+    results = {}
+    for kind, uniform in itertools.product(MODELS, (True, False)):
+        model, data, _ = make(kind)
+        before = {n: t.clone() for n, t in model.state_dict().items()}
+        result = cp.prune(model, data, structured=0.3, uniform=uniform)
+        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()), "the input model is untouched"
+        folder = result.save(root / f"{kind}-{uniform}")
+        torch.save(data[0], root / f"{kind}-{uniform}.data")
+        results[kind, uniform] = result, folder, logits(result.model, data[0]), data[0]
+    script = f"""
+import torch, curvprune as cp
+from pathlib import Path
+from curvprune.objective import make_objective
+from tests.test_structured import Residual
+for path in Path({str(root)!r}).glob("*.data"):
+    extra = {{"model": Residual()}} if path.stem.startswith("cnn") else {{}}
+    model, data = cp.load(path.with_suffix(""), **extra), torch.load(path)
+    with torch.no_grad():
+        torch.save(make_objective("auto", model, data).logits(model, data), path.with_suffix(".logits"))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
+    return root, results
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("uniform", [True, False])
+def test_pruned_saved_and_reloaded_in_a_fresh_process(reloaded, kind, uniform):
+    root, results = reloaded
+    result, folder, expected, batch = results[kind, uniform]
+    assert result.macs[0] <= 0.7 * result.macs[1]
+    assert result.parameters[0] == sum(p.numel() for p in result.model.parameters())
+    torch.testing.assert_close(torch.load(root / f"{kind}-{uniform}.logits"), expected)
+    assert result.portable == (uniform and kind in ("vit", "llama"))
+    if result.portable:
+        plain = type(result.model).from_pretrained(folder)
+        torch.testing.assert_close(logits(plain, batch), expected)
+        sizes = {p.shape for n, p in plain.named_parameters() if n.endswith(("up_proj.weight", "fc1.weight"))}
+        assert len(sizes) == 1
+
+
+@pytest.mark.parametrize("kind", ["vit", "llama"])
+def test_whole_blocks_leave_and_plain_transformers_reads_the_rest(tmp_path, kind):
+    model, data, _ = make(kind)
+    result = cp.prune(model, data, structured={"blocks": 0.5}, drift=0.0)
+    (gone,) = [n.split()[0] for n, (left, _) in result.cuts.items() if not left]
+    blocks = model.get_submodule(gone.rpartition(".")[0])
+    other = blocks[1 - int(gone[-1])]
+    (left,) = result.model.get_submodule(gone.rpartition(".")[0])
+    assert all(torch.equal(a, b) for a, b in zip(left.parameters(), other.parameters(), strict=True))
+    blocks[int(gone[-1])].register_forward_hook(
+        lambda m, args, y: args[0] if isinstance(y, torch.Tensor) else (args[0],)
+    )
+    torch.testing.assert_close(logits(result.model, data[0]), logits(model, data[0]))
+    assert result.portable and result.parameters[0] == sum(p.numel() for p in result.model.parameters())
+    plain = type(model).from_pretrained(result.save(tmp_path))
+    torch.testing.assert_close(logits(plain, data[0]), logits(result.model, data[0]))
+
+
+def test_compensation_and_choice_beat_the_largest_weights():
+    model, data, objective = make("llama")
+    result = cp.prune(model, data, structured={"mlp": 0.5})
+    assert 28 <= sum(left for left, _ in result.cuts.values()) <= 32
+    cuts = find_cuts(model, objective, data[0], kinds=["mlp"]).cuts
+    plain = copy.deepcopy(model)
+    removed = {}
+    for name, cut in cuts.items():
+        weight = find_layers(model)[cut.reads[0].module].weight
+        removed[name] = weight.norm(dim=0).topk(16, largest=False).indices.tolist()
+    remove_(plain, cuts, removed)
+    reference = cp.LabelFree(model, per_token=True)
+    ours, theirs = (evaluate(m, data, reference).mean_loss for m in (result.model, plain))
+    assert ours < 0.7 * theirs
+
+
+def test_predicted_is_what_small_changes_cost():
+    """The price is ½ δᵀFδ: of a removal that changes little it is the divergence that it causes."""
+    model, data, _ = make("cnn")
+    with torch.no_grad():
+        model.head.weight[:, :10] *= 0.3
+    result = cp.prune(model, data * 8, structured={"mlp": 0.2}, drift=0.0, labels=16)
+    measured = evaluate(result.model, data, cp.LabelFree(model)).mean_loss
+    assert result.predicted is not None
+    assert 0.3 * measured < result.predicted.value < 3 * measured
+
+
+def test_the_choice_of_widths_is_the_best_of_all():
+    model, data, objective = make("cnn")
+    cuts = find_cuts(model, objective, data[0]).cuts
+    work = Work(model, objective, data[0], cuts)
+    widths = {n: [c.units, c.units // 2, c.units // 4] for n, c in cuts.items()}
+    g = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        prices = {n: torch.rand(3, generator=g).sort().values.tolist() for n in cuts}
+        prices = {n: [0.0, p[1], p[1] + p[2]] for n, p in prices.items()}
+        for share in (0.2, 0.5):
+            chosen = choose_widths(cuts, widths, prices, work, Structured(share=share))
+            limit = (1 - share) * work("macs", {})
+            assert work("macs", chosen) <= limit
+            paid = sum(prices[n][widths[n].index(w)] for n, w in chosen.items())
+            plans = itertools.product(*(range(3) for _ in cuts))
+            feasible = [
+                sum(prices[n][k] for n, k in zip(cuts, plan, strict=True))
+                for plan in plans
+                if work("macs", {n: widths[n][k] for n, k in zip(cuts, plan, strict=True)}) <= limit
+            ]
+            assert paid <= 1.25 * min(feasible)
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_cuts_of_two_units_are_priced(uniform):
+    """Two key-value heads: one width below the full one."""
+    model, data, _ = make("llama", num_key_value_heads=2)
+    result = cp.prune(model, data, structured=0.1, kinds=("heads",), uniform=uniform)
+    assert result.macs[0] <= 0.9 * result.macs[1]
+    assert set(result.cuts.values()) == ({(1, 2)} if uniform else {(1, 2), (2, 2)})
+    assert result.predicted is not None and result.predicted.value > 0
+
+
+def test_a_budget_certifies():
+    model, data, _ = make("vit")
+    result = cp.prune(model, data * 20, structured=0.1, budget=cp.Budget("loss", max_drop=5.0))
+    assert result.verdict is not None and result.verdict.status == "CERTIFIED"
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+class Fixed(nn.Module):
+    """Reshapes to a width that is written into the code: a unit less, and it fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.two(self.one(x).reshape(-1, 2, 3).relu().reshape(-1, 6))
+
+
+class Hidden(nn.Module):
+    """Leaves the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(4, 6)
+
+    def forward(self, x):
+        return torch.tensor(self.one(x).detach().numpy()) @ torch.ones(6, 2)
+
+
+class Mixed(nn.Module):
+    """Normalises over the hidden units in code of its own, which no graph shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        h = self.one(x)
+        return self.two(h / h.norm(dim=1, keepdim=True))
+
+
+def test_a_model_without_linear_layers_says_so():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=16, bos_token_id=0))
+    with pytest.raises(ValueError, match=r"no transformers Conv1D \(transformer\.h\.0\.attn\.c_attn, …\)"):
+        cp.prune(model.eval(), [{"input_ids": torch.arange(8)[None]}], structured=0.3)
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (Fixed(), r"one: .*fails at `return self\.two\(self\.one\(x\)\.reshape\(-1, 2, 3\)"),
+        (Mixed(), r"computes something else"),
+        (Hidden(), r"cannot trace Hidden: `detach` leaves autograd's graph, in `return torch\.tensor\(self\.one"),
+        (nn.Sequential(nn.Linear(4, 2)), r"no prunable .* in Sequential"),
+        (nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2)), r"0: its dimension passes LayerNorm \(1\)"),
+    ],
+)
+def test_a_model_that_cannot_be_cut_says_where(model, message):
+    data = [(torch.randn(6, 4), torch.randint(0, 2, (6,)))]
+    with pytest.raises(ValueError, match=message):
+        cp.prune(model, data, structured=0.3)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"structured": 1.2}, "strictly between 0 and 1"),
+        ({"structured": {"depth": 0.2}}, "expected some of"),
+        ({"structured": 0.3, "kinds": ()}, "expected some of"),
+        ({"structured": {"blocks": 0.5, "mlp": 0.5}}, "alone"),
+        ({"structured": 0.3, "of": "seconds"}, "expected one of"),
+        ({"structured": 0.3, "round_to": 0}, "round_to"),
+        ({"structured": 0.3, "drift": 2.0}, "drift"),
+        ({"structured": 0.3, "labels": 0}, "labels"),
+        ({"structured": 0.3, "sparsity": 0.5}, "without sparsity"),
+        ({"structured": 0.3, "speed": 2}, "unknown argument 'speed'"),
+        ({"structured": {"channels": 0.3}}, "no prunable channels"),
+        ({"structured": 0.99}, "at most 0.* of the macs can be removed"),
+        ({"structured": 0.3, "budget": cp.Budget(max_bytes=10)}, "needs max_drop"),
+    ],
+)
+def test_bad_input_is_refused(arguments, message):
+    model, data, _ = make("llama")
+    with pytest.raises(ValueError, match=message):
+        cp.prune(model, data, **arguments)
+
+
+@pytest.mark.parametrize("kind", ["cnn", "llama"])
+def test_what_was_pruned_can_be_pruned_and_quantized_and_saved(tmp_path, kind):
+    model, data, _ = make(kind)
+    first = cp.prune(model, data, structured={"mlp": 0.3}).model
+    second = cp.prune(first, data, structured={"mlp": 0.3}).model
+    result = cp.quantize(second, data, bits=8, layers=["hidden", "head"] if kind == "cnn" else "*")
+    folder = result.save(tmp_path / "out")
+    extra = {"model": Residual()} if kind == "cnn" else {}
+    torch.testing.assert_close(logits(cp.load(folder, **extra), data[0]), logits(result.model, data[0]))
+
+
+def test_a_folder_is_not_loaded_into_another_architecture(tmp_path):
+    model, data, _ = make("cnn")
+    cp.prune(model, data, structured=0.3).save(tmp_path)
+    with pytest.raises(ValueError, match="has no"):
+        cp.load(tmp_path, model=nn.Sequential(nn.Linear(4, 2)))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from curvprune.api import compress as compress
     from curvprune.api import empirical_fisher as empirical_fisher
     from curvprune.api import fisher as fisher
+    from curvprune.api import frontier as frontier
     from curvprune.api import gauss_newton as gauss_newton
     from curvprune.api import hessian as hessian
     from curvprune.api import load as load
@@ -50,7 +51,7 @@ _HOME = {
     "analysis": ("Analysis",),
     "api": (
         *("Result", "analyze", "certify", "compress", "empirical_fisher", "fisher", "gauss_newton", "hessian", "load"),
-        *("price", "prune", "quantize", "StructuredResult"),
+        *("frontier", "price", "prune", "quantize", "StructuredResult"),
     ),
     "curvature.estimators": ("density", "diagonal", "eigenpairs", "trace"),
     "certificate": ("Verdict",),

@@ -1,4 +1,4 @@
-"""The verbs: `analyze`, `price`, `quantize`, `prune`, `compress`, `certify`, `load`, on any model with any data.
+"""The verbs: `analyze`, `price`, `frontier`, `quantize`, `prune`, `compress`, `certify`, `load`, on any model and data.
 
 ``data`` is a re-iterable of batches (dicts of tensors as transformers models take them, or ``(inputs, targets)``), or
 `Splits` where a budget needs its three parts under your control. The input model is untouched unless ``inplace=True``.
@@ -30,6 +30,7 @@ from curvprune.objective import Batch, Objective, evaluate, make_objective, to_d
 from curvprune.options import ENGINE_ASYMMETRIC_BITS, ENGINE_BITS, Keep, Option, Prune, Quantize, check_fits
 from curvprune.pipeline import describe, load_artifact, write_model
 from curvprune.plan import Budget, Plan
+from curvprune.plan import frontier as nested_plans
 from curvprune.shapes import changes_of, difference, remember_
 from curvprune.solve import Solved
 from curvprune.stages import (
@@ -234,6 +235,36 @@ def price(
         price_options(job, solve_options(job))
         assert job.ledger is not None
         return job.ledger
+
+
+def frontier(ledger: Ledger, *, points: int = 33, same_option: str | Sequence[str | Sequence[str]] = ()) -> list[Plan]:
+    """Plans for every budget at once, from the smallest model to the one with the lowest predicted loss: nested, so
+    that from one to the next layers only move to larger options. ``bytes`` are those of the priced layers.
+
+    Args:
+        points: the most plans to return; both ends are among them.
+        same_option: as for `compress`.
+
+    Cost: no forward pass and no integer program. Raises ``ValueError`` for fewer than two points or groups that cannot
+    be.
+    """
+    options: dict[str, list[str]] = {}
+    for row in ledger.rows:
+        options.setdefault(row.layer, []).append(row.option)
+    groups = find_groups(read_request(same_option), options)
+    plans = []
+    for point in nested_plans(ledger.rows, points=points, same_option=groups.layers):
+        predicted = ledger.predict(point.choices)
+        plans.append(
+            Plan(
+                choices=point.choices,
+                bytes=point.bytes,
+                predicted=predicted.value,
+                predicted_stderr=predicted.stderr,
+                notes=groups.notes,
+            )
+        )
+    return plans
 
 
 def compress(
@@ -583,6 +614,7 @@ __all__ = [
     "compress",
     "empirical_fisher",
     "fisher",
+    "frontier",
     "gauss_newton",
     "hessian",
     "load",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -136,6 +137,26 @@ def test_layers_that_share_an_option_do_so_in_every_plan(trained):
         for choices in [tied.plan.choices, *(trial["choices"] for trial in tied.trials)]:
             assert choices["mlp.gate_proj"] == choices["mlp.up_proj"]
         assert tied.ledger.rows == free.ledger.rows, "prices stay each layer's own"
+
+
+def test_the_frontier_of_a_ledger_is_nested(trained):
+    model, data = trained
+    options = [cp.Quantize(bits=bits) for bits in (2, 4, 8)]
+    ledger = cp.price(model, batches(data)[:4], options=options)
+    plans = cp.frontier(ledger)
+    layers = {row.layer: ledger.layer_rows(row.layer) for row in ledger.rows}
+    assert plans[0].bytes == sum(min(row.bytes for row in rows.values()) for rows in layers.values())
+    for plan in plans:
+        assert plan.bytes == sum(layers[name][key].bytes for name, key in plan.choices.items())
+        estimate = ledger.predict(plan.choices)
+        assert (plan.predicted, plan.predicted_stderr) == (estimate.value, estimate.stderr)
+    for before, after in itertools.pairwise(plans):
+        assert before.bytes < after.bytes and before.predicted > after.predicted
+        assert all(layers[n][before.choices[n]].bytes <= layers[n][after.choices[n]].bytes for n in layers)
+    shared = cp.frontier(ledger, points=5, same_option=[["0", "3"]])
+    assert 2 <= len(shared) <= 5 and all(plan.choices["0"] == plan.choices["3"] for plan in shared)
+    with pytest.raises(ValueError, match="nearest layer: "):
+        cp.frontier(ledger, same_option=[["0", "nowhere"]])
 
 
 def test_prune_and_quantize_compete_in_one_ledger(trained):

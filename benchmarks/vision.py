@@ -4,8 +4,8 @@
 
 Beside curvprune: rounding to nearest with the smallest scale that clips nothing, and with the scale of least squared
 error. ``DRAWS`` calibration draws (3) of 400 images that did not train the model; accuracy on 6,000 others. The model
-is trained by ``pruning.py``'s recipe into ``.cache/pruning`` (minutes). Prints a Markdown table of the accuracy lost, in
-points, with the range over the draws.
+is the one that ``pruning.py`` trains into ``.cache/pruning`` (minutes). Prints a Markdown table of the accuracy lost,
+in points, with the range over the draws.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import curvprune as cp
+from curvprune import structured
 from curvprune.cuts import find_cuts, remove_, silence_
 from curvprune.layers import find_layers
 from curvprune.objective import evaluate, make_objective
@@ -455,3 +456,25 @@ def test_a_folder_is_not_loaded_into_another_architecture(tmp_path):
     cp.prune(model, data, structured=0.3).save(tmp_path)
     with pytest.raises(ValueError, match="has no"):
         cp.load(tmp_path, model=nn.Sequential(nn.Linear(4, 2)))
+
+
+def test_prices_are_half_the_fisher_along_the_compensated_change():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double().eval()
+    x, y = torch.randn(40, 4, dtype=torch.float64), torch.zeros(40, dtype=torch.long)
+    split = cp.Split(items=tuple((x[i : i + 1], y[i : i + 1]) for i in range(40)), documents=tuple(map(str, range(40))))
+    objective = cp.Classification()
+    asked = Structured(share=0.3, widths=4)
+    found = find_cuts(net, objective, split.items[0])
+    ((name, cut),) = found.cuts.items()
+    widths = {name: structured._widths(cut, asked)}
+    plans = structured._solve_widths(net, objective, split, found, widths, asked, seed=0, batch_size=8)
+    work = Work(net, objective, split.items[0], found.cuts)
+    ledger = structured._prices(net, objective, split, found.cuts, find_layers(net), plans, work, labels=300, seed=0)
+    with torch.no_grad():
+        hidden, p = net[:2](x), net(x).softmax(1)
+    for width, change in zip(widths[name][1:], plans[name].changes["2"], strict=True):
+        delta = (change.values * change.scale).reshape(3, 9)
+        moved = hidden @ delta[:, :8].T + delta[:, 8]  # what the change does to the logits
+        exact = 0.5 * ((p * moved**2).sum(1) - (p * moved).sum(1) ** 2).mean()
+        assert ledger.layer_rows(name)[str(width)].price == pytest.approx(float(exact), rel=0.1)

@@ -15,7 +15,7 @@ import time
 import warnings
 from typing import Any
 
-from curvprune.plan import Choice, Limit, cheapest, frontier
+from curvprune.knapsack import Choice, Limit, cheapest, frontier
 
 
 def problem(seed: int, layers: int = 1000, options: int = 20) -> tuple[list[Choice], dict[tuple[str, str], float]]:

@@ -24,13 +24,13 @@ from curvprune.curvature import products
 from curvprune.curvature.estimators import Estimate
 from curvprune.data import Split, Splits, as_split, split_items
 from curvprune.groups import find_groups, read_request
+from curvprune.knapsack import frontier as nested_plans
 from curvprune.layers import Layer, find_layers, left_over
 from curvprune.ledger import Ledger
 from curvprune.objective import Batch, Objective, evaluate, make_objective, to_device
 from curvprune.options import ENGINE_ASYMMETRIC_BITS, ENGINE_BITS, Keep, Option, Prune, Quantize, check_fits
 from curvprune.pipeline import describe, load_artifact, write_model
 from curvprune.plan import Budget, Plan
-from curvprune.plan import frontier as nested_plans
 from curvprune.shapes import changes_of, difference, remember_
 from curvprune.solve import Solved
 from curvprune.stages import (

@@ -25,10 +25,11 @@ from curvprune.analysis import analyze_curvature
 from curvprune.apply import Moments
 from curvprune.curvature.fisher import fisher_pass
 from curvprune.data import Splits
+from curvprune.knapsack import frontier
 from curvprune.layers import find_layers, left_over
 from curvprune.objective import Objective, make_objective, to_device
 from curvprune.options import Keep, Option, option_from_key, quantizer_of
-from curvprune.plan import Budget, frontier
+from curvprune.plan import Budget
 from curvprune.recipe import Recipe, RecipeError, assign_groups, assign_options, load_recipe, lock_text
 from curvprune.shapes import changes_of
 from curvprune.solve import Solved

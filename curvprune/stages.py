@@ -33,11 +33,12 @@ from curvprune.apply import Moments, visit_layers
 from curvprune.certificate import Verdict, certify_accuracy, certify_loss, fixed_sequence, probability_of_certifying
 from curvprune.curvature.fisher import Change, FisherPass, fisher_pass
 from curvprune.data import Split, Splits, collate
+from curvprune.knapsack import Infeasible, cheapest
 from curvprune.layers import Layer, find_layers
 from curvprune.ledger import Ledger, build_ledger
 from curvprune.objective import ItemResults, Objective, evaluate, to_device
 from curvprune.options import Cast, Keep, Option, option_from_key, pruner_of, quantizer_of
-from curvprune.plan import Budget, Infeasible, Plan, cheapest, search
+from curvprune.plan import Budget, Plan, search
 from curvprune.processes import rank, shared, wait, world
 from curvprune.solve import Solved, solve
 from curvprune.solve.grids import dequantize

@@ -5,7 +5,7 @@ compensated; prices in nats from the same Fisher matrix as everything else.
     order     in which order, from one pass for the inputs' moments   solve.structured.removal_order
               and one for what an error of each output costs
     price     ½ δᵀFδ of each width, δ the compensated change          _prices
-    choose    widths: a knapsack, or one width per kind               plan.cheapest
+    choose    widths: a knapsack, or one width per kind               knapsack.cheapest
     apply     one pass through the model beside the uncompressed      apply.visit_layers,
               one: later readers make up for earlier ones             solve.structured.compensate
     surgery   the units leave the model                               cuts.remove_
@@ -30,10 +30,10 @@ from curvprune.curvature.estimators import Estimate
 from curvprune.curvature.fisher import Change, ratio_estimate
 from curvprune.cuts import BLOCKS, KINDS, Cut, Found, find_cuts, remove_
 from curvprune.data import Split, Splits, collate
+from curvprune.knapsack import Choice, cheapest
 from curvprune.layers import Layer, find_layers
 from curvprune.ledger import Ledger, Row
 from curvprune.objective import Batch, Objective, evaluating, sampled_loss, to_device
-from curvprune.plan import Choice, cheapest
 from curvprune.solve.structured import Reader, compensate, removal_order
 
 MEASURES = ("macs", "parameters")
@@ -572,7 +572,7 @@ def choose_widths(
 ) -> dict[str, int]:
     """The widths with the least summed price within the asked work: cut → units left.
 
-    The work of a layer between two cuts is a product of their widths, so the knapsack (`plan.cheapest`) is solved on
+    The work of a layer between two cuts is a product of their widths, so `knapsack.cheapest` is solved on
     the work as it changes with one cut at a time around the last solution, until that repeats itself; of the solutions
     that are within the true limit the cheapest is taken, and cuts are widened again where there is room. Where no layer
     lies between two cuts (MLPs and heads in a residual stream) this is exact at once.

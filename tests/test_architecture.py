@@ -21,7 +21,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers": set(),
     "options": set(),
     "groups": set(),
-    "plan": set(),
+    "knapsack": set(),
+    "plan": {"knapsack"},
     "certificate": set(),
     "state": set(),
     "processes": set(),
@@ -51,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "artifact": {"options", "plan", "layers", "solve", "state", "packed", "shapes"},
     "cuts": {"layers", "objective", "shapes"},
     "structured": {
-        *("apply", "cuts", "data", "layers", "ledger", "objective", "plan", "solve"),
+        *("apply", "cuts", "data", "knapsack", "layers", "ledger", "objective", "solve"),
         *("curvature/estimators", "curvature/fisher"),
     },
 }
@@ -64,7 +65,7 @@ MAY_IMPORT["__init__"] = {*MAY_IMPORT} - {"cli"}
 MAY_IMPORT["__main__"] = {"cli"}
 
 ONLY_HF = {"transformers", "compressed_tensors", "datasets", "accelerate", "gguf"}
-WITHOUT_TORCH = {"plan", "groups", "certificate", "options", "recipe", "report"}
+WITHOUT_TORCH = {"knapsack", "plan", "groups", "certificate", "options", "recipe", "report"}
 NO_SUCH_NAMES = {"utils", "util", "core", "base", "common", "helpers", "misc"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))

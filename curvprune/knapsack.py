@@ -56,32 +56,64 @@ class Choice:
     price: float
 
 
+class Shortfall(NamedTuple):
+    """A limit that stands in the way: `best` is the least that it would have to be raised to."""
+
+    name: str
+    limit: float
+    best: float
+
+
 class Infeasible(ValueError):
-    """No plan satisfies the limit. `constraint` names it, `best` is what can be reached, `missing` the shortfall (>
-    0).
+    """No plan keeps within the limits. `shortfalls` names those in the way: all must be raised if each is out of reach
+    by itself, any one of them otherwise. `constraint`, `limit`, `best` and `missing` (> 0) are those of the first.
     """
 
-    def __init__(self, message: str, *, constraint: str, limit: float, best: float, missing: float) -> None:
+    def __init__(self, message: str, *shortfalls: Shortfall) -> None:
         super().__init__(message)
-        self.constraint, self.limit, self.best, self.missing = constraint, limit, best, missing
+        self.shortfalls = shortfalls
+        self.constraint, self.limit, self.best = shortfalls[0]
+        self.missing = self.best - self.limit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limit:
     """Anything else that adds up over the layers and must stay within `most`: bit operations, a measured latency.
 
-    `use` has a finite number for every layer and option of the rows. Raises ValueError.
+    The sum of `use` (a finite number for every layer and option of the rows) is divided by `per` before it is compared:
+    bits per weight are bits, per the number of weights. Raises ValueError.
     """
 
     name: str
     most: float
     use: Mapping[tuple[str, str], float]
+    per: float = 1.0
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.most):
             raise ValueError(f"Limit({self.name!r}): most={self.most!r}, expected a finite number")
+        if not (math.isfinite(self.per) and self.per > 0):
+            raise ValueError(f"Limit({self.name!r}): per={self.per!r}, expected a finite number > 0")
         if strange := next((k for k, v in self.use.items() if not math.isfinite(v)), None):
             raise ValueError(f"Limit({self.name!r}): {strange} uses {self.use[strange]!r}, expected a finite number")
+
+    def used(self, choices: Mapping[str, str]) -> float:
+        """How much a plan uses, in the unit of `most`: the correctly rounded quotient."""
+        total = sum((Fraction(self.use[pair]) for pair in choices.items()), Fraction(0))
+        return float(total / Fraction(self.per))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready record: the uses as layer -> option -> number."""
+        use: dict[str, dict[str, float]] = {}
+        for (layer, option), value in self.use.items():
+            use.setdefault(layer, {})[option] = value
+        return {"name": self.name, "most": self.most, "use": use, "per": self.per}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Limit:
+        """The inverse of `to_dict`."""
+        use = {(layer, option): v for layer, values in record["use"].items() for option, v in values.items()}
+        return cls(name=record["name"], most=record["most"], use=use, per=record.get("per", 1.0))
 
 
 def cheapest(
@@ -94,10 +126,11 @@ def cheapest(
     same_option: Iterable[Collection[str]] = (),
 ) -> dict[str, str]:
     """The best plan under limits: with `max_loss`, minimise sum(bytes) s.t. sum(price) <= max_loss, else minimise
-    sum(price); in both cases s.t. fixed_bytes + sum(bytes) <= max_bytes and sum(use) <= most for each of `limits`. One
-    option per layer, the same for all layers of a group in `same_option`; at least one limit of any kind.
+    sum(price); in both cases s.t. fixed_bytes + sum(bytes) <= max_bytes and sum(use) / per <= most for each of
+    `limits`. One option per layer, the same for all layers of a group in `same_option`; at least one limit of any kind.
 
-    The price of a plan is the correctly rounded sum (`math.fsum`), so a limit read off `frontier` can be met again.
+    The price of a plan is the correctly rounded sum (`math.fsum`), and so is its use of a limit, so that a number read
+    off `frontier` or `Limit.used` can be met again.
     Without `limits`, the plan among those with an equal objective that uses less of the limited quantity wins; what
     still ties is decided the same way every time, whatever the order of the rows.
 
@@ -109,8 +142,9 @@ def cheapest(
     until no option outside can improve the plan, or up to a number of nodes: then the warning says how much a better
     plan could gain at most. Cost: milliseconds to seconds at 1,000 layers x 20 options.
 
-    Returns layer -> option, in the order the layers first appear. Raises Infeasible when nothing fits, naming the limit
-    and the shortfall, and ValueError on malformed rows or groups. Warns (RuntimeWarning) when optimality could not be
+    Returns layer -> option, in the order the layers first appear. Raises Infeasible when nothing fits: it names every
+    limit that is out of reach by itself or, where there is none, for each the least that it alone would have to be
+    raised to; and ValueError on malformed rows or groups. Warns (RuntimeWarning) when optimality could not be
     proven.
     """
     if max_bytes is None and max_loss is None and not limits:
@@ -121,12 +155,16 @@ def cheapest(
     if limits:
         chosen = _within_all(table, units, max_bytes, max_loss, fixed_bytes, limits)
     else:
-        chosen = _within_one(table, max_bytes, max_loss, fixed_bytes)
+        chosen = _within_one(table, units, max_bytes, max_loss, fixed_bytes)
     return {layer: chosen[unit] for layer, unit in units.items()}
 
 
 def _within_one(
-    table: Mapping[str, Sequence[_Rung]], max_bytes: int | None, max_loss: float | None, fixed_bytes: int
+    table: Mapping[str, Sequence[_Rung]],
+    units: Mapping[str, str],
+    max_bytes: int | None,
+    max_loss: float | None,
+    fixed_bytes: int,
 ) -> dict[str, str]:
     """Unit -> option under a limit on the bytes, on the price or on both: the smallest plan within a price either meets
     the limit on the bytes or none does."""
@@ -134,26 +172,21 @@ def _within_one(
     scale = _scale(table)
     ladders = [_undominated(table[name], scale) for name in names]
 
+    def infeasible() -> Infeasible:
+        return _Problem(table, units, max_bytes, max_loss, fixed_bytes, ()).infeasible()
+
     if max_loss is None:
         assert max_bytes is not None
         smallest = fixed_bytes + sum(ladder[0].bytes for ladder in ladders)
         if smallest > max_bytes:
-            raise _too_large(max_bytes, smallest, "the smallest model these options allow")
+            raise infeasible()
         by_bytes = [[(rung.bytes, rung.price) for rung in ladder] for ladder in ladders]
         picks = _knapsack(by_bytes, math.floor(max_bytes) - fixed_bytes)
         picks = _least_weight(by_bytes, picks)
     else:
         limit = float(max_loss)
-        lowest = Fraction(sum(ladder[-1].price for ladder in ladders), scale)
-        if float(lowest) > limit:
-            raise Infeasible(
-                f"max_loss={limit:g}: the lowest predicted loss these options allow is {float(lowest):g}; "
-                f"raise the limit by {float(lowest) - limit:g} or add more precise options",
-                constraint="max_loss",
-                limit=limit,
-                best=float(lowest),
-                missing=float(lowest) - limit,
-            )
+        if float(Fraction(sum(ladder[-1].price for ladder in ladders), scale)) > limit:
+            raise infeasible()
         by_price = [[(rung.price, rung.bytes) for rung in reversed(ladder)] for ladder in ladders]
         highest = sum(ladder[0].price for ladder in ladders)
         picks = _knapsack(by_price, min(highest, _rounding_limit(limit, scale, highest)))
@@ -161,28 +194,88 @@ def _within_one(
         picks = [len(ladder) - 1 - pick for ladder, pick in zip(ladders, picks, strict=True)]
         size = fixed_bytes + sum(ladder[pick].bytes for ladder, pick in zip(ladders, picks, strict=True))
         if max_bytes is not None and size > max_bytes:
-            raise _too_large(max_bytes, size, f"the smallest model within max_loss={limit:g}")
+            raise infeasible()
     return {name: ladder[pick].option for name, ladder, pick in zip(names, ladders, picks, strict=True)}
 
 
-def _too_large(max_bytes: int, best: int, what: str) -> Infeasible:
-    return Infeasible(
-        f"max_bytes={max_bytes}: {what} is {best} bytes; "
-        f"raise the budget by {best - max_bytes} bytes or add smaller options",
-        constraint="max_bytes",
-        limit=max_bytes,
-        best=best,
-        missing=best - max_bytes,
-    )
-
-
 class _Resource(NamedTuple):
-    """What a limit counts, in whole numbers `scale` times as large: of every option of every unit, and at most."""
+    """What a limit counts, in whole numbers `scale` times as large: of every option of every unit, and at most.
+    `offset` counts besides, `limit` is what was asked."""
 
     name: str
+    limit: float
     most: int
     use: list[list[int]]
-    scale: int
+    scale: Fraction
+    offset: int = 0
+
+    def shown(self, whole: int) -> float:
+        """A whole number of the resource in the unit of its limit."""
+        return float(whole / self.scale) + self.offset
+
+
+class _Problem:
+    """The options of every unit, and everything that is limited, in whole numbers."""
+
+    def __init__(
+        self,
+        table: Mapping[str, Sequence[_Rung]],
+        units: Mapping[str, str],
+        max_bytes: int | None,
+        max_loss: float | None,
+        fixed_bytes: int,
+        limits: Sequence[Limit],
+    ) -> None:
+        members: dict[str, list[str]] = {}
+        for layer, unit in units.items():
+            members.setdefault(unit, []).append(layer)
+        self.names = sorted(table)
+        self.rungs = [sorted(table[name]) for name in self.names]
+        scale = _scale(table)
+        self.sizes = [[rung.bytes for rung in options] for options in self.rungs]
+        self.prices = [[int(rung.price * scale) for rung in options] for options in self.rungs]
+        self.resources = [_resource(limit, self.rungs, [members[name] for name in self.names]) for limit in limits]
+        if max_loss is not None:
+            highest = sum(map(max, self.prices))
+            most = _rounding_limit(float(max_loss), scale, highest)
+            self.resources.append(_Resource("max_loss", float(max_loss), most, self.prices, Fraction(scale)))
+        if max_bytes is not None:
+            most = math.floor(max_bytes) - fixed_bytes
+            self.resources.append(_Resource("max_bytes", max_bytes, most, self.sizes, Fraction(1), fixed_bytes))
+
+    def infeasible(self) -> Infeasible:
+        """Which limits to raise, and by how much: all that are out of reach by themselves, or else, for each that can
+        be the only one in the way of the others, the least that the others leave possible."""
+        alone = []
+        for resource in self.resources:
+            least = sum(map(min, resource.use))
+            if least > resource.most:
+                alone.append(Shortfall(resource.name, resource.limit, resource.shown(least)))
+        if alone:
+            parts = [f"{s.name}: at least {_number(s.best)} is needed, {_number(s.limit)} allowed" for s in alone]
+            return Infeasible(f"{'; '.join(parts)}; raise the limit or add other options", *alone)
+        found = []
+        for resource in self.resources:
+            others = [other for other in self.resources if other is not resource]
+            if (picks := _several(resource.use, others)) is not None:
+                least = _sum(resource.use, picks)
+                found.append(Shortfall(resource.name, resource.limit, resource.shown(least)))
+        names = ", ".join(resource.name for resource in self.resources)
+        if not found:
+            unknown = [Shortfall(r.name, r.limit, math.nan) for r in self.resources]
+            return Infeasible(f"no plan meets {names} together, nor all of them but one; raise at least two", *unknown)
+        parts = [
+            f"{s.name} from {_number(s.limit)} to {_number(s.best)} (by {_number(s.best - s.limit, 4)})" for s in found
+        ]
+        return Infeasible(
+            f"each of {names} can be met, but not all together: raise {' or '.join(parts)}, or add other options",
+            *found,
+        )
+
+
+def _number(value: float, digits: int = 10) -> str:
+    """Whole numbers in full, others to so many digits."""
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.{digits}g}"
 
 
 def _within_all(
@@ -194,29 +287,15 @@ def _within_all(
     limits: Sequence[Limit],
 ) -> dict[str, str]:
     """Unit -> option under several limits."""
-    members: dict[str, list[str]] = {}
-    for layer, unit in units.items():
-        members.setdefault(unit, []).append(layer)
-    rungs = [sorted(table[name]) for name in sorted(table)]
-    layers = [members[name] for name in sorted(table)]
-    sizes = [[rung.bytes for rung in options] for options in rungs]
-    scale = _scale(table)
-    prices = [[int(rung.price * scale) for rung in options] for options in rungs]
-
-    resources = [_resource(limit, rungs, layers) for limit in limits]
-    if max_loss is not None:
-        highest = sum(map(max, prices))
-        resources.append(_Resource("max_loss", _rounding_limit(float(max_loss), scale, highest), prices, scale))
-    elif max_bytes is not None:
-        resources.append(_Resource("max_bytes", math.floor(max_bytes) - fixed_bytes, sizes, 1))
-    picks = _several(sizes if max_loss is not None else prices, resources)
-    if picks is None:
-        raise _out_of_reach(resources, fixed_bytes)
-    if max_loss is not None and max_bytes is not None:
-        size = fixed_bytes + sum(options[pick] for options, pick in zip(sizes, picks, strict=True))
-        if size > max_bytes:
-            raise _too_large(max_bytes, size, "the smallest model within the other limits")
-    return {name: options[pick].option for name, options, pick in zip(sorted(table), rungs, picks, strict=True)}
+    problem = _Problem(table, units, max_bytes, max_loss, fixed_bytes, limits)
+    # The smallest plan within the other limits keeps within the bytes, or none does.
+    resources = [
+        r for r in problem.resources if max_loss is None or r.name != "max_bytes" or r.use is not problem.sizes
+    ]
+    picks = _several(problem.sizes if max_loss is not None else problem.prices, resources)
+    if picks is None or any(_sum(resource.use, picks) > resource.most for resource in problem.resources):
+        raise problem.infeasible()
+    return {name: options[pick].option for name, options, pick in zip(problem.names, problem.rungs, picks, strict=True)}
 
 
 def _resource(limit: Limit, rungs: Sequence[Sequence[_Rung]], layers: Sequence[Sequence[str]]) -> _Resource:
@@ -228,52 +307,10 @@ def _resource(limit: Limit, rungs: Sequence[Sequence[_Rung]], layers: Sequence[S
     except KeyError as error:
         layer, option = error.args[0]
         raise ValueError(f"Limit({limit.name!r}): no number for layer {layer!r}, option {option!r}") from None
-    scale = math.lcm(*(value.denominator for values in use for value in values))
+    scale = Fraction(math.lcm(*(value.denominator for values in use for value in values)))
     whole = [[int(value * scale) for value in values] for values in use]
-    return _Resource(limit.name, math.floor(Fraction(limit.most) * scale), whole, scale)
-
-
-def _out_of_reach(resources: Sequence[_Resource], fixed_bytes: int) -> Infeasible:
-    """Which limit to raise, and by how much: one that cannot be met by itself, or else, for each that can be the only
-    one in the way of the others, the least that the others leave possible."""
-    found: list[tuple[_Resource, int]] = []
-    for resource in resources:
-        least = sum(map(min, resource.use))
-        if least > resource.most:
-            found = [(resource, least)]
-            break
-        others = [other for other in resources if other is not resource]
-        if (picks := _several(resource.use, others)) is not None:
-            found.append((resource, sum(values[pick] for values, pick in zip(resource.use, picks, strict=True))))
-    if not found:
-        names = ", ".join(resource.name for resource in resources)
-        return Infeasible(
-            f"no plan meets {names} together, nor all of them but one; raise at least two of them",
-            constraint=resources[0].name,
-            limit=_shown(resources[0], resources[0].most, fixed_bytes),
-            best=math.nan,
-            missing=math.nan,
-        )
-    alone = len(found) == 1 and sum(map(min, found[0][0].use)) == found[0][1]
-    parts = []
-    for resource, least in found:
-        limit, best = (_shown(resource, value, fixed_bytes) for value in (resource.most, least))
-        parts.append(f"{resource.name} from {limit:.10g} to {best:.10g} (by {best - limit:.4g})")
-    first, least = found[0]
-    limit, best = (_shown(first, value, fixed_bytes) for value in (first.most, least))
-    what = f"{first.name} cannot be met by itself" if alone else "no plan meets all limits"
-    return Infeasible(
-        f"{what}: raise {' or '.join(parts)}, or add other options",
-        constraint=first.name,
-        limit=limit,
-        best=best,
-        missing=best - limit,
-    )
-
-
-def _shown(resource: _Resource, whole: int, fixed_bytes: int) -> float:
-    """A whole number of a resource in the unit of its limit."""
-    return float(Fraction(whole, resource.scale)) + (fixed_bytes if resource.name == "max_bytes" else 0)
+    scale *= Fraction(limit.per)
+    return _Resource(limit.name, limit.most, _rounding_limit(limit.most, scale, 0), whole, scale)
 
 
 class Point(NamedTuple):
@@ -401,13 +438,13 @@ def _undominated(rungs: Sequence[_Rung], scale: int) -> list[_Rung]:
     return ladder
 
 
-def _rounding_limit(limit: float, scale: int, highest: int) -> int:
+def _rounding_limit(limit: float, scale: Fraction | int, highest: int) -> int:
     """The largest integer price whose correctly rounded value is <= limit."""
     if limit == math.inf:
         return highest
     middle = (Fraction(limit) + Fraction(math.nextafter(limit, math.inf))) / 2
     whole = math.floor(middle * scale)
-    return whole if float(Fraction(whole, scale)) <= limit else whole - 1
+    return whole if float(whole / Fraction(scale)) <= limit else whole - 1
 
 
 class _Step(NamedTuple):

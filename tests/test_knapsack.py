@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 import warnings
@@ -327,15 +328,16 @@ def test_infeasible_says_which_limit_and_by_how_much() -> None:
         for layer in "ab"
         for o, b, p in (("x", 900, 0.5), ("y", 950, 0.25))
     ]
-    with pytest.raises(
-        Infeasible, match=r"max_bytes=1000: .* 1840 bytes; raise the budget by 840 bytes"
-    ) as bytes_error:
+    with pytest.raises(Infeasible, match="max_bytes: at least 1,840 is needed, 1,000 allowed; raise") as bytes_error:
         cheapest(rows, max_bytes=1000, fixed_bytes=40)
     error = bytes_error.value
     assert (error.constraint, error.limit, error.best, error.missing) == ("max_bytes", 1000, 1840, 840)
-    with pytest.raises(Infeasible, match=r"max_loss=0.2: .* 0.5; raise the limit by 0.3") as loss_error:
+    with pytest.raises(Infeasible, match=r"max_loss: at least 0.5 is needed, 0.2 allowed; raise") as loss_error:
         cheapest(rows, max_loss=0.2)
     assert (loss_error.value.constraint, loss_error.value.best) == ("max_loss", 0.5)
+    with pytest.raises(Infeasible, match=r"max_loss: at least 0.5 .*; max_bytes: at least 1,840 .*; raise") as both:
+        cheapest(rows, max_bytes=1000, max_loss=0.2, fixed_bytes=40)
+    assert both.value.shortfalls == (("max_loss", 0.2, 0.5), ("max_bytes", 1000, 1840))
     assert isinstance(error, ValueError)
 
 
@@ -371,9 +373,11 @@ def test_a_limit_on_bytes_and_one_on_the_loss() -> None:
     smallest = cheapest(rows, max_loss=2e-3)
     size, _ = value(rows, smallest)
     assert cheapest(rows, max_loss=2e-3, max_bytes=size + 5, fixed_bytes=5) == smallest
-    with pytest.raises(Infeasible, match=f"={size - 1}: the smallest model within max_loss=0.002 is {size}") as error:
+    with pytest.raises(Infeasible, match=r"not all together: raise max_loss from 0.002 to .* or max_bytes") as error:
         cheapest(rows, max_loss=2e-3, max_bytes=size - 1)
-    assert (error.value.constraint, error.value.best, error.value.missing) == ("max_bytes", size, 1)
+    loss, stored = error.value.shortfalls
+    assert stored == ("max_bytes", size - 1, size)
+    assert loss.best == float(value(rows, cheapest(rows, max_bytes=size - 1))[1]) > 2e-3
 
 
 def limits_for(rows: list[Choice], rng: random.Random, count: int) -> list[Limit]:
@@ -391,8 +395,8 @@ def sample(rows: list[Choice], rng: random.Random) -> list[list[Choice]]:
     return [[rng.choice(layer) for layer in by_layer(rows)] for _ in range(20)]
 
 
-def used(limit: Limit, combination: tuple[Choice, ...]) -> Fraction:
-    return sum((Fraction(limit.use[row.layer, row.option]) for row in combination), Fraction(0))
+def used(limit: Limit, combination: tuple[Choice, ...]) -> float:
+    return math.fsum(limit.use[row.layer, row.option] for row in combination)
 
 
 @pytest.mark.parametrize("first_core", [2, 300])
@@ -409,7 +413,7 @@ def test_several_limits_equal_brute_force(seed: int, first_core: int, monkeypatc
     plans = list(itertools.product(*by_layer(rows)))
     pick = rng.choice(plans)
     max_bytes, max_loss = sum(row.bytes for row in pick), math.fsum(row.price for row in pick)
-    met = [p for p in plans if all(used(limit, p) <= Fraction(limit.most) for limit in limits)]
+    met = [p for p in plans if all(used(limit, p) <= limit.most for limit in limits)]
     for sizes, losses in ((None, None), (max_bytes, None), (None, max_loss), (max_bytes, max_loss)):
         feasible = [
             (sum(row.bytes for row in p), sum((Fraction(row.price) for row in p), Fraction(0)))
@@ -425,7 +429,7 @@ def test_several_limits_equal_brute_force(seed: int, first_core: int, monkeypatc
             continue
         choices = cheapest(rows, limits=limits, **arguments)  # type: ignore[arg-type]
         chosen = tuple(row for row in rows if choices[row.layer] == row.option)
-        assert all(used(limit, chosen) <= Fraction(limit.most) for limit in limits)
+        assert all(used(limit, chosen) <= limit.most for limit in limits)
         size, price = value(rows, choices)
         assert (size, price) in feasible
         if losses is None:
@@ -456,20 +460,23 @@ def test_infeasible_names_every_limit_that_could_be_raised() -> None:
         Choice(layer="b", option="only", bytes=5, price=0.25),
     ]
     slow = {("a", "small"): 7.5, ("a", "large"): 3.0, ("b", "only"): 1.0}
-    with pytest.raises(Infeasible, match=r"time cannot be met by itself: raise time from 2 to 4 \(by 2\)") as error:
-        cheapest(rows, max_bytes=100, limits=[Limit(name="time", most=2.0, use=slow)])
+    with pytest.raises(
+        Infeasible, match=r"time: at least 4 is needed, 2 allowed; max_bytes: at least 15 .* 14"
+    ) as error:
+        cheapest(rows, max_bytes=14, limits=[Limit(name="time", most=2.0, use=slow)])
+    assert error.value.shortfalls == (("time", 2.0, 4.0), ("max_bytes", 14, 15))
     assert (error.value.constraint, error.value.best, error.value.missing) == ("time", 4.0, 2.0)
     message = (
-        r"no plan meets all limits: raise time from 5 to 8.5 \(by 3.5\) or max_bytes from 120 to 125 \(by 5\), "
-        "or add other options"
+        r"each of time, max_bytes can be met, but not all together: raise time from 5 to 8.5 \(by 3.5\) or "
+        r"max_bytes from 120 to 125 \(by 5\), or add other options"
     )
     with pytest.raises(Infeasible, match=message):
         cheapest(rows, max_bytes=120, fixed_bytes=100, limits=[Limit(name="time", most=5.0, use=slow)])
     with pytest.raises(Infeasible, match=r"max_loss from 1 to 1.25"):
         small_only = {**slow, ("a", "large"): 9.0}
         cheapest(rows, max_loss=1.0, limits=[Limit(name="time", most=8.5, use=small_only)])
-    with pytest.raises(Infeasible, match=r"max_bytes=24: the smallest model within the other limits is 25 bytes"):
-        cheapest(rows, max_loss=0.5, max_bytes=24, limits=[Limit(name="time", most=5.0, use=slow)])
+    with pytest.raises(Infeasible, match=r"raise max_loss from 0.5 to 1.25 \(by 0.75\) or max_bytes from 24 to 25"):
+        cheapest(rows, max_loss=0.5, max_bytes=24, limits=[Limit(name="time", most=9.0, use=slow)])
     # Three options of which each meets one of three limits: no single limit is the one to raise.
     rows = [Choice(layer="a", option=o, bytes=b, price=0.0) for o, b in (("x", 9), ("y", 9), ("z", 1))]
     limits = [
@@ -477,6 +484,63 @@ def test_infeasible_names_every_limit_that_could_be_raised() -> None:
     ]
     with pytest.raises(Infeasible, match="no plan meets no x, no y, max_bytes together, nor all of them but one"):
         cheapest(rows, max_bytes=1, limits=limits)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_what_infeasible_says_equals_brute_force(seed: int) -> None:
+    """Several limits that no plan meets: which are out of reach alone, and else how far each alone must be raised."""
+    rng = random.Random(seed)
+    rows = [
+        Choice(layer=f"l{layer}", option=f"o{option}", bytes=rng.randint(1, 9), price=float(rng.randint(0, 9)))
+        for layer in range(rng.randint(1, 4))
+        for option in range(rng.randint(2, 4))
+    ]
+    use = {(row.layer, row.option): float(rng.randint(0, 9)) for row in rows}
+    per = rng.choice([1.0, 3.0])
+    plans = [
+        {
+            "time": sum(use[r.layer, r.option] for r in p) / per,
+            "max_loss": sum(r.price for r in p),
+            "max_bytes": 7.0 + sum(r.bytes for r in p),
+        }
+        for p in itertools.product(*by_layer(rows))
+    ]
+    least = {name: min(p[name] for p in plans) for name in plans[0]}
+    limit = {name: least[name] + rng.choice([-1, 0, 1, 2]) for name in least}
+    if any(all(p[name] <= limit[name] for name in p) for p in plans):
+        pytest.skip("these can be met")
+    with pytest.raises(Infeasible) as error:
+        cheapest(
+            rows,
+            max_bytes=int(limit["max_bytes"]),
+            max_loss=limit["max_loss"],
+            fixed_bytes=7,
+            limits=[Limit(name="time", most=limit["time"], use=use, per=per)],
+        )
+    told = {s.name: s.best for s in error.value.shortfalls}
+    assert all(s.limit == limit[s.name] for s in error.value.shortfalls)
+    alone = {name: least[name] for name in least if least[name] > limit[name]}
+    single = {
+        name: min(p[name] for p in plans if all(p[n] <= limit[n] for n in p if n != name))
+        for name in least
+        if any(all(p[n] <= limit[n] for n in p if n != name) for p in plans)
+    }
+    if alone or single:
+        assert told == pytest.approx(alone or single)
+    else:
+        assert set(told) == set(limit) and all(math.isnan(best) for best in told.values())
+
+
+def test_a_limit_counts_what_a_plan_uses() -> None:
+    limit = Limit(name="bits", most=4.25, use={("a", "x"): 30.0, ("b", "x"): 4.0, ("b", "y"): 4.0 + 2**-40}, per=8)
+    assert limit.used({"a": "x", "b": "x"}) == 4.25
+    assert limit.used({"a": "x", "b": "y"}) == 4.25 + 2**-43 > limit.most
+    thirds = Limit(name="time", most=1 / 3, use={("a", "x"): 1.0}, per=3)
+    assert cheapest([Choice(layer="a", option="x", bytes=1, price=0.0)], limits=[thirds]) == {"a": "x"}
+    assert Fraction(1 / 3) < Fraction(1, 3), "met as a rounded number only"
+    assert Limit.from_dict(json.loads(json.dumps(limit.to_dict()))) == limit
+    rows = [Choice(layer=layer, option=o, bytes=1, price=-float(o == "y")) for layer, o in limit.use]
+    assert cheapest(rows, limits=[limit]) == {"a": "x", "b": "x"}
 
 
 def test_a_plan_under_several_limits_that_is_not_proven_says_how_much_better_one_could_be(
@@ -507,6 +571,7 @@ def test_a_plan_under_several_limits_that_is_not_proven_says_how_much_better_one
     ("make", "message"),
     [
         (lambda use: Limit(name="time", most=math.nan, use=use), "most=nan"),
+        (lambda use: Limit(name="time", most=1.0, use=use, per=0.0), "per=0"),
         (lambda use: Limit(name="time", most=1.0, use={**use, ("layer0", "keep"): math.inf}), "layer0.*inf"),
         (lambda use: Limit(name="time", most=1e9, use=dict(list(use.items())[:-1])), "'layer2', option 'keep'"),
     ],

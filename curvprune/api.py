@@ -39,6 +39,7 @@ from curvprune.stages import (
     apply_plan,
     certify_plans,
     compare,
+    limit_plans,
     price_options,
     select_plans,
     solve_options,
@@ -585,11 +586,7 @@ def _job(
     )
     if budget is not None and budget.metric == "accuracy" and job.objective.unit == "nats/token":
         raise ValueError("metric 'accuracy' needs one prediction per item; for language models use metric 'loss'")
-    if budget is not None and budget.max_bytes is not None and (smallest := job.smallest_bytes()) > budget.max_bytes:
-        raise ValueError(
-            f"max_bytes={budget.max_bytes} cannot be reached: the smallest model these options allow is {smallest} "
-            "bytes; offer smaller options or more layers"
-        )
+    limit_plans(job)
     if (message := left_over(model)) is not None:
         warnings.warn(message, UserWarning, stacklevel=4)
     return job

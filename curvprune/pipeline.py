@@ -25,11 +25,11 @@ from curvprune.analysis import analyze_curvature
 from curvprune.apply import Moments
 from curvprune.curvature.fisher import fisher_pass
 from curvprune.data import Splits
-from curvprune.knapsack import frontier
+from curvprune.knapsack import Infeasible, frontier
 from curvprune.layers import find_layers, left_over
 from curvprune.objective import Objective, make_objective, to_device
 from curvprune.options import Keep, Option, option_from_key, quantizer_of
-from curvprune.plan import Budget
+from curvprune.plan import SIZES, Budget
 from curvprune.recipe import Recipe, RecipeError, assign_groups, assign_options, load_recipe, lock_text
 from curvprune.shapes import changes_of
 from curvprune.solve import Solved
@@ -38,6 +38,7 @@ from curvprune.stages import (
     Settings,
     apply_and_measure,
     certify_plans,
+    limit_plans,
     price_options,
     select_plans,
     solve_layer,
@@ -408,14 +409,13 @@ def _check_budget(recipe: Recipe, job: Job) -> None:
         raise recipe.error(
             ("budget", "metric"), "accuracy needs one prediction per item; for language models write loss"
         )
-    if job.budget.max_bytes is not None:
-        smallest = job.smallest_bytes()
-        if smallest > job.budget.max_bytes:
-            raise recipe.error(
-                ("budget", "max_bytes"),
-                f"{job.budget.max_bytes} cannot be reached: the smallest model these options allow is {smallest} "
-                f"bytes; write max_bytes: {smallest} or offer smaller options",
-            )
+    try:
+        limit_plans(job)
+    except Infeasible as error:
+        where = error.constraint if error.constraint in SIZES else "limits"
+        raise recipe.error(("budget", where), str(error)) from error
+    except ValueError as error:
+        raise recipe.error(("budget", "limits"), str(error)) from error
 
 
 # ---------------------------------------------------------------------------------------------------- a run's own files

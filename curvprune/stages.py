@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import shutil
 import time
 import warnings
@@ -31,18 +32,20 @@ from curvprune import artifact
 from curvprune.analysis import MATRICES, Analysis, LayerCurvature
 from curvprune.apply import Moments, visit_layers
 from curvprune.certificate import Verdict, certify_accuracy, certify_loss, fixed_sequence, probability_of_certifying
+from curvprune.controls import Control, controls
 from curvprune.curvature.fisher import Change, FisherPass, fisher_pass
 from curvprune.data import Split, Splits, collate
-from curvprune.knapsack import Infeasible, cheapest
+from curvprune.knapsack import Choice, Infeasible, Limit, cheapest
 from curvprune.layers import Layer, find_layers
-from curvprune.ledger import Ledger, build_ledger
+from curvprune.ledger import Ledger, Row, build_ledger
 from curvprune.objective import ItemResults, Objective, evaluate, to_device
 from curvprune.options import Cast, Keep, Option, option_from_key, pruner_of, quantizer_of
-from curvprune.plan import Budget, Plan, search
+from curvprune.plan import Budget, Measurement, Plan, corrected, search
 from curvprune.processes import rank, shared, wait, world
 from curvprune.solve import Solved, solve
 from curvprune.solve.grids import dequantize
 from curvprune.state import StageLog, State
+from curvprune.work import bit_operations, macs_left, multiply_adds
 
 CHECKPOINT_SECONDS = 45.0  # the pricing pass writes its totals this often
 ACCEPTABLE = 0.80  # predicted probability of being certified that a plan must have on select
@@ -82,6 +85,7 @@ class Job:
     reload: Callable[[Path], nn.Module]
     write_model: Callable[[Path, Mapping[str, Solved], Mapping[str, Any]], None]
     same_option: tuple[tuple[str, ...], ...] = ()  # groups of layers; each is offered the same options
+    limits: tuple[Limit, ...] = ()  # what the budget limits besides bytes and the drop: `limit_plans`
     notes: list[str] = field(default_factory=list)
     ledger: Ledger | None = None
     analysis: Analysis | None = None
@@ -89,16 +93,49 @@ class Job:
     verdict: Verdict | None = None
     solved: dict[str, Solved] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
+    factors: dict[str, float] = field(
+        default_factory=dict
+    )  # option -> what trials say its prices are to be multiplied by
 
     @property
     def fixed_bytes(self) -> int:
         return artifact.other_bytes(self.model, self.layers)
 
     @property
+    def within(self) -> dict[str, Any]:
+        """What every plan must keep to, as arguments of `cheapest` and `search`."""
+        return {
+            "max_bytes": None if self.budget is None else self.budget.max_bytes,
+            "fixed_bytes": self.fixed_bytes + artifact.header_bytes(self.model, self.layers),
+            "limits": self.limits,
+            "same_option": self.same_option,
+        }
+
+    def uses(self, choices: Mapping[str, str]) -> dict[str, float]:
+        """How much a plan uses of each limit of the budget, by name; bytes are those of the file."""
+        used = {limit.name: limit.used(choices) for limit in self.limits}
+        if self.budget is None or self.budget.max_bytes is None:
+            return used
+        return {"max_bytes": self.bytes_of(choices) + artifact.header_bytes(self.model, self.layers), **used}
+
+    def keeps_within(self, choices: Mapping[str, str]) -> bool:
+        """Whether a plan keeps to all limits of the budget but the drop."""
+        most = {limit.name: limit.most for limit in self.limits}
+        if self.budget is not None and self.budget.max_bytes is not None:
+            most["max_bytes"] = self.budget.max_bytes
+        return all(used <= most[name] for name, used in self.uses(choices).items())
+
+    @property
     def units(self) -> list[tuple[str, ...]]:
         """Layers that get one option together, and every other layer by itself."""
         grouped = {n for group in self.same_option for n in group}
         return [*self.same_option, *((n,) for n in self.layers if n not in grouped)]
+
+    def expected(self, choices: Mapping[str, str]) -> float:
+        """What a plan costs by the prices as the trials have corrected them."""
+        assert self.ledger is not None
+        rows = corrected(self.ledger.rows, self.factors)
+        return math.fsum(row.price for row in rows if choices[row.layer] == row.option)
 
     def smallest_bytes(self) -> int:
         """Bytes of the smallest model file that the options allow, header included."""
@@ -112,6 +149,48 @@ class Job:
     def layer_bytes(self, name: str, option: Option) -> int:
         """Bytes on disk of a layer under an option."""
         return artifact.layer_bytes(self.model, self.layers[name], option, portable=self.settings.portable)
+
+
+# --------------------------------------------------------------------------------------------------------------- limits
+
+
+def limit_plans(job: Job) -> None:
+    """Turn the budget's limits on size and speed into ``job.limits``, and see that the options can meet them together.
+
+    Cost: one forward pass over the calibration items if multiply-adds or bit operations are limited. Raises
+    `Infeasible`, and ``ValueError`` where a limit of the user's own has no number for a layer and option.
+    """
+    budget = job.budget
+    if budget is None or not budget.limited:
+        return
+    options = {(n, o.key): o for n in job.layers for o in job.options[n]}
+    limits: list[Limit] = []
+    if budget.max_bits is not None:
+        bits = {(n, key): 8.0 * job.layer_bytes(n, o) for (n, key), o in options.items()}
+        weights = sum(layer.numel for layer in job.layers.values())
+        limits.append(Limit(name="max_bits", most=budget.max_bits, use=bits, per=weights))
+    if budget.max_macs is not None or budget.max_bops is not None:
+        batches = job.splits.calibrate.batches(job.settings.batch_size)
+        macs = multiply_adds(job.model, job.objective, batches, job.layers)
+        if budget.max_macs is not None:
+            left = {(n, key): macs[n] * macs_left(o) for (n, key), o in options.items()}
+            limits.append(Limit(name="max_macs", most=budget.max_macs, use=left))
+        if budget.max_bops is not None:
+            bops = {(n, key): bit_operations(job.layers[n], o, macs[n]) for (n, key), o in options.items()}
+            limits.append(Limit(name="max_bops", most=budget.max_bops, use=bops))
+    job.limits = (*limits, *budget.limits)
+    rows = [Choice(layer=n, option=key, bytes=job.layer_bytes(n, o), price=0.0) for (n, key), o in options.items()]
+    try:
+        cheapest(rows, max_loss=0.0, **job.within)
+    except Infeasible as error:
+        names = {shortfall.name for shortfall in error.shortfalls}
+        if "max_macs" in names and all(macs_left(o) == 1.0 for o in options.values()):
+            raise Infeasible(
+                f"{error}. No option here lowers max_macs: zeros are multiplied like any other weight, except those of "
+                'pattern "2:4" on sparse tensor cores; prune(structured=...) removes whole units',
+                *error.shortfalls,
+            ) from None
+        raise
 
 
 # ---------------------------------------------------------------------------------------------------------------- solve
@@ -430,6 +509,11 @@ class _Bench:
         verdict = compare(self.baseline, results, job.splits.select, compare_as, unit=job.objective.unit)
         predicted = job.ledger.predict(choices) if job.ledger is not None else None
         chance = _chance(job, verdict) if budget is not None else None
+        of_loss = verdict
+        if compare_as.metric != "loss":
+            of_loss = compare(
+                self.baseline, results, job.splits.select, Budget("loss", max_drop=0.0), unit=job.objective.unit
+            )
         return {
             "name": name,
             "kind": kind,
@@ -437,12 +521,14 @@ class _Bench:
             "bytes": job.bytes_of(choices),
             "predicted": None if predicted is None else predicted.value,
             "predicted_stderr": None if predicted is None else _finite(predicted.stderr),
+            "expected": None if job.ledger is None else job.expected(choices),
             "measured": float((results.loss.sum() - self.baseline.loss.sum()) / self.baseline.count.sum()),
-            "measured_stderr": _finite(verdict.stderr) if compare_as.metric == "loss" else None,
+            "measured_stderr": _finite(of_loss.stderr),
             "metric_drop": verdict.drop,
             "metric_stderr": verdict.stderr,
             "chance": chance,
-            "accepted": chance is not None and chance >= ACCEPTABLE,
+            "accepted": None if chance is None else chance >= ACCEPTABLE,
+            "uses": job.uses(choices),
             "items": len(self.baseline.loss),
             "note": note,
         }
@@ -478,83 +564,74 @@ def select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[_
 def _select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[_Bench, dict[str, Any]]:
     assert job.budget is not None and job.ledger is not None
     budget, rows = job.budget, job.ledger.rows
-    with job.stages.stage("measure on select", job.settings.trials + 5) as advance:
+    with job.stages.stage("measure on select", job.settings.trials + 6) as advance:
         baseline = _results(job, "select/baseline.json", job.model, job.splits.select)
         bench = _Bench(job, candidates, baseline)
         advance(1)
-        if budget.max_bytes is not None:
-            header = artifact.header_bytes(job.model, job.layers)
-            choices = cheapest(
-                rows,
-                max_bytes=budget.max_bytes,
-                fixed_bytes=job.fixed_bytes + header,
-                same_option=job.same_option,
-            )
-            best = bench.measure("plan 1", "plan", choices)
+        if budget.max_drop is None:
+            best = bench.measure("plan 1", "plan", cheapest(rows, **job.within))
         else:
-            assert budget.max_drop is not None
 
-            def measured(choices: dict[str, str]) -> tuple[bool, float]:
+            def measured(choices: dict[str, str]) -> Measurement:
                 trial = bench.measure(f"plan {len(bench.trials) + 1}", "plan", choices)
                 advance(1 + len(bench.trials))
-                return trial["accepted"], trial["metric_drop"]
+                return Measurement(
+                    accepted=trial["accepted"],
+                    drop=trial["metric_drop"],
+                    loss=trial["measured"],
+                    stderr=trial["measured_stderr"] or 0.0,
+                    allowed=_allowed(job, 0.0, trial["metric_stderr"]),
+                )
 
-            found = search(
-                rows,
-                measured,
-                start=budget.max_drop,
-                max_trials=job.settings.trials,
-                same_option=job.same_option,
-            )
-            passing = next((t for t in bench.trials if t["choices"] == found.best), None)
-            if passing is None:
-                # The most cautious plan that was measured goes to the certificate all the same.
-                passing = max(bench.trials, key=lambda t: (t["chance"], t["bytes"]))
-                job.notes.append("no plan measured on select reached the wanted chance of being certified")
-            best = passing
+            found = search(rows, measured, start=budget.max_drop, max_trials=job.settings.trials, **job.within)
+            job.factors = found.factors
+            for record, trial in zip(bench.trials, found.trials, strict=True):
+                record["expected"] = trial.expected
+            # Where none was accepted, the most cautious plan that was measured goes to the certificate all the same.
+            best = max(bench.trials, key=lambda t: (t["choices"] == found.best, t["chance"], t["bytes"]))
         for control in _controls(job, best):
-            bench.measure(*control)
+            bench.measure(control.name, "control", control.choices)
             advance(1 + len(bench.trials))
-        if rivals := [t for t in bench.trials if t["accepted"] and t["bytes"] < best["bytes"]]:
-            best = min(rivals, key=lambda t: t["bytes"])
-            job.notes.append(f"{best['name']} is smaller than the best plan and was used instead")
-        advance(job.settings.trials + 5)
+        best = _best_measured(job, bench, best)
+        advance(job.settings.trials + 6)
     return bench, best
 
 
-def _controls(job: Job, best: Mapping[str, Any]) -> list[tuple[str, str, dict[str, str]]]:
-    """Plans that anyone could make without curvature, near the size of the best one: the two nearest uniform ones,
-    and the best plan's own budget spent in the reversed order of sensitivity."""
+def _controls(job: Job, best: Mapping[str, Any]) -> list[Control]:
+    """Controls near the size of the best plan, those left out that are that plan or one another."""
     assert job.ledger is not None
-    free = [n for n in job.layers if len(job.options[n]) > 1]
-    controls: list[tuple[str, str, dict[str, str]]] = []
-    if not free:
-        return controls
-    common = set.intersection(*({o.key for o in job.options[n]} for n in free)) - {"keep"}
-    uniform = []
-    for key in sorted(common):
-        choices = {n: key if n in free else job.options[n][0].key for n in job.layers}
-        uniform.append((job.bytes_of(choices), key, choices))
-    above = min((u for u in uniform if u[0] > best["bytes"]), default=None)
-    below = max((u for u in uniform if u[0] <= best["bytes"]), default=None)
-    controls += [(f"uniform {u[1]}", "control", u[2]) for u in (below, above) if u is not None]
-    # Reversed order: rank the layers (those that share an option as one) by the price of their cheapest-to-store option
-    # per weight and swap the prices of the most and the least sensitive, then plan for the same bytes.
-    rows_of = {n: job.ledger.layer_rows(n) for n in free}
-    units = [unit for unit in job.units if unit[0] in rows_of]
-    dearest = {u: max(sum(rows_of[n][key].price for n in u) for key in rows_of[u[0]]) for u in units}
-    weights = {u: sum(job.layers[n].numel for n in u) for u in units}
-    order = sorted(units, key=lambda u: dearest[u] / weights[u])
-    scale = {
-        n: dearest[other] / dearest[unit] * weights[unit] / weights[other] if dearest[unit] else 1.0
-        for unit, other in zip(order, reversed(order), strict=True)
-        for n in unit
-    }
-    rows = [replace(r, price=r.price * scale.get(r.layer, 1.0), stderr=0.0) for r in job.ledger.rows]
-    choices = cheapest(rows, max_bytes=best["bytes"], fixed_bytes=job.fixed_bytes, same_option=job.same_option)
-    if choices != best["choices"]:
-        controls.append(("reversed order", "control", choices))
-    return controls
+
+    def plan(rows: list[Row], size: int) -> dict[str, str]:
+        return cheapest(rows, max_bytes=size, same_option=job.same_option)
+
+    size = best["bytes"] - job.fixed_bytes
+    chosen: list[Control] = []
+    for control in controls(job.ledger.rows, job.layers, job.units, size=size, plan=plan):
+        if control.choices not in (best["choices"], *(c.choices for c in chosen)):
+            chosen.append(control)
+    return chosen
+
+
+def _best_measured(job: Job, bench: _Bench, plan: dict[str, Any]) -> dict[str, Any]:
+    """The plan, or the control that beats it: with ``max_drop`` the smallest that was accepted, otherwise the one that
+    lost least, always among those that keep to the other limits."""
+    assert job.budget is not None
+    allowed = [t for t in bench.trials if t["kind"] == "control" and job.keeps_within(t["choices"])]
+    if job.budget.max_drop is None:
+        best = min([plan, *allowed], key=lambda t: t["measured"])
+        why = f"lost {best['measured']:.4g} on select, {plan['name']} {plan['measured']:.4g}"
+    else:
+        passing = [t for t in [plan, *allowed] if t["accepted"]]
+        if not passing:
+            job.notes.append("no plan measured on select reached the wanted chance of being certified")
+        best = min(passing, key=lambda t: t["bytes"], default=plan)
+        why = f"has {best['bytes']:,} bytes" + (
+            f", {plan['name']} {plan['bytes']:,}" if plan["accepted"] else "; no plan was accepted"
+        )
+    if best is not plan:
+        best["note"] = f"a control beats the plan: it {why}"
+        job.notes.append(f"the control {best['name']} beats the plan and was used instead: it {why}")
+    return best
 
 
 # ---------------------------------------------------------------------------------------------------- apply and certify
@@ -628,7 +705,9 @@ def _fixed_sequence(job: Job, bench: _Bench, best: dict[str, Any]) -> list[_Appl
         edge = sequence[-1] if safe else sequence[0]
         factor = _room(job, edge.record) if safe else CAUTION
         try:
-            choices = cheapest(job.ledger.rows, max_loss=factor * edge.record["predicted"], same_option=job.same_option)
+            choices = cheapest(
+                corrected(job.ledger.rows, job.factors), max_loss=factor * edge.record["expected"], **job.within
+            )
         except Infeasible:
             break
         if choices == edge.record["choices"] or (job.bytes_of(choices) < edge.record["bytes"]) != safe:
@@ -646,15 +725,20 @@ def _fixed_sequence(job: Job, bench: _Bench, best: dict[str, Any]) -> list[_Appl
 def _room(job: Job, record: Mapping[str, Any]) -> float:
     """By how much a bolder plan's predicted loss may exceed that of an applied one: half of the way (in logarithms) to
     where its chance falls to `ACCEPTABLE` if measured and predicted loss grow together."""
-    assert job.budget is not None and job.budget.max_drop is not None
     drop = record["metric_drop"]
-    low, high = drop, job.budget.max_drop
+    allowed = _allowed(job, drop, record["metric_stderr"])
+    # Half of the way on a logarithmic scale: that the applied plan measured well is partly luck.
+    return min(2.0, allowed / drop) ** 0.5 if drop > 0 else 2.0**0.5
+
+
+def _allowed(job: Job, low: float, stderr: float) -> float:
+    """The drop from ``low`` to the budget at which a plan's chance falls to `ACCEPTABLE`, with this error on select."""
+    assert job.budget is not None and job.budget.max_drop is not None
+    high = job.budget.max_drop
     for _ in range(40):
         middle = (low + high) / 2
-        verdict_chance = _chance_at(job, middle, record["metric_stderr"])
-        low, high = (middle, high) if verdict_chance >= ACCEPTABLE else (low, middle)
-    # Half of the way on a logarithmic scale: that the applied plan measured well is partly luck.
-    return min(2.0, low / drop) ** 0.5 if drop > 0 else 2.0**0.5
+        low, high = (middle, high) if _chance_at(job, middle, stderr) >= ACCEPTABLE else (low, middle)
+    return low
 
 
 def certify_plans(job: Job, bench: _Bench, best: dict[str, Any]) -> Path:
@@ -720,6 +804,7 @@ def _plan_of(job: Job, trial: Mapping[str, Any]) -> Plan:
         predicted=trial["predicted"],
         predicted_stderr=float("nan") if trial["predicted_stderr"] is None else trial["predicted_stderr"],
         notes=tuple(job.notes),
+        uses=trial["uses"],
     )
 
 

@@ -47,6 +47,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hf": {"objective", "options"},
     "recipe": {"options", "groups"},
     "ledger": {"solve", "curvature/estimators", "curvature/fisher", "options"},
+    "work": {"layers", "objective", "options"},
+    "controls": {"layers", "ledger"},
     "packed": {"options", "layers", "solve"},
     "shapes": set(),
     "artifact": {"options", "plan", "layers", "solve", "state", "packed", "shapes"},

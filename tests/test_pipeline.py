@@ -214,7 +214,7 @@ def test_a_violated_budget_exits_with_one(recipe, tmp_path):
         ("model.layers.*", "model.layer.*", "model.layer.*", "model.layers.0"),
         ("group_size: 16}", "group_size: 20}", "group_size: 20", r"32 inputs"),
         ("certify: 16", "certify: 4000", None, "certify"),
-        ("max_drop: 0.2", "max_bytes: 100", "max_bytes: 100", "smallest model these options allow is"),
+        ("max_drop: 0.2", "max_bytes: 100", "max_bytes: 100", "budget.max_bytes: max_bytes: at least"),
         (
             "seed: 0",
             'same_option: [["*.q_proj", "*.v_prj"]]',

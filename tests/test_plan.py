@@ -9,8 +9,8 @@ from fractions import Fraction
 
 import pytest
 
-from curvprune.knapsack import Choice, cheapest, frontier
-from curvprune.plan import Budget, Plan, Search, Trial, search
+from curvprune.knapsack import Choice, Infeasible, Limit, cheapest, frontier
+from curvprune.plan import Budget, Measurement, Plan, Search, Trial, corrections, search
 from tests.test_knapsack import ladder, share, value
 
 
@@ -21,11 +21,11 @@ class Truth:
         self.rows, self.measure, self.budget = rows, measure, budget
         self.seen: list[dict[str, str]] = []
 
-    def __call__(self, choices: dict[str, str]) -> tuple[bool, float]:
+    def __call__(self, choices: dict[str, str]) -> Measurement:
         assert choices not in self.seen, "a plan was evaluated twice"
         self.seen.append(choices)
         measured = self.measure(float(value(self.rows, choices)[1]))
-        return measured <= self.budget, measured
+        return Measurement(measured <= self.budget, measured, measured)
 
     def optimum(self) -> int:
         """The smallest plan of the whole ladder of limits whose measured loss is within the budget."""
@@ -63,18 +63,16 @@ def test_search_closes_in_on_the_smallest_plan_within_the_budget(measure: Callab
     assert [trial.choices for trial in result.trials] == truth.seen
     for trial in result.trials:
         assert value(rows, trial.choices) == (trial.bytes, pytest.approx(Fraction(trial.predicted)))
-        assert trial.predicted <= trial.limit
+        assert trial.expected <= trial.limit
         assert (trial.accepted, trial.measured) == (trial.measured <= 0.02, pytest.approx(measure(trial.predicted)))
 
 
-def test_search_corrects_the_second_limit_by_measured_over_predicted() -> None:
+def test_the_second_plan_is_what_the_budget_buys_at_the_measured_prices() -> None:
     rows = ladder(30)
-    truth = Truth(rows, lambda p: 4 * p, budget=0.02)
-    first, second = search(rows, truth, start=0.02, max_trials=2).trials[0], None
-    result = search(rows, Truth(rows, lambda p: 4 * p, budget=0.02), start=0.02, max_trials=3)
-    second = result.trials[1]
-    assert first.limit == 0.02
-    assert second.limit == pytest.approx(0.02 * first.predicted / first.measured) == pytest.approx(0.005)
+    first, second = search(rows, Truth(rows, lambda p: 4 * p, budget=0.02), start=0.02, max_trials=3).trials[:2]
+    assert (first.limit, first.expected) == (0.02, first.predicted)
+    assert second.choices == cheapest(rows, max_loss=0.005) and second.limit == pytest.approx(0.02)
+    assert second.expected == pytest.approx(second.measured) == pytest.approx(4 * second.predicted)
 
 
 @pytest.mark.parametrize("max_trials", [2, 3, 6])
@@ -106,7 +104,7 @@ def test_search_survives_models_that_break() -> None:
     assert result.best is not None and float(value(rows, result.best)[1]) < 1e-3
     assert Search.from_dict(json.loads(json.dumps(result.to_dict()))).best == result.best
     with pytest.raises(ValueError, match="accepted a plan"):
-        search(rows, lambda choices: (True, math.nan), start=0.02)
+        search(rows, lambda choices: Measurement(True, math.nan, 0.0), start=0.02)
 
 
 def test_search_starts_from_a_budget_of_nothing() -> None:
@@ -124,7 +122,7 @@ def test_search_accepts_negative_prices() -> None:
 def test_search_is_a_pure_function_and_resumes_from_a_cache() -> None:
     rows = ladder(30)
     whole = search(rows, Truth(rows, lambda p: 1.4 * p + 20 * p**2, budget=0.02), start=0.02, max_trials=8)
-    cache = {tuple(t.choices.items()): (t.accepted, t.measured) for t in whole.trials[:2]}
+    cache = {tuple(t.choices.items()): Measurement(t.accepted, t.measured, t.loss) for t in whole.trials[:2]}
     fresh = Truth(rows, lambda p: 1.4 * p + 20 * p**2, budget=0.02)
     resumed = search(
         rows, lambda c: cache[tuple(c.items())] if tuple(c.items()) in cache else fresh(c), start=0.02, max_trials=8
@@ -138,27 +136,37 @@ def test_search_is_a_pure_function_and_resumes_from_a_cache() -> None:
 def test_search_validates_its_arguments() -> None:
     for arguments in ({"start": -0.1}, {"start": math.inf}, {"start": 0.1, "max_trials": 0}):
         with pytest.raises(ValueError, match=r"search\("):
-            search(ladder(3), lambda choices: (True, 0.0), **arguments)  # type: ignore[arg-type]
+            search(ladder(3), lambda choices: Measurement(True, 0.0, 0.0), **arguments)  # type: ignore[arg-type]
 
 
-def test_budget_takes_exactly_one_limit() -> None:
+def test_budget_takes_any_limits() -> None:
     assert Budget("loss", max_drop=0.02) == Budget(max_drop=0.02)
     assert Budget(max_bytes=60_000_000).max_bytes == 60_000_000
-    for budget in (Budget("accuracy", max_drop=0.01, confidence=0.9), Budget(max_bytes=5)):
+    assert not Budget(max_drop=0.1).limited and Budget(max_drop=0.1, max_bits=4.5).limited
+    latency = Limit(name="latency", most=2.5, use={("a", "x"): 1.0, ("a", "y"): 2.0})
+    for budget in (
+        Budget("accuracy", max_drop=0.01, confidence=0.9),
+        Budget(max_bytes=5),
+        Budget(max_drop=0.1, max_bytes=5, max_bits=4.25, max_macs=1e9, max_bops=1e12, limits=(latency,)),
+    ):
         assert Budget.from_dict(json.loads(json.dumps(budget.to_dict()))) == budget
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "neither given"),
-        ({"max_drop": 0.1, "max_bytes": 5}, "both given"),
+        ({}, "none given"),
         ({"metric": "perplexity", "max_drop": 0.1}, "perplexity"),
         ({"max_drop": -0.1}, "-0.1"),
         ({"max_drop": math.nan}, "nan"),
         ({"metric": "accuracy", "max_drop": 1.0}, "max_drop=0.01"),
         ({"max_bytes": 0}, "max_bytes=0"),
         ({"max_bytes": -5}, "max_bytes=-5"),
+        ({"max_bits": 0.0}, "max_bits=0"),
+        ({"max_macs": math.inf}, "max_macs=inf"),
+        ({"max_bops": True}, "max_bops=True"),
+        ({"limits": [Limit(name="max_bits", most=1.0, use={})]}, "'max_bits' is taken"),
+        ({"limits": [Limit(name="a", most=1.0, use={})] * 2}, "'a' is taken"),
         ({"max_drop": 0.1, "confidence": 95}, "confidence=95"),
         ({"max_drop": 0.1, "confidence": 0.5}, "confidence=0.5"),
     ],

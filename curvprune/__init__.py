@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from curvprune.data import Split as Split
     from curvprune.data import Splits as Splits
     from curvprune.gptq import export_gptq as export_gptq
+    from curvprune.knapsack import Limit as Limit
     from curvprune.ledger import Ledger as Ledger
     from curvprune.objective import CausalLM as CausalLM
     from curvprune.objective import Classification as Classification
@@ -57,6 +58,7 @@ _HOME = {
     "certificate": ("Verdict",),
     "data": ("Split", "Splits"),
     "gptq": ("export_gptq",),
+    "knapsack": ("Limit",),
     "ledger": ("Ledger",),
     "objective": ("CausalLM", "Classification", "LabelFree", "Objective"),
     "options": ("Cast", "Keep", "Prune", "PruneQuantize", "Quantize"),

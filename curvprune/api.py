@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -39,6 +40,7 @@ from curvprune.stages import (
     apply_plan,
     certify_plans,
     compare,
+    count_work,
     limit_plans,
     price_options,
     select_plans,
@@ -46,6 +48,7 @@ from curvprune.stages import (
 )
 from curvprune.state import StageLog, State
 from curvprune.structured import Structured, prune_units
+from curvprune.work import limits_of
 
 Data = Iterable[Batch] | Split | Splits
 
@@ -233,28 +236,51 @@ def price(
             model, data, options, None, Path(folder), objective=objective, layers=layers, labels=labels, device=device,
             seed=seed, progress=progress, priced=True, settings=Settings(portable=portable),
         )  # fmt: skip
+        count_work(job)
         price_options(job, solve_options(job))
         assert job.ledger is not None
         return job.ledger
 
 
-def frontier(ledger: Ledger, *, points: int = 33, same_option: str | Sequence[str | Sequence[str]] = ()) -> list[Plan]:
+def frontier(
+    ledger: Ledger,
+    *,
+    points: int = 33,
+    budget: Budget | None = None,
+    same_option: str | Sequence[str | Sequence[str]] = (),
+) -> list[Plan]:
     """Plans for every budget at once, from the smallest model to the one with the lowest predicted loss: nested, so
     that from one to the next layers only move to larger options. ``bytes`` are those of the priced layers.
 
     Args:
         points: the most plans to return; both ends are among them.
+        budget: limits on size and speed. Plans beyond them are left out, and ``uses`` says how much each takes of them.
+            ``max_bytes`` counts the priced layers, as ``bytes`` does.
         same_option: as for `compress`.
 
-    Cost: no forward pass and no integer program. Raises ``ValueError`` for fewer than two points or groups that cannot
-    be.
+    Cost: no forward pass and no integer program. Raises ``ValueError`` for fewer than two points, groups that cannot
+    be, a budget with ``max_drop``, or one that none of these plans keeps to (`compress` may still find one that does:
+    it plans for the limits, where the frontier trades bytes against loss alone).
     """
+    if budget is not None and budget.max_drop is not None:
+        raise ValueError("frontier: its plans are for every drop; pass a budget without max_drop")
     options: dict[str, list[str]] = {}
     for row in ledger.rows:
         options.setdefault(row.layer, []).append(row.option)
     groups = find_groups(read_request(same_option), options)
+    limits = () if budget is None else limits_of(budget, ledger.rows, ledger.work)
+    every = len(ledger.rows) + 2
+    found = [
+        point
+        for point in nested_plans(ledger.rows, points=points if budget is None else every, same_option=groups.layers)
+        if all(limit.used(point.choices) <= limit.most for limit in limits)
+        and (budget is None or budget.max_bytes is None or point.bytes <= budget.max_bytes)
+    ]
+    if not found:
+        raise ValueError("frontier: none of its plans keeps to the budget; compress(budget=...) plans for its limits")
+    kept = np.unique(np.linspace(0, len(found) - 1, min(points, len(found))).round().astype(int))
     plans = []
-    for point in nested_plans(ledger.rows, points=points, same_option=groups.layers):
+    for point in (found[k] for k in kept):
         predicted = ledger.predict(point.choices)
         plans.append(
             Plan(
@@ -263,6 +289,7 @@ def frontier(ledger: Ledger, *, points: int = 33, same_option: str | Sequence[st
                 predicted=predicted.value,
                 predicted_stderr=predicted.stderr,
                 notes=groups.notes,
+                uses={limit.name: limit.used(point.choices) for limit in limits},
             )
         )
     return plans
@@ -282,8 +309,8 @@ def compress(
     inplace: bool = False,
     progress: bool = False,
 ) -> Result:
-    """Give every layer one of ``options`` so that the model is as small as the budget allows (or as good as
-    ``max_bytes`` allows), and certify it.
+    """Give every layer one of ``options`` so that the model is as small as the budget allows (without ``max_drop``: as
+    good as its limits on size and speed allow), and certify it.
 
     Without a budget there must be exactly one option, which every layer gets. With one, `Keep` is always among the
     options. With ``Budget(max_drop=...)`` the data are split (or pass `Splits`), plans are measured on the select split
@@ -430,8 +457,10 @@ def _prune_structured(
         asked = replace(asked, uniform=True) if uniform else asked
     else:
         asked = Structured(share=structured, uniform=uniform, **arguments)
-    if budget is not None and budget.max_drop is None:
-        raise ValueError("prune(structured=...): a budget certifies here and needs max_drop; sizes are asked by share")
+    if budget is not None and (budget.max_drop is None or budget.limited):
+        raise ValueError(
+            "prune(structured=...): a budget certifies here: it needs max_drop, nothing else; sizes are asked by share"
+        )
     settings = settings or Settings()
     if isinstance(data, Splits):
         splits = data
@@ -480,8 +509,9 @@ def certify(
 ) -> Verdict:
     """Whether ``compressed`` is within ``budget.max_drop`` of ``baseline``, paired on the items of ``data``.
 
-    The items must not have been used to make or choose the compressed model. Cost: one forward pass of each model.
-    Raises ``ValueError`` for a budget without ``max_drop``.
+    The items must not have been used to make or choose the compressed model. Other limits of the budget, on size and
+    speed, are not looked at: data cannot decide them. Cost: one forward pass of each model. Raises ``ValueError`` for a
+    budget without ``max_drop``.
     """
     if budget.max_drop is None:
         raise ValueError("certify needs Budget(metric, max_drop=...): a size cannot be certified from data")

@@ -94,6 +94,10 @@ def check(recipe: RecipeArgument) -> None:
         f"size: {found.dense_bytes / 1e6:.1f} MB now, {found.smallest_bytes / 1e6:.1f} MB with the smallest options",
         highlight=False,
     )
+    for limit in found.limits:
+        console.print(
+            f"budget: {limit['name']} {limit['most']:,.10g}, at least {limit['least']:,.10g} by itself", highlight=False
+        )
 
 
 @app.command()

@@ -730,13 +730,16 @@ def _solve_core(
     column = {entry: place for place, entry in enumerate(entries)}
     failure = "HiGHS's tolerances let too many plans through that exceed the limit"
     for _ in range(_MAX_CUTS):
-        answer = milp(
-            np.array([float(saving * finest) for saving in savings]),
-            integrality=np.ones(count),
-            bounds=(np.zeros(count), np.ones(count)),
-            constraints=constraints,
-            options={"mip_rel_gap": 0.0, "node_limit": nodes},
-        )
+        for presolve in (True, False):  # with nothing between a limit and the least use, presolving can end in an error
+            answer = milp(
+                np.array([float(saving * finest) for saving in savings]),
+                integrality=np.ones(count),
+                bounds=(np.zeros(count), np.ones(count)),
+                constraints=constraints,
+                options={"mip_rel_gap": 0.0, "node_limit": nodes, "presolve": presolve},
+            )
+            if answer.status != 4 or answer.x is not None:
+                break
         found = list(base)
         if answer.x is not None:
             for (number, index), place in column.items():

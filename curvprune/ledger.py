@@ -9,7 +9,7 @@ prices.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from jaxtyping import Float
 
 from curvprune.curvature.estimators import Estimate
 from curvprune.curvature.fisher import FisherPass, ratio_estimate
+from curvprune.work import Work
 
 CURVATURE = "Fisher along the change, labels sampled from the model"
 
@@ -40,6 +41,7 @@ class Ledger:
     Attributes:
         sums: contribution of each item to each row, in nats times positions, ``(items, rows)``.
         count: positions of each item, ``(items,)``.
+        work: weights and multiply-adds of each layer, for limits on size and speed.
     """
 
     rows: tuple[Row, ...]
@@ -48,6 +50,7 @@ class Ledger:
     unit: str
     labels: int
     curvature: str = CURVATURE
+    work: Mapping[str, Work] = field(default_factory=dict)
 
     @property
     def num_items(self) -> int:
@@ -87,6 +90,7 @@ class Ledger:
                 {"layer": r.layer, "option": r.option, "bytes": r.bytes, "price": r.price, "stderr": _finite(r.stderr)}
                 for r in self.rows
             ],
+            "work": {layer: work.to_dict() for layer, work in self.work.items()},
             "count": self.count.tolist(),
             "sums": self.sums.tolist(),
         }
@@ -104,6 +108,7 @@ class Ledger:
             unit=record["unit"],
             labels=record["labels_per_item"],
             curvature=record["curvature"],
+            work={layer: Work(**work) for layer, work in record.get("work", {}).items()},
         )
 
 

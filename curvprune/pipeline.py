@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import resource
@@ -25,7 +26,7 @@ from curvprune.analysis import analyze_curvature
 from curvprune.apply import Moments
 from curvprune.curvature.fisher import fisher_pass
 from curvprune.data import Splits
-from curvprune.knapsack import Infeasible, frontier
+from curvprune.knapsack import Infeasible, Limit, frontier
 from curvprune.layers import find_layers, left_over
 from curvprune.objective import Objective, make_objective, to_device
 from curvprune.options import Keep, Option, option_from_key, quantizer_of
@@ -96,7 +97,10 @@ def run(recipe_path: str | Path, out: str | Path, *, progress: bool = True) -> R
     _publish(folder, root)
     record = _record(job, about, bench_trials, root)
     assert job.plan is not None
-    root.write_json(PLAN, {**job.plan.to_dict(), "layers": record["layers"]})
+    trials = [{k: v for k, v in t.items() if k != "choices"} for t in bench_trials]
+    root.write_json(
+        PLAN, {**job.plan.to_dict(), "layers": record["layers"], "corrections": job.factors, "trials": trials}
+    )
     root.write_json(VERDICT, record["verdict"] or {"status": "NOT ASKED", "measured": record["measured"]})
     root.write_json(REPORT_JSON, record)
     root.write_text(REPORT_HTML, report.build(record))
@@ -190,6 +194,7 @@ class Check:
     memory_bytes: int
     smallest_bytes: int
     dense_bytes: int
+    limits: list[dict[str, Any]]
 
 
 def check(recipe_path: str | Path) -> Check:
@@ -209,6 +214,7 @@ def check(recipe_path: str | Path) -> Check:
         memory_bytes=memory,
         smallest_bytes=job.smallest_bytes(),
         dense_bytes=dense,
+        limits=[{"name": n, "most": most, "least": job.least(n)} for n, most in job.most.items()],
     )
 
 
@@ -236,7 +242,7 @@ def prepare(recipe: Recipe, root: State | None, *, progress: bool) -> tuple[Job,
     kept = [n for n in found if n not in assigned]
     model.to(device)
     objective = _objective(recipe, model, splits)
-    budget = None if recipe.budget is None else Budget(**recipe.budget.model_dump())
+    budget = _budget(recipe)
     settings = Settings(
         seed=recipe.seed,
         labels=recipe.price.labels,
@@ -250,6 +256,7 @@ def prepare(recipe: Recipe, root: State | None, *, progress: bool) -> tuple[Job,
         "recipe_sha256": _fingerprint(recipe),
         "model_sha256": hf.model_sha256(model),
         "data_sha256": splits.sha256(),
+        "limits_sha256": None if budget is None or not budget.limits else _sha256(budget.to_dict()["limits"]),
         "device": str(device),
         "seed": recipe.seed,
     }
@@ -402,6 +409,25 @@ def _objective(recipe: Recipe, model: nn.Module, splits: Splits) -> Objective:
         raise recipe.error(("objective",), str(error)) from error
 
 
+def _budget(recipe: Recipe) -> Budget | None:
+    """The budget with the tables of its own limits read."""
+    if recipe.budget is None:
+        return None
+    limits = []
+    for index, limit in enumerate(recipe.budget.limits):
+        key = ("budget", "limits", index, "table")
+        try:
+            table = json.loads(Path(limit.table).read_text(encoding="utf-8"))
+            use = {(layer, option): float(v) for layer, values in table.items() for option, v in values.items()}
+            limits.append(Limit(name=limit.name, most=limit.most, use=use))
+        except OSError as error:
+            raise recipe.error(key, f"{limit.table} cannot be read ({error.strerror}); expected a JSON file") from None
+        except (ValueError, TypeError, AttributeError) as error:
+            expected = 'expected JSON such as {"model.layers.0.mlp.up_proj": {"keep": 0.8, "int4-g64-sym": 0.3}}'
+            raise recipe.error(key, f"{limit.table}: {error}; {expected}") from None
+    return Budget(**recipe.budget.model_dump(exclude={"limits"}), limits=tuple(limits))
+
+
 def _check_budget(recipe: Recipe, job: Job) -> None:
     if job.budget is None:
         return
@@ -412,13 +438,17 @@ def _check_budget(recipe: Recipe, job: Job) -> None:
     try:
         limit_plans(job)
     except Infeasible as error:
-        where = error.constraint if error.constraint in SIZES else "limits"
+        where = error.constraint if error.constraint in SIZES else "limits"  # the line of the limit, or of the list
         raise recipe.error(("budget", where), str(error)) from error
     except ValueError as error:
         raise recipe.error(("budget", "limits"), str(error)) from error
 
 
 # ---------------------------------------------------------------------------------------------------- a run's own files
+
+
+def _sha256(record: Any) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _fingerprint(recipe: Recipe) -> str:
@@ -444,6 +474,7 @@ def _claim(recipe: Recipe, root: State, about: Mapping[str, Any]) -> None:
         "curvprune": curvprune.__version__,
         "torch": str(torch.__version__),
         "device": about["device"],
+        **({"limits_sha256": about["limits_sha256"]} if about["limits_sha256"] else {}),
     }
     if root.has("state/inputs.json"):
         before = root.read_json("state/inputs.json")
@@ -506,6 +537,8 @@ def _record(job: Job, about: Mapping[str, Any], trials: list[dict[str, Any]], ro
         "verdict": None if job.verdict is None else job.verdict.to_dict(),
         "measured": job.record.get("measured"),
         "attempts": job.record.get("attempts", []),
+        "limits": _limits(job),
+        "corrections": job.factors,
         "size": size,
         "layers": _layer_records(job),
         "ledger": ledger,
@@ -526,6 +559,12 @@ def _record(job: Job, about: Mapping[str, Any], trials: list[dict[str, Any]], ro
         "recipe": root.read_text(LOCK),
         "notes": job.notes,
     }
+
+
+def _limits(job: Job) -> list[dict[str, Any]]:
+    """Every limit of the budget on size and speed, and what the plan uses of it."""
+    used = {} if job.plan is None else job.plan.uses
+    return [{"name": name, "most": most, "used": used.get(name)} for name, most in job.most.items()]
 
 
 def _frontier(job: Job) -> list[dict[str, Any]]:

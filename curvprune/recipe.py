@@ -271,27 +271,42 @@ def _request_yaml(request: Request) -> list[str | list[str]]:
     return [entry if isinstance(entry, str) else list(entry) for entry in request]
 
 
+class LimitSection(_Section):
+    """A limit of the user's own: what every layer takes under every option is in a table, and must add up to less."""
+
+    name: str = Field(min_length=1, description="what is limited, one word such as milliseconds")
+    most: float = Field(description="the most that the layers may take together, a number")
+    table: str = Field(min_length=1, description="a JSON file: layer, then option, then a number")
+
+
 class BudgetSection(_Section):
-    """How much accuracy may be lost (``max_drop``), or how large the model may be (``max_bytes``)."""
+    """How much accuracy may be lost (``max_drop``), and how large or slow the model may be (the rest)."""
 
     metric: Literal["loss", "accuracy"] = "loss"
     max_drop: float | None = Field(
         None, ge=0, description="a number of at least 0: nats of loss, or a fraction of accuracy (0.01 is 1 pp)"
     )
     max_bytes: int | None = Field(None, ge=1, description="a positive whole number of bytes")
+    max_bits: float | None = Field(None, gt=0, description="stored bits per weight of the layers, a number above 0")
+    max_macs: float | None = Field(
+        None, gt=0, description="multiply-adds per token of a language model, else per item, a number above 0"
+    )
+    max_bops: float | None = Field(None, gt=0, description="bit operations per token or item, a number above 0")
+    limits: tuple[LimitSection, ...] = Field(
+        (), strict=False, description="a list of {name: milliseconds, most: 12, table: milliseconds.json}"
+    )
     confidence: float = Field(
         0.95, gt=0.5, lt=1, examples=[0.95], description="a number strictly between 0.5 and 1, for example 0.95"
     )
 
     @model_validator(mode="after")
-    def _one_limit(self) -> BudgetSection:
-        if (self.max_drop is None) == (self.max_bytes is None):
-            both = self.max_drop is not None
-            said = "max_drop and max_bytes are both given" if both else "no limit given"
-            raise _At(
-                ("max_bytes",) if both else (),
-                f"{said}; expected exactly one of max_drop and max_bytes, for example max_drop: 0.05",
-            )
+    def _at_least_one_limit(self) -> BudgetSection:
+        known = ("max_drop", "max_bytes", "max_bits", "max_macs", "max_bops")
+        if not self.limits and all(getattr(self, key) is None for key in known):
+            raise _At((), f"no limit given; expected some of {_or((*known, 'limits'))}, for example max_drop: 0.05")
+        for index, limit in enumerate(self.limits):
+            if limit.name in (*known, *(other.name for other in self.limits[:index])):
+                raise _At(("limits", index, "name"), f"{limit.name} is taken; expected a name of its own")
         if self.metric == "accuracy" and self.max_drop is not None and self.max_drop >= 1:
             nearest = f"{self.max_drop / 100:g}" if self.max_drop < 100 else "0.01"
             raise _At(

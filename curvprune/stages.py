@@ -45,7 +45,7 @@ from curvprune.processes import rank, shared, wait, world
 from curvprune.solve import Solved, solve
 from curvprune.solve.grids import dequantize
 from curvprune.state import StageLog, State
-from curvprune.work import bit_operations, macs_left, multiply_adds
+from curvprune.work import Work, limits_of, macs_left, multiply_adds, work_of
 
 CHECKPOINT_SECONDS = 45.0  # the pricing pass writes its totals this often
 ACCEPTABLE = 0.80  # predicted probability of being certified that a plan must have on select
@@ -86,6 +86,7 @@ class Job:
     write_model: Callable[[Path, Mapping[str, Solved], Mapping[str, Any]], None]
     same_option: tuple[tuple[str, ...], ...] = ()  # groups of layers; each is offered the same options
     limits: tuple[Limit, ...] = ()  # what the budget limits besides bytes and the drop: `limit_plans`
+    work: dict[str, Work] = field(default_factory=dict)  # of every layer, where it was counted: `count_work`
     notes: list[str] = field(default_factory=list)
     ledger: Ledger | None = None
     analysis: Analysis | None = None
@@ -118,12 +119,27 @@ class Job:
             return used
         return {"max_bytes": self.bytes_of(choices) + artifact.header_bytes(self.model, self.layers), **used}
 
+    @property
+    def most(self) -> dict[str, float]:
+        """The budget's limits on size and speed by name."""
+        stored = {} if self.budget is None or self.budget.max_bytes is None else {"max_bytes": self.budget.max_bytes}
+        return stored | {limit.name: limit.most for limit in self.limits}
+
+    def least(self, name: str) -> float:
+        """The least that any plan uses of a limit."""
+        of = {limit.name: limit for limit in self.limits}.get(name)
+        if of is None:
+            return self.smallest_bytes()
+        best = {
+            n: min((o.key for o in self.options[n]), key=lambda key: sum(of.use[m, key] for m in unit))
+            for unit in self.units
+            for n in unit
+        }
+        return of.used(best)
+
     def keeps_within(self, choices: Mapping[str, str]) -> bool:
         """Whether a plan keeps to all limits of the budget but the drop."""
-        most = {limit.name: limit.most for limit in self.limits}
-        if self.budget is not None and self.budget.max_bytes is not None:
-            most["max_bytes"] = self.budget.max_bytes
-        return all(used <= most[name] for name, used in self.uses(choices).items())
+        return all(used <= self.most[name] for name, used in self.uses(choices).items())
 
     @property
     def units(self) -> list[tuple[str, ...]]:
@@ -163,23 +179,11 @@ def limit_plans(job: Job) -> None:
     budget = job.budget
     if budget is None or not budget.limited:
         return
-    options = {(n, o.key): o for n in job.layers for o in job.options[n]}
-    limits: list[Limit] = []
-    if budget.max_bits is not None:
-        bits = {(n, key): 8.0 * job.layer_bytes(n, o) for (n, key), o in options.items()}
-        weights = sum(layer.numel for layer in job.layers.values())
-        limits.append(Limit(name="max_bits", most=budget.max_bits, use=bits, per=weights))
     if budget.max_macs is not None or budget.max_bops is not None:
-        batches = job.splits.calibrate.batches(job.settings.batch_size)
-        macs = multiply_adds(job.model, job.objective, batches, job.layers)
-        if budget.max_macs is not None:
-            left = {(n, key): macs[n] * macs_left(o) for (n, key), o in options.items()}
-            limits.append(Limit(name="max_macs", most=budget.max_macs, use=left))
-        if budget.max_bops is not None:
-            bops = {(n, key): bit_operations(job.layers[n], o, macs[n]) for (n, key), o in options.items()}
-            limits.append(Limit(name="max_bops", most=budget.max_bops, use=bops))
-    job.limits = (*limits, *budget.limits)
+        count_work(job)
+    options = {(n, o.key): o for n in job.layers for o in job.options[n]}
     rows = [Choice(layer=n, option=key, bytes=job.layer_bytes(n, o), price=0.0) for (n, key), o in options.items()]
+    job.limits = limits_of(budget, rows, job.work or work_of(job.layers))
     try:
         cheapest(rows, max_loss=0.0, **job.within)
     except Infeasible as error:
@@ -191,6 +195,12 @@ def limit_plans(job: Job) -> None:
                 *error.shortfalls,
             ) from None
         raise
+
+
+def count_work(job: Job) -> None:
+    """The multiply-adds of every layer: one forward pass over the calibration items."""
+    batches = job.splits.calibrate.batches(job.settings.batch_size)
+    job.work = work_of(job.layers, multiply_adds(job.model, job.objective, batches, job.layers))
 
 
 # ---------------------------------------------------------------------------------------------------------------- solve
@@ -403,7 +413,8 @@ def price_options(job: Job, candidates: Callable[[str], list[Solved]] | None) ->
     sizes = {n: {o.key: job.layer_bytes(n, o) for o in job.options[n]} for n in job.layers}
     job.analysis = _analysis(measured, job.layers)
     if candidates is not None:
-        job.ledger = build_ledger(measured, sizes, changed=changed, unit=job.objective.unit)
+        ledger = build_ledger(measured, sizes, changed=changed, unit=job.objective.unit)
+        job.ledger = replace(ledger, work=job.work or work_of(job.layers))
 
 
 def _analysis(measured: FisherPass, layers: Mapping[str, Layer]) -> Analysis:
@@ -629,6 +640,7 @@ def _best_measured(job: Job, bench: _Bench, plan: dict[str, Any]) -> dict[str, A
             f", {plan['name']} {plan['bytes']:,}" if plan["accepted"] else "; no plan was accepted"
         )
     if best is not plan:
+        best["beats_plan"] = True
         best["note"] = f"a control beats the plan: it {why}"
         job.notes.append(f"the control {best['name']} beats the plan and was used instead: it {why}")
     return best

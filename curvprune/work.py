@@ -12,16 +12,61 @@ units are removed by ``curvprune.prune(structured=...)``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from curvprune.knapsack import Limit, Row
 from curvprune.layers import Layer
 from curvprune.objective import Batch, Objective, evaluating, to_device
-from curvprune.options import DTYPE_BYTES, Cast, Option, pruner_of, quantizer_of
+from curvprune.options import DTYPE_BYTES, Cast, Option, option_from_key, pruner_of, quantizer_of
+from curvprune.plan import Budget
 
 SKIPPED = {"2:4": 0.5}  # pattern of zeros -> share of the multiply-adds that sparse tensor cores are left with
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """Of one layer: its weights, the bits of the model's own type (of its activations too), and its multiply-adds for a
+    token or item, ``None`` where they were not counted."""
+
+    weights: int
+    bits: int
+    macs: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def work_of(layers: Mapping[str, Layer], macs: Mapping[str, float] | None = None) -> dict[str, Work]:
+    """The work of every layer, with its multiply-adds where they were counted (`multiply_adds`)."""
+    return {
+        n: Work(weights=layer.numel, bits=8 * DTYPE_BYTES[layer.dtype], macs=None if macs is None else macs[n])
+        for n, layer in layers.items()
+    }
+
+
+def limits_of(budget: Budget, rows: Iterable[Row], work: Mapping[str, Work]) -> tuple[Limit, ...]:
+    """The limits of a budget on the options of the rows, but for the bytes and the drop.
+
+    Raises ``ValueError`` where multiply-adds are limited that were not counted, or nothing is known of a layer.
+    """
+    rows = list(rows)
+    if unknown := next((row.layer for row in rows if row.layer not in work), None):
+        raise ValueError(f"layer {unknown!r}: its size is not known here; price it with curvprune.price")
+    options = {row.option: option_from_key(row.option) for row in rows}
+    limits = []
+    if budget.max_bits is not None:
+        bits = {(row.layer, row.option): 8.0 * row.bytes for row in rows}
+        weights = sum(work[layer].weights for layer in dict.fromkeys(row.layer for row in rows))
+        limits.append(Limit(name="max_bits", most=budget.max_bits, use=bits, per=weights))
+    for name, most, of in (("max_macs", budget.max_macs, _macs), ("max_bops", budget.max_bops, bit_operations)):
+        if most is not None:
+            use = {(row.layer, row.option): of(work[row.layer], options[row.option]) for row in rows}
+            limits.append(Limit(name=name, most=most, use=use))
+    return (*limits, *budget.limits)
 
 
 @torch.no_grad()
@@ -81,10 +126,15 @@ def macs_left(option: Option) -> float:
     return 1.0 if prune is None or prune.pattern is None else SKIPPED.get(prune.pattern, 1.0)
 
 
-def bit_operations(layer: Layer, option: Option, macs: float) -> float:
+def _macs(work: Work, option: Option) -> float:
+    if work.macs is None:
+        raise ValueError("the multiply-adds of these layers were not counted; price them again with curvprune.price")
+    return work.macs * macs_left(option)
+
+
+def bit_operations(work: Work, option: Option) -> float:
     """Multiply-adds x bits of the weight x bits of the activations, which stay in the model's own type (van Baalen et
-    al. 2020, Bayesian Bits, appendix B.2, where activations may be rounded too)."""
-    own = 8 * DTYPE_BYTES[layer.dtype]
+    al. 2020, Bayesian Bits, where activations may be rounded too)."""
     grid = quantizer_of(option)
-    bits = grid.bits if grid is not None else 16 if isinstance(option, Cast) else own
-    return macs * macs_left(option) * bits * own
+    bits = grid.bits if grid is not None else 16 if isinstance(option, Cast) else work.bits
+    return _macs(work, option) * bits * work.bits

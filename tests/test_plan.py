@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import random
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 
+import numpy as np
 import pytest
+from scipy.optimize import minimize
 
 from curvprune.knapsack import Choice, Infeasible, Limit, cheapest, frontier
 from curvprune.plan import Budget, Measurement, Plan, Search, Trial, corrections, search
-from tests.test_knapsack import ladder, share, value
+from tests.test_knapsack import by_layer, ladder, share, value
 
 
 class Truth:
@@ -131,6 +136,102 @@ def test_search_is_a_pure_function_and_resumes_from_a_cache() -> None:
     assert fresh.seen == [t.choices for t in whole.trials[2:]]
     assert Search.from_dict(json.loads(json.dumps(whole.to_dict()))) == whole
     assert Trial.from_dict(whole.trials[0].to_dict()) == whole.trials[0]
+
+
+def beyond_second_order(row: Choice) -> float:
+    """How much more an option really costs than its price: the coarser, the more."""
+    return {"2 bit": 5.0, "3 bit": 2.0, "4 bit": 1.2}.get(row.option, 1.0)
+
+
+@pytest.mark.parametrize(("budget", "scaled_only"), [(0.01, 1.028), (0.03, 1.028)])
+def test_search_learns_which_options_cost_more_than_their_price(budget: float, scaled_only: float) -> None:
+    """`scaled_only` is how far the same search stays from the true optimum where all prices are corrected alike."""
+    rows = ladder(30)
+    true = [replace(row, price=row.price * beyond_second_order(row)) for row in rows]
+
+    def evaluate(choices: dict[str, str]) -> Measurement:
+        loss = float(value(true, choices)[1])
+        return Measurement(loss <= budget, loss, loss)
+
+    result = search(rows, evaluate, start=budget, max_trials=6)
+    assert result.best is not None
+    optimum = value(true, cheapest(true, max_loss=budget))[0]
+    assert value(rows, result.best)[0] < (1 + (scaled_only - 1) / 2) * optimum
+    first, last = result.trials[0], result.trials[-1]
+    assert first.expected == first.predicted < first.loss / 3
+    assert last.expected == pytest.approx(last.loss, rel=0.1) and last.predicted < last.loss / 1.5
+    factors = result.factors
+    assert factors["2 bit"] > 1.5 * factors["3 bit"] and factors["3 bit"] > 1
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_search_under_several_limits_finds_the_smallest_plan_that_passes(seed: int) -> None:
+    rng = random.Random(seed)
+    rows = [
+        Choice(layer=f"l{layer}", option=f"o{option}", bytes=rng.randint(10, 99), price=rng.random() * 4.0**-option)
+        for layer in range(5)
+        for option in range(4)
+    ]
+    use = {(row.layer, row.option): float(rng.randint(0, 9)) for row in rows}
+    plans = list(itertools.product(*by_layer(rows)))
+    sums = [
+        (sum(r.bytes for r in p), math.fsum(r.price for r in p), sum(use[r.layer, r.option] for r in p)) for p in plans
+    ]
+    limit = Limit(name="time", most=sorted(s[2] for s in sums)[len(sums) // 3], use=use)
+    max_bytes = sorted(s[0] for s in sums)[2 * len(sums) // 3]
+    within = [s for s in sums if s[2] <= limit.most and s[0] <= max_bytes]
+    budget = 1.5 * sorted(s[1] for s in within)[len(within) // 5]
+
+    def evaluate(choices: dict[str, str]) -> Measurement:
+        size, price = value(rows, choices)
+        assert size <= max_bytes and limit.used(choices) <= limit.most, "every plan keeps to the other limits"
+        loss = 1.5 * float(price)
+        return Measurement(loss <= budget, loss, loss)
+
+    result = search(
+        rows, evaluate, start=budget, max_trials=40, tolerance=0.0,
+        max_bytes=max_bytes + 7, fixed_bytes=7, limits=[limit],
+    )  # fmt: skip
+    assert result.best is not None
+    # Limits closer than a thousandth are not told apart.
+    assert value(rows, result.best)[0] <= min(s[0] for s in within if 1.5 * s[1] <= budget * 0.998)
+    with pytest.raises(Infeasible, match="time: at least"):
+        search(rows, evaluate, start=budget, limits=[replace(limit, most=-1.0)])
+
+
+def test_corrections_in_closed_form() -> None:
+    rows = ladder(6)
+    layers = sorted({row.layer for row in rows})
+    price = {(row.layer, row.option): row.price for row in rows}
+    uniform = {o: dict.fromkeys(layers, o) for o in ("2 bit", "3 bit", "4 bit", "8 bit")}
+    costs = {o: math.fsum(price[pair] for pair in plan.items()) for o, plan in uniform.items()}
+    assert corrections(rows, []) == {}
+    alike = corrections(rows, [(uniform["3 bit"], 3 * costs["3 bit"], 0.0)])
+    assert alike == pytest.approx(dict.fromkeys({row.option for row in rows}, 3.0))
+    # Two plans of one option each: with f the free mean and a, b distances from it, minimise the squared errors of the
+    # losses over their variances plus (a² + b²) / (common / 2)².
+    measured = [(uniform["3 bit"], 2.0 * costs["3 bit"], 0.0), (uniform["4 bit"], 1.0 * costs["4 bit"], 0.0)]
+    factors = corrections(rows, measured)
+    losses = np.array([loss for _, loss, _ in measured])
+    p = np.array([costs["3 bit"], costs["4 bit"]])
+    variance = (0.1 * losses) ** 2 + (0.01 * losses.max()) ** 2
+    common = (p * losses / variance).sum() / (p**2 / variance).sum()
+
+    def error(x: np.ndarray) -> float:
+        fit = (x[0] + x[1:]) * p
+        return float((((losses - fit) ** 2) / variance).sum() + (x[1:] ** 2).sum() / (0.5 * common) ** 2)
+
+    mean, a, b = minimize(error, np.array([common, 0.0, 0.0]), tol=1e-12).x
+    assert [factors["3 bit"], factors["4 bit"]] == pytest.approx([mean + a, mean + b], rel=1e-4)
+    assert [factors["2 bit"], factors["keep"]] == pytest.approx([mean, mean], rel=1e-4)
+    # A noisy loss moves less, one that is not finite not at all, and one far off at most fourfold.
+    noisy = corrections(rows, [measured[0], (*measured[1][:2], 10 * costs["4 bit"])])
+    assert abs(noisy["4 bit"] - 2) < abs(factors["4 bit"] - 2)
+    assert corrections(rows, [measured[0], (uniform["2 bit"], math.inf, 0.0)]) == corrections(rows, measured[:1])
+    far = corrections(rows, [(uniform["8 bit"], 100 * costs["8 bit"], 0.0), *measured])
+    assert max(far.values()) <= 16.001 * min(far.values())
+    for losses_of_nothing in (-1.0, 0.0, math.nan):
+        assert corrections(rows, [(uniform["3 bit"], losses_of_nothing, 0.0)]) == {}
 
 
 def test_search_validates_its_arguments() -> None:

@@ -100,7 +100,10 @@ def test_defaults_of_a_short_recipe(tmp_path: Path) -> None:
         },
         "objective": "auto",
         "same_option": (),
-        "budget": {"metric": "loss", "max_drop": 0.05, "max_bytes": None, "confidence": 0.95},
+        "budget": {
+            **{"metric": "loss", "max_drop": 0.05, "max_bytes": None, "max_bits": None, "max_macs": None},
+            **{"max_bops": None, "limits": (), "confidence": 0.95},
+        },
         "price": {"labels": 2},
         "analyze": {
             "matrix": "hessian",
@@ -446,12 +449,18 @@ REJECTED = {
         "budget: {max_drop: 0.05}",
     ),
     # budget and the rest
-    "both limits": (
-        OFFERS + "budget:\n  max_drop: 0.1\n  max_bytes: 5 #!\n",
-        "budget.max_bytes: max_drop and max_bytes are both given",
-        "exactly one",
+    "no limit": (OFFERS + "budget: {metric: loss} #!\n", "budget: no limit given", "max_bops or limits"),
+    "bits of nothing": (OFFERS + "budget: {max_bits: 0} #!\n", "budget.max_bits: 0 is not valid", "bits per weight"),
+    "a limit without a table": (
+        OFFERS + "budget:\n  limits:\n    - {name: ms, most: 3} #!\n",
+        "budget.limits[0]: table is missing",
+        "a JSON file",
     ),
-    "no limit": (OFFERS + "budget: {metric: loss} #!\n", "budget: no limit given", "exactly one"),
+    "a limit named like another": (
+        OFFERS + "budget:\n  limits:\n    - {name: max_bits, most: 3, table: ms.json} #!\n",
+        "budget.limits[0].name: max_bits is taken",
+        "a name of its own",
+    ),
     "negative drop": (OFFERS + "budget: {max_drop: -0.1} #!\n", "budget.max_drop: -0.1 is not valid", "nearest: 0"),
     "exponent that YAML reads as text": (
         OFFERS + "budget: {max_drop: 1e-3} #!\n",

@@ -472,7 +472,29 @@ def size_facts(record: Record) -> list[Fact]:
             "model folder", size(sizes.get("folder_bytes")), num(sizes.get("folder_bytes")), "", "all files of model/"
         ),
         Fact("parameters", count(parameters), parameters, "", "of the uncompressed model"),
+        *(
+            Fact(name, text, used, "", LIMITS.get(name, "a limit with a table of its own"))
+            for name, used, text in limits(record)
+        ),
     ]
+
+
+LIMITS = {  # what the budget may limit besides the drop
+    "max_bytes": "bytes of the file of weights, with the most that its header can take",
+    "max_bits": "stored bits per weight of the layers that had options",
+    "max_macs": "multiply-adds of the layers that had options: per token of a language model, else per item",
+    "max_bops": "bit operations (multiply-adds x weight bits x activation bits), likewise",
+}
+
+
+def limits(record: Record) -> list[tuple[str, float | None, str]]:
+    """Name, what the shipped plan uses of it, and both used and most in words, of every limit on size and speed."""
+    found = []
+    for limit in items_or_none(record, "limits"):
+        used, most = num(limit.get("used")), num(limit.get("most"))
+        words = (count(v) if v is not None and v >= 1e5 else sig(v, 4) for v in (used, most))
+        found.append((word(limit.get("name")), used, " of ".join(words)))
+    return found
 
 
 def _by_option(record: Record) -> dict[str, list[Record]]:
@@ -629,6 +651,7 @@ def _points(value: Any) -> str:
 def trials_table(record: Record) -> Table:
     trials = items(record, "trials")
     chosen = _chosen_trial(record)
+    corrected = any(num(t.get("expected")) is not None for t in trials)
     extra = [c for c in _EXTRA if any(num(t.get(c[0])) is not None for t in trials)]
     if _judged(record).get("metric") != "accuracy":
         extra = [c for c in extra if c[0] != "metric_drop"]
@@ -651,6 +674,7 @@ def trials_table(record: Record) -> Table:
                 Cell(word(trial.get("kind"))),
                 number_cell(trial.get("bytes"), size(trial.get("bytes")), title=f"{count(trial.get('bytes'))} B"),
                 error_cell(p, ep),
+                *([number_cell(trial.get("expected"), sig(trial.get("expected")))] if corrected else []),
                 error_cell(m, em),
                 number_cell(gap, plus_minus(gap, spread)),
                 number_cell(z, fixed(z, 1), "n alert" if z is not None and abs(z) > 3 else "n"),
@@ -667,6 +691,7 @@ def trials_table(record: Record) -> Table:
         Column("kind", "plan: from the integer program; control: for comparison; applied: the packed model itself"),
         Column("bytes", "weights on disk", "n"),
         Column(f"predicted {PLUS_MINUS} se", "loss increase from the ledger", "n"),
+        *([Column("expected", "predicted, as the trials before had corrected the prices", "n")] if corrected else []),
         Column(f"measured {PLUS_MINUS} se", "loss increase on the select split, paired", "n"),
         Column(f"difference {PLUS_MINUS} se", "measured minus predicted; errors in quadrature (different splits)", "n"),
         Column("z", "difference divided by its standard error", "n"),
@@ -690,7 +715,9 @@ def trials_reading(record: Record) -> str:
             good += abs(m - p) <= 2 * math.hypot(ep, em)
     if not total:
         return "No trial has both a prediction and a measurement with standard errors."
-    return f"{good} of {total} trials were measured within two standard errors of the prediction."
+    beaten = [word(t.get("name")) for t in items_or_none(record, "trials") if t.get("beats_plan") is True]
+    end = f" A control, {beaten[0]}, beats the plan and was used." if beaten else ""
+    return f"{good} of {total} trials were measured within two standard errors of the prediction.{end}"
 
 
 def max_bytes_of(record: Record) -> float | None:

@@ -50,6 +50,8 @@ def summary(record: Mapping[str, Any]) -> str:
                 f"{fixed(sections.smaller_by(sizes), 2)} times smaller; model folder {size(sizes.get('folder_bytes'))}"
             )
         )
+    if limits := sections.limits(record):
+        lines.append(_line(f"- within: {'; '.join(f'{name} {text}' for name, _, text in limits)}"))
     if options := _options(record):
         lines.append(_line(f"- layers: {options}"))
     chosen = next((p for p in sections.trial_points(record) if p.chosen), None)

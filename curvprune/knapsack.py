@@ -17,6 +17,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Decimal
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -252,7 +253,7 @@ class _Problem:
             if least > resource.most:
                 alone.append(Shortfall(resource.name, resource.limit, resource.shown(least)))
         if alone:
-            parts = [f"{s.name}: at least {_number(s.best)} is needed, {_number(s.limit)} allowed" for s in alone]
+            parts = [f"{s.name}: at least {_needed(s.best)} is needed, {_number(s.limit)} allowed" for s in alone]
             return Infeasible(f"{'; '.join(parts)}; raise the limit or add other options", *alone)
         found = []
         for resource in self.resources:
@@ -265,7 +266,7 @@ class _Problem:
             unknown = [Shortfall(r.name, r.limit, math.nan) for r in self.resources]
             return Infeasible(f"no plan meets {names} together, nor all of them but one; raise at least two", *unknown)
         parts = [
-            f"{s.name} from {_number(s.limit)} to {_number(s.best)} (by {_number(s.best - s.limit, 4)})" for s in found
+            f"{s.name} from {_number(s.limit)} to {_needed(s.best)} (by {_needed(s.best - s.limit)})" for s in found
         ]
         return Infeasible(
             f"each of {names} can be met, but not all together: raise {' or '.join(parts)}, or add other options",
@@ -273,9 +274,16 @@ class _Problem:
         )
 
 
-def _number(value: float, digits: int = 10) -> str:
-    """Whole numbers in full, others to so many digits."""
-    return f"{value:,.0f}" if value == int(value) else f"{value:,.{digits}g}"
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.10g}"
+
+
+def _needed(value: float) -> str:
+    """Whole numbers in full, others rounded up to six digits, so that a limit can be raised to what is printed."""
+    if value == int(value):
+        return _number(value)
+    exact = Decimal(value)
+    return f"{exact.quantize(Decimal(1).scaleb(exact.adjusted() - 5), rounding=ROUND_CEILING).normalize():,f}"
 
 
 def _within_all(

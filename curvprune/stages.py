@@ -185,7 +185,7 @@ def limit_plans(job: Job) -> None:
     rows = [Choice(layer=n, option=key, bytes=job.layer_bytes(n, o), price=0.0) for (n, key), o in options.items()]
     job.limits = limits_of(budget, rows, job.work or work_of(job.layers))
     try:
-        cheapest(rows, max_loss=0.0, **job.within)
+        cheapest(rows, **job.within)
     except Infeasible as error:
         names = {shortfall.name for shortfall in error.shortfalls}
         if "max_macs" in names and all(macs_left(o) == 1.0 for o in options.values()):
@@ -601,7 +601,8 @@ def _select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[
             # Where none was accepted, the most cautious plan that was measured goes to the certificate all the same.
             best = max(bench.trials, key=lambda t: (t["choices"] == found.best, t["chance"], t["bytes"]))
         for control in _controls(job, best):
-            bench.measure(control.name, "control", control.choices)
+            same = next((f"the same as {t['name']}" for t in bench.trials if t["choices"] == control.choices), "")
+            bench.measure(control.name, "control", control.choices, same)
             advance(1 + len(bench.trials))
         best = _best_measured(job, bench, best)
         advance(job.settings.trials + 6)
@@ -609,18 +610,14 @@ def _select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[
 
 
 def _controls(job: Job, best: Mapping[str, Any]) -> list[Control]:
-    """Controls near the size of the best plan, those left out that are that plan or one another."""
+    """Controls near the size of the best plan."""
     assert job.ledger is not None
 
     def plan(rows: list[Row], size: int) -> dict[str, str]:
         return cheapest(rows, max_bytes=size, same_option=job.same_option)
 
     size = best["bytes"] - job.fixed_bytes
-    chosen: list[Control] = []
-    for control in controls(job.ledger.rows, job.layers, job.units, size=size, plan=plan):
-        if control.choices not in (best["choices"], *(c.choices for c in chosen)):
-            chosen.append(control)
-    return chosen
+    return controls(job.ledger.rows, job.layers, job.units, size=size, plan=plan)
 
 
 def _best_measured(job: Job, bench: _Bench, plan: dict[str, Any]) -> dict[str, Any]:

@@ -535,6 +535,13 @@ def test_a_limit_counts_what_a_plan_uses() -> None:
     limit = Limit(name="bits", most=4.25, use={("a", "x"): 30.0, ("b", "x"): 4.0, ("b", "y"): 4.0 + 2**-40}, per=8)
     assert limit.used({"a": "x", "b": "x"}) == 4.25
     assert limit.used({"a": "x", "b": "y"}) == 4.25 + 2**-43 > limit.most
+    for seed in range(20):
+        odd = random.Random(seed).uniform(0.001, 1000)
+        rows = [Choice(layer="a", option="x", bytes=1, price=0.0)]
+        with pytest.raises(Infeasible) as error:
+            cheapest(rows, limits=[Limit(name="time", most=0.0, use={("a", "x"): odd})])
+        told = float(str(error.value).split("at least ")[1].split()[0].replace(",", ""))
+        assert odd <= told <= odd * 1.00001, "a limit that is raised to what is printed can be met"
     thirds = Limit(name="time", most=1 / 3, use={("a", "x"): 1.0}, per=3)
     assert cheapest([Choice(layer="a", option="x", bytes=1, price=0.0)], limits=[thirds]) == {"a": "x"}
     assert Fraction(1 / 3) < Fraction(1, 3), "met as a rounded number only"

@@ -1,0 +1,222 @@
+"""Budgets with several limits from the verbs and from recipes, and controls that beat the plan."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import curvprune as cp
+from curvprune import pipeline
+from curvprune.cli import app
+from tests import tiny
+from tests.test_api import batches, trained  # noqa: F401
+
+WEIGHTS = {"0": 64 * 48, "3": 48 * 48, "5": 48 * 10}
+
+
+def every_plan(ledger: cp.Ledger) -> list[dict[str, str]]:
+    """All plans of a small ledger."""
+    table: dict[str, list[str]] = {}
+    for row in ledger.rows:
+        table.setdefault(row.layer, []).append(row.option)
+    return [dict(zip(table, keys, strict=True)) for keys in itertools.product(*table.values())]
+
+
+def operations(choices: dict[str, str]) -> float:
+    """Bit operations per image of the network of three linear layers, written out."""
+    bits = {n: 32 if key == "keep" else int(key[3]) for n, key in choices.items()}
+    return sum(WEIGHTS[n] * bits[n] * 32 for n in choices)
+
+
+def bits_per_weight(ledger: cp.Ledger, choices: dict[str, str]) -> float:
+    stored = sum(ledger.layer_rows(n)[key].bytes for n, key in choices.items())
+    return 8 * stored / sum(WEIGHTS.values())
+
+
+def planned(result: cp.Result) -> dict[str, Any]:
+    return next(trial for trial in result.trials if trial["kind"] == "plan")
+
+
+def test_without_a_drop_the_plan_is_the_best_within_all_limits(trained):  # noqa: F811
+    model, data = trained
+    budget = cp.Budget(max_bits=4.5, max_bops=7e5, max_bytes=7000)
+    result = cp.quantize(model, batches(data), budget=budget)
+    ledger = result.ledger
+    assert ledger is not None and result.verdict is None
+    within = [
+        plan
+        for plan in every_plan(ledger)
+        if operations(plan) <= budget.max_bops and bits_per_weight(ledger, plan) <= budget.max_bits
+    ]
+    best = min(ledger.predict(plan).value for plan in within)
+    assert planned(result)["predicted"] == pytest.approx(best, rel=1e-9)
+    unlimited = min(ledger.predict(p).value for p in every_plan(ledger) if bits_per_weight(ledger, p) <= 4.5)
+    assert best > unlimited, "the second limit must matter"
+    assert set(result.plan.uses) == {"max_bytes", "max_bits", "max_bops"}
+    assert result.plan.uses["max_bops"] == operations(result.plan.choices) <= budget.max_bops
+    assert result.plan.uses["max_bits"] == pytest.approx(bits_per_weight(ledger, result.plan.choices))
+    assert result.plan.uses["max_bits"] <= 4.5 and result.plan.uses["max_bytes"] <= 7000
+    assert cp.Plan.from_dict(json.loads(json.dumps(result.plan.to_dict()))) == replace(result.plan)
+
+
+def test_a_drop_is_certified_within_the_other_limits(trained):  # noqa: F811
+    model, data = trained
+    latency = {(n, f"int{b}-pc-sym"): WEIGHTS[n] / 1000 + (b == 3) * 5.0 for n in WEIGHTS for b in (2, 3, 4, 8)}
+    latency |= {(n, "keep"): WEIGHTS[n] / 500 for n in WEIGHTS}
+    free = cp.quantize(model, batches(data), bits=[2, 3, 4, 8], budget=cp.Budget("accuracy", max_drop=0.03))
+    budget = cp.Budget(
+        "accuracy", max_drop=0.03, max_bits=7, limits=[cp.Limit(name="milliseconds", most=6.5, use=latency)]
+    )
+    result = cp.quantize(model, batches(data), bits=[2, 3, 4, 8], budget=budget)
+    assert result.verdict is not None and result.verdict.max_drop == 0.03
+    assert any("int3" in key for key in free.plan.choices.values()), "the slow option must be worth its bytes"
+    for trial in result.trials:
+        assert trial["uses"]["milliseconds"] == pytest.approx(sum(latency[pair] for pair in trial["choices"].items()))
+        if trial["kind"] != "control":
+            assert trial["uses"]["milliseconds"] <= 6.5 and trial["uses"]["max_bits"] <= 7
+            assert math.isfinite(trial["expected"]) and math.isfinite(trial["measured"])
+
+
+def test_controls_are_run_and_named(trained):  # noqa: F811
+    model, data = trained
+    for budget in (cp.Budget("accuracy", max_drop=0.03), cp.Budget(max_bits=4.6)):
+        result = cp.quantize(model, batches(data), budget=budget)
+        controls = [trial for trial in result.trials if trial["kind"] == "control"]
+        assert {"uniform", "static", "reversed"} == {trial["name"].split(" ")[0] for trial in controls}
+        for trial in controls:
+            twins = [t["name"] for t in result.trials[: result.trials.index(trial)] if t["choices"] == trial["choices"]]
+            assert trial.get("beats_plan") or trial["note"] == (f"the same as {twins[0]}" if twins else "")
+
+
+@pytest.mark.parametrize("budget", [cp.Budget(max_bits=6), cp.Budget("loss", max_drop=0.02, max_bits=6)])
+def test_a_control_that_beats_the_plan_is_used(trained, monkeypatch, budget):  # noqa: F811
+    """With prices turned upside down the plan is bad, or large, and a uniform control is not."""
+    model, data = trained
+    honest = cp.stages.build_ledger
+
+    def upside_down(*arguments: Any, **named: Any) -> cp.Ledger:
+        ledger = honest(*arguments, **named)
+        highest = max(row.price for row in ledger.rows)
+        return replace(ledger, rows=tuple(replace(row, price=highest - row.price) for row in ledger.rows))
+
+    monkeypatch.setattr(cp.stages, "build_ledger", upside_down)
+    result = cp.quantize(model, batches(data), bits=[2, 4, 5], budget=budget, settings=cp.Settings(trials=2))
+    better = [trial for trial in result.trials if trial.get("beats_plan")]
+    assert len(better) == 1 and better[0]["kind"] == "control"
+    assert better[0]["choices"] == result.plan.choices and result.plan.uses["max_bits"] <= 6
+    assert any(f"the control {better[0]['name']} beats the plan" in note for note in result.plan.notes)
+    assert better[0]["measured"] < planned(result)["measured"]
+
+
+def test_the_frontier_keeps_to_a_budget(trained):  # noqa: F811
+    model, data = trained
+    options = [cp.Quantize(bits=bits) for bits in (2, 4, 8)]
+    ledger = cp.price(model, batches(data)[:4], options=options)
+    assert {n: work.macs for n, work in ledger.work.items()} == WEIGHTS
+    assert cp.Ledger.from_dict(json.loads(json.dumps(ledger.to_dict()))).work == ledger.work
+    whole = cp.frontier(ledger, points=100)
+    for budget, kept in (
+        (cp.Budget(max_bops=6e5), lambda plan: operations(plan.choices) <= 6e5),
+        (cp.Budget(max_bits=5, max_bytes=3200), lambda plan: plan.bytes <= min(3200, 5 * sum(WEIGHTS.values()) / 8)),
+    ):
+        some = cp.frontier(ledger, points=100, budget=budget)
+        assert [plan.choices for plan in some] == [plan.choices for plan in whole if kept(plan)]
+        assert 0 < len(some) < len(whole)
+        few = cp.frontier(ledger, points=2, budget=budget)
+        assert [plan.choices for plan in few] == [some[0].choices, some[-1].choices]
+    assert set(some[0].uses) == {"max_bits"}
+    with pytest.raises(ValueError, match="none of its plans keeps"):
+        cp.frontier(ledger, budget=cp.Budget(max_bits=1))
+    with pytest.raises(ValueError, match="without max_drop"):
+        cp.frontier(ledger, budget=cp.Budget(max_drop=1))
+
+
+def test_multiply_adds_fall_where_hardware_skips_zeros(trained):  # noqa: F811
+    model, data = trained
+    options = [cp.Prune(pattern="2:4"), cp.Prune(sparsity=0.9)]
+    half = sum(WEIGHTS.values()) / 2
+    result = cp.compress(
+        model, batches(data), options=options, budget=cp.Budget(max_macs=1.2 * half), layers=["0", "3", "5"]
+    )
+    assert result.plan.uses["max_macs"] <= 1.2 * half
+    assert "prune2:4" in result.plan.choices.values() and "keep" in planned(result)["choices"].values()
+
+
+PAIRS = [(n, key) for n in WEIGHTS for key in ("int4-pc-sym", "keep")]
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (cp.Budget(max_macs=5000), r"max_macs: at least 5,856 is needed, 5,000 allowed.*prune\(structured=\.\.\.\)"),
+        (cp.Budget(max_bits=4, max_bops=1), r"max_bits: at least 4\.\d+ is needed, 4 allowed; max_bops: .* 749,568 is"),
+        (cp.Budget(max_drop=1, max_bytes=900), "max_bytes: at least"),
+        (
+            cp.Budget(
+                max_bits=20,
+                limits=[cp.Limit(name="ms", most=3, use={pair: 2.0 - (pair[1] == "keep") for pair in PAIRS})],
+            ),
+            r"each of max_bits, ms can be met, but not all together: raise max_bits from 20 to 32 \(by 12\) or ms",
+        ),
+        (cp.Budget(limits=[cp.Limit(name="ms", most=3, use={("0", "keep"): 1.0})]), "no number for layer '0', .*int4"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_met_is_said_before_computing(trained, monkeypatch, budget, message):  # noqa: F811
+    model, data = trained
+    monkeypatch.setattr(cp.api, "solve_options", lambda job: pytest.fail("nothing long may have begun"))
+    with pytest.raises(ValueError, match=message):
+        cp.quantize(model, batches(data), bits=[4], budget=budget)
+
+
+def test_a_recipe_with_several_limits(tmp_path):
+    path = tiny.write_recipe(
+        tmp_path, budget="budget: {max_drop: 0.2, max_bits: 8.5, max_bops: 6.5e+6, limits: [LIMIT]}"
+    )
+    job, _ = pipeline.prepare(pipeline.load_recipe(path_without_table(path, tmp_path)), None, progress=False)
+    slow = {
+        n: {o.key: layer.numel * (2.0 if "int2" in o.key else 1.0) for o in job.options[n]}
+        for n, layer in job.layers.items()
+    }
+    (tmp_path / "slow.json").write_text(json.dumps(slow))
+    most = 1.2 * sum(layer.numel for layer in job.layers.values())
+    limit = f"{{name: microseconds, most: {most}, table: {tmp_path / 'slow.json'}}}"
+    path.write_text(path.read_text().replace("LIMIT", limit))
+    shown = CliRunner().invoke(app, ["check", str(path)])
+    assert shown.exit_code == 0 and "budget: max_bits 8.5, at least 7.59" in shown.output, shown.output
+
+    result = pipeline.run(path, tmp_path / "out", progress=False)
+    limits = {limit["name"]: limit for limit in result.record["limits"]}
+    assert set(limits) == {"max_bits", "max_bops", "microseconds"}
+    assert all(limit["used"] <= limit["most"] for limit in limits.values())
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    used = sum(slow[n][key] for n, key in plan["choices"].items())
+    assert limits["microseconds"]["used"] == pytest.approx(used)
+    assert plan["uses"] == {name: limit["used"] for name, limit in limits.items()}
+    for trial in plan["trials"]:
+        assert {"predicted", "expected", "measured", "accepted", "uses"} <= set(trial)
+    assert set(plan["corrections"]) == {o.key for options in job.options.values() for o in options}
+    assert "max_bops" in result.summary and "microseconds" in (tmp_path / "out" / "report.html").read_text()
+
+    (tmp_path / "slow.json").write_text(json.dumps({n: {} for n in slow}))
+    with pytest.raises(cp.recipe.RecipeError, match=r"recipe\.yaml:\d+: budget\.limits: .*no number for layer 'model"):
+        pipeline.check(path)
+    (tmp_path / "slow.json").write_text("[1]")
+    with pytest.raises(
+        cp.recipe.RecipeError, match=r"recipe\.yaml:\d+: budget\.limits\[0\]\.table: .*expected JSON such as"
+    ):
+        pipeline.check(path)
+    (tmp_path / "slow.json").unlink()
+    with pytest.raises(cp.recipe.RecipeError, match=r"recipe\.yaml:\d+: budget\.limits\[0\]\.table: .*cannot be read"):
+        pipeline.check(path)
+
+
+def path_without_table(path, folder):
+    other = folder / "without.yaml"
+    other.write_text(path.read_text().replace(", limits: [LIMIT]", ""))
+    return other

@@ -672,7 +672,7 @@ def _estimate(job: Job, dense: int) -> tuple[dict[str, float], int]:
         seconds |= {
             "solve": 1.6 * counts["calibrate"] * forward + share * solving,
             "price": counts["price"] * (forward + s.labels * max(both - forward, forward)),
-            "select": (s.trials + 5) * counts["select"] * forward,
+            "select": (s.trials + 6) * counts["select"] * forward,
         }
     weights = sum(layer.numel for layer in job.layers.values())
     options = max(len(o) for o in job.options.values())

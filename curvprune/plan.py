@@ -232,13 +232,13 @@ def search(
       the two, on a logarithmic scale.
 
     Stops when no plan cheaper than the rejected one is smaller than the accepted one by `tolerance` of its bytes, when
-    the smallest model is accepted or the one with the lowest price rejected, when the limits in between give no new
-    plan, or when the trials are spent. Should `start` be a fall of accuracy, the measurements turn it into nats from
-    the second limit on.
+    the smallest model is accepted, when nothing is and a plan was rejected whose price is the lowest but for
+    `tolerance`, when the limits in between give no new plan, or when the trials are spent. Should `start` be a fall of
+    accuracy, the measurements turn it into nats from the second limit on.
 
     A pure function of what `evaluate` returns: a caller who caches evaluations by plan can stop and resume. Raises
     Infeasible when no plan keeps within the other limits; ValueError on malformed rows or groups, a start that is
-    negative or not finite, or an accepted plan without a finite loss.
+    negative or not finite, or an accepted plan without a finite drop.
     """
     if not (math.isfinite(start) and start >= 0):
         raise ValueError(
@@ -371,7 +371,7 @@ def _next(
         return None
     if passing is not None and trials[passing].bytes <= _sums(prices, smallest)[0]:
         return None
-    if passing is None and _key(most_careful) in trials:
+    if passing is None and any(price <= floor + tolerance * abs(floor) for price in cost.values()):
         return None
     low = None if passing is None else cost[passing]
     # A rejected plan that costs no more than the accepted one says that the prices still err, and no more than that.

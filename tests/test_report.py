@@ -645,6 +645,20 @@ def test_attempts_are_listed_in_order(page: Page) -> None:
     assert "0.0081 \N{PLUS-MINUS SIGN} 0.0014" in table
 
 
+def test_limits_corrected_prices_and_a_control_that_won_are_shown(small: dict[str, Any]) -> None:
+    limits = [{"name": "max_bits", "most": 4.25, "used": 4.2}, {"name": "ms", "most": 1e6, "used": 987654.0}]
+    trials = [dict(trial) for trial in small["trials"]]
+    assert "expected" not in [c.name for c in sections.trials_table(small).columns]
+    trials[0]["expected"], trials[-1]["beats_plan"] = 0.0301, True
+    record = small | {"limits": limits, "trials": trials, "corrections": {"int4-g64-sym": 1.1}}
+    words = parsed(record).words
+    for text in ("max_bits", "4.200 of 4.250", "987,654 of 1,000,000", "0.0301"):
+        assert text in words, text
+    assert f"A control, {trials[-1]['name']}, beats the plan and was used." in words
+    assert "- within: max_bits 4.200 of 4.250; ms 987,654 of 1,000,000" in summary(record)
+    assert "within:" not in summary(small) and "beats the plan" not in parsed(small).words
+
+
 # --- notes ----------------------------------------------------------------------------------------------------------
 
 
@@ -670,6 +684,7 @@ def test_contradictions_are_reported(small: dict[str, Any]) -> None:
         },
         "more than the 1,000 B of all weights": {"size": {"after_bytes": 1000}},
         "fits neither before/after": {"size": small["size"] | {"ratio": 9.0}},
+        "more of max_bits than the budget": {"limits": [{"name": "max_bits", "most": 4.0, "used": 4.5}]},
     }
     assert sections.inconsistencies(small) == []
     for text, change in cases.items():

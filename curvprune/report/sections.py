@@ -569,7 +569,7 @@ _DRAWN = {
     "applied": ("star", "applied", "applied model"),
     "uniform": ("square", "uniform", "control: uniform"),
     "reversed": ("diamond", "reversed", "control: reversed order"),
-    "control": ("triangle", "control", "control: other"),
+    "control": ("triangle", "control", "control: static rule"),
 }
 
 
@@ -651,7 +651,7 @@ def _points(value: Any) -> str:
 def trials_table(record: Record) -> Table:
     trials = items(record, "trials")
     chosen = _chosen_trial(record)
-    corrected = any(num(t.get("expected")) is not None for t in trials)
+    corrected = bool(mapping_or_empty(record, "corrections"))
     extra = [c for c in _EXTRA if any(num(t.get(c[0])) is not None for t in trials)]
     if _judged(record).get("metric") != "accuracy":
         extra = [c for c in extra if c[0] != "metric_drop"]
@@ -959,6 +959,10 @@ def inconsistencies(record: Record) -> list[str]:
     verdict = mapping_or_empty(record, "verdict")
     bound, drop, budget = (num(verdict.get(k)) for k in ("bound", "drop", "max_drop"))
     status = verdict.get("status")
+    for limit in items_or_none(record, "limits"):
+        used, most = num(limit.get("used")), num(limit.get("most"))
+        if used is not None and most is not None and used > most:
+            found.append(f"The plan uses more of {word(limit.get('name'))} than the budget allows.")
     if status == "CERTIFIED" and (bound is None or budget is None or bound > budget):
         found.append("The status is CERTIFIED, but the record's bound is missing or not within its budget.")
     if status == "VIOLATED" and drop is not None and budget is not None and drop <= budget:

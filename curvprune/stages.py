@@ -94,9 +94,7 @@ class Job:
     verdict: Verdict | None = None
     solved: dict[str, Solved] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
-    factors: dict[str, float] = field(
-        default_factory=dict
-    )  # option -> what trials say its prices are to be multiplied by
+    factors: dict[str, float] = field(default_factory=dict)  # option -> correction of its prices by the trials
 
     @property
     def fixed_bytes(self) -> int:
@@ -113,7 +111,8 @@ class Job:
         }
 
     def uses(self, choices: Mapping[str, str]) -> dict[str, float]:
-        """How much a plan uses of each limit of the budget, by name; bytes are those of the file."""
+        """How much a plan uses of each limit of the budget, by name; bytes are those of the file, with
+        the most that its header can take."""
         used = {limit.name: limit.used(choices) for limit in self.limits}
         if self.budget is None or self.budget.max_bytes is None:
             return used
@@ -609,6 +608,15 @@ def _select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[
     return bench, best
 
 
+def _leftover(job: Job) -> str:
+    """What the limits on size and speed leave possible, for a budget whose drop was missed."""
+    assert job.ledger is not None
+    if not job.most:
+        return ""
+    lowest = job.expected(cheapest(corrected(job.ledger.rows, job.factors), **job.within))
+    return f"; the lowest loss expected within {', '.join(job.most)} is {lowest:.3g} {job.objective.unit}"
+
+
 def _controls(job: Job, best: Mapping[str, Any]) -> list[Control]:
     """Controls near the size of the best plan."""
     assert job.ledger is not None
@@ -626,12 +634,12 @@ def _best_measured(job: Job, bench: _Bench, plan: dict[str, Any]) -> dict[str, A
     assert job.budget is not None
     allowed = [t for t in bench.trials if t["kind"] == "control" and job.keeps_within(t["choices"])]
     if job.budget.max_drop is None:
-        best = min([plan, *allowed], key=lambda t: t["measured"])
+        best = min([plan, *allowed], key=lambda t: t["measured"] if math.isfinite(t["measured"]) else math.inf)
         why = f"lost {best['measured']:.4g} on select, {plan['name']} {plan['measured']:.4g}"
     else:
         passing = [t for t in [plan, *allowed] if t["accepted"]]
         if not passing:
-            job.notes.append("no plan measured on select reached the wanted chance of being certified")
+            job.notes.append("no plan measured on select reached the wanted chance of being certified" + _leftover(job))
         best = min(passing, key=lambda t: t["bytes"], default=plan)
         why = f"has {best['bytes']:,} bytes" + (
             f", {plan['name']} {plan['bytes']:,}" if plan["accepted"] else "; no plan was accepted"

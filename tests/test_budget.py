@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import curvprune as cp
 from curvprune import pipeline
 from curvprune.cli import app
+from curvprune.plan import corrections
 from tests import tiny
 from tests.test_api import batches, trained  # noqa: F401
 
@@ -112,6 +113,22 @@ def test_a_control_that_beats_the_plan_is_used(trained, monkeypatch, budget):  #
     assert better[0]["choices"] == result.plan.choices and result.plan.uses["max_bits"] <= 6
     assert any(f"the control {better[0]['name']} beats the plan" in note for note in result.plan.notes)
     assert better[0]["measured"] < planned(result)["measured"]
+
+
+def test_a_drop_that_the_other_limits_rule_out_is_said(trained):  # noqa: F811
+    model, data = trained
+    budget = cp.Budget("loss", max_drop=1e-4, max_bits=2.5)
+    result = cp.quantize(model, batches(data), bits=[2, 4], budget=budget)
+    assert result.verdict is not None and result.verdict.status != "CERTIFIED"
+    note = next(note for note in result.plan.notes if note.startswith("no plan measured on select reached"))
+    told = float(note.split("within max_bits is ")[1].split()[0])
+    ledger = result.ledger
+    assert ledger is not None
+    tried = [(t["choices"], t["measured"], t["measured_stderr"]) for t in result.trials if t["kind"] == "plan"]
+    factors = corrections(ledger.rows, tried)
+    price = {(row.layer, row.option): factors[row.option] * row.price for row in ledger.rows}
+    within = [plan for plan in every_plan(ledger) if bits_per_weight(ledger, plan) <= 2.5]
+    assert told == pytest.approx(min(sum(price[pair] for pair in plan.items()) for plan in within), rel=0.01)
 
 
 def test_the_frontier_keeps_to_a_budget(trained):  # noqa: F811

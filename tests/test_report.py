@@ -648,7 +648,7 @@ def test_attempts_are_listed_in_order(page: Page) -> None:
 def test_limits_corrected_prices_and_a_control_that_won_are_shown(small: dict[str, Any]) -> None:
     limits = [{"name": "max_bits", "most": 4.25, "used": 4.2}, {"name": "ms", "most": 1e6, "used": 987654.0}]
     trials = [dict(trial) for trial in small["trials"]]
-    assert "expected" not in [c.name for c in sections.trials_table(small).columns]
+    assert "expected" not in [c.label for c in sections.trials_table(small).columns]
     trials[0]["expected"], trials[-1]["beats_plan"] = 0.0301, True
     record = small | {"limits": limits, "trials": trials, "corrections": {"int4-g64-sym": 1.1}}
     words = parsed(record).words

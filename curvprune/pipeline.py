@@ -306,7 +306,8 @@ def write_model(
     portable = portable and not (artifact.is_transformers(model) and changes_of(model))
     artifact.save(folder, model, layers, solved, plan, portable=portable)
     if artifact.is_transformers(model):
-        grids = {n: quantizer_of(s.option) for n, s in solved.items() if artifact.packs(model, layers[n], s.option)}
+        forms = {n: artifact.form_of(model, layers[n], s.option) for n, s in solved.items()}
+        grids = {n: quantizer_of(s.option) for n, s in solved.items() if forms[n] == "packed"}
         packed = {n: q for n, q in grids.items() if q is not None}
         # Without a config the folder is one for `curvprune.load(folder, model=...)`, which says so.
         if not portable or not packed or hf.loads_packed(model):
@@ -324,6 +325,35 @@ def load_artifact(folder: Path, *, packed: bool = False, device: str | torch.dev
     if artifact.is_portable(folder) and not packed:
         return hf.load_artifact(folder, device=device)
     return artifact.load_into(folder, hf.load_foreign(folder), packed=packed).to(device).eval()
+
+
+def export_dense(folder: str | Path, out: str | Path) -> Path:
+    """Write a saved artifact of a transformers model once more as an ordinary model: every weight a float of the
+    model's own type, zeros included, for ``from_pretrained`` and converters (GGUF, ONNX).
+
+    Args:
+        folder: what ``Result.save`` or a run (``model/``) wrote, portable or not.
+        out: a new or empty folder.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: not an artifact of a transformers model; shapes that no config describes.
+    """
+    folder, out = Path(folder), Path(out)
+    if not (folder / artifact.MANIFEST).is_file() or not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not an artifact of a transformers model: it lacks a manifest or a config")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; export into a new folder")
+    model: Any = load_artifact(folder)
+    if changes_of(model):
+        raise ValueError(
+            f"{folder}: no config describes its shapes, so that from_pretrained cannot read it; prune with uniform=True"
+        )
+    model.save_pretrained(out)
+    artifact.copy_companions(folder, out)
+    return out
 
 
 def _device(recipe: Recipe) -> torch.device:

@@ -33,7 +33,7 @@ from pydantic import (
 )
 
 from curvprune.groups import GroupError, Groups, Request, find_groups, read_request
-from curvprune.options import BITS, OPTIONS, Cast, Keep, Option, PruneQuantize, check_fits, parse_option
+from curvprune.options import BITS, OPTIONS, Cast, Keep, Option, PruneCast, PruneQuantize, check_fits, parse_option
 
 KeyPath = tuple[str | int, ...]
 
@@ -171,6 +171,8 @@ def _option_yaml(option: Option) -> str | dict[str, Any]:
         return "keep"
     if isinstance(option, Cast):
         return {"cast": option.dtype}
+    if isinstance(option, PruneCast):
+        return {**typing.cast(dict[str, Any], _option_yaml(option.prune)), "cast": option.cast.dtype}
     parts = (option.prune, option.quantize) if isinstance(option, PruneQuantize) else (option,)
     words = {kind: word for word, kind in OPTIONS.items()}
     form: dict[str, Any] = {}
@@ -183,7 +185,7 @@ def _option_yaml(option: Option) -> str | dict[str, Any]:
 
 def _read_option(value: Any) -> Option:
     """`parse_option`, after a look at the types, so that a complaint names the argument and not only the option."""
-    if isinstance(value, (Keep, Cast, PruneQuantize, *OPTIONS.values())):
+    if isinstance(value, (Keep, Cast, PruneQuantize, PruneCast, *OPTIONS.values())):
         return typing.cast(Option, value)
     if isinstance(value, str) and value != "keep":
         raise _At((), f"unknown option {value!r}; expected one of {_or(OPTIONS)}{_nearest(value, OPTIONS)}")
@@ -225,9 +227,9 @@ def _argument_named(value: Any, message: str) -> KeyPath:
     """The argument that an option's own complaint is about, to find its line."""
     if isinstance(value, Mapping):
         for word, arguments in value.items():
-            if not isinstance(arguments, Mapping):
+            if not isinstance(arguments, Mapping) and message.startswith(word):
                 return (word,)
-            for name in arguments:
+            for name in arguments if isinstance(arguments, Mapping) else ():
                 if f"{word}: {name}=" in message:
                     return (word, name)
     return ()

@@ -36,7 +36,7 @@ from curvprune.data import Split, Splits, collate
 from curvprune.layers import Layer, find_layers
 from curvprune.ledger import Ledger, build_ledger
 from curvprune.objective import ItemResults, Objective, evaluate, to_device
-from curvprune.options import Cast, Keep, Option, option_from_key, pruner_of, quantizer_of
+from curvprune.options import Cast, Form, Keep, Option, option_from_key, pruner_of, quantizer_of
 from curvprune.plan import Budget, Infeasible, Plan, cheapest, search
 from curvprune.processes import rank, shared, wait, world
 from curvprune.solve import Solved, solve
@@ -107,6 +107,10 @@ class Job:
     def bytes_of(self, choices: Mapping[str, str]) -> int:
         """Tensor bytes of the whole model on disk under a plan (the file adds its header)."""
         return self.fixed_bytes + sum(self.layer_bytes(n, option_from_key(key)) for n, key in choices.items())
+
+    def form_of(self, name: str, option: Option) -> Form:
+        """How a layer lies on disk under an option."""
+        return artifact.form_of(self.model, self.layers[name], option, portable=self.settings.portable)
 
     def layer_bytes(self, name: str, option: Option) -> int:
         """Bytes on disk of a layer under an option."""
@@ -605,9 +609,7 @@ def _apply_and_write(job: Job, bench: _Bench, name: str, choices: dict[str, str]
     folder = _written(job, at, solved, _plan_of(job, record))
     # What lies on disk packed need not be held in memory twice: codes and scales are enough for a later save.
     light = {
-        n: replace(s, weight=torch.empty(0))
-        if s.codes is not None and artifact.packs(job.model, job.layers[n], s.option, portable=job.settings.portable)
-        else s
+        n: replace(s, weight=torch.empty(0)) if s.codes is not None and job.form_of(n, s.option) != "dense" else s
         for n, s in solved.items()
     }
     return _Applied(record=record, folder=folder, solved=light, chance=chance)
@@ -671,6 +673,7 @@ def certify_plans(job: Job, bench: _Bench, best: dict[str, Any]) -> Path:
             break
     last = fixed_sequence(verdicts) if judged else 0
     shipped, verdict = sequence[last or 0], verdicts[last or 0]
+    job.notes += zeros_stored(job, shipped.record["choices"])
     job.solved, job.plan = shipped.solved, _plan_of(job, shipped.record)
     if judged:
         job.verdict = verdict
@@ -683,12 +686,37 @@ def certify_plans(job: Job, bench: _Bench, best: dict[str, Any]) -> Path:
 def apply_and_measure(job: Job, choices: Mapping[str, str]) -> Path:
     """Without a budget: apply the one plan there is and measure it, paired, on the certify split."""
     _, job.solved = apply_plan(job, choices, "applied/1", "apply")
-    job.plan = Plan(
-        choices=dict(choices), bytes=job.bytes_of(choices), predicted=float("nan"), predicted_stderr=float("nan")
-    )
+    job.plan = unpriced_plan(job, choices)
+    job.notes = list(job.plan.notes)
     folder = _written(job, "applied/1", job.solved, job.plan)
     job.record["measured"] = _verdict_of(job, folder, "certify/1.json", "measure", None).to_dict()
     return folder
+
+
+def unpriced_plan(job: Job, choices: Mapping[str, str]) -> Plan:
+    """The one plan there is where there is no budget."""
+    unknown = float("nan")
+    notes = (*job.notes, *zeros_stored(job, choices))
+    return Plan(
+        choices=dict(choices), bytes=job.bytes_of(choices), predicted=unknown, predicted_stderr=unknown, notes=notes
+    )
+
+
+def zeros_stored(job: Job, choices: Mapping[str, str]) -> list[str]:
+    """What to tell the user about pruned layers that are larger on disk because transformers must read them."""
+    before = after = count = 0
+    for name, key in choices.items():
+        option = option_from_key(key)
+        now = job.layer_bytes(name, option)
+        sparse = artifact.layer_bytes(job.model, job.layers[name], option, portable=False)
+        if pruner_of(option) is not None and sparse < now:
+            before, after, count = before + now, after + sparse, count + 1
+    if not count:
+        return []
+    return [
+        f"the zeros of {count} pruned layer(s) are stored, because transformers needs them: {before / 1e6:.1f} MB, "
+        f"which portable: false (in Python Settings(portable=False)) would make {after / 1e6:.1f} MB"
+    ]
 
 
 def _written(job: Job, at: str, solved: Mapping[str, Solved], plan: Plan) -> Path:

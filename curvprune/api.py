@@ -41,7 +41,6 @@ from curvprune.options import (
 from curvprune.pipeline import describe, load_artifact, write_model
 from curvprune.plan import Budget, Plan
 from curvprune.plan import frontier as nested_plans
-from curvprune.shapes import changes_of, difference, remember_
 from curvprune.solve import Solved
 from curvprune.stages import (
     Job,
@@ -465,10 +464,7 @@ def _prune_structured(
     if budget is not None and budget.metric == "accuracy" and loss.unit == "nats/token":
         raise ValueError("metric 'accuracy' needs one prediction per item; for language models use metric 'loss'")
     pruned = prune_units(model, loss, splits, asked, seed=settings.seed, batch_size=settings.batch_size)
-    portable = describe(pruned.model, pruned.uniform_widths())
-    if not portable:
-        change = difference(model, pruned.model, dropped=pruned.dropped)
-        remember_(pruned.model, [*changes_of(model), change])
+    portable = describe(model, pruned)
     verdict = None
     if budget is not None:
         results = [evaluate(m, splits.certify.batches(settings.batch_size), loss) for m in (model, pruned.model)]

@@ -69,17 +69,26 @@ def reader_of(model: nn.Module, layer: Layer, *, portable: Portable = True) -> s
     options of those that are packed to what serving engines have kernels for. An artifact that is not portable is for
     `curvprune.load` alone, and so is that of any module that is not transformers' own.
     """
-    if not portable or not is_transformers(model) or layer.kind != "linear" or layer.aliases:
+    if _ours_alone(model, portable) or layer.kind != "linear" or layer.aliases:
         return None
     return "engines" if portable == "engines" else "transformers"
+
+
+def portable_for(model: nn.Module, portable: Portable) -> Portable:
+    """A model of transformers with shapes that its config cannot describe (`curvprune.shapes`) is never portable."""
+    return False if is_transformers(model) and changes_of(model) else portable
+
+
+def _ours_alone(model: nn.Module, portable: Portable) -> bool:
+    """Whether nothing but `curvprune.load` must read the artifact."""
+    return not portable_for(model, portable) or not is_transformers(model)
 
 
 def form_of(model: nn.Module, layer: Layer, option: Option, *, portable: Portable = True) -> Form:
     """How the artifact stores this layer under this option. Packed: every rounded layer, if only `curvprune.load` must
     read it; else those of `reader_of`, from 2 bits on (compressed-tensors' zero points are integers, which one bit has
     no use for). Sparse: a pruned layer that only `curvprune.load` must read, if that is smaller. Otherwise dense."""
-    ours = not portable or not is_transformers(model)
-    quantize = quantizer_of(option)
+    ours, quantize = _ours_alone(model, portable), quantizer_of(option)
     form: Form = "dense"
     if quantize is not None and (
         ours or (quantize.bits > 1 and reader_of(model, layer, portable=portable) is not None)

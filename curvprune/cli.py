@@ -93,6 +93,12 @@ def check(recipe: RecipeArgument) -> None:
     console.print(table)
     if found.kept:
         console.print(f"kept as they are: {escape(', '.join(found.kept))}", highlight=False)
+    for kind in dict.fromkeys(cut["kind"] for cut in found.cuts.values()):
+        ranges = [(c["widths"][-1], c["units"]) for c in found.cuts.values() if c["kind"] == kind]
+        shown = ", ".join(f"{ranges.count(r)} × {r[1]} to {r[0]} units" for r in dict.fromkeys(ranges))
+        console.print(f"units that can be removed first, {kind}: {shown}", highlight=False)
+    if found.cuts:
+        console.print("shapes above and sizes below are those before units are removed", highlight=False)
     parts = ", ".join(f"{stage} {minutes:.1f}" for stage, minutes in found.minutes.items())
     console.print(f"estimated minutes: {sum(found.minutes.values()):.1f} ({parts})", highlight=False)
     console.print(f"estimated peak memory: {found.memory_bytes / 1e9:.1f} GB", highlight=False)

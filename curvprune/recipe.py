@@ -239,6 +239,38 @@ def _one_or_many(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
+def _read_share(value: Any) -> float | dict[str, float]:
+    shares = value if isinstance(value, Mapping) else {"": value}
+    for kind, share in shares.items():
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
+            raise _At(
+                (kind,) if kind else (),
+                f"{_shown(share)} is not valid; expected a number strictly between 0 and 1, for example 0.3, or one "
+                "for each kind, for example {mlp: 0.25}",
+            )
+    return typing.cast("float | dict[str, float]", value)
+
+
+class StructuredSection(_Section):
+    """Units to remove before anything else is compressed."""
+
+    share: Annotated[float | dict[str, float], PlainValidator(_read_share)] = Field(
+        description="the share of the work to remove, for example 0.3, or of the units of a kind, {mlp: 0.25}"
+    )
+    of: Literal["macs", "parameters"] = "macs"
+    kinds: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] | None = Field(
+        None, strict=False, description="some of mlp, heads and channels, or blocks alone"
+    )
+    uniform: bool = Field(False, description="true or false: one width per kind, which a plain config describes")
+    round_to: int | None = Field(None, ge=1, description="widths are multiples of this, a whole number of at least 1")
+
+    @model_validator(mode="after")
+    def _kinds_once(self) -> StructuredSection:
+        if isinstance(self.share, Mapping) and self.kinds is not None:
+            raise _At(("kinds",), "share names the kinds already; remove kinds")
+        return self
+
+
 class CompressEntry(_Section):
     """Options offered to the layers that one or several globs name."""
 
@@ -343,6 +375,7 @@ class Recipe(_Section):
     model: ModelSection
     data: DataSection
     objective: Literal["auto", "causal-lm", "classification", "label-free"] = "auto"
+    structured: StructuredSection | None = None
     compress: tuple[CompressEntry, ...] = Field(
         min_length=1, strict=False, description='a list of entries that start with "- layers:"'
     )

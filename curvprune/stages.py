@@ -80,6 +80,7 @@ class Job:
     stages: StageLog
     reload: Callable[[Path], nn.Module]
     write_model: Callable[[Path, Mapping[str, Solved], Mapping[str, Any]], None]
+    original: nn.Module | None = None  # what is certified against, where units of it were removed to make the model
     same_option: tuple[tuple[str, ...], ...] = ()  # groups of layers; each is offered the same options
     notes: list[str] = field(default_factory=list)
     ledger: Ledger | None = None
@@ -88,6 +89,11 @@ class Job:
     verdict: Verdict | None = None
     solved: dict[str, Solved] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def uncompressed(self) -> nn.Module:
+        """The model whose loss may rise by the budget."""
+        return self.model if self.original is None else self.original
 
     @property
     def fixed_bytes(self) -> int:
@@ -409,7 +415,8 @@ class _Bench:
 
     job: Job
     candidates: Callable[[str], list[Solved]]
-    baseline: ItemResults
+    baseline: ItemResults  # of the uncompressed model
+    start: ItemResults  # of the model that the prices are of: the same, unless units were removed
     model: nn.Module | None = None
     now: dict[str, str] = field(default_factory=dict)
     trials: list[dict[str, Any]] = field(default_factory=list)
@@ -440,7 +447,7 @@ class _Bench:
             "bytes": job.bytes_of(choices),
             "predicted": None if predicted is None else predicted.value,
             "predicted_stderr": None if predicted is None else _finite(predicted.stderr),
-            "measured": float((results.loss.sum() - self.baseline.loss.sum()) / self.baseline.count.sum()),
+            "measured": float((results.loss.sum() - self.start.loss.sum()) / self.start.count.sum()),
             "measured_stderr": _finite(verdict.stderr) if compare_as.metric == "loss" else None,
             "metric_drop": verdict.drop,
             "metric_stderr": verdict.stderr,
@@ -482,8 +489,12 @@ def _select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[
     assert job.budget is not None and job.ledger is not None
     budget, rows = job.budget, job.ledger.rows
     with job.stages.stage("measure on select", job.settings.trials + 5) as advance:
-        baseline = _results(job, "select/baseline.json", job.model, job.splits.select)
-        bench = _Bench(job, candidates, baseline)
+        baseline = start = _results(job, "select/baseline.json", job.uncompressed, job.splits.select)
+        spent = 0.0
+        if job.original is not None:
+            start = _results(job, "select/start.json", job.model, job.splits.select)
+            spent = _spent(job, baseline, start)
+        bench = _Bench(job, candidates, baseline, start)
         advance(1)
         if budget.max_bytes is not None:
             header = artifact.header_bytes(job.model, job.layers)
@@ -500,12 +511,12 @@ def _select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[
             def measured(choices: dict[str, str]) -> tuple[bool, float]:
                 trial = bench.measure(f"plan {len(bench.trials) + 1}", "plan", choices)
                 advance(1 + len(bench.trials))
-                return trial["accepted"], trial["metric_drop"]
+                return trial["accepted"], trial["metric_drop"] - spent
 
             found = search(
                 rows,
                 measured,
-                start=budget.max_drop,
+                start=max(0.0, budget.max_drop - spent),
                 max_trials=job.settings.trials,
                 same_option=job.same_option,
             )
@@ -523,6 +534,19 @@ def _select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[
             job.notes.append(f"{best['name']} is smaller than the best plan and was used instead")
         advance(job.settings.trials + 5)
     return bench, best
+
+
+def _spent(job: Job, baseline: ItemResults, start: ItemResults) -> float:
+    """What the removed units alone cost on the select split, in the budget's metric; it is noted."""
+    assert job.budget is not None
+    budget = job.budget if job.budget.max_drop is not None else Budget("loss", max_drop=0.0)
+    verdict = compare(baseline, start, job.splits.select, budget, unit=job.objective.unit)
+    unit = "of accuracy" if budget.metric == "accuracy" else job.objective.unit
+    text = f"the removed units alone cost {verdict.drop:.4g} ± {verdict.stderr:.2g} {unit} on the select split"
+    job.notes.append(f"{text}; prices, predictions and trials come on top of that, the verdict holds for both together")
+    if job.budget.max_drop is not None and verdict.drop >= job.budget.max_drop:
+        job.notes.append("that is more than the budget: remove fewer units")
+    return verdict.drop
 
 
 def _controls(job: Job, best: Mapping[str, Any]) -> list[tuple[str, str, dict[str, str]]]:
@@ -731,7 +755,7 @@ def _written(job: Job, at: str, solved: Mapping[str, Solved], plan: Plan) -> Pat
 def _verdict_of(job: Job, folder: Path, path: str, title: str, budget: Budget | None) -> Verdict:
     """Paired verdict of a saved and reloaded model on the certify split; without a budget the bound is not judged."""
     with job.stages.stage(title, 2) as advance:
-        baseline = _results(job, "certify/baseline.json", job.model, job.splits.certify)
+        baseline = _results(job, "certify/baseline.json", job.uncompressed, job.splits.certify)
         advance(1)
         model = job.model if job.state.has(path) else job.reload(folder)
         results = _results(job, path, model, job.splits.certify)

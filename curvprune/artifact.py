@@ -85,7 +85,7 @@ def _ours_alone(model: nn.Module, portable: Portable) -> bool:
 
 
 def form_of(model: nn.Module, layer: Layer, option: Option, *, portable: Portable = True) -> Form:
-    """How the artifact stores this layer under this option. Packed: every rounded layer, if only `curvprune.load` must
+    """How the artifact stores a layer under an option. Packed: every rounded layer, if only `curvprune.load` must
     read it; else those of `reader_of`, from 2 bits on (compressed-tensors' zero points are integers, which one bit has
     no use for). Sparse: a pruned layer that only `curvprune.load` must read, if that is smaller. Otherwise dense."""
     ours, quantize = _ours_alone(model, portable), quantizer_of(option)
@@ -218,8 +218,9 @@ def other_bytes(model: nn.Module, layers: Mapping[str, Layer]) -> int:
 
 
 def header_bytes(model: nn.Module, layers: Mapping[str, Layer]) -> int:
-    """Upper bound of the file's own header: one JSON entry per tensor, up to five tensors per layer."""
-    names = [*state_dict_on_disk(model, layers, {}), *(5 * [f"{n}.weight_zero_point" for n in layers])]
+    """Upper bound of the file's own header: one JSON entry per tensor, up to four instead of a layer's one if it is
+    packed, five if it is sparse."""
+    names = [*state_dict_on_disk(model, layers, {}), *(4 * [f"{n}.weight_zero_point" for n in layers])]
     return 64 + sum(len(name) + 110 for name in names)
 
 
@@ -239,6 +240,7 @@ def save(
 ) -> None:
     """Write the weights and ``curvprune.json`` (which option each layer has) into ``folder``; `form_of` says what
     ``portable`` means. A model whose shapes are not its architecture's carries how they differ."""
+    portable = portable_for(model, portable)
     folder.mkdir(parents=True, exist_ok=True)
     state = State(folder)
     state.write_tensors(

@@ -31,7 +31,7 @@ from curvprune.layers import find_layers
 from curvprune.options import kept_weights
 from curvprune.packed import SparseWeight
 from curvprune.pipeline import write_model
-from curvprune.solve import solve
+from curvprune.solve import Solved, solve
 from curvprune.stages import solve_layer
 from tests import tiny
 from tests.test_artifact import compress_every_way
@@ -346,7 +346,7 @@ def test_damage_is_found_and_named(option, tmp_path):
 
 def test_a_solution_with_too_few_zeros_is_not_written():
     layer = find_layers(nn.Sequential(nn.Linear(4, 4)))["0"]
-    solved = cp.api.Solved(option=HALF, weight=torch.ones(4, 4))
+    solved = Solved(option=HALF, weight=torch.ones(4, 4))
     with pytest.raises(ValueError, match=r"layer 0: 16 of 16 weights are not zero, but option prune0\.5 keeps 8"):
         artifact.stored_tensors(layer, solved, form="sparse")
 

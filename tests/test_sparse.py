@@ -154,6 +154,8 @@ def test_every_kind_of_layer_comes_back_in_a_fresh_process(tmp_path):
         promised = sum(artifact.layer_bytes(model, layers[n], s.option, portable=False) for n, s in solved.items())
         assert sum(size for _, size in on_disk.values()) == promised + artifact.other_bytes(model, layers), folder
         assert sum(n.endswith(".weight_bitmask") for n in on_disk) > 0.8 * len(layers), folder
+        header = artifact.weights_file(Path(folder)).stat().st_size - sum(size for _, size in on_disk.values())
+        assert header <= artifact.header_bytes(model, layers), folder
         save_file({k: v.contiguous() for k, v in batch.items()}, folder + ".batch")
         with torch.no_grad():
             expected[folder] = model(**batch).logits

@@ -99,6 +99,7 @@ def test_defaults_of_a_short_recipe(tmp_path: Path) -> None:
             "certify": 96,
         },
         "objective": "auto",
+        "structured": None,
         "same_option": (),
         "budget": {"metric": "loss", "max_drop": 0.05, "max_bytes": None, "confidence": 0.95},
         "price": {"labels": 2},

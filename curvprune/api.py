@@ -29,10 +29,19 @@ from curvprune.knapsack import frontier as nested_plans
 from curvprune.layers import Layer, find_layers, left_over
 from curvprune.ledger import Ledger
 from curvprune.objective import Batch, Objective, evaluate, make_objective, to_device
-from curvprune.options import ENGINE_ASYMMETRIC_BITS, ENGINE_BITS, Keep, Option, Prune, Quantize, check_fits
+from curvprune.options import (
+    ENGINE_ASYMMETRIC_BITS,
+    ENGINE_BITS,
+    Cast,
+    Keep,
+    Option,
+    Prune,
+    PruneCast,
+    Quantize,
+    check_fits,
+)
 from curvprune.pipeline import describe, load_artifact, write_model
 from curvprune.plan import Budget, Plan
-from curvprune.shapes import changes_of, difference, remember_
 from curvprune.solve import Solved
 from curvprune.stages import (
     Job,
@@ -45,6 +54,7 @@ from curvprune.stages import (
     price_options,
     select_plans,
     solve_options,
+    unpriced_plan,
 )
 from curvprune.state import StageLog, State
 from curvprune.structured import Structured, prune_units
@@ -341,8 +351,7 @@ def compress(
         if budget is None:
             choices = {n: offered[0].key for n in job.layers}
             compressed, job.solved = apply_plan(job, choices, "applied/1", "apply")
-            unknown = float("nan")
-            job.plan = Plan(choices=choices, bytes=job.bytes_of(choices), predicted=unknown, predicted_stderr=unknown)
+            job.plan = unpriced_plan(job, choices)
         else:
             candidates = solve_options(job)
             price_options(job, candidates)
@@ -406,6 +415,7 @@ def prune(
     *,
     sparsity: float | Sequence[float] | None = None,
     pattern: str | None = None,
+    dtype: str | None = None,
     structured: float | Mapping[str, float] | Structured | None = None,
     uniform: bool = False,
     budget: Budget | None = None,
@@ -414,10 +424,12 @@ def prune(
     """Set weights to zero with the survivors corrected (SparseGPT): a share of each layer, or N:M with
     ``pattern="2:4"``. Or, with ``structured``, remove whole hidden units: the model becomes smaller and faster.
 
-    With a budget, ``sparsity`` lists the shares offered to the planner. Zeros are stored as they are: pruning alone
-    does not make the file smaller. ``arguments`` are passed on to `compress`.
+    With a budget, ``sparsity`` lists the shares offered to the planner. Of a model that is not transformers' own, and
+    with ``Settings(portable=False)``, the file holds a bitmask and the kept weights alone, where that is smaller;
+    transformers needs the zeros. ``arguments`` are passed on to `compress`.
 
     Args:
+        dtype: ``"float16"`` or ``"bfloat16"``: the type in which the file holds what is kept; ``None`` for the model's.
         structured: the share of multiply-adds to remove, from MLP widths, key-value heads with their query heads, and
             channels, wherever it costs least; ``{"mlp": 0.25}`` for a share of the units of a kind; or a `Structured`
             with every choice there is. What stays is compensated. A ``budget`` with ``max_drop`` then certifies the
@@ -425,13 +437,18 @@ def prune(
         uniform: one width per kind, so that a plain transformers config describes the result.
     """
     if structured is not None:
-        if sparsity is not None or pattern is not None:
-            raise ValueError("prune: structured goes without sparsity and pattern; prune the result again for both")
+        if sparsity is not None or pattern is not None or dtype is not None:
+            raise ValueError(
+                "prune: structured goes without sparsity, pattern and dtype; prune the result again for both"
+            )
         return _prune_structured(model, data, structured, uniform=uniform, budget=budget, **arguments)
     shares = [] if sparsity is None else [sparsity] if isinstance(sparsity, (int, float)) else list(sparsity)
-    options: list[Option] = [Prune(sparsity=s) for s in shares]
+    prunings = [Prune(sparsity=s) for s in shares]
     if pattern is not None:
-        options.append(Prune(pattern=pattern))
+        prunings.append(Prune(pattern=pattern))
+    options: list[Option] = [*prunings]
+    if dtype is not None:
+        options = [PruneCast(prune=p, cast=Cast(dtype=dtype)) for p in prunings]
     if not options:
         raise ValueError('prune: pass sparsity (for example 0.5), pattern ("2:4") or structured (for example 0.3)')
     return compress(model, data, options=options, budget=budget, **arguments)
@@ -477,10 +494,7 @@ def _prune_structured(
     if budget is not None and budget.metric == "accuracy" and loss.unit == "nats/token":
         raise ValueError("metric 'accuracy' needs one prediction per item; for language models use metric 'loss'")
     pruned = prune_units(model, loss, splits, asked, seed=settings.seed, batch_size=settings.batch_size)
-    portable = describe(pruned.model, pruned.uniform_widths())
-    if not portable:
-        change = difference(model, pruned.model, dropped=pruned.dropped)
-        remember_(pruned.model, [*changes_of(model), change])
+    portable = describe(model, pruned)
     verdict = None
     if budget is not None:
         results = [evaluate(m, splits.certify.batches(settings.batch_size), loss) for m in (model, pruned.model)]

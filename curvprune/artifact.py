@@ -1,32 +1,50 @@
-"""Packed storage: from solved layers to tensors on disk and back.
+"""Packed and sparse storage: from solved layers to tensors on disk and back.
 
-The layout is compressed-tensors' ``pack-quantized``: integer codes of ``bits`` bits packed without gaps into
+The packed layout is compressed-tensors' ``pack-quantized``: integer codes of ``bits`` bits packed without gaps into
 little-endian int32 words along the inputs, float scales, zero points packed along the outputs, and the shape. Plain
 transformers reads it for Linear layers of its own models; `curvprune.load` reads it for every kind of layer of any
 module.
+
+A pruned layer that only `curvprune.load` must read is stored sparse where that is smaller: ``weight_bitmask``, one bit
+for each weight, rows one after another, lowest bit first, set where a weight is kept; and those weights alone in the
+same order, as ``weight_values`` or, rounded, as ``weight_packed`` in one run of codes, with the same scales and zero
+points. Exactly as many bits are set as the option keeps, so that the size depends on option and shape alone: what is
+kept may be zero.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int, Int8
+from jaxtyping import Bool, Int, Int8, UInt8
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from curvprune.layers import Layer, find_layers
-from curvprune.options import Cast, Option, Quantize, option_from_key, quantizer_of, stored_bytes
-from curvprune.packed import PackedWeight, give_back_memory, pack_modules
+from curvprune.options import (
+    Form,
+    Option,
+    Quantize,
+    kept_weights,
+    option_from_key,
+    pruner_of,
+    quantizer_of,
+    stored_bytes,
+    stored_dtype,
+)
+from curvprune.packed import HeldWeight, PackedWeight, SparseWeight, give_back_memory, pack_modules
 from curvprune.shapes import changes_of, remember_, reshape_
 from curvprune.solve import Solved
-from curvprune.solve.grids import HALF_WAY, dequantize
+from curvprune.solve.grids import HALF_WAY, dequantize, spread
 from curvprune.state import State
 
 WEIGHTS = "model.safetensors"
@@ -51,21 +69,38 @@ def reader_of(model: nn.Module, layer: Layer, *, portable: Portable = True) -> s
     options of those that are packed to what serving engines have kernels for. An artifact that is not portable is for
     `curvprune.load` alone, and so is that of any module that is not transformers' own.
     """
-    if not portable or not is_transformers(model) or layer.kind != "linear" or layer.aliases:
+    if _ours_alone(model, portable) or layer.kind != "linear" or layer.aliases:
         return None
     return "engines" if portable == "engines" else "transformers"
 
 
-def packs(model: nn.Module, layer: Layer, option: Option, *, portable: Portable = True) -> bool:
-    """Whether the artifact stores this layer's codes packed under this option: every rounded layer, if only
-    `curvprune.load` must read it; else those of `reader_of`, from 2 bits on (compressed-tensors' zero points are
-    integers, which one bit has no use for)."""
-    quantize = quantizer_of(option)
-    if quantize is None:
-        return False
-    if not portable or not is_transformers(model):
-        return True
-    return quantize.bits > 1 and reader_of(model, layer, portable=portable) is not None
+def portable_for(model: nn.Module, portable: Portable) -> Portable:
+    """A model of transformers with shapes that its config cannot describe (`curvprune.shapes`) is never portable."""
+    return False if is_transformers(model) and changes_of(model) else portable
+
+
+def _ours_alone(model: nn.Module, portable: Portable) -> bool:
+    """Whether nothing but `curvprune.load` must read the artifact."""
+    return not portable_for(model, portable) or not is_transformers(model)
+
+
+def form_of(model: nn.Module, layer: Layer, option: Option, *, portable: Portable = True) -> Form:
+    """How the artifact stores a layer under an option. Packed: every rounded layer, if only `curvprune.load` must
+    read it; else those of `reader_of`, from 2 bits on (compressed-tensors' zero points are integers, which one bit has
+    no use for). Sparse: a pruned layer that only `curvprune.load` must read, if that is smaller. Otherwise dense."""
+    ours, quantize = _ours_alone(model, portable), quantizer_of(option)
+    form: Form = "dense"
+    if quantize is not None and (
+        ours or (quantize.bits > 1 and reader_of(model, layer, portable=portable) is not None)
+    ):
+        form = "packed"
+    if pruner_of(option) is not None and ours:
+        form = min((form, "sparse"), key=lambda f: _bytes(layer, option, f))
+    return form
+
+
+def _bytes(layer: Layer, option: Option, form: Form) -> int:
+    return stored_bytes(option, layer.shape, dtype=layer.dtype, form=form, groups=layer.groups)
 
 
 def pack(codes: Int8[Tensor, "_ _"], bits: int, *, dim: int = 1) -> Int[Tensor, "_ _"]:
@@ -89,23 +124,62 @@ def unpack(words: Int[Tensor, "_ _"], bits: int, length: int, *, dim: int = 1) -
     return torch.from_numpy((unsigned.astype(np.int16) - (1 << (bits - 1))).astype(np.int8))
 
 
-def stored_tensors(layer: Layer, solved: Solved, *, packed: bool) -> dict[str, Tensor]:
+def bitmask(kept: Bool[Tensor, "_ _"]) -> UInt8[Tensor, " _"]:
+    """One bit for each entry, rows one after another, lowest bit first."""
+    return torch.from_numpy(np.packbits(kept.cpu().numpy().reshape(-1), bitorder="little"))
+
+
+def stored_tensors(layer: Layer, solved: Solved, *, form: Form) -> dict[str, Tensor]:
     """The tensors of one layer as they lie on disk, keyed by their full name."""
-    quantize = quantizer_of(solved.option)
-    if quantize is None or not packed:
-        weight = layer.from_matrix(solved.weight)
-        dtype = getattr(torch, solved.option.dtype) if isinstance(solved.option, Cast) else layer.weight.dtype
-        return {layer.keys[0]: weight.to(dtype).contiguous()}
-    assert solved.codes is not None and solved.scale is not None
-    tensors = {
-        f"{layer.name}.weight_packed": pack(solved.codes, quantize.bits),
-        f"{layer.name}.weight_scale": solved.scale.contiguous(),
-        f"{layer.name}.weight_shape": torch.tensor(layer.shape, dtype=torch.int64),
-    }
-    if solved.zero is not None and not quantize.symmetric:
-        zero = solved.zero.contiguous() if quantize.bits == 1 else pack(solved.zero, quantize.bits, dim=0)
-        tensors[f"{layer.name}.weight_zero_point"] = zero
-    return tensors
+    option, quantize = solved.option, quantizer_of(solved.option)
+    dtype = getattr(torch, stored_dtype(option, layer.dtype))
+    if form == "dense":
+        return {layer.keys[0]: layer.from_matrix(solved.weight).to(dtype).contiguous()}
+    tensors = {"shape": torch.tensor(layer.shape, dtype=torch.int64)}
+    if form == "sparse":
+        if quantize is None:
+            weight = solved.weight.to(dtype)
+            kept = _kept(weight != 0, layer, option)
+            tensors["values"] = weight[kept]
+        else:
+            assert solved.codes is not None
+            kept = _kept(solved.codes != _code_of_zero(solved.zero, quantize, layer.shape[1]), layer, option)
+            tensors["packed"] = pack(solved.codes[kept][None], quantize.bits)[0]
+        tensors["bitmask"] = bitmask(kept)
+    elif quantize is not None and solved.codes is not None:
+        tensors["packed"] = pack(solved.codes, quantize.bits)
+    if quantize is not None:
+        assert solved.scale is not None
+        tensors["scale"] = solved.scale.contiguous()
+        if solved.zero is not None and not quantize.symmetric:
+            one_bit = quantize.bits == 1
+            tensors["zero_point"] = solved.zero.contiguous() if one_bit else pack(solved.zero, quantize.bits, dim=0)
+    return {f"{layer.name}.weight_{key}": tensor for key, tensor in tensors.items()}
+
+
+def _code_of_zero(zero: Tensor | None, quantize: Quantize, width: int) -> Tensor | int:
+    """The code that a pruned weight has: its group's zero point."""
+    return 0 if zero is None else spread(zero, width, quantize.group_size, dim=1)
+
+
+def _kept(mask: Bool[Tensor, "out in"], layer: Layer, option: Option) -> Bool[Tensor, "out in"]:
+    """Exactly as many weights as the option keeps: those that are not zero, and as many zeros as are missing."""
+    prune = pruner_of(option)
+    assert prune is not None
+    promised, found = kept_weights(prune, layer.shape, groups=layer.groups), int(mask.sum())
+    if found > promised:
+        raise ValueError(
+            f"layer {layer.name}: {found} of {layer.numel} weights are not zero, but option {option.key} keeps "
+            f"{promised}; compress the layer again"
+        )
+    mask, missing = mask.contiguous(), promised - found
+    for part in mask.view(-1).split(1 << 20):  # positions take eight bytes each: never those of a whole large layer
+        if missing == 0:
+            break
+        places = (~part).nonzero()[:missing, 0]
+        part[places] = True
+        missing -= len(places)
+    return mask
 
 
 def state_dict_on_disk(
@@ -121,8 +195,7 @@ def state_dict_on_disk(
         if key in replaced:
             layer = layers[replaced[key]]
             one = solved[layer.name]
-            packed = packs(model, layer, one.option, portable=portable)
-            tensors.update(stored_tensors(layer, one, packed=packed))
+            tensors.update(stored_tensors(layer, one, form=form_of(model, layer, one.option, portable=portable)))
             continue
         identity = _identity(value)
         if key in aliases or (value.numel() and (identity in seen or identity in covered)):
@@ -145,14 +218,15 @@ def other_bytes(model: nn.Module, layers: Mapping[str, Layer]) -> int:
 
 
 def header_bytes(model: nn.Module, layers: Mapping[str, Layer]) -> int:
-    """Upper bound of the file's own header: one JSON entry per tensor, up to four tensors per packed layer."""
+    """Upper bound of the file's own header: one JSON entry per tensor, up to four instead of a layer's one if it is
+    packed, five if it is sparse."""
     names = [*state_dict_on_disk(model, layers, {}), *(4 * [f"{n}.weight_zero_point" for n in layers])]
     return 64 + sum(len(name) + 110 for name in names)
 
 
 def layer_bytes(model: nn.Module, layer: Layer, option: Option, *, portable: Portable = True) -> int:
     """Bytes on disk of one layer under one option."""
-    return stored_bytes(option, layer.shape, dtype=layer.dtype, packed=packs(model, layer, option, portable=portable))
+    return _bytes(layer, option, form_of(model, layer, option, portable=portable))
 
 
 def save(
@@ -164,8 +238,9 @@ def save(
     *,
     portable: Portable = True,
 ) -> None:
-    """Write the weights and ``curvprune.json`` (which option each layer has) into ``folder``; `packs` says what
+    """Write the weights and ``curvprune.json`` (which option each layer has) into ``folder``; `form_of` says what
     ``portable`` means. A model whose shapes are not its architecture's carries how they differ."""
+    portable = portable_for(model, portable)
     folder.mkdir(parents=True, exist_ok=True)
     state = State(folder)
     state.write_tensors(
@@ -173,10 +248,10 @@ def save(
     )
     manifest = {
         "format": "pack-quantized",
-        "version": 1,
+        "version": 2,
         "portable": portable,
         "layers": {
-            n: {"option": s.option.key, "packed": packs(model, layers[n], s.option, portable=portable)}
+            n: {"option": s.option.key, "form": form_of(model, layers[n], s.option, portable=portable)}
             for n, s in solved.items()
         },
         "plan": dict(plan),
@@ -194,6 +269,11 @@ def is_portable(folder: Path) -> bool:
     return bool(json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("portable", True))
 
 
+def form_on_disk(entry: Mapping[str, Any]) -> Form:
+    """From a layer's entry in the manifest, whose version 1 knew no sparse layers."""
+    return entry.get("form", "packed" if entry.get("packed") else "dense")
+
+
 @torch.no_grad()
 def load_into(folder: Path, model: nn.Module, *, packed: bool = False) -> nn.Module:
     """Fill ``model`` (of the uncompressed architecture) with an artifact's weights, unpacked to the model's own types.
@@ -209,18 +289,17 @@ def load_into(folder: Path, model: nn.Module, *, packed: bool = False) -> nn.Mod
         for change in changes:
             reshape_(model, change)
         remember_(model, changes)
-    held: list[tuple[Layer, PackedWeight]] = []
+    held: list[tuple[Layer, HeldWeight]] = []
     for layer in find_layers(model).values():
         entry = manifest["layers"].get(layer.name)
-        quantize = quantizer_of(option_from_key(entry["option"])) if entry else None
-        if quantize is None or not entry["packed"]:
+        if entry is None or form_on_disk(entry) == "dense":
             continue
-        codes, scale, zero = take_packed(folder, tensors, layer, quantize)
+        option = option_from_key(entry["option"])
+        stored = take_stored(folder, tensors, layer, option, form=form_on_disk(entry))
         if packed:
-            held.append((layer, PackedWeight(codes, scale, zero, quantize, layer.weight.dtype)))
+            held.append((layer, stored.held(layer.weight.dtype)))
         else:
-            matrix = dequantize(codes, scale, zero, quantize.group_size)
-            tensors[layer.keys[0]] = layer.from_matrix(matrix)
+            tensors[layer.keys[0]] = layer.from_matrix(stored.weight())
     own = model.state_dict()
     shared = {key for layer in find_layers(model).values() for key in layer.keys[1:]}
     if extra := sorted(set(tensors) - set(own)):
@@ -245,25 +324,95 @@ def load_into(folder: Path, model: nn.Module, *, packed: bool = False) -> nn.Mod
     return model
 
 
-def take_packed(
-    folder: Path, tensors: dict[str, Tensor], layer: Layer, quantize: Quantize
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes, scales and zeros of a packed layer, as in `curvprune.solve.Solved`; its tensors are removed from the
-    folder's ``tensors``.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stored:
+    """A packed or sparse layer, read back.
 
-    Raises ``ValueError`` naming the layer if they are not whole or of another shape.
+    Attributes:
+        matrix: ``(out, in)`` codes where there is a grid, else weights.
+        kept: of a sparse layer, which weights are stored; the others are zero.
+        quantize, scale, zero: the grid, as in `curvprune.solve.Solved`.
     """
-    packed, scale, shape, zero = (
-        tensors.pop(f"{layer.name}.weight_{k}", None) for k in ("packed", "scale", "shape", "zero_point")
-    )
-    if packed is None or scale is None or shape is None:
-        raise ValueError(f"{folder}: layer {layer.name} lacks its packed tensors; the file is damaged")
-    if tuple(shape.tolist()) != layer.shape:
-        raise ValueError(f"{folder}: layer {layer.name} is {shape.tolist()}, the model has {layer.shape}")
-    codes = unpack(packed, quantize.bits, layer.shape[1])
-    if quantize.bits == 1:
-        return codes, scale, torch.full(scale.shape, HALF_WAY, dtype=torch.float16) if zero is None else zero
-    return codes, scale, None if zero is None else unpack(zero, quantize.bits, layer.shape[0], dim=0)
+
+    matrix: Tensor
+    kept: Tensor | None = None
+    quantize: Quantize | None = None
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+
+    def weight(self) -> Tensor:
+        if self.quantize is None or self.scale is None:
+            return self.matrix
+        return dequantize(self.matrix, self.scale, self.zero, self.quantize.group_size)
+
+    def held(self, dtype: torch.dtype) -> HeldWeight:
+        """The weight as it stays packed in memory, for a layer of type ``dtype``."""
+        if self.kept is not None:
+            return SparseWeight(self.matrix, self.kept, self.scale, self.zero, self.quantize, dtype)
+        assert self.quantize is not None and self.scale is not None
+        return PackedWeight(self.matrix, self.scale, self.zero, self.quantize, dtype)
+
+
+def take_stored(folder: Path, tensors: dict[str, Tensor], layer: Layer, option: Option, *, form: Form) -> Stored:
+    """Read a packed or sparse layer; its tensors are removed from the folder's ``tensors``.
+
+    Raises ``ValueError`` naming file and layer if they are not whole, of another shape, or do not fit each other.
+    """
+    where = f"{weights_file(folder)}: layer {layer.name}"
+    quantize, (out, width) = quantizer_of(option), layer.shape
+
+    def take(key: str, dtype: torch.dtype | None, shape: tuple[int, ...] | None = None) -> Tensor:
+        tensor = tensors.pop(f"{layer.name}.weight_{key}", None)
+        if tensor is None:
+            raise ValueError(f"{where} lacks its weight_{key}; the file is damaged")
+        if (dtype is not None and tensor.dtype != dtype) or (shape is not None and tuple(tensor.shape) != shape):
+            expected = f"{dtype or 'float'} {list(shape or ())}".removeprefix("torch.")
+            found = f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
+            raise ValueError(f"{where}: its weight_{key} is {found}, expected {expected}; the file is damaged")
+        return tensor
+
+    if (shape := take("shape", torch.int64, (2,)).tolist()) != [out, width]:
+        raise ValueError(f"{where} is {shape}, the model has {layer.shape}")
+    scale = zero = kept = None
+    if quantize is not None:
+        groups = 1 if quantize.group_size is None else math.ceil(width / quantize.group_size)
+        scale = take("scale", None, (out, groups))
+        if quantize.bits == 1:
+            zero = torch.full(scale.shape, HALF_WAY, dtype=torch.float16)
+            zero = zero if quantize.symmetric else take("zero_point", torch.float16, (out, groups))
+        elif not quantize.symmetric:
+            words = take("zero_point", torch.int32, (math.ceil(out * quantize.bits / 32), groups))
+            zero = unpack(words, quantize.bits, out, dim=0)
+    if form == "sparse":
+        mask = take("bitmask", torch.uint8, (math.ceil(out * width / 8),))
+        bits = np.unpackbits(mask.numpy(), bitorder="little")
+        kept = torch.from_numpy(bits[: out * width].astype(bool)).view(out, width)
+        count = int(bits.sum())
+        prune = pruner_of(option)
+        if prune is None or count != kept_weights(prune, layer.shape, groups=layer.groups) or bits[out * width :].any():
+            raise ValueError(
+                f"{where}: its bitmask keeps {count} weights, not what {option.key} keeps; the file is damaged"
+            )
+        if quantize is None:
+            values = take("values", None, (count,))
+            matrix = values.new_zeros(out, width)
+        else:
+            words = take("packed", torch.int32, (math.ceil(count * quantize.bits / 32),))
+            values = unpack(words[None], quantize.bits, count)[0]
+            matrix = values.new_zeros(out, width) + _code_of_zero(zero, quantize, width)
+        matrix[kept] = values
+    else:
+        assert quantize is not None
+        words = take("packed", torch.int32, (out, math.ceil(width * quantize.bits / 32)))
+        matrix = unpack(words, quantize.bits, width)
+    return Stored(matrix=matrix, kept=kept, quantize=quantize, scale=scale, zero=zero)
+
+
+def copy_companions(folder: Path, out: Path) -> None:
+    """What an export keeps as it is: the tokenizer, the generation config."""
+    for path in folder.iterdir():
+        if path.is_file() and path.name not in (MANIFEST, "config.json", weights_file(folder).name):
+            shutil.copy2(path, out / path.name)
 
 
 def folder_bytes(folder: Path) -> int:

@@ -10,6 +10,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars would tear ours apart
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,11 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 RecipeArgument = Annotated[Path, typer.Argument(help="a YAML recipe, for example recipes/quickstart.yaml")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="the run folder (default: runs/<name of the recipe>)")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
+
+
+class ExportFormat(StrEnum):
+    gptq = "gptq"
+    dense = "dense"
 
 
 BAD_INPUT = (ValueError, OSError, ArithmeticError)  # what a user can mend: recipe, paths, disk, weights that overflow
@@ -87,6 +93,12 @@ def check(recipe: RecipeArgument) -> None:
     console.print(table)
     if found.kept:
         console.print(f"kept as they are: {escape(', '.join(found.kept))}", highlight=False)
+    for kind in dict.fromkeys(cut["kind"] for cut in found.cuts.values()):
+        ranges = [(c["widths"][-1], c["units"]) for c in found.cuts.values() if c["kind"] == kind]
+        shown = ", ".join(f"{ranges.count(r)} × {r[1]} to {r[0]} units" for r in dict.fromkeys(ranges))
+        console.print(f"units that can be removed first, {kind}: {shown}", highlight=False)
+    if found.cuts:
+        console.print("shapes above and sizes below are those before units are removed", highlight=False)
     parts = ", ".join(f"{stage} {minutes:.1f}" for stage, minutes in found.minutes.items())
     console.print(f"estimated minutes: {sum(found.minutes.values()):.1f} ({parts})", highlight=False)
     console.print(f"estimated peak memory: {found.memory_bytes / 1e9:.1f} GB", highlight=False)
@@ -114,10 +126,12 @@ def report(folder: Annotated[Path, typer.Argument(help="a run folder")]) -> None
 def export(
     folder: Annotated[Path, typer.Argument(help="a saved model, for example runs/quickstart/model")],
     out: Annotated[Path, typer.Argument(help="a new folder")],
+    format: Annotated[ExportFormat, typer.Option("--format", help="dense: an ordinary model")] = ExportFormat.gptq,
 ) -> None:
-    """Write a saved model as a GPTQ checkpoint (one grid of 2, 3, 4 or 8 bits for all Linear layers)."""
+    """Write a saved model once more: as a GPTQ checkpoint (one grid of 2, 3, 4 or 8 bits for all Linear layers), or
+    dense, for every tool that reads the uncompressed one."""
     try:
-        gptq.export_gptq(folder, out)
+        (gptq.export_gptq if format is ExportFormat.gptq else pipeline.export_dense)(folder, out)
     except BAD_INPUT as error:
         raise _bad_input(error) from error
     Console().print(str(out), highlight=False)

@@ -10,7 +10,6 @@ input. A weight is ``(code - zero) * scale``. There is one grid for all of them.
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -56,19 +55,19 @@ def export_gptq(folder: str | Path, out: str | Path) -> Path:
     blocks = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, nn.ModuleList))
     linear = {n: x for n, x in layers.items() if x.kind == "linear" and not x.aliases and n.startswith(blocks)}
     quantize = _one_grid(folder, linear)
-    stored, tensors = load_file(artifact.weights_file(folder)), artifact.state_dict_on_disk(model, layers, {})
+    on_disk, tensors = load_file(artifact.weights_file(folder)), artifact.state_dict_on_disk(model, layers, {})
+    entries = json.loads((folder / artifact.MANIFEST).read_text(encoding="utf-8"))["layers"]
     for name, layer in linear.items():
         del tensors[f"{name}.weight"]
-        codes = artifact.take_packed(folder, stored, layer, quantize)
-        tensors |= {f"{name}.{key}": t for key, t in _gptq_tensors(layer, quantize, *codes).items()}
+        option, form = option_from_key(entries[name]["option"]), artifact.form_on_disk(entries[name])
+        stored = artifact.take_stored(folder, on_disk, layer, option, form=form)
+        tensors |= {f"{name}.{key}": t for key, t in _gptq_tensors(layer, stored, quantize).items()}
     State(out).write_tensors(artifact.WEIGHTS, tensors)
     settings = _config(quantize)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     State(out).write_json("config.json", {**config, "quantization_config": settings})
     State(out).write_json("quantize_config.json", settings)
-    for path in folder.iterdir():  # the tokenizer, the generation config
-        if path.is_file() and path.name not in (artifact.MANIFEST, "config.json", artifact.weights_file(folder).name):
-            shutil.copy2(path, out / path.name)
+    artifact.copy_companions(folder, out)
     return out
 
 
@@ -102,9 +101,9 @@ def _one_grid(folder: Path, linear: dict[str, Layer]) -> Quantize:
     return quantize
 
 
-def _gptq_tensors(
-    layer: Layer, quantize: Quantize, codes: Tensor, scale: Tensor, zero: Tensor | None
-) -> dict[str, Tensor]:
+def _gptq_tensors(layer: Layer, stored: artifact.Stored, quantize: Quantize) -> dict[str, Tensor]:
+    codes, scale, zero = stored.matrix, stored.scale, stored.zero
+    assert scale is not None
     # bfloat16 reaches further down than float16: of tiny scales digits would be lost.
     if not torch.equal(scale.to(torch.float16).to(scale.dtype), scale):
         raise ValueError(f"layer {layer.name}: its scales do not fit into float16; compress a float16 or float32 model")

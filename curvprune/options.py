@@ -11,13 +11,17 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 SCALE_BYTES = 2  # scales are stored as float16
 ONE_BIT_ZERO_BYTES = 2  # the zero points of one bit are no integers: see `curvprune.solve.grids`
 SHAPE_BYTES = 16  # pack-quantized stores `weight_shape` as two int64
+
+# How a layer lies on disk: every weight as a float; every weight as a code (compressed-tensors' ``pack-quantized``); or
+# a bitmask of the weights that were kept, and those alone, as floats or codes.
+Form = Literal["dense", "packed", "sparse"]
 
 # What serving engines have kernels for in compressed-tensors checkpoints; docs/formats.md says where that was read.
 ENGINE_BITS = (2, 4, 8)
@@ -108,7 +112,7 @@ class Prune:
 
     @property
     def key(self) -> str:
-        return f"prune{self.pattern}" if self.pattern is not None else f"prune{self.sparsity:g}"
+        return f"prune{self.sparsity if self.pattern is None else self.pattern}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,7 +133,19 @@ class PruneQuantize:
         return f"{self.prune.key}+{self.quantize.key}"
 
 
-Option = Keep | Cast | Quantize | Prune | PruneQuantize
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruneCast:
+    """Prune and store what is kept in a narrower float type."""
+
+    prune: Prune
+    cast: Cast
+
+    @property
+    def key(self) -> str:
+        return f"{self.prune.key}+{self.cast.key}"
+
+
+Option = Keep | Cast | Quantize | Prune | PruneQuantize | PruneCast
 OPTIONS: dict[str, type] = {"keep": Keep, "cast": Cast, "quantize": Quantize, "prune": Prune}
 
 
@@ -142,9 +158,25 @@ def quantizer_of(option: Option) -> Quantize | None:
 
 def pruner_of(option: Option) -> Prune | None:
     """The pruning part of an option, if it has one."""
-    if isinstance(option, PruneQuantize):
+    if isinstance(option, (PruneQuantize, PruneCast)):
         return option.prune
     return option if isinstance(option, Prune) else None
+
+
+def stored_dtype(option: Option, dtype: str) -> str:
+    """The float type in which an option's weights are stored; ``dtype`` is that of the layer."""
+    cast = option.cast if isinstance(option, PruneCast) else option
+    return cast.dtype if isinstance(cast, Cast) else dtype
+
+
+def kept_weights(prune: Prune, shape: tuple[int, int], *, groups: int = 1) -> int:
+    """How many of a layer's weights are kept. ``groups`` are pruned one by one, each to its share."""
+    out, width = shape
+    if prune.nm is not None:
+        return out * width // prune.nm[1] * prune.nm[0]
+    assert prune.sparsity is not None
+    numel = out // groups * width
+    return groups * (numel - round(prune.sparsity * numel))
 
 
 def check_fits(option: Option, layer: str, shape: tuple[int, int], *, reader: str | None = None) -> None:
@@ -201,24 +233,41 @@ def _or(values: tuple[int, ...]) -> str:
     return f"{', '.join(map(str, values[:-1]))} or {values[-1]}"
 
 
-def stored_bytes(option: Option, shape: tuple[int, int], *, dtype: str, packed: bool) -> int:
+def stored_bytes(option: Option, shape: tuple[int, int], *, dtype: str, form: Form, groups: int = 1) -> int:
     """Bytes of the layer's weight tensors on disk.
 
     Args:
         shape: ``(out, in)`` of the weight as a matrix.
-        dtype: the model's own type, in which unpacked weights are stored.
-        packed: whether the artifact can pack this layer (see `curvprune.artifact.packs`). A pruned layer without a grid
-            and a rounded layer that cannot be packed are stored dense: pruning alone frees no bytes in this format.
+        dtype: the layer's own type, in which weights are stored that are neither cast nor rounded.
+        form: how the layer lies on disk; `curvprune.artifact.form_of` says which form an artifact takes.
+        groups: see `kept_weights`.
 
-    Packed layout (compressed-tensors ``pack-quantized``): codes in int32 words along the inputs, float16 scales,
-    zero points in int32 words along the outputs (float16 of one bit), the shape as two int64.
+    Packed (compressed-tensors ``pack-quantized``): codes in int32 words along the inputs, float16 scales, zero points
+    in int32 words along the outputs (float16 of one bit), the shape as two int64. Sparse: one bit a weight, the kept
+    weights or their codes in one run, the same scales and zero points, the shape.
     """
     out, width = shape
-    quantize = quantizer_of(option)
-    if quantize is None or not packed:
-        return out * width * DTYPE_BYTES[option.dtype if isinstance(option, Cast) else dtype]
+    prune, quantize = pruner_of(option), quantizer_of(option)
+    each = DTYPE_BYTES[stored_dtype(option, dtype)]
+    if form == "dense":
+        return out * width * each
+    if form == "sparse":
+        if prune is None:
+            raise ValueError(f"option {option.key} prunes nothing: it has no sparse form")
+        kept = kept_weights(prune, shape, groups=groups)
+        values = kept * each if quantize is None else math.ceil(kept * quantize.bits / 32) * 4
+        total = math.ceil(out * width / 8) + values + SHAPE_BYTES
+        return total if quantize is None else total + _grid_bytes(quantize, shape)
+    if quantize is None:
+        raise ValueError(f"option {option.key} has no codes: it has no packed form")
+    return out * math.ceil(width * quantize.bits / 32) * 4 + SHAPE_BYTES + _grid_bytes(quantize, shape)
+
+
+def _grid_bytes(quantize: Quantize, shape: tuple[int, int]) -> int:
+    """Scales and zero points."""
+    out, width = shape
     groups = 1 if quantize.group_size is None else math.ceil(width / quantize.group_size)
-    total = out * math.ceil(width * quantize.bits / 32) * 4 + out * groups * SCALE_BYTES + SHAPE_BYTES
+    total = out * groups * SCALE_BYTES
     if not quantize.symmetric and quantize.bits == 1:
         total += out * groups * ONE_BIT_ZERO_BYTES
     elif not quantize.symmetric:
@@ -228,24 +277,27 @@ def stored_bytes(option: Option, shape: tuple[int, int], *, dtype: str, packed: 
 
 def parse_option(value: Any) -> Option:
     """Read the YAML form: ``keep``, ``{cast: float16}``, ``{quantize: {bits: 4, group_size: 64}}``,
-    ``{prune: {sparsity: 0.5}}``, or ``prune`` and ``quantize`` side by side in one mapping."""
+    ``{prune: {sparsity: 0.5}}``, or ``prune`` beside ``quantize`` or ``cast`` in one mapping."""
     if value == "keep":
         return Keep()
     if not isinstance(value, Mapping) or not value or not all(isinstance(k, str) for k in value):
         raise ValueError(f"option {value!r}: expected one of {sorted(OPTIONS)}, for example {{quantize: {{bits: 4}}}}")
     unknown = set(value) - {"cast", "quantize", "prune"}
-    if unknown or (len(value) > 1 and set(value) != {"prune", "quantize"}):
-        raise ValueError(f"option {dict(value)!r}: expected keep, cast, quantize, prune, or prune with quantize")
-    if "cast" in value:
-        return Cast(dtype=value["cast"])
+    if unknown or (len(value) > 1 and set(value) not in ({"prune", "quantize"}, {"prune", "cast"})):
+        raise ValueError(
+            f"option {dict(value)!r}: expected keep, cast, quantize, prune, or prune with quantize or with cast"
+        )
     parts: dict[str, Any] = {}
     for word, arguments in value.items():
+        if word == "cast":
+            parts[word] = Cast(dtype=arguments)
+            continue
         fields = {f.name for f in dataclasses.fields(OPTIONS[word])}
         if not isinstance(arguments, Mapping) or set(arguments) - fields:
             raise ValueError(f"{word}: {arguments!r}: expected a mapping with keys from {sorted(fields)}")
         parts[word] = OPTIONS[word](**arguments)
     if len(parts) == 2:
-        return PruneQuantize(**parts)
+        return PruneQuantize(**parts) if "quantize" in parts else PruneCast(**parts)
     return next(iter(parts.values()))
 
 
@@ -256,8 +308,11 @@ def option_from_key(key: str) -> Option:
     if key in ("float16", "bfloat16"):
         return Cast(dtype=key)
     if "+" in key:
-        prune, quantize = (option_from_key(part) for part in key.split("+"))
-        return PruneQuantize(prune=prune, quantize=quantize)  # type: ignore[arg-type]
+        prune, other = (option_from_key(part) for part in key.split("+"))
+        if isinstance(prune, Prune) and isinstance(other, Cast):
+            return PruneCast(prune=prune, cast=other)
+        if isinstance(prune, Prune) and isinstance(other, Quantize):
+            return PruneQuantize(prune=prune, quantize=other)
     if match := re.fullmatch(r"int(\d+)-(pc|g(\d+))-(sym|asym)", key):
         group_size = int(match[3]) if match[3] else None
         return Quantize(bits=int(match[1]), group_size=group_size, symmetric=match[4] == "sym")
@@ -265,4 +320,4 @@ def option_from_key(key: str) -> Option:
         return Prune(pattern=match[1])
     if match := re.fullmatch(r"prune([0-9.e-]+)", key):
         return Prune(sparsity=float(match[1]))
-    raise ValueError(f"{key!r} is not an option key such as int4-g64-asym, prune0.5, prune2:4 or float16")
+    raise ValueError(f"{key!r} is not an option key such as int4-g64-asym, prune0.5, prune2:4+float16 or float16")

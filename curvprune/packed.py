@@ -1,5 +1,6 @@
-"""Modules whose weight stays packed in memory: codes of four bits (up to 4 bits) or eight, and 16-bit scales. It is
-unpacked when its module runs, layer by layer, to exactly the weight that an unpacked load gives.
+"""Modules whose weight stays packed in memory: codes of four bits (up to 4 bits) or eight, and 16-bit scales; of a
+sparse layer one bit for each weight, and the kept ones. It is unpacked when its module runs, layer by layer, to exactly
+the weight that an unpacked load gives.
 
 Of an embedding only the rows that are looked up are unpacked. Few rows through a per-channel 8-bit Linear on the CPU
 use torch's ``_weight_int8pack_mm``: at one row 4 times as fast as unpacking, at 16 rows 18 times slower (1536 × 576,
@@ -14,7 +15,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int8
+from jaxtyping import Bool, Float, Int8
 from torch import Tensor, nn
 
 from curvprune.layers import Layer, laid_out
@@ -22,6 +23,7 @@ from curvprune.options import Quantize
 from curvprune.solve.grids import dequantize
 
 FEW_ROWS = 2  # of an input, up to which the int8 kernel beats unpacking
+_EIGHT = torch.arange(8, dtype=torch.uint8)
 
 
 class PackedWeight(nn.Module):
@@ -43,8 +45,7 @@ class PackedWeight(nn.Module):
         self.width, self.group_size, self.dtype = codes.shape[1], quantize.group_size, dtype
         self.nibbles = quantize.bits <= 4
         if self.nibbles:
-            unsigned = F.pad(codes + 8, (0, self.width % 2)).to(torch.uint8)
-            codes = (unsigned[:, ::2] | (unsigned[:, 1::2] << 4)).view(torch.int8)
+            codes = _to_nibbles(codes)
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
@@ -54,10 +55,75 @@ class PackedWeight(nn.Module):
         """Some rows of the weight, or all, unpacked."""
         codes = self.codes[index]
         if self.nibbles:
-            unsigned = codes.view(torch.uint8)
-            codes = torch.stack([unsigned & 15, unsigned >> 4], dim=2).flatten(1)[:, : self.width].to(torch.int8) - 8
+            codes = _from_nibbles(codes)[:, : self.width]
         zero = None if self.zero is None else self.zero[index]
         return dequantize(codes, self.scale[index], zero, self.group_size).to(self.dtype)
+
+
+class SparseWeight(nn.Module):
+    """A pruned weight ``(out, in)`` as a bitmask and the kept weights, or their codes and scales; ``dtype`` is that of
+    the weight it stands for."""
+
+    mask: Tensor
+    values: Tensor
+    start: Tensor
+    scale: Tensor | None
+    zero: Tensor | None
+
+    def __init__(
+        self,
+        matrix: Float[Tensor, "out in"] | Int8[Tensor, "out in"],
+        kept: Bool[Tensor, "out in"],
+        scale: Float[Tensor, "out groups"] | None,
+        zero: Int8[Tensor, "out groups"] | None,
+        quantize: Quantize | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.width, self.dtype = kept.shape[1], dtype
+        self.group_size = None if quantize is None else quantize.group_size
+        self.nibbles = quantize is not None and quantize.bits <= 4
+        bits = F.pad(kept, (0, -self.width % 8)).view(len(kept), -1, 8).to(torch.uint8)
+        self.register_buffer("mask", (bits << _EIGHT.to(kept.device)).sum(dim=2, dtype=torch.uint8))
+        counts = kept.sum(dim=1)
+        self.register_buffer("start", counts.cumsum(0) - counts)  # where each row begins
+        values = matrix[kept]
+        self.register_buffer("values", _to_nibbles(values[None])[0] if self.nibbles else values)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", zero)
+
+    def rows(self, index: Tensor | slice = slice(None)) -> Float[Tensor, "rows in"]:
+        """Some rows of the weight, or all, unpacked."""
+        bits = (self.mask[index][..., None] >> _EIGHT.to(self.mask.device)) & 1
+        kept = bits.flatten(1)[:, : self.width].bool()
+        if isinstance(index, slice) and index == slice(None):
+            values = _from_nibbles(self.values[None])[0] if self.nibbles else self.values
+            matrix = values.new_zeros(kept.shape).masked_scatter_(kept, values)
+        else:
+            at = (self.start[index][:, None] + kept.cumsum(dim=1) - 1).clamp_(min=0)
+            if self.nibbles:
+                pairs = _from_nibbles(self.values[at >> 1].reshape(-1, 1)).view(*at.shape, 2)
+                matrix = pairs.gather(2, (at & 1)[..., None])[..., 0]
+            else:
+                matrix = self.values[at]
+        if self.scale is not None:
+            zero = None if self.zero is None else self.zero[index]
+            matrix = dequantize(matrix, self.scale[index], zero, self.group_size)
+        return torch.where(kept, matrix, torch.zeros((), dtype=matrix.dtype, device=matrix.device)).to(self.dtype)
+
+
+HeldWeight = PackedWeight | SparseWeight
+
+
+def _to_nibbles(codes: Int8[Tensor, "rows columns"]) -> Int8[Tensor, "rows half"]:
+    unsigned = F.pad(codes + 8, (0, codes.shape[1] % 2)).to(torch.uint8)
+    return (unsigned[:, ::2] | (unsigned[:, 1::2] << 4)).view(torch.int8)
+
+
+def _from_nibbles(nibbles: Int8[Tensor, "rows half"]) -> Int8[Tensor, "rows columns"]:
+    """As many codes as fit: one more than there were, where their number was odd."""
+    unsigned = nibbles.view(torch.uint8)
+    return torch.stack([unsigned & 15, unsigned >> 4], dim=2).flatten(1).to(torch.int8) - 8
 
 
 class _Around(nn.Module):
@@ -81,7 +147,7 @@ def _emptied(module: nn.Module, parameter: str, dtype: torch.dtype) -> None:
 class Packed(_Around):
     """A module of any kind with its weight packed; attributes other than ``weight`` are the module's own."""
 
-    def __init__(self, module: nn.Module, weight: PackedWeight, shape: torch.Size, transposed: bool) -> None:
+    def __init__(self, module: nn.Module, weight: HeldWeight, shape: torch.Size, transposed: bool) -> None:
         super().__init__(module)
         self.packed, self.shape, self.transposed = weight, shape, transposed
         _emptied(module, "weight", weight.dtype)
@@ -97,12 +163,18 @@ class Packed(_Around):
         if self.looks_up and len(arguments) == 1 and not named:
             index = arguments[0]
             return self.packed.rows(index.reshape(-1)).reshape(*index.shape, self.packed.width)
-        if self.multiplies and len(arguments) == 1 and not named and self.packed.int8_kernel:
+        held = self.packed
+        if (
+            self.multiplies
+            and len(arguments) == 1
+            and not named
+            and isinstance(held, PackedWeight)
+            and held.int8_kernel
+        ):
             x = arguments[0]
-            if x.device.type == "cpu" and x.numel() <= FEW_ROWS * self.packed.width and x.dtype == torch.float32:
-                flat = x.reshape(-1, self.packed.width)
-                y = torch._weight_int8pack_mm(flat, self.packed.codes, self.packed.scale[:, 0].to(x.dtype))
-                y = y.reshape(*x.shape[:-1], len(self.packed.codes))
+            if x.device.type == "cpu" and x.numel() <= FEW_ROWS * held.width and x.dtype == torch.float32:
+                y = torch._weight_int8pack_mm(x.reshape(-1, held.width), held.codes, held.scale[:, 0].to(x.dtype))
+                y = y.reshape(*x.shape[:-1], len(held.codes))
                 bias = self.module.bias
                 return y + bias if isinstance(bias, Tensor) else y
         return torch.func.functional_call(self.module, {"weight": self.weight}, arguments, named)
@@ -116,20 +188,20 @@ class PackedExperts(_Around):
         self.packed = nn.ModuleDict()
         self.layouts: dict[str, tuple[torch.Size, bool]] = {}
 
-    def pack(self, parameter: str, weight: PackedWeight, shape: torch.Size, transposed: bool) -> None:
+    def pack(self, parameter: str, weight: HeldWeight, shape: torch.Size, transposed: bool) -> None:
         _emptied(self.module, parameter, weight.dtype)
         self.packed[parameter] = weight
         self.layouts[parameter] = shape, transposed
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         weights = {
-            n: laid_out(cast(PackedWeight, self.packed[n]).rows(), shape, transposed=transposed)
+            n: laid_out(cast(HeldWeight, self.packed[n]).rows(), shape, transposed=transposed)
             for n, (shape, transposed) in self.layouts.items()
         }
         return torch.func.functional_call(self.module, weights, arguments, named)
 
 
-def pack_modules(model: nn.Module, layer: Layer, weight: PackedWeight) -> None:
+def pack_modules(model: nn.Module, layer: Layer, weight: HeldWeight) -> None:
     """Replace every module that holds or shares the layer's weight."""
     shape, transposed = layer.weight.shape, layer.transposed
     names = (layer.name, *layer.aliases)

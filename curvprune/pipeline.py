@@ -32,7 +32,7 @@ from curvprune.objective import Objective, make_objective, to_device
 from curvprune.options import Keep, Option, option_from_key, quantizer_of
 from curvprune.plan import SIZES, Budget
 from curvprune.recipe import Recipe, RecipeError, assign_groups, assign_options, load_recipe, lock_text
-from curvprune.shapes import changes_of
+from curvprune.shapes import changes_of, difference, remember_
 from curvprune.solve import Solved
 from curvprune.stages import (
     Job,
@@ -46,6 +46,7 @@ from curvprune.stages import (
     solve_options,
 )
 from curvprune.state import StageLog, State
+from curvprune.structured import Pruned, Structured, offered_widths, prune_units
 
 LOCK, ANALYSIS, LEDGER, PLAN, VERDICT = "recipe.lock.yaml", "analysis.json", "ledger.json", "plan.json", "verdict.json"
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
@@ -190,6 +191,7 @@ class Check:
 
     layers: list[dict[str, Any]]
     kept: list[str]
+    cuts: dict[str, dict[str, Any]]
     minutes: dict[str, float]
     memory_bytes: int
     smallest_bytes: int
@@ -206,10 +208,11 @@ def check(recipe_path: str | Path) -> Check:
         for n, layer in job.layers.items()
     ]
     dense = sum(p.numel() * p.element_size() for p in job.model.parameters())
-    minutes, memory = _estimate(job, dense)
+    minutes, memory = _estimate(job, dense, about.get("widths", {}))
     return Check(
         layers=rows,
         kept=about["kept"],
+        cuts=about.get("widths", {}),
         minutes=minutes,
         memory_bytes=memory,
         smallest_bytes=job.smallest_bytes(),
@@ -232,17 +235,56 @@ def prepare(recipe: Recipe, root: State | None, *, progress: bool) -> tuple[Job,
                 "give --out another folder",
             )
     device = _device(recipe)
+    asked = _structured(recipe)
     model, tokenizer = _load_model(recipe)
     splits = _load_data(recipe, tokenizer)
+    model.to(device)
+    scratch = State(root.path("state"), writes=root.writes) if root is not None else State(Path(os.devnull))
+    fit = partial(_fit, recipe, tokenizer=tokenizer, splits=splits, state=scratch, stages=StageLog(show=progress))
+    job = fit(model, final=asked is None)
+    about = {
+        "title": recipe.title or Path(recipe.model.name or recipe.model.path or recipe.model.package or "").name,
+        "recipe_sha256": _fingerprint(recipe),
+        "model_sha256": hf.model_sha256(model),
+        "data_sha256": splits.sha256(),
+        "limits_sha256": _sha256(job.budget.to_dict()["limits"]) if job.budget and job.budget.limits else None,
+        "device": str(device),
+        "seed": recipe.seed,
+    }
+    if asked is not None and not scratch.has(_REMOVED):
+        about["widths"] = _offered(recipe, job, asked)
+    if root is not None:
+        if root.writes:
+            _claim(recipe, root, about)
+        processes.wait()
+        if asked is not None:
+            smaller, removed = _without_units(recipe, job, asked)
+            job = fit(smaller, original=model)
+            about["structured"] = removed
+            job.notes[:0] = removed["notes"]
+    about["kept"] = [n for n in find_layers(job.model) if n not in job.layers]
+    return job, about
+
+
+def _fit(
+    recipe: Recipe,
+    model: nn.Module,
+    *,
+    tokenizer: Any,
+    splits: Splits,
+    state: State,
+    stages: StageLog,
+    original: nn.Module | None = None,
+    final: bool = True,
+) -> Job:
+    """Lay the recipe over a model: its layers, their options and groups, and whether they fit. Unless ``final`` units
+    will be removed first, and sizes are not known yet."""
+    device = next(model.parameters()).device
     found = find_layers(model)
     readers = {n: artifact.reader_of(model, layer, portable=recipe.portable) for n, layer in found.items()}
     assigned = assign_options(recipe, {n: layer.shape for n, layer in found.items()}, readers=readers)
     groups = assign_groups(recipe, found, assigned)
-    layers = {n: found[n] for n in found if n in assigned}
     kept = [n for n in found if n not in assigned]
-    model.to(device)
-    objective = _objective(recipe, model, splits)
-    budget = _budget(recipe)
     settings = Settings(
         seed=recipe.seed,
         labels=recipe.price.labels,
@@ -250,28 +292,18 @@ def prepare(recipe: Recipe, root: State | None, *, progress: bool) -> tuple[Job,
         attempts=recipe.search.attempts,
         portable=recipe.portable,
     )
-    about = {
-        "title": recipe.title or Path(recipe.model.name or recipe.model.path or recipe.model.package or "").name,
-        "kept": kept,
-        "recipe_sha256": _fingerprint(recipe),
-        "model_sha256": hf.model_sha256(model),
-        "data_sha256": splits.sha256(),
-        "limits_sha256": None if budget is None or not budget.limits else _sha256(budget.to_dict()["limits"]),
-        "device": str(device),
-        "seed": recipe.seed,
-    }
-    scratch = State(root.path("state"), writes=root.writes) if root is not None else State(Path(os.devnull))
     job = Job(
         model=model,
-        objective=objective,
-        layers=layers,
+        original=original,
+        objective=_objective(recipe, model, splits),
+        layers={n: found[n] for n in found if n in assigned},
         options=assigned,
         same_option=groups.layers,
         splits=splits,
-        budget=budget,
+        budget=_budget(recipe),
         settings=settings,
-        state=scratch,
-        stages=StageLog(show=progress),
+        state=state,
+        stages=stages,
         reload=lambda folder: load_artifact(folder, device=device),
         write_model=lambda folder, solved, plan: write_model(
             folder, model, solved, plan, tokenizer=tokenizer, portable=recipe.portable
@@ -282,19 +314,76 @@ def prepare(recipe: Recipe, root: State | None, *, progress: bool) -> tuple[Job,
         job.notes.append(f"{len(kept)} layer(s) match no entry of compress: and stay as they are: {', '.join(kept)}")
     if (message := left_over(model)) is not None:
         job.notes.append(message)
-    _check_budget(recipe, job)
+    _check_budget(recipe, job, size=final)
     rounds = any(quantizer_of(o) for options in assigned.values() for o in options)
-    if rounds and recipe.portable and not hf.loads_packed(model):
+    if rounds and artifact.portable_for(model, recipe.portable) and not hf.loads_packed(model):
         raise recipe.error(
             ("model",),
             f"transformers cannot load {type(model).__name__} with packed layers (it initialises their weights by "
             "name); write portable: false, for a folder that curvprune.load reads",
         )
-    if root is not None:
-        if root.writes:
-            _claim(recipe, root, about)
-        processes.wait()
-    return job, about
+    return job
+
+
+# ------------------------------------------------------------------------------------------------------- removing units
+
+_REMOVED = "structured/removed.json"
+
+
+def _structured(recipe: Recipe) -> Structured | None:
+    if recipe.structured is None:
+        return None
+    try:
+        return Structured(**recipe.structured.model_dump(exclude_none=True))
+    except ValueError as error:
+        raise recipe.error(("structured",), str(error)) from error
+
+
+def _offered(recipe: Recipe, job: Job, asked: Structured) -> dict[str, dict[str, Any]]:
+    """The cuts and their widths; whatever is wrong with what was asked is found here."""
+    try:
+        found, _, widths = offered_widths(job.model, job.objective, job.splits, asked)
+    except ValueError as error:
+        raise recipe.error(("structured",), str(error)) from error
+    return {n: {"kind": cut.kind, "units": cut.units, "widths": widths[n]} for n, cut in found.cuts.items()}
+
+
+def _without_units(recipe: Recipe, job: Job, asked: Structured) -> tuple[nn.Module, dict[str, Any]]:
+    """Stage *remove units*: the smaller model, written to ``state/structured`` and read from there, and what is gone.
+    Of several processes the first removes them."""
+    folder = job.state.path("structured/model")
+    if job.state.writes and not job.state.has(_REMOVED):
+        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
+        with job.stages.stage("remove units", 1) as advance:
+            try:
+                pruned = prune_units(job.model, job.objective, job.splits, asked, seed=job.settings.seed)
+            except ValueError as error:
+                raise recipe.error(("structured",), str(error)) from error
+            describe(job.model, pruned)
+            write_model(folder, pruned.model, {}, {})
+            advance(1)
+        job.state.write_json(_REMOVED, _removed_record(pruned))
+    processes.wait()
+    return load_artifact(folder, device=next(job.model.parameters()).device), job.state.read_json(_REMOVED)
+
+
+def _removed_record(pruned: Pruned) -> dict[str, Any]:
+    cuts = {n: {"kind": pruned.kinds[n], "left": w, "of": pruned.units[n]} for n, w in pruned.left.items()}
+    shares = [f"{1 - after / before:.1%} of the {of}" for of, (before, after) in _work(pruned).items()]
+    predicted = pruned.predicted
+    cost = "" if predicted is None else f", predicted to cost {predicted.value:.4g} ± {predicted.stderr:.2g} nats"
+    gone = sum(pruned.units[n] - left for n, left in pruned.left.items())
+    return {
+        "cuts": cuts,
+        **{of: list(both) for of, both in _work(pruned).items()},
+        "predicted": None if predicted is None else predicted.value,
+        "predicted_stderr": None if predicted is None or not np.isfinite(predicted.stderr) else predicted.stderr,
+        "notes": [f"{gone} units of {len(cuts)} cuts were removed first: {' and '.join(shares)}{cost}", *pruned.notes],
+    }
+
+
+def _work(pruned: Pruned) -> dict[str, tuple[int, int]]:
+    return {"multiply-adds": pruned.macs, "parameters": pruned.parameters}
 
 
 def write_model(
@@ -312,20 +401,25 @@ def write_model(
     if folder.exists() and any(folder.iterdir()) and not (folder / artifact.MANIFEST).is_file():
         raise ValueError(f"{folder} is not empty and holds no artifact of curvprune; save into a new folder")
     layers = find_layers(model)
-    portable = portable and not (artifact.is_transformers(model) and changes_of(model))
+    portable = artifact.portable_for(model, portable)
     artifact.save(folder, model, layers, solved, plan, portable=portable)
     if artifact.is_transformers(model):
-        grids = {n: quantizer_of(s.option) for n, s in solved.items() if artifact.packs(model, layers[n], s.option)}
+        forms = {n: artifact.form_of(model, layers[n], s.option) for n, s in solved.items()}
+        grids = {n: quantizer_of(s.option) for n, s in solved.items() if forms[n] == "packed"}
         packed = {n: q for n, q in grids.items() if q is not None}
         # Without a config the folder is one for `curvprune.load(folder, model=...)`, which says so.
         if not portable or not packed or hf.loads_packed(model):
             hf.save_config(folder, model, packed if portable else {}, tokenizer)
 
 
-def describe(model: nn.Module, widths: Mapping[str, tuple[int, int]] | None) -> bool:
-    """Whether a plain config describes a structurally pruned model; it is then written into the model. ``widths`` is
-    ``None`` where cuts of one kind have different widths."""
-    return widths is not None and artifact.is_transformers(model) and hf.describe_(model, widths)
+def describe(original: nn.Module, pruned: Pruned) -> bool:
+    """Whether a plain config describes a structurally pruned model; it is then written into the model, which otherwise
+    carries how its shapes differ."""
+    widths, model = pruned.uniform_widths(), pruned.model
+    if widths is not None and artifact.is_transformers(model) and hf.describe_(model, widths):
+        return True
+    remember_(model, [*changes_of(original), difference(original, model, dropped=pruned.dropped)])
+    return False
 
 
 def load_artifact(folder: Path, *, packed: bool = False, device: str | torch.device = "cpu") -> nn.Module:
@@ -333,6 +427,35 @@ def load_artifact(folder: Path, *, packed: bool = False, device: str | torch.dev
     if artifact.is_portable(folder) and not packed:
         return hf.load_artifact(folder, device=device)
     return artifact.load_into(folder, hf.load_foreign(folder), packed=packed).to(device).eval()
+
+
+def export_dense(folder: str | Path, out: str | Path) -> Path:
+    """Write a saved artifact of a transformers model once more as an ordinary model: every weight a float of the
+    model's own type, zeros included, for ``from_pretrained`` and converters (GGUF, ONNX).
+
+    Args:
+        folder: what ``Result.save`` or a run (``model/``) wrote, portable or not.
+        out: a new or empty folder.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: not an artifact of a transformers model; shapes that no config describes.
+    """
+    folder, out = Path(folder), Path(out)
+    if not (folder / artifact.MANIFEST).is_file() or not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not an artifact of a transformers model: it lacks a manifest or a config")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; export into a new folder")
+    model: Any = load_artifact(folder)
+    if changes_of(model):
+        raise ValueError(
+            f"{folder}: no config describes its shapes, so that from_pretrained cannot read it; prune with uniform=True"
+        )
+    model.save_pretrained(out)
+    artifact.copy_companions(folder, out)
+    return out
 
 
 def _device(recipe: Recipe) -> torch.device:
@@ -428,13 +551,15 @@ def _budget(recipe: Recipe) -> Budget | None:
     return Budget(**recipe.budget.model_dump(exclude={"limits"}), limits=tuple(limits))
 
 
-def _check_budget(recipe: Recipe, job: Job) -> None:
+def _check_budget(recipe: Recipe, job: Job, *, size: bool) -> None:
     if job.budget is None:
         return
     if job.budget.metric == "accuracy" and job.objective.unit == "nats/token":
         raise recipe.error(
             ("budget", "metric"), "accuracy needs one prediction per item; for language models write loss"
         )
+    if not size:
+        return
     try:
         limit_plans(job)
     except Infeasible as error:
@@ -517,8 +642,10 @@ def _result(root: State, record: dict[str, Any]) -> RunResult:
 
 
 def _record(job: Job, about: Mapping[str, Any], trials: list[dict[str, Any]], root: State) -> dict[str, Any]:
-    before = sum(t.numel() * t.element_size() for t in artifact.state_dict_on_disk(job.model, job.layers, {}).values())
-    size: dict[str, Any] = {"before_bytes": before, "parameters": sum(p.numel() for p in job.model.parameters())}
+    model = job.uncompressed
+    on_disk = artifact.state_dict_on_disk(model, find_layers(model), {})
+    before = sum(t.numel() * t.element_size() for t in on_disk.values())
+    size: dict[str, Any] = {"before_bytes": before, "parameters": sum(p.numel() for p in model.parameters())}
     if job.plan is not None:
         after = artifact.weights_file(root.path("model")).stat().st_size
         size |= {
@@ -540,6 +667,7 @@ def _record(job: Job, about: Mapping[str, Any], trials: list[dict[str, Any]], ro
         "limits": _limits(job),
         "corrections": job.factors,
         "size": size,
+        **({"structured": about["structured"]} if "structured" in about else {}),
         "layers": _layer_records(job),
         "ledger": ledger,
         "trials": [{k: v for k, v in t.items() if k != "choices"} for t in trials],
@@ -646,7 +774,7 @@ def _peak_memory() -> int:
 # ------------------------------------------------------------------------------------------------------------ estimates
 
 
-def _estimate(job: Job, dense: int) -> tuple[dict[str, float], int]:
+def _estimate(job: Job, dense: int, cuts: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, float], int]:
     """Minutes per stage and peak bytes, from timing one item forward and backward and solving one layer."""
     device = next(job.model.parameters()).device
     item = to_device(job.splits.calibrate.items[0], device)
@@ -674,6 +802,12 @@ def _estimate(job: Job, dense: int) -> tuple[dict[str, float], int]:
             "price": counts["price"] * (forward + s.labels * max(both - forward, forward)),
             "select": (s.trials + 6) * counts["select"] * forward,
         }
+    if cuts:  # two passes for moments, one for gradients and one for prices, and a few factors for each width
+        widest = max(layer.shape[1] for layer in job.layers.values())
+        factor = _seconds(lambda: torch.linalg.cholesky(torch.eye(widest, device=device)))
+        passes = counts["calibrate"] * (2.2 * forward + both) + counts["price"] * 2 * both
+        seconds["remove units"] = passes + 4 * factor * sum(len(c["widths"]) for c in cuts.values())
+        dense *= 2
     weights = sum(layer.numel for layer in job.layers.values())
     options = max(len(o) for o in job.options.values())
     # Two models, 16-bit changes and a float32 diagonal, three copies of an evaluation batch's logits, libraries.

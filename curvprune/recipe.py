@@ -33,7 +33,7 @@ from pydantic import (
 )
 
 from curvprune.groups import GroupError, Groups, Request, find_groups, read_request
-from curvprune.options import BITS, OPTIONS, Cast, Keep, Option, PruneQuantize, check_fits, parse_option
+from curvprune.options import BITS, OPTIONS, Cast, Keep, Option, PruneCast, PruneQuantize, check_fits, parse_option
 
 KeyPath = tuple[str | int, ...]
 
@@ -171,6 +171,8 @@ def _option_yaml(option: Option) -> str | dict[str, Any]:
         return "keep"
     if isinstance(option, Cast):
         return {"cast": option.dtype}
+    if isinstance(option, PruneCast):
+        return {**typing.cast(dict[str, Any], _option_yaml(option.prune)), "cast": option.cast.dtype}
     parts = (option.prune, option.quantize) if isinstance(option, PruneQuantize) else (option,)
     words = {kind: word for word, kind in OPTIONS.items()}
     form: dict[str, Any] = {}
@@ -183,7 +185,7 @@ def _option_yaml(option: Option) -> str | dict[str, Any]:
 
 def _read_option(value: Any) -> Option:
     """`parse_option`, after a look at the types, so that a complaint names the argument and not only the option."""
-    if isinstance(value, (Keep, Cast, PruneQuantize, *OPTIONS.values())):
+    if isinstance(value, (Keep, Cast, PruneQuantize, PruneCast, *OPTIONS.values())):
         return typing.cast(Option, value)
     if isinstance(value, str) and value != "keep":
         raise _At((), f"unknown option {value!r}; expected one of {_or(OPTIONS)}{_nearest(value, OPTIONS)}")
@@ -225,9 +227,9 @@ def _argument_named(value: Any, message: str) -> KeyPath:
     """The argument that an option's own complaint is about, to find its line."""
     if isinstance(value, Mapping):
         for word, arguments in value.items():
-            if not isinstance(arguments, Mapping):
+            if not isinstance(arguments, Mapping) and message.startswith(word):
                 return (word,)
-            for name in arguments:
+            for name in arguments if isinstance(arguments, Mapping) else ():
                 if f"{word}: {name}=" in message:
                     return (word, name)
     return ()
@@ -235,6 +237,38 @@ def _argument_named(value: Any, message: str) -> KeyPath:
 
 def _one_or_many(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
+
+
+def _read_share(value: Any) -> float | dict[str, float]:
+    shares = value if isinstance(value, Mapping) else {"": value}
+    for kind, share in shares.items():
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
+            raise _At(
+                (kind,) if kind else (),
+                f"{_shown(share)} is not valid; expected a number strictly between 0 and 1, for example 0.3, or one "
+                "for each kind, for example {mlp: 0.25}",
+            )
+    return typing.cast("float | dict[str, float]", value)
+
+
+class StructuredSection(_Section):
+    """Units to remove before anything else is compressed."""
+
+    share: Annotated[float | dict[str, float], PlainValidator(_read_share)] = Field(
+        description="the share of the work to remove, for example 0.3, or of the units of a kind, {mlp: 0.25}"
+    )
+    of: Literal["macs", "parameters"] = "macs"
+    kinds: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] | None = Field(
+        None, strict=False, description="some of mlp, heads and channels, or blocks alone"
+    )
+    uniform: bool = Field(False, description="true or false: one width per kind, which a plain config describes")
+    round_to: int | None = Field(None, ge=1, description="widths are multiples of this, a whole number of at least 1")
+
+    @model_validator(mode="after")
+    def _kinds_once(self) -> StructuredSection:
+        if isinstance(self.share, Mapping) and self.kinds is not None:
+            raise _At(("kinds",), "share names the kinds already; remove kinds")
+        return self
 
 
 class CompressEntry(_Section):
@@ -356,6 +390,7 @@ class Recipe(_Section):
     model: ModelSection
     data: DataSection
     objective: Literal["auto", "causal-lm", "classification", "label-free"] = "auto"
+    structured: StructuredSection | None = None
     compress: tuple[CompressEntry, ...] = Field(
         min_length=1, strict=False, description='a list of entries that start with "- layers:"'
     )

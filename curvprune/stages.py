@@ -39,7 +39,7 @@ from curvprune.knapsack import Choice, Infeasible, Limit, cheapest
 from curvprune.layers import Layer, find_layers
 from curvprune.ledger import Ledger, Row, build_ledger
 from curvprune.objective import ItemResults, Objective, evaluate, to_device
-from curvprune.options import Cast, Keep, Option, option_from_key, pruner_of, quantizer_of
+from curvprune.options import Cast, Form, Keep, Option, option_from_key, pruner_of, quantizer_of
 from curvprune.plan import Budget, Measurement, Plan, corrected, search
 from curvprune.processes import rank, shared, wait, world
 from curvprune.solve import Solved, solve
@@ -84,6 +84,7 @@ class Job:
     stages: StageLog
     reload: Callable[[Path], nn.Module]
     write_model: Callable[[Path, Mapping[str, Solved], Mapping[str, Any]], None]
+    original: nn.Module | None = None  # what is certified against, where units of it were removed to make the model
     same_option: tuple[tuple[str, ...], ...] = ()  # groups of layers; each is offered the same options
     limits: tuple[Limit, ...] = ()  # what the budget limits besides bytes and the drop: `limit_plans`
     work: dict[str, Work] = field(default_factory=dict)  # of every layer, where it was counted: `count_work`
@@ -95,6 +96,11 @@ class Job:
     solved: dict[str, Solved] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
     factors: dict[str, float] = field(default_factory=dict)  # option -> correction of its prices by the trials
+
+    @property
+    def uncompressed(self) -> nn.Module:
+        """The model whose loss may rise by the budget."""
+        return self.model if self.original is None else self.original
 
     @property
     def fixed_bytes(self) -> int:
@@ -160,6 +166,10 @@ class Job:
     def bytes_of(self, choices: Mapping[str, str]) -> int:
         """Tensor bytes of the whole model on disk under a plan (the file adds its header)."""
         return self.fixed_bytes + sum(self.layer_bytes(n, option_from_key(key)) for n, key in choices.items())
+
+    def form_of(self, name: str, option: Option) -> Form:
+        """How a layer lies on disk under an option."""
+        return artifact.form_of(self.model, self.layers[name], option, portable=self.settings.portable)
 
     def layer_bytes(self, name: str, option: Option) -> int:
         """Bytes on disk of a layer under an option."""
@@ -495,7 +505,8 @@ class _Bench:
 
     job: Job
     candidates: Callable[[str], list[Solved]]
-    baseline: ItemResults
+    baseline: ItemResults  # of the uncompressed model
+    start: ItemResults  # of the model that the prices are of: the same, unless units were removed
     model: nn.Module | None = None
     now: dict[str, str] = field(default_factory=dict)
     trials: list[dict[str, Any]] = field(default_factory=list)
@@ -532,7 +543,7 @@ class _Bench:
             "predicted": None if predicted is None else predicted.value,
             "predicted_stderr": None if predicted is None else _finite(predicted.stderr),
             "expected": None if job.ledger is None else job.expected(choices),
-            "measured": float((results.loss.sum() - self.baseline.loss.sum()) / self.baseline.count.sum()),
+            "measured": float((results.loss.sum() - self.start.loss.sum()) / self.start.count.sum()),
             "measured_stderr": _finite(of_loss.stderr),
             "metric_drop": verdict.drop,
             "metric_stderr": verdict.stderr,
@@ -575,8 +586,12 @@ def _select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[
     assert job.budget is not None and job.ledger is not None
     budget, rows = job.budget, job.ledger.rows
     with job.stages.stage("measure on select", job.settings.trials + 6) as advance:
-        baseline = _results(job, "select/baseline.json", job.model, job.splits.select)
-        bench = _Bench(job, candidates, baseline)
+        baseline = start = _results(job, "select/baseline.json", job.uncompressed, job.splits.select)
+        spent = 0.0
+        if job.original is not None:
+            start = _results(job, "select/start.json", job.model, job.splits.select)
+            spent = _spent(job, baseline, start)
+        bench = _Bench(job, candidates, baseline, start)
         advance(1)
         if budget.max_drop is None:
             best = bench.measure("plan 1", "plan", cheapest(rows, **job.within))
@@ -587,13 +602,14 @@ def _select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[
                 advance(1 + len(bench.trials))
                 return Measurement(
                     accepted=trial["accepted"],
-                    drop=trial["metric_drop"],
+                    drop=trial["metric_drop"] - spent,
                     loss=trial["measured"],
                     stderr=trial["measured_stderr"] or 0.0,
-                    allowed=_allowed(job, 0.0, trial["metric_stderr"]),
+                    allowed=_allowed(job, min(0.0, spent), trial["metric_stderr"]) - spent,
                 )
 
-            found = search(rows, measured, start=budget.max_drop, max_trials=job.settings.trials, **job.within)
+            start_at = max(0.0, budget.max_drop - spent)
+            found = search(rows, measured, start=start_at, max_trials=job.settings.trials, **job.within)
             job.factors = found.factors
             for record, trial in zip(bench.trials, found.trials, strict=True):
                 record["expected"] = trial.expected
@@ -606,6 +622,19 @@ def _select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[
         best = _best_measured(job, bench, best)
         advance(job.settings.trials + 6)
     return bench, best
+
+
+def _spent(job: Job, baseline: ItemResults, start: ItemResults) -> float:
+    """What the removed units alone cost on the select split, in the budget's metric; it is noted."""
+    assert job.budget is not None
+    budget = job.budget if job.budget.max_drop is not None else Budget("loss", max_drop=0.0)
+    verdict = compare(baseline, start, job.splits.select, budget, unit=job.objective.unit)
+    unit = "of accuracy" if budget.metric == "accuracy" else job.objective.unit
+    text = f"the removed units alone cost {verdict.drop:.4g} ± {verdict.stderr:.2g} {unit} on the select split"
+    job.notes.append(f"{text}; prices, predictions and trials come on top of that, the verdict holds for both together")
+    if job.budget.max_drop is not None and verdict.drop >= job.budget.max_drop:
+        job.notes.append("that is more than the budget: remove fewer units")
+    return verdict.drop
 
 
 def _leftover(job: Job) -> str:
@@ -700,9 +729,7 @@ def _apply_and_write(job: Job, bench: _Bench, name: str, choices: dict[str, str]
     folder = _written(job, at, solved, _plan_of(job, record))
     # What lies on disk packed need not be held in memory twice: codes and scales are enough for a later save.
     light = {
-        n: replace(s, weight=torch.empty(0))
-        if s.codes is not None and artifact.packs(job.model, job.layers[n], s.option, portable=job.settings.portable)
-        else s
+        n: replace(s, weight=torch.empty(0)) if s.codes is not None and job.form_of(n, s.option) != "dense" else s
         for n, s in solved.items()
     }
     return _Applied(record=record, folder=folder, solved=light, chance=chance)
@@ -773,6 +800,7 @@ def certify_plans(job: Job, bench: _Bench, best: dict[str, Any]) -> Path:
             break
     last = fixed_sequence(verdicts) if judged else 0
     shipped, verdict = sequence[last or 0], verdicts[last or 0]
+    job.notes += zeros_stored(job, shipped.record["choices"])
     job.solved, job.plan = shipped.solved, _plan_of(job, shipped.record)
     if judged:
         job.verdict = verdict
@@ -785,12 +813,37 @@ def certify_plans(job: Job, bench: _Bench, best: dict[str, Any]) -> Path:
 def apply_and_measure(job: Job, choices: Mapping[str, str]) -> Path:
     """Without a budget: apply the one plan there is and measure it, paired, on the certify split."""
     _, job.solved = apply_plan(job, choices, "applied/1", "apply")
-    job.plan = Plan(
-        choices=dict(choices), bytes=job.bytes_of(choices), predicted=float("nan"), predicted_stderr=float("nan")
-    )
+    job.plan = unpriced_plan(job, choices)
+    job.notes = list(job.plan.notes)
     folder = _written(job, "applied/1", job.solved, job.plan)
     job.record["measured"] = _verdict_of(job, folder, "certify/1.json", "measure", None).to_dict()
     return folder
+
+
+def unpriced_plan(job: Job, choices: Mapping[str, str]) -> Plan:
+    """The one plan there is where there is no budget."""
+    unknown = float("nan")
+    notes = (*job.notes, *zeros_stored(job, choices))
+    return Plan(
+        choices=dict(choices), bytes=job.bytes_of(choices), predicted=unknown, predicted_stderr=unknown, notes=notes
+    )
+
+
+def zeros_stored(job: Job, choices: Mapping[str, str]) -> list[str]:
+    """What to tell the user about pruned layers that are larger on disk because transformers must read them."""
+    before = after = count = 0
+    for name, key in choices.items():
+        option = option_from_key(key)
+        now = job.layer_bytes(name, option)
+        sparse = artifact.layer_bytes(job.model, job.layers[name], option, portable=False)
+        if pruner_of(option) is not None and sparse < now:
+            before, after, count = before + now, after + sparse, count + 1
+    if not count:
+        return []
+    return [
+        f"the zeros of {count} pruned layer(s) are stored, because transformers needs them: {before / 1e6:.1f} MB, "
+        f"which portable: false (in Python Settings(portable=False)) would make {after / 1e6:.1f} MB"
+    ]
 
 
 def _written(job: Job, at: str, solved: Mapping[str, Solved], plan: Plan) -> Path:
@@ -805,7 +858,7 @@ def _written(job: Job, at: str, solved: Mapping[str, Solved], plan: Plan) -> Pat
 def _verdict_of(job: Job, folder: Path, path: str, title: str, budget: Budget | None) -> Verdict:
     """Paired verdict of a saved and reloaded model on the certify split; without a budget the bound is not judged."""
     with job.stages.stage(title, 2) as advance:
-        baseline = _results(job, "certify/baseline.json", job.model, job.splits.certify)
+        baseline = _results(job, "certify/baseline.json", job.uncompressed, job.splits.certify)
         advance(1)
         model = job.model if job.state.has(path) else job.reload(folder)
         results = _results(job, path, model, job.splits.certify)

@@ -233,18 +233,8 @@ def prune_units(
 
     Raises ``ValueError`` for a share that cannot be reached (saying what can), or a model without cuts.
     """
-    device = next(model.parameters()).device
-    first = to_device(splits.calibrate.items[0], device)
-    kinds = tuple(asked.share) if isinstance(asked.share, Mapping) else asked.kinds
-    found = find_cuts(model, objective, first, kinds=kinds)
-    if asked.uniform:
-        found = _alike(found)
+    found, work, widths = offered_widths(model, objective, splits, asked)
     cuts, layers = found.cuts, find_layers(model)
-    if isinstance(asked.share, Mapping) and (lacking := set(asked.share) - {c.kind for c in cuts.values()}):
-        raise ValueError(f"structured: the model has no prunable {sorted(lacking)[0]}; " + "; ".join(found.notes))
-    work = Work(model, objective, first, cuts)
-    widths = {n: _widths(cut, asked) for n, cut in cuts.items()}
-    _check_reach(work, widths, asked)
     plans = _solve_widths(model, objective, splits.calibrate, found, widths, asked, seed=seed, batch_size=batch_size)
     ledger = predicted = None
     if not asked.chooses:
@@ -271,6 +261,27 @@ def prune_units(
         kinds={n: c.kind for n, c in cuts.items()},
         dropped=tuple(c.name for n, c in cuts.items() if c.kind == BLOCKS and removed[n]),
     )
+
+
+def offered_widths(
+    model: nn.Module, objective: Objective, splits: Splits, asked: Structured
+) -> tuple[Found, Work, dict[str, list[int]]]:
+    """The cuts that ``asked`` is about, the model's work, and cut → widths on offer, from all units downwards.
+
+    Cost: some forward passes of one item. Raises ``ValueError`` as `prune_units` does.
+    """
+    first = to_device(splits.calibrate.items[0], next(model.parameters()).device)
+    kinds = tuple(asked.share) if isinstance(asked.share, Mapping) else asked.kinds
+    found = find_cuts(model, objective, first, kinds=kinds)
+    if asked.uniform:
+        found = _alike(found)
+    present = {c.kind for c in found.cuts.values()}
+    if isinstance(asked.share, Mapping) and (lacking := set(asked.share) - present):
+        raise ValueError(f"structured: the model has no prunable {sorted(lacking)[0]}; " + "; ".join(found.notes))
+    work = Work(model, objective, first, found.cuts)
+    widths = {n: _widths(cut, asked) for n, cut in found.cuts.items()}
+    _check_reach(work, widths, asked)
+    return found, work, widths
 
 
 def _alike(found: Found) -> Found:

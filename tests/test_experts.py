@@ -365,7 +365,7 @@ def test_every_option_comes_back_in_the_bytes_that_were_promised(build, portable
     stored = artifact.tensor_names(tmp_path)
     assert result.plan.bytes == sum(size for _, size in stored.values())
     layers = find_layers(result.model)
-    packs = not portable and isinstance(option, cp.Quantize)
+    packs = not portable and isinstance(option, (cp.Quantize, cp.Prune))
     for name in (GATE_UP, DOWN):
         names = [n for n in stored if n.startswith(name) and "bias" not in n]
         assert (name in names) != packs

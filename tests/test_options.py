@@ -13,11 +13,14 @@ from curvprune.options import (
     Cast,
     Keep,
     Prune,
+    PruneCast,
     PruneQuantize,
     Quantize,
     check_fits,
     option_from_key,
     parse_option,
+    pruner_of,
+    quantizer_of,
     stored_bytes,
 )
 from curvprune.solve import solve
@@ -27,7 +30,10 @@ OPTIONS = [
     Cast(dtype="bfloat16"),
     *[Quantize(bits=b, group_size=g, symmetric=s) for b in BITS for g in (None, 8, 7) for s in (True, False)],
     Prune(sparsity=0.25),
+    Prune(sparsity=1 / 3),
     Prune(pattern="2:4"),
+    PruneCast(prune=Prune(sparsity=2e-5), cast=Cast(dtype="float16")),
+    PruneCast(prune=Prune(pattern="3:8"), cast=Cast(dtype="bfloat16")),
     PruneQuantize(prune=Prune(pattern="1:4"), quantize=Quantize(bits=3, group_size=8)),
     PruneQuantize(prune=Prune(sparsity=0.5), quantize=Quantize(bits=4, symmetric=False)),
 ]
@@ -50,10 +56,11 @@ def test_bytes_are_those_of_the_tensors_on_disk(option, shape):
     layer = find_layers(model)["0"]
     x = torch.randn(100, shape[1])
     solved = solve(layer.weight.detach(), [option], x.t() @ x / 100, layer="0")[0]
-    for packed in (True, False):
-        tensors = stored_tensors(layer, solved, packed=packed)
+    forms = ["dense", *(["packed"] if quantizer_of(option) else []), *(["sparse"] if pruner_of(option) else [])]
+    for form in forms:
+        tensors = stored_tensors(layer, solved, form=form)
         on_disk = sum(t.numel() * t.element_size() for t in tensors.values())
-        assert stored_bytes(option, shape, dtype="float32", packed=packed) == on_disk
+        assert stored_bytes(option, shape, dtype="float32", form=form) == on_disk
 
 
 @pytest.mark.parametrize(
@@ -64,6 +71,8 @@ def test_bytes_are_those_of_the_tensors_on_disk(option, shape):
         ({"quantize": {"bits": 4}}, Quantize(bits=4)),
         ({"prune": {"pattern": "2:4"}, "quantize": {"bits": 4, "group_size": 8}},
          PruneQuantize(prune=Prune(pattern="2:4"), quantize=Quantize(bits=4, group_size=8))),
+        ({"cast": "bfloat16", "prune": {"sparsity": 0.5}},
+         PruneCast(prune=Prune(sparsity=0.5), cast=Cast(dtype="bfloat16"))),
     ],
 )  # fmt: skip
 def test_yaml_forms(value, option):
@@ -83,7 +92,8 @@ def test_yaml_forms(value, option):
         ({"prune": {"sparsity": 0.5, "pattern": "2:4"}}, "exactly one"),
         ({"prune": {"pattern": "4:2"}}, "0 < N < M"),
         ({"cast": "int8"}, "choose float16 or bfloat16"),
-        ({"cast": "float16", "quantize": {"bits": 4}}, "prune with quantize"),
+        ({"cast": "float16", "quantize": {"bits": 4}}, "prune with quantize or with cast"),
+        ({"cast": "int8", "prune": {"sparsity": 0.5}}, "choose float16 or bfloat16"),
         ({"squeeze": {}}, "expected keep, cast"),
         (None, "expected one of"),
     ],

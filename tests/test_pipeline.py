@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import curvprune as cp
 from curvprune import analysis, pipeline
 from curvprune.artifact import WEIGHTS, tensor_names
 from curvprune.cli import app
+from curvprune.objective import evaluate
 from curvprune.recipe import RecipeError
 from tests import tiny
 
@@ -370,3 +372,109 @@ def test_an_out_that_is_a_file_is_bad_input(recipe, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     result = CliRunner().invoke(app, ["run", str(recipe), "--out", str(tmp_path / "file"), "--quiet"])
     assert result.exit_code == 2 and "error:" in result.output and "Traceback" not in result.output
+
+
+# ------------------------------------------------------------------------------------------------------- removing units
+
+
+def with_structured(recipe: Path, folder: Path, section: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(recipe.read_text() + f"structured: {section}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def smaller(recipe, tmp_path_factory) -> tuple[Path, pipeline.RunResult]:
+    pytest.importorskip("torch_pruning")
+    folder = tmp_path_factory.mktemp("smaller")
+    path = with_structured(recipe, folder, "{share: {mlp: 0.34}, uniform: true, round_to: 16}")
+    path.write_text(path.read_text().replace("max_drop: 0.2", "max_drop: 0.6"))
+    return path, pipeline.run(path, folder / "out", progress=False)
+
+
+def test_units_are_removed_first_and_the_verdict_is_against_the_original(smaller, recipe):
+    from transformers import AutoModelForCausalLM
+
+    path, result = smaller
+    record, folder = result.record, result.folder
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "model").eval()  # one width: a plain config describes it
+    assert theirs.config.intermediate_size == 32 and theirs.model.layers[0].mlp.up_proj.out_features == 32
+    assert {c["left"] for c in record["structured"]["cuts"].values()} == {32}
+    before, after = record["structured"]["parameters"]
+    assert before - after == 2 * 3 * 16 * 32 and before == record["size"]["parameters"]
+    # The drop, computed here from the two models and the certify split.
+    job, _ = pipeline.prepare(pipeline.load_recipe(path), None, progress=False)
+    losses = [
+        sum(float(r.loss.sum()) for r in [evaluate(m, job.splits.certify.batches(4), job.objective)])
+        for m in (job.model, theirs)
+    ]
+    count = float(evaluate(theirs, job.splits.certify.batches(4), job.objective).count.sum())
+    assert record["verdict"]["drop"] == pytest.approx((losses[1] - losses[0]) / count, abs=1e-5)
+    assert any("the removed units alone cost" in note for note in record["notes"])
+    assert any("units of 2 cuts were removed first" in note for note in record["notes"])
+    # Prices are of the smaller model, and so are bytes.
+    plan = json.loads((folder / "plan.json").read_text())
+    assert plan["bytes"] == sum(size for _, size in tensor_names(folder / "model").values())
+    shapes = {entry["name"]: entry["shape"] for entry in plan["layers"]}
+    assert shapes["model.layers.1.mlp.down_proj"] == [32, 32]
+
+
+def test_a_killed_run_reads_the_smaller_model_again(smaller, tmp_path, monkeypatch):
+    path, result = smaller
+    shutil.copytree(result.folder / "state" / "structured", tmp_path / "out" / "state" / "structured")
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("units were removed a second time")
+
+    monkeypatch.setattr(pipeline, "prune_units", never)
+    monkeypatch.setattr(pipeline, "offered_widths", never)
+    again = pipeline.run(path, tmp_path / "out", progress=False)
+    assert contents(again.folder) == contents(result.folder)
+
+
+def test_shapes_that_no_config_describes_are_stored_for_our_loader(recipe, tmp_path):
+    """Without ``uniform``: the folder is not portable, whatever the recipe says, and the bytes are those on disk."""
+    pytest.importorskip("torch_pruning")
+    path = with_structured(recipe, tmp_path, "{share: 0.15, kinds: mlp, of: parameters}")
+    text = path.read_text().replace("budget: {metric: loss, max_drop: 0.2}", "budget: {max_bytes: 40000}")
+    path.write_text(text)
+    result = pipeline.run(path, tmp_path / "out", progress=False)
+    model = cp.load(result.folder / "model")
+    widths = {m.mlp.up_proj.out_features for m in model.model.layers}
+    plan = json.loads((result.folder / "plan.json").read_text())
+    on_disk = tensor_names(result.folder / "model")
+    assert widths != {48} and plan["bytes"] == sum(size for _, size in on_disk.values())
+    if len(widths) > 1:
+        assert (result.folder / "model" / "packed.safetensors").is_file()
+    before, after = result.record["structured"]["parameters"]
+    assert after <= 0.85 * before and sum(p.numel() for p in model.parameters()) == after
+
+
+def test_check_lists_what_can_be_removed(recipe, tmp_path):
+    pytest.importorskip("torch_pruning")
+    path = with_structured(recipe, tmp_path, "{share: 0.2, kinds: [mlp]}")
+    result = CliRunner().invoke(app, ["check", str(path)])
+    assert result.exit_code == 0, result.output
+    output = " ".join(result.output.split())
+    assert "units that can be removed first, mlp: 2 × 48 to 5 units" in output and "remove units" in output
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("{share: 1.5}", r"recipe.yaml:\d+: structured.share: 1.5 is not valid; expected a number strictly between"),
+        ("{share: {mlp: yes}}", r"recipe.yaml:\d+: structured.share.mlp: true is not valid"),
+        ("{share: {mpl: 0.3}}", r"recipe.yaml:\d+: structured: structured: kinds \('mpl',\): expected some of"),
+        ("{share: 0.3, kinds: [channels]}", r"recipe.yaml:\d+: structured: no prunable channels in LlamaForCausalLM"),
+        ("{share: 0.99}", r"recipe.yaml:\d+: structured: structured=0.99: at most 0\.\d+ of the macs can be removed"),
+        ("{share: 0.3, kind: mlp}", r"recipe.yaml:\d+: structured.kind: unknown key; .*nearest: kinds"),
+        ("{share: {mlp: 0.3}, kinds: mlp}", r"recipe.yaml:\d+: structured.kinds: share names the kinds already"),
+        ("{kinds: mlp}", r"recipe.yaml:\d+: structured: share is missing; expected share: the share of the work"),
+        ("{share: 0.3, kinds: 3}", r"recipe.yaml:\d+: structured.kinds: 3 is not valid; expected some of mlp"),
+        ("{share: 0.3, round_to: 0}", r"recipe.yaml:\d+: structured.round_to: 0 is not valid; .*nearest: 1"),
+    ],
+)
+def test_bad_sections_are_refused_with_their_line(recipe, tmp_path, section, message):
+    pytest.importorskip("torch_pruning")
+    with pytest.raises(RecipeError, match=message):
+        pipeline.check(with_structured(recipe, tmp_path, section))

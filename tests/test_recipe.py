@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from curvprune.groups import Groups
-from curvprune.options import Cast, Keep, Prune, PruneQuantize, Quantize
+from curvprune.options import Cast, Keep, Prune, PruneCast, PruneQuantize, Quantize
 from curvprune.recipe import Recipe, RecipeError, assign_groups, assign_options, load_recipe, lock_text
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -99,6 +99,7 @@ def test_defaults_of_a_short_recipe(tmp_path: Path) -> None:
             "certify": 96,
         },
         "objective": "auto",
+        "structured": None,
         "same_option": (),
         "budget": {
             **{"metric": "loss", "max_drop": 0.05, "max_bytes": None, "max_bits": None, "max_macs": None},
@@ -131,6 +132,7 @@ compress:
       - prune: {sparsity: 0.5}
       - prune: {pattern: "2:4"}
       - {prune: {pattern: "2:4"}, quantize: {bits: 4, group_size: 32}}
+      - {prune: {sparsity: 0.3}, cast: bfloat16}
 """
     recipe = load_recipe(write(tmp_path, MODEL + DATA + options + BUDGET))
     expected = (
@@ -140,6 +142,7 @@ compress:
         Prune(sparsity=0.5),
         Prune(pattern="2:4"),
         PruneQuantize(prune=Prune(pattern="2:4"), quantize=Quantize(bits=4, group_size=32)),
+        PruneCast(prune=Prune(sparsity=0.3), cast=Cast(dtype="bfloat16")),
     )
     assert recipe.compress[0].layers == ("a.*", "b")
     assert recipe.compress[0].options == expected
@@ -434,9 +437,19 @@ REJECTED = {
     "unknown cast": (OFFERS + "      - cast: float61 #!\n" + BUDGET, "options[2].cast", "float16 or bfloat16"),
     "cast to a number": (OFFERS + "      - cast: 16 #!\n" + BUDGET, "options[2].cast: 16", "float16 or bfloat16"),
     "keep and more": (
-        OFFERS + "      - {cast: float16, prune: {sparsity: 0.5}} #!\n" + BUDGET,
+        OFFERS + "      - {cast: float16, quantize: {bits: 4}} #!\n" + BUDGET,
         "options[2]",
-        "prune with quantize",
+        "prune with quantize or with cast",
+    ),
+    "cast beside a sparsity that is out of range": (
+        OFFERS + "      - {cast: float16, prune: {sparsity: 1.5}} #!\n" + BUDGET,
+        "options[2].prune.sparsity",
+        "between 0 and 1",
+    ),
+    "unknown cast beside a sparsity": (
+        OFFERS + "      - {prune: {sparsity: 0.5}, cast: int8} #!\n" + BUDGET,
+        "options[2].cast",
+        "float16 or bfloat16",
     ),
     "option twice": (
         OFFERS + "      - quantize: {bits: 4, symmetric: true, group_size: 64} #!\n" + BUDGET,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvprune.options import Cast, Keep, Option, Prune, check_fits, pruner_of, quantizer_of
+from curvprune.options import Cast, Keep, Option, Prune, check_fits, pruner_of, quantizer_of, stored_dtype
 from curvprune.solve.grids import code_range, dequantize, quantize_to_grid, scale_dtype, search_grid, spread
 from curvprune.solve.sweep import Factor, Rows, column_order, dealt_order, factor, sweep_columns
 
@@ -73,9 +73,10 @@ def solve(
     * ``Keep`` returns ``W`` itself; ``Cast`` rounds through the narrower type.
     * ``Quantize``: scales by a search weighted with what an error costs in the sweep, then the GPTQ sweep in order of
       descending diag(A). Grids belong to the original positions of the inputs.
-    * ``Prune`` and ``PruneQuantize``: the SparseGPT sweep. A sparsity is met exactly, and in every block of 128 columns
-      of the sweep to within one weight; these deal the columns out to the blocks by diag(A). N:M patterns are chosen
-      group by group, groups in order of descending diag(A), columns inside a group in natural order.
+    * ``Prune``, ``PruneCast`` and ``PruneQuantize``: the SparseGPT sweep. A sparsity is met exactly, and in every block
+      of 128 columns of the sweep to within one weight; these deal the columns out to the blocks by diag(A). N:M
+      patterns are chosen group by group, groups in order of descending diag(A), columns inside a group in natural
+      order.
     * Without ``A`` there is nothing to compensate: rounding to nearest, pruning by magnitude.
 
     Args:
@@ -90,8 +91,9 @@ def solve(
         One `Solved` per option, in the order given.
 
     Raises:
-        ValueError: the option does not fit the shape, ``W`` or ``A`` is not finite, ``A`` is zero or has another shape,
-            or it stays singular at ``damping=1``; each names the layer and a remedy.
+        ValueError: the option does not fit the shape, a weight does not fit into its type, ``W`` or ``A`` is not
+            finite, ``A`` is zero or has another shape, or it stays singular at ``damping=1``; each names the layer and
+            a remedy.
 
     Cost:
         ``in^3`` for the factor and ``in^2 * out / 2`` multiply-adds per option; no forward pass.
@@ -122,6 +124,8 @@ def solve(
             f = factor(H, order, layer=layer, damping=damping)
             target = Wt if drift is None else Wt + f.solve(drift.to(Wt).T @ Wt).mul_(DRIFT)
             results = _compensated(W, target, batch, H.diagonal(), f)
+        for one in results:
+            _check_range(one, layer, str(W.dtype).removeprefix("torch."))
         solved.update(zip(members, results, strict=True))
     return [solved[i] for i in range(len(options))]
 
@@ -228,8 +232,8 @@ def _packaged(
 ) -> Solved:
     compute = torch.promote_types(W.dtype, torch.float32)
     if grid is None:
-        # Survivors are stored in the type of W.
-        return Solved(option=option, weight=result.to(W.dtype).to(compute), damping=damping, notes=notes)
+        stored = getattr(torch, stored_dtype(option, str(W.dtype).removeprefix("torch.")))
+        return Solved(option=option, weight=result.to(stored).to(compute), damping=damping, notes=notes)
     scale, zero = grid[0].T.contiguous(), None if grid[1] is None else grid[1].T.contiguous()
     quantize = quantizer_of(option)
     assert quantize is not None
@@ -255,6 +259,15 @@ def _cast(W: Tensor, option: Cast, layer: str) -> Tensor:
             f"layer {layer}: weights up to {float(W.abs().max()):g} overflow {option.dtype}; cast to bfloat16"
         )
     return narrow.to(torch.promote_types(W.dtype, torch.float32))
+
+
+def _check_range(solved: Solved, layer: str, dtype: str) -> None:
+    """What is kept makes up for what is pruned, and may grow beyond its type."""
+    if solved.codes is None and not bool(solved.weight.isfinite().all()):
+        raise ValueError(
+            f"layer {layer}: option {solved.option.key}: weights overflow {stored_dtype(solved.option, dtype)}; "
+            "cast to bfloat16, or use a model in bfloat16 or float32"
+        )
 
 
 def _check(W: Tensor, options: Sequence[Option], A: Tensor | None, *, layer: str, damping: float) -> None:

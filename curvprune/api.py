@@ -331,6 +331,8 @@ def compress(
             each of which makes a group of its layers in every parent module, for example
             ``[["*.gate_proj", "*.up_proj"]]``; ``"fused"`` stands for query, key and value, and for gate and up,
             under their usual names (`curvprune.groups.FUSED`).
+        inplace: overwrite the input model, which without a budget saves the memory of a copy (on the CPU all but a half
+            of the changed weights). If the call is interrupted, the layers visited by then stay compressed.
 
     Raises:
         ValueError: an option that does not fit a layer, a budget that the options cannot reach, too little data; a glob
@@ -350,7 +352,8 @@ def compress(
         trials: tuple[dict[str, Any], ...] = ()
         if budget is None:
             choices = {n: offered[0].key for n in job.layers}
-            compressed, job.solved = apply_plan(job, choices, "applied/1", "apply")
+            own_copy = inplace or device is not None
+            compressed, job.solved = apply_plan(job, choices, "applied/1", "apply", inplace=own_copy)
             job.plan = unpriced_plan(job, choices)
         else:
             candidates = solve_options(job)
@@ -361,7 +364,7 @@ def compress(
         assert job.plan is not None
         for module, original in zip(compressed.modules(), model.modules(), strict=True):
             module.training = original.training
-        if inplace:
+        if inplace and compressed is not model:
             own = find_layers(model)
             for name, layer in find_layers(compressed).items():
                 own[name].write_(layer.as_matrix(layer.weight.detach()))

@@ -242,7 +242,7 @@ def prepare(recipe: Recipe, root: State | None, *, progress: bool) -> tuple[Job,
     scratch = State(root.path("state"), writes=root.writes) if root is not None else State(Path(os.devnull))
     fit = partial(_fit, recipe, tokenizer=tokenizer, splits=splits, state=scratch, stages=StageLog(show=progress))
     job = fit(model, final=asked is None)
-    about = {
+    about: dict[str, Any] = {
         "title": recipe.title or Path(recipe.model.name or recipe.model.path or recipe.model.package or "").name,
         "recipe_sha256": _fingerprint(recipe),
         "model_sha256": hf.model_sha256(model),

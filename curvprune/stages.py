@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from curvprune import artifact
 from curvprune.analysis import MATRICES, Analysis, LayerCurvature
-from curvprune.apply import Moments, visit_layers
+from curvprune.apply import Moments, coarse_copy, visit_layers
 from curvprune.certificate import Verdict, certify_accuracy, certify_loss, fixed_sequence, probability_of_certifying
 from curvprune.controls import Control, controls
 from curvprune.curvature.fisher import Change, FisherPass, fisher_pass
@@ -323,12 +323,13 @@ def _sweep(
     folder: str,
     *,
     title: str,
-    sequential: bool,
+    original: nn.Module | None = None,
 ) -> Callable[[str], list[Solved]]:
-    """Visit the layers of ``model`` in one forward pass and solve them into ``state/folder``. If ``sequential``, write
-    each layer's single option into the model on the way, so that later layers see it, and let the uncompressed model
-    run beside it, so that they make up for it; otherwise the model is only read. Of several processes each solves its
-    share of the layers, unless ``sequential``. Returns a reader of the results."""
+    """Visit the layers of ``model`` in one forward pass and solve them into ``state/folder``. With the ``original``,
+    write each layer's single option into the model on the way, so that later layers see it, and let the original run
+    beside it, so that they make up for it; otherwise the model is only read. Without it, each of several processes
+    solves its share of the layers. Returns a reader of the results."""
+    sequential = original is not None
     names = {n: f"{folder}/{i:04d}" for i, n in enumerate(layers)}
     mine = list(layers)[rank() :: world()]
     todo = {n for n in mine if options[n] and not job.state.has(f"{names[n]}.json")}
@@ -350,7 +351,7 @@ def _sweep(
             batch = collate(job.splits.calibrate.items)
             visit_layers(
                 model, job.objective, to_device(batch, next(model.parameters()).device), layers, visit,
-                reference=(job.model, job.layers) if sequential else None,
+                reference=None if original is None else (original, find_layers(original)),
             )  # fmt: skip
         elif sequential:
             for layer in layers.values():
@@ -362,7 +363,7 @@ def _sweep(
 def solve_options(job: Job) -> Callable[[str], list[Solved]]:
     """Stage *solve*: candidates of every layer from the uncompressed model's own inputs."""
     changing: dict[str, list[Option]] = {n: [o for o in job.options[n] if not isinstance(o, Keep)] for n in job.layers}
-    return _sweep(job, job.model, job.layers, changing, "solved", title="solve options", sequential=False)
+    return _sweep(job, job.model, job.layers, changing, "solved", title="solve options")
 
 
 # ---------------------------------------------------------------------------------------------------------------- price
@@ -531,10 +532,9 @@ class _Bench:
         predicted = job.ledger.predict(choices) if job.ledger is not None else None
         chance = _chance(job, verdict) if budget is not None else None
         of_loss = verdict
-        if compare_as.metric != "loss":
-            of_loss = compare(
-                self.baseline, results, job.splits.select, Budget("loss", max_drop=0.0), unit=job.objective.unit
-            )
+        if compare_as.metric != "loss" or self.start is not self.baseline:
+            as_loss = Budget("loss", max_drop=0.0)
+            of_loss = compare(self.start, results, job.splits.select, as_loss, unit=job.objective.unit)
         return {
             "name": name,
             "kind": kind,
@@ -683,16 +683,19 @@ def _best_measured(job: Job, bench: _Bench, plan: dict[str, Any]) -> dict[str, A
 # ---------------------------------------------------------------------------------------------------- apply and certify
 
 
-def apply_plan(job: Job, choices: Mapping[str, str], folder: str, title: str) -> tuple[nn.Module, dict[str, Solved]]:
-    """Stage *apply*: solve the chosen options in one sequential forward pass over a copy of the model. The solutions
-    share the memory of the copy's weights, which hold the same values."""
-    model = copy.deepcopy(job.model)
+def apply_plan(
+    job: Job, choices: Mapping[str, str], folder: str, title: str, *, inplace: bool = False
+) -> tuple[nn.Module, dict[str, Solved]]:
+    """Stage *apply*: solve the chosen options in one sequential forward pass over a copy of the model, or ``inplace``
+    over the job's own, which then is compressed as far as the pass came. The solutions share the memory of the
+    weights, which hold the same values."""
+    model = job.model if inplace else copy.deepcopy(job.model)
     own = find_layers(model)
     layers = {n: own[n] for n in job.layers}
     options = {n: [option_from_key(choices[n])] if choices[n] != "keep" else [] for n in layers}
-    read = _sweep(
-        job, model, {n: layers[n] for n in layers if options[n]}, options, folder, title=title, sequential=True
-    )
+    changed = {n: layers[n] for n in layers if options[n]}
+    original = coarse_copy(model, changed) if inplace else job.model
+    read = _sweep(job, model, changed, options, folder, title=title, original=original)
     solved = {
         n: replace(s, weight=layers[n].as_matrix(layers[n].weight.detach()))
         for n in layers

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from curvprune.api import price as price
     from curvprune.api import prune as prune
     from curvprune.api import quantize as quantize
+    from curvprune.api import recover as recover
     from curvprune.certificate import Verdict as Verdict
     from curvprune.curvature.estimators import density as density
     from curvprune.curvature.estimators import diagonal as diagonal
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from curvprune.options import Quantize as Quantize
     from curvprune.plan import Budget as Budget
     from curvprune.plan import Plan as Plan
+    from curvprune.recovery import Recovery as Recovery
     from curvprune.stages import Settings as Settings
     from curvprune.structured import Structured as Structured
 
@@ -51,7 +53,7 @@ _HOME = {
     "analysis": ("Analysis",),
     "api": (
         *("Result", "analyze", "certify", "compress", "empirical_fisher", "fisher", "gauss_newton", "hessian", "load"),
-        *("frontier", "price", "prune", "quantize", "StructuredResult"),
+        *("frontier", "price", "prune", "quantize", "recover", "StructuredResult"),
     ),
     "curvature.estimators": ("density", "diagonal", "eigenpairs", "trace"),
     "certificate": ("Verdict",),
@@ -61,6 +63,7 @@ _HOME = {
     "objective": ("CausalLM", "Classification", "LabelFree", "Objective"),
     "options": ("Cast", "Keep", "Prune", "PruneQuantize", "Quantize"),
     "plan": ("Budget", "Plan"),
+    "recovery": ("Recovery",),
     "stages": ("Settings",),
     "structured": ("Structured",),
 }

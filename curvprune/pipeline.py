@@ -26,10 +26,11 @@ from curvprune.apply import Moments
 from curvprune.curvature.fisher import fisher_pass
 from curvprune.data import Splits
 from curvprune.layers import find_layers, left_over
-from curvprune.objective import Objective, make_objective, to_device
+from curvprune.objective import LabelFree, Objective, make_objective, to_device
 from curvprune.options import Keep, Option, option_from_key, quantizer_of
 from curvprune.plan import Budget, frontier
 from curvprune.recipe import Recipe, RecipeError, assign_groups, assign_options, load_recipe, lock_text
+from curvprune.recovery import Training
 from curvprune.shapes import changes_of
 from curvprune.solve import Solved
 from curvprune.stages import (
@@ -264,9 +265,10 @@ def prepare(recipe: Recipe, root: State | None, *, progress: bool) -> tuple[Job,
         state=scratch,
         stages=StageLog(show=progress),
         reload=lambda folder: load_artifact(folder, device=device),
-        write_model=lambda folder, solved, plan: write_model(
-            folder, model, solved, plan, tokenizer=tokenizer, portable=recipe.portable
+        write_model=lambda folder, written, solved, plan: write_model(
+            folder, written, solved, plan, tokenizer=tokenizer, portable=recipe.portable
         ),
+        recover=None if recipe.recover is None else Training(**recipe.recover.model_dump(), seed=recipe.seed),
     )
     job.notes += groups.notes
     if kept:
@@ -274,6 +276,10 @@ def prepare(recipe: Recipe, root: State | None, *, progress: bool) -> tuple[Job,
     if (message := left_over(model)) is not None:
         job.notes.append(message)
     _check_budget(recipe, job)
+    if job.recover is not None and job.recover.loss == "task" and isinstance(objective, LabelFree):
+        raise recipe.error(
+            ("recover", "loss"), f"task needs labels, which the objective {objective.name} has none of; write distill"
+        )
     rounds = any(quantizer_of(o) for options in assigned.values() for o in options)
     if rounds and recipe.portable and not hf.loads_packed(model):
         raise recipe.error(
@@ -505,6 +511,7 @@ def _record(job: Job, about: Mapping[str, Any], trials: list[dict[str, Any]], ro
         "verdict": None if job.verdict is None else job.verdict.to_dict(),
         "measured": job.record.get("measured"),
         "attempts": job.record.get("attempts", []),
+        "recoveries": job.record.get("recoveries", []),
         "size": size,
         "layers": _layer_records(job),
         "ledger": ledger,
@@ -634,13 +641,25 @@ def _estimate(job: Job, dense: int) -> tuple[dict[str, float], int]:
             "price": counts["price"] * (forward + s.labels * max(both - forward, forward)),
             "select": (s.trials + 5) * counts["select"] * forward,
         }
+    if job.recover is not None:
+        seconds["recover"] = attempts * _recovery_seconds(job.recover, forward, both, counts["select"])
     weights = sum(layer.numel for layer in job.layers.values())
     options = max(len(o) for o in job.options.values())
     # Two models, 16-bit changes and a float32 diagonal, three copies of an evaluation batch's logits, libraries.
     with torch.no_grad():
         logits = job.objective.logits(job.model, item).numel() * job.settings.batch_size
     memory = 2 * dense + (weights * (2 * options + 4) if job.budget is not None else 0) + 12 * logits + 500_000_000
+    if job.recover is not None:  # values, gradient, two moments and the best state, of what is not on a grid
+        memory += 20 * sum(p.numel() for p in job.model.parameters())
     return {k: v / 60 for k, v in seconds.items()}, memory
+
+
+def _recovery_seconds(training: Training, forward: float, both: float, select: int) -> float:
+    if training.steps is None:
+        assert training.seconds is not None
+        return training.seconds
+    measuring = (1 + training.steps / training.interval) * select * forward
+    return min(training.seconds or np.inf, training.steps * training.batch_size * (both + forward) + measuring)
 
 
 def _no_grad_loss(job: Job, item: Any) -> None:

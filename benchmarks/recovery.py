@@ -8,7 +8,7 @@ items, pruning ratio bisected to our multiply-adds), both with the same recovery
 1,000 others for the choice of the state, ``STEPS`` (400) steps of 64. One calibration draw; accuracy on 6,000 images.
 
 pruned, rounded: SmolLM2-135M at 50 % unstructured zeros, and at 3 bits in groups of 64. Text as in ``quantization.py``
-(``BENCH_TEXTS``, needed): calibration and recovery on eight plays, ``LM_STEPS`` (24) steps of 2 × 512 tokens, the state
+(``BENCH_TEXTS``, needed): calibration and recovery on eight plays, ``LM_STEPS`` (24) steps of 512 tokens, the state
 chosen by eight other windows; perplexity of Hamlet, by the folder that was saved.
 
 CPU seconds are those of the recovery on one thread, its measurements on the select items included.
@@ -37,7 +37,7 @@ from benchmarks.curvature import ResNet20, fashion_mnist, normalise
 TRAIN, SELECT = 20_000, 1_000
 RATE = 1e-2
 LM_RATE = 1e-3
-LM_BATCH = 2
+LM_BATCH = 1
 SHARES = (0.5, 0.7, 0.8)
 
 
@@ -118,7 +118,7 @@ def smollm2(setting: str) -> None:
         train, select = plays()
         start = time.process_time()
         found = cp.recover(
-            result, model, train, select=select, steps=steps, lr=LM_RATE, batch_size=LM_BATCH, every=steps // 3
+            result, model, train, select=select, steps=steps, lr=LM_RATE, batch_size=LM_BATCH, every=steps // 2
         )
         seconds = time.process_time() - start
         dense = quantization.perplexity(model, parts["certify"])

@@ -649,7 +649,7 @@ def _estimate(job: Job, dense: int) -> tuple[dict[str, float], int]:
     with torch.no_grad():
         logits = job.objective.logits(job.model, item).numel() * job.settings.batch_size
     memory = 2 * dense + (weights * (2 * options + 4) if job.budget is not None else 0) + 12 * logits + 500_000_000
-    if job.recover is not None:  # values, gradient, two moments and the best state, of what is not on a grid
+    if job.recover is not None:  # values, gradient, two moments and the best state; less, where weights are on a grid
         memory += 20 * sum(p.numel() for p in job.model.parameters())
     return {k: v / 60 for k, v in seconds.items()}, memory
 

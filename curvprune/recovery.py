@@ -362,6 +362,7 @@ def recover_(
                 )
                 break
             optimizer.step()
+            optimizer.zero_grad()  # the next batch may not reach every parameter
             for part in parts:
                 part.write_()
             since.append(float(mean.detach()))

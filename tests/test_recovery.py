@@ -97,6 +97,20 @@ def test_codes_and_zero_points_stay_and_the_weights_are_those_of_the_stored_grid
         assert torch.equal(p, weights[n]), "the result that was recovered is left as it is"
 
 
+def test_a_half_precision_model_moves_by_less_than_its_steps_and_is_stored_as_it_is(tmp_path):
+    """Steps far below bfloat16's resolution add up in the wide copies; what is measured is rounded."""
+    model = tiny.llama().bfloat16()
+    before = cp.quantize(model, tokens(), bits=3, group_size=16, layers="model.layers.*")
+    after = cp.recover(before, model, tokens(), steps=12, lr=1e-3)  # bfloat16 steps are 4e-3 and more
+    assert after.recovery.best_step > 0
+    norms = [r.model.model.norm.weight for r in (before, after)]
+    assert norms[1].dtype == torch.bfloat16 and not torch.equal(*norms)
+    assert all(s.scale.dtype == torch.bfloat16 for s in after.solved.values())
+    after.save(tmp_path)
+    loaded = cp.load(tmp_path).state_dict()  # not its logits: .bfloat16() has rounded the rotary frequencies as well
+    assert all(torch.equal(loaded[n], t) for n, t in after.model.state_dict().items())
+
+
 @pytest.mark.parametrize("option", [cp.Prune(sparsity=0.6), cp.Prune(pattern="2:4")], ids=lambda o: o.key)
 def test_zeros_stay_and_survivors_move(option):
     model = tiny.llama()
@@ -203,6 +217,31 @@ def test_distillation_on_a_fixed_support_ends_at_least_squares():
         exact = torch.linalg.lstsq(x[:, kept].double(), y[:, row : row + 1].double()).solution[:, 0]
         torch.testing.assert_close(found.model.weight[row, kept].double(), exact, rtol=1e-3, atol=1e-3)
     assert not bool(found.model.weight[~mask].any())
+
+
+def test_a_parameter_that_a_batch_does_not_reach_does_not_move():
+    """Each of two branches is reached by one item: after two steps each has made one step of Adam, which is the rate
+    times the tensor's unit whatever the gradient."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branches = nn.ModuleList([nn.Linear(4, 3, bias=False) for _ in range(2)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([self.branches[int(row[0] > 0)](row[None]) for row in x])
+
+    torch.manual_seed(0)
+    model, other = Branches(), Branches()
+    data = as_split([(torch.tensor([[1.0, 2, 3, 4], [-1.0, 2, 3, 4]]), torch.tensor([0, 2]))])
+    found = cp.recover(other, model, data, select=data, loss="task", steps=2, every=2, batch_size=1, lr=1e-2)
+    assert found.best_step == 2
+    moved = []
+    for before, after in zip(other.parameters(), found.model.parameters(), strict=True):
+        steps = ((after - before).abs() / recovery._unit(before.detach())).flatten()
+        torch.testing.assert_close(steps, steps[:1].expand_as(steps), rtol=1e-2, atol=0)
+        moved.append(float(steps[0].detach()))
+    assert sorted(moved) == pytest.approx([0.5e-2, 1e-2], rel=1e-2)  # a cosine's second of two steps is half as long
 
 
 def test_losses_before_and_after_are_those_of_the_models_on_select():

@@ -247,7 +247,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _unit(values: Tensor) -> float:
     """A power of two near the root mean square: dividing and multiplying by it are exact."""
-    size = float(values.double().square().mean().sqrt()) if values.numel() else 0.0
+    size = float(torch.linalg.vector_norm(values, dtype=torch.float64)) / math.sqrt(max(1, values.numel()))
     return max(SMALLEST_UNIT, 2.0 ** round(math.log2(size))) if 0 < size < math.inf else SMALLEST_UNIT
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from curvprune.api import price as price
     from curvprune.api import prune as prune
     from curvprune.api import quantize as quantize
+    from curvprune.api import recover as recover
     from curvprune.certificate import Verdict as Verdict
     from curvprune.curvature.estimators import density as density
     from curvprune.curvature.estimators import diagonal as diagonal
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from curvprune.pipeline import export_dense as export_dense
     from curvprune.plan import Budget as Budget
     from curvprune.plan import Plan as Plan
+    from curvprune.recovery import Recovery as Recovery
     from curvprune.stages import Settings as Settings
     from curvprune.structured import Structured as Structured
 
@@ -54,7 +56,7 @@ _HOME = {
     "analysis": ("Analysis",),
     "api": (
         *("Result", "analyze", "certify", "compress", "empirical_fisher", "fisher", "gauss_newton", "hessian", "load"),
-        *("frontier", "price", "prune", "quantize", "StructuredResult"),
+        *("frontier", "price", "prune", "quantize", "recover", "StructuredResult"),
     ),
     "curvature.estimators": ("density", "diagonal", "eigenpairs", "trace"),
     "certificate": ("Verdict",),
@@ -66,6 +68,7 @@ _HOME = {
     "options": ("Cast", "Keep", "Prune", "PruneCast", "PruneQuantize", "Quantize"),
     "pipeline": ("export_dense",),
     "plan": ("Budget", "Plan"),
+    "recovery": ("Recovery",),
     "stages": ("Settings",),
     "structured": ("Structured",),
 }

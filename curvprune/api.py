@@ -1,4 +1,5 @@
-"""The verbs: `analyze`, `price`, `frontier`, `quantize`, `prune`, `compress`, `certify`, `load`, on any model and data.
+"""The verbs: `analyze`, `price`, `frontier`, `quantize`, `prune`, `compress`, `recover`, `certify`, `load`, on any
+model and data.
 
 ``data`` is a re-iterable of batches (dicts of tensors as transformers models take them, or ``(inputs, targets)``), or
 `Splits` where a budget needs its three parts under your control. The input model is untouched unless ``inplace=True``.
@@ -12,7 +13,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ from curvprune.options import (
 )
 from curvprune.pipeline import describe, load_artifact, write_model
 from curvprune.plan import Budget, Plan
+from curvprune.recovery import Diverged, Recovery, Training, recover_
 from curvprune.solve import Solved
 from curvprune.stages import (
     Job,
@@ -74,6 +76,7 @@ class Result:
         ledger: the prices, where a budget was given.
         analysis: per-layer curvature from the same pass.
         trials: the plans measured on the select split, with predicted and measured loss.
+        recovery: the training of `recover`, where there was one; prices and ``plan.predicted`` are those before it.
     """
 
     model: nn.Module
@@ -84,6 +87,7 @@ class Result:
     trials: tuple[dict[str, Any], ...]
     solved: dict[str, Solved]
     portable: artifact.Portable = True
+    recovery: Recovery | None = None
 
     def save(self, folder: str | Path, *, tokenizer: Any = None) -> Path:
         """Write the packed artifact, which `load` reads (and transformers, for its own models, unless
@@ -107,6 +111,7 @@ class StructuredResult:
         ledger: the price of every width of every cut, where there was a choice.
         notes: which dimensions cannot be cut, and why.
         portable: whether a plain config describes the result, so that transformers' ``from_pretrained`` loads it.
+        recovery: the training of `recover`, where there was one; ``predicted`` is from before it.
     """
 
     model: nn.Module
@@ -118,6 +123,7 @@ class StructuredResult:
     ledger: Ledger | None
     notes: tuple[str, ...]
     portable: bool
+    recovery: Recovery | None = None
 
     def save(self, folder: str | Path, *, tokenizer: Any = None) -> Path:
         """Write the artifact, which `load` reads (and transformers, where ``portable``). Returns the folder."""
@@ -515,6 +521,116 @@ def _prune_structured(
     )
 
 
+@overload
+def recover(compressed: Result, baseline: nn.Module, data: Data, **arguments: Any) -> Result: ...
+@overload
+def recover(compressed: StructuredResult, baseline: nn.Module, data: Data, **arguments: Any) -> StructuredResult: ...
+@overload
+def recover(compressed: nn.Module, baseline: nn.Module, data: Data, **arguments: Any) -> Recovery: ...
+def recover(
+    compressed: Result | StructuredResult | nn.Module,
+    baseline: nn.Module,
+    data: Data,
+    *,
+    select: Iterable[Batch] | Split | None = None,
+    budget: Budget | None = None,
+    objective: str | Objective = "auto",
+    device: str | torch.device | None = None,
+    progress: bool = False,
+    **training: Any,
+) -> Result | StructuredResult | Recovery:
+    """Train what the compressed form leaves free, for a short time, towards the uncompressed model's outputs: weights
+    that were not pruned, scales of rounded ones, and all that is stored as floats. Zeros and codes stay as they are, so
+    the size does not change. The state with the lowest loss on the select items is kept, the one before training
+    included.
+
+    Args:
+        compressed: what `quantize`, `prune` or `compress` returned; it is left as it is. Of a plain module nothing is
+            known: zeros of its layers' weights stay zero, everything else is trained, also off the grid of a rounded
+            weight.
+        baseline: the uncompressed model.
+        data: what to train on: the calibrate split of `Splits`, whose select split chooses; otherwise every fourth item
+            chooses, unless ``select`` is given. No labels are needed with ``loss="distill"``.
+        select: the items that choose.
+        budget: with ``max_drop``: judge the recovered model on the certify split (as `compress`, ``data`` are split, or
+            pass `Splits`). Without it the result has no verdict: an earlier one was about another model.
+        objective: what the loss on the select items is; as for the other verbs.
+        training: fields of `curvprune.recovery.Training`: ``loss`` (``"distill"``, KL from ``baseline``, or ``"task"``,
+            the objective with the data's labels), ``steps`` (200) or ``seconds``, ``lr``, ``batch_size``, ``every``,
+            ``patience``, ``clip``, ``seed``. Results of a number of steps repeat exactly, those of a time do not.
+
+    Returns:
+        A new result of the same kind, with ``recovery``; for a plain module the `Recovery` itself.
+
+    Raises:
+        ValueError: nothing to train, outputs that do not fit the baseline's, labels that are lacking, too little data;
+            `curvprune.recovery.Diverged` where the loss stops being finite: ``error.recovery`` has the best state.
+
+    Cost: a step is a forward pass of both models and a backward one on ``batch_size`` items; a measurement (ten of
+    them) a forward pass over the select items. Memory: see `curvprune.recovery.recover_`.
+    """
+    known = {f.name for f in fields(Training)}
+    if unknown := sorted(set(training) - known):
+        raise ValueError(f"recover: unknown argument {unknown[0]!r}; expected some of {sorted(known)}")
+    how = Training(**training)
+    if budget is not None and budget.max_drop is None:
+        raise ValueError("recover: a budget certifies here and needs max_drop; a recovery does not change the size")
+    if budget is not None and isinstance(compressed, nn.Module):
+        raise ValueError("recover: a plain module has no place for a verdict; call certify on what comes back")
+    certifies = None
+    if isinstance(data, Splits):
+        train, choose, certifies = data.calibrate, data.select, data.certify
+    elif budget is not None:
+        if isinstance(data, Split):
+            raise ValueError("a budget needs four splits: pass Splits(calibrate=, price=, select=, certify=)")
+        parts = split_items(data, seed=how.seed)
+        train, choose, certifies = parts.calibrate, parts.select, parts.certify
+    else:
+        train = choose = as_split(data)
+        if select is None:
+            train, choose = _every_fourth(train)
+    choose = choose if select is None else as_split(select)
+    own = compressed if isinstance(compressed, nn.Module) else compressed.model
+    if own is baseline:
+        raise ValueError(
+            "recover: the compressed model is the baseline itself (inplace=True?); pass the model as it was before"
+        )
+    model = copy.deepcopy(own)
+    if device is not None:
+        model, baseline = model.to(device), copy.deepcopy(baseline).to(device)
+    first = to_device(train.items[0], next(baseline.parameters()).device)
+    measured = make_objective(objective, baseline, first)
+    if budget is not None and budget.metric == "accuracy" and measured.unit == "nats/token":
+        raise ValueError("metric 'accuracy' needs one prediction per item; for language models use metric 'loss'")
+    solved: dict[str, Solved] | None = {} if isinstance(compressed, StructuredResult) else None
+    if isinstance(compressed, Result):
+        solved = compressed.solved
+    log = StageLog(show=progress)
+    with log.stage("recover", how.steps or 1) as advance:
+        recovery = recover_(model, solved, baseline, measured, train, choose, how, advance=advance)
+    if isinstance(compressed, nn.Module):
+        return recovery
+    verdict = None
+    if budget is not None:
+        assert certifies is not None
+        results = [evaluate(m, certifies.batches(how.batch_size), measured) for m in (baseline, model)]
+        verdict = compare(results[0], results[1], certifies, budget, unit=measured.unit)
+    if isinstance(compressed, StructuredResult):
+        return replace(compressed, model=model, verdict=verdict, recovery=recovery)
+    return replace(compressed, model=model, solved=recovery.solved, verdict=verdict, recovery=recovery)
+
+
+def _every_fourth(split: Split) -> tuple[Split, Split]:
+    """Three quarters to train on and one to choose by."""
+    if len(split.items) < 2:
+        raise ValueError("recover: at least two items are needed, to train on and to choose by; or pass select=")
+    pairs = list(zip(split.items, split.documents, strict=True))
+    chosen = set(range(min(3, len(pairs) - 1), len(pairs), 4))
+    parts = [[p for i, p in enumerate(pairs) if (i in chosen) is select] for select in (False, True)]
+    train, select = (Split(items=tuple(i for i, _ in p), documents=tuple(d for _, d in p)) for p in parts)
+    return train, select
+
+
 def certify(
     baseline: nn.Module,
     compressed: nn.Module,
@@ -627,8 +743,8 @@ def _job(
         state=State(folder / "state"),
         stages=StageLog(show=progress),
         reload=lambda path: artifact.load_into(path, copy.deepcopy(model)).eval(),
-        write_model=lambda path, solved, plan: artifact.save(
-            path, model, find_layers(model), solved, plan, portable=settings.portable
+        write_model=lambda path, written, solved, plan: artifact.save(
+            path, written, find_layers(written), solved, plan, portable=settings.portable
         ),
     )
     if budget is not None and budget.metric == "accuracy" and job.objective.unit == "nats/token":
@@ -650,7 +766,9 @@ def _without_budget(split: Split, *, priced: bool) -> Splits:
 
 
 __all__ = [
+    "Diverged",
     "Layer",
+    "Recovery",
     "Result",
     "StructuredResult",
     "analyze",
@@ -665,4 +783,5 @@ __all__ = [
     "price",
     "prune",
     "quantize",
+    "recover",
 ]

@@ -28,10 +28,11 @@ from curvprune.curvature.fisher import fisher_pass
 from curvprune.data import Splits
 from curvprune.knapsack import Infeasible, Limit, frontier
 from curvprune.layers import find_layers, left_over
-from curvprune.objective import Objective, make_objective, to_device
+from curvprune.objective import LabelFree, Objective, make_objective, to_device
 from curvprune.options import Keep, Option, option_from_key, quantizer_of
 from curvprune.plan import SIZES, Budget
 from curvprune.recipe import Recipe, RecipeError, assign_groups, assign_options, load_recipe, lock_text
+from curvprune.recovery import Training
 from curvprune.shapes import changes_of, difference, remember_
 from curvprune.solve import Solved
 from curvprune.stages import (
@@ -305,9 +306,10 @@ def _fit(
         state=state,
         stages=stages,
         reload=lambda folder: load_artifact(folder, device=device),
-        write_model=lambda folder, solved, plan: write_model(
-            folder, model, solved, plan, tokenizer=tokenizer, portable=recipe.portable
+        write_model=lambda folder, written, solved, plan: write_model(
+            folder, written, solved, plan, tokenizer=tokenizer, portable=recipe.portable
         ),
+        recover=None if recipe.recover is None else Training(**recipe.recover.model_dump(), seed=recipe.seed),
     )
     job.notes += groups.notes
     if kept:
@@ -315,6 +317,11 @@ def _fit(
     if (message := left_over(model)) is not None:
         job.notes.append(message)
     _check_budget(recipe, job, size=final)
+    if job.recover is not None and job.recover.loss == "task" and isinstance(job.objective, LabelFree):
+        raise recipe.error(
+            ("recover", "loss"),
+            f"task needs labels, which the objective {job.objective.name} has none of; write distill",
+        )
     rounds = any(quantizer_of(o) for options in assigned.values() for o in options)
     if rounds and artifact.portable_for(model, recipe.portable) and not hf.loads_packed(model):
         raise recipe.error(
@@ -666,6 +673,7 @@ def _record(job: Job, about: Mapping[str, Any], trials: list[dict[str, Any]], ro
         "attempts": job.record.get("attempts", []),
         "limits": _limits(job),
         "corrections": job.factors,
+        "recoveries": job.record.get("recoveries", []),
         "size": size,
         **({"structured": about["structured"]} if "structured" in about else {}),
         "layers": _layer_records(job),
@@ -808,13 +816,25 @@ def _estimate(job: Job, dense: int, cuts: Mapping[str, Mapping[str, Any]]) -> tu
         passes = counts["calibrate"] * (2.2 * forward + both) + counts["price"] * 2 * both
         seconds["remove units"] = passes + 4 * factor * sum(len(c["widths"]) for c in cuts.values())
         dense *= 2
+    if job.recover is not None:
+        seconds["recover"] = attempts * _recovery_seconds(job.recover, forward, both, counts["select"])
     weights = sum(layer.numel for layer in job.layers.values())
     options = max(len(o) for o in job.options.values())
     # Two models, 16-bit changes and a float32 diagonal, three copies of an evaluation batch's logits, libraries.
     with torch.no_grad():
         logits = job.objective.logits(job.model, item).numel() * job.settings.batch_size
     memory = 2 * dense + (weights * (2 * options + 4) if job.budget is not None else 0) + 12 * logits + 500_000_000
+    if job.recover is not None:  # values, gradient, two moments and the best state; less, where weights are on a grid
+        memory += 20 * sum(p.numel() for p in job.model.parameters())
     return {k: v / 60 for k, v in seconds.items()}, memory
+
+
+def _recovery_seconds(training: Training, forward: float, both: float, select: int) -> float:
+    if training.steps is None:
+        assert training.seconds is not None
+        return training.seconds
+    measuring = (1 + training.steps / training.interval) * select * forward
+    return min(training.seconds or np.inf, training.steps * training.batch_size * (both + forward) + measuring)
 
 
 def _no_grad_loss(job: Job, item: Any) -> None:

@@ -374,6 +374,26 @@ class AnalyzeSection(_Section):
     )
 
 
+class RecoverSection(_Section):
+    """A short training after the compression; see `curvprune.recovery.Training`."""
+
+    loss: Literal["distill", "task"] = "distill"
+    steps: int | None = Field(None, ge=1, description="steps of the optimizer, a whole number of at least 1")
+    seconds: float | None = Field(None, gt=0, description="the longest time, a number of seconds above 0")
+    lr: float = Field(1e-3, gt=0, description="the relative learning rate, a number above 0")
+    batch_size: int = Field(8, ge=1, description="items per step, a whole number of at least 1")
+    every: int | None = Field(None, ge=1, description="steps between measurements, a whole number of at least 1")
+    patience: int | None = Field(None, ge=1, description="measurements without gain, a whole number of at least 1")
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient, a number above 0")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _an_end(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("steps") is None and value.get("seconds") is None:
+            return {**value, "steps": 200}
+        return value
+
+
 class SearchSection(_Section):
     """How often plans may be measured: ``trials`` on the select split, ``attempts`` on the certify split."""
 
@@ -403,6 +423,7 @@ class Recipe(_Section):
     price: PriceSection = PriceSection()
     analyze: AnalyzeSection = AnalyzeSection()
     search: SearchSection = SearchSection()
+    recover: RecoverSection | None = None
     portable: bool | Literal["engines"] = Field(
         True,
         description="true (transformers loads model/), engines (so do serving engines) or false (every kind of layer "

@@ -4,6 +4,7 @@
     price    every solved change, from one forward and a few backward passes per item
     select   plans along the frontier, measured on the select split, beside controls
     apply    the chosen plans: one sequential forward pass each, later layers see what earlier ones became
+    recover  those models, where it is asked for: a short training of what their stored form leaves free
     certify  those plans, cautious first, saved and loaded again, on items that nothing else has touched
 
 Each stage leaves its results in ``state/``, layer by layer, and skips what it finds there.
@@ -42,6 +43,7 @@ from curvprune.objective import ItemResults, Objective, evaluate, to_device
 from curvprune.options import Cast, Form, Keep, Option, option_from_key, pruner_of, quantizer_of
 from curvprune.plan import Budget, Measurement, Plan, corrected, search
 from curvprune.processes import rank, shared, wait, world
+from curvprune.recovery import Diverged, Training, recover_, restore_, trained_tensors
 from curvprune.solve import Solved, solve
 from curvprune.solve.grids import dequantize
 from curvprune.state import StageLog, State
@@ -83,8 +85,9 @@ class Job:
     state: State
     stages: StageLog
     reload: Callable[[Path], nn.Module]
-    write_model: Callable[[Path, Mapping[str, Solved], Mapping[str, Any]], None]
+    write_model: Callable[[Path, nn.Module, Mapping[str, Solved], Mapping[str, Any]], None]
     original: nn.Module | None = None  # what is certified against, where units of it were removed to make the model
+    recover: Training | None = None
     same_option: tuple[tuple[str, ...], ...] = ()  # groups of layers; each is offered the same options
     limits: tuple[Limit, ...] = ()  # what the budget limits besides bytes and the drop: `limit_plans`
     work: dict[str, Work] = field(default_factory=dict)  # of every layer, where it was counted: `count_work`
@@ -707,21 +710,22 @@ def apply_plan(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Applied:
-    """A plan solved, written to disk and measured on select; ``record`` is its trial record."""
+    """A plan solved, recovered if that was asked for, written to disk and measured on select; ``record`` is its trial
+    record, ``before`` that of before the recovery."""
 
     record: dict[str, Any]
+    before: dict[str, Any] | None
     folder: Path
     solved: dict[str, Solved]
     chance: float | None
 
 
 def _apply_and_write(job: Job, bench: _Bench, name: str, choices: dict[str, str]) -> _Applied:
-    """Apply a plan and write its artifact. If its candidates were measured on select and did better there than the
-    sequential solution, they are written instead."""
+    """Apply a plan, recover it if that was asked for, and write its artifact. If its candidates were measured on select
+    and did better there than the sequential solution, they are taken instead."""
     at = f"applied/{_key(choices)}"
     model, solved = apply_plan(job, choices, at, f"apply {name}")
     results = _results(job, f"{at}/select.json", model, job.splits.select)
-    del model
     record = bench.record(f"{name}, applied", "applied", choices, results)
     chance = record["chance"]
     stitched = next((t for t in bench.trials if t["choices"] == choices), None)
@@ -729,13 +733,46 @@ def _apply_and_write(job: Job, bench: _Bench, name: str, choices: dict[str, str]
         solved = {n: next(s for s in bench.candidates(n) if s.option.key == choices[n]) for n in solved}
         record["note"] = "one sequential pass measured worse than the candidates, which were kept"
         chance = stitched["chance"]
-    folder = _written(job, at, solved, _plan_of(job, record))
+    before = None
+    if job.recover is None:
+        model = job.model  # what is not solved is the same there; the copy can go
+    else:
+        own = find_layers(model)
+        for n, s in solved.items():
+            own[n].write_(s.weight)
+        solved = _recovered(job, model, solved, at, name)
+        results = _results(job, f"{at}/recovered-select.json", model, job.splits.select)
+        before, record = record, bench.record(f"{name}, recovered", "applied", choices, results)
+        chance = record["chance"]
+    folder = _written(job, at, model, solved, _plan_of(job, record))
     # What lies on disk packed need not be held in memory twice: codes and scales are enough for a later save.
     light = {
         n: replace(s, weight=torch.empty(0)) if s.codes is not None and job.form_of(n, s.option) != "dense" else s
         for n, s in solved.items()
     }
-    return _Applied(record=record, folder=folder, solved=light, chance=chance)
+    return _Applied(record=record, before=before, folder=folder, solved=light, chance=chance)
+
+
+def _recovered(job: Job, model: nn.Module, solved: Mapping[str, Solved], at: str, name: str) -> dict[str, Solved]:
+    """Stage *recover*: train a model in place on the calibration items, the select split keeping the best state."""
+    assert job.recover is not None
+    tensors, record = f"{at}/recovered.safetensors", f"{at}/recovered.json"
+    steps, done = job.recover.steps or 1, job.state.has(record)
+    with job.stages.stage(f"recover {name}".strip(), steps, done=steps if done else 0) as advance:
+        if not done:
+            try:
+                recovery = recover_(
+                    model, solved, job.uncompressed, job.objective, job.splits.calibrate, job.splits.select,
+                    job.recover, advance=advance,
+                )  # fmt: skip
+            except Diverged as error:
+                recovery = error.recovery  # its note says so; the run goes on with the best state
+            job.state.write_tensors(tensors, trained_tensors(recovery))
+            job.state.write_json(record, recovery.to_dict())
+    found = job.state.read_json(record)
+    job.notes += found["notes"]
+    job.record.setdefault("recoveries", []).append({"plan": name or "the plan", **found})
+    return restore_(model, solved, job.state.read_tensors(tensors))
 
 
 def _fixed_sequence(job: Job, bench: _Bench, best: dict[str, Any]) -> list[_Applied]:
@@ -765,7 +802,8 @@ def _fixed_sequence(job: Job, bench: _Bench, best: dict[str, Any]) -> list[_Appl
             left_out.append(applied)
         else:
             sequence.insert(len(sequence) if safe else 0, applied)
-    bench.trials += [applied.record for applied in (*sequence, *left_out)]
+    for applied in (*sequence, *left_out):
+        bench.trials += [record for record in (applied.before, applied.record) if record is not None]
     return sequence
 
 
@@ -815,10 +853,12 @@ def certify_plans(job: Job, bench: _Bench, best: dict[str, Any]) -> Path:
 
 def apply_and_measure(job: Job, choices: Mapping[str, str]) -> Path:
     """Without a budget: apply the one plan there is and measure it, paired, on the certify split."""
-    _, job.solved = apply_plan(job, choices, "applied/1", "apply")
+    model, job.solved = apply_plan(job, choices, "applied/1", "apply")
+    if job.recover is not None:
+        job.solved = _recovered(job, model, job.solved, "applied/1", "")
     job.plan = unpriced_plan(job, choices)
     job.notes = list(job.plan.notes)
-    folder = _written(job, "applied/1", job.solved, job.plan)
+    folder = _written(job, "applied/1", model, job.solved, job.plan)
     job.record["measured"] = _verdict_of(job, folder, "certify/1.json", "measure", None).to_dict()
     return folder
 
@@ -849,11 +889,11 @@ def zeros_stored(job: Job, choices: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _written(job: Job, at: str, solved: Mapping[str, Solved], plan: Plan) -> Path:
+def _written(job: Job, at: str, model: nn.Module, solved: Mapping[str, Solved], plan: Plan) -> Path:
     folder = job.state.path(f"{at}/model")
     if not (folder / "complete").exists():
         shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
-        job.write_model(folder, solved, plan.to_dict())
+        job.write_model(folder, model, solved, plan.to_dict())
         (folder / "complete").touch()
     return folder
 

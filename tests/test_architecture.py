@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "packed": {"options", "layers", "solve"},
     "shapes": set(),
     "artifact": {"options", "plan", "layers", "solve", "state", "packed", "shapes"},
+    "recovery": {"data", "layers", "objective", "options", "solve"},
     "cuts": {"layers", "objective", "shapes"},
     "structured": {
         *("apply", "cuts", "data", "knapsack", "layers", "ledger", "objective", "solve"),

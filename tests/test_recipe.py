@@ -115,6 +115,7 @@ def test_defaults_of_a_short_recipe(tmp_path: Path) -> None:
             "spectra": None,
         },
         "search": {"trials": 6, "attempts": 2},
+        "recover": None,
         "portable": True,
         "device": "auto",
         "seed": 0,

@@ -101,6 +101,7 @@ def build(record: Mapping[str, Any]) -> str:
         advice=sections.advice(record),
         contradictions=sections.inconsistencies(record),
         attempts=_attempt(sections.attempts_table, record),
+        recoveries=sections.recoveries_table(record) if sections.items_or_none(record, "recoveries") else None,
         size=_attempt(sections.size_facts, record),
         size_chart=sections.size_chart(record),
         options=_attempt(sections.options_table, record),

@@ -564,6 +564,37 @@ def options_table(record: Record) -> Table:
 
 # --- 3 and 4. trials and frontier ------------------------------------------------------------------------------------
 
+
+def recoveries_table(record: Record) -> Table:
+    rows = []
+    for found in items(record, "recoveries"):
+        before, after = num(found.get("loss_before")), num(found.get("loss_after"))
+        gain = None if before is None or after is None else before - after
+        rows.append(
+            [
+                Cell(word(found.get("plan"))),
+                number_cell(before, sig(before, 4)),
+                number_cell(after, sig(after, 4)),
+                number_cell(gain, sig(gain)),
+                number_cell(found.get("steps"), count(found.get("steps"))),
+                number_cell(found.get("best_step"), count(found.get("best_step"))),
+                number_cell(found.get("trained"), count(found.get("trained"))),
+                number_cell(found.get("seconds"), duration(found.get("seconds"))),
+            ]
+        )
+    columns = [
+        Column("plan"),
+        Column("before", "mean loss on the select split as compressed", "n"),
+        Column("after", "mean loss on the select split of the state that was kept", "n"),
+        Column("gain", "before minus after", "n"),
+        Column("steps", "steps done", "n"),
+        Column("kept", "the step whose state was kept; 0: as compressed", "n"),
+        Column("numbers", "how many numbers were free", "n"),
+        Column("time", "", "n"),
+    ]
+    return Table("recoveries", columns, rows)
+
+
 _DRAWN = {
     "plan": ("circle", "plan", "plan"),
     "applied": ("star", "applied", "applied model"),

@@ -111,7 +111,10 @@ def test_a_half_precision_model_moves_by_less_than_its_steps_and_is_stored_as_it
     assert all(torch.equal(loaded[n], t) for n, t in after.model.state_dict().items())
 
 
-@pytest.mark.parametrize("option", [cp.Prune(sparsity=0.6), cp.Prune(pattern="2:4")], ids=lambda o: o.key)
+NARROW = cp.PruneCast(prune=cp.Prune(sparsity=0.5), cast=cp.Cast(dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("option", [cp.Prune(sparsity=0.6), cp.Prune(pattern="2:4"), NARROW], ids=lambda o: o.key)
 def test_zeros_stay_and_survivors_move(option):
     model = tiny.llama()
     before = cp.compress(model, tokens(), options=[option])
@@ -120,6 +123,7 @@ def test_zeros_stay_and_survivors_move(option):
         kept = before.solved[name].weight != 0
         assert torch.equal(one.weight != 0, kept)
         assert not torch.equal(one.weight[kept], before.solved[name].weight[kept])
+        assert option is not NARROW or torch.equal(one.weight, one.weight.bfloat16().float())
 
 
 def test_a_cast_weight_stays_in_its_narrow_type_and_everything_else_is_free():
@@ -302,6 +306,7 @@ def test_another_process_loads_exactly_what_was_measured(tmp_path):
     options = [
         cp.Quantize(bits=3, group_size=16, symmetric=False),
         cp.Prune(sparsity=0.5),
+        NARROW,
         cp.PruneQuantize(prune=cp.Prune(pattern="2:4"), quantize=cp.Quantize(bits=4, group_size=16)),
         cp.Cast(dtype="float16"),
     ]

@@ -141,7 +141,7 @@ def test_statistics_modes_and_the_baseline_stay(net):
     kept = copy.deepcopy(net).state_dict()
     before = cp.prune(net, images(), sparsity=0.7, layers="fc")
     before.model.train()
-    after = cp.recover(before, net, images(), steps=12, lr=1e-2)
+    after = cp.recover(before, net, images(), objective="label-free", steps=12, lr=1e-2)
     assert after.recovery.loss_after < after.recovery.loss_before
     assert torch.equal(after.model.norm.running_mean, net.norm.running_mean)
     assert all(m.training for m in after.model.modules())
@@ -154,7 +154,7 @@ def test_a_plain_module_keeps_its_zeros_and_frozen_parameters(net):
     with torch.no_grad():
         model.fc.weight[:, ::2] = 0
     model.conv.weight.requires_grad_(False)
-    found = cp.recover(model, net, images(), steps=12, lr=1e-2)
+    found = cp.recover(model, net, images(), objective="label-free", steps=12, lr=1e-2)
     assert found.best_step > 0 and not bool(found.model.fc.weight[:, ::2].any())
     assert torch.equal(found.model.conv.weight, net.conv.weight)
     assert found.trained == 5 * 64 + 5 + 8 + 8 + 8  # half of fc, its bias, the convolution's bias, BatchNorm
@@ -271,7 +271,7 @@ def test_what_training_makes_worse_comes_back_as_it_was(net):
     x = images(seed=3)[0][0]
     select = [(x, before.model(x).argmax(1))]
     wrong = [(x, (before.model(x).argmax(1) + 1) % 5)]
-    after = cp.recover(before, net, wrong, select=select, loss="task", steps=12, lr=1e-2, patience=3)
+    after = cp.recover(before, net, wrong, select=select, loss="task", steps=12, every=1, lr=1e-2, patience=3)
     assert after.recovery.best_step == 0 and after.recovery.loss_after == after.recovery.loss_before
     assert after.recovery.steps == 3
     for n, p in before.model.named_parameters():

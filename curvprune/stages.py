@@ -379,10 +379,12 @@ def compare(baseline: ItemResults, compressed: ItemResults, split: Split, budget
 
 def _chance(job: Job, verdict: Verdict) -> float:
     """Predicted probability that a plan with this verdict on select is certified on the certify split."""
-    return _chance_at(job, verdict.drop, verdict.stderr)
+    return _chance_at(job, verdict.drop, verdict.stderr, verdict.bound)
 
 
-def _chance_at(job: Job, drop: float, stderr: float) -> float:
+def _chance_at(job: Job, drop: float, stderr: float, bound: float) -> float:
+    """``bound`` is that of a test with this ``drop``: few documents and skewed losses push it further out than normal
+    ones would, on select and on certify alike."""
     assert job.budget is not None and job.budget.max_drop is not None
     shrink = (len(set(job.splits.select.documents)) / len(set(job.splits.certify.documents))) ** 0.5
     return probability_of_certifying(
@@ -391,6 +393,7 @@ def _chance_at(job: Job, drop: float, stderr: float) -> float:
         stderr * shrink,
         max_drop=job.budget.max_drop,
         confidence=job.budget.confidence,
+        reach=(bound - drop) * shrink,
     )
 
 
@@ -440,6 +443,7 @@ class _Bench:
             "measured_stderr": _finite(verdict.stderr) if compare_as.metric == "loss" else None,
             "metric_drop": verdict.drop,
             "metric_stderr": verdict.stderr,
+            "metric_bound": verdict.bound,
             "chance": chance,
             "accepted": chance is not None and chance >= ACCEPTABLE,
             "items": len(self.baseline.loss),
@@ -650,7 +654,8 @@ def _room(job: Job, record: Mapping[str, Any]) -> float:
     low, high = drop, job.budget.max_drop
     for _ in range(40):
         middle = (low + high) / 2
-        verdict_chance = _chance_at(job, middle, record["metric_stderr"])
+        bound = middle + record["metric_bound"] - drop
+        verdict_chance = _chance_at(job, middle, record["metric_stderr"], bound)
         low, high = (middle, high) if verdict_chance >= ACCEPTABLE else (low, middle)
     # Half of the way on a logarithmic scale: that the applied plan measured well is partly luck.
     return min(2.0, low / drop) ** 0.5 if drop > 0 else 2.0**0.5
@@ -674,6 +679,8 @@ def certify_plans(job: Job, bench: _Bench, best: dict[str, Any]) -> Path:
     job.solved, job.plan = shipped.solved, _plan_of(job, shipped.record)
     if judged:
         job.verdict = verdict
+        if verdict.note:
+            job.notes.append(f"certificate: {verdict.note}")
         tested = zip(sequence, verdicts, strict=False)
         job.record["attempts"] = [{**v.to_dict(), "plan": a.record["name"]} for a, v in tested]
     job.record["measured"] = verdict.to_dict()

@@ -89,7 +89,9 @@ def test_text_splits_share_no_document_and_spread_over_documents():
 def test_too_little_text_says_how_much_there_is():
     with pytest.raises(ValueError, match=r"only 2 sequences of 64 tokens in 2 documents: .*select 0 of 4"):
         counts = {"calibrate": 1, "price": 1, "select": 4, "certify": 1}
-        text_splits({"a": list(range(64)), "b": list(range(64))}, length=64, counts=counts, seed=0)
+        text_splits(
+            {"a": list(range(64)), "b": list(range(1, 65)), "c": list(range(64))}, length=64, counts=counts, seed=0
+        )
 
 
 def test_python_docs_share_no_paragraph():

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -498,11 +499,11 @@ def certify(
         if not isinstance(metric, Metric):
             metric = Metric(of=metric, name=getattr(metric, "__name__", "metric"))
         values = [measure(m, split.batches(batch_size), metric).numpy() for m in (baseline, compressed)]
-        documents = split.documents
+        documents = np.array(split.documents)
         return certify_values(
             values[0],
             values[1],
-            clusters=documents if len(set(documents)) < len(documents) else None,
+            clusters=documents if len(set(split.documents)) < len(documents) else None,
             max_drop=budget.max_drop,
             confidence=budget.confidence,
             bounds=metric.bounds,

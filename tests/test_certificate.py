@@ -133,7 +133,8 @@ def test_the_three_verdicts_and_the_items_that_would_decide() -> None:
         assert verdict.status == status
         assert (verdict.needed is None) == (status != "INCONCLUSIVE")
         if verdict.needed is not None:
-            exact = 100 * ((t + stats.norm.ppf(0.8)) * se / (max_drop - drop)) ** 2
+            heaviest = noise.max() ** 2 / np.sum(noise**2)
+            exact = 100 * (1 + 2 * heaviest) * ((t + stats.norm.ppf(0.8)) * se / (max_drop - drop)) ** 2
             assert verdict.needed == math.ceil(exact) > 100
 
 
@@ -144,7 +145,7 @@ def test_needed_items_do_decide_with_the_promised_power() -> None:
     spread = pilot.stderr * math.sqrt(60)
     runs = [loss_verdict(rng.normal(0, spread, pilot.needed), np.ones(pilot.needed), max_drop=0.01) for _ in range(400)]
     share = np.mean([run.status == "CERTIFIED" for run in runs])
-    assert abs(share - 0.8) < 4 * math.sqrt(0.8 * 0.2 / 400)
+    assert 0.8 - 3 * math.sqrt(0.8 * 0.2 / 400) < share < 0.95
 
 
 def test_a_drop_equal_to_the_budget_needs_no_number_of_items() -> None:
@@ -540,9 +541,10 @@ def test_probability_of_certifying_against_simulation() -> None:
 
 def test_items_needed_are_the_published_numbers() -> None:
     numbers = [items_needed(math.sqrt(rho), max_drop=0.01) for rho in (0.02, 0.05, 0.10)]
-    assert numbers == [1237, 3092, 6183]
+    for found, published in zip(numbers, (1237, 3092, 6183), strict=True):
+        assert published < found < 1.03 * published, "and what the correction for skewness costs"
     assert items_needed(0.5, max_drop=0.02, drop=0.01) == items_needed(1.0, max_drop=0.02)
-    assert items_needed(0.0, max_drop=0.02) == 1
+    assert items_needed(0.0, max_drop=0.02) == 2, "no test takes one item"
     for arguments in ({"drop": 0.02}, {"drop": 0.03}, {"power": 1.0}, {"power": 0.2}):
         with pytest.raises(ValueError, match="items_needed"):
             items_needed(0.1, max_drop=0.02, **arguments)
@@ -552,8 +554,9 @@ def test_items_needed_are_the_published_numbers() -> None:
 
 def test_items_needed_give_the_promised_power() -> None:
     items = items_needed(0.3, max_drop=0.05, drop=0.01, power=0.9)
-    means = np.random.default_rng(10).normal(0.01, 0.3 / math.sqrt(items), 20_000)
-    assert np.mean(means + stats.norm.ppf(0.95) * 0.3 / math.sqrt(items) <= 0.05) == pytest.approx(0.9, abs=0.01)
+    rng = np.random.default_rng(10)
+    runs = [loss_verdict(rng.normal(0.01, 0.3, items), np.ones(items), max_drop=0.05) for _ in range(2000)]
+    assert np.mean([run.status == "CERTIFIED" for run in runs]) == pytest.approx(0.9, abs=0.02)
 
 
 def test_fixed_sequence_stops_at_the_first_failure() -> None:

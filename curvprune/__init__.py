@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from curvprune.api import quantize as quantize
     from curvprune.api import recover as recover
     from curvprune.certificate import Verdict as Verdict
+    from curvprune.certificate import certify_values as certify_values
     from curvprune.curvature.estimators import density as density
     from curvprune.curvature.estimators import diagonal as diagonal
     from curvprune.curvature.estimators import eigenpairs as eigenpairs
@@ -35,9 +36,11 @@ if TYPE_CHECKING:
     from curvprune.gptq import export_gptq as export_gptq
     from curvprune.knapsack import Limit as Limit
     from curvprune.ledger import Ledger as Ledger
+    from curvprune.lmeval import certify_lm_eval as certify_lm_eval
     from curvprune.objective import CausalLM as CausalLM
     from curvprune.objective import Classification as Classification
     from curvprune.objective import LabelFree as LabelFree
+    from curvprune.objective import Metric as Metric
     from curvprune.objective import Objective as Objective
     from curvprune.options import Cast as Cast
     from curvprune.options import Keep as Keep
@@ -59,12 +62,13 @@ _HOME = {
         *("frontier", "price", "prune", "quantize", "recover", "StructuredResult"),
     ),
     "curvature.estimators": ("density", "diagonal", "eigenpairs", "trace"),
-    "certificate": ("Verdict",),
+    "certificate": ("Verdict", "certify_values"),
     "data": ("Split", "Splits"),
     "gptq": ("export_gptq",),
     "knapsack": ("Limit",),
     "ledger": ("Ledger",),
-    "objective": ("CausalLM", "Classification", "LabelFree", "Objective"),
+    "lmeval": ("certify_lm_eval",),
+    "objective": ("CausalLM", "Classification", "LabelFree", "Metric", "Objective"),
     "options": ("Cast", "Keep", "Prune", "PruneCast", "PruneQuantize", "Quantize"),
     "pipeline": ("export_dense",),
     "plan": ("Budget", "Plan"),

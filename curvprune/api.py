@@ -10,18 +10,18 @@ from __future__ import annotations
 import copy
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from curvprune import artifact
 from curvprune.analysis import QUANTITIES, Analysis, analyze_curvature
-from curvprune.certificate import Verdict
+from curvprune.certificate import Verdict, certify_values
 from curvprune.curvature import products
 from curvprune.curvature.estimators import Estimate
 from curvprune.data import Split, Splits, as_split, split_items
@@ -29,7 +29,7 @@ from curvprune.groups import find_groups, read_request
 from curvprune.knapsack import frontier as nested_plans
 from curvprune.layers import Layer, find_layers, left_over
 from curvprune.ledger import Ledger
-from curvprune.objective import Batch, Objective, evaluate, make_objective, to_device
+from curvprune.objective import Batch, Metric, Objective, evaluate, make_objective, measure, to_device
 from curvprune.options import (
     ENGINE_ASYMMETRIC_BITS,
     ENGINE_BITS,
@@ -492,10 +492,10 @@ def _prune_structured(
         splits = data
     elif budget is None:
         splits = _without_budget(as_split(data), priced=True)
-    elif isinstance(data, Split):
-        raise ValueError("a budget needs four splits: pass Splits(calibrate=, price=, select=, certify=)")
     else:
         splits = split_items(data, seed=settings.seed)
+    if budget is not None and (leak := splits.leak()) is not None:
+        warnings.warn(leak, UserWarning, stacklevel=4)
     if device is not None:
         model = copy.deepcopy(model).to(device)
     home = next(model.parameters()).device
@@ -638,17 +638,42 @@ def certify(
     budget: Budget,
     *,
     objective: str | Objective = "auto",
+    metric: Metric | Callable[[Any, Batch], Tensor] | None = None,
     batch_size: int = 8,
 ) -> Verdict:
     """Whether ``compressed`` is within ``budget.max_drop`` of ``baseline``, paired on the items of ``data``.
 
-    The items must not have been used to make or choose the compressed model. Other limits of the budget, on size and
-    speed, are not looked at: data cannot decide them. Cost: one forward pass of each model. Raises ``ValueError`` for a
-    budget without ``max_drop``.
+    The items must not have been used to make or choose the compressed model. Items of one document of a `Split` are a
+    cluster. Other limits of the budget, on size and speed, are not looked at: data cannot decide them. Cost: one
+    forward pass of each model. `curvprune.certificate` has the tests, for results that are already there;
+    `curvprune.certify_lm_eval` reads those of lm-eval.
+
+    Args:
+        metric: what is compared instead of ``budget.metric``: a function of (what the model returned, batch) to one
+            number per item, higher is better, or a `Metric` with bounds, direction, name and unit. ``max_drop`` is then
+            in its unit.
+
+    Raises ``ValueError`` for a budget without ``max_drop`` or a metric that does not return one number per item.
     """
     if budget.max_drop is None:
         raise ValueError("certify needs Budget(metric, max_drop=...): a size cannot be certified from data")
     split = as_split(data)
+    if metric is not None:
+        if not isinstance(metric, Metric):
+            metric = Metric(of=metric, name=getattr(metric, "__name__", "metric"))
+        values = [measure(m, split.batches(batch_size), metric).numpy() for m in (baseline, compressed)]
+        documents = np.array(split.documents)
+        return certify_values(
+            values[0],
+            values[1],
+            clusters=documents if len(set(split.documents)) < len(documents) else None,
+            max_drop=budget.max_drop,
+            confidence=budget.confidence,
+            bounds=metric.bounds,
+            higher_is_better=metric.higher_is_better,
+            metric=metric.name,
+            unit=metric.unit,
+        )
     loss = make_objective(objective, baseline, to_device(split.items[0], next(baseline.parameters()).device))
     results = [evaluate(m, split.batches(batch_size), loss) for m in (baseline, compressed)]
     return compare(results[0], results[1], split, budget, unit=loss.unit)
@@ -721,11 +746,11 @@ def _job(
     if isinstance(data, Splits):
         splits = data
     elif budget is not None:
-        if isinstance(data, Split):
-            raise ValueError("a budget needs four splits: pass Splits(calibrate=, price=, select=, certify=)")
         splits = split_items(data, seed=settings.seed)
     else:
         splits = _without_budget(as_split(data), priced=priced)
+    if budget is not None and (leak := splits.leak()) is not None:
+        warnings.warn(leak, UserWarning, stacklevel=4)
     if device is not None:
         model = copy.deepcopy(model).to(device)
         found = {n: layer for n, layer in find_layers(model).items() if n in found}

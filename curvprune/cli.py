@@ -99,6 +99,16 @@ def check(recipe: RecipeArgument) -> None:
         console.print(f"units that can be removed first, {kind}: {shown}", highlight=False)
     if found.cuts:
         console.print("shapes above and sizes below are those before units are removed", highlight=False)
+    if found.power is not None:
+        p = found.power
+        console.print(
+            f"certify: {p.items} items of {p.documents} documents; a model without any true loss would be certified "
+            f"with probability {p.chance:.0%} (80 % with about {p.needed:,} items; from a trial rounding that lost "
+            f"{p.trial_drop:.3g})",
+            highlight=False,
+        )
+    for warning in found.warnings:
+        console.print(f"[bold yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
     parts = ", ".join(f"{stage} {minutes:.1f}" for stage, minutes in found.minutes.items())
     console.print(f"estimated minutes: {sum(found.minutes.values()):.1f} ({parts})", highlight=False)
     console.print(f"estimated peak memory: {found.memory_bytes / 1e9:.1f} GB", highlight=False)

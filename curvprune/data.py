@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,11 +32,17 @@ class Split:
         digest = hashlib.sha256()
         for item, document in zip(self.items, self.documents, strict=True):
             digest.update(document.encode())
-            named = sorted(item.items()) if isinstance(item, Mapping) else [("inputs", item[0]), ("targets", item[1])]
-            for name, tensor in named:
-                digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            _digest(digest, item)
         return digest.hexdigest()
+
+
+def _digest(digest: Any, item: Batch) -> bytes:
+    """Feed an item's content to a hash; returns its digest."""
+    named = sorted(item.items()) if isinstance(item, Mapping) else [("inputs", item[0]), ("targets", item[1])]
+    for name, tensor in named:
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return bytes(digest.digest())
 
 
 PURPOSES = ("calibrate", "price", "select", "certify")
@@ -61,6 +68,17 @@ class Splits:
     def sha256(self) -> dict[str, str]:
         """Hash of each split."""
         return {purpose: getattr(self, purpose).sha256() for purpose in PURPOSES}
+
+    def leak(self) -> str | None:
+        """A warning if items of the certify split also stand in another split, tensor by tensor; else ``None``."""
+        seen = {_digest(hashlib.sha256(), item) for p in PURPOSES[:-1] for item in getattr(self, p).items}
+        repeated = sum(_digest(hashlib.sha256(), item) in seen for item in self.certify.items)
+        if not repeated:
+            return None
+        return (
+            f"{repeated} of the {len(self.certify.items)} items of the certify split also occur in another split: the "
+            "verdict is not independent of how the plan was made; drop duplicates before splitting"
+        )
 
 
 def collate(items: Sequence[Batch]) -> Batch:
@@ -129,13 +147,15 @@ def as_split(data: Split | Iterable[Batch], name: str = "item") -> Split:
     return Split(items=tuple(items), documents=tuple(f"{name} {i}" for i in range(len(items))))
 
 
-def split_items(data: Iterable[Batch], *, seed: int) -> Splits:
+def split_items(data: Iterable[Batch] | Split, *, seed: int) -> Splits:
     """Shuffle the items of ``data`` and deal them out: a quarter to calibrate, an eighth to price, an eighth to select,
-    half to certify.
+    half to certify. A `Split` says which items belong together: of its documents, whole ones are dealt.
 
-    Raises ``ValueError`` below 16 items, with which no budget can be decided.
+    Raises ``ValueError`` below 16 items, with which no budget can be decided, or if documents are too few to deal.
     """
-    items = itemize(data)
+    if isinstance(data, Split) and len(set(data.documents)) < len(data.documents):
+        return _split_documents(data, seed=seed)
+    items = list(data.items) if isinstance(data, Split) else itemize(data)
     if len(items) < 16:
         raise ValueError(
             f"data has {len(items)} items; a budget needs at least 16 (they are split four ways), or pass "
@@ -147,28 +167,60 @@ def split_items(data: Iterable[Batch], *, seed: int) -> Splits:
     return Splits(**dict(zip(PURPOSES, parts, strict=True)))
 
 
+def _split_documents(data: Split, *, seed: int) -> Splits:
+    where: dict[str, list[int]] = {}
+    for i, name in enumerate(data.documents):
+        where.setdefault(name, []).append(i)
+    sizes = {name: len(found) for name, found in where.items()}
+    dealt = _deal(sizes, dict(zip(PURPOSES, (2, 1, 1, 4), strict=True)), seed=seed)
+    if len(data.items) < 16 or any(not names for names in dealt.values()):
+        raise ValueError(
+            f"data has {len(data.items)} items in {len(where)} documents; a budget needs at least 16 items, in enough "
+            "documents for four splits that share none, or pass "
+            "Splits(calibrate=..., price=..., select=..., certify=...)"
+        )
+    parts = {p: [i for name in names for i in where[name]] for p, names in dealt.items()}
+    return Splits(
+        **{
+            p: Split(items=tuple(data.items[i] for i in part), documents=tuple(data.documents[i] for i in part))
+            for p, part in parts.items()
+        }
+    )
+
+
+def _deal(sizes: Mapping[str, int], counts: Mapping[str, int], *, seed: int) -> dict[str, list[str]]:
+    """Whole documents in a seeded random order, each to the purpose that is furthest from its count."""
+    dealt: dict[str, list[str]] = {purpose: [] for purpose in PURPOSES}
+    filled = dict.fromkeys(PURPOSES, 0)
+    for name in [sorted(sizes)[i] for i in np.random.default_rng(seed).permutation(len(sizes))]:
+        target = min(PURPOSES, key=lambda purpose: filled[purpose] / counts[purpose])
+        dealt[target].append(name)
+        filled[target] += sizes[name]
+    return dealt
+
+
 def text_splits(documents: Mapping[str, Sequence[int]], *, length: int, counts: Mapping[str, int], seed: int) -> Splits:
     """Cut tokenised documents into sequences and deal whole documents to the four splits.
 
     Documents are dealt in a seeded random order, each to the split that is furthest from its count, so no document
-    lies in two splits; sequences are then taken from a split's documents in turn, so that as many documents as possible
-    take part. Sequences are ``length`` tokens; a document's shorter rest is kept if it has at least 32 tokens.
+    lies in two splits; of several with the same tokens only the first counts. Sequences are then taken from a split's
+    documents in turn, so that as many documents as possible take part. They are ``length`` tokens; a document's shorter
+    rest is kept if it has at least 32 tokens.
 
     Raises ``ValueError`` if the documents hold too few sequences, saying how many each split could get.
     """
     windows: dict[str, list[Batch]] = {}
+    seen: set[tuple[int, ...]] = set()
     for name, tokens in documents.items():
+        if (text := tuple(tokens)) in seen:
+            continue
+        seen.add(text)
         ids = torch.tensor(list(tokens), dtype=torch.long)
         pieces = [piece for piece in ids.split(length) if len(piece) >= min(32, length)]
         if pieces:
             windows[name] = [{"input_ids": p[None], "attention_mask": torch.ones_like(p)[None]} for p in pieces]
-    rng = np.random.default_rng(seed)
-    dealt: dict[str, list[str]] = {purpose: [] for purpose in PURPOSES}
-    filled = dict.fromkeys(PURPOSES, 0)
-    for name in [sorted(windows)[i] for i in rng.permutation(len(windows))]:
-        target = min(PURPOSES, key=lambda purpose: filled[purpose] / counts[purpose])
-        dealt[target].append(name)
-        filled[target] += len(windows[name])
+    dealt = _deal({name: len(w) for name, w in windows.items()}, counts, seed=seed)
+    filled = {purpose: sum(len(windows[name]) for name in names) for purpose, names in dealt.items()}
     if short := [f"{p} {filled[p]} of {counts[p]}" for p in PURPOSES if filled[p] < counts[p]]:
         total = sum(len(w) for w in windows.values())
         raise ValueError(

@@ -7,7 +7,7 @@ a pair ``(inputs, targets)``; the first dimension of every tensor counts items.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +50,33 @@ class ItemResults:
         return float(self.correct.sum() / self.count.sum())
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metric:
+    """A score of every item that `curvprune.certify` compares, where neither loss nor accuracy is meant.
+
+    Attributes:
+        of: a function of (what the model returned, batch) to one number per item of the batch, shape ``(items,)``.
+        bounds: the lowest and the highest value an item can have, where there are any: the test then holds for every
+            distribution; ``None`` if there are none.
+    """
+
+    of: Callable[[Any, Batch], Tensor]
+    name: str = "metric"
+    unit: str = ""
+    bounds: tuple[float, float] | None = None
+    higher_is_better: bool = True
+
+
+def outputs(model: nn.Module, batch: Batch) -> Any:
+    """What the model returns for a batch, called without its labels and without a cache. One forward pass."""
+    if not isinstance(batch, Mapping):
+        return model(batch[0])
+    arguments: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
+    if getattr(getattr(model, "config", None), "use_cache", False):
+        arguments["use_cache"] = False
+    return model(**arguments)
+
+
 class Objective:
     """Base of the objectives: subclasses say which positions count and what they are compared with.
 
@@ -67,13 +94,7 @@ class Objective:
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Run the model (one forward pass) and return its logits."""
-        if isinstance(batch, Mapping):
-            arguments: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
-            if getattr(getattr(model, "config", None), "use_cache", False):
-                arguments["use_cache"] = False
-            output = model(**arguments)
-        else:
-            output = model(batch[0])
+        output = outputs(model, batch)
         logits = getattr(output, "logits", output)
         if isinstance(logits, (tuple, list)):
             logits = logits[0]
@@ -301,3 +322,26 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], objective: Objective) -
         count=torch.cat([r.count for r in results]).cpu(),
         correct=torch.cat([r.correct for r in results]).cpu(),
     )
+
+
+def measure(model: nn.Module, batches: Iterable[Batch], metric: Metric) -> Float[Tensor, " items"]:
+    """The metric of every item, on the CPU in float64. One forward pass over the data.
+
+    Raises ``ValueError`` naming the metric if it does not return one number per item.
+    """
+    device = next(model.parameters()).device
+    values = []
+    with torch.no_grad(), evaluating(model):
+        for batch in batches:
+            moved = to_device(batch, device)
+            items = len(next(iter(moved.values())) if isinstance(moved, Mapping) else moved[0])
+            found = torch.as_tensor(metric.of(outputs(model, moved), moved))
+            if found.shape != (items,):
+                raise ValueError(
+                    f"metric {metric.name!r} returned shape {tuple(found.shape)} for a batch of {items} items; "
+                    f"expected one number per item, ({items},)"
+                )
+            values.append(found.detach().double().cpu())
+    if not values:
+        raise ValueError("measure: the data is empty; it must be re-iterable and hold at least one batch")
+    return torch.cat(values)

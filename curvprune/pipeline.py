@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -24,11 +25,17 @@ import curvprune
 from curvprune import artifact, data, hf, processes, report
 from curvprune.analysis import analyze_curvature
 from curvprune.apply import Moments
+from curvprune.certificate import (
+    design_effect,
+    items_needed_for_accuracy,
+    power_for_accuracy,
+    probability_of_certifying,
+)
 from curvprune.curvature.fisher import fisher_pass
-from curvprune.data import Splits
+from curvprune.data import Split, Splits
 from curvprune.knapsack import Infeasible, Limit, frontier
 from curvprune.layers import find_layers, left_over
-from curvprune.objective import LabelFree, Objective, make_objective, to_device
+from curvprune.objective import LabelFree, Objective, evaluate, make_objective, to_device
 from curvprune.options import Keep, Option, option_from_key, quantizer_of
 from curvprune.plan import SIZES, Budget
 from curvprune.recipe import Recipe, RecipeError, assign_groups, assign_options, load_recipe, lock_text
@@ -40,6 +47,7 @@ from curvprune.stages import (
     Settings,
     apply_and_measure,
     certify_plans,
+    compare,
     limit_plans,
     price_options,
     select_plans,
@@ -187,8 +195,25 @@ def rebuild_report(out: str | Path) -> Path:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Power:
+    """Whether the certify split can decide the budget, judged before the run.
+
+    ``chance``: probability that a model without any true loss would be certified, if its results differ from the
+    uncompressed model's as much as those of a trial rounding (to nearest, measured on the select split) do;
+    ``needed``: the items for 80 %. ``disagreement`` is the share of items on which the two models differ, for accuracy.
+    """
+
+    items: int
+    documents: int
+    chance: float
+    needed: int
+    trial_drop: float
+    disagreement: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
-    """What `check` found: layers with their options, and what the run will need."""
+    """What `check` found: layers with their options, what the run will need, and what may go wrong (``warnings``)."""
 
     layers: list[dict[str, Any]]
     kept: list[str]
@@ -198,10 +223,13 @@ class Check:
     smallest_bytes: int
     dense_bytes: int
     limits: list[dict[str, Any]]
+    power: Power | None
+    warnings: tuple[str, ...]
 
 
 def check(recipe_path: str | Path) -> Check:
-    """Validate a recipe against its model and data; time one item and one layer to estimate the whole run."""
+    """Validate a recipe against its model and data; time one item and one layer to estimate the whole run, and round
+    the layers to nearest (at most three times, on a copy) to see whether the certify split can decide the budget."""
     recipe = load_recipe(recipe_path)
     job, about = prepare(recipe, None, progress=False)
     rows = [
@@ -210,6 +238,9 @@ def check(recipe_path: str | Path) -> Check:
     ]
     dense = sum(p.numel() * p.element_size() for p in job.model.parameters())
     minutes, memory = _estimate(job, dense, about.get("widths", {}))
+    power, warnings = _power(job)
+    if (leak := job.splits.leak()) is not None:
+        warnings.append(leak)
     return Check(
         layers=rows,
         kept=about["kept"],
@@ -219,6 +250,8 @@ def check(recipe_path: str | Path) -> Check:
         smallest_bytes=job.smallest_bytes(),
         dense_bytes=dense,
         limits=[{"name": n, "most": most, "least": job.least(n)} for n, most in job.most.items()],
+        power=power,
+        warnings=tuple(warnings),
     )
 
 
@@ -316,6 +349,8 @@ def _fit(
         job.notes.append(f"{len(kept)} layer(s) match no entry of compress: and stay as they are: {', '.join(kept)}")
     if (message := left_over(model)) is not None:
         job.notes.append(message)
+    if job.budget is not None and job.budget.max_drop is not None and (leak := splits.leak()) is not None:
+        job.notes.append(leak)
     _check_budget(recipe, job, size=final)
     if job.recover is not None and job.recover.loss == "task" and isinstance(job.objective, LabelFree):
         raise recipe.error(
@@ -835,6 +870,92 @@ def _recovery_seconds(training: Training, forward: float, both: float, select: i
         return training.seconds
     measuring = (1 + training.steps / training.interval) * select * forward
     return min(training.seconds or np.inf, training.steps * training.batch_size * (both + forward) + measuring)
+
+
+POWER_UP_TO = 2_000_000_000  # parameters: above, rounding a copy of the model takes longer than a check should
+TRIAL_ITEMS = 64
+ENOUGH_POWER = 0.8
+
+
+def _power(job: Job) -> tuple[Power | None, list[str]]:
+    """The power of the certify split, and what to warn of."""
+    budget = job.budget
+    if budget is None or budget.max_drop is None:
+        return None, []
+    parameters = sum(p.numel() for p in job.model.parameters())
+    if parameters > POWER_UP_TO:
+        return None, [f"whether the certify split can decide was not estimated: {parameters:,} parameters to round"]
+    try:
+        power = _measure_power(job, budget)
+    except ValueError as error:
+        return None, [f"whether the certify split can decide could not be estimated: {error}"]
+    if power.chance >= ENOUGH_POWER:
+        return power, []
+    return power, [
+        f"the certify split ({power.items} items of {power.documents} documents) is unlikely to decide max_drop: "
+        f"{budget.max_drop:g}: even a model without any true loss would be certified with probability "
+        f"{power.chance:.0%} only; write certify: {power.needed} or more (in more documents), or a larger max_drop"
+    ]
+
+
+def _measure_power(job: Job, budget: Budget) -> Power:
+    """Round layers to nearest, at the level of options whose drop on the select split comes nearest to half the budget
+    in three trials, and see how much the items' differences scatter."""
+    assert budget.max_drop is not None
+    select, certify = job.splits.select, job.splits.certify
+    split = Split(items=select.items[:TRIAL_ITEMS], documents=select.documents[:TRIAL_ITEMS])
+    size = job.settings.batch_size
+    baseline = evaluate(job.model, split.batches(size), job.objective)
+    ordered = {n: sorted(o, key=lambda option: -job.layer_bytes(n, option)) for n, o in job.options.items()}
+    levels = max(len(options) for options in ordered.values())
+    model = copy.deepcopy(job.model)
+    own = find_layers(model)
+    low, high, target, tried = 0, levels - 1, budget.max_drop / 2, []
+    for _ in range(3):
+        level = (low + high) // 2
+        for name, options in ordered.items():
+            option = options[level * len(options) // levels]
+            own[name].write_(solve_layer(job.layers[name], [option], None)[0].weight)
+        results = evaluate(model, split.batches(size), job.objective)
+        verdict = compare(baseline, results, split, budget, unit=job.objective.unit)
+        tried.append((abs(verdict.drop - target), verdict, results))
+        low, high = (low, level - 1) if verdict.drop > target else (level + 1, high)
+        if low > high:
+            break
+    _, verdict, results = min(tried, key=lambda trial: trial[0])
+    items, documents = len(certify.items), len(set(certify.documents))
+    # The scatter of small differences grows with the change of the weights, their mean with its square.
+    milder = min(1.0, (target / verdict.drop) ** 0.5) if verdict.drop > 0 else 1.0
+    if budget.metric == "accuracy":
+        differ = int(((baseline.correct > 0.5) != (results.correct > 0.5)).sum())
+        # One more than were seen: no disagreement among few items does not mean that there is none.
+        share = milder * (differ + 1) / (len(baseline.correct) + 1)
+        cost = design_effect(certify.documents)
+        limits = {"max_drop": budget.max_drop, "confidence": budget.confidence}
+        return Power(
+            items=items,
+            documents=documents,
+            trial_drop=verdict.drop,
+            chance=power_for_accuracy(items / cost, share, **limits),
+            needed=int(np.ceil(cost * items_needed_for_accuracy(share, **limits))),
+            disagreement=share,
+        )
+    shrink = milder * (len(set(split.documents)) / documents) ** 0.5
+    stderr, reach = verdict.stderr * shrink, (verdict.bound - verdict.drop) * shrink
+    chance = probability_of_certifying(
+        0.0, 0.0, stderr, max_drop=budget.max_drop, confidence=budget.confidence, reach=reach
+    )
+    wanted = np.inf if budget.max_drop == 0 else items * ((reach + 0.8416 * stderr) / budget.max_drop) ** 2
+    if not np.isfinite(wanted):
+        raise ValueError("max_drop: 0 can only be met by a model that is better")
+    return Power(
+        items=items,
+        documents=documents,
+        trial_drop=verdict.drop,
+        chance=chance,
+        needed=max(2, int(np.ceil(wanted))),
+        disagreement=None,
+    )
 
 
 def _no_grad_loss(job: Job, item: Any) -> None:

@@ -483,10 +483,12 @@ def compare(baseline: ItemResults, compressed: ItemResults, split: Split, budget
 
 def _chance(job: Job, verdict: Verdict) -> float:
     """Predicted probability that a plan with this verdict on select is certified on the certify split."""
-    return _chance_at(job, verdict.drop, verdict.stderr)
+    return _chance_at(job, verdict.drop, verdict.stderr, verdict.bound)
 
 
-def _chance_at(job: Job, drop: float, stderr: float) -> float:
+def _chance_at(job: Job, drop: float, stderr: float, bound: float) -> float:
+    """``bound`` is that of a test with this ``drop``: few documents and skewed losses push it further out than normal
+    ones would, on select and on certify alike."""
     assert job.budget is not None and job.budget.max_drop is not None
     shrink = (len(set(job.splits.select.documents)) / len(set(job.splits.certify.documents))) ** 0.5
     return probability_of_certifying(
@@ -495,6 +497,7 @@ def _chance_at(job: Job, drop: float, stderr: float) -> float:
         stderr * shrink,
         max_drop=job.budget.max_drop,
         confidence=job.budget.confidence,
+        reach=(bound - drop) * shrink,
     )
 
 
@@ -550,6 +553,7 @@ class _Bench:
             "measured_stderr": _finite(of_loss.stderr),
             "metric_drop": verdict.drop,
             "metric_stderr": verdict.stderr,
+            "metric_bound": verdict.bound,
             "chance": chance,
             "accepted": None if chance is None else chance >= ACCEPTABLE,
             "uses": job.uses(choices),
@@ -603,12 +607,13 @@ def _select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[
             def measured(choices: dict[str, str]) -> Measurement:
                 trial = bench.measure(f"plan {len(bench.trials) + 1}", "plan", choices)
                 advance(1 + len(bench.trials))
+                reach = trial["metric_bound"] - trial["metric_drop"]
                 return Measurement(
                     accepted=trial["accepted"],
                     drop=trial["metric_drop"] - spent,
                     loss=trial["measured"],
                     stderr=trial["measured_stderr"] or 0.0,
-                    allowed=_allowed(job, min(0.0, spent), trial["metric_stderr"]) - spent,
+                    allowed=_allowed(job, min(0.0, spent), trial["metric_stderr"], reach) - spent,
                 )
 
             start_at = max(0.0, budget.max_drop - spent)
@@ -811,18 +816,20 @@ def _room(job: Job, record: Mapping[str, Any]) -> float:
     """By how much a bolder plan's predicted loss may exceed that of an applied one: half of the way (in logarithms) to
     where its chance falls to `ACCEPTABLE` if measured and predicted loss grow together."""
     drop = record["metric_drop"]
-    allowed = _allowed(job, drop, record["metric_stderr"])
+    allowed = _allowed(job, drop, record["metric_stderr"], record["metric_bound"] - drop)
     # Half of the way on a logarithmic scale: that the applied plan measured well is partly luck.
     return min(2.0, allowed / drop) ** 0.5 if drop > 0 else 2.0**0.5
 
 
-def _allowed(job: Job, low: float, stderr: float) -> float:
-    """The drop from ``low`` to the budget at which a plan's chance falls to `ACCEPTABLE`, with this error on select."""
+def _allowed(job: Job, low: float, stderr: float, reach: float) -> float:
+    """The drop from ``low`` to the budget at which a plan's chance falls to `ACCEPTABLE`, with this error on select and
+    this distance from a drop to its bound."""
     assert job.budget is not None and job.budget.max_drop is not None
     high = job.budget.max_drop
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if _chance_at(job, middle, stderr) >= ACCEPTABLE else (low, middle)
+        chance = _chance_at(job, middle, stderr, middle + reach)
+        low, high = (middle, high) if chance >= ACCEPTABLE else (low, middle)
     return low
 
 
@@ -845,6 +852,8 @@ def certify_plans(job: Job, bench: _Bench, best: dict[str, Any]) -> Path:
     job.solved, job.plan = shipped.solved, _plan_of(job, shipped.record)
     if judged:
         job.verdict = verdict
+        if verdict.note:
+            job.notes.append(f"certificate: {verdict.note}")
         tested = zip(sequence, verdicts, strict=False)
         job.record["attempts"] = [{**v.to_dict(), "plan": a.record["name"]} for a, v in tested]
     job.record["measured"] = verdict.to_dict()

@@ -225,6 +225,44 @@ def test_certify_compares_two_models_item_by_item(trained):
     assert few.status == "INCONCLUSIVE" and few.needed is not None and few.needed > 50
 
 
+def test_certify_with_a_metric_of_ones_own(trained):
+    model, (x, y) = trained
+    other = cp.quantize(model, batches((x, y)), bits=2).model
+    budget = cp.Budget("accuracy", max_drop=0.05)
+
+    def right(outputs, batch):
+        return (outputs.argmax(-1) == batch[1]).float()
+
+    expected = cp.certify(model, other, batches((x, y)), budget)
+    ours = cp.certify(model, other, batches((x, y)), budget, metric=cp.Metric(of=right, bounds=(0, 1), name="hits"))
+    assert (ours.metric, ours.bound, ours.method) == ("hits", expected.bound, expected.method)
+
+    def confidence_in_truth(outputs, batch):
+        return outputs.softmax(-1).gather(-1, batch[1][:, None])[:, 0]
+
+    bare = cp.certify(model, other, batches((x, y)), budget, metric=confidence_in_truth)
+    bounded = cp.Metric(of=confidence_in_truth, bounds=(0, 1))
+    brier = cp.Metric(of=lambda o, b: 1 - confidence_in_truth(o, b), bounds=(0, 1), higher_is_better=False)
+    assert bare.metric == "confidence_in_truth" and bare.drop > 0 and "t bound" in bare.method
+    first, second = (cp.certify(model, other, batches((x, y)), budget, metric=m) for m in (bounded, brier))
+    assert first.bound == pytest.approx(second.bound, abs=1e-6) and first.bound > bare.drop
+    split = Split(items=tuple(cp.data.itemize(batches((x, y)))), documents=tuple(f"d{i // 10}" for i in range(len(y))))
+    assert cp.certify(model, other, split, budget, metric=bounded).clusters == 90
+    with pytest.raises(ValueError, match=r"metric 'bad' returned shape \(8, 10\) for a batch of 8 items"):
+        cp.certify(model, other, batches((x, y)), budget, metric=cp.Metric(of=lambda o, b: o, name="bad"))
+
+
+def test_a_budget_deals_whole_documents_and_tells_of_repeated_items(trained):
+    model, (x, y) = trained
+    split = Split(items=tuple(cp.data.itemize(batches((x, y)))), documents=tuple(f"d{i // 10}" for i in range(len(y))))
+    result = cp.quantize(model, split, bits=(3, 8), budget=cp.Budget("loss", max_drop=0.1))
+    assert result.verdict is not None and result.verdict.clusters is not None and 40 <= result.verdict.clusters <= 50
+    part = cp.data.as_split(batches((x[:200], y[:200])))
+    splits = cp.Splits(calibrate=part, price=part, select=part, certify=part)
+    with pytest.warns(UserWarning, match="200 of the 200 items of the certify split also occur"):
+        cp.quantize(model, splits, bits=(3, 8), budget=cp.Budget("loss", max_drop=0.1))
+
+
 def test_label_free_needs_no_labels():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 5))
@@ -277,7 +315,6 @@ def test_other_precisions(trained, dtype):
         (lambda m, d: cp.quantize(m, d, same_option=["0", "3"]), r"same_option\[0\]: '0' is neither fused"),
         (lambda m, d: cp.quantize(m, d, same_option=[["0", "first"]]), r"same_option\[0\]\[1\]: 'first' matches none"),
         (lambda m, d: cp.quantize(m, d, layers="0", same_option=[["0", "3"]]), "layers 0 and 3 must share .*int4"),
-        (lambda m, d: cp.quantize(m, cp.data.as_split(d), budget=cp.Budget("loss", max_drop=1)), "four splits"),
         (lambda m, d: cp.analyze(m, d, objective="causal-lm"), "causal-lm needs"),
     ],
 )  # fmt: skip

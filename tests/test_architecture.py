@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "knapsack": set(),
     "plan": {"knapsack"},
     "certificate": set(),
+    "lmeval": {"certificate"},
     "state": set(),
     "processes": set(),
     "report": set(),
@@ -59,7 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("curvature/estimators", "curvature/fisher"),
     },
 }
-MAY_IMPORT["stages"] = {*MAY_IMPORT} - {"hf", "recipe", "report", "structured"}
+MAY_IMPORT["stages"] = {*MAY_IMPORT} - {"hf", "lmeval", "recipe", "report", "structured"}
 MAY_IMPORT["gptq"] = {"artifact", "hf", "layers", "options", "state"}
 MAY_IMPORT["pipeline"] = {*MAY_IMPORT}
 MAY_IMPORT["api"] = {*MAY_IMPORT}
@@ -68,7 +69,7 @@ MAY_IMPORT["__init__"] = {*MAY_IMPORT} - {"cli"}
 MAY_IMPORT["__main__"] = {"cli"}
 
 ONLY_HF = {"transformers", "compressed_tensors", "datasets", "accelerate", "gguf"}
-WITHOUT_TORCH = {"knapsack", "plan", "groups", "certificate", "options", "recipe", "report"}
+WITHOUT_TORCH = {"knapsack", "plan", "groups", "certificate", "lmeval", "options", "recipe", "report"}
 NO_SUCH_NAMES = {"utils", "util", "core", "base", "common", "helpers", "misc"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -9,6 +9,9 @@ import torch
 from curvprune.data import (
     DIGITS_TRAINING,
     PURPOSES,
+    Split,
+    Splits,
+    as_split,
     collate,
     digits,
     digits_splits,
@@ -69,6 +72,42 @@ def test_split_items_deals_every_item_once():
     assert splits.calibrate.sha256() != split_items(data, seed=2).calibrate.sha256()
 
 
+def test_split_items_deals_whole_documents_where_they_are_known():
+    rng = np.random.default_rng(0)
+    names = [f"d{i}" for i in range(40) for _ in range(rng.integers(1, 6))]
+    items = tuple((torch.tensor([[float(i)]]), torch.zeros(1)) for i in range(len(names)))
+    splits = split_items(Split(items=items, documents=tuple(names)), seed=0)
+    parts = [getattr(splits, p) for p in PURPOSES]
+    dealt = [name for part in parts for name in set(part.documents)]
+    assert sorted(dealt) == sorted(set(names)), "every document in exactly one split"
+    for part in parts:
+        assert all(names[int(item[0])] == name for item, name in zip(part.items, part.documents, strict=True))
+    shares = [len(part.items) / len(names) for part in parts]
+    assert shares == pytest.approx([0.25, 0.125, 0.125, 0.5], abs=0.06)
+    with pytest.raises(ValueError, match="20 items in 2 documents"):
+        split_items(Split(items=items[:20], documents=("a",) * 10 + ("b",) * 10), seed=0)
+
+
+def test_a_certify_split_that_repeats_items_is_told():
+    item = [(torch.full((1, 2), float(i)), torch.tensor([i])) for i in range(8)]
+
+    def splits(certify: list) -> Splits:
+        parts = {"calibrate": item[:2], "price": item[2:3], "select": item[3:5]}
+        return Splits(**{p: as_split(v) for p, v in parts.items()}, certify=as_split(certify))
+
+    assert splits(item[5:]).leak() is None
+    leak = splits([item[4], *item[5:], item[0]]).leak()
+    assert leak is not None and leak.startswith("2 of the 5 items of the certify split also occur")
+
+
+def test_text_splits_keep_one_of_equal_documents():
+    documents = {f"d{i}": [i % 10] * 64 for i in range(40)}
+    counts = dict.fromkeys(PURPOSES, 2)
+    splits = text_splits(documents, length=64, counts=counts, seed=0)
+    assert splits.leak() is None
+    assert len({int(item["input_ids"][0, 0]) for p in PURPOSES for item in getattr(splits, p).items}) == 8
+
+
 def test_text_splits_share_no_document_and_spread_over_documents():
     rng = np.random.default_rng(0)
     documents = {f"d{i}": rng.integers(0, 100, size=rng.integers(40, 900)).tolist() for i in range(30)}
@@ -89,7 +128,9 @@ def test_text_splits_share_no_document_and_spread_over_documents():
 def test_too_little_text_says_how_much_there_is():
     with pytest.raises(ValueError, match=r"only 2 sequences of 64 tokens in 2 documents: .*select 0 of 4"):
         counts = {"calibrate": 1, "price": 1, "select": 4, "certify": 1}
-        text_splits({"a": list(range(64)), "b": list(range(64))}, length=64, counts=counts, seed=0)
+        text_splits(
+            {"a": list(range(64)), "b": list(range(1, 65)), "c": list(range(64))}, length=64, counts=counts, seed=0
+        )
 
 
 def test_python_docs_share_no_paragraph():

@@ -311,6 +311,21 @@ def test_check_lists_layers_and_estimates(recipe):
     assert "estimated peak memory" in result.output
 
 
+def test_check_tells_whether_the_certify_split_can_decide(recipe, tmp_path):
+    enough = pipeline.check(recipe)
+    assert enough.power is not None and enough.power.items == 16 and enough.power.chance > 0.8 and not enough.warnings
+    assert enough.power.disagreement is None and enough.power.needed <= 16
+    path = tmp_path / "strict.yaml"
+    path.write_text(recipe.read_text().replace("max_drop: 0.2", "max_drop: 0.0005"))
+    strict = pipeline.check(path)
+    assert strict.power is not None and strict.power.chance < 0.5 and strict.power.needed > 16
+    assert f"write certify: {strict.power.needed} or more" in strict.warnings[0]
+    shown = CliRunner().invoke(app, ["check", str(path)])
+    assert shown.exit_code == 0 and "is unlikely to decide max_drop: 0.0005" in shown.output
+    path.write_text(recipe.read_text().replace("{metric: loss, max_drop: 0.2}", "{max_bytes: 100000000}"))
+    assert pipeline.check(path).power is None
+
+
 @pytest.mark.parametrize(
     ("portable", "group_size", "complaint"),
     [

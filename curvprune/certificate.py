@@ -116,8 +116,7 @@ def certify_loss(
 
     `needed`: the items at which t se + z_power se + the skewness term, which falls with the square, reach max_drop - d,
     at the observed items per cluster, and as much more as twice the largest loss's share of the variance. Raises
-    ValueError on mismatched lengths, non-finite values, counts <= 0, fewer
-    than two clusters.
+    ValueError on mismatched lengths, non-finite values, counts <= 0, fewer than two clusters.
     """
     base, comp, tokens = (
         _column(v, name)
@@ -367,9 +366,8 @@ def items_needed_for_accuracy(
     (z_confidence s_0 + z_power s_1)^2 / m^2 + 1/(2 m), m = max_drop - drop, rounded up, and at least what certifies
     without any disagreement. s_1^2 = disagreement - drop^2 is the variance of an item's difference, s_0^2 the one that
     the score test expects at the budget (Tango's restricted estimate at the true shares); the second term is what the
-    exact test's discreteness costs.
-    `disagreement`: the share of items on which one model is right and the other wrong. Raises ValueError if no number
-    of items suffices.
+    exact test's discreteness costs. `disagreement`: the share of items on which one model is right and the other wrong.
+    Raises ValueError if no number of items suffices.
     """
     _check_limits(max_drop, confidence)
     if not abs(drop) <= disagreement <= 1:

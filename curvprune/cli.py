@@ -103,9 +103,9 @@ def check(recipe: RecipeArgument) -> None:
         p = found.power
         console.print(
             f"certify: {p.items} items of {p.documents} documents; a model without any true loss would be certified "
-            f"with probability {p.chance:.0%} (80 % with about {p.needed:,} items; from a trial rounding that lost "
-            f"{p.trial_drop:.3g})",
+            f"with probability {p.chance:.0%} (by a trial rounding that lost {p.trial_drop:.3g})",
             highlight=False,
+            soft_wrap=True,
         )
     for warning in found.warnings:
         console.print(f"[bold yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)

@@ -873,7 +873,8 @@ def _recovery_seconds(training: Training, forward: float, both: float, select: i
 
 
 POWER_UP_TO = 2_000_000_000  # parameters: above, rounding a copy of the model takes longer than a check should
-TRIAL_ITEMS = 64
+TRIAL_ITEMS = (16, 256)  # at least and at most, in between as many as `TRIAL_SECONDS` are enough for
+TRIAL_SECONDS = 10.0  # of forward passes, for each of up to four models
 ENOUGH_POWER = 0.8
 
 
@@ -903,7 +904,10 @@ def _measure_power(job: Job, budget: Budget) -> Power:
     in three trials, and see how much the items' differences scatter."""
     assert budget.max_drop is not None
     select, certify = job.splits.select, job.splits.certify
-    split = Split(items=select.items[:TRIAL_ITEMS], documents=select.documents[:TRIAL_ITEMS])
+    item = to_device(select.items[0], next(job.model.parameters()).device)
+    affordable = int(TRIAL_SECONDS / max(_seconds(lambda: _no_grad_loss(job, item)), 1e-6))
+    used = min(max(affordable, TRIAL_ITEMS[0]), TRIAL_ITEMS[1])
+    split = Split(items=select.items[:used], documents=select.documents[:used])
     size = job.settings.batch_size
     baseline = evaluate(job.model, split.batches(size), job.objective)
     ordered = {n: sorted(o, key=lambda option: -job.layer_bytes(n, option)) for n, o in job.options.items()}

@@ -383,7 +383,7 @@ def prune(
     budget: Budget | None = None,
     **arguments: Any,
 ) -> Result | StructuredResult:
-    """Set weights to zero with the survivors corrected (SparseGPT): a share of each layer, or N:M with
+    """Set weights to zero with the survivors refitted (ALPS): a share of each layer, or N:M with
     ``pattern="2:4"``. Or, with ``structured``, remove whole hidden units: the model becomes smaller and faster.
 
     With a budget, ``sparsity`` lists the shares offered to the planner. Zeros are stored as they are: pruning alone

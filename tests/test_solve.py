@@ -15,7 +15,7 @@ from torch import Tensor
 
 import curvprune.solve as solve_room
 from curvprune.options import Cast, Keep, Option, Prune, PruneQuantize, Quantize, pruner_of, quantizer_of
-from curvprune.solve import DRIFT, Solved, dequantize, quantize_to_grid, search_grid, solve, support
+from curvprune.solve import DRIFT, RIDGE, Solved, dequantize, quantize_to_grid, search_grid, solve, support
 from curvprune.solve.grids import COARSE, FINE, MIN_SCALE, ZERO_SHIFT_BITS, code_range
 from curvprune.solve.sweep import column_order, factor
 
@@ -241,6 +241,30 @@ def test_the_support_is_close_to_the_best_one(option: Prune) -> None:
         swept += output_error(sparse_gpt(W, H, option), W, H) / scale
     assert best <= reached < 1.5 * best
     assert reached < 0.7 * swept
+
+
+def test_float32_and_estimated_thresholds_do_as_well() -> None:
+    """A layer large enough for thresholds from a sample; float32 takes its steps in bfloat16."""
+    W, A = weight(256, 400), second_moment(400)
+    assert W.numel() > 3 * support.SAMPLE
+    for option in (Prune(sparsity=0.6), Prune(pattern="2:4")):
+        (wide,) = solve(W, [option], A, layer="x", damping=DAMPING)
+        (narrow,) = solve(W.float(), [option], A.float(), layer="x", damping=DAMPING)
+        assert (
+            int((wide.weight == 0).sum())
+            == int((narrow.weight == 0).sum())
+            == round(W.numel() * (option.sparsity or 0.5))
+        )
+        error = output_error(wide.weight, W, damped(A))
+        assert output_error(narrow.weight, W, damped(A)) < 1.05 * error
+        assert error < 0.8 * output_error(sparse_gpt(W, damped(A), option), W, damped(A))
+
+
+@pytest.mark.parametrize("pattern", ["1:2", "2:4", "3:7", "5:8"])
+def test_equal_weights_still_make_a_pattern(pattern: str) -> None:
+    n, m = map(int, pattern.split(":"))
+    (s,) = solve(torch.ones(3, 4 * m), [Prune(pattern=pattern)], torch.eye(4 * m), layer="x")
+    assert bool(((s.weight != 0).view(3, 4, m).sum(dim=2) == n).all())
 
 
 @pytest.mark.parametrize("with_inputs", [True, False])
@@ -607,14 +631,15 @@ def test_compensation_beats_rounding_on_correlated_inputs(option: Quantize) -> N
 
 
 def test_the_drift_moves_the_target_towards_what_undoes_it():
-    """At 8 bits rounding is nearly exact, so what comes out is the moved weight: DRIFT of the way to the least-squares
-    solution of ``min E|V x - W x~|^2``, found here from the inputs themselves."""
+    """At 8 bits rounding is nearly exact, so what comes out is the moved weight: DRIFT of the way to the solution of
+    ``min E|V x - W x~|^2 + ridge |V - W|^2``, found here as least squares on the inputs themselves."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 12, generator=generator, dtype=torch.float64)
     original = x @ (torch.eye(12) + 0.2 * torch.randn(12, 12, generator=generator)).double() + 0.1
     W = torch.randn(5, 12, generator=generator, dtype=torch.float64)
     A, D = x.T @ x / 400, (original - x).T @ x / 400
-    best = torch.linalg.lstsq(x, original @ W.T).solution.T
+    ridge = (RIDGE * float(A.diagonal().mean()) * 400) ** 0.5 * torch.eye(12, dtype=torch.float64)
+    best = torch.linalg.lstsq(torch.cat([x, ridge]), torch.cat([original @ W.T, ridge @ W.T])).solution.T
     options = [Quantize(bits=8, group_size=4), Prune(sparsity=0.5), Keep()]
     moved = solve(W, options, A, layer="a", damping=1e-9, drift=D)
     target = W + DRIFT * (best - W)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -21,20 +22,23 @@ BLOCK = 128
 SUB_BLOCK = 32
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Factor:
-    """``U`` with ``U^T U = (A[order][:, order] + lambda I)^-1`` and how it was reached."""
+    """The damped second moment, factorised, and how that was reached."""
 
     order: Tensor  # (in,) int64
-    U: Tensor  # (in, in) upper triangular
+    L: Tensor  # (in, in) lower triangular, L L^T = (A + lambda I) in the reversed order
     damping: float  # lambda / mean(diag A) really used
     notes: tuple[str, ...]
 
-    def solve(self, b: Tensor) -> Tensor:
-        """``(A + lambda I)^-1 b`` in the original order, for ``b (in, columns)``."""
-        x = torch.empty_like(b)
-        x[self.order] = self.U.T @ (self.U @ b[self.order])
-        return x
+    @cached_property
+    def U(self) -> Tensor:
+        """Upper triangular with ``U^T U = (A[order][:, order] + lambda I)^-1``.
+
+        ``H = R R^T`` with ``R`` upper is the Cholesky factor of ``H`` with rows and columns reversed; ``U = R^-1``.
+        """
+        eye = torch.eye(len(self.L), dtype=self.L.dtype, device=self.L.device)
+        return torch.linalg.solve_triangular(self.L, eye, upper=False).flip(0, 1).contiguous()
 
 
 def column_order(diagonal: Tensor) -> Tensor:
@@ -52,9 +56,8 @@ def damped(A: Tensor, damping: float) -> Tensor:
 
 
 def factor(A: Tensor, order: Tensor, *, layer: str, damping: float) -> Factor:
-    """Factorise the damped second moment: one Cholesky of the reversed matrix and one triangular inverse.
+    """Factorise the damped second moment.
 
-    ``H = R R^T`` with ``R`` upper is the Cholesky factor of ``H`` with rows and columns reversed; then ``U = R^-1``.
     When ``H`` is not numerically positive definite the damping grows tenfold, up to 1, and a note says so.
 
     Args:
@@ -66,7 +69,6 @@ def factor(A: Tensor, order: Tensor, *, layer: str, damping: float) -> Factor:
     """
     reverse = order.flip(0)
     reordered = A[reverse][:, reverse]
-    eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
     tried, used = [], float(damping)
     while True:
         H = damped(reordered, used)
@@ -83,8 +85,7 @@ def factor(A: Tensor, order: Tensor, *, layer: str, damping: float) -> Factor:
             )
         used = min(1.0, max(10 * used, 1e-4))
     notes = (f"layer {layer}: damping raised from {damping:g} to {used:g}: too few different inputs",) if tried else ()
-    U = torch.linalg.solve_triangular(L, eye, upper=False).flip(0, 1).contiguous()
-    return Factor(order=order, U=U, damping=used, notes=notes)
+    return Factor(order=order, L=L, damping=used, notes=notes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -42,11 +42,14 @@ from curvprune.stages import (
     price_options,
     select_plans,
     solve_options,
+    spread_zeros,
 )
 from curvprune.state import StageLog, State
 from curvprune.structured import Structured, prune_units
 
 Data = Iterable[Batch] | Split | Splits
+
+ALLOCATED = (-0.2, -0.1, 0.0, 0.1, 0.2)  # shares around the common one that a layer may get
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -321,24 +324,30 @@ def compress(
             bench, best = select_plans(job, candidates)
             compressed = job.reload(certify_plans(job, bench, best))
             trials = tuple(bench.trials)
-        assert job.plan is not None
-        for module, original in zip(compressed.modules(), model.modules(), strict=True):
-            module.training = original.training
-        if inplace:
-            own = find_layers(model)
-            for name, layer in find_layers(compressed).items():
-                own[name].write_(layer.as_matrix(layer.weight.detach()))
-            compressed = model
-        return Result(
-            model=compressed,
-            plan=job.plan,
-            verdict=job.verdict,
-            ledger=job.ledger,
-            analysis=job.analysis,
-            trials=trials,
-            solved=job.solved,
-            portable=job.settings.portable,
-        )
+        return _finished(job, compressed, model, inplace=inplace, trials=trials)
+
+
+def _finished(
+    job: Job, compressed: nn.Module, model: nn.Module, *, inplace: bool, trials: tuple[dict[str, Any], ...] = ()
+) -> Result:
+    assert job.plan is not None
+    for module, original in zip(compressed.modules(), model.modules(), strict=True):
+        module.training = original.training
+    if inplace:
+        own = find_layers(model)
+        for name, layer in find_layers(compressed).items():
+            own[name].write_(layer.as_matrix(layer.weight.detach()))
+        compressed = model
+    return Result(
+        model=compressed,
+        plan=job.plan,
+        verdict=job.verdict,
+        ledger=job.ledger,
+        analysis=job.analysis,
+        trials=trials,
+        solved=job.solved,
+        portable=job.settings.portable,
+    )
 
 
 def quantize(
@@ -378,6 +387,7 @@ def prune(
     *,
     sparsity: float | Sequence[float] | None = None,
     pattern: str | None = None,
+    allocate: bool = False,
     structured: float | Mapping[str, float] | Structured | None = None,
     uniform: bool = False,
     budget: Budget | None = None,
@@ -390,6 +400,9 @@ def prune(
     does not make the file smaller. ``arguments`` are passed on to `compress`.
 
     Args:
+        allocate: prune most where it costs least. ``sparsity`` is then the share of all layers together; each gets its
+            own, at most 0.2 away, from an exact plan on prices (`price`) of five shares. Costs five solves and the
+            pricing pass more.
         structured: the share of multiply-adds to remove, from MLP widths, key-value heads with their query heads, and
             channels, wherever it costs least; ``{"mlp": 0.25}`` for a share of the units of a kind; or a `Structured`
             with every choice there is. What stays is compensated. A ``budget`` with ``max_drop`` then certifies the
@@ -399,7 +412,16 @@ def prune(
     if structured is not None:
         if sparsity is not None or pattern is not None:
             raise ValueError("prune: structured goes without sparsity and pattern; prune the result again for both")
+        if allocate:
+            raise ValueError("prune: structured always goes where it costs least; leave allocate out")
         return _prune_structured(model, data, structured, uniform=uniform, budget=budget, **arguments)
+    if allocate:
+        if not isinstance(sparsity, float) or pattern is not None or budget is not None:
+            raise ValueError(
+                "prune: allocate=True spreads one share, for example sparsity=0.5, without pattern; "
+                "with a budget list the shares to choose from, for example sparsity=[0.3, 0.5, 0.7]"
+            )
+        return _prune_allocated(model, data, sparsity, **arguments)
     shares = [] if sparsity is None else [sparsity] if isinstance(sparsity, (int, float)) else list(sparsity)
     options: list[Option] = [Prune(sparsity=s) for s in shares]
     if pattern is not None:
@@ -407,6 +429,41 @@ def prune(
     if not options:
         raise ValueError('prune: pass sparsity (for example 0.5), pattern ("2:4") or structured (for example 0.3)')
     return compress(model, data, options=options, budget=budget, **arguments)
+
+
+def _prune_allocated(
+    model: nn.Module,
+    data: Data,
+    sparsity: float,
+    *,
+    objective: str | Objective = "auto",
+    layers: str | Sequence[str] = "*",
+    same_option: str | Sequence[str | Sequence[str]] = (),
+    settings: Settings | None = None,
+    device: str | torch.device | None = None,
+    inplace: bool = False,
+    progress: bool = False,
+) -> Result:
+    asked = Prune(sparsity=sparsity).sparsity  # refuses what is not a share
+    assert asked is not None
+    shares = [round(asked + step, 6) for step in ALLOCATED]
+    options = [Prune(sparsity=share) for share in shares if 0 < share < 1]
+    with tempfile.TemporaryDirectory() as folder:
+        job = _job(
+            model, data, options, None, Path(folder), objective=objective, layers=layers, device=device,
+            settings=settings, progress=progress, same_option=same_option, priced=True,
+        )  # fmt: skip
+        price_options(job, solve_options(job))
+        assert job.ledger is not None
+        choices = spread_zeros(job, asked)
+        predicted = job.ledger.predict(choices)
+        if not isinstance(data, Splits):  # prices are taken: all items serve to solve
+            job.splits = replace(job.splits, calibrate=as_split(data))
+        compressed, job.solved = apply_plan(job, choices, "applied/1", "apply")
+        job.plan = Plan(
+            choices=choices, bytes=job.bytes_of(choices), predicted=predicted.value, predicted_stderr=predicted.stderr
+        )
+        return _finished(job, compressed, model, inplace=inplace)
 
 
 def _prune_structured(

@@ -36,8 +36,8 @@ from curvprune.data import Split, Splits, collate
 from curvprune.layers import Layer, find_layers
 from curvprune.ledger import Ledger, build_ledger
 from curvprune.objective import ItemResults, Objective, evaluate, to_device
-from curvprune.options import Cast, Keep, Option, option_from_key, pruner_of, quantizer_of
-from curvprune.plan import Budget, Infeasible, Plan, cheapest, search
+from curvprune.options import Cast, Keep, Option, Prune, option_from_key, pruner_of, quantizer_of
+from curvprune.plan import Budget, Infeasible, Limit, Plan, cheapest, search
 from curvprune.processes import rank, shared, wait, world
 from curvprune.solve import Solved, solve
 from curvprune.solve.grids import dequantize
@@ -557,6 +557,21 @@ def _controls(job: Job, best: Mapping[str, Any]) -> list[tuple[str, str, dict[st
 
 
 # ---------------------------------------------------------------------------------------------------- apply and certify
+
+
+def spread_zeros(job: Job, sparsity: float) -> dict[str, str]:
+    """The cheapest plan by the ledger with a share of ``sparsity`` of all weights of the layers pruned."""
+    assert job.ledger is not None
+    sizes = {n: layer.shape[0] * layer.shape[1] for n, layer in job.layers.items()}
+    kept = {
+        (n, o.key): float(sizes[n] - round(o.sparsity * sizes[n]))
+        for n in job.layers
+        for o in job.options[n]
+        if isinstance(o, Prune) and o.sparsity is not None
+    }
+    total = sum(sizes.values())
+    limit = Limit(name="weights kept", most=total - round(sparsity * total), use=kept)
+    return cheapest(job.ledger.rows, limits=[limit], same_option=job.same_option)
 
 
 def apply_plan(job: Job, choices: Mapping[str, str], folder: str, title: str) -> tuple[nn.Module, dict[str, Solved]]:

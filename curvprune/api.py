@@ -60,7 +60,7 @@ class Result:
         model: the compressed model (weights rounded or pruned in place, in their own dtype).
         plan: the option of every layer.
         verdict: the certificate, where a budget with ``max_drop`` was given.
-        ledger: the prices, where a budget was given.
+        ledger: the prices, where a budget was given or zeros were allocated.
         analysis: per-layer curvature from the same pass.
         trials: the plans measured on the select split, with predicted and measured loss.
     """

@@ -37,6 +37,7 @@ SETTINGS: dict[str, dict] = {
     "2 to 5 bits, 3 on average, groups of 64": {"mixed": [2, 3, 4, 5], **GRID},
     "3 bits, groups of 64, 8-bit embedding": {"bits": 3, **GRID, "embedding": 8},
     "50 % sparse": {"sparsity": 0.5},
+    "50 % sparse, zeros spread by price": {"sparsity": 0.5, "allocate": True},
     "60 % sparse": {"sparsity": 0.6},
     "2:4 sparse": {"pattern": "2:4"},
     "50 % sparse, 4 bits, groups of 64": {"sparsity": 0.5, "bits": 4, **GRID},
@@ -123,6 +124,12 @@ def ours(folder: Path, setting: dict, draw: int) -> dict:
     extra: dict = {"settings": cp.Settings(portable=False)} if "embedding" in setting else {}
     setting = dict(setting)
     embedding = setting.pop("embedding", None)
+    split = lambda part: Split(items=tuple(part), documents=tuple(str(i) for i in range(len(part))))  # noqa: E731
+    price = items["price"]
+    splits = Splits(
+        calibrate=split(items["calibrate"]), price=split(price[:-4]), select=split(price[-4:-2]),
+        certify=split(price[-2:]),
+    )  # fmt: skip
     start = time.process_time()
     if "mixed" in setting:
         options = [cp.Quantize(bits=b, **{k: setting[k] for k in GRID}) for b in setting["mixed"]]
@@ -130,19 +137,14 @@ def ours(folder: Path, setting: dict, draw: int) -> dict:
         chosen = find_layers(model, inside)
         room = artifact.other_bytes(model, chosen) + artifact.header_bytes(model, chosen)
         room += sum(artifact.layer_bytes(model, layer, three) for layer in chosen.values())
-        split = lambda part: Split(items=tuple(part), documents=tuple(str(i) for i in range(len(part))))  # noqa: E731
-        price = items["price"]
-        splits = Splits(
-            calibrate=split(items["calibrate"]), price=split(price[:-4]), select=split(price[-4:-2]),
-            certify=split(price[-2:]),
-        )  # fmt: skip
         result = cp.compress(model, splits, options=options, budget=cp.Budget("loss", max_bytes=room), layers=inside)
     elif {"sparsity", "bits"} <= setting.keys():
         both = cp.PruneQuantize(prune=cp.Prune(sparsity=setting.pop("sparsity")), quantize=cp.Quantize(**setting))
         result = cp.compress(model, items["calibrate"], options=[both], layers=inside, inplace=True)
     else:
         verb = cp.quantize if "bits" in setting else cp.prune
-        result = verb(model, items["calibrate"], layers=inside, inplace=True, **setting, **extra)
+        data = splits if "allocate" in setting else items["calibrate"]
+        result = verb(model, data, layers=inside, inplace=True, **setting, **extra)
         if embedding is not None:
             table = cp.quantize(
                 model, items["calibrate"], bits=embedding, layers="model.embed_tokens", inplace=True, **extra
@@ -241,7 +243,7 @@ def main() -> None:
             rows[name, "curvprune"] = [
                 pool.submit(run, sys.executable, "ours", SETTINGS[name], d) for d in range(draws)
             ]
-            if peer and not {"mixed", "embedding"} & SETTINGS[name].keys():
+            if peer and not {"mixed", "embedding", "allocate"} & SETTINGS[name].keys():
                 rows[name, "llm-compressor"] = [
                     pool.submit(run, peer, "theirs", SETTINGS[name], d) for d in range(peer_draws)
                 ]

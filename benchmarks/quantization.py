@@ -27,6 +27,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 GRID = {"group_size": 64, "symmetric": False}
 SETTINGS: dict[str, dict] = {
@@ -36,7 +37,10 @@ SETTINGS: dict[str, dict] = {
     "2 to 5 bits, 3 on average, groups of 64": {"mixed": [2, 3, 4, 5], **GRID},
     "3 bits, groups of 64, 8-bit embedding": {"bits": 3, **GRID, "embedding": 8},
     "50 % sparse": {"sparsity": 0.5},
+    "50 % sparse, zeros spread by price": {"sparsity": 0.5, "allocate": True},
+    "60 % sparse": {"sparsity": 0.6},
     "2:4 sparse": {"pattern": "2:4"},
+    "50 % sparse, 4 bits, groups of 64": {"sparsity": 0.5, "bits": 4, **GRID},
 }
 PLAYS = (
     *("macbeth", "lear", "othello", "romeo_and_juliet", "julius_caesar", "midsummer_nights_dream"),
@@ -120,6 +124,12 @@ def ours(folder: Path, setting: dict, draw: int) -> dict:
     extra: dict = {"settings": cp.Settings(portable=False)} if "embedding" in setting else {}
     setting = dict(setting)
     embedding = setting.pop("embedding", None)
+    split = lambda part: Split(items=tuple(part), documents=tuple(str(i) for i in range(len(part))))  # noqa: E731
+    price = items["price"]
+    splits = Splits(
+        calibrate=split(items["calibrate"]), price=split(price[:-4]), select=split(price[-4:-2]),
+        certify=split(price[-2:]),
+    )  # fmt: skip
     start = time.process_time()
     if "mixed" in setting:
         options = [cp.Quantize(bits=b, **{k: setting[k] for k in GRID}) for b in setting["mixed"]]
@@ -127,16 +137,14 @@ def ours(folder: Path, setting: dict, draw: int) -> dict:
         chosen = find_layers(model, inside)
         room = artifact.other_bytes(model, chosen) + artifact.header_bytes(model, chosen)
         room += sum(artifact.layer_bytes(model, layer, three) for layer in chosen.values())
-        split = lambda part: Split(items=tuple(part), documents=tuple(str(i) for i in range(len(part))))  # noqa: E731
-        price = items["price"]
-        splits = Splits(
-            calibrate=split(items["calibrate"]), price=split(price[:-4]), select=split(price[-4:-2]),
-            certify=split(price[-2:]),
-        )  # fmt: skip
         result = cp.compress(model, splits, options=options, budget=cp.Budget("loss", max_bytes=room), layers=inside)
+    elif {"sparsity", "bits"} <= setting.keys():
+        both = cp.PruneQuantize(prune=cp.Prune(sparsity=setting.pop("sparsity")), quantize=cp.Quantize(**setting))
+        result = cp.compress(model, items["calibrate"], options=[both], layers=inside, inplace=True)
     else:
         verb = cp.quantize if "bits" in setting else cp.prune
-        result = verb(model, items["calibrate"], layers=inside, inplace=True, **setting, **extra)
+        data = splits if "allocate" in setting else items["calibrate"]
+        result = verb(model, data, layers=inside, inplace=True, **setting, **extra)
         if embedding is not None:
             table = cp.quantize(
                 model, items["calibrate"], bits=embedding, layers="model.embed_tokens", inplace=True, **extra
@@ -161,23 +169,30 @@ def theirs(folder: Path, setting: dict, draw: int) -> dict:
     model = AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32).eval()
     ids = parts[f"calibrate{draw}"]
     dataset = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(x) for x in ids]})
+    recipes: list[Any] = []
+    if not setting.keys().isdisjoint({"sparsity", "pattern"}):
+        share = {"sparsity": setting.get("sparsity", 0.5), "mask_structure": setting.get("pattern", "0:0")}
+        recipes.append(SparseGPTModifier(targets=["Linear"], ignore=["re:.*lm_head"], **share))
     if "bits" in setting:
         weights = {"num_bits": setting["bits"], "type": "int", "symmetric": setting["symmetric"], "dynamic": False}
         weights |= {"observer": "imatrix_mse"}  # its strongest setting, not its default
         group = setting["group_size"]
         weights |= {"strategy": "channel"} if group is None else {"strategy": "group", "group_size": group}
         groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-        recipe = GPTQModifier(config_groups=groups, ignore=["lm_head"])
-    else:
-        sparsity = {"sparsity": setting.get("sparsity", 0.5)}
-        if "pattern" in setting:
-            sparsity["mask_structure"] = setting["pattern"]
-        recipe = SparseGPTModifier(targets=["Linear"], ignore=["re:.*lm_head"], **sparsity)
+        recipes.append(GPTQModifier(config_groups=groups, ignore=["lm_head"]))
     start = time.process_time()
-    oneshot(
-        model=model, dataset=dataset, recipe=recipe, max_seq_length=512, num_calibration_samples=len(ids),
-        shuffle_calibration_samples=False,
-    )  # fmt: skip
+    pruned: dict[str, torch.Tensor] = {}
+    for recipe in recipes:
+        oneshot(
+            model=model, dataset=dataset, recipe=recipe, max_seq_length=512, num_calibration_samples=len(ids),
+            shuffle_calibration_samples=False,
+        )  # fmt: skip
+        weights_of = {n: p for n, p in model.named_parameters() if n.endswith("proj.weight")}
+        if len(recipes) > 1 and not pruned:
+            pruned = {n: p.detach() == 0 for n, p in weights_of.items()}
+    with torch.no_grad():
+        for name, zeros in pruned.items():  # its GPTQ lets pruned weights grow back
+            weights_of[name].masked_fill_(zeros, 0)
     seconds, memory = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ppl = perplexity(model, parts["certify"])
     with tempfile.TemporaryDirectory() as out:
@@ -228,7 +243,7 @@ def main() -> None:
             rows[name, "curvprune"] = [
                 pool.submit(run, sys.executable, "ours", SETTINGS[name], d) for d in range(draws)
             ]
-            if peer and not {"mixed", "embedding"} & SETTINGS[name].keys():
+            if peer and not {"mixed", "embedding", "allocate"} & SETTINGS[name].keys():
                 rows[name, "llm-compressor"] = [
                     pool.submit(run, peer, "theirs", SETTINGS[name], d) for d in range(peer_draws)
                 ]

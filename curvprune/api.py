@@ -56,6 +56,7 @@ from curvprune.stages import (
     price_options,
     select_plans,
     solve_options,
+    spread_zeros,
     unpriced_plan,
 )
 from curvprune.state import StageLog, State
@@ -63,6 +64,8 @@ from curvprune.structured import Structured, prune_units
 from curvprune.work import limits_of
 
 Data = Iterable[Batch] | Split | Splits
+
+ALLOCATED = (-0.2, -0.1, 0.0, 0.1, 0.2)  # shares around the common one that a layer may get
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +76,7 @@ class Result:
         model: the compressed model (weights rounded or pruned in place, in their own dtype).
         plan: the option of every layer.
         verdict: the certificate, where a budget with ``max_drop`` was given.
-        ledger: the prices, where a budget was given.
+        ledger: the prices, where a budget was given or zeros were allocated.
         analysis: per-layer curvature from the same pass.
         trials: the plans measured on the select split, with predicted and measured loss.
         recovery: the training of `recover`, where there was one; prices and ``plan.predicted`` are those before it.
@@ -367,24 +370,30 @@ def compress(
             bench, best = select_plans(job, candidates)
             compressed = job.reload(certify_plans(job, bench, best))
             trials = tuple(bench.trials)
-        assert job.plan is not None
-        for module, original in zip(compressed.modules(), model.modules(), strict=True):
-            module.training = original.training
-        if inplace and compressed is not model:
-            own = find_layers(model)
-            for name, layer in find_layers(compressed).items():
-                own[name].write_(layer.as_matrix(layer.weight.detach()))
-            compressed = model
-        return Result(
-            model=compressed,
-            plan=job.plan,
-            verdict=job.verdict,
-            ledger=job.ledger,
-            analysis=job.analysis,
-            trials=trials,
-            solved=job.solved,
-            portable=job.settings.portable,
-        )
+        return _finished(job, compressed, model, inplace=inplace, trials=trials)
+
+
+def _finished(
+    job: Job, compressed: nn.Module, model: nn.Module, *, inplace: bool, trials: tuple[dict[str, Any], ...] = ()
+) -> Result:
+    assert job.plan is not None
+    for module, original in zip(compressed.modules(), model.modules(), strict=True):
+        module.training = original.training
+    if inplace and compressed is not model:
+        own = find_layers(model)
+        for name, layer in find_layers(compressed).items():
+            own[name].write_(layer.as_matrix(layer.weight.detach()))
+        compressed = model
+    return Result(
+        model=compressed,
+        plan=job.plan,
+        verdict=job.verdict,
+        ledger=job.ledger,
+        analysis=job.analysis,
+        trials=trials,
+        solved=job.solved,
+        portable=job.settings.portable,
+    )
 
 
 def quantize(
@@ -424,13 +433,14 @@ def prune(
     *,
     sparsity: float | Sequence[float] | None = None,
     pattern: str | None = None,
+    allocate: bool = False,
     dtype: str | None = None,
     structured: float | Mapping[str, float] | Structured | None = None,
     uniform: bool = False,
     budget: Budget | None = None,
     **arguments: Any,
 ) -> Result | StructuredResult:
-    """Set weights to zero with the survivors corrected (SparseGPT): a share of each layer, or N:M with
+    """Set weights to zero with the survivors refitted (ALPS): a share of each layer, or N:M with
     ``pattern="2:4"``. Or, with ``structured``, remove whole hidden units: the model becomes smaller and faster.
 
     With a budget, ``sparsity`` lists the shares offered to the planner. Of a model that is not transformers' own, and
@@ -438,6 +448,9 @@ def prune(
     transformers needs the zeros. ``arguments`` are passed on to `compress`.
 
     Args:
+        allocate: prune most where it costs least. ``sparsity`` is then the share of all layers together; each gets its
+            own, at most 0.2 away, from an exact plan on prices (`price`) of five shares. Costs five solves and the
+            pricing pass more.
         dtype: ``"float16"`` or ``"bfloat16"``: the type in which the file holds what is kept; ``None`` for the model's.
         structured: the share of multiply-adds to remove, from MLP widths, key-value heads with their query heads, and
             channels, wherever it costs least; ``{"mlp": 0.25}`` for a share of the units of a kind; or a `Structured`
@@ -450,17 +463,62 @@ def prune(
             raise ValueError(
                 "prune: structured goes without sparsity, pattern and dtype; prune the result again for both"
             )
+        if allocate:
+            raise ValueError("prune: structured always goes where it costs least; leave allocate out")
         return _prune_structured(model, data, structured, uniform=uniform, budget=budget, **arguments)
+    if allocate:
+        if not isinstance(sparsity, float) or pattern is not None or budget is not None:
+            raise ValueError(
+                "prune: allocate=True spreads one share, for example sparsity=0.5, without pattern; "
+                "with a budget list the shares to choose from, for example sparsity=[0.3, 0.5, 0.7]"
+            )
+        return _prune_allocated(model, data, sparsity, dtype=dtype, **arguments)
     shares = [] if sparsity is None else [sparsity] if isinstance(sparsity, (int, float)) else list(sparsity)
     prunings = [Prune(sparsity=s) for s in shares]
     if pattern is not None:
         prunings.append(Prune(pattern=pattern))
-    options: list[Option] = [*prunings]
-    if dtype is not None:
-        options = [PruneCast(prune=p, cast=Cast(dtype=dtype)) for p in prunings]
+    options = _stored(prunings, dtype)
     if not options:
         raise ValueError('prune: pass sparsity (for example 0.5), pattern ("2:4") or structured (for example 0.3)')
     return compress(model, data, options=options, budget=budget, **arguments)
+
+
+def _stored(prunings: Sequence[Prune], dtype: str | None) -> list[Option]:
+    return [p if dtype is None else PruneCast(prune=p, cast=Cast(dtype=dtype)) for p in prunings]
+
+
+def _prune_allocated(
+    model: nn.Module,
+    data: Data,
+    sparsity: float,
+    *,
+    dtype: str | None = None,
+    objective: str | Objective = "auto",
+    layers: str | Sequence[str] = "*",
+    same_option: str | Sequence[str | Sequence[str]] = (),
+    settings: Settings | None = None,
+    device: str | torch.device | None = None,
+    inplace: bool = False,
+    progress: bool = False,
+) -> Result:
+    asked = Prune(sparsity=sparsity).sparsity  # refuses what is not a share
+    assert asked is not None
+    shares = [round(asked + step, 6) for step in ALLOCATED]
+    options = _stored([Prune(sparsity=share) for share in shares if 0 < share < 1], dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        job = _job(
+            model, data, options, None, Path(folder), objective=objective, layers=layers, device=device,
+            settings=settings, progress=progress, same_option=same_option, priced=True,
+        )  # fmt: skip
+        price_options(job, solve_options(job))
+        assert job.ledger is not None
+        choices = spread_zeros(job, asked)
+        predicted = job.ledger.predict(choices)
+        if not isinstance(data, Splits):  # prices are taken: all items serve to solve
+            job.splits = replace(job.splits, calibrate=as_split(data))
+        compressed, job.solved = apply_plan(job, choices, "applied/1", "apply", inplace=inplace or device is not None)
+        job.plan = replace(unpriced_plan(job, choices), predicted=predicted.value, predicted_stderr=predicted.stderr)
+        return _finished(job, compressed, model, inplace=inplace)
 
 
 def _prune_structured(

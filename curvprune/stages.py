@@ -691,6 +691,20 @@ def _best_measured(job: Job, bench: _Bench, plan: dict[str, Any]) -> dict[str, A
 # ---------------------------------------------------------------------------------------------------- apply and certify
 
 
+def spread_zeros(job: Job, sparsity: float) -> dict[str, str]:
+    """The cheapest plan by the ledger with a share of ``sparsity`` of all weights of the layers pruned."""
+    assert job.ledger is not None
+    kept = {
+        (n, o.key): float(layer.numel - round(prune.sparsity * layer.numel))
+        for n, layer in job.layers.items()
+        for o in job.options[n]
+        if (prune := pruner_of(o)) is not None and prune.sparsity is not None
+    }
+    total = sum(layer.numel for layer in job.layers.values())
+    limit = Limit(name="weights kept", most=total - round(sparsity * total), use=kept)
+    return cheapest(job.ledger.rows, limits=[limit], same_option=job.same_option)
+
+
 def apply_plan(
     job: Job, choices: Mapping[str, str], folder: str, title: str, *, inplace: bool = False
 ) -> tuple[nn.Module, dict[str, Solved]]:

@@ -56,6 +56,47 @@ def test_uniform_quantization_leaves_the_input_model_alone(trained):
     model.train()
 
 
+def test_allocated_zeros_go_where_they_cost_least(trained):
+    model, data = trained
+    halves = (data[0][:450], data[1][:450]), (data[0][450:], data[1][450:])
+    spread = cp.prune(model, batches(halves[0]), sparsity=0.7, allocate=True)
+    uniform = cp.prune(model, batches(halves[0]), sparsity=0.7)
+    sizes = {n: model.get_submodule(n).weight.numel() for n in ("0", "3", "5")}
+    zeros = lambda r: sum(int((r.model.get_submodule(n).weight == 0).sum()) for n in sizes)  # noqa: E731
+    assert round(0.7 * sum(sizes.values())) <= zeros(spread) < 1.05 * zeros(uniform)
+    objective = cp.LabelFree(copy.deepcopy(model).eval())
+    losses = [float(cp.objective.evaluate(r.model, batches(halves[1]), objective).mean_loss) for r in (spread, uniform)]
+    assert losses[0] < 0.96 * losses[1]
+
+    assert spread.ledger is not None
+    prices = {(r.layer, float(r.option.removeprefix("prune"))): r.price for r in spread.ledger.rows}
+    shares = sorted({share for _, share in prices})
+    assert shares == [0.5, 0.6, 0.7, 0.8, 0.9]
+    kept = lambda plan: sum(n - round(s * n) for n, s in zip(sizes.values(), plan, strict=True))  # noqa: E731
+    most = sum(sizes.values()) - round(0.7 * sum(sizes.values()))
+    best = min(
+        sum(prices[pair] for pair in zip(sizes, plan, strict=True))
+        for plan in itertools.product(shares, repeat=3)
+        if kept(plan) <= most
+    )
+    assert spread.plan.predicted == pytest.approx(best, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pattern": "2:4"}, "spreads one share"),
+        ({"sparsity": [0.3, 0.5]}, "spreads one share"),
+        ({"sparsity": 0.5, "budget": cp.Budget("loss", max_drop=0.1)}, "spreads one share"),
+        ({"sparsity": 1.5}, "strictly between 0 and 1"),
+        ({"structured": 0.3}, "leave allocate out"),
+    ],
+)
+def test_what_cannot_be_allocated_is_refused(trained, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        cp.prune(trained[0], batches(trained[1]), allocate=True, **arguments)
+
+
 def test_inplace_changes_the_model_itself(trained):
     model = copy.deepcopy(trained[0])
     result = cp.quantize(model, batches(trained[1]), bits=4, inplace=True)

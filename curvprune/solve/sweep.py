@@ -1,4 +1,4 @@
-"""The column sweep shared by rounding (GPTQ, arXiv 2210.17323) and pruning (SparseGPT, arXiv 2301.00774).
+"""The column sweep that rounds (GPTQ, arXiv 2210.17323), pruned weights or not.
 
 With ``H = A + lambda I`` and ``H^-1 = U^T U`` (``U`` upper triangular), columns are fixed one after another: column
 ``j`` becomes ``q_j`` and the columns after it absorb the error, ``W[:, j+1:] -= e U[j, j+1:]`` with
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -21,48 +22,42 @@ BLOCK = 128
 SUB_BLOCK = 32
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Factor:
-    """``U`` with ``U^T U = (A[order][:, order] + lambda I)^-1`` and how it was reached."""
+    """The damped second moment, factorised, and how that was reached."""
 
     order: Tensor  # (in,) int64
-    U: Tensor  # (in, in) upper triangular
+    L: Tensor  # (in, in) lower triangular, L L^T = (A + lambda I) in the reversed order
     damping: float  # lambda / mean(diag A) really used
     notes: tuple[str, ...]
 
-    def solve(self, b: Tensor) -> Tensor:
-        """``(A + lambda I)^-1 b`` in the original order, for ``b (in, columns)``."""
-        x = torch.empty_like(b)
-        x[self.order] = self.U.T @ (self.U @ b[self.order])
-        return x
+    @cached_property
+    def U(self) -> Tensor:
+        """Upper triangular with ``U^T U = (A[order][:, order] + lambda I)^-1``.
+
+        ``H = R R^T`` with ``R`` upper is the Cholesky factor of ``H`` with rows and columns reversed; ``U = R^-1``.
+        """
+        eye = torch.eye(len(self.L), dtype=self.L.dtype, device=self.L.device)
+        return torch.linalg.solve_triangular(self.L, eye, upper=False).flip(0, 1).contiguous()
 
 
-def column_order(diagonal: Tensor, multiple: int = 1) -> Tensor:
-    """Columns by descending second moment, in whole groups of ``multiple`` consecutive ones (N:M patterns stay intact).
-
-    Fixing the columns with the largest inputs first leaves the others to absorb their error.
-    """
-    grouped = diagonal.reshape(-1, multiple)
-    rank = torch.argsort(grouped.sum(dim=1), descending=True, stable=True)
-    return (rank[:, None] * multiple + torch.arange(multiple, device=diagonal.device)).reshape(-1)
+def column_order(diagonal: Tensor) -> Tensor:
+    """Columns by descending second moment: those fixed first leave the others to absorb their error."""
+    return torch.argsort(diagonal, descending=True, stable=True)
 
 
-def dealt_order(diagonal: Tensor) -> Tensor:
-    """Columns dealt out like cards to as many hands as the sweep has blocks; descending inside a hand.
-
-    Every block meets its sparsity on the same mix of large and small inputs. Output error on other text than calibrated
-    on (SmolLM2-135M, six layers) at 50 % / 50 % with 4 bits: .0078 / .0091, natural order .0080 / .0096, descending
-    order .0087 / .0099.
-    """
-    ranked = column_order(diagonal)
-    hands = -(-len(ranked) // BLOCK)
-    return torch.cat([ranked[hand::hands] for hand in range(hands)])
+def damped(A: Tensor, damping: float) -> Tensor:
+    """``A + lambda I``, lambda = ``damping * mean(diag A)``; the diagonal is positive even where an input is dead."""
+    diagonal = A.diagonal()
+    H = A.clone()
+    # A dead input is decoupled from the others: any positive entry serves when no damping provides one.
+    H.diagonal().add_(diagonal.mean() * damping).add_((diagonal == 0) * diagonal.mean() * (0.0 if damping else 1e-6))
+    return H
 
 
 def factor(A: Tensor, order: Tensor, *, layer: str, damping: float) -> Factor:
-    """Factorise the damped second moment: one Cholesky of the reversed matrix and one triangular inverse.
+    """Factorise the damped second moment.
 
-    ``H = R R^T`` with ``R`` upper is the Cholesky factor of ``H`` with rows and columns reversed; then ``U = R^-1``.
     When ``H`` is not numerically positive definite the damping grows tenfold, up to 1, and a note says so.
 
     Args:
@@ -72,20 +67,14 @@ def factor(A: Tensor, order: Tensor, *, layer: str, damping: float) -> Factor:
     Raises:
         ValueError: ``H`` is not positive definite even with ``damping=1``.
     """
-    diagonal = A.diagonal()
-    mean = diagonal.mean()
     reverse = order.flip(0)
-    H = A[reverse][:, reverse]
-    dead = (diagonal == 0)[reverse]
-    eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
+    reordered = A[reverse][:, reverse]
     tried, used = [], float(damping)
     while True:
-        damped = H.clone()
-        # A dead input is decoupled from the others: any positive entry serves when no damping provides one.
-        damped.diagonal().add_(mean * used).add_(dead * mean * (0.0 if used else 1e-6))
-        L, info = torch.linalg.cholesky_ex(damped)
+        H = damped(reordered, used)
+        L, info = torch.linalg.cholesky_ex(H)
         pivots = L.diagonal().square()
-        solid = pivots > 10 * torch.finfo(A.dtype).eps * damped.diagonal()
+        solid = pivots > 10 * torch.finfo(A.dtype).eps * H.diagonal()
         if int(info) == 0 and bool(solid.all()):
             break
         tried.append(used)
@@ -96,8 +85,7 @@ def factor(A: Tensor, order: Tensor, *, layer: str, damping: float) -> Factor:
             )
         used = min(1.0, max(10 * used, 1e-4))
     notes = (f"layer {layer}: damping raised from {damping:g} to {used:g}: too few different inputs",) if tried else ()
-    U = torch.linalg.solve_triangular(L, eye, upper=False).flip(0, 1).contiguous()
-    return Factor(order=order, U=U, damping=used, notes=notes)
+    return Factor(order=order, L=L, damping=used, notes=notes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,76 +93,49 @@ class Rows:
     """The rows of one option in a sweep."""
 
     weight: Tensor  # (in, rows) original column order
-    scale: Tensor | None = None  # (groups, rows) compute dtype; None leaves survivors unrounded
-    low: Tensor | None = None  # (groups, rows) smallest code minus zero
-    high: Tensor | None = None  # (groups, rows)
+    scale: Tensor  # (groups, rows) compute dtype
+    low: Tensor  # (groups, rows) smallest code minus zero
+    high: Tensor  # (groups, rows)
     group_size: int | None = None  # inputs of a group, fewer in the last where it does not divide; None: one group
-    sparsity: float | None = None
-    nm: tuple[int, int] | None = None
+    keep: Tensor | None = None  # (in, rows) bool: the others become zero
 
 
 def sweep_columns(rows: Sequence[Rows], factor: Factor) -> list[Tensor]:
-    """Fix all columns of all rows; returns per option, in the original column order, ``(in, rows)``.
-
-    A grid's rows come back as integers ``code - zero``; rows without one as weights, pruned ones exactly zero.
-    Options with an N:M pattern must share M, and ``factor.order`` must keep groups of M together.
-    """
+    """Round all columns of all rows; returns per option, in the original column order, integers ``code - zero``
+    ``(in, rows)``."""
     order, U = factor.order, factor.U
     width = len(order)
-    stacked = sorted(rows, key=lambda r: r.scale is None)  # rows with a grid first: they are rounded together
     edges = [0]
-    for one in stacked:
+    for one in rows:
         edges.append(edges[-1] + one.weight.shape[1])
     parts = [slice(*edge) for edge in pairwise(edges)]
-    split = sum(r.weight.shape[1] for r in stacked if r.scale is not None)
-    shares = [(r.sparsity, part) for r, part in zip(stacked, parts, strict=True) if r.sparsity is not None]
-    patterns = [(r.nm, part) for r, part in zip(stacked, parts, strict=True) if r.nm is not None]
-    # A pattern is chosen when its group is reached, with all earlier errors absorbed: sub-blocks are the groups.
-    sub = patterns[0][0][1] if patterns else SUB_BLOCK
-    block = max(BLOCK // sub, 1) * sub
 
-    W = torch.cat([r.weight for r in stacked], dim=1)[order]
+    W = torch.cat([r.weight for r in rows], dim=1)[order]
     result = torch.empty_like(W)
-    errors = W.new_empty(min(block, width), W.shape[1])
-    keep = torch.ones_like(errors) if shares or patterns else None
-    pivots = U.diagonal().reciprocal()
-    factors = pivots.tolist()
-    buffer = W.new_empty(split)
+    errors = W.new_empty(min(BLOCK, width), W.shape[1])
+    sparse = any(r.keep is not None for r in rows)
+    factors = U.diagonal().reciprocal().tolist()
+    buffer = W.new_empty(W.shape[1])
 
-    for start in range(0, width, block):
-        stop = min(start + block, width)
+    for start in range(0, width, BLOCK):
+        stop = min(start + BLOCK, width)
         n = stop - start
         w, e, values = W[start:stop], errors[:n], result[start:stop]
-        u, pivot = U[start:stop, start:stop], pivots[start:stop]
-        grid = _expand(stacked, order[start:stop])
-        if keep is not None:
-            for share, part in shares:
-                saliency = (w[:, part] * pivot[:, None]).square_()
-                count = round(share * (stop * saliency.shape[1])) - round(share * (start * saliency.shape[1]))
-                drop = saliency.flatten().topk(count, largest=False, sorted=False).indices
-                keep[:n, part] = torch.ones_like(saliency).flatten().index_fill_(0, drop, 0).view_as(saliency)
-        for left in range(0, n, sub):
-            right = min(left + sub, n)
-            if keep is not None:
-                for (kept, of), part in patterns:
-                    saliency = (w[left:right, part] * pivot[left:right, None]).square_()
-                    drop = saliency.topk(of - kept, dim=0, largest=False, sorted=False).indices
-                    keep[left:right, part] = torch.ones_like(saliency).scatter_(0, drop, 0)
+        u = U[start:stop, start:stop]
+        columns = order[start:stop]
+        scale, inverse, low, high = _expand(rows, columns)
+        keep = torch.cat([_mask(r, columns, w.dtype) for r in rows], dim=1) if sparse else None
+        for left in range(0, n, SUB_BLOCK):
+            right = min(left + SUB_BLOCK, n)
             for j in range(left, right):
                 x, q, err = w[j], values[j], e[j]
                 if j > left:
                     x.addmv_(e[left:j].T, u[left:j, j], alpha=-1)
-                if grid is not None:
-                    scale, inverse, low, high = grid
-                    y, c = x[:split], q[:split]
-                    torch.mul(y, inverse[j], out=buffer)
-                    torch.clamp(buffer.round_(), low[j], high[j], out=c)
-                    if keep is not None:
-                        c.mul_(keep[j, :split])
-                    torch.addcmul(y, c, scale[j], value=-1, out=err[:split])
-                if keep is not None and split < len(x):
-                    torch.mul(x[split:], keep[j, split:], out=q[split:])
-                    torch.sub(x[split:], q[split:], out=err[split:])
+                torch.mul(x, inverse[j], out=buffer)
+                torch.clamp(buffer.round_(), low[j], high[j], out=q)
+                if keep is not None:
+                    q.mul_(keep[j])
+                torch.addcmul(x, q, scale[j], value=-1, out=err)
                 err.mul_(factors[start + j])
             if right < n:
                 w[right:].addmm_(u[left:right, right:].T, e[left:right], alpha=-1)
@@ -183,18 +144,20 @@ def sweep_columns(rows: Sequence[Rows], factor: Factor) -> list[Tensor]:
     back = torch.empty_like(order)
     back[order] = torch.arange(width, device=order.device)
     result = result[back]
-    found = {id(r): result[:, part] for r, part in zip(stacked, parts, strict=True)}
-    return [found[id(r)] for r in rows]
+    return [result[:, part] for part in parts]
 
 
-def _expand(stacked: Sequence[Rows], columns: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """Scale, inverse scale, lowest and highest integer at ``columns`` of the rows with a grid: ``(columns, rows)``."""
+def _expand(rows: Sequence[Rows], columns: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scale, inverse scale, lowest and highest integer at ``columns``: ``(columns, rows)``."""
     pieces: list[tuple[Tensor, Tensor, Tensor]] = []
-    for r in stacked:
-        if r.scale is not None and r.low is not None and r.high is not None:
-            group = columns // (r.group_size or len(r.weight))
-            pieces.append((r.scale[group], r.low[group], r.high[group]))
-    if not pieces:
-        return None
+    for r in rows:
+        group = columns // (r.group_size or len(r.weight))
+        pieces.append((r.scale[group], r.low[group], r.high[group]))
     scale, low, high = (torch.cat(piece, dim=1) for piece in zip(*pieces, strict=True))
     return scale, scale.reciprocal(), low, high
+
+
+def _mask(r: Rows, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    if r.keep is None:
+        return torch.ones(len(columns), r.weight.shape[1], dtype=dtype, device=columns.device)
+    return r.keep[columns].to(dtype)

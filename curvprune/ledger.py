@@ -1,36 +1,42 @@
 """The ledger: every (layer, option) with its bytes on disk and its predicted loss increase in nats, with standard
 errors.
 
-The price of a change δ of one layer is ``½ δᵀ F δ`` per position, F the layer's Fisher matrix with labels sampled
-from the model, estimated along δ itself (see `curvprune.curvature.fisher`). A plan costs the sum of its layers'
-prices.
+The price of a change δ of one layer is ``½ δᵀ F δ`` per position, F the layer's Fisher matrix, estimated along δ itself
+(see `curvprune.curvature.fisher`) and then shrunk towards what the diagonal of F says about δ (`_shrunk`). A plan costs
+the sum of its layers' prices.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from curvprune.curvature.estimators import Estimate
 from curvprune.curvature.fisher import FisherPass, ratio_estimate
 
-CURVATURE = "Fisher along the change, labels sampled from the model"
+CURVATURE = "Fisher along the change, shrunk towards its diagonal"
+ENOUGH = 8  # layers whose ratios of the two prices say how much ratios vary
+QUARTILES = 1.349  # between the quartiles of a normal distribution, in standard deviations
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One option of one layer. ``price`` ± ``stderr`` in the ledger's unit."""
+    """One option of one layer. ``price`` ± ``stderr`` in the ledger's unit; ``model_stderr`` is the part of the latter
+    that does not come from the items but from how well the diagonal stands for the whole block."""
 
     layer: str
     option: str
     bytes: int
     price: float
     stderr: float
+    model_stderr: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +81,9 @@ class Ledger:
                 raise KeyError(f"layer {layer}: option {key!r} was not priced; it has {list(self.layer_rows(layer))}")
             columns.append(index[layer, key])
         total = torch.from_numpy(self.sums[:, columns].sum(1))
-        return ratio_estimate(total, torch.from_numpy(self.count))
+        estimate = ratio_estimate(total, torch.from_numpy(self.count))
+        model = math.hypot(*(self.rows[i].model_stderr for i in columns))
+        return replace(estimate, stderr=math.hypot(estimate.stderr, model))
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -84,7 +92,14 @@ class Ledger:
             "num_items": self.num_items,
             "labels_per_item": self.labels,
             "rows": [
-                {"layer": r.layer, "option": r.option, "bytes": r.bytes, "price": r.price, "stderr": _finite(r.stderr)}
+                {
+                    "layer": r.layer,
+                    "option": r.option,
+                    "bytes": r.bytes,
+                    "price": r.price,
+                    "stderr": _finite(r.stderr),
+                    "model_stderr": r.model_stderr,
+                }
                 for r in self.rows
             ],
             "count": self.count.tolist(),
@@ -116,17 +131,17 @@ def build_ledger(
         options: layer → option key → bytes on disk.
         changed: layer → the option keys whose changes were priced, in the order of the pass; others (``keep``) cost 0.
     """
+    priced = _shrunk(measured, changed)
     rows, columns = [], []
     for layer, keys in options.items():
         for key, size in keys.items():
-            if key in changed[layer]:
-                sums = measured.squares[layer][:, changed[layer].index(key)]
-                estimate = ratio_estimate(sums, measured.count)
-                rows.append(Row(layer=layer, option=key, bytes=size, price=estimate.value, stderr=estimate.stderr))
-                columns.append(sums.numpy())
-            else:
-                rows.append(Row(layer=layer, option=key, bytes=size, price=0.0, stderr=0.0))
-                columns.append(np.zeros(len(measured.count)))
+            sums, model = priced.get((layer, key), (torch.zeros_like(measured.count), 0.0))
+            estimate = ratio_estimate(sums, measured.count)
+            stderr = math.hypot(estimate.stderr, model) if (layer, key) in priced else 0.0
+            rows.append(
+                Row(layer=layer, option=key, bytes=size, price=estimate.value, stderr=stderr, model_stderr=model)
+            )
+            columns.append(sums.numpy())
     return Ledger(
         rows=tuple(rows),
         sums=np.stack(columns, axis=1),
@@ -134,6 +149,63 @@ def build_ledger(
         unit=unit,
         labels=measured.labels,
     )
+
+
+def _shrunk(
+    measured: FisherPass, changed: Mapping[str, list[str]]
+) -> dict[tuple[str, str], tuple[Float[Tensor, " items"], float]]:
+    """Items' contributions to the price of every (layer, option), and the standard error that is not theirs.
+
+    The price along δ, x, is unbiased but has few degrees of freedom: one for each item and draw. The price of the
+    diagonal, d, is biased, but a mean over many entries. Over the layers of an option the ratios x/d scatter around
+    a common m by their own noise (known from the items) and by a spread τ that is left; so, like James and Stein,
+
+        price  =  x + u (m d − x),        u = noise² / (τ² + noise²),
+
+    with a standard error of the items' part together with u τ d. No price moves by more than the noise: a layer unlike
+    all others keeps what was measured (Efron and Morris 1972, "limited translation"). m is such that the sum over the
+    layers stays that of x, and it counts in the errors. Options of fewer than `ENOUGH` layers keep x.
+    """
+    pairs: dict[str, list[str]] = {}
+    for layer, keys in changed.items():
+        for key in keys:
+            pairs.setdefault(key, []).append(layer)
+    priced: dict[tuple[str, str], tuple[Tensor, float]] = {}
+    n = len(measured.count)
+    for key, layers in pairs.items():
+        along = torch.stack([measured.squares[layer][:, changed[layer].index(key)] for layer in layers])
+        diagonal = torch.stack([measured.diagonals[layer][:, changed[layer].index(key)] for layer in layers])
+        x, d = along.sum(1), diagonal.sum(1)
+        sums, model = along, torch.zeros_like(x)
+        some = (d > 0) & (x > 0)
+        if n > 1 and int(some.sum()) >= ENOUGH:
+            sums, model = along.clone(), model.clone()
+            sums[some], model[some] = _towards(along[some], diagonal[some])
+        model = model / float(measured.count.sum())
+        for i, layer in enumerate(layers):
+            priced[layer, key] = sums[i], float(model[i])
+    return priced
+
+
+def _towards(
+    along: Float[Tensor, "layers items"], diagonal: Float[Tensor, "layers items"]
+) -> tuple[Float[Tensor, "layers items"], Float[Tensor, " layers"]]:
+    """The items' sums of one option shrunk, and u τ d."""
+    x, d, n = along.sum(1), diagonal.sum(1), along.shape[1]
+    ratio = x / d
+    residual = along - ratio[:, None] * diagonal
+    noise = n / (n - 1) * float((residual.square().sum(1) / x.square()).mean())  # squared, relative to m
+    noise = max(noise, 1e-12)  # exact prices have none
+    low, m, high = ratio.quantile(ratio.new_tensor([0.25, 0.5, 0.75])).tolist()
+    for _ in range(5):  # m and the limits depend on each other; five rounds settle them
+        spread = max(0.0, ((high - low) / QUARTILES / m) ** 2 - noise) ** 0.5
+        limit = noise**0.5 * m * d / (m * d - x).abs()
+        u = limit.clamp(max=noise / (spread**2 + noise))
+        m = float((u * x).sum() / (u * d).sum())
+    # What an item says about m, which is a ratio of sums itself.
+    slope = (u[:, None] * (along - m * diagonal)).sum(0) / (u * d).sum()
+    sums = along + u[:, None] * (m * diagonal - along + d[:, None] * slope)
+    return sums, u * spread * m * d
 
 
 def _finite(value: float) -> float | None:

@@ -24,7 +24,7 @@ import os
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from curvprune.curvature import factors
 from curvprune.curvature.fisher import Change, FisherPass, fisher_pass
 from curvprune.data import collate
 from curvprune.layers import Layer, find_layers
-from curvprune.ledger import build_ledger
+from curvprune.ledger import Ledger, build_ledger
 from curvprune.objective import Batch, CausalLM, Classification, Objective, Positions, evaluating
 
 CACHE = Path(".cache/ledger")
@@ -53,7 +53,7 @@ TITLES = (
     "empirical Fisher along δ",
     "diagonal Fisher",
     "Fisher along δ",
-    "curvprune",
+    "shrunk",
     "slope",
 )
 BITS, SHARES = (2, 3, 5), (0.75, 0.5, 0.25)  # from bold to mild
@@ -276,8 +276,8 @@ def measure(case: Case, plans: dict[str, Plan], path: Path) -> dict[str, dict[st
 # -------------------------------------------------------------------------------------------------------------- pricing
 
 
-def prices(case: Case, options: list[str], path: Path) -> dict[str, dict[tuple[str, str], float]]:
-    """What each way of pricing says about every (layer, option)."""
+def prices(case: Case, options: list[str], path: Path) -> tuple[dict[str, dict[tuple[str, str], float]], Ledger]:
+    """What each way of pricing says about every (layer, option), and the ledger of the last one."""
     weights = {n: layer.as_matrix(layer.weight.detach()) for n, layer in case.layers.items()}
     deltas = {n: [changed(w, o, case.group) - w for o in options] for n, w in weights.items()}
     changes = {n: [Change.of(delta) for delta in ds] for n, ds in deltas.items()}
@@ -307,9 +307,9 @@ def prices(case: Case, options: list[str], path: Path) -> dict[str, dict[tuple[s
             )
             found["slope"][n, row.option] = float(measured.slopes[n][:, k].sum()) / total
         found["diagonal Fisher"][n, row.option] = float(measured.diagonals[n][:, k].sum()) / total
-        found["Fisher along δ"][n, row.option] = float(measured.squares[n][:, k].sum()) / total
-        found["curvprune"][n, row.option] = row.price
-    return found
+        found["Fisher along δ"][n, row.option] = float(measured.squares(n)[:, k].sum()) / total
+        found["shrunk"][n, row.option] = row.price
+    return found, ledger
 
 
 def compare(case: Case, kind: str) -> None:
@@ -317,19 +317,24 @@ def compare(case: Case, kind: str) -> None:
     CACHE.mkdir(parents=True, exist_ok=True)
     plans = make_plans(list(case.layers), options)
     measured = measure(case, plans, CACHE / f"{case.name}-{kind}.json")
-    priced = prices(case, options, CACHE / f"{case.name}-{kind}.pt")
+    priced, ledger = prices(case, options, CACHE / f"{case.name}-{kind}.pt")
     kinds = {k: [p for p in plans if p.startswith(k)] for k in ("single", "close", "mixed")}
     kl = {k: np.array([measured[p]["kl"] for p in names]) for k, names in kinds.items()}
     print(f"\n{case.name}, {kind}: {len(case.layers)} layers, priced on {len(case.price)} items, {LABELS} draws each\n")
     ranges = (f"ρ, {len(v)} {k} (KL {v.mean(1).min():.2g} to {v.mean(1).max():.2g})" for k, v in kl.items())
     print(f"| price | {' | '.join(ranges)} | predicted/KL |\n|---|---|---|---|---|")
-    for title in TITLES[:-1]:
-        of = priced[title]
-        if not of:
-            continue
+    pair_sums = replace(ledger, kept=1.0)
+    ways: dict[str, Callable[[Plan], float]] = {
+        title: lambda plan, of=of: sum(of[pair] for pair in plan.items())
+        for title, of in priced.items()
+        if of and title != "slope"
+    }
+    ways["shrunk, all pairs of layers"] = lambda plan: pair_sums.predict(plan).value
+    ways[f"curvprune: shrunk, {ledger.kept:.0%} of the pairs"] = lambda plan: ledger.predict(plan).value
+    for title, price in ways.items():
         cells, ratios = [], []
         for k, names in kinds.items():
-            predicted = np.array([sum(of[pair] for pair in plans[p].items()) for p in names])
+            predicted = np.array([price(plans[p]) for p in names])
             cells.append(rank_correlation(predicted, kl[k]))
             ratios += list(predicted / kl[k].mean(1))
         unit = f"{np.median(ratios):.2f}" if title not in ("‖δ‖²", "output error (GPTQ)") else "no unit"
@@ -337,7 +342,7 @@ def compare(case: Case, kind: str) -> None:
     if priced["slope"]:
         everything = [p for names in kinds.values() for p in names]
         rise = np.array([np.mean(measured[p]["rise"]) for p in everything])
-        second = np.array([sum(priced["curvprune"][pair] for pair in plans[p].items()) for p in everything])
+        second = np.array([ledger.predict(plans[p]).value for p in everything])
         first = np.array([sum(priced["slope"][pair] for pair in plans[p].items()) for p in everything])
         print("\nRise of the loss on the labels, median |predicted − measured| / measured KL, over all plans:", end=" ")
         divergence = np.array([np.mean(measured[p]["kl"]) for p in everything])

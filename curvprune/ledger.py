@@ -46,6 +46,8 @@ class Ledger:
     Attributes:
         sums: contribution of each item to each row, in nats times positions, ``(items, rows)``.
         count: positions of each item, ``(items,)``.
+        along: ``⟨g, δ⟩`` of every draw, ``(items, labels, rows)``; ``None`` if layers only add up.
+        kept: the share of the sums over pairs of layers that is no noise (`_kept`).
     """
 
     rows: tuple[Row, ...]
@@ -54,6 +56,8 @@ class Ledger:
     unit: str
     labels: int
     curvature: str = CURVATURE
+    along: Float[np.ndarray, "items labels rows"] | None = None
+    kept: float = 0.0
 
     @property
     def num_items(self) -> int:
@@ -69,7 +73,9 @@ class Ledger:
     def predict(self, choices: Mapping[str, Any]) -> Estimate:
         """Predicted loss increase of a plan: layer → option (or its key). Layers left out count as kept.
 
-        The standard error accounts for the items that all layers share. Raises ``KeyError`` for an unknown pair.
+        The sum of the prices and, for what layers do to each other, the share ``kept`` of ``Σ δᵢᵀ F δⱼ`` over pairs of
+        layers. The standard error accounts for the items that all layers share. Raises ``KeyError`` for an unknown
+        pair.
         """
         index = {(r.layer, r.option): i for i, r in enumerate(self.rows)}
         columns = []
@@ -80,8 +86,13 @@ class Ledger:
                     continue
                 raise KeyError(f"layer {layer}: option {key!r} was not priced; it has {list(self.layer_rows(layer))}")
             columns.append(index[layer, key])
-        total = torch.from_numpy(self.sums[:, columns].sum(1))
-        estimate = ratio_estimate(total, torch.from_numpy(self.count))
+        total = self.sums[:, columns].sum(1)
+        if self.along is not None and self.kept and len(columns) > 1:
+            along = self.along[:, :, columns]
+            pairs = 0.5 * (along.sum(2) ** 2 - (along**2).sum(2)).mean(1)
+            # Damage is never less than none, whatever the pairs say.
+            total = total + max(self.kept * pairs.sum(), -0.9 * total.sum()) * pairs / (pairs.sum() or 1.0)
+        estimate = ratio_estimate(torch.from_numpy(total), torch.from_numpy(self.count))
         model = math.hypot(*(self.rows[i].model_stderr for i in columns))
         return replace(estimate, stderr=math.hypot(estimate.stderr, model))
 
@@ -104,6 +115,8 @@ class Ledger:
             ],
             "count": self.count.tolist(),
             "sums": self.sums.tolist(),
+            "along": None if self.along is None else self.along.tolist(),
+            "kept": self.kept,
         }
 
     @staticmethod
@@ -119,6 +132,8 @@ class Ledger:
             unit=record["unit"],
             labels=record["labels_per_item"],
             curvature=record["curvature"],
+            along=None if record.get("along") is None else np.array(record["along"]).reshape(len(count), -1, len(rows)),
+            kept=record.get("kept", 0.0),
         )
 
 
@@ -142,12 +157,22 @@ def build_ledger(
                 Row(layer=layer, option=key, bytes=size, price=estimate.value, stderr=stderr, model_stderr=model)
             )
             columns.append(sums.numpy())
+    zero = torch.zeros(len(measured.count), measured.labels)
+    along = torch.stack(
+        [
+            measured.along[r.layer][:, :, changed[r.layer].index(r.option)] if r.option in changed[r.layer] else zero
+            for r in rows
+        ],
+        2,
+    )
     return Ledger(
         rows=tuple(rows),
         sums=np.stack(columns, axis=1),
         count=measured.count.numpy(),
         unit=unit,
         labels=measured.labels,
+        along=np.vectorize(lambda v: float(f"{v:.4g}"), otypes=[float])(along.numpy()),
+        kept=_kept(along, [r.layer for r in rows]),
     )
 
 
@@ -173,7 +198,7 @@ def _shrunk(
     priced: dict[tuple[str, str], tuple[Tensor, float]] = {}
     n = len(measured.count)
     for key, layers in pairs.items():
-        along = torch.stack([measured.squares[layer][:, changed[layer].index(key)] for layer in layers])
+        along = torch.stack([measured.squares(layer)[:, changed[layer].index(key)] for layer in layers])
         diagonal = torch.stack([measured.diagonals[layer][:, changed[layer].index(key)] for layer in layers])
         x, d = along.sum(1), diagonal.sum(1)
         sums, model = along, torch.zeros_like(x)
@@ -185,6 +210,25 @@ def _shrunk(
         for i, layer in enumerate(layers):
             priced[layer, key] = sums[i], float(model[i])
     return priced
+
+
+def _kept(along: Float[Tensor, "items labels rows"], layers: list[str]) -> float:
+    """The share of the pairs' correlations r that is not the noise of few draws: ``1 − Σ noise² / Σ r²`` over all pairs
+    of different layers, 0 if that is negative. All pairs are shrunk by it alike."""
+    scale = along.square().mean((0, 1)).sqrt()
+    some = scale > 0
+    draws = (along / scale)[:, :, some].double()
+    names = [n for n, ok in zip(layers, some.tolist(), strict=True) if ok]
+    items, labels = draws.shape[:2]
+    if items < 2 or len(set(names)) < 2:
+        return 0.0
+    index = torch.tensor([names.index(n) for n in names])
+    apart = index[:, None] != index[None]
+    # Draws are independent given the item; items that differ in scale make some pairs' squares larger.
+    products = torch.einsum("nsi,nsj->ij", draws, draws) / (items * labels)
+    squares = torch.einsum("nsi,nsj->ij", draws.square(), draws.square()) / (items * labels)
+    noise = (squares - products.square()) / (items * labels - 1)
+    return max(0.0, 1 - float(noise[apart].sum() / products.square()[apart].sum()))
 
 
 def _towards(

@@ -6,18 +6,21 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
-from curvprune.curvature.fisher import FisherPass, ratio_estimate
+from curvprune.curvature.fisher import Change, FisherPass, fisher_pass, ratio_estimate
+from curvprune.layers import find_layers
 from curvprune.ledger import Ledger, build_ledger
-from curvprune.objective import Positions, signed_loss
+from curvprune.objective import Classification, Positions, signed_loss
 
 
 def measured(along: torch.Tensor, diagonal: torch.Tensor) -> FisherPass:
     """A pass over ``(items, layers)`` with one change per layer and one position per item."""
+    signs = torch.randint(0, 2, along.shape, generator=torch.Generator().manual_seed(9)) * 2 - 1
     names = [f"layer{i}" for i in range(along.shape[1])]
     return FisherPass(
         count=torch.ones(len(along), dtype=torch.float64),
-        squares={n: along[:, i : i + 1] for i, n in enumerate(names)},
+        along={n: (2 * along[:, i : i + 1]).sqrt()[:, :, None] * signs[:, i, None, None] for i, n in enumerate(names)},
         diagonals={n: diagonal[:, i : i + 1] for i, n in enumerate(names)},
         traces={n: torch.ones(len(along), dtype=torch.float64) for n in names},
         diagonal={n: torch.ones(1, 1) for n in names},
@@ -28,9 +31,7 @@ def measured(along: torch.Tensor, diagonal: torch.Tensor) -> FisherPass:
 
 def ledger_of(along: torch.Tensor, diagonal: torch.Tensor) -> Ledger:
     found = measured(along, diagonal)
-    return build_ledger(
-        found, {n: {"o": 1} for n in found.squares}, changed={n: ["o"] for n in found.squares}, unit="nats"
-    )
+    return build_ledger(found, {n: {"o": 1} for n in found.along}, changed={n: ["o"] for n in found.along}, unit="nats")
 
 
 def simulated(generator: torch.Generator, *, spread: float, layers: int = 60, items: int = 40):
@@ -96,7 +97,8 @@ def test_errors_are_those_of_the_prices_and_of_a_plan():
         rows += [(r.price - float(t)) / r.stderr for r, t in zip(ledger.rows, true, strict=True)]
         plan = ledger.predict({r.layer: "o" for r in ledger.rows})
         plans.append((plan.value - float(true.sum())) / plan.stderr)
-        assert plan.value == pytest.approx(float(along.sum()) / len(along)), "what was measured in all"
+        alone = sum(r.price for r in ledger.rows)
+        assert alone == pytest.approx(float(along.sum()) / len(along)), "what was measured in all"
         again = Ledger.from_dict(ledger.to_dict())
         assert again.rows == ledger.rows
     assert 0.8 < torch.tensor(rows).square().mean().sqrt() < 1.35
@@ -115,3 +117,32 @@ def test_few_layers_and_changes_of_nothing_keep_the_measured_price():
     diagonal[:, 2] = 0.0
     ledger = ledger_of(along, diagonal)
     assert ledger.rows[2].price == 0.0 and all(math.isfinite(r.price) and r.stderr > 0 for r in ledger.rows[3:])
+
+
+def test_pairs_of_layers_count_as_far_as_they_are_no_noise():
+    """A plan of two layers against the exact Fisher of both together, and layers that have nothing to do with each
+    other."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, 3, bias=False)).double()
+    items = [(torch.randn(1, 3, dtype=torch.float64), torch.tensor([0])) for _ in range(4)]
+    layers = find_layers(model)
+    deltas = {n: torch.randn(layer.shape, dtype=torch.float64) for n, layer in layers.items()}
+    found = fisher_pass(
+        model, Classification(), items, layers, {n: [Change.of(d)] for n, d in deltas.items()}, labels=1500
+    )
+    ledger = build_ledger(found, {n: {"o": 1} for n in layers}, changed={n: ["o"] for n in layers}, unit="nats")
+    exact = apart = 0.0
+    for x, _ in items:
+        log_p = model(x)[0].log_softmax(0)
+        for value in log_p:
+            grads = torch.autograd.grad(value, [layer.weight for layer in layers.values()], retain_graph=True)
+            parts = [float((g * d).sum()) for g, d in zip(grads, deltas.values(), strict=True)]
+            exact += 0.5 * float(value.exp()) * sum(parts) ** 2 / len(items)
+            apart += 0.5 * float(value.exp()) * sum(p**2 for p in parts) / len(items)
+    plan = dict.fromkeys(layers, "o")
+    assert abs(exact - apart) > 0.1 * exact, "the pair must matter"
+    assert 0.95 < ledger.kept <= 1
+    assert ledger.predict(plan).value == pytest.approx(exact, rel=0.06)
+    assert Ledger.from_dict(ledger.to_dict()).predict(plan) == ledger.predict(plan)
+    _, along, diagonal = simulated(torch.Generator().manual_seed(5), spread=0.2)
+    assert ledger_of(along, diagonal).kept < 0.1

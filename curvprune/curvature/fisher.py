@@ -59,7 +59,7 @@ class FisherPass:
 
     Attributes:
         count: positions of each item.
-        squares: layer → ½ mean over labels of ``⟨g, δ⟩²``, ``(items, changes)``.
+        along: layer → ``⟨g, δ⟩`` of every draw, ``(items, labels, changes)``.
         diagonals: layer → ½ mean over labels of ``Σ (gᵢ δᵢ)²``, the same with the diagonal of F alone.
         traces: layer → mean over labels of ``‖g‖²``, ``(items,)``.
         diagonal: layer → diagonal of F per position, ``(out, in)``.
@@ -68,12 +68,16 @@ class FisherPass:
     """
 
     count: Float[Tensor, " items"]
-    squares: dict[str, Float[Tensor, "items changes"]]
+    along: dict[str, Float[Tensor, "items labels changes"]]
     diagonals: dict[str, Float[Tensor, "items changes"]]
     traces: dict[str, Float[Tensor, " items"]]
     diagonal: dict[str, Float[Tensor, "out in"]]
     labels: int
     slopes: dict[str, Float[Tensor, "items changes"]]
+
+    def squares(self, layer: str) -> Float[Tensor, "items changes"]:
+        """½ mean over labels of ``⟨g, δ⟩²``: what each item adds to ½ δᵀFδ."""
+        return 0.5 * self.along[layer].square().mean(1)
 
     def trace(self, layer: str) -> Estimate:
         """tr F of a layer in nats per position."""
@@ -144,7 +148,7 @@ def fisher_pass(
     device = next(model.parameters()).device
     totals = resume or _empty_totals(layers, changes, len(items), labels, device)
     totals = {k: v.to(device) for k, v in totals.items()}
-    position = {"item": 0, "slope": 0}
+    position = {"item": 0, "label": 0, "slope": 0}
 
     def take(name: str, layer: Layer, parameter: Tensor) -> None:
         assert parameter.grad is not None
@@ -160,7 +164,7 @@ def fisher_pass(
         totals[f"diagonal/{name}"].addcmul_(gradient, gradient, value=1 / labels)
         for k, change in enumerate(changes.get(name, ())):
             along, squares = change.products(flat)
-            totals[f"square/{name}"][i, k] += 0.5 * along**2 / labels
+            totals[f"along/{name}"][i, position["label"], k] = along
             totals[f"diagonals/{name}"][i, k] += 0.5 * squares / labels
         parameter.grad = None
 
@@ -181,6 +185,7 @@ def fisher_pass(
                 positions = objective.positions(logits, batch)
                 totals["count"][i] = len(positions.item)
                 for s in range(labels):
+                    position["label"] = s
                     signed_loss(positions, generator).backward(retain_graph=slopes or s + 1 < labels)
                 if slopes:
                     position["slope"] = 1
@@ -206,7 +211,7 @@ def fisher_pass(
     count = totals["count"].cpu()
     return FisherPass(
         count=count,
-        squares={n: totals[f"square/{n}"].cpu() for n in layers},
+        along={n: totals[f"along/{n}"].cpu() for n in layers},
         diagonals={n: totals[f"diagonals/{n}"].cpu() for n in layers},
         traces={n: totals[f"trace/{n}"].cpu() for n in layers},
         diagonal={n: totals[f"diagonal/{n}"] / float(count.sum()) for n in layers},
@@ -230,10 +235,10 @@ def _empty_totals(
         wide = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
         totals[f"diagonal/{name}"] = torch.zeros(layer.shape, dtype=wide, device=device)
         totals[f"trace/{name}"] = torch.zeros(items, dtype=torch.float64, device=device)
-        for kind in ("square", "diagonals", "slope"):
-            totals[f"{kind}/{name}"] = torch.zeros(
-                items, len(changes.get(name, ())), dtype=torch.float64, device=device
-            )
+        width = len(changes.get(name, ()))
+        totals[f"along/{name}"] = torch.zeros(items, labels, width, dtype=torch.float64, device=device)
+        for kind in ("diagonals", "slope"):
+            totals[f"{kind}/{name}"] = torch.zeros(items, width, dtype=torch.float64, device=device)
     return totals
 
 

@@ -3,7 +3,8 @@ errors.
 
 The price of a change δ of one layer is ``½ δᵀ F δ`` per position, F the layer's Fisher matrix, estimated along δ itself
 (see `curvprune.curvature.fisher`) and then shrunk towards what the diagonal of F says about δ (`_shrunk`). A plan costs
-the sum of its layers' prices.
+the sum of its layers' prices and a share of what pairs of layers do to each other (`_kept`). Other matrices can take
+the Fisher's place (`CURVATURES`).
 """
 
 from __future__ import annotations
@@ -20,8 +21,15 @@ from torch import Tensor
 
 from curvprune.curvature.estimators import Estimate
 from curvprune.curvature.fisher import FisherPass, ratio_estimate
+from curvprune.curvature.forms import Forms
 
-CURVATURE = "Fisher along the change, shrunk towards its diagonal"
+CURVATURES = {
+    "fisher": "Fisher along the change, shrunk towards its diagonal",
+    "diagonal": "diagonal of the Fisher",
+    "kfac": "Kronecker-factored Fisher",
+    "hessian": "Hessian along the change, on the data's own labels",
+    "input": "squared error of the layer's outputs",
+}
 ENOUGH = 8  # layers whose ratios of the two prices say how much ratios vary
 QUARTILES = 1.349  # between the quartiles of a normal distribution, in standard deviations
 
@@ -55,7 +63,7 @@ class Ledger:
     count: Float[np.ndarray, " items"]
     unit: str
     labels: int
-    curvature: str = CURVATURE
+    curvature: str = CURVATURES["fisher"]
     along: Float[np.ndarray, "items labels rows"] | None = None
     kept: float = 0.0
 
@@ -138,15 +146,26 @@ class Ledger:
 
 
 def build_ledger(
-    measured: FisherPass, options: Mapping[str, Mapping[str, int]], *, changed: Mapping[str, list[str]], unit: str
+    measured: FisherPass | Forms,
+    options: Mapping[str, Mapping[str, int]],
+    *,
+    changed: Mapping[str, list[str]],
+    unit: str,
+    curvature: str = "fisher",
 ) -> Ledger:
-    """Rows from a Fisher pass.
+    """Rows from a pricing pass.
 
     Args:
+        measured: `Forms` for the curvatures of `curvprune.curvature.forms`, else a `FisherPass`.
         options: layer → option key → bytes on disk.
         changed: layer → the option keys whose changes were priced, in the order of the pass; others (``keep``) cost 0.
+        curvature: a key of `CURVATURES`. Prices of ``"input"`` have no unit of loss.
     """
-    priced = _shrunk(measured, changed)
+    if isinstance(measured, Forms) or curvature == "diagonal":
+        of = measured.sums if isinstance(measured, Forms) else measured.diagonals
+        priced = {(n, key): (of[n][:, k], 0.0) for n, keys in changed.items() for k, key in enumerate(keys)}
+    else:
+        priced = _shrunk(measured, changed)
     rows, columns = [], []
     for layer, keys in options.items():
         for key, size in keys.items():
@@ -157,23 +176,33 @@ def build_ledger(
                 Row(layer=layer, option=key, bytes=size, price=estimate.value, stderr=stderr, model_stderr=model)
             )
             columns.append(sums.numpy())
-    zero = torch.zeros(len(measured.count), measured.labels)
-    along = torch.stack(
-        [
-            measured.along[r.layer][:, :, changed[r.layer].index(r.option)] if r.option in changed[r.layer] else zero
-            for r in rows
-        ],
-        2,
-    )
+    along, kept = None, 0.0
+    if isinstance(measured, FisherPass) and curvature == "fisher":
+        draws, kept = _pairs(measured, rows, changed)
+        # Four digits are far below the noise, and keep the record small.
+        along = np.vectorize(lambda v: float(f"{v:.4g}"), otypes=[float])(draws.numpy())
     return Ledger(
         rows=tuple(rows),
         sums=np.stack(columns, axis=1),
         count=measured.count.numpy(),
-        unit=unit,
-        labels=measured.labels,
-        along=np.vectorize(lambda v: float(f"{v:.4g}"), otypes=[float])(along.numpy()),
-        kept=_kept(along, [r.layer for r in rows]),
+        unit="output error per row, no unit of loss" if curvature == "input" else unit,
+        labels=measured.labels if isinstance(measured, FisherPass) else 1,
+        curvature=CURVATURES[curvature],
+        along=along,
+        kept=kept,
     )
+
+
+def _pairs(
+    measured: FisherPass, rows: list[Row], changed: Mapping[str, list[str]]
+) -> tuple[Float[Tensor, "items labels rows"], float]:
+    zero = torch.zeros(len(measured.count), measured.labels, dtype=torch.float64)
+    along = [
+        measured.along[r.layer][:, :, changed[r.layer].index(r.option)] if r.option in changed[r.layer] else zero
+        for r in rows
+    ]
+    draws = torch.stack(along, 2)
+    return draws, _kept(draws, [r.layer for r in rows])
 
 
 def _shrunk(

@@ -238,6 +238,7 @@ def prepare(recipe: Recipe, root: State | None, *, progress: bool) -> tuple[Job,
     settings = Settings(
         seed=recipe.seed,
         labels=recipe.price.labels,
+        curvature=recipe.price.curvature,
         trials=recipe.search.trials,
         attempts=recipe.search.attempts,
         portable=recipe.portable,

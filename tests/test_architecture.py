@@ -32,6 +32,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "curvature/products": {"curvature/operators", "objective", "processes"},
     "curvature/layerwise": {"curvature/operators", "curvature/estimators"},
     "curvature/fisher": {"curvature/estimators", "objective", "layers", "processes"},
+    "curvature/forms": {
+        *("curvature/factors", "curvature/fisher", "curvature/operators", "curvature/products", "layers", "objective"),
+    },
     "curvature/factors": {
         *("curvature/operators", "curvature/estimators", "curvature/products", "objective", "layers"),
         "processes",
@@ -45,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"objective"},
     "hf": {"objective", "options"},
     "recipe": {"options", "groups"},
-    "ledger": {"solve", "curvature/estimators", "curvature/fisher", "options"},
+    "ledger": {"solve", "curvature/estimators", "curvature/fisher", "curvature/forms", "options"},
     "packed": {"options", "layers", "solve"},
     "shapes": set(),
     "artifact": {"options", "plan", "layers", "solve", "state", "packed", "shapes"},

@@ -497,7 +497,7 @@ def _record(job: Job, about: Mapping[str, Any], trials: list[dict[str, Any]], ro
         }
     ledger = None
     if job.ledger is not None:
-        ledger = {k: v for k, v in job.ledger.to_dict().items() if k not in ("sums", "count")}
+        ledger = {k: v for k, v in job.ledger.to_dict().items() if k not in ("sums", "count", "along")}
     return {
         "title": about["title"],
         "objective": job.objective.name,

@@ -101,7 +101,7 @@ def test_defaults_of_a_short_recipe(tmp_path: Path) -> None:
         "objective": "auto",
         "same_option": (),
         "budget": {"metric": "loss", "max_drop": 0.05, "max_bytes": None, "confidence": 0.95},
-        "price": {"labels": 2},
+        "price": {"labels": 2, "curvature": "fisher"},
         "analyze": {
             "matrix": "hessian",
             "items": 8,

@@ -239,6 +239,7 @@ def price(
     objective: str | Objective = "auto",
     layers: str | Sequence[str] = "*",
     labels: int = 2,
+    curvature: str = "fisher",
     portable: artifact.Portable = True,
     device: str | torch.device | None = None,
     seed: int = 0,
@@ -247,13 +248,15 @@ def price(
     """Bytes and predicted loss increase (nats, ± standard error) of every option of every layer.
 
     Every option is solved (one forward pass over the data), then priced along its own change (one forward and
-    ``labels`` backward passes per item). ``portable`` says of which artifact the bytes are, as in `Settings`.
+    ``labels`` backward passes per item). ``curvature``: ``"fisher"`` along the change, ``"diagonal"`` of the Fisher,
+    ``"kfac"``, ``"hessian"`` along the change (on the data's labels; two gradients per item and change) or ``"input"``
+    (error of the layer's outputs, no unit of loss). ``portable``: of which artifact the bytes are, as in `Settings`.
     Raises ``ValueError`` naming the layer that an option does not fit.
     """
     with tempfile.TemporaryDirectory() as folder:
         job = _job(
             model, data, options, None, Path(folder), objective=objective, layers=layers, labels=labels, device=device,
-            seed=seed, progress=progress, priced=True, settings=Settings(portable=portable),
+            seed=seed, progress=progress, priced=True, settings=Settings(portable=portable, curvature=curvature),
         )  # fmt: skip
         count_work(job)
         price_options(job, solve_options(job))
@@ -791,6 +794,7 @@ def _job(
         attempts=settings.attempts,
         batch_size=settings.batch_size,
         portable=settings.portable,
+        curvature=settings.curvature,
     )
     found = find_layers(model, layers)
     readers = {n: artifact.reader_of(model, layer, portable=settings.portable) for n, layer in found.items()}

@@ -1,37 +1,51 @@
 """The ledger: every (layer, option) with its bytes on disk and its predicted loss increase in nats, with standard
 errors.
 
-The price of a change δ of one layer is ``½ δᵀ F δ`` per position, F the layer's Fisher matrix with labels sampled
-from the model, estimated along δ itself (see `curvprune.curvature.fisher`). A plan costs the sum of its layers'
-prices.
+The price of a change δ of one layer is ``½ δᵀ F δ`` per position, F the layer's Fisher matrix, estimated along δ itself
+(see `curvprune.curvature.fisher`) and then shrunk towards what the diagonal of F says about δ (`_shrunk`). A plan costs
+the sum of its layers' prices and a share of what pairs of layers do to each other (`_kept`). Other matrices can take
+the Fisher's place (`CURVATURES`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from curvprune.curvature.estimators import Estimate
 from curvprune.curvature.fisher import FisherPass, ratio_estimate
+from curvprune.curvature.forms import Forms
 from curvprune.work import Work
 
-CURVATURE = "Fisher along the change, labels sampled from the model"
+CURVATURES = {
+    "fisher": "Fisher along the change, shrunk towards its diagonal",
+    "diagonal": "diagonal of the Fisher",
+    "kfac": "Kronecker-factored Fisher",
+    "hessian": "Hessian along the change, on the data's own labels",
+    "input": "squared error of the layer's outputs",
+}
+ENOUGH = 8  # layers whose ratios of the two prices say how much ratios vary
+QUARTILES = 1.349  # between the quartiles of a normal distribution, in standard deviations
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One option of one layer. ``price`` ± ``stderr`` in the ledger's unit."""
+    """One option of one layer. ``price`` ± ``stderr`` in the ledger's unit; ``model_stderr`` is the part of the latter
+    that does not come from the items but from how well the diagonal stands for the whole block."""
 
     layer: str
     option: str
     bytes: int
     price: float
     stderr: float
+    model_stderr: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +56,8 @@ class Ledger:
         sums: contribution of each item to each row, in nats times positions, ``(items, rows)``.
         count: positions of each item, ``(items,)``.
         work: weights and multiply-adds of each layer, for limits on size and speed.
+        along: ``⟨g, δ⟩`` of every draw, ``(items, labels, rows)``; ``None`` if layers only add up.
+        kept: the share of the sums over pairs of layers that is no noise (`_kept`).
     """
 
     rows: tuple[Row, ...]
@@ -49,7 +65,9 @@ class Ledger:
     count: Float[np.ndarray, " items"]
     unit: str
     labels: int
-    curvature: str = CURVATURE
+    curvature: str = CURVATURES["fisher"]
+    along: Float[np.ndarray, "items labels rows"] | None = None
+    kept: float = 0.0
     work: Mapping[str, Work] = field(default_factory=dict)
 
     @property
@@ -66,7 +84,9 @@ class Ledger:
     def predict(self, choices: Mapping[str, Any]) -> Estimate:
         """Predicted loss increase of a plan: layer → option (or its key). Layers left out count as kept.
 
-        The standard error accounts for the items that all layers share. Raises ``KeyError`` for an unknown pair.
+        The sum of the prices and, for what layers do to each other, the share ``kept`` of ``Σ δᵢᵀ F δⱼ`` over pairs of
+        layers. The standard error accounts for the items that all layers share. Raises ``KeyError`` for an unknown
+        pair.
         """
         index = {(r.layer, r.option): i for i, r in enumerate(self.rows)}
         columns = []
@@ -77,8 +97,15 @@ class Ledger:
                     continue
                 raise KeyError(f"layer {layer}: option {key!r} was not priced; it has {list(self.layer_rows(layer))}")
             columns.append(index[layer, key])
-        total = torch.from_numpy(self.sums[:, columns].sum(1))
-        return ratio_estimate(total, torch.from_numpy(self.count))
+        total = self.sums[:, columns].sum(1)
+        if self.along is not None and self.kept and len(columns) > 1:
+            along = self.along[:, :, columns]
+            pairs = 0.5 * (along.sum(2) ** 2 - (along**2).sum(2)).mean(1)
+            # Damage is never less than none, whatever the pairs say.
+            total = total + max(self.kept * pairs.sum(), -0.9 * total.sum()) * pairs / (pairs.sum() or 1.0)
+        estimate = ratio_estimate(torch.from_numpy(total), torch.from_numpy(self.count))
+        model = math.hypot(*(self.rows[i].model_stderr for i in columns))
+        return replace(estimate, stderr=math.hypot(estimate.stderr, model))
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -87,12 +114,21 @@ class Ledger:
             "num_items": self.num_items,
             "labels_per_item": self.labels,
             "rows": [
-                {"layer": r.layer, "option": r.option, "bytes": r.bytes, "price": r.price, "stderr": _finite(r.stderr)}
+                {
+                    "layer": r.layer,
+                    "option": r.option,
+                    "bytes": r.bytes,
+                    "price": r.price,
+                    "stderr": _finite(r.stderr),
+                    "model_stderr": r.model_stderr,
+                }
                 for r in self.rows
             ],
             "work": {layer: work.to_dict() for layer, work in self.work.items()},
             "count": self.count.tolist(),
             "sums": self.sums.tolist(),
+            "along": None if self.along is None else self.along.tolist(),
+            "kept": self.kept,
         }
 
     @staticmethod
@@ -109,36 +145,145 @@ class Ledger:
             labels=record["labels_per_item"],
             curvature=record["curvature"],
             work={layer: Work(**work) for layer, work in record.get("work", {}).items()},
+            along=None if record.get("along") is None else np.array(record["along"]).reshape(len(count), -1, len(rows)),
+            kept=record.get("kept", 0.0),
         )
 
 
 def build_ledger(
-    measured: FisherPass, options: Mapping[str, Mapping[str, int]], *, changed: Mapping[str, list[str]], unit: str
+    measured: FisherPass | Forms,
+    options: Mapping[str, Mapping[str, int]],
+    *,
+    changed: Mapping[str, list[str]],
+    unit: str,
+    curvature: str = "fisher",
 ) -> Ledger:
-    """Rows from a Fisher pass.
+    """Rows from a pricing pass.
 
     Args:
+        measured: `Forms` for the curvatures of `curvprune.curvature.forms`, else a `FisherPass`.
         options: layer → option key → bytes on disk.
         changed: layer → the option keys whose changes were priced, in the order of the pass; others (``keep``) cost 0.
+        curvature: a key of `CURVATURES`. Prices of ``"input"`` have no unit of loss.
     """
+    if isinstance(measured, Forms) or curvature == "diagonal":
+        of = measured.sums if isinstance(measured, Forms) else measured.diagonals
+        priced = {(n, key): (of[n][:, k], 0.0) for n, keys in changed.items() for k, key in enumerate(keys)}
+    else:
+        priced = _shrunk(measured, changed)
     rows, columns = [], []
     for layer, keys in options.items():
         for key, size in keys.items():
-            if key in changed[layer]:
-                sums = measured.squares[layer][:, changed[layer].index(key)]
-                estimate = ratio_estimate(sums, measured.count)
-                rows.append(Row(layer=layer, option=key, bytes=size, price=estimate.value, stderr=estimate.stderr))
-                columns.append(sums.numpy())
-            else:
-                rows.append(Row(layer=layer, option=key, bytes=size, price=0.0, stderr=0.0))
-                columns.append(np.zeros(len(measured.count)))
+            sums, model = priced.get((layer, key), (torch.zeros_like(measured.count), 0.0))
+            estimate = ratio_estimate(sums, measured.count)
+            stderr = math.hypot(estimate.stderr, model) if (layer, key) in priced else 0.0
+            rows.append(
+                Row(layer=layer, option=key, bytes=size, price=estimate.value, stderr=stderr, model_stderr=model)
+            )
+            columns.append(sums.numpy())
+    along, kept = None, 0.0
+    if isinstance(measured, FisherPass) and curvature == "fisher":
+        draws, kept = _pairs(measured, rows, changed)
+        # Four digits are far below the noise, and keep the record small.
+        along = np.vectorize(lambda v: float(f"{v:.4g}"), otypes=[float])(draws.numpy())
     return Ledger(
         rows=tuple(rows),
         sums=np.stack(columns, axis=1),
         count=measured.count.numpy(),
-        unit=unit,
-        labels=measured.labels,
+        unit="output error per row, no unit of loss" if curvature == "input" else unit,
+        labels=measured.labels if isinstance(measured, FisherPass) else 1,
+        curvature=CURVATURES[curvature],
+        along=along,
+        kept=kept,
     )
+
+
+def _pairs(
+    measured: FisherPass, rows: list[Row], changed: Mapping[str, list[str]]
+) -> tuple[Float[Tensor, "items labels rows"], float]:
+    zero = torch.zeros(len(measured.count), measured.labels, dtype=torch.float64)
+    along = [
+        measured.along[r.layer][:, :, changed[r.layer].index(r.option)] if r.option in changed[r.layer] else zero
+        for r in rows
+    ]
+    draws = torch.stack(along, 2)
+    return draws, _kept(draws, [r.layer for r in rows])
+
+
+def _shrunk(
+    measured: FisherPass, changed: Mapping[str, list[str]]
+) -> dict[tuple[str, str], tuple[Float[Tensor, " items"], float]]:
+    """Items' contributions to the price of every (layer, option), and the standard error that is not theirs.
+
+    The price along δ, x, is unbiased but has few degrees of freedom: one for each item and draw. The price of the
+    diagonal, d, is biased, but a mean over many entries. Over the layers of an option the ratios x/d scatter around
+    a common m by their own noise (known from the items) and by a spread τ that is left; so, like James and Stein,
+
+        price  =  x + u (m d − x),        u = noise² / (τ² + noise²),
+
+    with a standard error of the items' part together with u τ d. No price moves by more than the noise: a layer unlike
+    all others keeps what was measured (Efron and Morris 1972, "limited translation"). m is such that the sum over the
+    layers stays that of x, and it counts in the errors. Options of fewer than `ENOUGH` layers keep x.
+    """
+    pairs: dict[str, list[str]] = {}
+    for layer, keys in changed.items():
+        for key in keys:
+            pairs.setdefault(key, []).append(layer)
+    priced: dict[tuple[str, str], tuple[Tensor, float]] = {}
+    n = len(measured.count)
+    for key, layers in pairs.items():
+        along = torch.stack([measured.squares(layer)[:, changed[layer].index(key)] for layer in layers])
+        diagonal = torch.stack([measured.diagonals[layer][:, changed[layer].index(key)] for layer in layers])
+        x, d = along.sum(1), diagonal.sum(1)
+        sums, model = along, torch.zeros_like(x)
+        some = (d > 0) & (x > 0)
+        if n > 1 and int(some.sum()) >= ENOUGH:
+            sums, model = along.clone(), model.clone()
+            sums[some], model[some] = _towards(along[some], diagonal[some])
+        model = model / float(measured.count.sum())
+        for i, layer in enumerate(layers):
+            priced[layer, key] = sums[i], float(model[i])
+    return priced
+
+
+def _kept(along: Float[Tensor, "items labels rows"], layers: list[str]) -> float:
+    """The share of the pairs' correlations r that is not the noise of few draws: ``1 − Σ noise² / Σ r²`` over all pairs
+    of different layers, 0 if that is negative. All pairs are shrunk by it alike."""
+    scale = along.square().mean((0, 1)).sqrt()
+    some = scale > 0
+    draws = (along / scale)[:, :, some].double()
+    names = [n for n, ok in zip(layers, some.tolist(), strict=True) if ok]
+    items, labels = draws.shape[:2]
+    if items < 2 or len(set(names)) < 2:
+        return 0.0
+    index = torch.tensor([names.index(n) for n in names])
+    apart = index[:, None] != index[None]
+    # Draws are independent given the item; items that differ in scale make some pairs' squares larger.
+    products = torch.einsum("nsi,nsj->ij", draws, draws) / (items * labels)
+    squares = torch.einsum("nsi,nsj->ij", draws.square(), draws.square()) / (items * labels)
+    noise = (squares - products.square()) / (items * labels - 1)
+    return max(0.0, 1 - float(noise[apart].sum() / products.square()[apart].sum()))
+
+
+def _towards(
+    along: Float[Tensor, "layers items"], diagonal: Float[Tensor, "layers items"]
+) -> tuple[Float[Tensor, "layers items"], Float[Tensor, " layers"]]:
+    """The items' sums of one option shrunk, and u τ d."""
+    x, d, n = along.sum(1), diagonal.sum(1), along.shape[1]
+    ratio = x / d
+    residual = along - ratio[:, None] * diagonal
+    noise = n / (n - 1) * float((residual.square().sum(1) / x.square()).mean())  # squared, relative to m
+    noise = max(noise, 1e-12)  # exact prices have none
+    low, m, high = ratio.quantile(ratio.new_tensor([0.25, 0.5, 0.75])).tolist()
+    for _ in range(5):  # m and the limits depend on each other; five rounds settle them
+        spread = max(0.0, ((high - low) / QUARTILES / m) ** 2 - noise) ** 0.5
+        limit = noise**0.5 * m * d / (m * d - x).abs()
+        u = limit.clamp(max=noise / (spread**2 + noise))
+        m = float((u * x).sum() / (u * d).sum())
+    # What an item says about m, which is a ratio of sums itself.
+    slope = (u[:, None] * (along - m * diagonal)).sum(0) / (u * d).sum()
+    sums = along + u[:, None] * (m * diagonal - along + d[:, None] * slope)
+    return sums, u * spread * m * d
 
 
 def _finite(value: float) -> float | None:

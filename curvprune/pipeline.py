@@ -322,6 +322,7 @@ def _fit(
     settings = Settings(
         seed=recipe.seed,
         labels=recipe.price.labels,
+        curvature=recipe.price.curvature,
         trials=recipe.search.trials,
         attempts=recipe.search.attempts,
         portable=recipe.portable,
@@ -697,7 +698,7 @@ def _record(job: Job, about: Mapping[str, Any], trials: list[dict[str, Any]], ro
         }
     ledger = None
     if job.ledger is not None:
-        ledger = {k: v for k, v in job.ledger.to_dict().items() if k not in ("sums", "count")}
+        ledger = {k: v for k, v in job.ledger.to_dict().items() if k not in ("sums", "count", "along")}
     return {
         "title": about["title"],
         "objective": job.objective.name,

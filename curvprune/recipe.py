@@ -354,7 +354,8 @@ class BudgetSection(_Section):
 class PriceSection(_Section):
     """The pricing pass."""
 
-    labels: int = Field(2, ge=1, description="labels sampled per item, a whole number of at least 1")
+    labels: int = Field(2, ge=1, description="draws per item, a whole number of at least 1")
+    curvature: Literal["fisher", "diagonal", "kfac", "hessian", "input"] = "fisher"
 
 
 class AnalyzeSection(_Section):
@@ -452,6 +453,12 @@ class Recipe(_Section):
             )
         if self.objective == "classification" and source != "digits":
             raise _At(("objective",), f"classification needs labels and source {source} has none; expected label-free")
+        if self.price.curvature == "input" and self.budget is not None and self.budget.max_drop is not None:
+            raise _At(
+                ("price", "curvature"),
+                "input prices have no unit of loss and cannot plan for max_drop; expected fisher, diagonal, kfac or "
+                "hessian, or a budget of max_bytes",
+            )
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             known = ("auto", "cpu", "cuda", "cuda:0", "mps")
             raise _At(

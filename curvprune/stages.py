@@ -35,10 +35,11 @@ from curvprune.apply import Moments, coarse_copy, visit_layers
 from curvprune.certificate import Verdict, certify_accuracy, certify_loss, fixed_sequence, probability_of_certifying
 from curvprune.controls import Control, controls
 from curvprune.curvature.fisher import Change, FisherPass, fisher_pass
+from curvprune.curvature.forms import FORMS, Forms, quadratic_forms
 from curvprune.data import Split, Splits, collate
 from curvprune.knapsack import Choice, Infeasible, Limit, cheapest
 from curvprune.layers import Layer, find_layers
-from curvprune.ledger import Ledger, Row, build_ledger
+from curvprune.ledger import CURVATURES, Ledger, Row, build_ledger
 from curvprune.objective import ItemResults, Objective, evaluate, to_device
 from curvprune.options import Cast, Form, Keep, Option, option_from_key, pruner_of, quantizer_of
 from curvprune.plan import Budget, Measurement, Plan, corrected, search
@@ -61,6 +62,7 @@ class Settings:
 
     seed: int = 0
     labels: int = 2
+    curvature: str = "fisher"  # a key of `curvprune.ledger.CURVATURES`: what prices are taken from
     trials: int = 6
     attempts: int = 2
     batch_size: int = 4
@@ -69,6 +71,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.portable not in (True, False, "engines"):
             raise ValueError(f'Settings: portable={self.portable!r} is unknown; choose True, False or "engines"')
+        if self.curvature not in CURVATURES:
+            raise ValueError(f"Settings: curvature={self.curvature!r} is unknown; expected {', '.join(CURVATURES)}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -104,6 +108,13 @@ class Job:
     def uncompressed(self) -> nn.Module:
         """The model whose loss may rise by the budget."""
         return self.model if self.original is None else self.original
+
+    def __post_init__(self) -> None:
+        if self.settings.curvature == "input" and self.budget is not None and self.budget.max_drop is not None:
+            raise ValueError(
+                'curvature="input" prices the error of layers, in no unit of loss: it cannot plan for max_drop; pass '
+                "max_bytes, or another curvature"
+            )
 
     @property
     def fixed_bytes(self) -> int:
@@ -421,13 +432,34 @@ def price_options(job: Job, candidates: Callable[[str], list[Solved]] | None) ->
             resume=resume,
             after_item=after_item,
         )
+    kind, prices = job.settings.curvature, None
+    if candidates is not None and kind in FORMS:
+        prices = _forms(job, kind, changes)
     job.state.write_json(done_name, {"items": len(items)})
     wait()
     sizes = {n: {o.key: job.layer_bytes(n, o) for o in job.options[n]} for n in job.layers}
     job.analysis = _analysis(measured, job.layers)
     if candidates is not None:
-        ledger = build_ledger(measured, sizes, changed=changed, unit=job.objective.unit)
+        ledger = build_ledger(prices or measured, sizes, changed=changed, unit=job.objective.unit, curvature=kind)
         job.ledger = replace(ledger, work=job.work or work_of(job.layers))
+
+
+def _forms(job: Job, kind: str, changes: Mapping[str, list[Change]]) -> Forms:
+    """The forms of another curvature, or those that an earlier process measured."""
+    name = f"forms-{kind}.json"
+    if not job.state.has(name):
+        forms = quadratic_forms(
+            kind, job.model, job.objective, job.splits.price.items, job.layers, changes, seed=job.settings.seed
+        )
+        sums = {n: s.tolist() for n, s in forms.sums.items()}
+        job.state.write_json(name, {"count": forms.count.tolist(), "sums": sums})
+        wait()
+        return forms
+    record = job.state.read_json(name)
+    return Forms(
+        count=torch.tensor(record["count"], dtype=torch.float64),
+        sums={n: torch.tensor(s, dtype=torch.float64) for n, s in record["sums"].items()},
+    )
 
 
 def _analysis(measured: FisherPass, layers: Mapping[str, Layer]) -> Analysis:

@@ -33,11 +33,11 @@ from curvprune.data import Split, Splits, collate
 from curvprune.knapsack import Choice, cheapest
 from curvprune.layers import Layer, find_layers
 from curvprune.ledger import Ledger, Row
-from curvprune.objective import Batch, Objective, evaluating, sampled_loss, to_device
+from curvprune.objective import Batch, Objective, evaluating, signed_loss, to_device
 from curvprune.solve.structured import Reader, compensate, removal_order
 
 MEASURES = ("macs", "parameters")
-PRICED_BY = "Fisher along the compensated change, labels sampled from the model"
+PRICED_BY = "Fisher along the compensated change"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -488,7 +488,7 @@ def _output_gradients(model: nn.Module, layers: Mapping[str, Layer], take: Any, 
 def _row_costs(
     model: nn.Module, objective: Objective, batches: Any, layers: Mapping[str, Layer], *, seed: int
 ) -> dict[str, Float[Tensor, " out"]]:
-    """Sum over places of the squared gradient of each output, labels sampled from the model, per position of the
+    """Sum over places of the squared gradient of each output, for scores drawn from the model, per position of the
     objective: what an error of variance 1 in that output costs, twice, in nats."""
     device = next(model.parameters()).device
     sums = {n: torch.zeros(layer.shape[0], dtype=torch.float64, device=device) for n, layer in layers.items()}
@@ -502,7 +502,7 @@ def _row_costs(
             batch = to_device(batch, device)
             positions = objective.positions(objective.logits(model, batch), batch)
             generator = torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63)
-            sampled_loss(positions, generator).backward()
+            signed_loss(positions, generator).backward()
             count += len(positions.item)
     if silent := [n for n, s in sums.items() if not bool(s.any())]:
         raise ValueError(f"layer {silent[0]} received no gradient: it is not on the way to the loss; leave it out")
@@ -549,7 +549,7 @@ def _prices(
             for s in range(labels):
                 for value in along.values():
                     value.zero_()
-                sampled_loss(positions, generator).backward(retain_graph=s + 1 < labels)
+                signed_loss(positions, generator).backward(retain_graph=s + 1 < labels)
                 for n in cuts:
                     sums[n][i] += 0.5 * along[n].square() / labels
     itemsize = next(model.parameters()).element_size()

@@ -34,6 +34,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "curvature/products": {"curvature/operators", "objective", "processes"},
     "curvature/layerwise": {"curvature/operators", "curvature/estimators"},
     "curvature/fisher": {"curvature/estimators", "objective", "layers", "processes"},
+    "curvature/forms": {
+        *("curvature/factors", "curvature/fisher", "curvature/operators", "curvature/products", "layers", "objective"),
+    },
     "curvature/factors": {
         *("curvature/operators", "curvature/estimators", "curvature/products", "objective", "layers"),
         "processes",
@@ -47,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"objective"},
     "hf": {"objective", "options"},
     "recipe": {"options", "groups"},
-    "ledger": {"solve", "curvature/estimators", "curvature/fisher", "options", "work"},
+    "ledger": {"solve", "curvature/estimators", "curvature/fisher", "curvature/forms", "options", "work"},
     "work": {"knapsack", "layers", "objective", "options", "plan"},
     "controls": {"layers", "ledger"},
     "packed": {"options", "layers", "solve"},

@@ -286,7 +286,7 @@ def test_the_fisher_of_experts_is_the_enumerated_one():
         exact = layer.as_matrix(fisher.diagonal().reshape(layer.weight.shape))
         torch.testing.assert_close(measured.diagonal[name], exact, rtol=0.2, atol=0.03 * float(exact.max()))
         delta = layer.from_matrix(deltas[name]).flatten()
-        price = ratio_estimate(measured.squares[name][:, 0], measured.count).value
+        price = ratio_estimate(measured.squares(name)[:, 0], measured.count).value
         assert price == pytest.approx(0.5 * float(delta @ fisher @ delta), rel=0.08)
 
 

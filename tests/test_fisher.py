@@ -53,7 +53,7 @@ def test_converges_to_the_exact_fisher_of_a_classifier():
         diagonal = measured.diagonal[name].flatten()
         torch.testing.assert_close(diagonal, fisher.diagonal(), rtol=0.25, atol=0.03 * float(fisher.diagonal().max()))
         for k, delta in enumerate(deltas[name]):
-            price = ratio_estimate(measured.squares[name][:, k], measured.count).value
+            price = ratio_estimate(measured.squares(name)[:, k], measured.count).value
             exact = 0.5 * float(delta.flatten() @ fisher @ delta.flatten())
             assert price == pytest.approx(exact, rel=0.08)
 
@@ -85,7 +85,7 @@ def test_tied_weights_and_padding_of_a_language_model():
         items,
         lambda m, b: m(**b).logits[:, : int(b["attention_mask"].sum()) - 1],
     )
-    price = ratio_estimate(measured.squares["model.embed_tokens"][:, 0], measured.count).value
+    price = ratio_estimate(measured.squares("model.embed_tokens")[:, 0], measured.count).value
     assert price == pytest.approx(0.5 * float(delta.flatten().double() @ fisher @ delta.flatten().double()), rel=0.08)
     assert measured.trace("model.embed_tokens").value == pytest.approx(float(fisher.trace()), rel=0.08)
 
@@ -103,7 +103,7 @@ def test_the_price_predicts_the_kl_divergence_of_a_small_change():
         layers[name].weight.add_(delta)
     after = F.log_softmax(model(x), -1)
     kl = float((before.exp() * (before - after)).sum(1).mean())
-    price = ratio_estimate(measured.squares[name][:, 0], measured.count)
+    price = ratio_estimate(measured.squares(name)[:, 0], measured.count)
     assert price.value == pytest.approx(kl, rel=0.08)
 
 
@@ -126,8 +126,8 @@ def test_the_same_seed_gives_the_same_bits_and_a_resumed_pass_the_same_result():
     for name in layers:
         assert torch.equal(whole.diagonal[name], again.diagonal[name])
         assert torch.equal(whole.diagonal[name], resumed.diagonal[name])
-        assert torch.equal(whole.squares[name], resumed.squares[name])
-        assert not torch.equal(whole.squares[name], other.squares[name])
+        assert torch.equal(whole.squares(name), resumed.squares(name))
+        assert not torch.equal(whole.squares(name), other.squares(name))
 
 
 def test_the_model_comes_back_as_it_was_also_after_an_error():

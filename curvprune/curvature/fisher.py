@@ -1,10 +1,11 @@
 """One pass over the data that yields, for every layer at once, the true Fisher's trace and diagonal and its value along
 any number of given changes.
 
-For item n with T_n positions, draw a label for every position from the model and let ``g`` be the gradient of the
-summed ``−log p(ŷ)`` with respect to a layer's weight. Labels of different positions are independent and their scores
-have mean zero, so ``E[g gᵀ]`` summed over items and divided by the number of positions is exactly the Fisher matrix F
-of the mean loss (cross terms between positions vanish in expectation). Hence, per position and in nats,
+For item n with T_n positions, back-propagate from the logits of every position a random vector with mean zero and the
+covariance of the score, ``diag(p) − p pᵀ`` (`curvprune.objective.signed_loss`: signs instead of sampled labels), and
+let ``g`` be what arrives at a layer's weight. Positions are independent, so ``E[g gᵀ]`` summed over items and divided
+by the number of positions is exactly the Fisher matrix F of the mean loss (cross terms between positions vanish in
+expectation). Hence, per position and in nats,
 
     ½ δᵀ F δ  =  ½ Σ_n E[⟨g_n, δ⟩²] / Σ_n T_n,        tr F = Σ_n E‖g_n‖² / Σ_n T_n,        diag F likewise.
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from curvprune.curvature.estimators import Estimate
 from curvprune.layers import Layer
-from curvprune.objective import Batch, Objective, evaluating, sampled_loss, to_device
+from curvprune.objective import Batch, Objective, evaluating, signed_loss, to_device
 from curvprune.processes import all_sum, my_share, shared, world
 
 
@@ -46,6 +47,11 @@ class Change:
     def dot(self, gradient: Float[Tensor, " n"]) -> Tensor:
         return torch.dot(gradient, self.values.to(gradient.dtype)) * self.scale
 
+    def products(self, gradient: Float[Tensor, " n"]) -> tuple[Tensor, Tensor]:
+        """``⟨g, δ⟩`` and ``Σ (gᵢ δᵢ)²``."""
+        parts = self.values.to(gradient.dtype) * gradient
+        return parts.sum().double() * self.scale, torch.dot(parts, parts).double() * self.scale**2
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FisherPass:
@@ -53,17 +59,25 @@ class FisherPass:
 
     Attributes:
         count: positions of each item.
-        squares: layer → ½ mean over labels of ``⟨g, δ⟩²``, ``(items, changes)``.
+        along: layer → ``⟨g, δ⟩`` of every draw, ``(items, labels, changes)``.
+        diagonals: layer → ½ mean over labels of ``Σ (gᵢ δᵢ)²``, the same with the diagonal of F alone.
         traces: layer → mean over labels of ``‖g‖²``, ``(items,)``.
         diagonal: layer → diagonal of F per position, ``(out, in)``.
-        labels: labels drawn per position.
+        labels: draws per position.
+        slopes: layer → ``⟨∇loss, δ⟩`` on the data's own labels, ``(items, changes)``, where they were asked for.
     """
 
     count: Float[Tensor, " items"]
-    squares: dict[str, Float[Tensor, "items changes"]]
+    along: dict[str, Float[Tensor, "items labels changes"]]
+    diagonals: dict[str, Float[Tensor, "items changes"]]
     traces: dict[str, Float[Tensor, " items"]]
     diagonal: dict[str, Float[Tensor, "out in"]]
     labels: int
+    slopes: dict[str, Float[Tensor, "items changes"]]
+
+    def squares(self, layer: str) -> Float[Tensor, "items changes"]:
+        """½ mean over labels of ``⟨g, δ⟩²``: what each item adds to ½ δᵀFδ."""
+        return 0.5 * self.along[layer].square().mean(1)
 
     def trace(self, layer: str) -> Estimate:
         """tr F of a layer in nats per position."""
@@ -107,6 +121,7 @@ def fisher_pass(
     changes: Mapping[str, Sequence[Change]],
     *,
     labels: int = 2,
+    slopes: bool = False,
     seed: int = 0,
     resume: dict[str, Tensor] | None = None,
     after_item: Callable[[int, dict[str, Tensor]], None] | None = None,
@@ -117,6 +132,7 @@ def fisher_pass(
     Args:
         items: batches of one item.
         changes: layer → changes to price; layers without changes get trace and diagonal only.
+        slopes: also take the first-order term, for one more backward pass an item from the loss on its own labels.
         resume: the totals that ``after_item`` last received, to go on after that item with the same result.
         after_item: called with (items done, totals) after each item, for progress and checkpoints.
 
@@ -132,17 +148,24 @@ def fisher_pass(
     device = next(model.parameters()).device
     totals = resume or _empty_totals(layers, changes, len(items), labels, device)
     totals = {k: v.to(device) for k, v in totals.items()}
-    position = {"item": 0, "label": 0}
+    position = {"item": 0, "label": 0, "slope": 0}
 
     def take(name: str, layer: Layer, parameter: Tensor) -> None:
         assert parameter.grad is not None
         gradient = layer.as_matrix(parameter.grad)
         gradient = gradient if gradient.dtype == torch.float64 else gradient.float()
         i, flat = position["item"], gradient.reshape(-1)
+        if position["slope"]:
+            for k, change in enumerate(changes.get(name, ())):
+                totals[f"slope/{name}"][i, k] = change.dot(flat).double()
+            parameter.grad = None
+            return
         totals[f"trace/{name}"][i] += torch.dot(flat, flat).double() / labels
         totals[f"diagonal/{name}"].addcmul_(gradient, gradient, value=1 / labels)
         for k, change in enumerate(changes.get(name, ())):
-            totals[f"square/{name}"][i, k] += 0.5 * change.dot(flat).double() ** 2 / labels
+            along, squares = change.products(flat)
+            totals[f"along/{name}"][i, position["label"], k] = along
+            totals[f"diagonals/{name}"][i, k] += 0.5 * squares / labels
         parameter.grad = None
 
     with differentiating(model, layers):
@@ -155,13 +178,19 @@ def fisher_pass(
             done = int(totals["done"])
             for i in mine[done:] if done < len(items) else ():
                 position["item"] = i
-                # One generator per item: a resumed pass draws the labels that an uninterrupted one would.
+                # One generator per item: a resumed pass draws the signs that an uninterrupted one would.
                 generator = torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63)
                 batch = to_device(items[i], device)
-                positions = objective.positions(objective.logits(model, batch), batch)
+                logits = objective.logits(model, batch)
+                positions = objective.positions(logits, batch)
                 totals["count"][i] = len(positions.item)
                 for s in range(labels):
-                    sampled_loss(positions, generator).backward(retain_graph=s + 1 < labels)
+                    position["label"] = s
+                    signed_loss(positions, generator).backward(retain_graph=slopes or s + 1 < labels)
+                if slopes:
+                    position["slope"] = 1
+                    objective.loss_of(logits, batch)[0].backward()
+                    position["slope"] = 0
                 _check_finite(totals, layers, i)
                 totals["done"] += 1
                 if after_item is not None:
@@ -182,10 +211,12 @@ def fisher_pass(
     count = totals["count"].cpu()
     return FisherPass(
         count=count,
-        squares={n: totals[f"square/{n}"].cpu() for n in layers},
+        along={n: totals[f"along/{n}"].cpu() for n in layers},
+        diagonals={n: totals[f"diagonals/{n}"].cpu() for n in layers},
         traces={n: totals[f"trace/{n}"].cpu() for n in layers},
         diagonal={n: totals[f"diagonal/{n}"] / float(count.sum()) for n in layers},
         labels=labels,
+        slopes={n: totals[f"slope/{n}"].cpu() for n in layers if slopes},
     )
 
 
@@ -204,7 +235,10 @@ def _empty_totals(
         wide = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
         totals[f"diagonal/{name}"] = torch.zeros(layer.shape, dtype=wide, device=device)
         totals[f"trace/{name}"] = torch.zeros(items, dtype=torch.float64, device=device)
-        totals[f"square/{name}"] = torch.zeros(items, len(changes.get(name, ())), dtype=torch.float64, device=device)
+        width = len(changes.get(name, ()))
+        totals[f"along/{name}"] = torch.zeros(items, labels, width, dtype=torch.float64, device=device)
+        for kind in ("diagonals", "slope"):
+            totals[f"{kind}/{name}"] = torch.zeros(items, width, dtype=torch.float64, device=device)
     return totals
 
 

@@ -917,7 +917,7 @@ def ledger_facts(record: Record) -> str:
     ledger = mapping(record, "ledger")
     return (
         f"Curvature: {word(ledger.get('curvature'))}; {count(ledger.get('num_items'))} items, "
-        f"{count(ledger.get('labels_per_item'))} sampled label(s) per item; prices in {unit_of(record)}."
+        f"{count(ledger.get('labels_per_item'))} draw(s) per item; prices in {unit_of(record)}."
     )
 
 

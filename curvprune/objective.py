@@ -228,14 +228,9 @@ def _pick(logits: Tensor, labels: Tensor | None, keep: Tensor) -> Positions:
     return Positions(logits=logits[keep], labels=None if labels is None else labels[keep], item=item, items=len(logits))
 
 
-def sampled_loss(positions: Positions, generator: torch.Generator) -> Tensor:
-    """``−Σ log p(ŷ)`` with one label ŷ per position sampled from the model itself (the true Fisher's labels, not the
-    data's). The draw uses inverse-CDF sampling on the CPU generator, so it does not depend on the device."""
-    return sampled_losses(positions, generator).sum()
-
-
 def sampled_losses(positions: Positions, generator: torch.Generator) -> Float[Tensor, " n"]:
-    """The terms of `sampled_loss`, one for each position."""
+    """``−log p(ŷ)`` of each position with a label ŷ sampled from the model itself (the true Fisher's labels, not the
+    data's). The draw uses inverse-CDF sampling on the CPU generator, so it does not depend on the device."""
     losses = []
     for logits in positions.logits.split(_CHUNK):
         with torch.no_grad():
@@ -250,7 +245,7 @@ def sampled_losses(positions: Positions, generator: torch.Generator) -> Float[Te
 
 def signed_loss(positions: Positions, generator: torch.Generator) -> Tensor:
     """A scalar whose gradient with respect to the logits is ``v = z∘√p − p (z·√p)`` at each position, with random signs
-    ``z``: like the gradient of `sampled_loss` it has mean zero and covariance ``diag(p) − p pᵀ``, the Hessian of the
+    ``z``: like the gradient of `sampled_losses` it has mean zero and covariance ``diag(p) − p pᵀ``, the Hessian of the
     softmax, so squares of what it back-propagates estimate the true Fisher without bias. Every class takes part in
     every draw, where a label shows a rare class rarely and then with a large gradient: per image of a classifier the
     squares vary four times less. The signs come from the CPU generator, whatever the device."""

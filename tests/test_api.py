@@ -80,7 +80,9 @@ def test_allocated_zeros_go_where_they_cost_least(trained):
         for plan in itertools.product(shares, repeat=3)
         if kept(plan) <= most
     )
-    assert spread.plan.predicted == pytest.approx(best, rel=1e-9)
+    chosen = sum(prices[n, float(key.removeprefix("prune"))] for n, key in spread.plan.choices.items())
+    assert chosen == pytest.approx(best, rel=1e-9)
+    assert spread.plan.predicted == spread.ledger.predict(spread.plan.choices).value  # pairs of layers included
 
 
 @pytest.mark.parametrize(

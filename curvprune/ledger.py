@@ -100,9 +100,11 @@ class Ledger:
         total = self.sums[:, columns].sum(1)
         if self.along is not None and self.kept and len(columns) > 1:
             along = self.along[:, :, columns]
-            pairs = 0.5 * (along.sum(2) ** 2 - (along**2).sum(2)).mean(1)
-            # Damage is never less than none, whatever the pairs say.
-            total = total + max(self.kept * pairs.sum(), -0.9 * total.sum()) * pairs / (pairs.sum() or 1.0)
+            pairs = self.kept * 0.5 * (along.sum(2) ** 2 - (along**2).sum(2)).mean(1)
+            # Prices were shrunk and pairs were not, so together they could fall below zero: pairs save 90 % at most.
+            if pairs.sum() < (least := -0.9 * total.sum()):
+                pairs *= least / pairs.sum()
+            total = total + pairs
         estimate = ratio_estimate(torch.from_numpy(total), torch.from_numpy(self.count))
         model = math.hypot(*(self.rows[i].model_stderr for i in columns))
         return replace(estimate, stderr=math.hypot(estimate.stderr, model))

@@ -258,13 +258,13 @@ def test_a_budget_chooses_among_sparse_and_packed_layers_by_bytes_on_disk(tmp_pa
         cp.PruneQuantize(prune=cp.Prune(pattern="2:4"), quantize=cp.Quantize(bits=4)),
         cp.Quantize(bits=2),
     ]
-    result = cp.compress(model, data, options=options, budget=cp.Budget(max_bytes=36_000), settings=OURS)
+    result = cp.compress(model, data, options=options, budget=cp.Budget(max_bytes=50_000), settings=OURS)
     result.save(tmp_path)
     forms = {e["form"] for e in json.loads((tmp_path / artifact.MANIFEST).read_text())["layers"].values()}
     assert {"sparse", "packed"} <= forms
     on_disk = artifact.tensor_names(tmp_path)
     assert sum(size for _, size in on_disk.values()) == result.plan.bytes
-    assert (tmp_path / artifact.FOREIGN_WEIGHTS).stat().st_size <= 36_000
+    assert (tmp_path / artifact.FOREIGN_WEIGHTS).stat().st_size <= 50_000
     for name, key in result.plan.choices.items():
         mine = sum(size for n, (_, size) in on_disk.items() if n.startswith(f"{name}.weight"))
         assert mine == result.ledger.layer_rows(name)[key].bytes, (name, key)

@@ -277,6 +277,7 @@ def test_an_interrupted_analysis_loses_one_layer(recipe, analysed, tmp_path, mon
     assert (out / "analysis.json").read_text() == (analysed / "analysis.json").read_text()
 
 
+@pytest.mark.slow
 def test_processes_share_an_analysis(recipe, analysed, tmp_path):
     """Two processes under torchrun: the same ledger and the same curvature as one, and `run` goes on from there."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -497,7 +497,7 @@ def tiny() -> dict[str, Any]:
     return record
 
 
-@pytest.mark.parametrize("shift", range(3))
+@pytest.mark.parametrize("shift", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2))])
 def test_wrong_values_render_anywhere(tiny: dict[str, Any], shift: int) -> None:
     for k, path in enumerate(paths(tiny)):
         # Whole sections get every wrong value over the three shifts, the places inside them one each.

@@ -127,6 +127,7 @@ READ = """
 import json, sys, torch
 import curvprune as cp
 from safetensors.torch import load_file, save_file
+torch.set_num_threads(1)  # as here: sums split over threads differ in the last bit
 for folder in json.load(open(sys.argv[1])):
     for packed in (False, True):
         model = cp.load(folder, packed=packed)

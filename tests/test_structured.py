@@ -470,7 +470,7 @@ def test_prices_are_half_the_fisher_along_the_compensated_change():
     widths = {name: structured._widths(cut, asked)}
     plans = structured._solve_widths(net, objective, split, found, widths, asked, seed=0, batch_size=8)
     work = Work(net, objective, split.items[0], found.cuts)
-    ledger = structured._prices(net, objective, split, found.cuts, find_layers(net), plans, work, labels=300, seed=0)
+    ledger = structured._prices(net, objective, split, found.cuts, find_layers(net), plans, work, labels=100, seed=0)
     with torch.no_grad():
         hidden, p = net[:2](x), net(x).softmax(1)
     for width, change in zip(widths[name][1:], plans[name].changes["2"], strict=True):

@@ -513,7 +513,9 @@ def _satterthwaite(weight: NDArray[Any], share: NDArray[Any], spread: NDArray[An
     k0, k1, k2 = float(weight.sum()), float(np.sum(weight * load)), float(np.sum(weight * load**2))
     everywhere = common**2 * k0**2 + 2 * k2 * k0 - 4 * common * k1 * k0 + 2 * k1**2
     diagonal = float(np.sum(weight**2 * (own**2 - (common - 2 * load) ** 2)))
-    return float(np.sum(weight * own)) ** 2 / (everywhere + diagonal)
+    twice = everywhere + diagonal
+    # Sizes so unequal that one cluster is all there is cancel to nothing: one degree of freedom is the least there is.
+    return float(np.sum(weight * own)) ** 2 / twice if twice > 0 else 1.0
 
 
 def _decide(

@@ -22,6 +22,7 @@ import curvprune
 from curvprune import artifact, hf
 from curvprune.layers import Layer, find_layers
 from curvprune.options import Quantize, option_from_key, quantizer_of
+from curvprune.shapes import changes_of
 from curvprune.state import State
 
 BITS = (2, 3, 4, 8)  # GPTQModel packs 5, 6 and 7 bits in planes, which other readers do not know
@@ -51,6 +52,8 @@ def export_gptq(folder: str | Path, out: str | Path) -> Path:
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; export into a new folder")
     model: Any = artifact.load_into(folder, hf.load_foreign(folder))
+    if changes_of(model):
+        raise ValueError(f"{folder}: no config describes its shapes, as GPTQ's readers need; prune with uniform=True")
     layers = find_layers(model)
     blocks = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, nn.ModuleList))
     linear = {n: x for n, x in layers.items() if x.kind == "linear" and not x.aliases and n.startswith(blocks)}

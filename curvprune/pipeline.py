@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import platform
 import resource
@@ -36,7 +37,7 @@ from curvprune.data import Split, Splits
 from curvprune.knapsack import Infeasible, Limit, frontier
 from curvprune.layers import find_layers, left_over
 from curvprune.objective import LabelFree, Objective, evaluate, make_objective, to_device
-from curvprune.options import Keep, Option, option_from_key, quantizer_of
+from curvprune.options import Keep, Option, option_from_key, pruner_of, quantizer_of
 from curvprune.plan import SIZES, Budget
 from curvprune.recipe import Recipe, RecipeError, assign_groups, assign_options, load_recipe, lock_text
 from curvprune.recovery import Training
@@ -330,7 +331,7 @@ def _fit(
     job = Job(
         model=model,
         original=original,
-        objective=_objective(recipe, model, splits),
+        objective=_objective(recipe, model if original is None else original, splits),  # KL is from the original
         layers={n: found[n] for n in found if n in assigned},
         options=assigned,
         same_option=groups.layers,
@@ -376,8 +377,16 @@ _REMOVED = "structured/removed.json"
 def _structured(recipe: Recipe) -> Structured | None:
     if recipe.structured is None:
         return None
+    asked = recipe.structured.model_dump(exclude_none=True)
+    # Layers that read what is left must still fit the patterns and groups that they are offered.
+    options = [option for entry in recipe.compress for option in entry.options]
+    steps = [p.nm[1] for p in map(pruner_of, options) if p is not None and p.nm is not None]
+    if recipe.portable:
+        steps += [q.group_size for q in map(quantizer_of, options) if q is not None and q.group_size is not None]
+    if steps:
+        asked.setdefault("round_to", math.lcm(8, *steps))
     try:
-        return Structured(**recipe.structured.model_dump(exclude_none=True))
+        return Structured(**asked)
     except ValueError as error:
         raise recipe.error(("structured",), str(error)) from error
 
@@ -601,11 +610,11 @@ def _check_budget(recipe: Recipe, job: Job, *, size: bool) -> None:
         raise recipe.error(
             ("budget", "metric"), "accuracy needs one prediction per item; for language models write loss"
         )
-    if not size:
-        return
     try:
         limit_plans(job)
     except Infeasible as error:
+        if not size:  # the smaller model may meet it
+            return
         where = error.constraint if error.constraint in SIZES else "limits"  # the line of the limit, or of the list
         raise recipe.error(("budget", where), str(error)) from error
     except ValueError as error:

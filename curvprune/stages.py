@@ -41,7 +41,7 @@ from curvprune.knapsack import Choice, Infeasible, Limit, cheapest
 from curvprune.layers import Layer, find_layers
 from curvprune.ledger import CURVATURES, Ledger, Row, build_ledger
 from curvprune.objective import ItemResults, Objective, evaluate, to_device
-from curvprune.options import Cast, Form, Keep, Option, option_from_key, pruner_of, quantizer_of
+from curvprune.options import Cast, Form, Keep, Option, Prune, kept_weights, option_from_key, pruner_of, quantizer_of
 from curvprune.plan import Budget, Measurement, Plan, corrected, search
 from curvprune.processes import rank, shared, wait, world
 from curvprune.recovery import Diverged, Training, recover_, restore_, trained_tensors
@@ -345,7 +345,7 @@ def _sweep(
     solves its share of the layers. Returns a reader of the results."""
     sequential = original is not None
     names = {n: f"{folder}/{i:04d}" for i, n in enumerate(layers)}
-    mine = list(layers)[rank() :: world()]
+    mine = list(layers) if sequential else list(layers)[rank() :: world()]
     todo = {n for n in mine if options[n] and not job.state.has(f"{names[n]}.json")}
     own_state = replace(job.state, writes=True)
 
@@ -370,7 +370,8 @@ def _sweep(
         elif sequential:
             for layer in layers.values():
                 visit(layer, lambda: None)
-    wait()
+    if not sequential:
+        wait()
     return lambda name: _read_solved(job.state, names[name], layers[name])
 
 
@@ -585,7 +586,7 @@ class _Bench:
             "measured_stderr": _finite(of_loss.stderr),
             "metric_drop": verdict.drop,
             "metric_stderr": verdict.stderr,
-            "metric_bound": verdict.bound,
+            "metric_bound": _finite(verdict.bound),
             "chance": chance,
             "accepted": None if chance is None else chance >= ACCEPTABLE,
             "uses": job.uses(choices),
@@ -639,7 +640,7 @@ def _select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[
             def measured(choices: dict[str, str]) -> Measurement:
                 trial = bench.measure(f"plan {len(bench.trials) + 1}", "plan", choices)
                 advance(1 + len(bench.trials))
-                reach = trial["metric_bound"] - trial["metric_drop"]
+                reach = _reach(trial)
                 return Measurement(
                     accepted=trial["accepted"],
                     drop=trial["metric_drop"] - spent,
@@ -726,14 +727,19 @@ def _best_measured(job: Job, bench: _Bench, plan: dict[str, Any]) -> dict[str, A
 def spread_zeros(job: Job, sparsity: float) -> dict[str, str]:
     """The cheapest plan by the ledger with a share of ``sparsity`` of all weights of the layers pruned."""
     assert job.ledger is not None
+
+    def left(prune: Prune, layer: Layer) -> int:
+        return kept_weights(prune, layer.shape, groups=layer.groups)
+
     kept = {
-        (n, o.key): float(layer.numel - round(prune.sparsity * layer.numel))
+        (n, o.key): float(left(prune, layer))
         for n, layer in job.layers.items()
         for o in job.options[n]
         if (prune := pruner_of(o)) is not None and prune.sparsity is not None
     }
     total = sum(layer.numel for layer in job.layers.values())
-    limit = Limit(name="weights kept", most=total - round(sparsity * total), use=kept)
+    alike = sum(left(Prune(sparsity=sparsity), layer) for layer in job.layers.values())  # each rounded by itself
+    limit = Limit(name="weights kept", most=max(total - round(sparsity * total), alike), use=kept)
     return cheapest(job.ledger.rows, limits=[limit], same_option=job.same_option)
 
 
@@ -862,9 +868,14 @@ def _room(job: Job, record: Mapping[str, Any]) -> float:
     """By how much a bolder plan's predicted loss may exceed that of an applied one: half of the way (in logarithms) to
     where its chance falls to `ACCEPTABLE` if measured and predicted loss grow together."""
     drop = record["metric_drop"]
-    allowed = _allowed(job, drop, record["metric_stderr"], record["metric_bound"] - drop)
+    allowed = _allowed(job, drop, record["metric_stderr"], _reach(record))
     # Half of the way on a logarithmic scale: that the applied plan measured well is partly luck.
     return min(2.0, allowed / drop) ** 0.5 if drop > 0 else 2.0**0.5
+
+
+def _reach(record: Mapping[str, Any]) -> float:
+    bound = record["metric_bound"]
+    return math.inf if bound is None else bound - record["metric_drop"]
 
 
 def _allowed(job: Job, low: float, stderr: float, reach: float) -> float:

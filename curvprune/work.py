@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from curvprune.knapsack import Limit, Row
 from curvprune.layers import Layer
 from curvprune.objective import Batch, Objective, evaluating, to_device
-from curvprune.options import DTYPE_BYTES, Cast, Option, option_from_key, pruner_of, quantizer_of
+from curvprune.options import DTYPE_BYTES, Cast, Option, PruneCast, option_from_key, pruner_of, quantizer_of
 from curvprune.plan import Budget
 
 SKIPPED = {"2:4": 0.5}  # pattern of zeros -> share of the multiply-adds that sparse tensor cores are left with
@@ -136,5 +136,6 @@ def bit_operations(work: Work, option: Option) -> float:
     """Multiply-adds x bits of the weight x bits of the activations, which stay in the model's own type (van Baalen et
     al. 2020, Bayesian Bits, where activations may be rounded too)."""
     grid = quantizer_of(option)
-    bits = grid.bits if grid is not None else 16 if isinstance(option, Cast) else work.bits
+    cast = option.cast if isinstance(option, PruneCast) else option
+    bits = grid.bits if grid is not None else 16 if isinstance(cast, Cast) else work.bits
     return _macs(work, option) * bits * work.bits

@@ -85,6 +85,24 @@ def test_allocated_zeros_go_where_they_cost_least(trained):
     assert spread.plan.predicted == spread.ledger.predict(spread.plan.choices).value  # pairs of layers included
 
 
+def test_a_share_at_the_end_of_the_range_can_be_spread():
+    """Each layer rounds its own zeros: the share itself, everywhere, is always allowed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[m for _ in range(4) for m in (nn.Linear(9, 8), nn.Linear(8, 9))][:7])
+    data = [(torch.randn(40, 9), torch.randint(0, 8, (40,)))]
+    found = cp.prune(model, data, sparsity=0.95, allocate=True)
+    assert all(key.startswith("prune") for key in found.plan.choices.values())
+
+
+def test_a_program_with_several_processes_solves_whole_models_in_each(trained, monkeypatch):
+    model, data = trained
+    alone = cp.quantize(model, batches(data), bits=4).model.state_dict()
+    monkeypatch.setattr(cp.stages, "rank", lambda: 0)
+    monkeypatch.setattr(cp.stages, "world", lambda: 2)
+    for name, weight in cp.quantize(model, batches(data), bits=4).model.state_dict().items():
+        assert torch.equal(weight, alone[name])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

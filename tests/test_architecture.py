@@ -64,7 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
 }
 MAY_IMPORT["stages"] = {*MAY_IMPORT} - {"hf", "lmeval", "recipe", "report", "structured"}
-MAY_IMPORT["gptq"] = {"artifact", "hf", "layers", "options", "state"}
+MAY_IMPORT["gptq"] = {"artifact", "hf", "layers", "options", "shapes", "state"}
 MAY_IMPORT["pipeline"] = {*MAY_IMPORT}
 MAY_IMPORT["api"] = {*MAY_IMPORT}
 MAY_IMPORT["cli"] = {"gptq", "pipeline", "recipe"}

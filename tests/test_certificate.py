@@ -681,3 +681,11 @@ def test_bad_values(arguments: dict, message: str) -> None:
         certify_values([0.7, 0.2], [0.1, 0.3], **{"max_drop": 0.1, **arguments})
     with pytest.raises(ValueError, match="no items"):
         certify_values([], [], max_drop=0.1, bounds=(0, 1))
+
+
+@pytest.mark.parametrize("count", [[1, 1e4], [1, 1, 1e6], [1.0] * 20 + [1e6]])
+def test_one_item_among_much_smaller_ones_decides_nothing(count: list[float]) -> None:
+    verdict = loss_verdict(0.05 * np.array(count), np.array(count), max_drop=0.1)
+    assert verdict.drop == pytest.approx(0.05) and not math.isnan(verdict.bound)
+    other = np.array(count) * np.random.default_rng(0).normal(0.05, 0.1, len(count))
+    assert not math.isnan(loss_verdict(other, np.array(count), max_drop=0.1).bound)

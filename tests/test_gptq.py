@@ -134,6 +134,14 @@ def ragged(folder):
     cp.quantize(llama(), DATA, bits=4, group_size=48, settings=cp.Settings(portable=False)).save(folder)
 
 
+def other_shapes(folder):
+    """Layers of two widths in one model, as structured pruning leaves them."""
+    pytest.importorskip("torch_pruning")
+    model = cp.prune(tiny.llama(), DATA, structured=cp.Structured(share=0.15, kinds=("mlp",), round_to=8)).model
+    assert len({m.mlp.up_proj.out_features for m in model.model.layers}) == 2
+    cp.quantize(model, DATA, bits=4).save(folder)
+
+
 def foreign(folder):
     model = torch.nn.Sequential(torch.nn.Linear(32, 32))
     data = [(torch.randn(8, 32), torch.zeros(8, dtype=torch.long))]
@@ -149,6 +157,7 @@ def foreign(folder):
         (five_bits, "2, 3, 4 or 8 bits, not 5; nearest: 4"),
         (odd_shape, r"k_proj: GPTQ's layout at 3 bits needs .* multiples of 32; it is 16 x 32"),
         (ragged, r"q_proj: .*whole groups of 48 inputs; it is 64 x 64"),
+        (other_shapes, "no config describes its shapes"),
         (foreign, "not an artifact of a transformers model"),
     ],
 )

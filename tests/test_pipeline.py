@@ -466,13 +466,30 @@ def test_shapes_that_no_config_describes_are_stored_for_our_loader(recipe, tmp_p
     assert after <= 0.85 * before and sum(p.numel() for p in model.parameters()) == after
 
 
+def test_without_labels_the_divergence_is_from_the_original(recipe, tmp_path):
+    pytest.importorskip("torch_pruning")
+    path = with_structured(recipe, tmp_path, "{share: {mlp: 0.34}, uniform: true, round_to: 16}")
+    path.write_text(path.read_text() + "objective: label-free\n")
+    verdict = pipeline.run(path, tmp_path / "out", progress=False).record["verdict"]
+    assert verdict["baseline"] == pytest.approx(0, abs=1e-6) and verdict["drop"] > 1e-3
+
+
+def test_units_are_removed_in_steps_that_the_offered_patterns_and_groups_fit(recipe):
+    text = recipe.read_text()
+    assert "group_size: 16" in text
+    loaded = pipeline.load_recipe(recipe)
+    section = type(loaded).model_fields["structured"].annotation.__args__[0]
+    asked = pipeline._structured(loaded.model_copy(update={"structured": section(share=0.2)}))
+    assert asked.round_to == 16
+
+
 def test_check_lists_what_can_be_removed(recipe, tmp_path):
     pytest.importorskip("torch_pruning")
     path = with_structured(recipe, tmp_path, "{share: 0.2, kinds: [mlp]}")
     result = CliRunner().invoke(app, ["check", str(path)])
     assert result.exit_code == 0, result.output
     output = " ".join(result.output.split())
-    assert "units that can be removed first, mlp: 2 × 48 to 5 units" in output and "remove units" in output
+    assert "units that can be removed first, mlp: 2 × 48 to 16 units" in output and "remove units" in output
 
 
 @pytest.mark.parametrize(

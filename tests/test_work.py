@@ -96,7 +96,7 @@ def test_zeros_lower_the_work_only_where_hardware_skips_them():
 
 def test_the_limits_of_a_budget_in_closed_form():
     work = {"a": Work(weights=10, bits=32, macs=100.0), "b": Work(weights=30, bits=16, macs=7.0)}
-    keys = ("keep", "float16", "int4-g64-sym", "prune2:4+int3-pc-sym", "prune0.5")
+    keys = ("keep", "float16", "int4-g64-sym", "prune2:4+int3-pc-sym", "prune0.5", "prune2:4+float16")
     rows = [
         Choice(layer=layer, option=key, bytes=number + 3, price=0.0)
         for layer in work
@@ -108,6 +108,7 @@ def test_the_limits_of_a_budget_in_closed_form():
     assert [limit.name for limit in (bits, macs, bops, last)] == ["max_bits", "max_macs", "max_bops", "ms"]
     assert bits.used(plan) == 8 * (4 + 5) / 40
     assert macs.used(plan) == 107 and bops.used(plan) == 100 * 16 * 32 + 7 * 4 * 16
+    assert bops.used({"a": "prune2:4+float16", "b": "keep"}) == 50 * 16 * 32 + 7 * 16 * 16
     plan = {"a": "prune2:4+int3-pc-sym", "b": "keep"}
     assert macs.used(plan) == 57 and bops.used(plan) == 50 * 3 * 32 + 7 * 16 * 16
     assert macs.used({"a": "prune0.5", "b": "prune0.5"}) == 107 and last.used(plan) == 2

@@ -722,7 +722,17 @@ def trials_table(record: Record) -> Table:
         Column("kind", "plan: from the integer program; control: for comparison; applied: the packed model itself"),
         Column("bytes", "weights on disk", "n"),
         Column(f"predicted {PLUS_MINUS} se", "loss increase from the ledger", "n"),
-        *([Column("expected", "predicted, as the trials before had corrected the prices", "n")] if corrected else []),
+        *(
+            [
+                Column(
+                    "expected",
+                    "sum of the prices, corrected by earlier trials; without pairs",
+                    "n",
+                )
+            ]
+            if corrected
+            else []
+        ),
         Column(f"measured {PLUS_MINUS} se", "loss increase on the select split, paired", "n"),
         Column(f"difference {PLUS_MINUS} se", "measured minus predicted; errors in quadrature (different splits)", "n"),
         Column("z", "difference divided by its standard error", "n"),

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from curvprune.curvature.estimators import trace as trace
     from curvprune.data import Split as Split
     from curvprune.data import Splits as Splits
-    from curvprune.gptq import export_gptq as export_gptq
+    from curvprune.export import export_dense as export_dense
+    from curvprune.export import export_gptq as export_gptq
     from curvprune.knapsack import Limit as Limit
     from curvprune.ledger import Ledger as Ledger
     from curvprune.lmeval import certify_lm_eval as certify_lm_eval
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from curvprune.options import PruneCast as PruneCast
     from curvprune.options import PruneQuantize as PruneQuantize
     from curvprune.options import Quantize as Quantize
-    from curvprune.pipeline import export_dense as export_dense
     from curvprune.plan import Budget as Budget
     from curvprune.plan import Plan as Plan
     from curvprune.recovery import Recovery as Recovery
@@ -64,13 +64,12 @@ _HOME = {
     "curvature.estimators": ("density", "diagonal", "eigenpairs", "trace"),
     "certificate": ("Verdict", "certify_values"),
     "data": ("Split", "Splits"),
-    "gptq": ("export_gptq",),
+    "export": ("export_dense", "export_gptq"),
     "knapsack": ("Limit",),
     "ledger": ("Ledger",),
     "lmeval": ("certify_lm_eval",),
     "objective": ("CausalLM", "Classification", "LabelFree", "Metric", "Objective"),
     "options": ("Cast", "Keep", "Prune", "PruneCast", "PruneQuantize", "Quantize"),
-    "pipeline": ("export_dense",),
     "plan": ("Budget", "Plan"),
     "recovery": ("Recovery",),
     "stages": ("Settings",),

@@ -20,7 +20,8 @@ from rich.markdown import Markdown
 from rich.markup import escape
 from rich.table import Table
 
-from curvprune import gptq, pipeline
+from curvprune import export as exports
+from curvprune import pipeline
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -141,7 +142,7 @@ def export(
     """Write a saved model once more: as a GPTQ checkpoint (one grid of 2, 3, 4 or 8 bits for all Linear layers), or
     dense, for every tool that reads the uncompressed one."""
     try:
-        (gptq.export_gptq if format is ExportFormat.gptq else pipeline.export_dense)(folder, out)
+        (exports.export_gptq if format is ExportFormat.gptq else exports.export_dense)(folder, out)
     except BAD_INPUT as error:
         raise _bad_input(error) from error
     Console().print(str(out), highlight=False)

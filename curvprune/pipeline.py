@@ -481,35 +481,6 @@ def load_artifact(folder: Path, *, packed: bool = False, device: str | torch.dev
     return artifact.load_into(folder, hf.load_foreign(folder), packed=packed).to(device).eval()
 
 
-def export_dense(folder: str | Path, out: str | Path) -> Path:
-    """Write a saved artifact of a transformers model once more as an ordinary model: every weight a float of the
-    model's own type, zeros included, for ``from_pretrained`` and converters (GGUF, ONNX).
-
-    Args:
-        folder: what ``Result.save`` or a run (``model/``) wrote, portable or not.
-        out: a new or empty folder.
-
-    Returns:
-        ``out``.
-
-    Raises:
-        ValueError: not an artifact of a transformers model; shapes that no config describes.
-    """
-    folder, out = Path(folder), Path(out)
-    if not (folder / artifact.MANIFEST).is_file() or not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not an artifact of a transformers model: it lacks a manifest or a config")
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; export into a new folder")
-    model: Any = load_artifact(folder)
-    if changes_of(model):
-        raise ValueError(
-            f"{folder}: no config describes its shapes, so that from_pretrained cannot read it; prune with uniform=True"
-        )
-    model.save_pretrained(out)
-    artifact.copy_companions(folder, out)
-    return out
-
-
 def _device(recipe: Recipe) -> torch.device:
     name = recipe.device
     if name == "auto":

@@ -64,10 +64,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
 }
 MAY_IMPORT["stages"] = {*MAY_IMPORT} - {"hf", "lmeval", "recipe", "report", "structured"}
-MAY_IMPORT["gptq"] = {"artifact", "hf", "layers", "options", "shapes", "state"}
+MAY_IMPORT["export"] = {"artifact", "hf", "layers", "options", "shapes", "state"}
 MAY_IMPORT["pipeline"] = {*MAY_IMPORT}
 MAY_IMPORT["api"] = {*MAY_IMPORT}
-MAY_IMPORT["cli"] = {"gptq", "pipeline", "recipe"}
+MAY_IMPORT["cli"] = {"export", "pipeline", "recipe"}
 MAY_IMPORT["__init__"] = {*MAY_IMPORT} - {"cli"}
 MAY_IMPORT["__main__"] = {"cli"}
 

@@ -1,10 +1,10 @@
-"""Export an artifact in the layout of GPTQ checkpoints (``checkpoint_format: gptq_v2``), which GPTQModel and serving
-engines read; docs/formats.md says what was tried.
+"""Write an artifact once more, for other tools: as an ordinary model, or in the layout of GPTQ checkpoints.
 
-Of every Linear layer in the model's blocks it holds ``qweight (in * bits / 32, out)``, unsigned codes packed without
-gaps into int32 words along the inputs; ``scales (groups, out)`` in float16; ``qzeros (groups, out * bits / 32)``,
-unsigned zero points packed along the outputs (version 1 stored them less one); ``g_idx (in,)``, the group of each
-input. A weight is ``(code - zero) * scale``. There is one grid for all of them.
+The latter (``checkpoint_format: gptq_v2``) is what GPTQModel and serving engines read; docs/formats.md says what was
+tried. Of every Linear layer in the model's blocks it holds ``qweight (in * bits / 32, out)``, unsigned codes packed
+without gaps into int32 words along the inputs; ``scales (groups, out)`` in float16; ``qzeros (groups, out * bits /
+32)``, unsigned zero points packed along the outputs (version 1 stored them less one); ``g_idx (in,)``, the group of
+each input. A weight is ``(code - zero) * scale``. There is one grid for all of them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,26 @@ from curvprune.state import State
 BITS = (2, 3, 4, 8)  # GPTQModel packs 5, 6 and 7 bits in planes, which other readers do not know
 
 
+def export_dense(folder: str | Path, out: str | Path) -> Path:
+    """Write a saved artifact of a transformers model once more as an ordinary model: every weight a float of the
+    model's own type, zeros included, for ``from_pretrained`` and converters (GGUF, ONNX).
+
+    Args:
+        folder: what ``Result.save`` or a run (``model/``) wrote, portable or not.
+        out: a new or empty folder.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: not an artifact of a transformers model; shapes that no config describes.
+    """
+    folder, out = Path(folder), Path(out)
+    _opened(folder, out).save_pretrained(out)
+    artifact.copy_companions(folder, out)
+    return out
+
+
 def export_gptq(folder: str | Path, out: str | Path) -> Path:
     """Write a saved artifact of a transformers model once more, as a GPTQ checkpoint.
 
@@ -43,17 +63,11 @@ def export_gptq(folder: str | Path, out: str | Path) -> Path:
         ``out``.
 
     Raises:
-        ValueError: not an artifact of a transformers model; layers whose grids differ, by name; a width or a shape that
-            the layout does not have.
+        ValueError: not an artifact of a transformers model; shapes that no config describes; layers whose grids differ,
+            by name; a width or a shape that the layout does not have.
     """
     folder, out = Path(folder), Path(out)
-    if not (folder / artifact.MANIFEST).is_file() or not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not an artifact of a transformers model: it lacks a manifest or a config")
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; export into a new folder")
-    model: Any = artifact.load_into(folder, hf.load_foreign(folder))
-    if changes_of(model):
-        raise ValueError(f"{folder}: no config describes its shapes, as GPTQ's readers need; prune with uniform=True")
+    model = _opened(folder, out)
     layers = find_layers(model)
     blocks = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, nn.ModuleList))
     linear = {n: x for n, x in layers.items() if x.kind == "linear" and not x.aliases and n.startswith(blocks)}
@@ -72,6 +86,18 @@ def export_gptq(folder: str | Path, out: str | Path) -> Path:
     State(out).write_json("quantize_config.json", settings)
     artifact.copy_companions(folder, out)
     return out
+
+
+def _opened(folder: Path, out: Path) -> Any:
+    """The artifact's model with all weights dense, if it and ``out`` are such that it can be exported."""
+    if not (folder / artifact.MANIFEST).is_file() or not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not an artifact of a transformers model: it lacks a manifest or a config")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; export into a new folder")
+    model = artifact.load_into(folder, hf.load_foreign(folder))
+    if changes_of(model):
+        raise ValueError(f"{folder}: no config describes its shapes, as other readers need; prune with uniform=True")
+    return model
 
 
 def _one_grid(folder: Path, linear: dict[str, Layer]) -> Quantize:

@@ -271,11 +271,8 @@ def smollm2() -> None:
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        quantization.prepare(folder, 1)
-        parts = json.loads((folder / "tokens.json").read_text())
-        model = AutoModelForCausalLM.from_pretrained(folder / "dense").eval()
+        model, data, parts = quantization.prepared(folder)
         dense = quantization.perplexity(model, parts["certify"])
-        data = [{"input_ids": torch.tensor([ids])} for ids in parts["calibrate0"]]
         start = time.perf_counter()
         result = cp.prune(model, data, structured={"mlp": 0.25}, uniform=True)
         seconds = time.perf_counter() - start
@@ -321,14 +318,10 @@ def read_back(folder: Path) -> None:
 
 
 def storage() -> None:
-    from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        quantization.prepare(folder, 1)
-        parts = json.loads((folder / "tokens.json").read_text())
-        model = AutoModelForCausalLM.from_pretrained(folder / "dense").eval()
-        data = [{"input_ids": torch.tensor([ids])} for ids in parts["calibrate0"]]
+        model, data, parts = quantization.prepared(folder)
         inside, how = "model.layers.*", {"settings": cp.Settings(portable=False), "inplace": True}
         layers = 2 * sum(layer.numel for layer in find_layers(model, inside).values())
         whole = 2 * sum(p.numel() for p in model.parameters())

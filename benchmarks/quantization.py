@@ -88,6 +88,17 @@ def prepare(folder: Path, draws: int) -> None:
     (folder / "tokens.json").write_text(json.dumps(parts))
 
 
+def prepared(folder: Path) -> tuple[Any, list[dict[str, Any]], dict[str, list[list[int]]]]:
+    """The model, the first calibration draw as batches, and all sequences, for other scripts."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    prepare(folder, 1)
+    parts = json.loads((folder / "tokens.json").read_text())
+    data = [{"input_ids": torch.tensor([ids])} for ids in parts["calibrate0"]]
+    return AutoModelForCausalLM.from_pretrained(folder / "dense").eval(), data, parts
+
+
 def chunks(tokens: list[int]) -> list[list[int]]:
     return [tokens[i : i + LENGTH] for i in range(0, len(tokens) - LENGTH + 1, LENGTH)]
 

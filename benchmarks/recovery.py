@@ -16,7 +16,6 @@ CPU seconds are those of the recovery on one thread, its measurements on the sel
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -99,15 +98,11 @@ def plays() -> tuple[list[dict], list[dict]]:
 
 
 def smollm2(setting: str) -> None:
-    from transformers import AutoModelForCausalLM
 
     steps = int(os.environ.get("LM_STEPS", "24"))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        quantization.prepare(folder, 1)
-        parts = json.loads((folder / "tokens.json").read_text())
-        model = AutoModelForCausalLM.from_pretrained(folder / "dense").eval()
-        data = [{"input_ids": torch.tensor([ids])} for ids in parts["calibrate0"]]
+        model, data, parts = quantization.prepared(folder)
         inside = "model.layers.*"
         if setting == "pruned":
             result = cp.prune(model, data, sparsity=0.5, layers=inside)

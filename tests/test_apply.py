@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from curvprune.apply import visit_layers
+from curvprune.apply import coarse_copy, visit_layers
 from curvprune.layers import find_layers
 from curvprune.objective import CausalLM, Classification
 
@@ -259,3 +259,21 @@ def test_a_model_without_bfloat16_runs_beside_in_its_own_type_and_other_failures
     reference.always = True
     with pytest.raises(RuntimeError, match="uncompressed model failed before layer second: not implemented"):
         visit_layers(model, Classification(), batch, layers, visit, reference=(reference, find_layers(reference)))
+
+
+def test_the_copy_beside_a_model_that_is_overwritten_holds_its_own_weights_and_shares_the_rest():
+    model = llama()  # its embedding is tied: looked up as well as multiplied
+    kept = {n: p.detach().clone() for n, p in model.named_parameters()}
+    layers = find_layers(model, ["model.embed_tokens", "*.q_proj", "*.down_proj"])
+    original = coarse_copy(model, layers)
+    for layer in layers.values():
+        layer.write_(torch.zeros(layer.shape))
+    for name, weight in original.named_parameters():
+        own = name.removesuffix(".weight") in layers
+        assert own or weight is model.get_parameter(name)
+        multiplied = own and name != "model.embed_tokens.weight"
+        assert weight.dtype == (torch.bfloat16 if multiplied else torch.float32)
+        assert torch.equal(weight, kept[name].to(weight.dtype))
+    assert original.lm_head.weight is original.model.embed_tokens.weight
+    wide = coarse_copy(model.double(), find_layers(model, "*.q_proj"))
+    assert {p.dtype for p in wide.parameters()} == {torch.float64}

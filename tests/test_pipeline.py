@@ -426,7 +426,14 @@ def test_units_are_removed_first_and_the_verdict_is_against_the_original(smaller
     ]
     count = float(evaluate(theirs, job.splits.certify.batches(4), job.objective).count.sum())
     assert record["verdict"]["drop"] == pytest.approx((losses[1] - losses[0]) / count, abs=1e-5)
-    assert any("the removed units alone cost" in note for note in record["notes"])
+    # What the units alone cost on select, and that a trial counts it too.
+    smaller_model, select = cp.load(folder / "state" / "structured" / "model"), job.splits.select.batches
+    first, second = (evaluate(m, select(4), job.objective) for m in (job.model, smaller_model))
+    alone = float((second.loss.sum() - first.loss.sum()) / first.count.sum())
+    (note,) = (note for note in record["notes"] if "the removed units alone cost" in note)
+    assert float(note.split("alone cost ")[1].split(" ")[0]) == pytest.approx(alone, rel=1e-3)
+    for trial in record["trials"]:
+        assert trial["metric_drop"] == pytest.approx(trial["measured"] + alone, abs=1e-6)
     assert any("units of 2 cuts were removed first" in note for note in record["notes"])
     # Prices are of the smaller model, and so are bytes.
     plan = json.loads((folder / "plan.json").read_text())

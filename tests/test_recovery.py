@@ -97,6 +97,15 @@ def test_codes_and_zero_points_stay_and_the_weights_are_those_of_the_stored_grid
         assert torch.equal(p, weights[n]), "the result that was recovered is left as it is"
 
 
+def test_a_scale_that_training_drives_below_zero_is_stored_as_the_smallest_there_is(net):
+    result = cp.quantize(net, images(), bits=4, layers="fc")
+    (part,) = (p for p in recovery._parts(result.model, result.solved) if p.parameter is result.model.fc.weight)
+    part.masters[0].fill_(-1.0)
+    part.write_()
+    scale, _ = part.stored()
+    assert bool((scale > 0).all()) and bool(result.model.fc.weight.isfinite().all())
+
+
 def test_a_half_precision_model_moves_by_less_than_its_steps_and_is_stored_as_it_is(tmp_path):
     """Steps far below bfloat16's resolution add up in the wide copies; what is measured is rounded."""
     model = tiny.llama().bfloat16()

@@ -142,15 +142,16 @@ def test_compensation_is_between_the_optimum_and_rounding() -> None:
     assert reached < 0.9 * rounded
 
 
+@pytest.mark.parametrize("width", [1, 40, 301])  # the last is inverted by halves, of odd size
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_factor_inverts(dtype: torch.dtype) -> None:
-    A = second_moment(40, dtype=dtype)
+def test_factor_inverts(dtype: torch.dtype, width: int) -> None:
+    A = second_moment(width, dtype=dtype)
     f = factor(A, column_order(A.diagonal()), layer="x", damping=DAMPING)
     H = damped(A.double())[f.order][:, f.order]
     assert torch.equal(f.U, f.U.triu())
     torch.testing.assert_close(
         f.U.double().T @ f.U.double() @ H,
-        torch.eye(40, dtype=torch.float64),
+        torch.eye(width, dtype=torch.float64),
         rtol=0,
         atol=1e-10 if dtype == torch.float64 else 1e-3,
     )

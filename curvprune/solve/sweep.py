@@ -37,8 +37,25 @@ class Factor:
 
         ``H = R R^T`` with ``R`` upper is the Cholesky factor of ``H`` with rows and columns reversed; ``U = R^-1``.
         """
-        eye = torch.eye(len(self.L), dtype=self.L.dtype, device=self.L.device)
-        return torch.linalg.solve_triangular(self.L, eye, upper=False).flip(0, 1).contiguous()
+        return _inverse(self.L).flip(0, 1).contiguous()
+
+
+def coarse_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a b``; on the CPU from bfloat16 factors, twice as fast: for what only tells where to move."""
+    if a.device.type == "cpu" and a.dtype == torch.float32:
+        return (a.bfloat16() @ b.bfloat16()).to(a.dtype)
+    return a @ b
+
+
+def _inverse(L: Tensor) -> Tensor:
+    """Inverse of a lower triangular matrix, by halves: a solve with the identity takes twice as long."""
+    half = len(L) // 2
+    if len(L) <= BLOCK:
+        return torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False)
+    inverse = torch.zeros_like(L)
+    inverse[:half, :half], inverse[half:, half:] = _inverse(L[:half, :half]), _inverse(L[half:, half:])
+    inverse[half:, :half] = -inverse[half:, half:] @ (L[half:, :half] @ inverse[:half, :half])
+    return inverse
 
 
 def column_order(diagonal: Tensor) -> Tensor:

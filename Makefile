@@ -7,7 +7,7 @@ quickstart: bootstrap
 
 # make test ARGS="-m slow tests/test_resume.py"
 test: bootstrap
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 lint: bootstrap
 	.venv/bin/ruff check

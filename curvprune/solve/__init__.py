@@ -14,7 +14,7 @@ from torch import Tensor
 from curvprune.options import Cast, Keep, Option, Prune, check_fits, pruner_of, quantizer_of, stored_dtype
 from curvprune.solve import support
 from curvprune.solve.grids import code_range, dequantize, quantize_to_grid, scale_dtype, search_grid, spread
-from curvprune.solve.sweep import Factor, Rows, coarse_product, column_order, damped, factor, sweep_columns
+from curvprune.solve.sweep import Factor, Rows, column_order, damped, factor, sweep_columns
 
 __all__ = ["Solved", "dequantize", "quantize_to_grid", "search_grid", "solve"]
 
@@ -127,7 +127,7 @@ def solve(
             results = [_uncompensated(W, Wt, option) for option in chosen]
         else:
             f = factor(H, column_order(H.diagonal()), layer=layer, damping=damping)
-            target = Wt if drift is None else Wt + _moved(H, drift.to(Wt).T, Wt, f.damping)
+            target = Wt if drift is None else Wt + _moved(H, drift.to(Wt).T @ Wt, f.damping)
             results = _compensated(W, target, chosen, H, f)
         for one in results:
             _check_range(one, layer, str(W.dtype).removeprefix("torch."))
@@ -135,12 +135,10 @@ def solve(
     return [solved[i] for i in range(len(options))]
 
 
-def _moved(H: Tensor, drift: Tensor, Wt: Tensor, damping: float) -> Tensor:
+def _moved(H: Tensor, gradient: Tensor, damping: float) -> Tensor:
     # From all inputs: half of 16 x 512 tokens save a fifth of the time and cost 1.5 of perplexity at 3 bits.
     L = torch.linalg.cholesky(damped(H, max(damping, RIDGE)))
-    if Wt.shape[0] < Wt.shape[1]:  # fewer inputs than outputs to solve for
-        return coarse_product(torch.cholesky_solve(drift, L), Wt).mul_(DRIFT)
-    return torch.cholesky_solve(drift @ Wt, L).mul_(DRIFT)
+    return torch.cholesky_solve(gradient, L).mul_(DRIFT)
 
 
 def _compensated(W: Tensor, target: Tensor, batch: Sequence[Option], H: Tensor, f: Factor) -> list[Solved]:

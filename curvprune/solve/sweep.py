@@ -40,13 +40,6 @@ class Factor:
         return _inverse(self.L).flip(0, 1).contiguous()
 
 
-def coarse_product(a: Tensor, b: Tensor) -> Tensor:
-    """``a b``; on the CPU from bfloat16 factors, twice as fast: for what only tells where to move."""
-    if a.device.type == "cpu" and a.dtype == torch.float32:
-        return (a.bfloat16() @ b.bfloat16()).to(a.dtype)
-    return a @ b
-
-
 def _inverse(L: Tensor) -> Tensor:
     """Inverse of a lower triangular matrix, by halves: a solve with the identity takes twice as long."""
     half = len(L) // 2

@@ -136,7 +136,7 @@ def solve(
 
 
 def _moved(H: Tensor, gradient: Tensor, damping: float) -> Tensor:
-    # From all inputs: half of 16 x 512 tokens save a fifth of the time and cost 1.5 of perplexity at 3 bits.
+    # The drift is that of all items: half of 16 x 512 tokens take a fifth less time, but 3 bits lose 1.5 of perplexity.
     L = torch.linalg.cholesky(damped(H, max(damping, RIDGE)))
     return torch.cholesky_solve(gradient, L).mul_(DRIFT)
 

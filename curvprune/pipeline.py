@@ -44,6 +44,7 @@ from curvprune.recovery import Training
 from curvprune.shapes import changes_of, difference, remember_
 from curvprune.solve import Solved
 from curvprune.stages import (
+    TRIALS_BESIDES,
     Job,
     Settings,
     apply_and_measure,
@@ -689,6 +690,7 @@ def _record(job: Job, about: Mapping[str, Any], trials: list[dict[str, Any]], ro
         "attempts": job.record.get("attempts", []),
         "limits": _limits(job),
         "corrections": job.factors,
+        "together": job.record.get("together", []),
         "recoveries": job.record.get("recoveries", []),
         "size": size,
         **({"structured": about["structured"]} if "structured" in about else {}),
@@ -824,7 +826,7 @@ def _estimate(job: Job, dense: int, cuts: Mapping[str, Mapping[str, Any]]) -> tu
         seconds |= {
             "solve": 1.6 * counts["calibrate"] * forward + share * solving,
             "price": counts["price"] * (forward + s.labels * max(both - forward, forward)),
-            "select": (s.trials + 6) * counts["select"] * forward,
+            "select": (s.trials + TRIALS_BESIDES) * counts["select"] * forward,
         }
     if cuts:  # two passes for moments, one for gradients and one for prices, and a few factors for each width
         widest = max(layer.shape[1] for layer in job.layers.values())

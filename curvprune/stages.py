@@ -42,7 +42,7 @@ from curvprune.layers import Layer, find_layers
 from curvprune.ledger import CURVATURES, Ledger, Row, build_ledger
 from curvprune.objective import ItemResults, Objective, evaluate, to_device
 from curvprune.options import Cast, Form, Keep, Option, Prune, kept_weights, option_from_key, pruner_of, quantizer_of
-from curvprune.plan import Budget, Measurement, Plan, corrected, search
+from curvprune.plan import Budget, Measurement, Plan, corrected, corrections, search
 from curvprune.processes import rank, shared, wait, world
 from curvprune.recovery import Diverged, Training, recover_, restore_, trained_tensors
 from curvprune.solve import Solved, solve
@@ -54,6 +54,11 @@ CHECKPOINT_SECONDS = 45.0  # the pricing pass writes its totals this often
 ACCEPTABLE = 0.80  # predicted probability of being certified that a plan must have on select
 SAFE = 0.95  # ... and that the first plan of the fixed sequence should have
 CAUTION = 0.6  # a more cautious plan may cost so much of the next one's predicted loss
+TRIALS_BESIDES = 9  # the uncompressed model, at most seven controls, and a plan after those
+CLEAR = 1.645  # standard errors: one-sided 95 %
+SAME_SIZE = 1.002  # two plans whose bytes differ by less are one size: what they lost on select decides
+# What is held against a plan of both kinds, and the part that its options lack.
+ALONE: dict[str, Callable[[Option], Any]] = {"rounding alone": pruner_of, "pruning alone": quantizer_of}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -551,15 +556,27 @@ class _Bench:
     now: dict[str, str] = field(default_factory=dict)
     trials: list[dict[str, Any]] = field(default_factory=list)
 
-    def measure(self, name: str, kind: str, choices: Mapping[str, str], note: str = "") -> dict[str, Any]:
+    def measure(self, name: str, kind: str, choices: Mapping[str, str]) -> dict[str, Any]:
         """Measure a plan; returns its trial record (also appended to ``trials``)."""
-        job = self.job
-        path = f"select/{_key(choices)}.json"
-        if not job.state.has(path):
+        path = self._path(choices)
+        if not self.job.state.has(path):
             self._set(choices)
-        results = _results(job, path, self.model or job.model, job.splits.select)
-        self.trials.append(self.record(name, kind, choices, results, note))
+        results = _results(self.job, path, self.model or self.job.model, self.job.splits.select)
+        same = next((f"the same as {t['name']}" for t in self.trials if t["choices"] == choices), "")
+        self.trials.append(self.record(name, kind, choices, results, same))
         return self.trials[-1]
+
+    def beyond(self, trial: Mapping[str, Any], other: Mapping[str, Any]) -> Verdict:
+        """What a measured plan loses beyond another one, paired by item."""
+        split = self.job.splits.select
+        first, second = (
+            _results(self.job, self._path(t["choices"]), self.job.model, split)  # read, both have been measured
+            for t in (other, trial)
+        )
+        return compare(first, second, split, Budget("loss", max_drop=0.0), unit=self.job.objective.unit)
+
+    def _path(self, choices: Mapping[str, str]) -> str:
+        return f"select/{_key(choices)}.json"
 
     def record(
         self, name: str, kind: str, choices: Mapping[str, str], results: ItemResults, note: str = ""
@@ -625,7 +642,7 @@ def select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[_
 def _select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[_Bench, dict[str, Any]]:
     assert job.budget is not None and job.ledger is not None
     budget, rows = job.budget, job.ledger.rows
-    with job.stages.stage("measure on select", job.settings.trials + 6) as advance:
+    with job.stages.stage("measure on select", job.settings.trials + TRIALS_BESIDES) as advance:
         baseline = start = _results(job, "select/baseline.json", job.uncompressed, job.splits.select)
         spent = 0.0
         if job.original is not None:
@@ -657,11 +674,12 @@ def _select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[
             # Where none was accepted, the most cautious plan that was measured goes to the certificate all the same.
             best = max(bench.trials, key=lambda t: (t["choices"] == found.best, t["chance"], t["bytes"]))
         for control in _controls(job, best):
-            same = next((f"the same as {t['name']}" for t in bench.trials if t["choices"] == control.choices), "")
-            bench.measure(control.name, "control", control.choices, same)
+            bench.measure(control.name, "control", control.choices)
             advance(1 + len(bench.trials))
+        best = _planned_again(job, bench, best, 1 if budget.max_drop is not None else job.settings.trials - 1)
+        job.record["together"] = _together(job, bench, best)
         best = _best_measured(job, bench, best)
-        advance(job.settings.trials + 6)
+        advance(job.settings.trials + TRIALS_BESIDES)
     return bench, best
 
 
@@ -688,36 +706,129 @@ def _leftover(job: Job) -> str:
 
 
 def _controls(job: Job, best: Mapping[str, Any]) -> list[Control]:
-    """Controls near the size of the best plan."""
+    """Controls near the size of the best plan, and what rounding alone and pruning alone can do at that size."""
     assert job.ledger is not None
 
     def plan(rows: list[Row], size: int) -> dict[str, str]:
         return cheapest(rows, max_bytes=size, same_option=job.same_option)
 
     size = best["bytes"] - job.fixed_bytes
-    return controls(job.ledger.rows, job.layers, job.units, size=size, plan=plan)
+    found = controls(job.ledger.rows, job.layers, job.units, size=size, plan=plan)
+    prices = corrected(job.ledger.rows, job.factors)
+    for name in _families(job):
+        rows = [row for row in prices if row.option in _options_of(job, name)[row.layer]]
+        try:
+            choices = cheapest(rows, max_bytes=size, limits=job.limits, same_option=job.same_option)
+        except Infeasible:
+            continue  # `_together` says how small it gets
+        found.append(Control(name, choices))
+    return found
+
+
+def _families(job: Job) -> list[str]:
+    """Of `ALONE`, what can be held against both together: all, where there are options of both kinds, else none."""
+    offered = [option for options in job.options.values() for option in options]
+    return list(ALONE) if all(any(part(option) for option in offered) for part in ALONE.values()) else []
+
+
+def _options_of(job: Job, family: str) -> dict[str, set[str]]:
+    """Layer → the options that a family of `ALONE` has for it: those without the other part, or all, where every
+    one has it."""
+    other = ALONE[family]
+    without = {n: {o.key for o in options if other(o) is None} for n, options in job.options.items()}
+    return {n: without[n] or {o.key for o in job.options[n]} for n in job.layers}
+
+
+def _together(job: Job, bench: _Bench, best: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What pruning and rounding in one plan are worth: that plan and each alone, at its size or, where it does not get
+    that small, how small it gets; ``more`` is the loss beyond the plan's, paired by item."""
+
+    def entry(family: str, trial: Mapping[str, Any]) -> dict[str, Any]:
+        more = bench.beyond(trial, best)
+        return {
+            "name": family,
+            "trial": trial["name"],
+            **{key: trial[key] for key in ("bytes", "predicted", "predicted_stderr", "measured", "measured_stderr")},
+            "more": more.drop,
+            "more_stderr": _finite(more.stderr),
+        }
+
+    found = []
+    for family in _families(job):
+        trial = next((t for t in bench.trials if t["name"] == family), None)
+        if trial is not None:
+            found.append(entry(family, trial))
+            continue
+        options = _options_of(job, family)
+        sizes = {(n, o.key): job.layer_bytes(n, o) for n in job.layers for o in job.options[n] if o.key in options[n]}
+        least = [min(sum(sizes[n, key] for n in unit) for key in options[unit[0]]) for unit in job.units]
+        found.append({"name": family, "trial": None, "smallest_bytes": job.fixed_bytes + sum(least)})
+    return [entry("pruning and rounding", best), *found] if found else []
+
+
+def _planned_again(job: Job, bench: _Bench, best: dict[str, Any], most: int) -> dict[str, Any]:
+    """Plan again by prices that everything measured so far, controls included, has corrected: with ``max_drop`` for the
+    smallest plan expected to lose no more than the best one, else for the least loss. Measures at most ``most`` plans,
+    until there is none that is new, and returns the best of all."""
+    assert job.ledger is not None and job.budget is not None
+    job.factors = _corrections(job, bench)
+    for _ in range(most):
+        at_most = None if job.budget.max_drop is None else job.expected(best["choices"])
+        choices = cheapest(corrected(job.ledger.rows, job.factors), max_loss=at_most, **job.within)
+        if any(choices == trial["choices"] for trial in bench.trials):
+            break
+        plans = sum(t["kind"] == "plan" for t in bench.trials)
+        again = bench.measure(f"plan {plans + 1}", "plan", choices)
+        job.factors = _corrections(job, bench)
+        if job.budget.max_drop is None:
+            best = min(best, again, key=_lost)
+        elif again["accepted"] >= best["accepted"] and again["bytes"] < best["bytes"]:
+            best = again
+    return best
+
+
+def _corrections(job: Job, bench: _Bench) -> dict[str, float]:
+    """What everything measured says about the prices; where that is lost in noise, what was known before."""
+    assert job.ledger is not None
+    measured = [(t["choices"], t["measured"], t["measured_stderr"] or 0.0) for t in bench.trials]
+    return corrections(job.ledger.rows, measured) or job.factors
+
+
+def _clearly_less(more: Verdict) -> bool:
+    return more.drop < -CLEAR * more.stderr
+
+
+def _lost(trial: Mapping[str, Any]) -> float:
+    return trial["measured"] if math.isfinite(trial["measured"]) else math.inf
 
 
 def _best_measured(job: Job, bench: _Bench, plan: dict[str, Any]) -> dict[str, Any]:
-    """The plan, or the control that beats it: with ``max_drop`` the smallest that was accepted, otherwise the one that
-    lost least, always among those that keep to the other limits."""
+    """The plan, or the control that beats it, always one that keeps to the other limits. With ``max_drop`` the smallest
+    that was accepted is wanted, and of several of one size the one that lost least; else the one that lost least. To
+    have lost less than the plan, a control must differ by more than chance may explain: of several, one always does."""
     assert job.budget is not None
-    allowed = [t for t in bench.trials if t["kind"] == "control" and job.keeps_within(t["choices"])]
-    if job.budget.max_drop is None:
-        best = min([plan, *allowed], key=lambda t: t["measured"] if math.isfinite(t["measured"]) else math.inf)
-        why = f"lost {best['measured']:.4g} on select, {plan['name']} {plan['measured']:.4g}"
-    else:
-        passing = [t for t in [plan, *allowed] if t["accepted"]]
+    controls = [t for t in bench.trials if t["kind"] == "control" and job.keeps_within(t["choices"])]
+    within = [plan, *controls]
+    if job.budget.max_drop is not None:
+        passing = [t for t in within if t["accepted"]]
         if not passing:
             job.notes.append("no plan measured on select reached the wanted chance of being certified" + _leftover(job))
-        best = min(passing, key=lambda t: t["bytes"], default=plan)
-        why = f"has {best['bytes']:,} bytes" + (
-            f", {plan['name']} {plan['bytes']:,}" if plan["accepted"] else "; no plan was accepted"
-        )
-    if best is not plan:
-        best["beats_plan"] = True
-        best["note"] = f"a control beats the plan: it {why}"
-        job.notes.append(f"the control {best['name']} beats the plan and was used instead: it {why}")
+        smallest = min(t["bytes"] for t in passing or [plan])
+        within = [t for t in passing or within if t["bytes"] <= SAME_SIZE * smallest]
+    if plan in within:
+        within = [plan, *(t for t in within if t is not plan and _clearly_less(bench.beyond(t, plan)))]
+    best = min(within, key=_lost)
+    if best is plan:
+        return plan
+    if plan in within:
+        why = f"lost {best['measured']:.4g} on select, {plan['name']} {plan['measured']:.4g}"
+    elif plan["accepted"]:
+        why = f"has {best['bytes']:,} bytes, {plan['name']} {plan['bytes']:,}"
+    else:
+        why = f"has {best['bytes']:,} bytes; no plan was accepted"
+    best["beats_plan"] = True
+    best["note"] = f"a control beats the plan: it {why}"
+    job.notes.append(f"the control {best['name']} beats the plan and was used instead: it {why}")
     return best
 
 

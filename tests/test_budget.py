@@ -9,12 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import curvprune as cp
-from curvprune import pipeline
+from curvprune import api, pipeline
 from curvprune.cli import app
 from curvprune.plan import corrections
+from curvprune.report import build, summary
 from tests import tiny
 from tests.test_api import batches, trained  # noqa: F401
 
@@ -124,7 +126,7 @@ def test_a_drop_that_the_other_limits_rule_out_is_said(trained):  # noqa: F811
     told = float(note.split("within max_bits is ")[1].split()[0])
     ledger = result.ledger
     assert ledger is not None
-    tried = [(t["choices"], t["measured"], t["measured_stderr"]) for t in result.trials if t["kind"] == "plan"]
+    tried = [(t["choices"], t["measured"], t["measured_stderr"]) for t in result.trials if t["kind"] != "applied"]
     factors = corrections(ledger.rows, tried)
     price = {(row.layer, row.option): factors[row.option] * row.price for row in ledger.rows}
     within = [plan for plan in every_plan(ledger) if bits_per_weight(ledger, plan) <= 2.5]
@@ -237,3 +239,125 @@ def path_without_table(path, folder):
     other = folder / "without.yaml"
     other.write_text(path.read_text().replace(", limits: [LIMIT]", ""))
     return other
+
+
+def offered_both(data, budget: cp.Budget, model, **settings: Any) -> cp.Result:
+    grid = cp.Quantize(bits=4)
+    options = [
+        *(cp.Quantize(bits=b) for b in (2, 3, 4, 8)),
+        *(cp.Prune(sparsity=s) for s in (0.3, 0.6, 0.9)),
+        *(cp.PruneQuantize(prune=cp.Prune(sparsity=s), quantize=grid) for s in (0.3, 0.6, 0.9)),
+    ]
+    return cp.compress(
+        model, batches(data), options=options, budget=budget, settings=cp.Settings(portable=False, **settings)
+    )
+
+
+def test_each_alone_is_the_best_plan_of_its_options_at_the_plans_size(trained):  # noqa: F811
+    model, data = trained
+    result = offered_both(data, cp.Budget(max_bytes=8400), model, trials=1)
+    plan, ledger = planned(result), result.ledger
+    assert ledger is not None
+    stored = {(row.layer, row.option): row.bytes for row in ledger.rows}
+    rest = plan["bytes"] - sum(stored[pair] for pair in plan["choices"].items())
+    price = {(row.layer, row.option): row.price for row in ledger.rows}
+    for name, lacking in (("rounding alone", "prune"), ("pruning alone", "int")):
+        alone = next(trial for trial in result.trials if trial["name"] == name)
+        assert alone["kind"] == "control" and alone["bytes"] <= plan["bytes"]
+        assert not any(lacking in key for key in alone["choices"].values())
+        within = [
+            sum(price[pair] for pair in choices.items())
+            for choices in every_plan(ledger)
+            if not any(lacking in key for key in choices.values())
+            and sum(stored[pair] for pair in choices.items()) + rest <= plan["bytes"]
+        ]
+        assert sum(price[pair] for pair in alone["choices"].items()) == pytest.approx(min(within))
+    rounded = cp.quantize(model, batches(data), budget=cp.Budget(max_bits=4.6), settings=cp.Settings(portable=False))
+    assert not any("alone" in trial["name"] for trial in rounded.trials), "nothing to hold against each other"
+
+
+@pytest.mark.parametrize("most", [8400, 4500])
+def test_the_report_says_what_pruning_and_rounding_together_are_worth(trained, monkeypatch, most):  # noqa: F811
+    model, data = trained
+    found: list[Any] = []
+    honest = api.select_plans
+
+    def watched(job: Any, candidates: Any) -> Any:
+        bench, best = honest(job, candidates)
+        paths = {t["name"]: f"select/{cp.stages._key(t['choices'])}.json" for t in bench.trials}
+        losses = {n: torch.tensor(job.state.read_json(path)["loss"]).double() for n, path in paths.items()}
+        found.append((job.record["together"], losses))
+        return bench, best
+
+    monkeypatch.setattr(api, "select_plans", watched)
+    offered_both(data, cp.Budget(max_bytes=most), model)
+    (((both, *alone), losses),) = found
+    assert both["name"] == "pruning and rounding" and both["more"] == 0
+    assert [entry["name"] for entry in alone] == ["rounding alone", "pruning alone"]
+    for entry in alone:
+        if entry["trial"] is not None:
+            difference = losses[entry["trial"]] - losses[both["trial"]]
+            assert entry["more"] == pytest.approx(float(difference.mean()), abs=1e-7)
+            stderr = float(difference.std()) / len(difference) ** 0.5
+            assert entry["more_stderr"] == pytest.approx(stderr, rel=0.01, abs=1e-7)
+    if most == 4500:  # the smallest zeros in float32 are larger than that
+        kept = sum(-(-n // 8) + 4 * (n - round(0.9 * n)) + 16 for n in WEIGHTS.values())
+        biases = 4 * (48 + 48 + 10)
+        assert alone[1] == {"name": "pruning alone", "trial": None, "smallest_bytes": kept + biases}
+    html, short = build({"together": [both, *alone]}), summary({"together": [both, *alone]})
+    assert 'id="t-together"' in html and "rounding alone" in html
+    assert ("pruning alone does not get below" in short) == (most == 4500)
+
+
+def test_a_control_must_beat_the_plan_by_more_than_chance(trained, monkeypatch):  # noqa: F811
+    """A control that lost a little less on the select items, within the noise of the difference, is no reason to leave
+    the plan; one that lost clearly less is."""
+    model, data = trained
+    honest = cp.stages.compare
+    budget = cp.Budget(max_bits=4.6)
+    for standard_errors, used in ((1.5, False), (1.8, True)):
+        compared: list[int] = []
+
+        def beyond(bench: Any, trial: Any, other: Any, z: float = standard_errors, seen: list[int] = compared) -> Any:
+            seen.append(1)
+            verdict = honest(bench.baseline, bench.baseline, bench.job.splits.select, cp.Budget(max_drop=0.0), unit="")
+            return replace(verdict, drop=-z * 0.01, stderr=0.01)
+
+        monkeypatch.setattr(cp.stages._Bench, "beyond", beyond)
+        monkeypatch.setattr(cp.stages, "_lost", lambda trial: trial["kind"] == "plan")  # every control lost less
+        result = cp.quantize(model, batches(data), budget=budget, settings=cp.Settings(trials=1))
+        assert compared and any(trial.get("beats_plan") for trial in result.trials) == used
+        assert any("beats the plan" in note for note in result.plan.notes) == used
+
+
+def test_a_given_size_is_planned_again_with_corrected_prices(trained, monkeypatch):  # noqa: F811
+    """Losses that are what the ledger says, but for 3 bits, which really cost six times their price: the first plan
+    is full of them, and once it and the controls have been measured the best one there is is found."""
+    model, data = trained
+    bits, budget = [2, 3, 4, 8], cp.Budget(max_bits=5.5)
+    true: dict[tuple[str, str], float] = {}
+    honest, record = cp.stages.build_ledger, cp.stages._Bench.record
+
+    def wrong(*arguments: Any, **named: Any) -> cp.Ledger:
+        ledger = honest(*arguments, **named)
+        true.update({(row.layer, row.option): row.price for row in ledger.rows})
+        rows = [replace(row, price=row.price / (6 if "int3" in row.option else 1)) for row in ledger.rows]
+        return replace(ledger, rows=tuple(rows))
+
+    def exact(bench: Any, name: str, kind: str, choices: dict[str, str], *arguments: Any) -> dict[str, Any]:
+        measured = {"measured": sum(true[pair] for pair in choices.items()), "measured_stderr": 0.0}
+        return record(bench, name, kind, choices, *arguments) | measured
+
+    monkeypatch.setattr(cp.stages, "build_ledger", wrong)
+    monkeypatch.setattr(cp.stages._Bench, "record", exact)
+    result = cp.quantize(model, batches(data), bits=bits, budget=budget)
+    plans = [trial for trial in result.trials if trial["kind"] == "plan"]
+    ledger = result.ledger
+    assert ledger is not None
+    within = [plan for plan in every_plan(ledger) if bits_per_weight(ledger, plan) <= 5.5]
+    best = min(sum(true[pair] for pair in plan.items()) for plan in within)
+    assert plans[0]["measured"] > 2 * best and 1 < len(plans) <= 6
+    assert min(trial["measured"] for trial in plans) == pytest.approx(best)
+    assert result.plan.choices == min(plans, key=lambda trial: trial["measured"])["choices"]
+    once = cp.quantize(model, batches(data), bits=bits, budget=budget, settings=cp.Settings(trials=1))
+    assert [trial["choices"] for trial in once.trials if trial["kind"] == "plan"] == [plans[0]["choices"]]

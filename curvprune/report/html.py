@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from . import charts, curvature, sections
+from . import charts, curvature, sections, together
 from .figures import clean, count, num, size
 
 CONTENTS = (
@@ -102,6 +102,8 @@ def build(record: Mapping[str, Any]) -> str:
         contradictions=sections.inconsistencies(record),
         attempts=_attempt(sections.attempts_table, record),
         recoveries=sections.recoveries_table(record) if sections.items_or_none(record, "recoveries") else None,
+        together=together.table(record) if sections.items_or_none(record, "together") else None,
+        together_reading=together.reading(record),
         size=_attempt(sections.size_facts, record),
         size_chart=sections.size_chart(record),
         options=_attempt(sections.options_table, record),

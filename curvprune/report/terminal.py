@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from . import curvature, sections
+from . import curvature, sections, together
 from .figures import clean, count, duration, fixed, num, plus_minus, short, size
 
 NOTES_SHOWN = 5
@@ -62,6 +62,8 @@ def summary(record: Mapping[str, Any]) -> str:
                 f"{plus_minus(chosen.measured, chosen.measured_stderr)} {sections.unit_of(record)} (select split)"
             )
         )
+    if reading := together.reading(record):
+        lines.append(_line(f"- {reading}"))
     stages = [num(s.get("seconds")) for s in sections.items_or_none(record, "stages")]
     seconds = [s for s in stages if s is not None]
     if seconds:

@@ -254,7 +254,7 @@ def main() -> None:
             rows[name, "curvprune"] = [
                 pool.submit(run, sys.executable, "ours", SETTINGS[name], d) for d in range(draws)
             ]
-            if peer and not {"mixed", "embedding", "allocate"} & SETTINGS[name].keys():
+            if peer and peer_draws and not {"mixed", "embedding", "allocate"} & SETTINGS[name].keys():
                 rows[name, "llm-compressor"] = [
                     pool.submit(run, peer, "theirs", SETTINGS[name], d) for d in range(peer_draws)
                 ]

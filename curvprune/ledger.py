@@ -22,6 +22,7 @@ from torch import Tensor
 from curvprune.curvature.estimators import Estimate
 from curvprune.curvature.fisher import FisherPass, ratio_estimate
 from curvprune.curvature.forms import Forms
+from curvprune.quadratic import Quadratic
 from curvprune.work import Work
 
 CURVATURES = {
@@ -108,6 +109,16 @@ class Ledger:
         estimate = ratio_estimate(torch.from_numpy(total), torch.from_numpy(self.count))
         model = math.hypot(*(self.rows[i].model_stderr for i in columns))
         return replace(estimate, stderr=math.hypot(estimate.stderr, model))
+
+    def quadratic(self) -> Quadratic | None:
+        """The prices with the pairs of layers, to plan by; a plan's value is what `predict` says. ``None`` where nothing
+        of the pairs is kept."""
+        if self.along is None or not self.kept:
+            return None
+        draws = self.along.reshape(-1, len(self.rows))
+        # Means over an item's labels, sums over items, per position: as in `predict`.
+        share = self.kept / (self.along.shape[1] * self.count.sum())
+        return Quadratic(rows=self.rows, draws=draws * math.sqrt(share))
 
     def to_dict(self) -> dict[str, Any]:
         return {

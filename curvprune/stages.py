@@ -44,6 +44,7 @@ from curvprune.objective import ItemResults, Objective, evaluate, to_device
 from curvprune.options import Cast, Form, Keep, Option, Prune, kept_weights, option_from_key, pruner_of, quantizer_of
 from curvprune.plan import Budget, Measurement, Plan, corrected, corrections, search
 from curvprune.processes import rank, shared, wait, world
+from curvprune.quadratic import scaled
 from curvprune.recovery import Diverged, Training, recover_, restore_, trained_tensors
 from curvprune.solve import Solved, solve
 from curvprune.solve.grids import dequantize
@@ -767,14 +768,23 @@ def _together(job: Job, bench: _Bench, best: Mapping[str, Any]) -> list[dict[str
 
 
 def _planned_again(job: Job, bench: _Bench, best: dict[str, Any], most: int) -> dict[str, Any]:
-    """Plan again by prices that everything measured so far, controls included, has corrected: with ``max_drop`` for the
+    """Plan again by prices that everything measured so far, controls included, has corrected, and with what pairs of
+    layers do to each other: with ``max_drop`` for the
     smallest plan expected to lose no more than the best one, else for the least loss. Measures at most ``most`` plans,
     until there is none that is new, and returns the best of all."""
     assert job.ledger is not None and job.budget is not None
     job.factors = _corrections(job, bench)
+    pairs = job.ledger.quadratic()
     for _ in range(most):
-        at_most = None if job.budget.max_drop is None else job.expected(best["choices"])
-        choices = cheapest(corrected(job.ledger.rows, job.factors), max_loss=at_most, **job.within)
+        if pairs is None:
+            at_most = None if job.budget.max_drop is None else job.expected(best["choices"])
+            choices = cheapest(corrected(job.ledger.rows, job.factors), max_loss=at_most, **job.within)
+        else:
+            prices = scaled(pairs, job.factors)
+            if job.budget.max_drop is None:
+                choices = prices.cheapest(**job.within)
+            else:
+                choices = prices.smaller(best["choices"], **job.within)
         if any(choices == trial["choices"] for trial in bench.trials):
             break
         plans = sum(t["kind"] == "plan" for t in bench.trials)

@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "groups": set(),
     "knapsack": set(),
     "plan": {"knapsack"},
+    "quadratic": {"knapsack"},
     "certificate": set(),
     "lmeval": {"certificate"},
     "state": set(),
@@ -50,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"objective"},
     "hf": {"objective", "options"},
     "recipe": {"options", "groups"},
-    "ledger": {"solve", "curvature/estimators", "curvature/fisher", "curvature/forms", "options", "work"},
+    "ledger": {"solve", "curvature/estimators", "curvature/fisher", "curvature/forms", "options", "quadratic", "work"},
     "work": {"knapsack", "layers", "objective", "options", "plan"},
     "controls": {"layers", "ledger"},
     "packed": {"options", "layers", "solve"},
@@ -72,7 +73,7 @@ MAY_IMPORT["__init__"] = {*MAY_IMPORT} - {"cli"}
 MAY_IMPORT["__main__"] = {"cli"}
 
 ONLY_HF = {"transformers", "compressed_tensors", "datasets", "accelerate", "gguf"}
-WITHOUT_TORCH = {"knapsack", "plan", "groups", "certificate", "lmeval", "options", "recipe", "report"}
+WITHOUT_TORCH = {"knapsack", "plan", "quadratic", "groups", "certificate", "lmeval", "options", "recipe", "report"}
 NO_SUCH_NAMES = {"utils", "util", "core", "base", "common", "helpers", "misc"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))

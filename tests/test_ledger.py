@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -144,5 +145,8 @@ def test_pairs_of_layers_count_as_far_as_they_are_no_noise():
     assert 0.95 < ledger.kept <= 1
     assert ledger.predict(plan).value == pytest.approx(exact, rel=0.06)
     assert Ledger.from_dict(ledger.to_dict()).predict(plan) == ledger.predict(plan)
+    quadratic = ledger.quadratic()
+    assert quadratic is not None and quadratic.value(plan) == pytest.approx(ledger.predict(plan).value, rel=1e-9)
+    assert replace(ledger, kept=0.0).quadratic() is None and replace(ledger, along=None).quadratic() is None
     _, along, diagonal = simulated(torch.Generator().manual_seed(5), spread=0.2)
     assert ledger_of(along, diagonal).kept < 0.1

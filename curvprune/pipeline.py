@@ -686,6 +686,7 @@ def _record(job: Job, about: Mapping[str, Any], trials: list[dict[str, Any]], ro
         "budget": None if job.budget is None else job.budget.to_dict(),
         "verdict": None if job.verdict is None else job.verdict.to_dict(),
         "measured": job.record.get("measured"),
+        "items": job.record.get("items"),
         "attempts": job.record.get("attempts", []),
         "limits": _limits(job),
         "corrections": job.factors,

@@ -82,6 +82,49 @@ def test_the_verdict_is_the_loss_of_the_saved_model(recipe, finished):
         assert verdict[key] == pytest.approx(total / count, abs=1e-5)
 
 
+def test_the_items_on_record_are_those_of_the_verdict(recipe, finished):
+    """Their weighted mean is the verdict's drop, and each is transformers' own loss of that item."""
+    from transformers import AutoModelForCausalLM
+
+    verdict, items = finished.record["verdict"], json.loads((finished.folder / "report.json").read_text())["items"]
+    columns = list(zip(*(items[k] for k in ("count", "before", "after")), strict=True))
+    tokens = sum(count for count, _, _ in columns)
+    drop = sum(count * (after - before) for count, before, after in columns) / tokens
+    assert drop == pytest.approx(verdict["drop"], abs=1e-8)
+    assert len(columns) == verdict["items"] and "right_before" not in items
+    certify = pipeline.prepare(cp_recipe(recipe), None, progress=False)[0].splits.certify
+    assert [items["documents"][k] for k in items["document"]] == list(certify.documents)
+    assert items["index"] == list(range(len(certify.items))) and len(set(items["documents"])) == len(items["documents"])
+    for source, key in ((finished.folder / "model", "after"), (recipe.parent / "tiny", "before")):
+        model = AutoModelForCausalLM.from_pretrained(source).eval()
+        for item, count, found in zip(certify.items, items["count"], items[key], strict=True):
+            with torch.no_grad():
+                expected = float(model(input_ids=item["input_ids"], labels=item["input_ids"]).loss)
+            assert count == item["input_ids"].shape[1] - 1 and found == pytest.approx(expected, abs=1e-5)
+    assert "Items that changed" in (finished.folder / "report.html").read_text()
+
+
+def test_items_in_which_nothing_counts_are_left_out():
+    def results(loss, count, correct):
+        values = {"loss": loss, "count": count, "correct": correct}
+        return cp.objective.ItemResults(**{k: torch.tensor(v, dtype=torch.float64) for k, v in values.items()})
+
+    split = cp.data.Split(items=({}, {}, {}, {}), documents=("b", "a", "a", "b"))
+    before, after = (
+        results([1.0, 0, 6, 2], [2.0, 0, 3, 1], [1.0, 0, 2, 1]),
+        results([3.0, 0, 3, 2], [2.0, 0, 3, 1], [0.0, 0, 3, 1]),
+    )
+    assert cp.stages.item_columns(before, after, split) == {
+        "documents": ["b", "a"], "document": [0, 1, 0], "index": [0, 2, 3], "count": [2, 3, 1],
+        "before": [0.5, 2.0, 2.0], "after": [1.5, 1.0, 2.0],
+    }  # fmt: skip
+    one = [1.0, 0, 1, 1]
+    columns = cp.stages.item_columns(
+        results([0.1] * 4, one, [1.0, 0, 0, 1]), results([0.2] * 4, one, [0.0, 0, 1, 1]), split
+    )
+    assert (columns["right_before"], columns["right_after"]) == ([1, 0, 1], [0, 1, 1])
+
+
 def cp_recipe(path: Path):
     from curvprune.recipe import load_recipe
 

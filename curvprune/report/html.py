@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from . import charts, curvature, sections
+from . import charts, curvature, items, sections
 from .figures import clean, count, num, size
 
 CONTENTS = (
@@ -101,6 +101,7 @@ def build(record: Mapping[str, Any]) -> str:
         advice=sections.advice(record),
         contradictions=sections.inconsistencies(record),
         attempts=_attempt(sections.attempts_table, record),
+        changed=_attempt(items.changed, record),
         recoveries=sections.recoveries_table(record) if sections.items_or_none(record, "recoveries") else None,
         size=_attempt(sections.size_facts, record),
         size_chart=sections.size_chart(record),

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -110,18 +112,14 @@ def test_items_in_which_nothing_counts_are_left_out():
         return cp.objective.ItemResults(**{k: torch.tensor(v, dtype=torch.float64) for k, v in values.items()})
 
     split = cp.data.Split(items=({}, {}, {}, {}), documents=("b", "a", "a", "b"))
-    before, after = (
-        results([1.0, 0, 6, 2], [2.0, 0, 3, 1], [1.0, 0, 2, 1]),
-        results([3.0, 0, 3, 2], [2.0, 0, 3, 1], [0.0, 0, 3, 1]),
-    )
+    count, one = [2.0, 0, 3, 1], [1.0, 0, 1, 1]
+    before, after = results([1.0, 0, 6, 2], count, [1.0, 0, 2, 1]), results([3.0, 0, 3, 2], count, [0.0, 0, 3, 1])
     assert cp.stages.item_columns(before, after, split) == {
         "documents": ["b", "a"], "document": [0, 1, 0], "index": [0, 2, 3], "count": [2, 3, 1],
         "before": [0.5, 2.0, 2.0], "after": [1.5, 1.0, 2.0],
     }  # fmt: skip
-    one = [1.0, 0, 1, 1]
-    columns = cp.stages.item_columns(
-        results([0.1] * 4, one, [1.0, 0, 0, 1]), results([0.2] * 4, one, [0.0, 0, 1, 1]), split
-    )
+    before, after = results([0.1] * 4, one, [1.0, 0, 0, 1]), results([0.2] * 4, one, [0.0, 0, 1, 1])
+    columns = cp.stages.item_columns(before, after, split)
     assert (columns["right_before"], columns["right_after"]) == ([1, 0, 1], [0, 1, 1])
 
 
@@ -398,6 +396,31 @@ def test_the_report_can_be_rebuilt(finished):
     assert result.exit_code == 0 and path.read_text() == before
     missing = CliRunner().invoke(app, ["report", str(finished.folder / "nowhere")])
     assert missing.exit_code == 2 and "report.json" in missing.output
+
+
+def test_two_runs_are_compared_on_their_items(recipe, finished, tmp_path):
+    """The paired difference is that of the two verdicts, and its error that of the whole documents' differences."""
+    other = tmp_path / "bytes.yaml"
+    other.write_text(recipe.read_text().replace("budget: {metric: loss, max_drop: 0.2}", "budget: {max_bytes: 45000}"))
+    there = pipeline.run(other, tmp_path / "there", progress=False).record
+    here = tmp_path / "here"
+    here.mkdir()
+    shutil.copy(finished.folder / "report.json", here)
+    text = pipeline.rebuild_report(here, against=tmp_path / "there").read_text()
+    table = text.partition('id="t-paired"')[2].partition("</table>")[0]
+    numbers = [float(v) for v in re.findall(r'data-v="([^"]+)"', table)]
+    gap = finished.record["verdict"]["compressed"] - there["measured"]["compressed"]
+    assert numbers[2] == pytest.approx(gap, abs=1e-7) and abs(gap) > 1e-4
+    ours, theirs = finished.record["items"], there["items"]
+    count, document = np.array(ours["count"], dtype=float), np.array(ours["document"])
+    difference = (np.array(ours["after"]) - np.array(theirs["after"])) * count
+    left_out = [  # the difference without each document
+        difference[document != k].sum() / count[document != k].sum() for k in range(len(ours["documents"]))
+    ]
+    m = len(left_out)
+    assert m == 6 < len(document) == 16
+    error = np.sqrt((m - 1) / m * np.sum((np.array(left_out) - numbers[2]) ** 2))
+    assert numbers[3] == pytest.approx(numbers[2] / error, rel=1e-5) and numbers[4:] == [16, m]
 
 
 def test_a_run_never_overwrites_the_model_it_reads(recipe):

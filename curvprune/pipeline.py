@@ -229,7 +229,7 @@ def _unpaired(record: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     sides = (record, other)
     for which, side in zip(("this run", "the other run"), sides, strict=True):
         if not side.get("items"):
-            return f"{which} has no results of single items on record: it was not measured on a certify split"
+            return f"{which} has no results of single items on record"
     data, models = (
         [(side.get("provenance") or {}).get(key) for side in sides] for key in ("data_sha256", "model_sha256")
     )

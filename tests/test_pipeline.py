@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -104,6 +105,28 @@ def test_the_items_on_record_are_those_of_the_verdict(recipe, finished):
                 expected = float(model(input_ids=item["input_ids"], labels=item["input_ids"]).loss)
             assert count == item["input_ids"].shape[1] - 1 and found == pytest.approx(expected, abs=1e-5)
     assert "Items that changed" in (finished.folder / "report.html").read_text()
+
+
+def test_the_items_on_record_are_of_the_model_that_ships(recipe, finished, tmp_path, monkeypatch):
+    """A bolder plan is tried and fails: the one before it ships, with its own items."""
+    sequence, verdict_of = cp.stages._fixed_sequence, cp.stages._verdict_of
+
+    def longer(job, bench, best):
+        other = {n: job.options[n][-1].key for n in best["choices"]}
+        return [*sequence(job, bench, best), cp.stages._apply_and_write(job, bench, "bolder", other)]
+
+    def failing(job, folder, path, title, budget):
+        verdict, columns = verdict_of(job, folder, path, title, budget)
+        return (dataclasses.replace(verdict, status="INCONCLUSIVE") if "bolder" in title else verdict), columns
+
+    monkeypatch.setattr(cp.stages, "_fixed_sequence", longer)
+    monkeypatch.setattr(cp.stages, "_verdict_of", failing)
+    shutil.copytree(finished.folder, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "model")
+    record = pipeline.run(recipe, tmp_path / "out", progress=False).record
+    assert [a["status"] for a in record["attempts"]] == ["CERTIFIED", "INCONCLUSIVE"]
+    assert record["items"] == finished.record["items"]
+    assert record["attempts"][1]["drop"] != pytest.approx(record["attempts"][0]["drop"], abs=1e-3)
 
 
 def test_items_in_which_nothing_counts_are_left_out():

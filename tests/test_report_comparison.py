@@ -100,6 +100,8 @@ def test_the_difference_on_the_same_items_is_paired(
     text = (tmp_path / "ours" / "report.html").read_text()
     flips = text[text.index('id="t-right-in-one"') :].split("</table>")[0]
     assert re.findall(r'<td class="n" data-v="(\d)\.0">\1</td><td class="mono">', flips) == ["1", "0", "3"]
+    losses = re.findall(r'data-v="([^"]+)"', flips.split("</tr>")[1])
+    assert losses == ["1.0", "0.5", "2.5", "2.0"]  # item, there, here, rise
 
 
 def test_figures_stand_side_by_side() -> None:

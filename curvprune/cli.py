@@ -124,10 +124,13 @@ def check(recipe: RecipeArgument) -> None:
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
-    """(Re)build report.html of a run."""
+def report(
+    folder: Annotated[Path, typer.Argument(help="a run folder")],
+    against: Annotated[Path | None, typer.Option("--against", help="another run folder to compare it with")] = None,
+) -> None:
+    """(Re)build report.html of a run, with a comparison if asked for."""
     try:
-        path = pipeline.rebuild_report(folder)
+        path = pipeline.rebuild_report(folder, against)
     except BAD_INPUT as error:
         raise _bad_input(error) from error
     Console().print(str(path), highlight=False)

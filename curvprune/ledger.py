@@ -111,8 +111,8 @@ class Ledger:
         return replace(estimate, stderr=math.hypot(estimate.stderr, model))
 
     def quadratic(self) -> Quadratic | None:
-        """The prices with the pairs of layers, to plan by; a plan's value is what `predict` says. ``None`` where nothing
-        of the pairs is kept."""
+        """Prices with the pairs of layers, to plan by: a plan's value is what `predict` says; ``None`` where no pairs
+        are kept."""
         if self.along is None or not self.kept:
             return None
         draws = self.along.reshape(-1, len(self.rows))

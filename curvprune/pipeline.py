@@ -36,7 +36,7 @@ from curvprune.curvature.fisher import fisher_pass
 from curvprune.data import Split, Splits
 from curvprune.knapsack import Infeasible, Limit, frontier
 from curvprune.layers import find_layers, left_over
-from curvprune.objective import LabelFree, Objective, evaluate, make_objective, to_device
+from curvprune.objective import ItemResults, LabelFree, Objective, evaluate, make_objective, to_device
 from curvprune.options import Keep, Option, option_from_key, pruner_of, quantizer_of
 from curvprune.plan import SIZES, Budget
 from curvprune.recipe import Recipe, RecipeError, assign_groups, assign_options, load_recipe, lock_text
@@ -187,13 +187,70 @@ def _remember(state: State, key: str, compute: Any, encode: Any, decode: Any) ->
     return value
 
 
-def rebuild_report(out: str | Path) -> Path:
-    """Write ``report.html`` again from ``report.json``. Raises ``ValueError`` if the folder holds no run."""
+def rebuild_report(out: str | Path, against: str | Path | None = None) -> Path:
+    """Write ``report.html`` again from ``report.json``, with a comparison if another run's folder is given as
+    ``against`` (``report.json`` stays as it is). Raises ``ValueError`` if a folder holds no run."""
+    record = _record_in(out)
+    if against is not None:
+        record["against"] = _against(record, _record_in(against), str(against))
     root = State(Path(out))
-    if not root.has(REPORT_JSON):
-        raise ValueError(f"{out} has no {REPORT_JSON}: run `curvprune run RECIPE --out {out}` (or analyze) first")
-    root.write_text(REPORT_HTML, report.build(root.read_json(REPORT_JSON)))
+    root.write_text(REPORT_HTML, report.build(record))
     return root.path(REPORT_HTML)
+
+
+def _record_in(folder: str | Path) -> dict[str, Any]:
+    root = State(Path(folder))
+    if not root.has(REPORT_JSON):
+        raise ValueError(f"{folder} has no {REPORT_JSON}: run `curvprune run RECIPE --out {folder}` (or analyze) first")
+    record: dict[str, Any] = root.read_json(REPORT_JSON)
+    return record
+
+
+def _against(record: Mapping[str, Any], other: dict[str, Any], name: str) -> dict[str, Any]:
+    """What the report needs to compare a run with another: the other's record and, on the same items, how much worse
+    the first one's compressed model is, with its standard error, for every metric that both have."""
+    found: dict[str, Any] = {"name": name, "record": other}
+    if reason := _unpaired(record, other):
+        return {**found, "unpaired": reason}
+    here, there = record["items"], other["items"]
+    names = [here["documents"][k] for k in here["document"]]
+    split = Split(items=(), documents=tuple(names))
+    metrics = ("loss", "accuracy") if all("right_after" in side for side in (here, there)) else ("loss",)
+    kept = ("metric", "unit", "baseline", "compressed", "drop", "stderr", "items", "clusters")
+    paired = {}
+    for metric in metrics:
+        budget = Budget(metric, max_drop=0.0)
+        verdict = compare(_after(there), _after(here), split, budget, unit=record["unit"]).to_dict()
+        paired[metric] = {key: verdict[key] for key in kept}  # without a budget there is nothing to judge
+    return {**found, "paired": paired}
+
+
+def _unpaired(record: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Why two runs' results cannot be compared item by item; empty if they can."""
+    sides = (record, other)
+    for which, side in zip(("this run", "the other run"), sides, strict=True):
+        if not side.get("items"):
+            return f"{which} has no results of single items on record"
+    data, models = (
+        [(side.get("provenance") or {}).get(key) for side in sides] for key in ("data_sha256", "model_sha256")
+    )
+    splits = [(hashes or {}).get("certify") for hashes in data]
+    if None in splits or splits[0] != splits[1]:
+        return "the two runs were not measured on the same certify split"
+    if any(record["items"][key] != other["items"][key] for key in ("documents", "document", "index", "count")):
+        return "other items or positions of the certify split counted in one run than in the other"
+    if record["objective"] != other["objective"] or record["unit"] != other["unit"]:
+        return f"the losses differ in kind: {record['objective']} here, {other['objective']} there"
+    if record["objective"] == LabelFree.name and models[0] != models[1]:
+        return "each loss is the divergence from the run's own uncompressed model, and those differ"
+    return ""
+
+
+def _after(items: Mapping[str, Any]) -> ItemResults:
+    """The compressed model's results of the items on record."""
+    count = torch.tensor(items["count"], dtype=torch.float64)
+    correct = torch.tensor(items.get("right_after", [0] * len(count)), dtype=torch.float64)
+    return ItemResults(loss=torch.tensor(items["after"], dtype=torch.float64) * count, count=count, correct=correct)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -687,6 +744,7 @@ def _record(job: Job, about: Mapping[str, Any], trials: list[dict[str, Any]], ro
         "budget": None if job.budget is None else job.budget.to_dict(),
         "verdict": None if job.verdict is None else job.verdict.to_dict(),
         "measured": job.record.get("measured"),
+        "items": job.record.get("items"),
         "attempts": job.record.get("attempts", []),
         "limits": _limits(job),
         "corrections": job.factors,

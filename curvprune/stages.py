@@ -520,6 +520,28 @@ def compare(baseline: ItemResults, compressed: ItemResults, split: Split, budget
     )
 
 
+def item_columns(baseline: ItemResults, compressed: ItemResults, split: Split) -> dict[str, Any]:
+    """What two models did on every item of a split in which a position counts, by column: ``document`` (a number in
+    ``documents``), ``index`` in the split, ``count`` of positions, loss per position ``before`` and ``after`` (to nine
+    digits) and, where no item has more than one, ``right_before`` and ``right_after`` (1 or 0)."""
+    at = torch.nonzero(baseline.count > 0).flatten()
+    names = [split.documents[i] for i in at.tolist()]
+    number = {name: k for k, name in enumerate(dict.fromkeys(names))}
+    count = baseline.count[at]
+    columns = {
+        "documents": list(number),
+        "document": [number[name] for name in names],
+        "index": at.tolist(),
+        "count": count.int().tolist(),
+        "before": [float(f"{v:.9g}") for v in (baseline.loss[at] / count).tolist()],
+        "after": [float(f"{v:.9g}") for v in (compressed.loss[at] / count).tolist()],
+    }
+    if float(count.max()) > 1:
+        return columns
+    right = {"right_before": baseline.correct, "right_after": compressed.correct}
+    return columns | {name: (correct[at] > 0.5).int().tolist() for name, correct in right.items()}
+
+
 def _chance(job: Job, verdict: Verdict) -> float:
     """Predicted probability that a plan with this verdict on select is certified on the certify split."""
     return _chance_at(job, verdict.drop, verdict.stderr, verdict.bound)
@@ -1019,10 +1041,13 @@ def certify_plans(job: Job, bench: _Bench, best: dict[str, Any]) -> Path:
     sequence = _fixed_sequence(job, bench, best)
     judged = job.budget if job.budget.max_drop is not None else None
     verdicts: list[Verdict] = []
+    items: list[dict[str, Any]] = []
     for applied in sequence:
         name, key = applied.record["name"], _key(applied.record["choices"])
-        verdicts.append(_verdict_of(job, applied.folder, f"certify/{key}.json", f"certify {name}", judged))
-        if verdicts[-1].status != "CERTIFIED":
+        verdict, columns = _verdict_of(job, applied.folder, f"certify/{key}.json", f"certify {name}", judged)
+        verdicts.append(verdict)
+        items.append(columns)
+        if verdict.status != "CERTIFIED":
             break
     last = fixed_sequence(verdicts) if judged else 0
     shipped, verdict = sequence[last or 0], verdicts[last or 0]
@@ -1034,7 +1059,7 @@ def certify_plans(job: Job, bench: _Bench, best: dict[str, Any]) -> Path:
             job.notes.append(f"certificate: {verdict.note}")
         tested = zip(sequence, verdicts, strict=False)
         job.record["attempts"] = [{**v.to_dict(), "plan": a.record["name"]} for a, v in tested]
-    job.record["measured"] = verdict.to_dict()
+    job.record |= {"measured": verdict.to_dict(), "items": items[last or 0]}
     return shipped.folder
 
 
@@ -1046,7 +1071,8 @@ def apply_and_measure(job: Job, choices: Mapping[str, str]) -> Path:
     job.plan = unpriced_plan(job, choices)
     job.notes = list(job.plan.notes)
     folder = _written(job, "applied/1", model, job.solved, job.plan)
-    job.record["measured"] = _verdict_of(job, folder, "certify/1.json", "measure", None).to_dict()
+    measured, items = _verdict_of(job, folder, "certify/1.json", "measure", None)
+    job.record |= {"measured": measured.to_dict(), "items": items}
     return folder
 
 
@@ -1085,8 +1111,9 @@ def _written(job: Job, at: str, model: nn.Module, solved: Mapping[str, Solved], 
     return folder
 
 
-def _verdict_of(job: Job, folder: Path, path: str, title: str, budget: Budget | None) -> Verdict:
-    """Paired verdict of a saved and reloaded model on the certify split; without a budget the bound is not judged."""
+def _verdict_of(job: Job, folder: Path, path: str, title: str, budget: Budget | None) -> tuple[Verdict, dict[str, Any]]:
+    """Paired verdict of a saved and reloaded model on the certify split, and the `item_columns` behind it; without a
+    budget the bound is not judged."""
     with job.stages.stage(title, 2) as advance:
         baseline = _results(job, "certify/baseline.json", job.uncompressed, job.splits.certify)
         advance(1)
@@ -1094,7 +1121,8 @@ def _verdict_of(job: Job, folder: Path, path: str, title: str, budget: Budget | 
         results = _results(job, path, model, job.splits.certify)
         advance(2)
     budget = budget or Budget("loss", max_drop=0.0, confidence=0.95 if job.budget is None else job.budget.confidence)
-    return compare(baseline, results, job.splits.certify, budget, unit=job.objective.unit)
+    verdict = compare(baseline, results, job.splits.certify, budget, unit=job.objective.unit)
+    return verdict, item_columns(baseline, results, job.splits.certify)
 
 
 def _plan_of(job: Job, trial: Mapping[str, Any]) -> Plan:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -80,6 +83,67 @@ def test_the_verdict_is_the_loss_of_the_saved_model(recipe, finished):
             total += float(loss) * (item["input_ids"].shape[1] - 1)
             count += item["input_ids"].shape[1] - 1
         assert verdict[key] == pytest.approx(total / count, abs=1e-5)
+
+
+def test_the_items_on_record_are_those_of_the_verdict(recipe, finished):
+    """Their weighted mean is the verdict's drop, and each is transformers' own loss of that item."""
+    from transformers import AutoModelForCausalLM
+
+    verdict, items = finished.record["verdict"], json.loads((finished.folder / "report.json").read_text())["items"]
+    columns = list(zip(*(items[k] for k in ("count", "before", "after")), strict=True))
+    tokens = sum(count for count, _, _ in columns)
+    drop = sum(count * (after - before) for count, before, after in columns) / tokens
+    assert drop == pytest.approx(verdict["drop"], abs=1e-8)
+    assert len(columns) == verdict["items"] and "right_before" not in items
+    certify = pipeline.prepare(cp_recipe(recipe), None, progress=False)[0].splits.certify
+    assert [items["documents"][k] for k in items["document"]] == list(certify.documents)
+    assert items["index"] == list(range(len(certify.items))) and len(set(items["documents"])) == len(items["documents"])
+    for source, key in ((finished.folder / "model", "after"), (recipe.parent / "tiny", "before")):
+        model = AutoModelForCausalLM.from_pretrained(source).eval()
+        for item, count, found in zip(certify.items, items["count"], items[key], strict=True):
+            with torch.no_grad():
+                expected = float(model(input_ids=item["input_ids"], labels=item["input_ids"]).loss)
+            assert count == item["input_ids"].shape[1] - 1 and found == pytest.approx(expected, abs=1e-5)
+    assert "Items that changed" in (finished.folder / "report.html").read_text()
+
+
+def test_the_items_on_record_are_of_the_model_that_ships(recipe, finished, tmp_path, monkeypatch):
+    """A bolder plan is tried and fails: the one before it ships, with its own items."""
+    sequence, verdict_of = cp.stages._fixed_sequence, cp.stages._verdict_of
+
+    def longer(job, bench, best):
+        other = {n: job.options[n][-1].key for n in best["choices"]}
+        return [*sequence(job, bench, best), cp.stages._apply_and_write(job, bench, "bolder", other)]
+
+    def failing(job, folder, path, title, budget):
+        verdict, columns = verdict_of(job, folder, path, title, budget)
+        return (dataclasses.replace(verdict, status="INCONCLUSIVE") if "bolder" in title else verdict), columns
+
+    monkeypatch.setattr(cp.stages, "_fixed_sequence", longer)
+    monkeypatch.setattr(cp.stages, "_verdict_of", failing)
+    shutil.copytree(finished.folder, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "model")
+    record = pipeline.run(recipe, tmp_path / "out", progress=False).record
+    assert [a["status"] for a in record["attempts"]] == ["CERTIFIED", "INCONCLUSIVE"]
+    assert record["items"] == finished.record["items"]
+    assert record["attempts"][1]["drop"] != pytest.approx(record["attempts"][0]["drop"], abs=1e-3)
+
+
+def test_items_in_which_nothing_counts_are_left_out():
+    def results(loss, count, correct):
+        values = {"loss": loss, "count": count, "correct": correct}
+        return cp.objective.ItemResults(**{k: torch.tensor(v, dtype=torch.float64) for k, v in values.items()})
+
+    split = cp.data.Split(items=({}, {}, {}, {}), documents=("b", "a", "a", "b"))
+    count, one = [2.0, 0, 3, 1], [1.0, 0, 1, 1]
+    before, after = results([1.0, 0, 6, 2], count, [1.0, 0, 2, 1]), results([3.0, 0, 3, 2], count, [0.0, 0, 3, 1])
+    assert cp.stages.item_columns(before, after, split) == {
+        "documents": ["b", "a"], "document": [0, 1, 0], "index": [0, 2, 3], "count": [2, 3, 1],
+        "before": [0.5, 2.0, 2.0], "after": [1.5, 1.0, 2.0],
+    }  # fmt: skip
+    before, after = results([0.1] * 4, one, [1.0, 0, 0, 1]), results([0.2] * 4, one, [0.0, 0, 1, 1])
+    columns = cp.stages.item_columns(before, after, split)
+    assert (columns["right_before"], columns["right_after"]) == ([1, 0, 1], [0, 1, 1])
 
 
 def cp_recipe(path: Path):
@@ -355,6 +419,31 @@ def test_the_report_can_be_rebuilt(finished):
     assert result.exit_code == 0 and path.read_text() == before
     missing = CliRunner().invoke(app, ["report", str(finished.folder / "nowhere")])
     assert missing.exit_code == 2 and "report.json" in missing.output
+
+
+def test_two_runs_are_compared_on_their_items(recipe, finished, tmp_path):
+    """The paired difference is that of the two verdicts, and its error that of the whole documents' differences."""
+    other = tmp_path / "bytes.yaml"
+    other.write_text(recipe.read_text().replace("budget: {metric: loss, max_drop: 0.2}", "budget: {max_bytes: 45000}"))
+    there = pipeline.run(other, tmp_path / "there", progress=False).record
+    here = tmp_path / "here"
+    here.mkdir()
+    shutil.copy(finished.folder / "report.json", here)
+    text = pipeline.rebuild_report(here, against=tmp_path / "there").read_text()
+    table = text.partition('id="t-paired"')[2].partition("</table>")[0]
+    numbers = [float(v) for v in re.findall(r'data-v="([^"]+)"', table)]
+    gap = finished.record["verdict"]["compressed"] - there["measured"]["compressed"]
+    assert numbers[2] == pytest.approx(gap, abs=1e-7) and abs(gap) > 1e-4
+    ours, theirs = finished.record["items"], there["items"]
+    count, document = np.array(ours["count"], dtype=float), np.array(ours["document"])
+    difference = (np.array(ours["after"]) - np.array(theirs["after"])) * count
+    left_out = [  # the difference without each document
+        difference[document != k].sum() / count[document != k].sum() for k in range(len(ours["documents"]))
+    ]
+    m = len(left_out)
+    assert 1 < m < len(document) == 16
+    error = np.sqrt((m - 1) / m * np.sum((np.array(left_out) - numbers[2]) ** 2))
+    assert numbers[3] == pytest.approx(numbers[2] / error, rel=1e-5) and numbers[4:] == [16, m]
 
 
 def test_a_run_never_overwrites_the_model_it_reads(recipe):

@@ -182,6 +182,14 @@ def synthetic_record(*, blocks: int = 30, seed: int = 0) -> dict[str, Any]:
         "unit": "nats/token",
         "verdict": certified,
         "attempts": [verdict(0.008112, 0.00143, "CERTIFIED") | {"plan": "plan-2"}, certified | {"plan": "plan-3"}],
+        "items": {
+            "documents": [f"topic {k}" for k in range(9)],
+            "document": [k % 9 for k in range(48)],
+            "index": list(range(48)),
+            "count": [127] * 48,
+            "before": [rng.gauss(2.9, 0.5) for _ in range(48)],
+            "after": [rng.gauss(2.92, 0.5) for _ in range(48)],
+        },
         "size": {
             "before_bytes": before,
             "after_bytes": after,
@@ -456,6 +464,7 @@ def test_summary_cannot_be_forged(small: dict[str, Any]) -> None:
 
 SECTION_OF = {
     "attempts": "'attempts'",
+    "items": "'items'",
     "size": "'size'",
     "layers": "'layers'",
     "ledger": "'ledger'",
@@ -493,6 +502,7 @@ def tiny() -> dict[str, Any]:
     for key in ("layers", "trials", "frontier", "attempts", "stages", "notes"):
         record[key] = record[key][-2:]
     record["ledger"]["rows"] = record["ledger"]["rows"][:2]
+    record["items"] = {key: column[:2] for key, column in record["items"].items()}
     record["analysis"]["layers"] = dict(list(record["analysis"]["layers"].items())[:2])
     return record
 

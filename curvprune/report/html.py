@@ -12,8 +12,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from . import charts, curvature, sections, together
-from .figures import clean, count, num, size
+from . import charts, comparison, curvature, items, removed, sections, together
+from .figures import count, num, size
 
 CONTENTS = (
     ("verdict", "Verdict"),
@@ -52,8 +52,13 @@ def _subtitle(record: sections.Record) -> str:
     if isinstance(sizes, Mapping) and num(sizes.get("parameters")) is not None:
         parts.append(f"{count(sizes['parameters'])} parameters")
     if isinstance(provenance, Mapping) and provenance.get("curvprune") is not None:
-        parts.append(f"curvprune {clean(provenance['curvprune'])}")
+        parts.append(f"curvprune {sections.word(provenance['curvprune'])}")
     return ", ".join(parts)
+
+
+def _comparison(record: sections.Record) -> dict[str, Any]:
+    parts = ("figures", "paired", "flips", "layers", "recipes", "provenance")
+    return {name: _attempt(getattr(comparison, name), record) for name in parts}
 
 
 def _frontier_budget(record: sections.Record) -> str:
@@ -70,14 +75,15 @@ def build(record: Mapping[str, Any]) -> str:
 
     Args:
         record: contents of ``report.json``. Any key may be missing, null or NaN; its section then says what is not
-            available and why. All text in it is escaped.
+            available and why. All text in it is escaped. Beside them an ``against`` (see `curvprune.report.comparison`)
+            adds a section that compares the run with another.
 
     Returns:
         The document. The same record gives the same text, byte for byte.
     """
     status = sections.status_of(record)
     verdict = record.get("verdict")
-    method = clean(verdict["method"]) if isinstance(verdict, Mapping) and verdict.get("method") else ""
+    method = sections.word(verdict["method"]) if isinstance(verdict, Mapping) and verdict.get("method") else ""
     script = "\n" + _asset("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     points = sections.trial_points(record)
@@ -85,10 +91,12 @@ def build(record: Mapping[str, Any]) -> str:
     peak = num(record.get("peak_memory_bytes"))
     notes = sections.notes(record)
     recipe = record.get("recipe")
+    other = comparison.name_of(record)
+    contents = (*CONTENTS, ("against", f"Compared with {other}")) if other else CONTENTS
     return _template().render(
         title=sections.word(record.get("title") or "curvprune report"),
         subtitle=_subtitle(record),
-        contents=CONTENTS,
+        contents=contents,
         css=Markup(_asset("report.css")),
         js=Markup(script),
         script_hash=Markup(f"sha256-{digest}"),
@@ -101,12 +109,14 @@ def build(record: Mapping[str, Any]) -> str:
         advice=sections.advice(record),
         contradictions=sections.inconsistencies(record),
         attempts=_attempt(sections.attempts_table, record),
+        changed=_attempt(items.changed, record),
         recoveries=sections.recoveries_table(record) if sections.items_or_none(record, "recoveries") else None,
         together=together.table(record) if sections.items_or_none(record, "together") else None,
         together_reading=together.reading(record),
         size=_attempt(sections.size_facts, record),
         size_chart=sections.size_chart(record),
         options=_attempt(sections.options_table, record),
+        removed=None if record.get("structured") is None else _attempt(removed.removed, record),
         trials=trials,
         trials_reading=sections.trials_reading(record),
         unit=sections.unit_of(record),
@@ -133,4 +143,6 @@ def build(record: Mapping[str, Any]) -> str:
         recipe=None if recipe is None else sections.word(recipe),
         notes=notes,
         warnings=len(notes),
+        other=other,
+        against=_comparison(record) if other else None,
     )

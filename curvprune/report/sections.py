@@ -290,7 +290,7 @@ def advice(record: Record) -> list[str]:
     return []
 
 
-def _judged(record: Record) -> dict[str, Any]:
+def judged(record: Record) -> dict[str, Any]:
     """The verdict, or without a budget what was measured on the certify split (then with no budget to compare with)."""
     verdict = mapping_or_empty(record, "verdict")
     return dict(verdict) if verdict else {**mapping_or_empty(record, "measured"), "max_drop": None, "needed": None}
@@ -298,7 +298,7 @@ def _judged(record: Record) -> dict[str, Any]:
 
 def verdict_facts(record: Record) -> list[Fact]:
     """Every number of the verdict, labelled."""
-    verdict = _judged(record)
+    verdict = judged(record)
     if not verdict:
         return []
     quantity = Quantity.of(verdict)
@@ -360,7 +360,7 @@ def verdict_facts(record: Record) -> list[Fact]:
 
 
 def verdict_chart(record: Record) -> Markup | None:
-    verdict = _judged(record)
+    verdict = judged(record)
     drop = num(verdict.get("drop"))
     if drop is None:
         return None
@@ -684,7 +684,7 @@ def trials_table(record: Record) -> Table:
     chosen = _chosen_trial(record)
     corrected = bool(mapping_or_empty(record, "corrections"))
     extra = [c for c in _EXTRA if any(num(t.get(c[0])) is not None for t in trials)]
-    if _judged(record).get("metric") != "accuracy":
+    if judged(record).get("metric") != "accuracy":
         extra = [c for c in extra if c[0] != "metric_drop"]
     rows = []
     for k, trial in enumerate(trials):
@@ -990,7 +990,7 @@ def notes(record: Record) -> list[tuple[str, str]]:
     found += [("curvature", text) for text in texts(mapping_or_empty(record, "analysis").get("notes"))]
     for trial in items_or_none(record, "trials"):
         if trial.get("note"):
-            found.append((f"trial {word(trial.get('name'))}", clean(trial["note"])))
+            found.append((f"trial {word(trial.get('name'))}", word(trial["note"])))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from . import curvature, sections, together
+from . import curvature, removed, sections, together
 from .figures import clean, count, duration, fixed, num, plus_minus, short, size
 
 NOTES_SHOWN = 5
@@ -24,8 +24,8 @@ def _options(record: sections.Record) -> str:
 
 
 def summary(record: Mapping[str, Any]) -> str:
-    """A short Markdown summary that also reads well as plain text: verdict, size, options, prediction, time,
-    curvature, notes.
+    """A short Markdown summary that also reads well as plain text: verdict, size, removed units, options, prediction,
+    time, curvature, notes.
 
     Args:
         record: contents of ``report.json``; missing keys leave their line out or say what is missing.
@@ -50,6 +50,8 @@ def summary(record: Mapping[str, Any]) -> str:
                 f"{fixed(sections.smaller_by(sizes), 2)} times smaller; model folder {size(sizes.get('folder_bytes'))}"
             )
         )
+    if text := removed.line(record):
+        lines.append(_line(f"- {text}"))
     if limits := sections.limits(record):
         lines.append(_line(f"- within: {'; '.join(f'{name} {text}' for name, _, text in limits)}"))
     if options := _options(record):

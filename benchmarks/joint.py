@@ -29,16 +29,11 @@ from torch import nn
 import curvprune as cp
 from curvprune.api import _job
 from curvprune.data import Split
+from curvprune.job import Job, limit_plans
 from curvprune.layers import find_layers
 from curvprune.objective import ItemResults, evaluate
-from curvprune.stages import (
-    Job,
-    compare,
-    limit_plans,
-    price_options,
-    select_plans,
-    solve_options,
-)
+from curvprune.selection import compare, select_plans
+from curvprune.stages import price_options, solve_options
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import ledger, pruning, quantization

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from curvprune.data import Splits as Splits
     from curvprune.export import export_dense as export_dense
     from curvprune.export import export_gptq as export_gptq
+    from curvprune.job import Settings as Settings
     from curvprune.knapsack import Limit as Limit
     from curvprune.ledger import Ledger as Ledger
     from curvprune.lmeval import certify_lm_eval as certify_lm_eval
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
     from curvprune.plan import Budget as Budget
     from curvprune.plan import Plan as Plan
     from curvprune.recovery import Recovery as Recovery
-    from curvprune.stages import Settings as Settings
     from curvprune.structured import Structured as Structured
 
 _HOME = {
@@ -65,6 +65,7 @@ _HOME = {
     "certificate": ("Verdict", "certify_values"),
     "data": ("Split", "Splits"),
     "export": ("export_dense", "export_gptq"),
+    "job": ("Settings",),
     "knapsack": ("Limit",),
     "ledger": ("Ledger",),
     "lmeval": ("certify_lm_eval",),
@@ -72,7 +73,6 @@ _HOME = {
     "options": ("Cast", "Keep", "Prune", "PruneCast", "PruneQuantize", "Quantize"),
     "plan": ("Budget", "Plan"),
     "recovery": ("Recovery",),
-    "stages": ("Settings",),
     "structured": ("Structured",),
 }
 __all__ = ["__version__", *sorted(name for names in _HOME.values() for name in names)]

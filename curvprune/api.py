@@ -26,6 +26,7 @@ from curvprune.curvature import products
 from curvprune.curvature.estimators import Estimate
 from curvprune.data import Split, Splits, as_split, split_items
 from curvprune.groups import find_groups, read_request
+from curvprune.job import Job, Settings, count_work, limit_plans
 from curvprune.knapsack import frontier as nested_plans
 from curvprune.layers import Layer, find_layers, left_over
 from curvprune.ledger import Ledger
@@ -44,21 +45,9 @@ from curvprune.options import (
 from curvprune.pipeline import describe, load_artifact, write_model
 from curvprune.plan import Budget, Plan
 from curvprune.recovery import Diverged, Recovery, Training, recover_
+from curvprune.selection import compare, select_plans
 from curvprune.solve import Solved
-from curvprune.stages import (
-    Job,
-    Settings,
-    apply_plan,
-    certify_plans,
-    compare,
-    count_work,
-    limit_plans,
-    price_options,
-    select_plans,
-    solve_options,
-    spread_zeros,
-    unpriced_plan,
-)
+from curvprune.stages import apply_plan, certify_plans, price_options, solve_options, spread_zeros, unpriced_plan
 from curvprune.state import StageLog, State
 from curvprune.structured import Structured, prune_units
 from curvprune.work import limits_of

@@ -34,6 +34,7 @@ from curvprune.certificate import (
 )
 from curvprune.curvature.fisher import fisher_pass
 from curvprune.data import Split, Splits
+from curvprune.job import Job, Settings, limit_plans
 from curvprune.knapsack import Infeasible, Limit, frontier
 from curvprune.layers import find_layers, left_over
 from curvprune.objective import ItemResults, LabelFree, Objective, evaluate, make_objective, to_device
@@ -41,21 +42,10 @@ from curvprune.options import Keep, Option, option_from_key, pruner_of, quantize
 from curvprune.plan import SIZES, Budget
 from curvprune.recipe import Recipe, RecipeError, assign_groups, assign_options, load_recipe, lock_text
 from curvprune.recovery import Training
+from curvprune.selection import TRIALS_BESIDES, compare, select_plans
 from curvprune.shapes import changes_of, difference, remember_
 from curvprune.solve import Solved
-from curvprune.stages import (
-    TRIALS_BESIDES,
-    Job,
-    Settings,
-    apply_and_measure,
-    certify_plans,
-    compare,
-    limit_plans,
-    price_options,
-    select_plans,
-    solve_layer,
-    solve_options,
-)
+from curvprune.stages import apply_and_measure, certify_plans, price_options, solve_layer, solve_options
 from curvprune.state import StageLog, State
 from curvprune.structured import Pruned, Structured, offered_widths, prune_units
 

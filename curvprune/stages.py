@@ -2,7 +2,7 @@
 
     solve    every option of every layer, from one forward pass over the calibration items
     price    every solved change, from one forward and a few backward passes per item
-    select   plans along the frontier, measured on the select split, beside controls
+    select   plans along the frontier, measured on the select split, beside controls (`curvprune.selection`)
     apply    the chosen plans: one sequential forward pass each, later layers see what earlier ones became
     recover  those models, where it is asked for: a short training of what their stored form leaves free
     certify  those plans, cautious first, saved and loaded again, on items that nothing else has touched
@@ -13,223 +13,44 @@ Each stage leaves its results in ``state/``, layer by layer, and skips what it f
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-import math
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from curvprune import artifact
 from curvprune.analysis import MATRICES, Analysis, LayerCurvature
 from curvprune.apply import Moments, coarse_copy, visit_layers
-from curvprune.certificate import Verdict, certify_accuracy, certify_loss, fixed_sequence, probability_of_certifying
-from curvprune.controls import Control, controls
+from curvprune.certificate import Verdict, fixed_sequence
 from curvprune.curvature.fisher import Change, FisherPass, fisher_pass
 from curvprune.curvature.forms import FORMS, Forms, quadratic_forms
-from curvprune.data import Split, Splits, collate
-from curvprune.knapsack import Choice, Infeasible, Limit, cheapest
+from curvprune.data import collate
+from curvprune.job import Job
+from curvprune.knapsack import Infeasible, Limit, cheapest
 from curvprune.layers import Layer, find_layers
-from curvprune.ledger import CURVATURES, Ledger, Row, build_ledger
-from curvprune.objective import ItemResults, Objective, evaluate, to_device
-from curvprune.options import Cast, Form, Keep, Option, Prune, kept_weights, option_from_key, pruner_of, quantizer_of
-from curvprune.plan import Budget, Measurement, Plan, corrected, corrections, search
+from curvprune.ledger import build_ledger
+from curvprune.objective import to_device
+from curvprune.options import Cast, Keep, Option, Prune, kept_weights, option_from_key, pruner_of, quantizer_of
+from curvprune.plan import Budget, Plan, corrected
 from curvprune.processes import rank, shared, wait, world
-from curvprune.quadratic import scaled
-from curvprune.recovery import Diverged, Training, recover_, restore_, trained_tensors
+from curvprune.recovery import Diverged, recover_, restore_, trained_tensors
+from curvprune.selection import ACCEPTABLE, Bench, allowed_drop, compare, item_columns, plan_key, reach_of, results_on
 from curvprune.solve import Solved, solve
 from curvprune.solve.grids import dequantize
-from curvprune.state import StageLog, State
-from curvprune.work import Work, limits_of, macs_left, multiply_adds, work_of
+from curvprune.state import State
+from curvprune.work import work_of
 
 CHECKPOINT_SECONDS = 45.0  # the pricing pass writes its totals this often
-ACCEPTABLE = 0.80  # predicted probability of being certified that a plan must have on select
+
+CHECKPOINT_SECONDS = 45.0  # the pricing pass writes its totals this often
 SAFE = 0.95  # ... and that the first plan of the fixed sequence should have
 CAUTION = 0.6  # a more cautious plan may cost so much of the next one's predicted loss
-TRIALS_BESIDES = 9  # the uncompressed model, at most seven controls, and a plan after those
-CLEAR = 1.645  # standard errors: one-sided 95 %
-SAME_SIZE = 1.002  # two plans whose bytes differ by less are one size: what they lost on select decides
-# What is held against a plan of both kinds, and the part that its options lack.
-ALONE: dict[str, Callable[[Option], Any]] = {"rounding alone": pruner_of, "pruning alone": quantizer_of}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """Knobs of a run that are not part of the model, the data or the budget."""
-
-    seed: int = 0
-    labels: int = 2
-    curvature: str = "fisher"  # a key of `curvprune.ledger.CURVATURES`: what prices are taken from
-    trials: int = 6
-    attempts: int = 2
-    batch_size: int = 4
-    portable: artifact.Portable = True  # see `curvprune.artifact.reader_of`
-
-    def __post_init__(self) -> None:
-        if self.portable not in (True, False, "engines"):
-            raise ValueError(f'Settings: portable={self.portable!r} is unknown; choose True, False or "engines"')
-        if self.curvature not in CURVATURES:
-            raise ValueError(f"Settings: curvature={self.curvature!r} is unknown; expected {', '.join(CURVATURES)}")
-
-
-@dataclass(kw_only=True, slots=True)
-class Job:
-    """Everything that is fixed before the first long computation."""
-
-    model: nn.Module
-    objective: Objective
-    layers: dict[str, Layer]
-    options: dict[str, list[Option]]
-    splits: Splits
-    budget: Budget | None
-    settings: Settings
-    state: State
-    stages: StageLog
-    reload: Callable[[Path], nn.Module]
-    write_model: Callable[[Path, nn.Module, Mapping[str, Solved], Mapping[str, Any]], None]
-    original: nn.Module | None = None  # what is certified against, where units of it were removed to make the model
-    recover: Training | None = None
-    same_option: tuple[tuple[str, ...], ...] = ()  # groups of layers; each is offered the same options
-    limits: tuple[Limit, ...] = ()  # what the budget limits besides bytes and the drop: `limit_plans`
-    work: dict[str, Work] = field(default_factory=dict)  # of every layer, where it was counted: `count_work`
-    notes: list[str] = field(default_factory=list)
-    ledger: Ledger | None = None
-    analysis: Analysis | None = None
-    plan: Plan | None = None
-    verdict: Verdict | None = None
-    solved: dict[str, Solved] = field(default_factory=dict)
-    record: dict[str, Any] = field(default_factory=dict)
-    factors: dict[str, float] = field(default_factory=dict)  # option -> correction of its prices by the trials
-
-    @property
-    def uncompressed(self) -> nn.Module:
-        """The model whose loss may rise by the budget."""
-        return self.model if self.original is None else self.original
-
-    def __post_init__(self) -> None:
-        if self.settings.curvature == "input" and self.budget is not None and self.budget.max_drop is not None:
-            raise ValueError(
-                'curvature="input" prices the error of layers, in no unit of loss: it cannot plan for max_drop; pass '
-                "max_bytes, or another curvature"
-            )
-
-    @property
-    def fixed_bytes(self) -> int:
-        return artifact.other_bytes(self.model, self.layers)
-
-    @property
-    def within(self) -> dict[str, Any]:
-        """What every plan must keep to, as arguments of `cheapest` and `search`."""
-        return {
-            "max_bytes": None if self.budget is None else self.budget.max_bytes,
-            "fixed_bytes": self.fixed_bytes + artifact.header_bytes(self.model, self.layers),
-            "limits": self.limits,
-            "same_option": self.same_option,
-        }
-
-    def uses(self, choices: Mapping[str, str]) -> dict[str, float]:
-        """How much a plan uses of each limit of the budget, by name; bytes are those of the file, with
-        the most that its header can take."""
-        used = {limit.name: limit.used(choices) for limit in self.limits}
-        if self.budget is None or self.budget.max_bytes is None:
-            return used
-        return {"max_bytes": self.bytes_of(choices) + artifact.header_bytes(self.model, self.layers), **used}
-
-    @property
-    def most(self) -> dict[str, float]:
-        """The budget's limits on size and speed by name."""
-        stored = {} if self.budget is None or self.budget.max_bytes is None else {"max_bytes": self.budget.max_bytes}
-        return stored | {limit.name: limit.most for limit in self.limits}
-
-    def least(self, name: str) -> float:
-        """The least that any plan uses of a limit."""
-        of = {limit.name: limit for limit in self.limits}.get(name)
-        if of is None:
-            return self.smallest_bytes()
-        best = {
-            n: min((o.key for o in self.options[n]), key=lambda key: sum(of.use[m, key] for m in unit))
-            for unit in self.units
-            for n in unit
-        }
-        return of.used(best)
-
-    def keeps_within(self, choices: Mapping[str, str]) -> bool:
-        """Whether a plan keeps to all limits of the budget but the drop."""
-        return all(used <= self.most[name] for name, used in self.uses(choices).items())
-
-    @property
-    def units(self) -> list[tuple[str, ...]]:
-        """Layers that get one option together, and every other layer by itself."""
-        grouped = {n for group in self.same_option for n in group}
-        return [*self.same_option, *((n,) for n in self.layers if n not in grouped)]
-
-    def expected(self, choices: Mapping[str, str]) -> float:
-        """What a plan costs by the prices as the trials have corrected them."""
-        assert self.ledger is not None
-        rows = corrected(self.ledger.rows, self.factors)
-        return math.fsum(row.price for row in rows if choices[row.layer] == row.option)
-
-    def smallest_bytes(self) -> int:
-        """Bytes of the smallest model file that the options allow, header included."""
-        sizes = [min(sum(self.layer_bytes(n, o) for n in unit) for o in self.options[unit[0]]) for unit in self.units]
-        return self.fixed_bytes + artifact.header_bytes(self.model, self.layers) + sum(sizes)
-
-    def bytes_of(self, choices: Mapping[str, str]) -> int:
-        """Tensor bytes of the whole model on disk under a plan (the file adds its header)."""
-        return self.fixed_bytes + sum(self.layer_bytes(n, option_from_key(key)) for n, key in choices.items())
-
-    def form_of(self, name: str, option: Option) -> Form:
-        """How a layer lies on disk under an option."""
-        return artifact.form_of(self.model, self.layers[name], option, portable=self.settings.portable)
-
-    def layer_bytes(self, name: str, option: Option) -> int:
-        """Bytes on disk of a layer under an option."""
-        return artifact.layer_bytes(self.model, self.layers[name], option, portable=self.settings.portable)
-
-
-# --------------------------------------------------------------------------------------------------------------- limits
-
-
-def limit_plans(job: Job) -> None:
-    """Turn the budget's limits on size and speed into ``job.limits``, and see that the options can meet them together.
-
-    Cost: one forward pass over the calibration items if multiply-adds or bit operations are limited. Raises
-    `Infeasible`, and ``ValueError`` where a limit of the user's own has no number for a layer and option.
-    """
-    budget = job.budget
-    if budget is None or not budget.limited:
-        return
-    if budget.max_macs is not None or budget.max_bops is not None:
-        count_work(job)
-    options = {(n, o.key): o for n in job.layers for o in job.options[n]}
-    rows = [Choice(layer=n, option=key, bytes=job.layer_bytes(n, o), price=0.0) for (n, key), o in options.items()]
-    job.limits = limits_of(budget, rows, job.work or work_of(job.layers))
-    try:
-        cheapest(rows, **job.within)
-    except Infeasible as error:
-        names = {shortfall.name for shortfall in error.shortfalls}
-        if "max_macs" in names and all(macs_left(o) == 1.0 for o in options.values()):
-            raise Infeasible(
-                f"{error}. No option here lowers max_macs: zeros are multiplied like any other weight, except those of "
-                'pattern "2:4" on sparse tensor cores; prune(structured=...) removes whole units',
-                *error.shortfalls,
-            ) from None
-        raise
-
-
-def count_work(job: Job) -> None:
-    """The multiply-adds of every layer: one forward pass over the calibration items."""
-    batches = job.splits.calibrate.batches(job.settings.batch_size)
-    job.work = work_of(job.layers, multiply_adds(job.model, job.objective, batches, job.layers))
 
 
 # ---------------------------------------------------------------------------------------------------------------- solve
@@ -477,393 +298,6 @@ def _analysis(measured: FisherPass, layers: Mapping[str, Layer]) -> Analysis:
     return Analysis(matrix=MATRICES["fisher"], layers=curvature, num_items=len(measured.count))
 
 
-# --------------------------------------------------------------------------------------------------------------- select
-
-
-def _results(job: Job, name: str, model: nn.Module, split: Split) -> ItemResults:
-    """Evaluate a model on a split, or read what an earlier process measured."""
-    if job.state.has(name):
-        record = job.state.read_json(name)
-        return ItemResults(**{k: torch.tensor(v, dtype=torch.float64) for k, v in record.items()})
-    results = evaluate(model, split.batches(job.settings.batch_size), job.objective)
-    job.state.write_json(
-        name, {"loss": results.loss.tolist(), "count": results.count.tolist(), "correct": results.correct.tolist()}
-    )
-    return results
-
-
-def compare(baseline: ItemResults, compressed: ItemResults, split: Split, budget: Budget, *, unit: str) -> Verdict:
-    """Paired verdict on a split for a budget with ``max_drop``; documents with several items are clusters. Items in
-    which no position counts (all labels ignored) say nothing and are left out."""
-    counted = (baseline.count > 0).numpy()
-    documents = np.array(split.documents)[counted]
-    clusters = None if len(set(documents)) == len(documents) else documents
-    assert budget.max_drop is not None
-    if budget.metric == "loss":
-        return certify_loss(
-            baseline.loss.numpy()[counted],
-            compressed.loss.numpy()[counted],
-            baseline.count.numpy()[counted],
-            clusters=clusters,
-            max_drop=budget.max_drop,
-            confidence=budget.confidence,
-            unit=unit,
-        )
-    if float(baseline.count.max()) > 1:
-        raise ValueError("metric 'accuracy' needs one prediction per item; for language models use metric 'loss'")
-    return certify_accuracy(
-        baseline.correct.numpy()[counted] > 0.5,
-        compressed.correct.numpy()[counted] > 0.5,
-        clusters=clusters,
-        max_drop=budget.max_drop,
-        confidence=budget.confidence,
-    )
-
-
-def item_columns(baseline: ItemResults, compressed: ItemResults, split: Split) -> dict[str, Any]:
-    """What two models did on every item of a split in which a position counts, by column: ``document`` (a number in
-    ``documents``), ``index`` in the split, ``count`` of positions, loss per position ``before`` and ``after`` (to nine
-    digits) and, where no item has more than one, ``right_before`` and ``right_after`` (1 or 0)."""
-    at = torch.nonzero(baseline.count > 0).flatten()
-    names = [split.documents[i] for i in at.tolist()]
-    number = {name: k for k, name in enumerate(dict.fromkeys(names))}
-    count = baseline.count[at]
-    columns = {
-        "documents": list(number),
-        "document": [number[name] for name in names],
-        "index": at.tolist(),
-        "count": count.int().tolist(),
-        "before": [float(f"{v:.9g}") for v in (baseline.loss[at] / count).tolist()],
-        "after": [float(f"{v:.9g}") for v in (compressed.loss[at] / count).tolist()],
-    }
-    if float(count.max()) > 1:
-        return columns
-    right = {"right_before": baseline.correct, "right_after": compressed.correct}
-    return columns | {name: (correct[at] > 0.5).int().tolist() for name, correct in right.items()}
-
-
-def _chance(job: Job, verdict: Verdict) -> float:
-    """Predicted probability that a plan with this verdict on select is certified on the certify split."""
-    return _chance_at(job, verdict.drop, verdict.stderr, verdict.bound)
-
-
-def _chance_at(job: Job, drop: float, stderr: float, bound: float) -> float:
-    """``bound`` is that of a test with this ``drop``: few documents and skewed losses push it further out than normal
-    ones would, on select and on certify alike."""
-    assert job.budget is not None and job.budget.max_drop is not None
-    shrink = (len(set(job.splits.select.documents)) / len(set(job.splits.certify.documents))) ** 0.5
-    return probability_of_certifying(
-        drop,
-        stderr,
-        stderr * shrink,
-        max_drop=job.budget.max_drop,
-        confidence=job.budget.confidence,
-        reach=(bound - drop) * shrink,
-    )
-
-
-def _key(choices: Mapping[str, str]) -> str:
-    """A short name for a plan, for its files."""
-    return hashlib.sha256(json.dumps(sorted(choices.items())).encode()).hexdigest()[:16]
-
-
-@dataclass(slots=True)
-class _Bench:
-    """A copy of the model whose layers are set to any plan's candidates, for measuring on the select split."""
-
-    job: Job
-    candidates: Callable[[str], list[Solved]]
-    baseline: ItemResults  # of the uncompressed model
-    start: ItemResults  # of the model that the prices are of: the same, unless units were removed
-    model: nn.Module | None = None
-    now: dict[str, str] = field(default_factory=dict)
-    trials: list[dict[str, Any]] = field(default_factory=list)
-
-    def measure(self, name: str, kind: str, choices: Mapping[str, str]) -> dict[str, Any]:
-        """Measure a plan; returns its trial record (also appended to ``trials``)."""
-        path = self._path(choices)
-        if not self.job.state.has(path):
-            self._set(choices)
-        results = _results(self.job, path, self.model or self.job.model, self.job.splits.select)
-        same = next((f"the same as {t['name']}" for t in self.trials if t["choices"] == choices), "")
-        self.trials.append(self.record(name, kind, choices, results, same))
-        return self.trials[-1]
-
-    def beyond(self, trial: Mapping[str, Any], other: Mapping[str, Any]) -> Verdict:
-        """What a measured plan loses beyond another one, paired by item."""
-        split = self.job.splits.select
-        first, second = (
-            _results(self.job, self._path(t["choices"]), self.job.model, split)  # read, both have been measured
-            for t in (other, trial)
-        )
-        return compare(first, second, split, Budget("loss", max_drop=0.0), unit=self.job.objective.unit)
-
-    def _path(self, choices: Mapping[str, str]) -> str:
-        return f"select/{_key(choices)}.json"
-
-    def record(
-        self, name: str, kind: str, choices: Mapping[str, str], results: ItemResults, note: str = ""
-    ) -> dict[str, Any]:
-        job = self.job
-        budget = job.budget if job.budget is not None and job.budget.max_drop is not None else None
-        compare_as = budget or Budget("loss", max_drop=0.0)
-        verdict = compare(self.baseline, results, job.splits.select, compare_as, unit=job.objective.unit)
-        predicted = job.ledger.predict(choices) if job.ledger is not None else None
-        chance = _chance(job, verdict) if budget is not None else None
-        of_loss = verdict
-        if compare_as.metric != "loss" or self.start is not self.baseline:
-            as_loss = Budget("loss", max_drop=0.0)
-            of_loss = compare(self.start, results, job.splits.select, as_loss, unit=job.objective.unit)
-        return {
-            "name": name,
-            "kind": kind,
-            "choices": dict(choices),
-            "bytes": job.bytes_of(choices),
-            "predicted": None if predicted is None else predicted.value,
-            "predicted_stderr": None if predicted is None else _finite(predicted.stderr),
-            "expected": None if job.ledger is None else job.expected(choices),
-            "measured": float((results.loss.sum() - self.start.loss.sum()) / self.start.count.sum()),
-            "measured_stderr": _finite(of_loss.stderr),
-            "metric_drop": verdict.drop,
-            "metric_stderr": verdict.stderr,
-            "metric_bound": _finite(verdict.bound),
-            "chance": chance,
-            "accepted": None if chance is None else chance >= ACCEPTABLE,
-            "uses": job.uses(choices),
-            "items": len(self.baseline.loss),
-            "note": note,
-        }
-
-    def _set(self, choices: Mapping[str, str]) -> None:
-        job = self.job
-        if self.model is None:
-            self.model = copy.deepcopy(job.model)
-        own = find_layers(self.model)
-        for name, key in choices.items():
-            if self.now.get(name, "keep") == key:
-                continue
-            layer = job.layers[name]
-            if key == "keep":
-                matrix = layer.as_matrix(layer.weight.detach())
-            else:
-                matrix = next(s.weight for s in self.candidates(name) if s.option.key == key)
-            own[name].write_(matrix)
-            self.now[name] = key
-
-
-def select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[_Bench, dict[str, Any]]:
-    """Stage *select*: trials along the frontier and controls. Returns the smallest acceptable one."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", RuntimeWarning)
-        chosen = _select_plans(job, candidates)
-    for w in caught:  # recorded to be noted, not to be hidden
-        warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
-    job.notes += sorted({str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)})
-    return chosen
-
-
-def _select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[_Bench, dict[str, Any]]:
-    assert job.budget is not None and job.ledger is not None
-    budget, rows = job.budget, job.ledger.rows
-    with job.stages.stage("measure on select", job.settings.trials + TRIALS_BESIDES) as advance:
-        baseline = start = _results(job, "select/baseline.json", job.uncompressed, job.splits.select)
-        spent = 0.0
-        if job.original is not None:
-            start = _results(job, "select/start.json", job.model, job.splits.select)
-            spent = _spent(job, baseline, start)
-        bench = _Bench(job, candidates, baseline, start)
-        advance(1)
-        if budget.max_drop is None:
-            best = bench.measure("plan 1", "plan", cheapest(rows, **job.within))
-        else:
-
-            def measured(choices: dict[str, str]) -> Measurement:
-                trial = bench.measure(f"plan {len(bench.trials) + 1}", "plan", choices)
-                advance(1 + len(bench.trials))
-                reach = _reach(trial)
-                return Measurement(
-                    accepted=trial["accepted"],
-                    drop=trial["metric_drop"] - spent,
-                    loss=trial["measured"],
-                    stderr=trial["measured_stderr"] or 0.0,
-                    allowed=_allowed(job, min(0.0, spent), trial["metric_stderr"], reach) - spent,
-                )
-
-            start_at = max(0.0, budget.max_drop - spent)
-            found = search(rows, measured, start=start_at, max_trials=job.settings.trials, **job.within)
-            job.factors = found.factors
-            for record, trial in zip(bench.trials, found.trials, strict=True):
-                record["expected"] = trial.expected
-            # Where none was accepted, the most cautious plan that was measured goes to the certificate all the same.
-            best = max(bench.trials, key=lambda t: (t["choices"] == found.best, t["chance"], t["bytes"]))
-        for control in _controls(job, best):
-            bench.measure(control.name, "control", control.choices)
-            advance(1 + len(bench.trials))
-        best = _planned_again(job, bench, best, 1 if budget.max_drop is not None else job.settings.trials - 1)
-        job.record["together"] = _together(job, bench, best)
-        best = _best_measured(job, bench, best)
-        advance(job.settings.trials + TRIALS_BESIDES)
-    return bench, best
-
-
-def _spent(job: Job, baseline: ItemResults, start: ItemResults) -> float:
-    """What the removed units alone cost on the select split, in the budget's metric; it is noted."""
-    assert job.budget is not None
-    budget = job.budget if job.budget.max_drop is not None else Budget("loss", max_drop=0.0)
-    verdict = compare(baseline, start, job.splits.select, budget, unit=job.objective.unit)
-    unit = "of accuracy" if budget.metric == "accuracy" else job.objective.unit
-    text = f"the removed units alone cost {verdict.drop:.4g} ± {verdict.stderr:.2g} {unit} on the select split"
-    job.notes.append(f"{text}; prices, predictions and trials come on top of that, the verdict holds for both together")
-    if job.budget.max_drop is not None and verdict.drop >= job.budget.max_drop:
-        job.notes.append("that is more than the budget: remove fewer units")
-    return verdict.drop
-
-
-def _leftover(job: Job) -> str:
-    """What the limits on size and speed leave possible, for a budget whose drop was missed."""
-    assert job.ledger is not None
-    if not job.most:
-        return ""
-    lowest = job.expected(cheapest(corrected(job.ledger.rows, job.factors), **job.within))
-    return f"; the lowest loss expected within {', '.join(job.most)} is {lowest:.3g} {job.objective.unit}"
-
-
-def _controls(job: Job, best: Mapping[str, Any]) -> list[Control]:
-    """Controls near the size of the best plan, and what rounding alone and pruning alone can do at that size."""
-    assert job.ledger is not None
-
-    def plan(rows: list[Row], size: int) -> dict[str, str]:
-        return cheapest(rows, max_bytes=size, same_option=job.same_option)
-
-    size = best["bytes"] - job.fixed_bytes
-    found = controls(job.ledger.rows, job.layers, job.units, size=size, plan=plan)
-    prices = corrected(job.ledger.rows, job.factors)
-    for name in _families(job):
-        rows = [row for row in prices if row.option in _options_of(job, name)[row.layer]]
-        try:
-            choices = cheapest(rows, max_bytes=size, limits=job.limits, same_option=job.same_option)
-        except Infeasible:
-            continue  # `_together` says how small it gets
-        found.append(Control(name, choices))
-    return found
-
-
-def _families(job: Job) -> list[str]:
-    """Of `ALONE`, what can be held against both together: all, where there are options of both kinds, else none."""
-    offered = [option for options in job.options.values() for option in options]
-    return list(ALONE) if all(any(part(option) for option in offered) for part in ALONE.values()) else []
-
-
-def _options_of(job: Job, family: str) -> dict[str, set[str]]:
-    """Layer → the options that a family of `ALONE` has for it: those without the other part, or all, where every
-    one has it."""
-    other = ALONE[family]
-    without = {n: {o.key for o in options if other(o) is None} for n, options in job.options.items()}
-    return {n: without[n] or {o.key for o in job.options[n]} for n in job.layers}
-
-
-def _together(job: Job, bench: _Bench, best: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What pruning and rounding in one plan are worth: that plan and each alone, at its size or, where it does not get
-    that small, how small it gets; ``more`` is the loss beyond the plan's, paired by item."""
-
-    def entry(family: str, trial: Mapping[str, Any]) -> dict[str, Any]:
-        more = bench.beyond(trial, best)
-        return {
-            "name": family,
-            "trial": trial["name"],
-            **{key: trial[key] for key in ("bytes", "predicted", "predicted_stderr", "measured", "measured_stderr")},
-            "more": more.drop,
-            "more_stderr": _finite(more.stderr),
-        }
-
-    found = []
-    for family in _families(job):
-        trial = next((t for t in bench.trials if t["name"] == family), None)
-        if trial is not None:
-            found.append(entry(family, trial))
-            continue
-        options = _options_of(job, family)
-        sizes = {(n, o.key): job.layer_bytes(n, o) for n in job.layers for o in job.options[n] if o.key in options[n]}
-        least = [min(sum(sizes[n, key] for n in unit) for key in options[unit[0]]) for unit in job.units]
-        found.append({"name": family, "trial": None, "smallest_bytes": job.fixed_bytes + sum(least)})
-    return [entry("pruning and rounding", best), *found] if found else []
-
-
-def _planned_again(job: Job, bench: _Bench, best: dict[str, Any], most: int) -> dict[str, Any]:
-    """Plan again by prices that everything measured so far, controls included, has corrected, and with what pairs of
-    layers do to each other: with ``max_drop`` for the
-    smallest plan expected to lose no more than the best one, else for the least loss. Measures at most ``most`` plans,
-    until there is none that is new, and returns the best of all."""
-    assert job.ledger is not None and job.budget is not None
-    job.factors = _corrections(job, bench)
-    pairs = job.ledger.quadratic()
-    for _ in range(most):
-        if pairs is None:
-            at_most = None if job.budget.max_drop is None else job.expected(best["choices"])
-            choices = cheapest(corrected(job.ledger.rows, job.factors), max_loss=at_most, **job.within)
-        else:
-            prices = scaled(pairs, job.factors)
-            if job.budget.max_drop is None:
-                choices = prices.cheapest(**job.within)
-            else:
-                choices = prices.smaller(best["choices"], **job.within)
-        if any(choices == trial["choices"] for trial in bench.trials):
-            break
-        plans = sum(t["kind"] == "plan" for t in bench.trials)
-        again = bench.measure(f"plan {plans + 1}", "plan", choices)
-        job.factors = _corrections(job, bench)
-        if job.budget.max_drop is None:
-            best = min(best, again, key=_lost)
-        elif again["accepted"] >= best["accepted"] and again["bytes"] < best["bytes"]:
-            best = again
-    return best
-
-
-def _corrections(job: Job, bench: _Bench) -> dict[str, float]:
-    """What everything measured says about the prices; where that is lost in noise, what was known before."""
-    assert job.ledger is not None
-    measured = [(t["choices"], t["measured"], t["measured_stderr"] or 0.0) for t in bench.trials]
-    return corrections(job.ledger.rows, measured) or job.factors
-
-
-def _clearly_less(more: Verdict) -> bool:
-    return more.drop < -CLEAR * more.stderr
-
-
-def _lost(trial: Mapping[str, Any]) -> float:
-    return trial["measured"] if math.isfinite(trial["measured"]) else math.inf
-
-
-def _best_measured(job: Job, bench: _Bench, plan: dict[str, Any]) -> dict[str, Any]:
-    """The plan, or the control that beats it, always one that keeps to the other limits. With ``max_drop`` the smallest
-    that was accepted is wanted, and of several of one size the one that lost least; else the one that lost least. To
-    have lost less than the plan, a control must differ by more than chance may explain: of several, one always does."""
-    assert job.budget is not None
-    controls = [t for t in bench.trials if t["kind"] == "control" and job.keeps_within(t["choices"])]
-    within = [plan, *controls]
-    if job.budget.max_drop is not None:
-        passing = [t for t in within if t["accepted"]]
-        if not passing:
-            job.notes.append("no plan measured on select reached the wanted chance of being certified" + _leftover(job))
-        smallest = min(t["bytes"] for t in passing or [plan])
-        within = [t for t in passing or within if t["bytes"] <= SAME_SIZE * smallest]
-    if plan in within:
-        within = [plan, *(t for t in within if t is not plan and _clearly_less(bench.beyond(t, plan)))]
-    best = min(within, key=_lost)
-    if best is plan:
-        return plan
-    if plan in within:
-        why = f"lost {best['measured']:.4g} on select, {plan['name']} {plan['measured']:.4g}"
-    elif plan["accepted"]:
-        why = f"has {best['bytes']:,} bytes, {plan['name']} {plan['bytes']:,}"
-    else:
-        why = f"has {best['bytes']:,} bytes; no plan was accepted"
-    best["beats_plan"] = True
-    best["note"] = f"a control beats the plan: it {why}"
-    job.notes.append(f"the control {best['name']} beats the plan and was used instead: it {why}")
-    return best
-
-
 # ---------------------------------------------------------------------------------------------------- apply and certify
 
 
@@ -920,12 +354,12 @@ class _Applied:
     chance: float | None
 
 
-def _apply_and_write(job: Job, bench: _Bench, name: str, choices: dict[str, str]) -> _Applied:
+def _apply_and_write(job: Job, bench: Bench, name: str, choices: dict[str, str]) -> _Applied:
     """Apply a plan, recover it if that was asked for, and write its artifact. If its candidates were measured on select
     and did better there than the sequential solution, they are taken instead."""
-    at = f"applied/{_key(choices)}"
+    at = f"applied/{plan_key(choices)}"
     model, solved = apply_plan(job, choices, at, f"apply {name}")
-    results = _results(job, f"{at}/select.json", model, job.splits.select)
+    results = results_on(job, f"{at}/select.json", model, job.splits.select)
     record = bench.record(f"{name}, applied", "applied", choices, results)
     chance = record["chance"]
     stitched = next((t for t in bench.trials if t["choices"] == choices), None)
@@ -941,7 +375,7 @@ def _apply_and_write(job: Job, bench: _Bench, name: str, choices: dict[str, str]
         for n, s in solved.items():
             own[n].write_(s.weight)
         solved = _recovered(job, model, solved, at, name)
-        results = _results(job, f"{at}/recovered-select.json", model, job.splits.select)
+        results = results_on(job, f"{at}/recovered-select.json", model, job.splits.select)
         before, record = record, bench.record(f"{name}, recovered", "applied", choices, results)
         chance = record["chance"]
     folder = _written(job, at, model, solved, _plan_of(job, record))
@@ -975,7 +409,7 @@ def _recovered(job: Job, model: nn.Module, solved: Mapping[str, Solved], at: str
     return restore_(model, solved, job.state.read_tensors(tensors))
 
 
-def _fixed_sequence(job: Job, bench: _Bench, best: dict[str, Any]) -> list[_Applied]:
+def _fixed_sequence(job: Job, bench: Bench, best: dict[str, Any]) -> list[_Applied]:
     """The plans to certify, cautious first, fixed before the certify split is opened: everything here is judged on
     select alone. While the first is not safe, a more cautious plan goes before it; once it is, bolder ones follow, as
     far as the applied models leave room (applied sequentially, a plan usually costs less than its candidates did)."""
@@ -1011,29 +445,12 @@ def _room(job: Job, record: Mapping[str, Any]) -> float:
     """By how much a bolder plan's predicted loss may exceed that of an applied one: half of the way (in logarithms) to
     where its chance falls to `ACCEPTABLE` if measured and predicted loss grow together."""
     drop = record["metric_drop"]
-    allowed = _allowed(job, drop, record["metric_stderr"], _reach(record))
+    allowed = allowed_drop(job, drop, record["metric_stderr"], reach_of(record))
     # Half of the way on a logarithmic scale: that the applied plan measured well is partly luck.
     return min(2.0, allowed / drop) ** 0.5 if drop > 0 else 2.0**0.5
 
 
-def _reach(record: Mapping[str, Any]) -> float:
-    bound = record["metric_bound"]
-    return math.inf if bound is None else bound - record["metric_drop"]
-
-
-def _allowed(job: Job, low: float, stderr: float, reach: float) -> float:
-    """The drop from ``low`` to the budget at which a plan's chance falls to `ACCEPTABLE`, with this error on select and
-    this distance from a drop to its bound."""
-    assert job.budget is not None and job.budget.max_drop is not None
-    high = job.budget.max_drop
-    for _ in range(40):
-        middle = (low + high) / 2
-        chance = _chance_at(job, middle, stderr, middle + reach)
-        low, high = (middle, high) if chance >= ACCEPTABLE else (low, middle)
-    return low
-
-
-def certify_plans(job: Job, bench: _Bench, best: dict[str, Any]) -> Path:
+def certify_plans(job: Job, bench: Bench, best: dict[str, Any]) -> Path:
     """Stages *apply* and *certify*: fix a sequence of plans, then test them, cautious first, up to the first that is
     not certified. Returns the folder of the model to ship: the last certified one, or the first if there is none."""
     assert job.budget is not None
@@ -1043,7 +460,7 @@ def certify_plans(job: Job, bench: _Bench, best: dict[str, Any]) -> Path:
     verdicts: list[Verdict] = []
     items: list[dict[str, Any]] = []
     for applied in sequence:
-        name, key = applied.record["name"], _key(applied.record["choices"])
+        name, key = applied.record["name"], plan_key(applied.record["choices"])
         verdict, columns = _verdict_of(job, applied.folder, f"certify/{key}.json", f"certify {name}", judged)
         verdicts.append(verdict)
         items.append(columns)
@@ -1115,10 +532,10 @@ def _verdict_of(job: Job, folder: Path, path: str, title: str, budget: Budget | 
     """Paired verdict of a saved and reloaded model on the certify split, and the `item_columns` behind it; without a
     budget the bound is not judged."""
     with job.stages.stage(title, 2) as advance:
-        baseline = _results(job, "certify/baseline.json", job.uncompressed, job.splits.certify)
+        baseline = results_on(job, "certify/baseline.json", job.uncompressed, job.splits.certify)
         advance(1)
         model = job.model if job.state.has(path) else job.reload(folder)
-        results = _results(job, path, model, job.splits.certify)
+        results = results_on(job, path, model, job.splits.certify)
         advance(2)
     budget = budget or Budget("loss", max_drop=0.0, confidence=0.95 if job.budget is None else job.budget.confidence)
     verdict = compare(baseline, results, job.splits.certify, budget, unit=job.objective.unit)
@@ -1134,7 +551,3 @@ def _plan_of(job: Job, trial: Mapping[str, Any]) -> Plan:
         notes=tuple(job.notes),
         uses=trial["uses"],
     )
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None

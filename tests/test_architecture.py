@@ -64,6 +64,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("curvature/estimators", "curvature/fisher"),
     },
 }
+MAY_IMPORT["job"] = {
+    *("analysis", "artifact", "certificate", "data", "knapsack", "layers", "ledger", "objective", "options", "plan"),
+    *("recovery", "solve", "state", "work"),
+}
+MAY_IMPORT["selection"] = {
+    *("certificate", "controls", "data", "job", "knapsack", "layers", "ledger", "objective", "options", "plan"),
+    *("quadratic", "solve"),
+}
 MAY_IMPORT["stages"] = {*MAY_IMPORT} - {"hf", "lmeval", "recipe", "report", "structured"}
 MAY_IMPORT["export"] = {"artifact", "hf", "layers", "options", "shapes", "state"}
 MAY_IMPORT["pipeline"] = {*MAY_IMPORT}

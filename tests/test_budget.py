@@ -284,7 +284,7 @@ def test_the_report_says_what_pruning_and_rounding_together_are_worth(trained, m
 
     def watched(job: Any, candidates: Any) -> Any:
         bench, best = honest(job, candidates)
-        paths = {t["name"]: f"select/{cp.stages._key(t['choices'])}.json" for t in bench.trials}
+        paths = {t["name"]: f"select/{cp.selection.plan_key(t['choices'])}.json" for t in bench.trials}
         losses = {n: torch.tensor(job.state.read_json(path)["loss"]).double() for n, path in paths.items()}
         found.append((job.record["together"], losses))
         return bench, best
@@ -313,7 +313,7 @@ def test_a_control_must_beat_the_plan_by_more_than_chance(trained, monkeypatch):
     """A control that lost a little less on the select items, within the noise of the difference, is no reason to leave
     the plan; one that lost clearly less is."""
     model, data = trained
-    honest = cp.stages.compare
+    honest = cp.selection.compare
     budget = cp.Budget(max_bits=4.6)
     for standard_errors, used in ((1.5, False), (1.8, True)):
         compared: list[int] = []
@@ -323,8 +323,8 @@ def test_a_control_must_beat_the_plan_by_more_than_chance(trained, monkeypatch):
             verdict = honest(bench.baseline, bench.baseline, bench.job.splits.select, cp.Budget(max_drop=0.0), unit="")
             return replace(verdict, drop=-z * 0.01, stderr=0.01)
 
-        monkeypatch.setattr(cp.stages._Bench, "beyond", beyond)
-        monkeypatch.setattr(cp.stages, "_lost", lambda trial: trial["kind"] == "plan")  # every control lost less
+        monkeypatch.setattr(cp.selection.Bench, "beyond", beyond)
+        monkeypatch.setattr(cp.selection, "_lost", lambda trial: trial["kind"] == "plan")  # every control lost less
         result = cp.quantize(model, batches(data), budget=budget, settings=cp.Settings(trials=1))
         assert compared and any(trial.get("beats_plan") for trial in result.trials) == used
         assert any("beats the plan" in note for note in result.plan.notes) == used
@@ -336,7 +336,7 @@ def test_a_given_size_is_planned_again_with_corrected_prices(trained, monkeypatc
     model, data = trained
     bits, budget = [2, 3, 4, 8], cp.Budget(max_bits=5.5)
     true: dict[tuple[str, str], float] = {}
-    honest, record = cp.stages.build_ledger, cp.stages._Bench.record
+    honest, record = cp.stages.build_ledger, cp.selection.Bench.record
 
     def wrong(*arguments: Any, **named: Any) -> cp.Ledger:
         ledger = honest(*arguments, **named)
@@ -349,7 +349,7 @@ def test_a_given_size_is_planned_again_with_corrected_prices(trained, monkeypatc
         return record(bench, name, kind, choices, *arguments) | measured
 
     monkeypatch.setattr(cp.stages, "build_ledger", wrong)
-    monkeypatch.setattr(cp.stages._Bench, "record", exact)
+    monkeypatch.setattr(cp.selection.Bench, "record", exact)
     result = cp.quantize(model, batches(data), bits=bits, budget=budget)
     plans = [trial for trial in result.trials if trial["kind"] == "plan"]
     ledger = result.ledger

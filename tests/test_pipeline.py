@@ -137,12 +137,12 @@ def test_items_in_which_nothing_counts_are_left_out():
     split = cp.data.Split(items=({}, {}, {}, {}), documents=("b", "a", "a", "b"))
     count, one = [2.0, 0, 3, 1], [1.0, 0, 1, 1]
     before, after = results([1.0, 0, 6, 2], count, [1.0, 0, 2, 1]), results([3.0, 0, 3, 2], count, [0.0, 0, 3, 1])
-    assert cp.stages.item_columns(before, after, split) == {
+    assert cp.selection.item_columns(before, after, split) == {
         "documents": ["b", "a"], "document": [0, 1, 0], "index": [0, 2, 3], "count": [2, 3, 1],
         "before": [0.5, 2.0, 2.0], "after": [1.5, 1.0, 2.0],
     }  # fmt: skip
     before, after = results([0.1] * 4, one, [1.0, 0, 0, 1]), results([0.2] * 4, one, [0.0, 0, 1, 1])
-    columns = cp.stages.item_columns(before, after, split)
+    columns = cp.selection.item_columns(before, after, split)
     assert (columns["right_before"], columns["right_after"]) == ([1, 0, 1], [0, 1, 1])
 
 
@@ -199,7 +199,7 @@ def test_finished_stages_and_layers_are_not_repeated(recipe, finished, tmp_path,
     solved = []
     real = cp.stages.solve_layer
     monkeypatch.setattr(cp.stages, "solve_layer", lambda layer, *a: solved.append(layer.name) or real(layer, *a))
-    monkeypatch.setattr(cp.stages, "evaluate", lambda *a: pytest.fail("evaluated again"))
+    monkeypatch.setattr(cp.selection, "evaluate", lambda *a: pytest.fail("evaluated again"))
     again = pipeline.run(recipe, out, progress=False)
     casts = "model.embed_tokens"  # stored as a rule, not as tensors: reading it is solving it
     assert len([n for n in solved if n != casts]) == 1
@@ -222,13 +222,13 @@ def test_layers_that_serving_engines_fuse_get_the_same_option_everywhere(recipe,
     path = tmp_path / "fused.yaml"
     path.write_text(recipe.read_text().replace("max_drop: 0.2", budget) + "same_option: fused\n")
     plans = []
-    real = cp.stages._Bench.record
+    real = cp.selection.Bench.record
 
     def spy(self, name, kind, choices, *arguments):
         plans.append(dict(choices))
         return real(self, name, kind, choices, *arguments)
 
-    monkeypatch.setattr(cp.stages._Bench, "record", spy)
+    monkeypatch.setattr(cp.selection.Bench, "record", spy)
     result = pipeline.run(path, tmp_path / "out", progress=False)
     shipped = json.loads((tmp_path / "out" / "plan.json").read_text())
     plans.append(shipped["choices"])

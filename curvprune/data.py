@@ -119,16 +119,30 @@ def collate(items: Sequence[Batch]) -> Batch:
 
 
 def itemize(batches: Iterable[Batch]) -> list[Batch]:
-    """Take batches apart into items of one, in order."""
+    """Take batches apart into items of one, in order. Entries of a dict that are None are as good as absent."""
     items: list[Batch] = []
     for batch in batches:
         if isinstance(batch, Mapping):
-            tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
+            tensors = {k: v for k, v in batch.items() if v is not None}
+            for name, value in tensors.items():
+                if not isinstance(value, Tensor) or value.ndim == 0:
+                    kind = "a number" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                    raise ValueError(
+                        f"data: batch entry {name!r} is {kind}; expected a tensor with a row for each item. Leave it "
+                        "out, or give it to the model in a wrapper"
+                    )
             if not tensors:
                 raise ValueError(f"data: a batch without tensors, with keys {sorted(batch)}")
+            if len({len(v) for v in tensors.values()}) > 1:
+                sizes = {name: len(v) for name, v in tensors.items()}
+                raise ValueError(f"data: the entries of a batch have different numbers of items, {sizes}")
             items += [{k: v[i : i + 1] for k, v in tensors.items()} for i in range(len(next(iter(tensors.values()))))]
         elif isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], Tensor):
             targets = torch.as_tensor(batch[1])
+            if targets.ndim == 0 or len(targets) != len(batch[0]):
+                raise ValueError(
+                    f"data: a batch of {len(batch[0])} inputs with targets of shape {tuple(targets.shape)}"
+                )
             items += [(batch[0][i : i + 1], targets[i : i + 1]) for i in range(len(batch[0]))]
         else:
             raise ValueError(

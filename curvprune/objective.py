@@ -223,6 +223,13 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def _pick(logits: Tensor, labels: Tensor | None, keep: Tensor) -> Positions:
+    if labels is not None:
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise ValueError(
+                f"labels of type {labels.dtype}: expected whole numbers, the index of a class; for targets of another "
+                "kind use objective='label-free'"
+            )
+        labels = labels.long()
     item = torch.arange(len(logits), device=logits.device)
     item = item.view(-1, *[1] * (keep.ndim - 1)).expand_as(keep)[keep]
     return Positions(logits=logits[keep], labels=None if labels is None else labels[keep], item=item, items=len(logits))

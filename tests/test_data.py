@@ -62,6 +62,30 @@ def test_bad_data_is_refused():
         split_items([(torch.ones(5, 2), torch.zeros(5))], seed=0)
 
 
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"input_ids": torch.zeros(2, 3), "use_cache": False}, "'use_cache' is a bool; expected a tensor"),
+        ({"input_ids": torch.zeros(2, 3), "text": ["a", "b"]}, "'text' is a list; expected a tensor"),
+        ({"input_ids": torch.zeros(2, 3), "step": torch.tensor(4)}, "'step' is a number; expected a tensor"),
+        (
+            {"input_ids": torch.zeros(2, 3), "labels": torch.zeros(3)},
+            r"numbers of items, \{'input_ids': 2, 'labels': 3\}",
+        ),
+        ((torch.zeros(2, 3), torch.zeros(3)), r"2 inputs with targets of shape \(3,\)"),
+        ((torch.zeros(2, 3), torch.tensor(1)), r"2 inputs with targets of shape \(\)"),
+    ],
+)
+def test_nothing_in_a_batch_is_silently_dropped(batch, message):
+    with pytest.raises(ValueError, match=message):
+        itemize([batch])
+
+
+def test_entries_that_are_none_are_as_good_as_absent():
+    (item,) = itemize([{"input_ids": torch.zeros(1, 3), "labels": None}])
+    assert item.keys() == {"input_ids"}
+
+
 def test_split_items_deals_every_item_once():
     data = [(torch.arange(30.0)[:, None], torch.zeros(30, dtype=torch.long))]
     splits = split_items(data, seed=1)

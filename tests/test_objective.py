@@ -175,3 +175,18 @@ def test_bad_batches_say_what_is_wrong(llama):
     with pytest.raises(ValueError, match="data is empty"):
         evaluate(llama, [], CausalLM())
     assert LabelFree(llama).unit == "nats/example"
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_labels_of_any_whole_type_count(dtype):
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+    expected = nn.functional.cross_entropy(logits, labels, reduction="sum")
+    total, count = Classification().loss_of(logits, (torch.zeros(4, 1), labels.to(dtype)))
+    assert count == 4 and float(total) == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_labels_that_are_no_classes_are_refused(dtype):
+    batch = (torch.zeros(4, 1), torch.tensor([0, 1, 1, 0]).to(dtype))
+    with pytest.raises(ValueError, match="expected whole numbers, the index of a class"):
+        Classification().loss_of(torch.randn(4, 3), batch)

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from curvprune.cuts import BLOCKS, Cut, Slot, remove_
 from curvprune.objective import Batch, Objective, evaluating
 
-ROUNDS = (9, 60)  # fewest and most
-ENOUGH = 0.3  # seconds for each thing that is timed, after which no round more than the fewest begins
+ROUNDS = (7, 60)  # fewest and most
+WHOLE, PART = 0.5, 0.05  # seconds for each model or part, after which no round more than the fewest begins
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -36,24 +36,28 @@ class Run:
 
 
 @torch.inference_mode()
-def seconds(runs: Sequence[Run]) -> list[float]:
-    """The median time of each, all of them taken in turn after two rounds of warming up. Cost: `ROUNDS` of each."""
+def seconds(runs: Sequence[Run], enough: float) -> list[float]:
+    """Seconds of each, all of them taken in turn after two rounds of warming up: the median of the first, and of the
+    others the median of what they take of the first in the same round, which is steadier on a busy machine.
+
+    Cost: `ROUNDS` of each, no more than the fewest once ``enough`` seconds are spent on each.
+    """
     device = next((t.device for run in runs for t in run.module.parameters()), torch.device("cpu"))
-    taken: list[list[float]] = [[] for _ in runs]
-    began = math.inf
+    rounds: list[list[float]] = []
+    spent = 0.0
     for r in range(-2, ROUNDS[1]):
-        if r == 0:
-            began = time.perf_counter()
-        if r >= ROUNDS[0] and time.perf_counter() - began > ENOUGH * len(runs):
+        if r >= ROUNDS[0] and spent > enough * len(runs):
             break
-        for run, times in zip(runs, taken, strict=True):
+        taken = []
+        for run in runs:
             start = _now(device)
             run.call()
-            if r >= 0:
-                times.append(_now(device) - start)
-            else:
-                _now(device)
-    return [statistics.median(times) for times in taken]
+            taken.append(_now(device) - start)
+        if r >= 0:
+            rounds.append(taken)
+            spent += math.fsum(taken)
+    first = statistics.median(taken[0] for taken in rounds)
+    return [first * statistics.median(taken[i] / taken[0] for taken in rounds) for i in range(len(runs))]
 
 
 def _now(device: torch.device) -> float:
@@ -91,7 +95,7 @@ class Latency:
         self._parts = self._find_parts()
         with evaluating(model), self._without(smallest) as small:
             full = [self._of_part(looks) for looks in self._given]
-            self.whole, least, *each = seconds([self._forward(model), self._forward(small), *full])
+            self.whole, least, *each = seconds([self._forward(model), self._forward(small), *full], WHOLE)
         self._full = dict(zip(self._given, each, strict=True))
         self._scale = 1.0
         predicted = self.whole - self(smallest)
@@ -109,7 +113,7 @@ class Latency:
     def beside(self, smaller: nn.Module) -> tuple[float, float]:
         """Of the whole model and of a smaller one, taken in turn: measured."""
         with evaluating(self.model), evaluating(smaller):
-            whole, less = seconds([self._forward(self.model), self._forward(smaller)])
+            whole, less = seconds([self._forward(self.model), self._forward(smaller)], WHOLE)
         return whole, less
 
     def measured(self, left: Mapping[str, int]) -> tuple[float, float]:
@@ -139,7 +143,7 @@ class Latency:
                 fitting = tuple(_fitting(smaller, a) for a in args)
                 with evaluating(module):
                     small = Run(module=smaller, call=lambda: smaller(*fitting, **named))
-                    whole, less = seconds([self._of_part(part.looks), small])
+                    whole, less = seconds([self._of_part(part.looks), small], PART)
                 self._kept[key] = less / whole
         return self._kept[key]
 

@@ -40,9 +40,18 @@ def seconds(runs: Sequence[Run], enough: float) -> list[float]:
     """Seconds of each, all of them taken in turn after two rounds of warming up: the median of the first, and of the
     others the median of what they take of the first in the same round, which is steadier on a busy machine.
 
-    Cost: `ROUNDS` of each, no more than the fewest once ``enough`` seconds are spent on each.
+    On a CPU with one torch thread the clock is that thread's, which stops while others have the core; else it is the
+    wall's, read when the device is done. Cost: `ROUNDS` of each, no more than the fewest once ``enough`` seconds are
+    spent on each.
     """
     device = next((t.device for run in runs for t in run.module.parameters()), torch.device("cpu"))
+    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+    def now() -> float:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return clock()
+
     rounds: list[list[float]] = []
     spent = 0.0
     for r in range(-2, ROUNDS[1]):
@@ -50,20 +59,14 @@ def seconds(runs: Sequence[Run], enough: float) -> list[float]:
             break
         taken = []
         for run in runs:
-            start = _now(device)
+            start = now()
             run.call()
-            taken.append(_now(device) - start)
+            taken.append(now() - start)
         if r >= 0:
             rounds.append(taken)
             spent += math.fsum(taken)
     first = statistics.median(taken[0] for taken in rounds)
     return [first * statistics.median(taken[i] / taken[0] for taken in rounds) for i in range(len(runs))]
-
-
-def _now(device: torch.device) -> float:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

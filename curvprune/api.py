@@ -98,6 +98,7 @@ class StructuredResult:
         model: the smaller model; the input model is untouched.
         cuts: cut → (units left, units before).
         macs, parameters: (after, before); multiply-adds of one item.
+        latency: (after, before) in seconds, measured in turn, where a share of it was asked for.
         predicted: rise of the loss in nats from the prices, where there were widths to choose among.
         verdict: the certificate, where a budget with ``max_drop`` was given.
         ledger: the price of every width of every cut, where there was a choice.
@@ -115,6 +116,7 @@ class StructuredResult:
     ledger: Ledger | None
     notes: tuple[str, ...]
     portable: bool
+    latency: tuple[float, float] | None = None
     recovery: Recovery | None = None
 
     def save(self, folder: str | Path, *, tokenizer: Any = None) -> Path:
@@ -445,9 +447,10 @@ def prune(
             pricing pass more.
         dtype: ``"float16"`` or ``"bfloat16"``: the type in which the file holds what is kept; ``None`` for the model's.
         structured: the share of multiply-adds to remove, from MLP widths, key-value heads with their query heads, and
-            channels, wherever it costs least; ``{"mlp": 0.25}`` for a share of the units of a kind; or a `Structured`
-            with every choice there is. What stays is compensated. A ``budget`` with ``max_drop`` then certifies the
-            result. ``arguments``: ``objective``, ``settings`` and ``device``, and the fields of `Structured`.
+            channels, wherever it costs least; of ``of="latency"`` or ``of="parameters"`` instead, if that is given;
+            ``{"mlp": 0.25}`` for a share of the units of a kind; or a `Structured` with every choice there is. What
+            stays is compensated. A ``budget`` with ``max_drop`` then certifies the result. ``arguments``:
+            ``objective``, ``settings`` and ``device``, and the fields of `Structured`.
         uniform: one width per kind, so that a plain transformers config describes the result.
     """
     if structured is not None:
@@ -568,6 +571,7 @@ def _prune_structured(
         ledger=pruned.ledger,
         notes=pruned.notes,
         portable=portable,
+        latency=None if pruned.latency is None else (pruned.latency[1], pruned.latency[0]),
     )
 
 

@@ -442,7 +442,7 @@ def _structured(recipe: Recipe) -> Structured | None:
 def _offered(recipe: Recipe, job: Job, asked: Structured) -> dict[str, dict[str, Any]]:
     """The cuts and their widths; whatever is wrong with what was asked is found here."""
     try:
-        found, _, widths = offered_widths(job.model, job.objective, job.splits, asked)
+        found, _, widths, _ = offered_widths(job.model, job.objective, job.splits, asked)
     except ValueError as error:
         raise recipe.error(("structured",), str(error)) from error
     return {n: {"kind": cut.kind, "units": cut.units, "widths": widths[n]} for n, cut in found.cuts.items()}
@@ -470,12 +470,14 @@ def _without_units(recipe: Recipe, job: Job, asked: Structured) -> tuple[nn.Modu
 def _removed_record(pruned: Pruned) -> dict[str, Any]:
     cuts = {n: {"kind": pruned.kinds[n], "left": w, "of": pruned.units[n]} for n, w in pruned.left.items()}
     shares = [f"{1 - after / before:.1%} of the {of}" for of, (before, after) in _work(pruned).items()]
+    timed = {} if pruned.latency is None else {"latency_seconds": list(pruned.latency)}
     predicted = pruned.predicted
     cost = "" if predicted is None else f", predicted to cost {predicted.value:.4g} ± {predicted.stderr:.2g} nats"
     gone = sum(pruned.units[n] - left for n, left in pruned.left.items())
     return {
         "cuts": cuts,
         **{of: list(both) for of, both in _work(pruned).items()},
+        **timed,
         "predicted": None if predicted is None else predicted.value,
         "predicted_stderr": None if predicted is None or not np.isfinite(predicted.stderr) else predicted.stderr,
         "notes": [f"{gone} units of {len(cuts)} cuts were removed first: {' and '.join(shares)}{cost}", *pruned.notes],

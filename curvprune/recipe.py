@@ -257,7 +257,8 @@ class StructuredSection(_Section):
     share: Annotated[float | dict[str, float], PlainValidator(_read_share)] = Field(
         description="the share of the work to remove, for example 0.3, or of the units of a kind, {mlp: 0.25}"
     )
-    of: Literal["macs", "parameters"] = "macs"
+    of: Literal["macs", "parameters", "latency"] = "macs"
+    batch: int = Field(1, ge=1, description="items in the batch whose latency is meant, a whole number of at least 1")
     kinds: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] | None = Field(
         None, strict=False, description="some of mlp, heads and channels, or blocks alone"
     )

@@ -5,7 +5,8 @@ compensated; prices in nats from the same Fisher matrix as everything else.
     order     in which order, from one pass for the inputs' moments   solve.structured.removal_order
               and one for what an error of each output costs
     price     ½ δᵀFδ of each width, δ the compensated change          _prices
-    choose    widths: a knapsack, or one width per kind               knapsack.cheapest
+    choose    widths: a knapsack, or one width per kind; for latency  knapsack.cheapest, latency.Latency
+              again, until what is measured is low enough
     apply     one pass through the model beside the uncompressed      apply.visit_layers,
               one: later readers make up for earlier ones             solve.structured.compensate
     surgery   the units leave the model                               cuts.remove_
@@ -15,9 +16,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,12 +33,14 @@ from curvprune.curvature.fisher import Change, ratio_estimate
 from curvprune.cuts import BLOCKS, KINDS, Cut, Found, find_cuts, remove_
 from curvprune.data import Split, Splits, collate
 from curvprune.knapsack import Choice, cheapest
+from curvprune.latency import Latency
 from curvprune.layers import Layer, find_layers
 from curvprune.ledger import Ledger, Row
 from curvprune.objective import Batch, Objective, evaluating, signed_loss, to_device
 from curvprune.solve.structured import Reader, compensate, removal_order
 
-MEASURES = ("macs", "parameters")
+MEASURES = ("macs", "parameters", "latency")
+Cost = Callable[[Mapping[str, int]], float]  # units left of each cut → what is left of the work
 PRICED_BY = "Fisher along the compensated change"
 
 
@@ -45,9 +49,12 @@ class Structured:
     """What to remove.
 
     Args:
-        share: share of the model's multiply-adds (or parameters, see ``of``) to remove; or, for some kinds, the share
-            of their units: ``{"mlp": 0.25}``.
-        of: ``"macs"`` or ``"parameters"``, where ``share`` is a number.
+        share: share of the model's multiply-adds (or of another measure, see ``of``) to remove; or, for some kinds, the
+            share of their units: ``{"mlp": 0.25}``.
+        of: ``"macs"``, ``"parameters"`` or ``"latency"``, where ``share`` is a number. Latency is the time of a forward
+            pass, measured here on the model's device with torch's present number of threads (with one on a CPU, that
+            thread's time).
+        batch: how many items that pass is over: the first ones of the calibration split.
         kinds: some of ``"mlp"``, ``"heads"``, ``"channels"``; others stay as they are. Or ``("blocks",)`` alone: whole
             blocks of a pre-norm transformer; prune the result again for widths.
         uniform: one width for all cuts of a kind (the same share of units, where they differ in size), so that a plain
@@ -62,6 +69,7 @@ class Structured:
 
     share: float | Mapping[str, float]
     of: str = "macs"
+    batch: int = 1
     kinds: tuple[str, ...] = KINDS
     uniform: bool = False
     round_to: int | None = None
@@ -83,6 +91,12 @@ class Structured:
             raise ValueError(f"structured: kinds {asked}: expected some of {KINDS}, or {BLOCKS!r} alone")
         if self.of not in MEASURES:
             raise ValueError(f"structured: of={self.of!r}; expected one of {MEASURES}")
+        if self.of == "latency" and isinstance(self.share, Mapping):
+            raise ValueError(
+                f"structured={self.share!r}: shares by kind are of units; of='latency' needs one, such as 0.2"
+            )
+        if self.batch < 1:
+            raise ValueError(f"structured: batch={self.batch!r} must be at least 1")
         if self.round_to is not None and self.round_to < 1:
             raise ValueError(f"structured: round_to={self.round_to!r} must be at least 1")
         if min(self.widths, self.labels) < 1:
@@ -188,6 +202,7 @@ class Pruned:
         units: cut → units before.
         removed: cut → the units that are gone.
         macs, parameters: (before, after), multiply-adds of one item.
+        latency: (before, after) in seconds, measured in turn at the end, where a share of it was asked for.
         predicted: rise of the loss in nats, from the prices; ``None`` where nothing had to be chosen.
         ledger: the prices of all widths, where there was a choice.
         notes: dimensions that are no cuts, and why.
@@ -201,6 +216,7 @@ class Pruned:
     removed: dict[str, list[int]]
     macs: tuple[int, int]
     parameters: tuple[int, int]
+    latency: tuple[float, float] | None
     predicted: Estimate | None
     ledger: Ledger | None
     notes: tuple[str, ...]
@@ -229,11 +245,13 @@ def prune_units(
     """Remove units until ``asked`` is met, and compensate.
 
     Cost: three forward passes over the calibration items and one backward; over the price items one forward and
-    ``labels`` backward passes, where there are widths to choose among; ``in³`` per reader and width.
+    ``labels`` backward passes, where there are widths to choose among; ``in³`` per reader and width. For latency what
+    `Latency` costs, and in addition up to `AIMS` models are made and timed. Results are then not reproducible: another
+    run measures other times.
 
     Raises ``ValueError`` for a share that cannot be reached (saying what can), or a model without cuts.
     """
-    found, work, widths = offered_widths(model, objective, splits, asked)
+    found, work, widths, cost = offered_widths(model, objective, splits, asked)
     cuts, layers = found.cuts, find_layers(model)
     plans = _solve_widths(model, objective, splits.calibrate, found, widths, asked, seed=seed, batch_size=batch_size)
     ledger = predicted = None
@@ -242,11 +260,18 @@ def prune_units(
     else:
         ledger = _prices(model, objective, splits.price, cuts, layers, plans, work, labels=asked.labels, seed=seed)
         prices = {n: [ledger.layer_rows(n)[str(w)].price for w in widths[n]] for n in cuts}
-        left = choose_widths(cuts, widths, prices, work, asked)
+        if isinstance(cost, Latency):
+            left = _reaching(cuts, widths, prices, cost, asked)
+        else:
+            left = choose_widths(cuts, widths, prices, cost, asked)
         predicted = ledger.predict({n: str(w) for n, w in left.items()})
     removed = {n: sorted(plans[n].order[: cuts[n].units - w]) for n, w in left.items()}
     smaller = _applied(model, objective, splits.calibrate, found, removed, asked, reached=work.positions)
     remove_(smaller, cuts, removed)
+    notes, latency = list(found.notes), None
+    if isinstance(cost, Latency):
+        latency = cost.beside(smaller)
+        notes.append(_measured(asked, 1 - cost(left) / cost({}), *latency))
     full: dict[str, int] = {}
     return Pruned(
         model=smaller,
@@ -255,20 +280,32 @@ def prune_units(
         removed=removed,
         macs=(work("macs", full), work("macs", left)),
         parameters=(work("parameters", full), work("parameters", left)),
+        latency=latency,
         predicted=predicted,
         ledger=ledger,
-        notes=tuple(found.notes),
+        notes=tuple(notes),
         kinds={n: c.kind for n, c in cuts.items()},
         dropped=tuple(c.name for n, c in cuts.items() if c.kind == BLOCKS and removed[n]),
     )
 
 
+def _measured(asked: Structured, predicted: float, before: float, after: float) -> str:
+    assert not isinstance(asked.share, Mapping)
+    missed = "" if after <= (1 - asked.share) * before else "; this measurement misses what was asked"
+    return (
+        f"latency of a batch of {asked.batch}: {asked.share:.1%} less was asked, {predicted:.1%} less predicted, "
+        f"{1 - after / before:.1%} less measured ({1e3 * before:.4g} ms before, {1e3 * after:.4g} ms after){missed}"
+    )
+
+
 def offered_widths(
     model: nn.Module, objective: Objective, splits: Splits, asked: Structured
-) -> tuple[Found, Work, dict[str, list[int]]]:
-    """The cuts that ``asked`` is about, the model's work, and cut → widths on offer, from all units downwards.
+) -> tuple[Found, Work, dict[str, list[int]], Cost]:
+    """The cuts that ``asked`` is about, the model's work, cut → widths on offer, from all units downwards, and what of
+    ``asked.of`` is left with given widths.
 
-    Cost: some forward passes of one item. Raises ``ValueError`` as `prune_units` does.
+    Cost: some forward passes of one item, some dozens where latency is asked for. Raises ``ValueError`` as
+    `prune_units` does.
     """
     first = to_device(splits.calibrate.items[0], next(model.parameters()).device)
     kinds = tuple(asked.share) if isinstance(asked.share, Mapping) else asked.kinds
@@ -280,8 +317,15 @@ def offered_widths(
         raise ValueError(f"structured: the model has no prunable {sorted(lacking)[0]}; " + "; ".join(found.notes))
     work = Work(model, objective, first, found.cuts)
     widths = {n: _widths(cut, asked) for n, cut in found.cuts.items()}
-    _check_reach(work, widths, asked)
-    return found, work, widths
+    cost: Cost = partial(work, asked.of)
+    if asked.of == "latency":
+        items = splits.calibrate.items
+        if asked.batch > len(items):
+            raise ValueError(f"structured: batch={asked.batch} of the {len(items)} calibration items; ask for fewer")
+        batch = to_device(collate(items[: asked.batch]), next(model.parameters()).device)
+        cost = Latency(model, objective, batch, found.cuts, {n: w[-1] for n, w in widths.items()})
+    _check_reach(cost, widths, asked)
+    return found, work, widths, cost
 
 
 def _alike(found: Found) -> Found:
@@ -313,10 +357,10 @@ def _widths(cut: Cut, asked: Structured) -> list[int]:
     return offered if asked.uniform else sorted(set(offered), reverse=True)
 
 
-def _check_reach(work: Work, widths: Mapping[str, list[int]], asked: Structured) -> None:
+def _check_reach(cost: Cost, widths: Mapping[str, list[int]], asked: Structured) -> None:
     if isinstance(asked.share, Mapping):
         return
-    best = 1 - work(asked.of, {n: w[-1] for n, w in widths.items()}) / work(asked.of, {})
+    best = 1 - cost({n: w[-1] for n, w in widths.items()}) / cost({})
     if best < asked.share:
         raise ValueError(
             f"structured={asked.share:g}: at most {best:.3f} of the {asked.of} can be removed by these kinds "
@@ -578,10 +622,10 @@ def choose_widths(
     cuts: Mapping[str, Cut],
     widths: Mapping[str, list[int]],
     prices: Mapping[str, Sequence[float]],
-    work: Any,
+    cost: Cost,
     asked: Structured,
 ) -> dict[str, int]:
-    """The widths with the least summed price within the asked work: cut → units left.
+    """The widths with the least summed price within the asked share of the work: cut → units left.
 
     The work of a layer between two cuts is a product of their widths, so `knapsack.cheapest` is solved on
     the work as it changes with one cut at a time around the last solution, until that repeats itself; of the solutions
@@ -593,12 +637,58 @@ def choose_widths(
         for kind, share in asked.share.items():
             members = {n: c for n, c in cuts.items() if c.kind == kind}
             total = sum(c.units for c in members.values())
-            best = _knapsack(
-                members, widths, prices, lambda w, m=members: sum(w[n] for n in m), total * (1 - share), asked
-            )
-            left.update(best)
+            left.update(_knapsack(members, widths, prices, lambda w: sum(w.values()), total * (1 - share), asked))
         return left
-    return _knapsack(cuts, widths, prices, lambda w: work(asked.of, w), work(asked.of, {}) * (1 - asked.share), asked)
+    return _knapsack(cuts, widths, prices, cost, cost({}) * (1 - asked.share), asked)
+
+
+AIMS = 6  # choices that are measured
+
+
+def _reaching(
+    cuts: Mapping[str, Cut],
+    widths: Mapping[str, list[int]],
+    prices: Mapping[str, Sequence[float]],
+    cost: Latency,
+    asked: Structured,
+) -> dict[str, int]:
+    """The cheapest widths whose measured latency is low enough: chosen by the predicted one, whose limit moves by how
+    far the measured one is off, then halves what lies between one that was too high and one that was low enough. Where
+    none is low enough, the fastest."""
+    assert not isinstance(asked.share, Mapping)
+
+    def gone_by_time(left: Mapping[str, int]) -> float:
+        before, after = cost.measured(left)
+        return 1 - after / before
+
+    most = 1 - cost({n: w[-1] for n, w in widths.items()}) / cost({})
+    tried: dict[tuple[int, ...], float] = {}
+    aim, missed, met = asked.share, 0.0, most
+    for _ in range(AIMS):
+        left = choose_widths(cuts, widths, prices, cost, replace(asked, share=aim))
+        key = tuple(left[n] for n in cuts)
+        if key not in tried:
+            tried[key] = gone_by_time(left)
+            if tried[key] >= asked.share:  # not by luck
+                tried[key] = min(tried[key], gone_by_time(left))
+        gone = tried[key]
+        if gone < asked.share:
+            missed = max(missed, aim)
+        else:
+            met = min(met, aim)
+        if aim == most or asked.share <= gone < 1.05 * asked.share:
+            break
+        off = asked.share / gone if gone > 0 else 2.0
+        aim = min(most, aim * min(off, 2.0))
+        if not missed < aim < met:
+            aim = most if missed >= met else (missed + met) / 2
+
+    def price(key: tuple[int, ...]) -> float:
+        return math.fsum(prices[n][widths[n].index(w)] for n, w in zip(cuts, key, strict=True))
+
+    enough = [key for key, gone in tried.items() if gone >= asked.share]
+    best = min(enough, key=price) if enough else max(tried, key=lambda key: tried[key])
+    return dict(zip(cuts, best, strict=True))
 
 
 _RESOLUTION = 1_000_000  # steps that the whole work is divided into for the knapsack
@@ -608,7 +698,7 @@ def _knapsack(
     cuts: Mapping[str, Cut],
     widths: Mapping[str, list[int]],
     prices: Mapping[str, Sequence[float]],
-    cost: Any,
+    cost: Cost,
     limit: float,
     asked: Structured,
 ) -> dict[str, int]:

@@ -59,8 +59,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "artifact": {"options", "plan", "layers", "solve", "state", "packed", "shapes"},
     "recovery": {"data", "layers", "objective", "options", "solve"},
     "cuts": {"layers", "objective", "shapes"},
+    "latency": {"cuts", "objective"},
     "structured": {
-        *("apply", "cuts", "data", "knapsack", "layers", "ledger", "objective", "solve"),
+        *("apply", "cuts", "data", "knapsack", "latency", "layers", "ledger", "objective", "solve"),
         *("curvature/estimators", "curvature/fisher"),
     },
 }

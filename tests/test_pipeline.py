@@ -21,7 +21,7 @@ import torch
 from typer.testing import CliRunner
 
 import curvprune as cp
-from curvprune import analysis, pipeline
+from curvprune import analysis, latency, pipeline
 from curvprune.artifact import WEIGHTS, tensor_names
 from curvprune.cli import app
 from curvprune.objective import evaluate
@@ -562,6 +562,32 @@ def test_shapes_that_no_config_describes_are_stored_for_our_loader(recipe, tmp_p
     assert after <= 0.85 * before and sum(p.numel() for p in model.parameters()) == after
 
 
+def test_units_for_a_latency_are_stored_with_what_was_measured(recipe, tmp_path, monkeypatch):
+    pytest.importorskip("torch_pruning")
+
+    def by_size(runs, enough):
+        return [1e-6 * sum(p.numel() for p in run.module.parameters()) for run in runs]
+
+    monkeypatch.setattr(latency, "seconds", by_size)
+    path = with_structured(recipe, tmp_path, "{share: 0.15, kinds: mlp, of: latency, batch: 2}")
+    path.write_text(path.read_text().replace("budget: {metric: loss, max_drop: 0.2}", "budget: {max_bytes: 40000}"))
+    result = pipeline.run(path, tmp_path / "out", progress=False)
+    record = result.record["structured"]
+    before, after = record["latency_seconds"]
+    assert [before, after] == pytest.approx([1e-6 * size for size in record["parameters"]]) and after <= 0.85 * before
+    assert any("latency of a batch of 2" in note for note in result.record["notes"])
+
+    def never(*_: object) -> None:
+        raise AssertionError("timed again")
+
+    monkeypatch.setattr(latency, "seconds", never)
+    (tmp_path / "out" / "state" / "structured").rename(tmp_path / "kept")
+    shutil.rmtree(tmp_path / "out")
+    shutil.copytree(tmp_path / "kept", tmp_path / "out" / "state" / "structured")
+    again = pipeline.run(path, tmp_path / "out", progress=False)
+    assert again.record["structured"] == record
+
+
 def test_without_labels_the_divergence_is_from_the_original(recipe, tmp_path):
     pytest.importorskip("torch_pruning")
     path = with_structured(recipe, tmp_path, "{share: {mlp: 0.34}, uniform: true, round_to: 16}")
@@ -596,6 +622,8 @@ def test_check_lists_what_can_be_removed(recipe, tmp_path):
         ("{share: {mpl: 0.3}}", r"recipe.yaml:\d+: structured: structured: kinds \('mpl',\): expected some of"),
         ("{share: 0.3, kinds: [channels]}", r"recipe.yaml:\d+: structured: no prunable channels in LlamaForCausalLM"),
         ("{share: 0.99}", r"recipe.yaml:\d+: structured: structured=0.99: at most 0\.\d+ of the macs can be removed"),
+        ("{share: {mlp: 0.3}, of: latency}", r"recipe.yaml:\d+: structured: .* of='latency' needs one, such as 0.2"),
+        ("{share: 0.3, of: latency, batch: 0}", r"recipe.yaml:\d+: structured.batch: 0 is not valid; .*nearest: 1"),
         ("{share: 0.3, kind: mlp}", r"recipe.yaml:\d+: structured.kind: unknown key; .*nearest: kinds"),
         ("{share: {mlp: 0.3}, kinds: mlp}", r"recipe.yaml:\d+: structured.kinds: share names the kinds already"),
         ("{kinds: mlp}", r"recipe.yaml:\d+: structured: share is missing; expected share: the share of the work"),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -22,8 +24,9 @@ from transformers import (
 )
 
 import curvprune as cp
-from curvprune import structured
+from curvprune import latency, structured
 from curvprune.cuts import find_cuts, remove_, silence_
+from curvprune.data import as_split
 from curvprune.layers import find_layers
 from curvprune.objective import evaluate, make_objective
 from curvprune.solve.structured import Reader, compensate, removal_order
@@ -328,7 +331,7 @@ def test_the_choice_of_widths_is_the_best_of_all():
         prices = {n: torch.rand(3, generator=g).sort().values.tolist() for n in cuts}
         prices = {n: [0.0, p[1], p[1] + p[2]] for n, p in prices.items()}
         for share in (0.2, 0.5):
-            chosen = choose_widths(cuts, widths, prices, work, Structured(share=share))
+            chosen = choose_widths(cuts, widths, prices, partial(work, "macs"), Structured(share=share))
             limit = (1 - share) * work("macs", {})
             assert work("macs", chosen) <= limit
             paid = sum(prices[n][widths[n].index(w)] for n, w in chosen.items())
@@ -424,6 +427,10 @@ def test_a_model_that_cannot_be_cut_says_where(model, message):
         ({"structured": 0.3, "kinds": ()}, "expected some of"),
         ({"structured": {"blocks": 0.5, "mlp": 0.5}}, "alone"),
         ({"structured": 0.3, "of": "seconds"}, "expected one of"),
+        ({"structured": 0.99, "of": "latency"}, "at most 0.* of the latency can be removed"),
+        ({"structured": {"mlp": 0.3}, "of": "latency"}, "of='latency' needs one"),
+        ({"structured": 0.3, "of": "latency", "batch": 0}, "batch=0 must be at least 1"),
+        ({"structured": 0.3, "of": "latency", "batch": 99}, "batch=99 of the 16 calibration items"),
         ({"structured": 0.3, "round_to": 0}, "round_to"),
         ({"structured": 0.3, "drift": 2.0}, "drift"),
         ({"structured": 0.3, "labels": 0}, "labels"),
@@ -478,3 +485,120 @@ def test_prices_are_half_the_fisher_along_the_compensated_change():
         moved = hidden @ delta[:, :8].T + delta[:, 8]  # what the change does to the logits
         exact = 0.5 * ((p * moved**2).sum(1) - (p * moved).sum(1) ** 2).mean()
         assert ledger.layer_rows(name)[str(width)].price == pytest.approx(float(exact), rel=0.1)
+
+
+# -------------------------------------------------------------------------------------------------------------- latency
+
+
+def steps(module: nn.Module) -> float:
+    """Made-up milliseconds: tiles of 8 × 4 of every matrix, a constant for every other module."""
+    layers = [m for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    others = sum(1 for m in module.modules() if not list(m.children())) - len(layers)
+    tiles = [-(-m.weight.shape[0] // 8) * -(-m.weight[0].numel() // 4) for m in layers]
+    return 1e-3 * (sum(tiles) + 0.5 * others)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time as `steps` has it, and the modules that were timed."""
+    timed: list[nn.Module] = []
+
+    @torch.inference_mode()
+    def seconds(runs, enough):
+        for run in runs:
+            run.call()
+        timed.extend(run.module for run in runs)
+        return [steps(run.module) for run in runs]
+
+    monkeypatch.setattr(latency, "seconds", seconds)
+    return timed
+
+
+def total(prices, widths, left) -> float:
+    return sum(prices[n][widths[n].index(w)] for n, w in left.items())
+
+
+def timed_widths(kind: str, **asked):
+    model, data, objective = make(kind)
+    items = as_split(data)
+    splits = cp.Splits(calibrate=items, price=items, select=items, certify=items)
+    return model, structured.offered_widths(model, objective, splits, Structured(of="latency", **asked))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_predicted_latency_is_that_of_the_smaller_model_and_alike_parts_are_timed_once(clock, kind):
+    model, (found, _, widths, cost) = timed_widths(kind, share=0.05)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        left = {n: w[int(torch.randint(0, len(w), (1,), generator=g))] for n, w in widths.items()}
+        smaller = copy.deepcopy(model)
+        remove_(smaller, found.cuts, {n: range(w, found.cuts[n].units) for n, w in left.items()})
+        assert cost(left) == pytest.approx(steps(smaller))
+        assert cost.measured(left) == pytest.approx((steps(model), steps(smaller)))
+    assert cost({}) == pytest.approx(steps(model))
+    asked = len(clock)
+    cost(left)
+    assert len(clock) == asked, "no width is timed twice"
+    if kind in ("vit", "llama"):
+        assert len(cost._given) == 2, "blocks look alike"
+    assert len({repr(m) for m in clock[2 : 2 + len(cost._given)]}) == len(cost._given) < len(cost._parts)
+
+
+@pytest.mark.parametrize("kind", ["llama", "cnn"])
+def test_the_widths_for_a_latency_are_the_cheapest_of_all(clock, kind):
+    _, (found, _, widths, cost) = timed_widths(kind, share=0.3, widths=3)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        prices = {n: [0.0, *torch.rand(len(w) - 1, generator=g).cumsum(0).tolist()] for n, w in widths.items()}
+        chosen = structured._reaching(found.cuts, widths, prices, cost, Structured(share=0.3, of="latency"))
+        assert cost(chosen) <= 0.7 * cost({})
+        paid = total(prices, widths, chosen)
+        every = (dict(zip(widths, plan, strict=True)) for plan in itertools.product(*widths.values()))
+        best = min(total(prices, widths, plan) for plan in every if cost(plan) <= 0.7 * cost({}))
+        assert paid <= best * (1 + 1e-9) if kind == "llama" else paid <= 1.25 * best
+
+
+@pytest.mark.parametrize("factor", [0.6, 1.5])
+def test_the_choice_is_made_again_by_what_was_measured(clock, factor):
+    """A table that promises too much, and one that promises too little: what is measured decides."""
+    _, (found, _, widths, cost) = timed_widths("llama", share=0.2)
+    g = torch.Generator().manual_seed(0)
+    prices = {n: [0.0, *torch.rand(len(w) - 1, generator=g).cumsum(0).tolist()] for n, w in widths.items()}
+    asked = Structured(share=0.2, of="latency")
+    right = structured._reaching(found.cuts, widths, prices, cost, asked)
+    cost._scale *= factor
+    left = structured._reaching(found.cuts, widths, prices, cost, asked)
+    before, after = cost.measured(left)
+    assert after <= 0.8 * before
+    assert total(prices, widths, left) <= 1.2 * total(prices, widths, right)
+
+
+@pytest.mark.parametrize(("kind", "uniform"), [("vit", False), ("llama", True), ("cnn", False)])
+def test_units_are_removed_for_a_latency(clock, kind, uniform):
+    model, data, _ = make(kind)
+    result = cp.prune(model, data, structured=0.2, of="latency", uniform=uniform, batch=2)
+    after, before = result.latency
+    assert (after, before) == pytest.approx((steps(result.model), steps(model))) and after <= 0.8 * before
+    (note,) = (n for n in result.notes if "latency" in n)
+    assert "a batch of 2: 20.0% less was asked" in note and "misses" not in note
+    assert result.portable == uniform
+
+
+def test_blocks_are_removed_for_a_latency(clock):
+    model, data, _ = make("vit")
+    result = cp.prune(model, data, structured=0.3, of="latency", kinds=("blocks",))
+    assert sorted(result.cuts.values()) == [(0, 1), (1, 1)] and result.latency[0] <= 0.7 * result.latency[1]
+
+
+def test_a_last_measurement_that_misses_is_told(clock, monkeypatch):
+    model, data, _ = make("vit")
+    monkeypatch.setattr(latency.Latency, "beside", lambda self, smaller: (1.0, 0.9))
+    result = cp.prune(model, data, structured=0.2, of="latency")
+    assert result.latency == (0.9, 1.0) and any("this measurement misses what was asked" in n for n in result.notes)
+
+
+def test_the_clock_gives_times():
+    model, data, objective = make("vit")
+    runs = [latency.Run(module=model, call=lambda: objective.logits(model, data[0])) for _ in range(2)]
+    taken = latency.seconds(runs, 0.0)
+    assert len(taken) == 2 and all(math.isfinite(t) and t > 0 for t in taken)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -352,24 +352,14 @@ def _together(job: Job, bench: Bench, best: Mapping[str, Any]) -> list[dict[str,
 
 
 def _planned_again(job: Job, bench: Bench, best: dict[str, Any], most: int) -> dict[str, Any]:
-    """Plan again by prices that everything measured so far, controls included, has corrected, and with what pairs of
-    layers do to each other: with ``max_drop`` for the
+    """Plan again by prices that everything measured so far, controls included, has corrected: with ``max_drop`` for the
     smallest plan expected to lose no more than the best one, else for the least loss. Measures at most ``most`` plans,
     until there is none that is new, and returns the best of all."""
-    assert job.ledger is not None and job.budget is not None
+    assert job.budget is not None
     job.factors = _corrections(job, bench)
-    pairs = job.ledger.quadratic()
     for _ in range(most):
-        if pairs is None:
-            at_most = None if job.budget.max_drop is None else job.expected(best["choices"])
-            choices = cheapest(corrected(job.ledger.rows, job.factors), max_loss=at_most, **job.within)
-        else:
-            prices = scaled(pairs, job.factors)
-            if job.budget.max_drop is None:
-                choices = prices.cheapest(**job.within)
-            else:
-                choices = prices.smaller(best["choices"], **job.within)
-        if any(choices == trial["choices"] for trial in bench.trials):
+        new = (plan for plan in _proposals(job, best) if not any(plan == trial["choices"] for trial in bench.trials))
+        if (choices := next(new, None)) is None:
             break
         plans = sum(t["kind"] == "plan" for t in bench.trials)
         again = bench.measure(f"plan {plans + 1}", "plan", choices)
@@ -379,6 +369,18 @@ def _planned_again(job: Job, bench: Bench, best: dict[str, Any], most: int) -> d
         elif again["accepted"] >= best["accepted"] and again["bytes"] < best["bytes"]:
             best = again
     return best
+
+
+def _proposals(job: Job, best: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """The next plans by corrected prices: with what pairs of layers do to each other, and without. Which of the two is
+    nearer to the truth depends on how far the quadratic model holds; both are worth a measurement."""
+    assert job.ledger is not None and job.budget is not None
+    pairs, given = job.ledger.quadratic(), job.budget.max_drop is None
+    if pairs is not None:
+        prices = scaled(pairs, job.factors)
+        yield prices.cheapest(**job.within) if given else prices.smaller(best["choices"], **job.within)
+    at_most = None if given else job.expected(best["choices"])
+    yield cheapest(corrected(job.ledger.rows, job.factors), max_loss=at_most, **job.within)
 
 
 def _corrections(job: Job, bench: Bench) -> dict[str, float]:

@@ -25,8 +25,6 @@ from curvprune.solve import Solved
 from curvprune.state import StageLog, State
 from curvprune.work import Work, limits_of, macs_left, multiply_adds, work_of
 
-CHECKPOINT_SECONDS = 45.0  # the pricing pass writes its totals this often
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:

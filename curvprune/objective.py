@@ -155,7 +155,7 @@ class CausalLM(Objective):
         labels = batch.get("labels", batch.get("input_ids"))
         if labels is None:
             raise ValueError(f"causal-lm: the batch has neither labels nor input_ids, only {sorted(batch)}")
-        labels = labels[:, 1:]
+        labels = _classes(labels[:, 1:])
         keep = labels != IGNORED
         if (mask := batch.get("attention_mask")) is not None:
             keep = keep & mask[:, 1:].bool() & mask[:, :-1].bool()
@@ -181,6 +181,7 @@ class Classification(Objective):
                 f"classification: labels {tuple(labels.shape)} do not match logits {tuple(logits.shape)}; "
                 f"expected labels of shape {tuple(logits.shape[:-1])}"
             )
+        labels = _classes(labels)
         return _pick(logits, labels, labels != IGNORED)
 
 
@@ -222,14 +223,17 @@ def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def _classes(labels: Tensor) -> Tensor:
+    """Labels as int64, in which −100 is itself: among uint8 it would be 156."""
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"labels of type {labels.dtype}: expected whole numbers, the index of a class; for targets of another "
+            "kind use objective='label-free'"
+        )
+    return labels.long()
+
+
 def _pick(logits: Tensor, labels: Tensor | None, keep: Tensor) -> Positions:
-    if labels is not None:
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise ValueError(
-                f"labels of type {labels.dtype}: expected whole numbers, the index of a class; for targets of another "
-                "kind use objective='label-free'"
-            )
-        labels = labels.long()
     item = torch.arange(len(logits), device=logits.device)
     item = item.view(-1, *[1] * (keep.ndim - 1)).expand_as(keep)[keep]
     return Positions(logits=logits[keep], labels=None if labels is None else labels[keep], item=item, items=len(logits))

@@ -334,7 +334,7 @@ def prepare(recipe: Recipe, root: State | None, *, progress: bool) -> tuple[Job,
         "device": str(device),
         "seed": recipe.seed,
     }
-    if asked is not None and not scratch.has(_REMOVED):
+    if asked is not None and (root is None or root.writes) and not scratch.has(_REMOVED):
         about["widths"] = _offered(recipe, job, asked)
     if root is not None:
         if root.writes:

@@ -32,14 +32,15 @@ from curvprune.plan import Budget, Measurement, corrected, corrections, search
 from curvprune.quadratic import scaled
 from curvprune.solve import Solved
 
-CHECKPOINT_SECONDS = 45.0  # the pricing pass writes its totals this often
-
 ACCEPTABLE = 0.80  # predicted probability of being certified that a plan must have on select
-TRIALS_BESIDES = 9  # the uncompressed model, at most seven controls, and a plan after those
+TRIALS_BESIDES = 8  # the uncompressed model, at most six controls, and a plan after the first four
 CLEAR = 1.645  # standard errors: one-sided 95 %
 SAME_SIZE = 1.002  # two plans whose bytes differ by less are one size: what they lost on select decides
-# What is held against a plan of both kinds, and the part that its options lack.
-ALONE: dict[str, Callable[[Option], Any]] = {"rounding alone": pruner_of, "pruning alone": quantizer_of}
+# What is held against a plan of both kinds: the part that its options have, and the one that they lack.
+ALONE: dict[str, tuple[Callable[[Option], Any], Callable[[Option], Any]]] = {
+    "rounding alone": (quantizer_of, pruner_of),
+    "pruning alone": (pruner_of, quantizer_of),
+}
 
 
 def results_on(job: Job, name: str, model: nn.Module, split: Split) -> ItemResults:
@@ -263,6 +264,7 @@ def _select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[
             advance(1 + len(bench.trials))
         best = _planned_again(job, bench, best, 1 if budget.max_drop is not None else job.settings.trials - 1)
         job.record["together"] = _together(job, bench, best)
+        advance(1 + len(bench.trials))
         best = _best_measured(job, bench, best)
         advance(job.settings.trials + TRIALS_BESIDES)
     return bench, best
@@ -291,42 +293,37 @@ def _leftover(job: Job) -> str:
 
 
 def _controls(job: Job, best: Mapping[str, Any]) -> list[Control]:
-    """Controls near the size of the best plan, and what rounding alone and pruning alone can do at that size."""
+    """Controls near the size of the best plan."""
     assert job.ledger is not None
 
     def plan(rows: list[Row], size: int) -> dict[str, str]:
         return cheapest(rows, max_bytes=size, same_option=job.same_option)
 
     size = best["bytes"] - job.fixed_bytes
-    found = controls(job.ledger.rows, job.layers, job.units, size=size, plan=plan)
-    prices = corrected(job.ledger.rows, job.factors)
-    for name in _families(job):
-        rows = [row for row in prices if row.option in _options_of(job, name)[row.layer]]
-        try:
-            choices = cheapest(rows, max_bytes=size, limits=job.limits, same_option=job.same_option)
-        except Infeasible:
-            continue  # `_together` says how small it gets
-        found.append(Control(name, choices))
-    return found
+    return controls(job.ledger.rows, job.layers, job.units, size=size, plan=plan)
 
 
 def _families(job: Job) -> list[str]:
-    """Of `ALONE`, what can be held against both together: all, where there are options of both kinds, else none."""
+    """What of `ALONE` can be held against both together: nothing, where only one of the two is offered."""
     offered = [option for options in job.options.values() for option in options]
-    return list(ALONE) if all(any(part(option) for option in offered) for part in ALONE.values()) else []
+    if not (any(map(pruner_of, offered)) and any(map(quantizer_of, offered))):
+        return []
+    return [name for name, (own, other) in ALONE.items() if any(own(o) and other(o) is None for o in offered)]
 
 
 def _options_of(job: Job, family: str) -> dict[str, set[str]]:
     """Layer → the options that a family of `ALONE` has for it: those without the other part, or all, where every
     one has it."""
-    other = ALONE[family]
+    _, other = ALONE[family]
     without = {n: {o.key for o in options if other(o) is None} for n, options in job.options.items()}
     return {n: without[n] or {o.key for o in job.options[n]} for n in job.layers}
 
 
-def _together(job: Job, bench: Bench, best: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What pruning and rounding in one plan are worth: that plan and each alone, at its size or, where it does not get
-    that small, how small it gets; ``more`` is the loss beyond the plan's, paired by item."""
+def _together(job: Job, bench: Bench, best: dict[str, Any]) -> list[dict[str, Any]]:
+    """What pruning and rounding in one plan are worth: the best plan, and of each alone the best one by the same
+    corrected prices within the same limits, measured as a control, at most as large as the best plan where
+    ``max_drop`` decides the size. Or why there is none. ``more`` is the loss beyond the best plan's, paired by item."""
+    assert job.ledger is not None and job.budget is not None
 
     def entry(family: str, trial: Mapping[str, Any]) -> dict[str, Any]:
         more = bench.beyond(trial, best)
@@ -338,26 +335,34 @@ def _together(job: Job, bench: Bench, best: Mapping[str, Any]) -> list[dict[str,
             "more_stderr": _finite(more.stderr),
         }
 
-    found = []
+    within = dict(job.within)
+    if job.budget.max_drop is not None:
+        within["max_bytes"] = best["bytes"] + within["fixed_bytes"] - job.fixed_bytes
+    prices, found = corrected(job.ledger.rows, job.factors), []
     for family in _families(job):
-        trial = next((t for t in bench.trials if t["name"] == family), None)
-        if trial is not None:
-            found.append(entry(family, trial))
-            continue
         options = _options_of(job, family)
-        sizes = {(n, o.key): job.layer_bytes(n, o) for n in job.layers for o in job.options[n] if o.key in options[n]}
-        least = [min(sum(sizes[n, key] for n in unit) for key in options[unit[0]]) for unit in job.units]
-        found.append({"name": family, "trial": None, "smallest_bytes": job.fixed_bytes + sum(least)})
+        try:
+            choices = cheapest([row for row in prices if row.option in options[row.layer]], **within)
+        except Infeasible as error:
+            sizes = {(n, o.key): job.layer_bytes(n, o) for n in job.layers for o in job.options[n]}
+            least = [min(sum(sizes[n, key] for n in unit) for key in options[unit[0]]) for unit in job.units]
+            missed = [shortfall.name for shortfall in error.shortfalls]
+            found.append(
+                {"name": family, "trial": None, "missed": missed, "smallest_bytes": job.fixed_bytes + sum(least)}
+            )
+            continue
+        found.append(entry(family, bench.measure(family, "control", choices)))
     return [entry("pruning and rounding", best), *found] if found else []
 
 
 def _planned_again(job: Job, bench: Bench, best: dict[str, Any], most: int) -> dict[str, Any]:
     """Plan again by prices that everything measured so far, controls included, has corrected: with ``max_drop`` for the
     smallest plan expected to lose no more than the best one, else for the least loss. Measures at most ``most`` plans,
-    until there is none that is new, and returns the best of all."""
+    until there is none that is new, and returns the best of all. Where no plan was accepted the most cautious one
+    stays: the search has tried the lowest price there is."""
     assert job.budget is not None
     job.factors = _corrections(job, bench)
-    for _ in range(most):
+    for _ in range(most if best["accepted"] in (True, None) else 0):
         new = (plan for plan in _proposals(job, best) if not any(plan == trial["choices"] for trial in bench.trials))
         if (choices := next(new, None)) is None:
             break
@@ -366,7 +371,7 @@ def _planned_again(job: Job, bench: Bench, best: dict[str, Any], most: int) -> d
         job.factors = _corrections(job, bench)
         if job.budget.max_drop is None:
             best = min(best, again, key=_lost)
-        elif again["accepted"] >= best["accepted"] and again["bytes"] < best["bytes"]:
+        elif again["accepted"] and again["bytes"] < best["bytes"]:
             best = again
     return best
 
@@ -378,7 +383,14 @@ def _proposals(job: Job, best: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     pairs, given = job.ledger.quadratic(), job.budget.max_drop is None
     if pairs is not None:
         prices = scaled(pairs, job.factors)
-        yield prices.cheapest(**job.within) if given else prices.smaller(best["choices"], **job.within)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # about the steps on the way, which are no plans
+                found = prices.cheapest(**job.within) if given else prices.smaller(best["choices"], **job.within)
+        except RuntimeError:  # the solver gave up on a step; the plan without pairs is still there
+            found = None
+        if found is not None:
+            yield found
     at_most = None if given else job.expected(best["choices"])
     yield cheapest(corrected(job.ledger.rows, job.factors), max_loss=at_most, **job.within)
 
@@ -401,7 +413,7 @@ def _lost(trial: Mapping[str, Any]) -> float:
 def _best_measured(job: Job, bench: Bench, plan: dict[str, Any]) -> dict[str, Any]:
     """The plan, or the control that beats it, always one that keeps to the other limits. With ``max_drop`` the smallest
     that was accepted is wanted, and of several of one size the one that lost least; else the one that lost least. To
-    have lost less than the plan, a control must differ by more than chance may explain: of several, one always does."""
+    have lost less than the plan, a control must differ by 1.645 standard errors: of several, one always lost less."""
     assert job.budget is not None
     controls = [t for t in bench.trials if t["kind"] == "control" and job.keeps_within(t["choices"])]
     within = [plan, *controls]

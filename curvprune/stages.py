@@ -47,9 +47,7 @@ from curvprune.state import State
 from curvprune.work import work_of
 
 CHECKPOINT_SECONDS = 45.0  # the pricing pass writes its totals this often
-
-CHECKPOINT_SECONDS = 45.0  # the pricing pass writes its totals this often
-SAFE = 0.95  # ... and that the first plan of the fixed sequence should have
+SAFE = 0.95  # predicted probability of being certified that the first plan of the fixed sequence should have
 CAUTION = 0.6  # a more cautious plan may cost so much of the next one's predicted loss
 
 

@@ -253,27 +253,52 @@ def offered_both(data, budget: cp.Budget, model, **settings: Any) -> cp.Result:
     )
 
 
-def test_each_alone_is_the_best_plan_of_its_options_at_the_plans_size(trained):  # noqa: F811
+def test_each_alone_is_the_best_plan_of_its_options_within_the_limits(trained):  # noqa: F811
     model, data = trained
-    result = offered_both(data, cp.Budget(max_bytes=8400), model, trials=1)
-    plan, ledger = planned(result), result.ledger
+    result = offered_both(data, cp.Budget(max_bits=7), model)
+    ledger = result.ledger
     assert ledger is not None
-    stored = {(row.layer, row.option): row.bytes for row in ledger.rows}
-    rest = plan["bytes"] - sum(stored[pair] for pair in plan["choices"].items())
-    price = {(row.layer, row.option): row.price for row in ledger.rows}
+    before = [t for t in result.trials if t["kind"] != "applied" and "alone" not in t["name"]]
+    factors = corrections(ledger.rows, [(t["choices"], t["measured"], t["measured_stderr"]) for t in before])
+    price = {(row.layer, row.option): factors.get(row.option, 1.0) * row.price for row in ledger.rows}
     for name, lacking in (("rounding alone", "prune"), ("pruning alone", "int")):
         alone = next(trial for trial in result.trials if trial["name"] == name)
-        assert alone["kind"] == "control" and alone["bytes"] <= plan["bytes"]
+        assert alone["kind"] == "control" and bits_per_weight(ledger, alone["choices"]) <= 7
         assert not any(lacking in key for key in alone["choices"].values())
         within = [
             sum(price[pair] for pair in choices.items())
             for choices in every_plan(ledger)
-            if not any(lacking in key for key in choices.values())
-            and sum(stored[pair] for pair in choices.items()) + rest <= plan["bytes"]
+            if not any(lacking in key for key in choices.values()) and bits_per_weight(ledger, choices) <= 7
         ]
         assert sum(price[pair] for pair in alone["choices"].items()) == pytest.approx(min(within))
-    rounded = cp.quantize(model, batches(data), budget=cp.Budget(max_bits=4.6), settings=cp.Settings(portable=False))
-    assert not any("alone" in trial["name"] for trial in rounded.trials), "nothing to hold against each other"
+
+
+def test_with_a_drop_each_alone_is_no_larger_than_the_plan(trained):  # noqa: F811
+    model, data = trained
+    result = offered_both(data, cp.Budget("loss", max_drop=0.05), model, trials=3)
+    plans = [trial for trial in result.trials if trial["kind"] == "plan" and trial["accepted"]]
+    best = min(trial["bytes"] for trial in plans)
+    alone = [trial for trial in result.trials if "alone" in trial["name"]]
+    assert all(trial["bytes"] <= best for trial in alone)
+
+
+def test_nothing_is_held_against_each_other_where_only_one_kind_is_offered(trained):  # noqa: F811
+    model, data = trained
+    budget, settings = cp.Budget(max_bits=7), cp.Settings(portable=False, trials=1)
+    both = [cp.PruneQuantize(prune=cp.Prune(sparsity=0.5), quantize=cp.Quantize(bits=b)) for b in (3, 4)]
+    for options in (both, [cp.Quantize(bits=3), cp.Quantize(bits=4)]):
+        result = cp.compress(model, batches(data), options=options, budget=budget, settings=settings)
+        assert not any("alone" in trial["name"] for trial in result.trials)
+    result = cp.compress(model, batches(data), options=[*both, cp.Quantize(bits=4)], budget=budget, settings=settings)
+    assert {trial["name"] for trial in result.trials if "alone" in trial["name"]} == {"rounding alone"}
+
+
+def test_a_limit_that_one_kind_cannot_keep_is_named():
+    entry = {"name": "pruning alone", "trial": None, "missed": ["max_macs"], "smallest_bytes": 2000}
+    plan = {"name": "pruning and rounding", "trial": "plan 1", "bytes": 3000, "more": 0.0}
+    assert "pruning alone cannot keep within max_macs" in summary({"together": [plan, entry]})
+    entry["missed"] = ["max_bytes"]
+    assert "pruning alone does not get below 2.000 kB" in summary({"together": [plan, entry]})
 
 
 @pytest.mark.parametrize("most", [8400, 4500])
@@ -303,7 +328,8 @@ def test_the_report_says_what_pruning_and_rounding_together_are_worth(trained, m
     if most == 4500:  # the smallest zeros in float32 are larger than that
         kept = sum(-(-n // 8) + 4 * (n - round(0.9 * n)) + 16 for n in WEIGHTS.values())
         biases = 4 * (48 + 48 + 10)
-        assert alone[1] == {"name": "pruning alone", "trial": None, "smallest_bytes": kept + biases}
+        least = {"missed": ["max_bytes"], "smallest_bytes": kept + biases}
+        assert alone[1] == {"name": "pruning alone", "trial": None, **least}
     html, short = build({"together": [both, *alone]}), summary({"together": [both, *alone]})
     assert 'id="t-together"' in html and "rounding alone" in html
     assert ("pruning alone does not get below" in short) == (most == 4500)

@@ -190,3 +190,10 @@ def test_labels_that_are_no_classes_are_refused(dtype):
     batch = (torch.zeros(4, 1), torch.tensor([0, 1, 1, 0]).to(dtype))
     with pytest.raises(ValueError, match="expected whole numbers, the index of a class"):
         Classification().loss_of(torch.randn(4, 3), batch)
+
+
+def test_a_class_that_is_minus_a_hundred_in_eight_bits_counts():
+    logits, labels = torch.randn(2, 200), torch.tensor([156, 3])
+    expected = nn.functional.cross_entropy(logits, labels, reduction="sum")
+    total, count = Classification().loss_of(logits, (torch.zeros(2, 1), labels.to(torch.uint8)))
+    assert count == 2 and float(total) == pytest.approx(float(expected))

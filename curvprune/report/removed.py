@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import charts
-from .figures import MINUS, THIN, clean, count, num, plus_minus
+from .figures import MINUS, THIN, clean, count, duration, num, plus_minus
 from .sections import (
     Cell,
     Column,
@@ -94,6 +94,12 @@ def removed(record: Record) -> dict[str, Any]:
                 Fact(f"{of} before", count(work[0]), work[0], "", "of the original model; multiply-adds of one item")
             )
             facts.append(Fact(f"{of} after", count(work[1]), work[1], _gone(*work), "without the removed units"))
+    seconds = found.get("latency_seconds")
+    times = [num(v) for v in seconds] if isinstance(seconds, list | tuple) else []
+    if len(times) == 2 and times[0] and times[1] is not None:
+        hint = "of a forward pass, measured on the machine of the run; asked and predicted are in the notes"
+        facts.append(Fact("latency before", duration(times[0]), times[0], "", hint))
+        facts.append(Fact("latency after", duration(times[1]), times[1], _gone(times[0], times[1]), hint))
     predicted = num(found.get("predicted"))
     cost = plus_minus(predicted, found.get("predicted_stderr")) if predicted is not None else "not priced"
     unit = unit_of(record) if predicted is not None else ""

@@ -600,7 +600,7 @@ _DRAWN = {
     "applied": ("star", "applied", "applied model"),
     "uniform": ("square", "uniform", "control: uniform"),
     "reversed": ("diamond", "reversed", "control: reversed order"),
-    "control": ("triangle", "control", "control: static rule"),
+    "control": ("triangle", "control", "control: static rule, or one kind alone"),
 }
 
 

@@ -13,6 +13,7 @@ from .sections import (
     items,
     items_or_none,
     number_cell,
+    texts,
     unit_of,
     word,
 )
@@ -27,7 +28,7 @@ def table(record: Record) -> Table:
         name = Cell(word(entry.get("name")))
         if entry.get("trial") is None:
             least = entry.get("smallest_bytes")
-            told = "does not get that small; this is the smallest"
+            told = f"no plan within {', '.join(texts(entry.get('missed')))}; the smallest model of all:"
             rows.append([name, Cell(told), number_cell(least, size(least), title=f"{count(least)} B"), *[Cell("")] * 3])
             continue
         stored = entry.get("bytes")
@@ -62,11 +63,14 @@ def reading(record: Record) -> str:
     for entry in found[1:]:
         name, more, error = word(entry.get("name")), num(entry.get("more")), error_of(entry.get("more_stderr"))
         if entry.get("trial") is None:
-            parts.append(f"{name} does not get below {size(entry.get('smallest_bytes'))}")
+            missed = texts(entry.get("missed"))
+            least = f"does not get below {size(entry.get('smallest_bytes'))}"
+            parts.append(f"{name} {least if missed == ['max_bytes'] else 'cannot keep within ' + ', '.join(missed)}")
         elif more is None or error is None:
             parts.append(f"{name} was not measured with an error")
         else:
             told = f"{plus_minus(abs(more), error)} {unit_of(record)}"
+            name = f"{name} ({size(entry.get('bytes'))})"
             if more > CLEAR * error:
                 parts.append(f"{name} loses {told} more")
             elif more < -CLEAR * error:

@@ -215,7 +215,7 @@ class Bench:
 
 
 def select_plans(job: Job, candidates: Callable[[str], list[Solved]]) -> tuple[Bench, dict[str, Any]]:
-    """Stage *select*: trials along the frontier and controls. Returns the smallest acceptable one."""
+    """Stage *select*: trials along the frontier and controls. Returns them and the one to apply and certify."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         chosen = _select_plans(job, candidates)

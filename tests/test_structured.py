@@ -28,7 +28,7 @@ from curvprune import latency, structured
 from curvprune.cuts import find_cuts, remove_, silence_
 from curvprune.data import as_split
 from curvprune.layers import find_layers
-from curvprune.objective import evaluate, make_objective
+from curvprune.objective import Classification, evaluate, make_objective
 from curvprune.solve.structured import Reader, compensate, removal_order
 from curvprune.structured import Structured, Work, choose_widths
 
@@ -542,6 +542,41 @@ def test_predicted_latency_is_that_of_the_smaller_model_and_alike_parts_are_time
     if kind in ("vit", "llama"):
         assert len(cost._given) == 2, "blocks look alike"
     assert len({repr(m) for m in clock[2 : 2 + len(cost._given)]}) == len(cost._given) < len(cost._parts)
+
+
+class Again(nn.Module):
+    """Two MLPs in a residual stream, the first of which is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Sequential(nn.Linear(8, n), nn.ReLU(), nn.Linear(n, 8)) for n in (32, 48))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in (self.first, self.first, self.second):
+            x = x + block(x)
+        return self.head(x)
+
+
+def test_parts_that_are_called_again_count_again_and_the_sum_is_that_of_the_whole_model(monkeypatch):
+    """A made-up clock by which the whole model takes half as long again as its parts, at any width."""
+
+    def exact(module: nn.Module) -> float:
+        if not isinstance(module, Again):
+            return steps(module)
+        return 1.5 * (1.0 + 2 * steps(module.first) + steps(module.second))
+
+    monkeypatch.setattr(latency, "seconds", lambda runs, enough: [exact(run.module) for run in runs])
+    torch.manual_seed(0)
+    model, batch = Again().eval(), (torch.randn(2, 8), torch.tensor([0, 1]))
+    found = find_cuts(model, Classification(), batch)
+    assert sorted(cut.units for cut in found.cuts.values()) == [32, 48]
+    cost = latency.Latency(model, Classification(), batch, found.cuts, dict.fromkeys(found.cuts, 8))
+    for widths in ((32, 48), (8, 8), (16, 48), (32, 24)):
+        left = dict(zip(sorted(found.cuts, key=lambda n: found.cuts[n].units), widths, strict=True))
+        smaller = copy.deepcopy(model)
+        remove_(smaller, found.cuts, {n: range(w, found.cuts[n].units) for n, w in left.items()})
+        assert cost(left) == pytest.approx(exact(smaller))
 
 
 @pytest.mark.parametrize("kind", ["llama", "cnn"])

@@ -63,12 +63,19 @@ def export_gptq(folder: str | Path, out: str | Path) -> Path:
         ``out``.
 
     Raises:
-        ValueError: not an artifact of a transformers model; shapes that no config describes; layers whose grids differ,
-            by name; a width or a shape that the layout does not have.
+        ValueError: not an artifact of a transformers model; shapes that no config describes; stacked experts, or layers
+            whose grids differ, by name; a width or a shape that the layout does not have.
     """
     folder, out = Path(folder), Path(out)
     model = _opened(folder, out)
     layers = find_layers(model)
+    # Written dense they would be most of the model, and under names that engines which run experts do not look for.
+    if stacked := [n for n, layer in layers.items() if layer.kind == "experts"]:
+        more = f" and {len(stacked) - 2} more" if len(stacked) > 2 else ""
+        raise ValueError(
+            f"{folder}: GPTQ's layout has no stacked experts, and this model has {', '.join(stacked[:2])}{more}; "
+            "export_dense writes an ordinary model, portable=False packs them for curvprune.load"
+        )
     blocks = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, nn.ModuleList))
     linear = {n: x for n, x in layers.items() if x.kind == "linear" and not x.aliases and n.startswith(blocks)}
     quantize = _one_grid(folder, linear)

@@ -101,6 +101,7 @@ class Objective:
         if not isinstance(logits, Tensor):
             raise ValueError(
                 f"{type(model).__name__} returned {type(output).__name__}: expected a tensor or an output with .logits"
+                ", or, of a model without any, objective=LabelFree(model, of=...) with a function to some"
             )
         return logits
 
@@ -193,13 +194,22 @@ class LabelFree(Objective):
 
     Args:
         reference: the uncompressed model; it is run (one more forward pass) wherever the loss is evaluated.
+        of: a function of (what the model returned, batch) to logits, for models that return none: of sentence
+            embeddings, say, their similarities to those of other sentences over a temperature.
     """
 
     name = "label-free"
 
-    def __init__(self, reference: nn.Module, *, per_token: bool = False) -> None:
-        self.reference = reference
+    def __init__(
+        self, reference: nn.Module, *, per_token: bool = False, of: Callable[[Any, Batch], Tensor] | None = None
+    ) -> None:
+        self.reference, self.of = reference, of
         self.unit = "nats/token" if per_token else "nats/example"
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        if self.of is None:
+            return super().logits(model, batch)
+        return self.of(outputs(model, batch), batch)
 
     def positions(self, logits: Tensor, batch: Batch) -> Positions:
         keep = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)

@@ -433,7 +433,8 @@ def _distillation(baseline: nn.Module, objective: Objective, item: Batch) -> Lab
     device = next(baseline.parameters()).device
     with torch.no_grad(), evaluating(baseline):
         per_token = objective.logits(baseline, to_device(item, device)).ndim == 3
-    return LabelFree(baseline, per_token=per_token)
+    of = objective.of if isinstance(objective, LabelFree) else None
+    return LabelFree(baseline, per_token=per_token, of=of)
 
 
 def _check(

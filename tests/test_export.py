@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from typer.testing import CliRunner
 
 import curvprune as cp
@@ -134,6 +134,14 @@ def ragged(folder):
     cp.quantize(llama(), DATA, bits=4, group_size=48, settings=cp.Settings(portable=False)).save(folder)
 
 
+def experts(folder):
+    config = MixtralConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2,
+    )  # fmt: skip
+    cp.quantize(MixtralForCausalLM(config).eval(), DATA, bits=4, layers="*_proj").save(folder)
+
+
 def other_shapes(folder):
     """Layers of two widths in one model, as structured pruning leaves them."""
     pytest.importorskip("torch_pruning")
@@ -157,6 +165,7 @@ def foreign(folder):
         (five_bits, "2, 3, 4 or 8 bits, not 5; nearest: 4"),
         (odd_shape, r"k_proj: GPTQ's layout at 3 bits needs .* multiples of 32; it is 16 x 32"),
         (ragged, r"q_proj: .*whole groups of 48 inputs; it is 64 x 64"),
+        (experts, r"no stacked experts, .*layers\.0\.mlp\.experts\.gate_up_proj, .*down_proj and 2 more; export_dense"),
         (other_shapes, "no config describes its shapes"),
         (foreign, "not an artifact of a transformers model"),
     ],

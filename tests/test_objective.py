@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig, LlamaForCausalLM
 
+import curvprune as cp
 from curvprune.objective import (
     CausalLM,
     Classification,
@@ -126,6 +127,44 @@ def test_label_free_is_the_kl_divergence_and_zero_at_the_reference(llama):
     assert result.count.tolist() == [6, 4]
     agree = (p.argmax(-1) == q.argmax(-1)) & mask.bool()
     assert result.correct.tolist() == agree.sum(1).tolist()
+
+
+def test_label_free_of_sentence_embeddings(tmp_path):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        initializer_range=0.5,
+    )  # fmt: skip
+    encoder, batch = BertModel(config).eval(), {"input_ids": tokens(3, 5), "attention_mask": torch.ones(3, 5)}
+    batch["attention_mask"][1, 3:] = 0
+    anchors = F.normalize(torch.randn(7, 16), dim=-1)
+
+    def similarities(output, batch):
+        mask = batch["attention_mask"].unsqueeze(-1)
+        return F.normalize((output.last_hidden_state * mask).sum(1), dim=-1) @ anchors.T / 0.1
+
+    with pytest.raises(ValueError, match=r"BertModel returned .*objective=LabelFree"):
+        make_objective("label-free", encoder, batch)
+    objective = LabelFree(encoder, of=similarities)
+    result = cp.quantize(encoder, [batch], bits=3, objective=objective)
+    result.save(tmp_path)
+    measured = evaluate(cp.load(tmp_path), [batch], objective)
+
+    def embedded(model):  # one sentence at a time, without padding
+        rows = (ids[keep.bool()][None] for ids, keep in zip(batch["input_ids"], batch["attention_mask"], strict=True))
+        return torch.cat([model(input_ids=row).last_hidden_state.sum(1) for row in rows]).double()
+
+    p, q = (
+        F.log_softmax(F.cosine_similarity(embedded(m)[:, None], anchors.double(), dim=-1) / 0.1, -1)
+        for m in (encoder, result.model)
+    )
+    kl = F.kl_div(q, p, log_target=True, reduction="none").sum(-1).detach()
+    assert kl.min() > 1e-5
+    torch.testing.assert_close(measured.loss, kl, rtol=1e-3, atol=1e-6)
+    assert measured.count.tolist() == [1, 1, 1]
+    assert measured.correct.tolist() == (p.argmax(-1) == q.argmax(-1)).tolist()
+    recovered = cp.recover(result, encoder, [batch] * 4, objective=objective, steps=8, batch_size=1)
+    assert evaluate(recovered.model, [batch], objective).mean_loss < measured.mean_loss
 
 
 def test_sampled_labels_follow_the_model_and_the_seed():

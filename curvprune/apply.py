@@ -26,6 +26,7 @@ from curvprune.layers import Layer
 from curvprune.objective import Batch, Objective, evaluating
 
 _BLOCK = 192  # columns of a block of a Gram matrix
+_NARROW = 256  # inputs from which products in 8 bits pay
 _ROWS = 4096  # input rows per update of a Gram matrix: bounds the memory of unfolded convolutions and upcasts
 # Tokens of the average expert, for each input, that count beside an expert's own; `benchmarks/experts.py` tried others.
 _BORROWED = 0.5
@@ -277,12 +278,16 @@ def _moments(layer: Layer, module: nn.Module, x: Tensor, original: Tensor | None
     there = None if original is None else parts(original)
     for i, part in enumerate(parts(x)):
         rows = layer.rows(module, part).to(wide)
-        _add_gram(second, rows)
+        narrow = _narrowed(rows)
+        _add_gram(second, rows, narrow)
         mean += rows.sum(1)
         count += rows.shape[1]
         if drift is not None and there is not None:
             moved = layer.rows(module, there[i]).to(wide) - rows
-            drift += _coarse_product(moved, rows)
+            if narrow is None:
+                drift += _coarse_product(moved, rows)
+            else:
+                _add_product(drift[0], _Bytes.of(moved[0]), narrow)
             moved_mean += moved.sum(1)
     _mirror(second)
     if drift is not None and not bool(drift.any()):
@@ -330,12 +335,15 @@ def _blocks(width: int) -> range:
     return range(0, width, _BLOCK)
 
 
-def _add_gram(total: Tensor, rows: Tensor) -> None:
-    """``total += rowsᵀ rows``, blocks on and above the diagonal only: five eighths of the work at four blocks."""
+def _add_gram(total: Tensor, rows: Tensor, narrow: _Bytes | None = None) -> None:
+    """``total += rowsᵀ rows``, blocks on and above the diagonal only: five eighths of the work at four blocks. From
+    ``narrow``, where it is given."""
     for start in _blocks(rows.shape[2]):
-        total[:, start : start + _BLOCK, start:].baddbmm_(
-            rows[:, :, start : start + _BLOCK].transpose(1, 2), rows[:, :, start:]
-        )
+        block, onwards = slice(start, start + _BLOCK), slice(start, None)
+        if narrow is None:
+            total[:, block, onwards].baddbmm_(rows[:, :, block].transpose(1, 2), rows[:, :, onwards])
+        else:
+            _add_product(total[0, block, onwards], narrow.columns(block), narrow.columns(onwards))
 
 
 def _coarse_product(a: Tensor, b: Tensor) -> Tensor:
@@ -343,3 +351,36 @@ def _coarse_product(a: Tensor, b: Tensor) -> Tensor:
     if a.device.type == "cpu" and a.dtype == torch.float32:
         return (a.transpose(1, 2).bfloat16() @ b.bfloat16()).to(a.dtype)
     return a.transpose(1, 2) @ b
+
+
+@dataclass(frozen=True, slots=True)
+class _Bytes:
+    """Rows ``(n, in)`` in steps ``(in,)`` of 1/127 of each column's largest value.
+
+    What is lost is noise of a twelfth of a squared step. No value of ``n`` is larger than ``√n`` root mean squares, so
+    the noise adds to a column's second moment n/193,548 of it at most, 2 % for `_ROWS`, and little to the others: far
+    less than other tokens would. (A product rounded to bfloat16 is that of no inputs, and too coarse.)
+    """
+
+    values: Tensor
+    step: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor) -> _Bytes:
+        step = rows.abs().amax(0).div_(127).clamp_min_(torch.finfo(rows.dtype).tiny)
+        return cls((rows * step.reciprocal()).round_().to(torch.int8), step)
+
+    def columns(self, which: slice) -> _Bytes:
+        return _Bytes(self.values[:, which], self.step[which])
+
+
+def _narrowed(rows: Tensor) -> _Bytes | None:
+    """Rows ``(1, n, in)`` in 8 bits, where the CPU has instructions that multiply them four times as fast."""
+    fast = rows.device.type == "cpu" and rows.dtype == torch.float32 and torch.cpu._is_vnni_supported()
+    return _Bytes.of(rows[0]) if fast and len(rows) == 1 and rows.shape[2] >= _NARROW else None
+
+
+def _add_product(total: Tensor, a: _Bytes, b: _Bytes) -> None:
+    """``total += aᵀ b``, summed in whole numbers."""
+    product = torch._int_mm(a.values.T, b.values).to(total.dtype)
+    total.addcmul_(product.mul_(b.step), a.step[:, None])

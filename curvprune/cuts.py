@@ -21,7 +21,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from curvprune.layers import Layer, find_layers
+from curvprune.layers import Layer, find_layers, is_conv1d
 from curvprune.objective import Batch, Objective, evaluating
 from curvprune.shapes import drop_
 
@@ -30,7 +30,7 @@ BLOCKS = "blocks"  # a kind of its own: whole blocks of a residual stream, each 
 _HEAD_SIZE = ("head_dim", "attention_head_size")
 _QUERY_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
-_HEAD_WIDTHS = ("all_head_size", "inner_dim", "embed_dim")
+_HEAD_WIDTHS = ("all_head_size", "inner_dim", "embed_dim", "split_size")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -82,6 +82,28 @@ def _torch_pruning() -> Any:
     return torch_pruning
 
 
+class _Conv1D:
+    """What torch-pruning must know of transformers' ``Conv1D``, whose weight is stored as ``[in, out]``."""
+
+    pruning_dim = 1  # torch-pruning writes it, nothing here reads it
+
+    def get_out_channels(self, layer: Any) -> int:
+        return layer.nf
+
+    def get_in_channels(self, layer: Any) -> int:
+        return layer.nx
+
+    def prune_out_channels(self, layer: Any, units: Sequence[int]) -> None:
+        left = sorted(set(range(layer.nf)) - set(units))
+        layer.weight, layer.bias = nn.Parameter(layer.weight.data[:, left]), nn.Parameter(layer.bias.data[left])
+        layer.nf = len(left)
+
+    def prune_in_channels(self, layer: Any, units: Sequence[int]) -> None:
+        left = sorted(set(range(layer.nx)) - set(units))
+        layer.weight = nn.Parameter(layer.weight.data[left])
+        layer.nx = len(left)
+
+
 def find_cuts(model: nn.Module, objective: Objective, batch: Batch, *, kinds: Sequence[str] = KINDS) -> Found:
     """The cuts of a model, in its own order, and why other dimensions are none.
 
@@ -115,8 +137,9 @@ class _Graph:
             with evaluating(model), torch.enable_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.graph = tp.DependencyGraph().build_dependency(
-                    model, example_inputs=batch, forward_fn=lambda m, b: objective.logits(m, b), verbose=False
-                )
+                    model, example_inputs=batch, forward_fn=lambda m, b: objective.logits(m, b), verbose=False,
+                    customized_pruners={type(m): _Conv1D() for m in model.modules() if is_conv1d(m)},
+                )  # fmt: skip
         except Exception as error:
             raise ValueError(f"torch-pruning cannot trace {type(model).__name__}: {_where(error)}") from error
         finally:
@@ -130,7 +153,13 @@ class _Graph:
             raise ValueError(f"torch-pruning cannot trace {type(model).__name__}: {reason}")
 
     def makes(self, node: Any) -> bool:
-        return node.type in (self.types.CONV, self.types.LINEAR)
+        return node.type == self.types.CONV or self.is_linear(node)
+
+    def is_linear(self, node: Any) -> bool:
+        return node.type in (self.types.LINEAR, self.types.CUSTOMIZED)  # Conv1D is the one that we customise
+
+    def width(self, node: Any) -> int:
+        return self.graph.get_pruner_of_module(node.module).get_out_channels(node.module)
 
     def spread(self, start: Any) -> tuple[list[Any], list[Any], list[Any]]:
         """Producers, readers and what lies between, of the dimension that ``start`` puts out."""
@@ -222,8 +251,6 @@ def _trace(model: nn.Module, objective: Objective, batch: Batch) -> Found:
             notes.append(f"{graph.name(node)}: {reason}")
             continue
         cuts.append(cut)
-    if unknown := [n for n, layer in layers.items() if layer.kind == "conv1d"]:
-        notes.append(f"torch-pruning knows no transformers Conv1D ({unknown[0]}{', …' if len(unknown) > 1 else ''})")
     named: dict[str, Cut] = {}
     for cut in cuts:
         parts = [slot.module.split(".") for slot in (*cut.makes, *cut.reads)]
@@ -242,7 +269,7 @@ def _blocks(model: nn.Module, layers: Mapping[str, Layer], streams: Sequence[Seq
             name = f"{owner}.{i}"
             inside = [[w for w in writers if w.startswith(f"{name}.")] for writers in streams]
             writers = [w for own, all_ in zip(inside, streams, strict=True) if 0 < len(own) < len(all_) for w in own]
-            if writers and all(w in layers and layers[w].kind == "linear" for w in writers):
+            if writers and all(w in layers and layers[w].kind in ("linear", "conv1d") for w in writers):
                 reads = tuple(Slot(module=w, side="in", index=torch.arange(layers[w].shape[1])[None]) for w in writers)
                 cuts[f"{name} whole"] = Cut(name=name, kind=BLOCKS, units=1, makes=(), reads=reads, counts={})
     return cuts
@@ -305,13 +332,12 @@ def _channels(
             raise _NoCut(f"{graph.name(node)} is a grouped convolution")
         if getattr(node.module, "transposed", False):
             raise _NoCut(f"{graph.name(node)} is a transposed convolution")
-    pruner = graph.graph.get_pruner_of_module(root.module)
-    width = pruner.get_out_channels(root.module)
+    pruner, width = graph.graph.get_pruner_of_module(root.module), graph.width(root)
     group = graph.graph.get_pruning_group(root.module, pruner.prune_out_channels, list(range(width)))
     makes, reads = [], []
     for i, item in enumerate(group):
         node = item.dep.target
-        if node.type not in (t.CONV, t.LINEAR, t.BN, t.DEPTHWISE_CONV, t.PRELU):
+        if not graph.makes(node) and node.type not in (t.BN, t.DEPTHWISE_CONV, t.PRELU):
             continue
         into = graph.makes(node) and graph.graph.is_in_channel_pruning_fn(item.dep.handler)
         index = _by_unit(group[i].root_idxs, item.idxs, width, graph.name(node))
@@ -321,7 +347,7 @@ def _channels(
             makes.append(Slot(module=graph.name(node), side="out", index=index))
     if {s.module for s in reads} != {graph.name(n) for n in readers}:
         raise _NoCut("torch-pruning follows it to other readers than the graph has")
-    kind = "mlp" if all(n.type == t.LINEAR for n in (*producers, *readers)) else "channels"
+    kind = "mlp" if all(graph.is_linear(n) for n in (*producers, *readers)) else "channels"
     return Cut(name="", kind=kind, units=width, makes=tuple(makes), reads=tuple(reads), counts={})
 
 
@@ -341,7 +367,7 @@ def _heads(
 ) -> Cut:
     """Key-value heads with their query heads, laid out (heads, size) as is usual; that is tried later."""
     names = [graph.name(n) for n in producers]
-    if len(readers) != 1 or any(n.type != graph.types.LINEAR for n in (*producers, *readers)):
+    if len(readers) != 1 or not all(graph.is_linear(n) for n in (*producers, *readers)):
         raise _NoCut("it looks like attention, but not between Linear layers with one output projection")
     out = _layer(layers, graph, readers[0])
     owner = _common([n.split(".")[:-1] for n in names])
@@ -355,7 +381,7 @@ def _heads(
             f"{owner or type(model).__name__} does not say how large its heads are; give it an attribute head_dim"
         )
     queries = out.shape[1] // size
-    widths = [n.module.out_features for n in producers]
+    widths = [graph.width(n) for n in producers]
     if len(producers) == 1 and widths[0] == 3 * out.shape[1]:
         keys = queries
         rows = torch.arange(widths[0]).reshape(3, queries, size).permute(1, 0, 2).reshape(queries, -1)
@@ -403,7 +429,7 @@ def remove_(model: nn.Module, cuts: Mapping[str, Cut], removed: Mapping[str, Seq
             continue
         module = model.get_submodule(name)
         frozen = {n: p.requires_grad for n, p in module.named_parameters(recurse=False)}
-        pruner = graph.get_pruner_of_module(module)
+        pruner = _Conv1D() if is_conv1d(module) else graph.get_pruner_of_module(module)
         if side == "in" and isinstance(module, (nn.Conv1d, nn.Conv2d)):
             area = module.weight[0, 0].numel()
             indices = {i // area for i in indices}

@@ -150,9 +150,19 @@ def quantization_config(model: nn.Module, choices: Mapping[str, Quantize]) -> di
     }
 
 
-def save_config(folder: Path, model: Any, choices: Mapping[str, Quantize], tokenizer: Any = None) -> None:
-    """Write config, generation config and tokenizer beside the weights, as ``from_pretrained`` expects them."""
-    config = json.loads(model.config.to_json_string(use_diff=True))
+def save_config(
+    folder: Path,
+    model: Any,
+    choices: Mapping[str, Quantize],
+    tokenizer: Any = None,
+    architecture: Mapping[str, Any] | None = None,
+) -> None:
+    """Write config, generation config and tokenizer beside the weights, as ``from_pretrained`` expects them; with the
+    entries of ``architecture`` instead of the model's own."""
+    said = copy.deepcopy(model.config)
+    for key, value in (architecture or {}).items():
+        setattr(said, key, value)
+    config = json.loads(said.to_json_string(use_diff=True))
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     if choices:
@@ -170,13 +180,15 @@ _MLP_WIDTH = ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_di
 def describe_(model: Any, widths: Mapping[str, tuple[int, int]]) -> bool:
     """Write new widths into a pruned model's config if a config can describe them: kind → (units before, after) of
     `curvprune.cuts`. Whether it can is tried: the class is built from the new config, on the meta device, and all
-    shapes must be those of the model. Otherwise the config stays as it is."""
+    shapes must be those of the model, and so must numbers that depend on a block's place, where blocks are gone.
+    Otherwise the config stays as it is."""
     config = copy.deepcopy(model.config)
     if "mlp" in widths:
         before, after = widths["mlp"]
-        for key in _MLP_WIDTH:
-            if getattr(config, key, None) == before:
-                setattr(config, key, after)
+        keys = [key for key in _MLP_WIDTH if hasattr(config, key)]
+        # GPT-2's n_inner is None where the width is four times the hidden size.
+        for key in [k for k in keys if getattr(config, k) == before] or [k for k in keys if getattr(config, k) is None]:
+            setattr(config, key, after)
     if "heads" in widths:
         before, after = widths["heads"]
         heads = config.num_attention_heads
@@ -193,8 +205,20 @@ def describe_(model: Any, widths: Mapping[str, tuple[int, int]]) -> bool:
         return False
     if shapes != {n: t.shape for n, t in model.state_dict().items()}:
         return False
+    if not widths and _factors(empty) != _factors(model):
+        return False
     model.config.update(config.to_diff_dict())
     return True
+
+
+def _factors(model: nn.Module) -> dict[tuple[str, str], float]:
+    """Numbers that modules hold, such as a scale of the attention; rates of dropout do nothing in evaluation mode."""
+    return {
+        (name, key): value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if type(value) is float and "drop" not in key and not isinstance(module, nn.Dropout)
+    }
 
 
 def load_foreign(folder: Path) -> nn.Module:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from curvprune.cuts import BLOCKS, Cut, Slot, remove_
+from curvprune.layers import is_conv1d
 from curvprune.objective import Batch, Objective, evaluating
 
 ROUNDS = (7, 60)  # fewest and most
@@ -251,6 +252,8 @@ def _fitting(module: nn.Module, x: Any) -> Any:
     """The input of a layer, as narrow as the layer has become; other modules get what they got before."""
     if isinstance(module, nn.Linear):
         dim, width = -1, module.in_features
+    elif is_conv1d(module):
+        dim, width = -1, module.nx  # type: ignore[assignment]
     elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
         dim, width = 1, module.in_channels
     elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):

@@ -140,6 +140,11 @@ def _padding(conv: nn.Conv1d | nn.Conv2d, kernel: Sequence[int], dilation: Seque
     return [side for pair in reversed(sides) for side in pair]
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' ``Conv1D``: a Linear layer whose weight is stored as ``[in, out]``."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
 def _weights(module: nn.Module) -> list[tuple[str, str]]:
     """(kind, parameter name) of the weights that a module owns, in the order in which it uses them."""
     if isinstance(module, nn.Linear):
@@ -148,7 +153,7 @@ def _weights(module: nn.Module) -> list[tuple[str, str]]:
         return [("conv", "weight")]
     if isinstance(module, nn.Embedding):
         return [("embedding", "weight")]
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", None) is not None:
+    if is_conv1d(module) and getattr(module, "weight", None) is not None:
         return [("conv1d", "weight")]
     if all(hasattr(module, a) for a in ("_apply_gate", "has_gate", "has_bias", "is_transposed")):
         # What transformers' `use_experts_implementation` sets: these names and layouts are what it relies on.

@@ -43,7 +43,7 @@ from curvprune.plan import SIZES, Budget
 from curvprune.recipe import Recipe, RecipeError, assign_groups, assign_options, load_recipe, lock_text
 from curvprune.recovery import Training
 from curvprune.selection import TRIALS_BESIDES, compare, select_plans
-from curvprune.shapes import changes_of, difference, remember_
+from curvprune.shapes import architecture_config, changes_of, difference, remember_
 from curvprune.solve import Solved
 from curvprune.stages import apply_and_measure, certify_plans, price_options, solve_layer, solve_options
 from curvprune.state import StageLog, State
@@ -459,10 +459,11 @@ def _without_units(recipe: Recipe, job: Job, asked: Structured) -> tuple[nn.Modu
                 pruned = prune_units(job.model, job.objective, job.splits, asked, seed=job.settings.seed)
             except ValueError as error:
                 raise recipe.error(("structured",), str(error)) from error
-            describe(job.model, pruned)
+            why = describe(job.model, pruned)
             write_model(folder, pruned.model, {}, {})
             advance(1)
-        job.state.write_json(_REMOVED, _removed_record(pruned))
+        notes = (*pruned.notes, *([why] if why is not None else []))
+        job.state.write_json(_REMOVED, _removed_record(replace(pruned, notes=notes)))
     processes.wait()
     return load_artifact(folder, device=next(job.model.parameters()).device), job.state.read_json(_REMOVED)
 
@@ -511,17 +512,25 @@ def write_model(
         packed = {n: q for n, q in grids.items() if q is not None}
         # Without a config the folder is one for `curvprune.load(folder, model=...)`, which says so.
         if not portable or not packed or hf.loads_packed(model):
-            hf.save_config(folder, model, packed if portable else {}, tokenizer)
+            hf.save_config(folder, model, packed if portable else {}, tokenizer, architecture_config(model))
 
 
-def describe(original: nn.Module, pruned: Pruned) -> bool:
-    """Whether a plain config describes a structurally pruned model; it is then written into the model, which otherwise
-    carries how its shapes differ."""
+def describe(original: nn.Module, pruned: Pruned) -> str | None:
+    """Write a structurally pruned model's shapes into its config, or, where no config says them, let the model carry
+    how they differ; why, in words for the notes."""
     widths, model = pruned.uniform_widths(), pruned.model
-    if widths is not None and artifact.is_transformers(model) and hf.describe_(model, widths):
-        return True
+    foreign = artifact.is_transformers(model)
+    if widths is not None and foreign and hf.describe_(model, widths):
+        return None
     remember_(model, [*changes_of(original), difference(original, model, dropped=pruned.dropped)])
-    return False
+    if not foreign:
+        return f"once saved, curvprune.load(folder, model=...) reads it, with an instance of {type(model).__name__}"
+    ours = "once saved, curvprune.load reads it and from_pretrained does not"
+    kind = type(model.config).__name__
+    if widths is None:
+        return f"{ours}: {kind} has one width for all cuts of a kind; pass uniform=True, where the class can have one"
+    left = " and ".join(f"{k} {after} (of {before})" for k, (before, after) in widths.items() if after != before)
+    return f"{ours}: {kind} cannot say {left or 'what is left of the blocks'}"
 
 
 def load_artifact(folder: Path, *, packed: bool = False, device: str | torch.device = "cpu") -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+_COUNTED = ("num_hidden_layers", "layer_types")  # what a config says of the blocks
 _ATTRIBUTE = "curvprune_changes"  # where a model carries its changes, so that later steps on it save them as well
 
 
@@ -23,9 +24,12 @@ def remember_(model: nn.Module, changes: Sequence[Mapping[str, Any]]) -> None:
 
 def difference(original: nn.Module, smaller: nn.Module, *, dropped: Sequence[str] = ()) -> dict[str, Any]:
     """Shapes of tensors that changed, and whole-number attributes of modules (``in_features``, ``num_heads``) that did;
-    or, where whole blocks were ``dropped``, only which. Otherwise both must have the same modules."""
+    or, where whole blocks were ``dropped``, which, and what the config said of them before. Otherwise both must have
+    the same modules."""
     if dropped:
-        return {"dropped": list(dropped), "shapes": {}, "attributes": {}}
+        config = getattr(original, "config", None)
+        counted = {key: getattr(config, key) for key in _COUNTED if getattr(config, key, None) is not None}
+        return {"dropped": list(dropped), "config": counted, "shapes": {}, "attributes": {}}
     before = {n: t.shape for n, t in _tensors(original).items()}
     shapes = {n: list(t.shape) for n, t in _tensors(smaller).items() if t.shape != before[n]}
     attributes: dict[str, dict[str, int]] = {}
@@ -34,6 +38,14 @@ def difference(original: nn.Module, smaller: nn.Module, *, dropped: Sequence[str
             if type(value) is int and value != vars(old).get(key):
                 attributes.setdefault(name, {})[key] = value
     return {"shapes": shapes, "attributes": attributes}
+
+
+def architecture_config(model: nn.Module) -> dict[str, Any]:
+    """What the config must say for the architecture that a model's changes start from, where `drop_` had it follow."""
+    said: dict[str, Any] = {}
+    for change in reversed(changes_of(model)):
+        said.update(change.get("config", {}))
+    return said
 
 
 def reshape_(model: nn.Module, record: Mapping[str, Any]) -> nn.Module:

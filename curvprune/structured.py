@@ -137,8 +137,9 @@ class Work:
                 sides.update({(module, "out"): {name: 1.0} for module, _ in inside})
                 continue
             for slot in (*cut.makes, *cut.reads):
-                module = model.get_submodule(slot.module)
-                width = layers[slot.module].shape[1] if slot.side == "in" else len(module.weight)  # type: ignore[arg-type]
+                layer, norm = layers.get(slot.module), model.get_submodule(slot.module)
+                shape = (len(norm.weight),) if layer is None else layer.shape  # type: ignore[arg-type]
+                width = shape[("out", "in").index(slot.side)]
                 shares = sides.setdefault((slot.module, slot.side), {})
                 shares[name] = shares.get(name, 0.0) + slot.index.shape[1] / width
         self.terms = []

@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "artifact": {"options", "plan", "layers", "solve", "state", "packed", "shapes"},
     "recovery": {"data", "layers", "objective", "options", "solve"},
     "cuts": {"layers", "objective", "shapes"},
-    "latency": {"cuts", "objective"},
+    "latency": {"cuts", "layers", "objective"},
     "structured": {
         *("apply", "cuts", "data", "knapsack", "latency", "layers", "ledger", "objective", "solve"),
         *("curvature/estimators", "curvature/fisher"),

@@ -1,15 +1,17 @@
 """How much of what pruning and rounding lost a short recovery gives back.
 
-    python benchmarks/recovery.py [resnet] [pruned] [rounded]      # all three unless some are named
+    python benchmarks/recovery.py [resnet] [narrow] [pruned] [rounded]      # all unless some are named
 
 resnet: ResNet-20 on Fashion-MNIST (see ``pruning.py``) at −50, −70 and −80 % multiply-adds, ours and torch-pruning's
 magnitude criterion (global ranking, residual stream included, BatchNorm's statistics taken again from the calibration
 items, pruning ratio bisected to our multiply-adds), both with the same recovery: 20,000 unlabelled training images,
 1,000 others for the choice of the state, ``STEPS`` (400) steps of 64. One calibration draw; accuracy on 6,000 images.
 
+narrow: ResNet-20 at ``BITS`` (2) bits a weight, one scale per channel; the same recovery.
+
 pruned, rounded: SmolLM2-135M at 50 % unstructured zeros, and at 3 bits in groups of 64. Text as in ``quantization.py``
-(``BENCH_TEXTS``, needed): calibration and recovery on eight plays, ``LM_STEPS`` (24) steps of 512 tokens, the state
-chosen by eight other windows; perplexity of Hamlet, by the folder that was saved.
+(``BENCH_TEXTS``, needed): calibration and recovery on eight plays, ``LM_STEPS`` (24) steps of ``LM_BATCH`` (1) windows
+of 512 tokens, the state chosen by eight other windows; perplexity of Hamlet, by the folder that was saved.
 
 CPU seconds are those of the recovery on one thread, its measurements on the select items included.
 """
@@ -36,7 +38,7 @@ from benchmarks.curvature import ResNet20, fashion_mnist, normalise
 TRAIN, SELECT = 20_000, 1_000
 RATE = 1e-2
 LM_RATE = 1e-3
-LM_BATCH = 1
+LM_BATCH = int(os.environ.get("LM_BATCH", "1"))
 SHARES = (0.5, 0.7, 0.8)
 
 
@@ -81,6 +83,25 @@ def resnet() -> None:
                 f"| {1 - after / before:.0%} | {found.best_step} of {found.steps} | {seconds:.0f} |",
                 flush=True,
             )
+
+
+def narrow() -> None:
+    net = pruning.trained("resnet20", ResNet20, steps=900, rate=0.1)
+    dense, bits, steps = pruning.accuracy(net), int(os.environ.get("BITS", "2")), int(os.environ.get("STEPS", "400"))
+    train, select = images(0, TRAIN), images(TRAIN, TRAIN + SELECT)
+    batches = list(pruning.splits(0).calibrate.items)
+    rounded = cp.quantize(net, batches, bits=bits, objective="classification", settings=cp.Settings(portable=False))
+    start = time.process_time()
+    result = cp.recover(rounded, net, train, select=select, steps=steps, lr=RATE, batch_size=64, every=steps // 4)
+    seconds, found = time.process_time() - start, result.recovery
+    before, after = (100 * (dense - pruning.accuracy(r.model)) for r in (rounded, result))
+    assert found is not None
+    print(
+        f"ResNet-20, {dense:.2%} accurate, {bits} bits: {before:.2f} points lost, {after:.2f} after recovery, loss on "
+        f"select {found.loss_before:.3f} and {found.loss_after:.3f} (step {found.best_step} of {found.steps}, "
+        f"{seconds:.0f} CPU s, {found.trained:,} numbers)",
+        flush=True,
+    )
 
 
 def plays() -> tuple[list[dict], list[dict]]:
@@ -132,11 +153,14 @@ def smollm2(setting: str) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="torch_pruning")
-    asked = sys.argv[1:] or ["resnet", "pruned", "rounded"]
-    if unknown := [name for name in asked if name not in ("resnet", "pruned", "rounded")]:
-        raise SystemExit(f"unknown part {unknown[0]!r}; parts: resnet, pruned, rounded")
+    parts = ("resnet", "narrow", "pruned", "rounded")
+    asked = sys.argv[1:] or parts
+    if unknown := [name for name in asked if name not in parts]:
+        raise SystemExit(f"unknown part {unknown[0]!r}; parts: {', '.join(parts)}")
     if "resnet" in asked:
         resnet()
+    if "narrow" in asked:
+        narrow()
     for setting in ("pruned", "rounded"):
         if setting in asked:
             smollm2(setting)

@@ -246,7 +246,8 @@ def _classes(labels: Tensor) -> Tensor:
 def _pick(logits: Tensor, labels: Tensor | None, keep: Tensor) -> Positions:
     item = torch.arange(len(logits), device=logits.device)
     item = item.view(-1, *[1] * (keep.ndim - 1)).expand_as(keep)[keep]
-    return Positions(logits=logits[keep], labels=None if labels is None else labels[keep], item=item, items=len(logits))
+    picked = logits.flatten(0, -2) if bool(keep.all()) else logits[keep]  # no copy of the largest tensor there is
+    return Positions(logits=picked, labels=None if labels is None else labels[keep], item=item, items=len(logits))
 
 
 def sampled_losses(positions: Positions, generator: torch.Generator) -> Float[Tensor, " n"]:

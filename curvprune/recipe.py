@@ -387,6 +387,7 @@ class RecoverSection(_Section):
     every: int | None = Field(None, ge=1, description="steps between measurements, a whole number of at least 1")
     patience: int | None = Field(None, ge=1, description="measurements without gain, a whole number of at least 1")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient, a number above 0")
+    bfloat16: bool = Field(True, description="true or false: products in bfloat16 where a CPU makes them faster")
 
     @model_validator(mode="before")
     @classmethod

@@ -198,6 +198,37 @@ def test_gradients_of_scales_and_zeros_are_those_of_autograd(width, bits):
     assert len(part.masters) == (2 if bits == 1 else 1)
 
 
+@pytest.mark.parametrize("rows", [3, 64, 150])
+def test_the_divergence_and_its_gradient_are_torchs(rows):
+    g = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.randn(rows, 11, dtype=torch.float64, generator=g) for _ in range(2))
+    ours.requires_grad_()
+    exact = nn.functional.kl_div(ours.log_softmax(1), theirs.log_softmax(1), reduction="sum", log_target=True)
+    (wanted,) = torch.autograd.grad(3 * exact, ours)
+    value = recovery._Divergence.apply(ours, theirs)
+    (found,) = torch.autograd.grad(3 * value, ours)
+    torch.testing.assert_close(value, exact)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_training_loss_is_that_of_the_positions_that_count(padded):
+    """Beside the label-free objective, whose losses autograd differentiates."""
+    model, other = tiny.llama(), tiny.llama(seed=1)
+    batch = dict(tokens(8)[0])
+    if padded:
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][0, 5:] = 0
+    values, gradients = [], []
+    for loss in (recovery._Distillation(model), cp.objective.LabelFree(model)):
+        total, count = loss.loss(other, batch)
+        assert count == batch["input_ids"].numel() - 27 * padded
+        gradients.append(torch.autograd.grad(total, list(other.parameters())))
+        values.append(total.detach())
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
 def test_distillation_on_a_fixed_support_ends_at_least_squares():
     """With two classes and small logits KL is a quadratic form: recovery of a linear model must end where the normal
     equations restricted to the support do. The objective here is that squared error itself, so that it is exact."""
@@ -224,7 +255,7 @@ def test_distillation_on_a_fixed_support_ends_at_least_squares():
         small.weight.mul_(mask)
     found = cp.recover(
         small, model, split, select=split, objective=Squared(), loss="task", steps=1500, lr=3e-2, batch_size=200,
-        clip=1e9,
+        clip=1e9, bfloat16=False,
     )  # fmt: skip
     for row, kept in enumerate(mask):
         exact = torch.linalg.lstsq(x[:, kept].double(), y[:, row : row + 1].double()).solution[:, 0]
@@ -269,6 +300,61 @@ def test_losses_before_and_after_are_those_of_the_models_on_select():
     assert after.recovery.loss_after == min(h["select"] for h in history)
     again = cp.recover(before, model, tokens(), select=select, steps=20, lr=1e-2, every=4)
     assert again.recovery.history == history
+
+
+# ------------------------------------------------------------------------------------------------- products in bfloat16
+
+
+class Spy(nn.Module):
+    """Two layers; remembers in which types it computed while it was trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 3)
+        self.seen: set[torch.dtype] = set()
+        self.fails = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        if self.fails and x.dtype == torch.bfloat16:
+            raise RuntimeError("not here")
+        if torch.is_grad_enabled():
+            self.seen.add(x.dtype)
+        return self.second(x)
+
+
+@pytest.mark.parametrize(
+    "native, asked, fails, dtype",
+    [
+        (True, True, False, torch.bfloat16),
+        (True, False, False, torch.float32),
+        (False, True, False, torch.float32),
+        (True, True, True, torch.float32),
+    ],
+)
+def test_products_are_in_bfloat16_where_that_is_asked_for_and_possible(native, asked, fails, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    torch.manual_seed(0)
+    model = Spy()
+    small = copy.deepcopy(model)
+    with torch.no_grad():
+        small.first.weight[:, ::2] = 0
+    model.fails = small.fails = fails
+    data = [(torch.randn(32, 12), torch.zeros(32, dtype=torch.long))]
+    found = cp.recover(small, model, data, objective="label-free", steps=40, lr=1e-2, bfloat16=asked)
+    assert found.model.seen == {dtype} and found.loss_after < found.loss_before
+    assert ("in bfloat16 not here" in "".join(found.notes)) == fails
+    select = as_split(data).items[3::4]
+    exact = evaluate(found.model, select, make_objective("label-free", model, select[0]))
+    assert found.loss_after == pytest.approx(exact.mean_loss, rel=1e-5), "measured in float32"
+
+
+def test_a_loss_that_bfloat16_would_drown_is_trained_in_float32(net):
+    before = cp.compress(net, images(), options=[cp.Cast(dtype="float16")])
+    found = cp.recover(before, net, images(), objective="label-free", steps=2).recovery
+    if torch.cpu._is_avx512_bf16_supported():
+        assert "products in float32, because in bfloat16 an item's loss is" in found.notes[0]
+    assert found.loss_before < 1e-5
 
 
 # ------------------------------------------------------------------------------------------------------- the best state

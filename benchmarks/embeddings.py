@@ -103,13 +103,13 @@ def theirs(folder: Path, bits: int, draw: int) -> None:
         model=model, dataset=Dataset.from_list(items), recipe=recipe,
         max_seq_length=512, num_calibration_samples=len(items), shuffle_calibration_samples=False,
     )  # fmt: skip
-    torch.save(embed(model, torch.load(folder / "test.pt")), folder / "out.pt")
+    torch.save(embed(model, torch.load(folder / "test.pt", weights_only=True)), folder / "out.pt")
 
 
 def ours(folder: Path, artifact: str) -> None:
     import curvprune as cp
 
-    torch.save(embed(cp.load(artifact), torch.load(folder / "test.pt")), folder / "out.pt")
+    torch.save(embed(cp.load(artifact), torch.load(folder / "test.pt", weights_only=True)), folder / "out.pt")
 
 
 def child(python: str, folder: Path, *arguments: str) -> Tensor:
@@ -119,7 +119,7 @@ def child(python: str, folder: Path, *arguments: str) -> Tensor:
     )
     if done.returncode:
         raise SystemExit(f"{command} failed:\n{done.stderr[-3000:]}")
-    return torch.load(folder / "out.pt")
+    return torch.load(folder / "out.pt", weights_only=True)
 
 
 def row(found: list[Tensor], reference: Tensor) -> str:

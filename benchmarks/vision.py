@@ -87,7 +87,7 @@ def theirs(folder: Path, bits: int) -> dict[str, list[float]]:
     from brevitas.graph.quantize import layerwise_quantize, preprocess_for_quantize
     from brevitas.quant.scaled_int import Int8WeightPerChannelFloatMSE
 
-    given = torch.load(folder / "given.pt")
+    given = torch.load(folder / "given.pt", weights_only=True)
     net = ResNet20().eval()
     net.load_state_dict(given["net"])
     x, y = given["test"]

@@ -297,7 +297,7 @@ from curvprune.objective import make_objective
 from tests.test_structured import Residual
 for path in Path({str(root)!r}).glob("*.data"):
     extra = {{"model": Residual()}} if path.stem.startswith("cnn") else {{}}
-    model, data = cp.load(path.with_suffix(""), **extra), torch.load(path)
+    model, data = cp.load(path.with_suffix(""), **extra), torch.load(path, weights_only=True)
     with torch.no_grad():
         torch.save(make_objective("auto", model, data).logits(model, data), path.with_suffix(".logits"))
 """
@@ -312,7 +312,7 @@ def test_pruned_saved_and_reloaded_in_a_fresh_process(reloaded, kind, uniform):
     result, folder, expected, batch = results[f"{kind}-{uniform}"]
     assert result.macs[0] <= 0.7 * result.macs[1]
     assert result.parameters[0] == sum(p.numel() for p in result.model.parameters())
-    torch.testing.assert_close(torch.load(root / f"{kind}-{uniform}.logits"), expected)
+    torch.testing.assert_close(torch.load(root / f"{kind}-{uniform}.logits", weights_only=True), expected)
     whole = all(left == of for n, (left, of) in result.cuts.items() if EXPECTED[kind][n][0] == "heads")
     assert result.portable == (uniform and (kind in ("vit", "llama") or (kind == "gpt2" and whole)))
     if result.portable:
@@ -331,7 +331,7 @@ def test_what_a_config_cannot_say_is_for_load_alone_and_a_note_tells(reloaded, k
     result, folder, expected, batch = results[f"{kind}-{of}"]
     units = {n: c for n, c in result.cuts.items() if EXPECTED[kind][n][0] == of}
     assert len(units) == 2 and all(2 * left == before for left, before in units.values())
-    torch.testing.assert_close(torch.load(root / f"{kind}-{of}.logits"), expected)
+    torch.testing.assert_close(torch.load(root / f"{kind}-{of}.logits", weights_only=True), expected)
     told = [n for n in result.notes if "from_pretrained does not" in n]
     assert result.portable == (of == "mlp" or kind == "vit") == (not told)
     if result.portable:

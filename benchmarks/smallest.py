@@ -1,13 +1,15 @@
 """The smallest certified SmolLM2-135M beside the smallest uniform one by llm-compressor, for the same budgets.
 
-    LLMC_PYTHON=/path/to/python python benchmarks/smallest.py [DROP ...]      # nats per token; 0.05 0.1 0.2
+    LLMC_PYTHON=... BENCH_TEXTS=... python benchmarks/smallest.py [DROP ...]      # nats per token; 0.05 0.1 0.2
 
-Ours: ``recipes/quickstart.yaml`` with that ``max_drop``, options from 2 bits on, more items to select and certify.
-Theirs: GPTQ with ``observer="imatrix_mse"`` in groups of 64, one grid for all layers, from 3 bits up to the first that
-the smallest budget admits, with zero points and without, calibrated on the recipe's items (``LLMC_PYTHON``: see
-``quantization.py``). The embedding, which is also the output layer, is the same in both: rounded to 8 bits in groups of
-64, or float16 with ``EMBEDDING=16``. Both are judged by the same test on the same certify items. Sizes are those of our
-file format.
+Text: ``BENCH_TEXTS`` (see ``quantization.py``) without title pages, whole plays and poems in one split each, in windows
+of 256 tokens.
+Ours: ``recipes/quickstart.yaml`` with that ``max_drop``, grids with zero points of 2 to 6 bits, and ``STEPS`` (40)
+steps of recovery on windows of their own. Theirs: GPTQ with ``observer="imatrix_mse"`` in groups of
+64, one grid for all layers, from 3 bits up to the first that the smallest budget admits, with zero points and without,
+calibrated on the recipe's items (``LLMC_PYTHON``: see ``quantization.py``). The embedding, which is also the output
+layer, is in both rounded to 8 bits in groups of 64, or float16 with ``EMBEDDING=16``; our recovery trains its scales.
+Both are judged by the same test on the same certify items. Sizes are those of our file format.
 
 Runs are kept in ``.cache/smallest`` and go on where they were stopped. One thread.
 """
@@ -23,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 EMBEDDING = int(os.environ.get("EMBEDDING", "8"))
+STEPS = int(os.environ.get("STEPS", "40"))
 CACHE = Path(f".cache/smallest{EMBEDDING}")
 GRIDS = ((3, True), (3, False), (4, True), (4, False), (5, True), (5, False), (6, True), (8, True))  # bits, symmetric
-COUNTS = {"select": 48, "certify": 192}
+COUNTS = {"calibrate": 32, "price": 24, "select": 48, "certify": 192, "recover": 192}
 
 
 def theirs(folder: Path, bits: int, symmetric: bool) -> list[float]:
@@ -59,6 +62,18 @@ def theirs(folder: Path, bits: int, symmetric: bool) -> list[float]:
     return losses
 
 
+def texts() -> list[str]:
+    """Files with one play or book of poems each, without the second copies in old spelling."""
+    from benchmarks.quantization import play
+
+    source, folder = Path(os.environ["BENCH_TEXTS"]), CACHE / "texts"
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [path.stem.removesuffix("_gut") for path in sorted(source.glob("*_gut.txt"))]
+    for name in names:
+        (folder / f"{name}.txt").write_text(play(source, name), encoding="utf-8")
+    return [str((folder / f"{name}.txt").resolve()) for name in names]
+
+
 def main() -> None:
     if sys.argv[1:2] == ["theirs"]:
         print(json.dumps(theirs(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True")))
@@ -79,9 +94,11 @@ def main() -> None:
     drops = sorted(map(float, sys.argv[1:])) or [0.05, 0.1, 0.2]
     CACHE.mkdir(parents=True, exist_ok=True)
     recipe = yaml.safe_load((Path(__file__).parent.parent / "recipes" / "quickstart.yaml").read_text())
-    recipe["data"] |= COUNTS
-    two = {"quantize": {"bits": 2, "group_size": 64, "symmetric": True}}
-    recipe["compress"][0]["options"].insert(0, two)
+    recipe["data"] = {"source": "text", "files": texts(), "sequence_length": 256, **COUNTS}
+    recipe["recover"] = {"steps": STEPS, "batch_size": 8, "every": 20}
+    recipe["compress"][0]["options"] = [
+        {"quantize": {"bits": bits, "group_size": 64, "symmetric": False}} for bits in range(2, 7)
+    ]
     table = Quantize(bits=8, group_size=64, symmetric=True) if EMBEDDING == 8 else Cast(dtype="float16")
     if EMBEDDING == 8:
         recipe["portable"] = False

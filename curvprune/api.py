@@ -603,8 +603,9 @@ def recover(
             known: zeros of its layers' weights stay zero, everything else is trained, also off the grid of a rounded
             weight.
         baseline: the uncompressed model.
-        data: what to train on: the calibrate split of `Splits`, whose select split chooses; otherwise every fourth item
-            chooses, unless ``select`` is given. No labels are needed with ``loss="distill"``.
+        data: what to train on: the recover split of `Splits` (its calibrate split where there is none), whose select
+            split chooses; otherwise every fourth item chooses, unless ``select`` is given. No labels are needed with
+            ``loss="distill"``.
         select: the items that choose.
         budget: with ``max_drop``: judge the recovered model on the certify split (as `compress`, ``data`` are split, or
             pass `Splits`). Without it the result has no verdict: an earlier one was about another model.
@@ -633,7 +634,7 @@ def recover(
         raise ValueError("recover: a plain module has no place for a verdict; call certify on what comes back")
     certifies = None
     if isinstance(data, Splits):
-        train, choose, certifies = data.calibrate, data.select, data.certify
+        train, choose, certifies = data.training, data.select, data.certify
     elif budget is not None:
         if isinstance(data, Split):
             raise ValueError("a budget needs four splits: pass Splits(calibrate=, price=, select=, certify=)")

@@ -46,11 +46,12 @@ def _digest(digest: Any, item: Batch) -> bytes:
 
 
 PURPOSES = ("calibrate", "price", "select", "certify")
+EXTRA = "recover"  # a purpose that is left out where nothing is asked for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Splits:
-    """The four purposes, which must share no item.
+    """The purposes, which must share no item.
 
     Attributes:
         calibrate: the inputs that layers are solved for.
@@ -58,20 +59,28 @@ class Splits:
             any others, so prices from the calibration items would be too low (by a third on SmolLM2-135M).
         select: where plans are measured and chosen.
         certify: opened once, at the end.
+        recover: what a recovery trains on; ``None``: the calibration items.
     """
 
     calibrate: Split
     price: Split
     select: Split
     certify: Split
+    recover: Split | None = None
+
+    @property
+    def training(self) -> Split:
+        """The items that a recovery trains on."""
+        return self.calibrate if self.recover is None else self.recover
 
     def sha256(self) -> dict[str, str]:
         """Hash of each split."""
-        return {purpose: getattr(self, purpose).sha256() for purpose in PURPOSES}
+        return {p: split.sha256() for p in (*PURPOSES, EXTRA) if (split := getattr(self, p)) is not None}
 
     def leak(self) -> str | None:
         """A warning if items of the certify split also stand in another split, tensor by tensor; else ``None``."""
-        seen = {_digest(hashlib.sha256(), item) for p in PURPOSES[:-1] for item in getattr(self, p).items}
+        others = [self.calibrate, self.price, self.select, self.training]
+        seen = {_digest(hashlib.sha256(), item) for split in others for item in split.items}
         repeated = sum(_digest(hashlib.sha256(), item) in seen for item in self.certify.items)
         if not repeated:
             return None
@@ -204,17 +213,17 @@ def _split_documents(data: Split, *, seed: int) -> Splits:
 
 def _deal(sizes: Mapping[str, int], counts: Mapping[str, int], *, seed: int) -> dict[str, list[str]]:
     """Whole documents in a seeded random order, each to the purpose that is furthest from its count."""
-    dealt: dict[str, list[str]] = {purpose: [] for purpose in PURPOSES}
-    filled = dict.fromkeys(PURPOSES, 0)
+    dealt: dict[str, list[str]] = {purpose: [] for purpose in counts}
+    filled = dict.fromkeys(counts, 0)
     for name in [sorted(sizes)[i] for i in np.random.default_rng(seed).permutation(len(sizes))]:
-        target = min(PURPOSES, key=lambda purpose: filled[purpose] / counts[purpose])
+        target = min(counts, key=lambda purpose: filled[purpose] / counts[purpose])
         dealt[target].append(name)
         filled[target] += sizes[name]
     return dealt
 
 
 def text_splits(documents: Mapping[str, Sequence[int]], *, length: int, counts: Mapping[str, int], seed: int) -> Splits:
-    """Cut tokenised documents into sequences and deal whole documents to the four splits.
+    """Cut tokenised documents into sequences and deal whole documents to the splits that ``counts`` asks for.
 
     Documents are dealt in a seeded random order, each to the split that is furthest from its count, so no document
     lies in two splits; of several with the same tokens only the first counts. Sequences are then taken from a split's
@@ -233,15 +242,20 @@ def text_splits(documents: Mapping[str, Sequence[int]], *, length: int, counts: 
         pieces = [piece for piece in ids.split(length) if len(piece) >= min(32, length)]
         if pieces:
             windows[name] = [{"input_ids": p[None], "attention_mask": torch.ones_like(p)[None]} for p in pieces]
+    counts = _asked(counts)
     dealt = _deal({name: len(w) for name, w in windows.items()}, counts, seed=seed)
     filled = {purpose: sum(len(windows[name]) for name in names) for purpose, names in dealt.items()}
-    if short := [f"{p} {filled[p]} of {counts[p]}" for p in PURPOSES if filled[p] < counts[p]]:
+    if short := [f"{p} {filled[p]} of {counts[p]}" for p in counts if filled[p] < counts[p]]:
         total = sum(len(w) for w in windows.values())
         raise ValueError(
             f"the text has only {total} sequences of {length} tokens in {len(windows)} documents: "
             f"{', '.join(short)}; ask for fewer, or shorten sequence_length"
         )
-    return Splits(**{p: _in_turn({n: windows[n] for n in dealt[p]}, counts[p]) for p in PURPOSES})
+    return Splits(**{p: _in_turn({n: windows[n] for n in dealt[p]}, counts[p]) for p in counts})
+
+
+def _asked(counts: Mapping[str, int]) -> dict[str, int]:
+    return {p: counts[p] for p in (*PURPOSES, EXTRA) if p != EXTRA or counts.get(p)}
 
 
 def _in_turn(windows: Mapping[str, Sequence[Batch]], count: int) -> Split:
@@ -306,7 +320,8 @@ def digits_splits(*, counts: Mapping[str, int], seed: int) -> Splits:
     """
     images, labels = digits()
     fresh = DIGITS_TRAINING + np.random.default_rng(seed).permutation(len(images) - DIGITS_TRAINING)
-    sizes = [counts[purpose] for purpose in PURPOSES]
+    counts = _asked(counts)
+    sizes = list(counts.values())
     if sum(sizes) > len(fresh):
         asked = " + ".join(map(str, sizes))
         raise ValueError(f"digits has {len(fresh)} images that trained nothing, asked for {asked}")
@@ -315,5 +330,5 @@ def digits_splits(*, counts: Mapping[str, int], seed: int) -> Splits:
         items = tuple({"pixel_values": images[i][None], "labels": labels[i][None]} for i in indices)
         return Split(items=items, documents=tuple(f"digit {i}" for i in indices))
 
-    parts = [part(indices) for indices in np.split(fresh[: sum(sizes)], np.cumsum(sizes)[:3])]
-    return Splits(**dict(zip(PURPOSES, parts, strict=True)))
+    parts = [part(indices) for indices in np.split(fresh[: sum(sizes)], np.cumsum(sizes)[:-1])]
+    return Splits(**dict(zip(counts, parts, strict=True)))

@@ -589,7 +589,7 @@ def _load_model(recipe: Recipe) -> tuple[nn.Module, Any]:
 
 def _load_data(recipe: Recipe, tokenizer: Any) -> Splits:
     section = recipe.data
-    counts = {purpose: getattr(section, purpose) for purpose in data.PURPOSES}
+    counts = {purpose: getattr(section, purpose) for purpose in (*data.PURPOSES, data.EXTRA)}
     try:
         if section.source == "digits":
             return data.digits_splits(counts=counts, seed=recipe.seed)

@@ -142,6 +142,7 @@ class DataSection(_Section):
     price: int = Field(24, ge=2, description="a whole number of items, at least 2")
     select: int = Field(32, ge=2, description="a whole number of items, at least 2")
     certify: int = Field(96, ge=2, description="a whole number of items, at least 2")
+    recover: int = Field(0, ge=0, description="a whole number of items; 0: recover trains on the calibrate items")
 
     @model_validator(mode="after")
     def _keys_of_the_source(self) -> DataSection:
@@ -461,6 +462,8 @@ class Recipe(_Section):
                 "input prices have no unit of loss and cannot plan for max_drop; expected fisher, diagonal, kfac or "
                 "hessian, or a budget of max_bytes",
             )
+        if self.data.recover and self.recover is None:
+            raise _At(("data", "recover"), "nothing trains on these items; add recover: {steps: 200} or remove this")
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             known = ("auto", "cpu", "cuda", "cuda:0", "mps")
             raise _At(

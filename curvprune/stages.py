@@ -49,6 +49,7 @@ from curvprune.work import work_of
 CHECKPOINT_SECONDS = 45.0  # the pricing pass writes its totals this often
 SAFE = 0.95  # predicted probability of being certified that the first plan of the fixed sequence should have
 CAUTION = 0.6  # a more cautious plan may cost so much of the next one's predicted loss
+BOLDEST = 3.0  # ... and a bolder one so many times the one before
 
 
 # ---------------------------------------------------------------------------------------------------------------- solve
@@ -386,7 +387,8 @@ def _apply_and_write(job: Job, bench: Bench, name: str, choices: dict[str, str])
 
 
 def _recovered(job: Job, model: nn.Module, solved: Mapping[str, Solved], at: str, name: str) -> dict[str, Solved]:
-    """Stage *recover*: train a model in place on the calibration items, the select split keeping the best state."""
+    """Stage *recover*: train a model in place, on the recover split if there is one, else on the calibration items; the
+    select split keeps the best state."""
     assert job.recover is not None
     tensors, record = f"{at}/recovered.safetensors", f"{at}/recovered.json"
     steps, done = job.recover.steps or 1, job.state.has(record)
@@ -394,7 +396,7 @@ def _recovered(job: Job, model: nn.Module, solved: Mapping[str, Solved], at: str
         if not done:
             try:
                 recovery = recover_(
-                    model, solved, job.uncompressed, job.objective, job.splits.calibrate, job.splits.select,
+                    model, solved, job.uncompressed, job.objective, job.splits.training, job.splits.select,
                     job.recover, advance=advance,
                 )  # fmt: skip
             except Diverged as error:
@@ -419,7 +421,8 @@ def _fixed_sequence(job: Job, bench: Bench, best: dict[str, Any]) -> list[_Appli
             break
         safe = (sequence[0].chance or 0.0) >= SAFE
         edge = sequence[-1] if safe else sequence[0]
-        factor = _room(job, edge.record) if safe else CAUTION
+        # One that was too bold is followed by one half of the way (in logarithms) to it.
+        factor = _room(job, edge.record) ** 0.5 ** len(left_out) if safe else CAUTION
         try:
             choices = cheapest(
                 corrected(job.ledger.rows, job.factors), max_loss=factor * edge.record["expected"], **job.within
@@ -428,7 +431,8 @@ def _fixed_sequence(job: Job, bench: Bench, best: dict[str, Any]) -> list[_Appli
             break
         if choices == edge.record["choices"] or (job.bytes_of(choices) < edge.record["bytes"]) != safe:
             break
-        name = f"{best['name']}, {'bolder' if safe else 'more cautious'}"
+        number = len(sequence) + len(left_out)
+        name = f"{best['name']}, {'bolder' if safe else 'more cautious'}{f' {number}' if number > 1 else ''}"
         applied = _apply_and_write(job, bench, name, choices)
         if safe and (applied.chance or 0.0) < ACCEPTABLE:
             left_out.append(applied)
@@ -440,12 +444,12 @@ def _fixed_sequence(job: Job, bench: Bench, best: dict[str, Any]) -> list[_Appli
 
 
 def _room(job: Job, record: Mapping[str, Any]) -> float:
-    """By how much a bolder plan's predicted loss may exceed that of an applied one: half of the way (in logarithms) to
-    where its chance falls to `ACCEPTABLE` if measured and predicted loss grow together."""
-    drop = record["metric_drop"]
-    allowed = allowed_drop(job, drop, record["metric_stderr"], reach_of(record))
-    # Half of the way on a logarithmic scale: that the applied plan measured well is partly luck.
-    return min(2.0, allowed / drop) ** 0.5 if drop > 0 else 2.0**0.5
+    """By how much a bolder plan's predicted loss may exceed that of an applied one: as far as its chance stays
+    `ACCEPTABLE` if measured and predicted loss grow together, at most `BOLDEST`."""
+    drop, stderr = record["metric_drop"], record["metric_stderr"]
+    allowed = allowed_drop(job, drop, stderr, reach_of(record))
+    # That the applied plan measured well is partly luck, so it is taken for a standard error worse.
+    return min(BOLDEST, allowed / (drop + stderr)) if drop + stderr > 0 else BOLDEST
 
 
 def certify_plans(job: Job, bench: Bench, best: dict[str, Any]) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -149,6 +151,25 @@ def test_text_splits_share_no_document_and_spread_over_documents():
             assert any(text[i : i + len(window)] == window for i in range(0, len(text), 64))
 
 
+def test_items_to_recover_on_are_a_split_of_their_own():
+    rng = np.random.default_rng(0)
+    documents = {f"d{i}": rng.integers(0, 100, size=rng.integers(40, 900)).tolist() for i in range(30)}
+    counts = {"calibrate": 8, "price": 6, "select": 6, "certify": 20}
+    without = text_splits(documents, length=64, counts={**counts, "recover": 0}, seed=0)
+    assert without.recover is None and without.training is without.calibrate
+    assert without.sha256() == text_splits(documents, length=64, counts=counts, seed=0).sha256()
+    splits = text_splits(documents, length=64, counts={**counts, "recover": 30}, seed=0)
+    assert splits.recover is not None and splits.training is splits.recover and len(splits.recover.items) == 30
+    others = {name for p in PURPOSES for name in getattr(splits, p).documents}
+    assert not others & set(splits.recover.documents)
+    assert splits.sha256().keys() == {*PURPOSES, "recover"}
+    assert splits.leak() is None
+    repeated = replace(splits, recover=Split(items=splits.certify.items[:3], documents=("a",) * 3))
+    assert (leak := repeated.leak()) is not None and leak.startswith("3 of the 20 items")
+    with pytest.raises(ValueError, match=r"recover [0-9]+ of 900"):
+        text_splits(documents, length=64, counts={**counts, "recover": 900}, seed=0)
+
+
 def test_too_little_text_says_how_much_there_is():
     with pytest.raises(ValueError, match=r"only 2 sequences of 64 tokens in 2 documents: .*select 0 of 4"):
         counts = {"calibrate": 1, "price": 1, "select": 4, "certify": 1}
@@ -179,5 +200,8 @@ def test_digits_splits_are_fresh_and_disjoint():
     item = splits.certify.items[0]
     index = int(splits.certify.documents[0].split()[1])
     assert torch.equal(item["pixel_values"][0], images[index]) and int(item["labels"]) == int(labels[index])
+    more = digits_splits(counts={**counts, "recover": 30}, seed=3)
+    assert more.sha256() == {**splits.sha256(), "recover": more.recover.sha256()}
+    assert not {n for p in PURPOSES for n in getattr(more, p).documents} & set(more.recover.documents)
     with pytest.raises(ValueError, match="897 images"):
         digits_splits(counts={**counts, "certify": 800}, seed=0)

@@ -129,6 +129,70 @@ def test_the_items_on_record_are_of_the_model_that_ships(recipe, finished, tmp_p
     assert record["attempts"][1]["drop"] != pytest.approx(record["attempts"][0]["drop"], abs=1e-3)
 
 
+@pytest.fixture
+def sequence(recipe, monkeypatch):
+    """The plans that would be certified, if the drops of applied models were ``drop`` times their predicted loss."""
+    job, _ = pipeline.prepare(cp_recipe(recipe), None, progress=False)
+    keys = {n: [o.key for o in options] for n, options in job.options.items()}
+    # A ladder on which every limit has its own plan: prices of a layer's narrowest option grow by a tenth each.
+    prices = {
+        n: dict(zip(reversed(names), (0.0, 0.001 * 1.1**i, 0.004 * 1.1**i), strict=False))
+        for i, (n, names) in enumerate(keys.items())
+    }
+    rows = [
+        cp.ledger.Row(layer=n, option=k, bytes=job.layer_bytes(n, o), price=prices[n].get(k, 0.0), stderr=0.0)
+        for n, options in job.options.items()
+        for o, k in zip(options, keys[n], strict=True)
+    ]
+    zeros = np.zeros((2, len(rows)))
+    job.ledger = cp.ledger.Ledger(rows=tuple(rows), sums=zeros, count=np.ones(2), unit="nats", labels=1)
+    drops: dict[str, float] = {}
+
+    def applied(job, bench, name, choices):
+        predicted = sum(prices[n].get(k, 0.0) for n, k in choices.items())
+        drop, stderr = predicted * drops.get(name, drops["plan"]), 0.01
+        chance = cp.selection._chance_at(job, drop, stderr, drop + 2 * stderr)
+        record = {
+            "name": name, "choices": choices, "bytes": job.bytes_of(choices), "expected": predicted, "chance": chance,
+            "metric_drop": drop, "metric_stderr": stderr, "metric_bound": drop + 2 * stderr,
+        }  # fmt: skip
+        return cp.stages._Applied(record=record, before=None, folder=Path("."), solved={}, chance=chance)
+
+    monkeypatch.setattr(cp.stages, "_apply_and_write", applied)
+
+    def found(attempts: int, *, drop: float, of_bolder: float):
+        drops.update({"plan": drop, "plan, bolder": of_bolder})
+        job.settings = dataclasses.replace(job.settings, attempts=attempts)
+        nothing = cp.objective.ItemResults(**dict.fromkeys(("loss", "count", "correct"), torch.ones(1).double()))
+        bench = cp.selection.Bench(job, lambda n: [], nothing, nothing)
+        choices = cp.knapsack.cheapest(rows, max_loss=0.01, **job.within)
+        best = {"name": "plan", "choices": choices}
+        chosen = [a.record for a in cp.stages._fixed_sequence(job, bench, best)]
+        return job, chosen, bench.trials
+
+    return found
+
+
+def test_a_bolder_plan_goes_as_far_as_the_applied_one_allows(sequence):
+    job, plans, _ = sequence(2, drop=8.0, of_bolder=8.0)
+    first, second = plans
+    assert second["name"] == "plan, bolder" and second["bytes"] < first["bytes"]
+    # Were the first one's drop a standard error larger, the second would have a chance of 80 % at least, and only just.
+    drop = (first["metric_drop"] + 0.01) * second["expected"] / first["expected"]
+    assert cp.selection.ACCEPTABLE <= cp.selection._chance_at(job, drop, 0.01, drop + 0.02) < 0.95
+    job, plans, _ = sequence(2, drop=0.1, of_bolder=0.1)  # next to nothing was lost: how losses grow is not known
+    assert 2 < plans[1]["expected"] / plans[0]["expected"] <= cp.stages.BOLDEST
+
+
+def test_a_plan_that_was_too_bold_is_followed_by_one_half_as_far(sequence):
+    _, plans, trials = sequence(3, drop=4.0, of_bolder=40.0)
+    assert [t["name"] for t in trials] == ["plan", "plan, bolder 2", "plan, bolder"]
+    assert [p["name"] for p in plans] == ["plan", "plan, bolder 2"], "what select rejects is not certified"
+    first, half, whole = (next(t for t in trials if t["name"] == n) for n in ("plan", "plan, bolder 2", "plan, bolder"))
+    steps = [half["expected"] / first["expected"], whole["expected"] / first["expected"]]
+    assert 1 < steps[0] < steps[1] and steps[0] == pytest.approx(steps[1] ** 0.5, rel=0.1)
+
+
 def test_items_in_which_nothing_counts_are_left_out():
     def results(loss, count, correct):
         values = {"loss": loss, "count": count, "correct": correct}

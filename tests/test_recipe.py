@@ -97,6 +97,7 @@ def test_defaults_of_a_short_recipe(tmp_path: Path) -> None:
             "price": 24,
             "select": 32,
             "certify": 96,
+            "recover": 0,
         },
         "objective": "auto",
         "structured": None,
@@ -170,6 +171,7 @@ def test_the_lock_of_digits_leaves_out_what_only_text_has(tmp_path: Path) -> Non
         "price",
         "select",
         "certify",
+        "recover",
     }
 
 
@@ -192,6 +194,7 @@ REST = COMPRESS + BUDGET
 OFFERS = MODEL + DATA + COMPRESS
 IMAGES = MODEL.replace("causal-lm", "image-classification")
 REJECTED = {
+    "items and no training": (START + "  recover: 8 #!\n" + REST, "nothing trains on", "recover: {steps: 200}"),
     # structure of the file
     "unknown top-level key": (
         OFFERS + "budgt: {max_drop: 0.05} #!\n",

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -492,6 +493,25 @@ def test_models_that_do_not_fit(net, monkeypatch):
 
 
 # -------------------------------------------------------------------------------------------------------------- recipes
+
+
+def test_items_to_recover_on_are_trained_on(net, recipe, tmp_path, monkeypatch):
+    def taken(_model, _solved, _baseline, _objective, train, *_arguments, **_named):
+        raise InterruptedError(train.sha256())
+
+    monkeypatch.setattr(stages, "recover_", taken)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.read_text().replace("  certify: 16\n", "  certify: 16\n  recover: 6\n"))
+    job, _ = pipeline.prepare(pipeline.load_recipe(path), None, progress=False)
+    with pytest.raises(InterruptedError, match=job.splits.recover.sha256()):
+        pipeline.run(path, tmp_path / "out", progress=False)
+    monkeypatch.setattr("curvprune.api.recover_", taken)
+    parts = [as_split(images()) for _ in range(4)]
+    splits = cp.Splits(**dict(zip(("calibrate", "price", "select", "certify"), parts, strict=True)))
+    own = as_split([(torch.zeros_like(x), y) for x, y in images()])
+    for data, train in ((splits, splits.calibrate), (replace(splits, recover=own), own)):
+        with pytest.raises(InterruptedError, match=train.sha256()):
+            cp.recover(cp.prune(net, images(), sparsity=0.5), net, data)
 
 
 @pytest.fixture(scope="module")

@@ -47,6 +47,7 @@ PLAYS = (
     *("much_ado_about_nothing", "tempest"),
 )
 LENGTH, ITEMS = 512, 16
+PURPOSES = ("calibrate", "price")
 
 
 def play(folder: Path, name: str) -> str:
@@ -116,50 +117,62 @@ def perplexity(model: object, sequences: list[list[int]]) -> float:
     return math.exp(total / count)
 
 
+def splits_of(parts: dict[str, list[list[int]]], draw: int) -> Any:
+    import torch
+
+    from curvprune.data import Splits, as_split
+
+    calibrate, price = ([{"input_ids": torch.tensor([ids])} for ids in parts[f"{p}{draw}"]] for p in PURPOSES)
+    return Splits(
+        calibrate=as_split(calibrate), price=as_split(price[:-4]), select=as_split(price[-4:-2]),
+        certify=as_split(price[-2:]),
+    )  # fmt: skip
+
+
+def mixed(model: Any, splits: Any, bits: list[int]) -> Any:
+    """The best plan found with these widths in the bytes that 3 bits everywhere take."""
+    import curvprune as cp
+    from curvprune import artifact
+    from curvprune.layers import find_layers
+
+    chosen = find_layers(model, "model.layers.*")
+    three = cp.Quantize(bits=3, **GRID)
+    room = artifact.other_bytes(model, chosen) + artifact.header_bytes(model, chosen)
+    room += sum(artifact.layer_bytes(model, layer, three) for layer in chosen.values())
+    return cp.compress(
+        model, splits, options=[cp.Quantize(bits=b, **GRID) for b in bits],
+        budget=cp.Budget("loss", max_bytes=room), layers="model.layers.*",
+    )  # fmt: skip
+
+
 def ours(folder: Path, setting: dict, draw: int) -> dict:
     import torch
     from transformers import AutoModelForCausalLM
 
     import curvprune as cp
-    from curvprune import artifact
-    from curvprune.data import Split, Splits
-    from curvprune.layers import find_layers
 
     torch.set_num_threads(1)
     parts = json.loads((folder / "tokens.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder / "dense").eval()
     if not setting:
         return {"ppl": perplexity(model, parts["certify"])}
-    items = {p: [{"input_ids": torch.tensor([ids])} for ids in parts[f"{p}{draw}"]] for p in ("calibrate", "price")}
-    inside = "model.layers.*"
+    splits = splits_of(parts, draw)
+    inside, calibrate = "model.layers.*", list(splits.calibrate.items)
     extra: dict = {"settings": cp.Settings(portable=False)} if "embedding" in setting else {}
     setting = dict(setting)
     embedding = setting.pop("embedding", None)
-    split = lambda part: Split(items=tuple(part), documents=tuple(str(i) for i in range(len(part))))  # noqa: E731
-    price = items["price"]
-    splits = Splits(
-        calibrate=split(items["calibrate"]), price=split(price[:-4]), select=split(price[-4:-2]),
-        certify=split(price[-2:]),
-    )  # fmt: skip
     start = time.process_time()
     if "mixed" in setting:
-        options = [cp.Quantize(bits=b, **{k: setting[k] for k in GRID}) for b in setting["mixed"]]
-        three = cp.Quantize(bits=3, **{k: setting[k] for k in GRID})
-        chosen = find_layers(model, inside)
-        room = artifact.other_bytes(model, chosen) + artifact.header_bytes(model, chosen)
-        room += sum(artifact.layer_bytes(model, layer, three) for layer in chosen.values())
-        result = cp.compress(model, splits, options=options, budget=cp.Budget("loss", max_bytes=room), layers=inside)
+        result = mixed(model, splits, setting["mixed"])
     elif {"sparsity", "bits"} <= setting.keys():
         both = cp.PruneQuantize(prune=cp.Prune(sparsity=setting.pop("sparsity")), quantize=cp.Quantize(**setting))
-        result = cp.compress(model, items["calibrate"], options=[both], layers=inside, inplace=True)
+        result = cp.compress(model, calibrate, options=[both], layers=inside, inplace=True)
     else:
         verb = cp.quantize if "bits" in setting else cp.prune
-        data = splits if "allocate" in setting else items["calibrate"]
+        data = splits if "allocate" in setting else calibrate
         result = verb(model, data, layers=inside, inplace=True, **setting, **extra)
         if embedding is not None:
-            table = cp.quantize(
-                model, items["calibrate"], bits=embedding, layers="model.embed_tokens", inplace=True, **extra
-            )
+            table = cp.quantize(model, calibrate, bits=embedding, layers="model.embed_tokens", inplace=True, **extra)
             result.solved.update(table.solved)
     seconds, memory = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as out:

@@ -1,6 +1,6 @@
 """How much of what pruning and rounding lost a short recovery gives back.
 
-    python benchmarks/recovery.py [resnet] [narrow] [pruned] [rounded]      # all unless some are named
+    python benchmarks/recovery.py [resnet] [narrow] [pruned] [rounded] [mixed]      # all unless some are named
 
 resnet: ResNet-20 on Fashion-MNIST (see ``pruning.py``) at −50, −70 and −80 % multiply-adds, ours and torch-pruning's
 magnitude criterion (global ranking, residual stream included, BatchNorm's statistics taken again from the calibration
@@ -9,9 +9,10 @@ items, pruning ratio bisected to our multiply-adds), both with the same recovery
 
 narrow: ResNet-20 at ``BITS`` (2) bits a weight, one scale per channel; the same recovery.
 
-pruned, rounded: SmolLM2-135M at 50 % unstructured zeros, and at 3 bits in groups of 64. Text as in ``quantization.py``
-(``BENCH_TEXTS``, needed): calibration and recovery on eight plays, ``LM_STEPS`` (24) steps of ``LM_BATCH`` (1) windows
-of 512 tokens, the state chosen by eight other windows; perplexity of Hamlet, by the folder that was saved.
+pruned, rounded, mixed: SmolLM2-135M at 50 % unstructured zeros, at 3 bits in groups of 64, and at 2 to 5 bits as
+planned for the same bytes. Text as in ``quantization.py`` (``BENCH_TEXTS``, needed): calibration and recovery on eight
+plays, ``LM_STEPS`` (24) steps of ``LM_BATCH`` (1) windows of 512 tokens, the state chosen by eight other windows;
+perplexity of Hamlet, by the folder that was saved.
 
 CPU seconds are those of the recovery on one thread, its measurements on the select items included.
 """
@@ -127,6 +128,8 @@ def smollm2(setting: str) -> None:
         inside = "model.layers.*"
         if setting == "pruned":
             result = cp.prune(model, data, sparsity=0.5, layers=inside)
+        elif setting == "mixed":
+            result = quantization.mixed(model, quantization.splits_of(parts, 0), [2, 3, 4, 5])
         else:
             result = cp.quantize(model, data, bits=3, group_size=64, symmetric=False, layers=inside)
         before = quantization.perplexity(result.model, parts["certify"])
@@ -153,7 +156,7 @@ def smollm2(setting: str) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="torch_pruning")
-    parts = ("resnet", "narrow", "pruned", "rounded")
+    parts = ("resnet", "narrow", "pruned", "rounded", "mixed")
     asked = sys.argv[1:] or parts
     if unknown := [name for name in asked if name not in parts]:
         raise SystemExit(f"unknown part {unknown[0]!r}; parts: {', '.join(parts)}")
@@ -161,7 +164,7 @@ def main() -> None:
         resnet()
     if "narrow" in asked:
         narrow()
-    for setting in ("pruned", "rounded"):
+    for setting in ("pruned", "rounded", "mixed"):
         if setting in asked:
             smollm2(setting)
 

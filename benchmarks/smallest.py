@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -155,10 +154,7 @@ def main() -> None:
     before: Path | None = None
     for drop in drops:
         out = CACHE / f"{drop:g}"
-        if before is not None and not out.exists():
-            # Candidates, prices and measured plans are the same whatever the budget.
-            shutil.copytree(before / "state", out / "state", ignore=shutil.ignore_patterns("done.json"))
-        pipeline.run(asked(drop), out, progress=False)
+        pipeline.run(asked(drop), out, progress=False, reuse=before)
         before = out
         plan, v = (json.loads((out / name).read_text()) for name in ("plan.json", "verdict.json"))
         grids = [g for g in peers if verdict(peers[g], drop).status == "CERTIFIED"]

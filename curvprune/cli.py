@@ -27,6 +27,12 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 RecipeArgument = Annotated[Path, typer.Argument(help="a YAML recipe, for example recipes/quickstart.yaml")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="the run folder (default: runs/<name of the recipe>)")]
+ReuseOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--reuse", help="a run that differs in budget, search or recover only: its layers are not solved again"
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
 
 
@@ -44,10 +50,10 @@ def _bad_input(error: Exception) -> typer.Exit:
 
 
 @app.command()
-def run(recipe: RecipeArgument, out: OutOption = None, quiet: QuietOption = False) -> None:
+def run(recipe: RecipeArgument, out: OutOption = None, reuse: ReuseOption = None, quiet: QuietOption = False) -> None:
     """Compress, certify and report; running it again resumes."""
     try:
-        result = pipeline.run(recipe, out or Path("runs") / recipe.stem, progress=not quiet)
+        result = pipeline.run(recipe, out or Path("runs") / recipe.stem, progress=not quiet, reuse=reuse)
     except BAD_INPUT as error:
         raise _bad_input(error) from error
     if result.record:  # of several processes the first reports

@@ -51,6 +51,8 @@ from curvprune.structured import Pruned, Structured, offered_widths, prune_units
 
 LOCK, ANALYSIS, LEDGER, PLAN, VERDICT = "recipe.lock.yaml", "analysis.json", "ledger.json", "plan.json", "verdict.json"
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
+INPUTS = "state/inputs.json"
+MAY_DIFFER = ("title", "budget", "search", "recover", "same_option", "analyze")  # from a run that is reused
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,22 +68,28 @@ class RunResult:
         return report.summary(self.record)
 
 
-def run(recipe_path: str | Path, out: str | Path, *, progress: bool = True) -> RunResult:
+def run(
+    recipe_path: str | Path, out: str | Path, *, progress: bool = True, reuse: str | Path | None = None
+) -> RunResult:
     """Run a recipe into the folder ``out``; a second call goes on where the first was interrupted.
+
+    ``reuse`` is the folder of another run, of the same recipe but for the sections `MAY_DIFFER`, a budget for one: what
+    it has solved, priced and measured on the select split is not done again. A folder that has begun goes on alone.
 
     Of several processes (``torchrun``, one file system) each solves its share of the layers and prices its share of the
     items; the first goes on alone, and only its result has a record.
 
-    Raises ``RecipeError`` before any long computation if the recipe, the model or the data do not fit each other, or if
-    ``out`` holds another run.
+    Raises ``RecipeError`` before any long computation if the recipe, the model or the data do not fit each other or
+    those of ``reuse``, or if ``out`` holds another run.
     """
     recipe, root = load_recipe(recipe_path), State(Path(out))
     if (record := _finished(recipe, root)) is not None:
         return _result(root, record)
+    source = None if reuse is None or root.has(INPUTS) else _run_to_reuse(recipe, Path(reuse))
     with processes.together():
         first = processes.rank() == 0
         root = replace(root, writes=first)
-        job, about = prepare(recipe, root, progress=progress and first)
+        job, about = prepare(recipe, root, progress=progress and first, reused=source)
         candidates = None
         if job.budget is not None:
             candidates = solve_options(job)
@@ -307,8 +315,11 @@ def check(recipe_path: str | Path) -> Check:
 # ------------------------------------------------------------------------------------------------------------ preparing
 
 
-def prepare(recipe: Recipe, root: State | None, *, progress: bool) -> tuple[Job, dict[str, Any]]:
-    """Load model and data, find the layers, assign their options; everything that can be wrong is found here."""
+def prepare(
+    recipe: Recipe, root: State | None, *, progress: bool, reused: State | None = None
+) -> tuple[Job, dict[str, Any]]:
+    """Load model and data, find the layers, assign their options; everything that can be wrong is found here.
+    ``reused`` is a run from whose state ``root`` starts."""
     if root is not None and recipe.model.path is not None:
         source = Path(recipe.model.path).resolve()
         if source.is_relative_to(root.folder.resolve()):
@@ -338,7 +349,7 @@ def prepare(recipe: Recipe, root: State | None, *, progress: bool) -> tuple[Job,
         about["widths"] = _offered(recipe, job, asked)
     if root is not None:
         if root.writes:
-            _claim(recipe, root, about)
+            _claim(recipe, root, about, reused)
         processes.wait()
         if asked is not None:
             smaller, removed = _without_units(recipe, job, asked)
@@ -672,8 +683,24 @@ def _finished(recipe: Recipe, root: State) -> dict[str, Any] | None:
     return record
 
 
-def _claim(recipe: Recipe, root: State, about: Mapping[str, Any]) -> None:
-    """Write the lock, or refuse a folder that holds a run of other inputs: its intermediate results would not fit."""
+def _run_to_reuse(recipe: Recipe, folder: Path) -> State:
+    """The run in ``folder``, if all that it has solved and priced is the same under this recipe."""
+    source = State(folder)
+    if not (source.has(LOCK) and source.has(INPUTS) and source.has("state/solved")):
+        raise RecipeError(f"{folder} holds no run with a budget that has begun to solve: there is nothing to reuse")
+    before, now = (r.model_dump(mode="json", exclude=set(MAY_DIFFER)) for r in (load_recipe(source.path(LOCK)), recipe))
+    if changed := [key for key in now if now[key] != before[key]]:
+        raise recipe.error(
+            (changed[0],),
+            f"{changed[0]} is not that of the run in {folder}, whose results would not fit; only "
+            f"{', '.join(MAY_DIFFER)} may differ, otherwise run without --reuse",
+        )
+    return source
+
+
+def _claim(recipe: Recipe, root: State, about: Mapping[str, Any], source: State | None) -> None:
+    """Write the lock and take over the state of ``source``; or refuse a folder, this or that one, that holds a run of
+    other inputs: its intermediate results would not fit."""
     inputs = {
         "recipe_sha256": about["recipe_sha256"],
         "model_sha256": about["model_sha256"],
@@ -683,16 +710,38 @@ def _claim(recipe: Recipe, root: State, about: Mapping[str, Any]) -> None:
         "device": about["device"],
         **({"limits_sha256": about["limits_sha256"]} if about["limits_sha256"] else {}),
     }
-    if root.has("state/inputs.json"):
-        before = root.read_json("state/inputs.json")
+    if root.has(INPUTS):
+        before = root.read_json(INPUTS)
         if changed := [k for k in inputs if before.get(k) != inputs[k]]:
             raise RecipeError(
                 f"{root.folder} holds a run with another {', '.join(changed)}; "
                 "give --out a new folder, or delete that one to start again"
             )
         return
+    if source is not None:
+        before = source.read_json(INPUTS)
+        if changed := [k for k in inputs if before.get(k) != inputs[k] and k != "recipe_sha256"]:
+            raise RecipeError(
+                f"{source.folder} holds a run with another {', '.join(changed)}, whose results would not fit; run "
+                "without --reuse"
+            )
+        from_, to = source.path("state"), root.path("state")
+        shutil.copytree(from_, to, copy_function=_link, ignore=_of_the_budget, dirs_exist_ok=True)
     root.write_text(LOCK, lock_text(recipe, {**inputs, **hf.versions(), "python": platform.python_version()}))
-    root.write_json("state/inputs.json", inputs)
+    root.write_json(INPUTS, inputs)
+
+
+# Plans that were applied and what the certify split said of them depend on more than the layers' options.
+_of_the_budget = shutil.ignore_patterns("applied", "certify", "done.json", "inputs.json", ".*.tmp")
+
+
+def _link(source: str, target: str) -> None:
+    """Files in a run's state are replaced, never changed, so two runs can share them."""
+    Path(target).unlink(missing_ok=True)  # an interrupted copy left it
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
 
 
 def _publish(folder: Path, root: State) -> None:

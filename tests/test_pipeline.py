@@ -315,6 +315,50 @@ def test_layers_that_serving_engines_fuse_get_the_same_option_everywhere(recipe,
     assert result.record["frontier"]
 
 
+def test_another_budget_reuses_what_was_solved(recipe, finished, tmp_path, monkeypatch):
+    before = contents(finished.folder)
+    other = tmp_path / "other.yaml"
+    other.write_text(
+        recipe.read_text().replace("max_drop: 0.2", "max_drop: 0.05").replace("title: Tiny", "title: Other")
+    )
+    fresh = pipeline.run(other, tmp_path / "fresh", progress=False)
+    written, write = [], cp.stages._write_solved
+    monkeypatch.setattr(
+        cp.stages, "_write_solved", lambda s, name, solved: written.append(name) or write(s, name, solved)
+    )
+    result = CliRunner().invoke(
+        app, ["run", str(other), "--out", str(tmp_path / "out"), "--reuse", str(finished.folder), "--quiet"]
+    )
+    assert result.exit_code == fresh.exit_code, result.output
+    assert contents(tmp_path / "out") == contents(fresh.folder), "as if nothing had been reused"
+    assert written and all(name.startswith("applied/") for name in written)
+    stages = {s["name"]: s for s in json.loads((tmp_path / "out" / "report.json").read_text())["stages"]}
+    assert stages["solve options"]["resumed"] and stages["price options"]["resumed"]
+    again = pipeline.run(recipe, tmp_path / "third", progress=False, reuse=tmp_path / "out")
+    assert contents(again.folder) == before == contents(finished.folder), "also from a run that has reused"
+
+
+def test_a_run_that_does_not_fit_is_not_reused(recipe, finished, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with pytest.raises(RecipeError, match="holds no run with a budget"):
+        pipeline.run(recipe, out, progress=False, reuse=tmp_path)
+    for old, new, key in (
+        ("bits: 2", "bits: 4", "compress"),
+        ("price: 6", "price: 5", "data"),
+        ("seed: 0", "seed: 1", "seed"),
+    ):
+        path = tmp_path / "changed.yaml"
+        path.write_text(recipe.read_text().replace(old, new))
+        with pytest.raises(RecipeError, match=f"{key} is not that of the run in .* may differ") as caught:
+            pipeline.run(path, out, progress=False, reuse=finished.folder)
+        assert caught.value.line == 1 + [line.split(":")[0] for line in path.read_text().splitlines()].index(key)
+    claimed = pipeline.hf.model_sha256
+    monkeypatch.setattr(pipeline.hf, "model_sha256", lambda model: claimed(model)[::-1])
+    with pytest.raises(RecipeError, match="another model_sha256, whose results would not fit"):
+        pipeline.run(recipe, out, progress=False, reuse=finished.folder)
+    assert not out.exists()
+
+
 def test_a_uniform_recipe_needs_no_budget(recipe, tmp_path):
     lines = [line for line in recipe.read_text().splitlines() if "bits: 2" not in line and "bits: 3" not in line]
     path = tmp_path / "uniform.yaml"

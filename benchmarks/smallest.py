@@ -5,7 +5,7 @@
 Text: ``BENCH_TEXTS`` (see ``quantization.py``) without title pages, whole plays and poems in one split each, in windows
 of 256 tokens.
 Ours: ``recipes/quickstart.yaml`` with that ``max_drop``, grids with zero points of 2 to 6 bits, ``STEPS`` (24) steps of
-recovery on windows of their own, up to three plans tested. Theirs: GPTQ with ``observer="imatrix_mse"`` in groups of 64,
+recovery on windows of their own, three attempts. Theirs: GPTQ with ``observer="imatrix_mse"`` in groups of 64,
 one grid for all layers, from 3 bits up to the first that the smallest budget admits, with zero points and without,
 calibrated on the recipe's items (``LLMC_PYTHON``: see ``quantization.py``). The embedding, which is also the output
 layer, is in both rounded to 8 bits in groups of 64, or float16 with ``EMBEDDING=16``; our recovery trains its scales.

@@ -11,11 +11,13 @@ calibrated on the recipe's items (``LLMC_PYTHON``: see ``quantization.py``). The
 layer, is in both rounded to 8 bits in groups of 64, or float16 with ``EMBEDDING=16``; our recovery trains its scales.
 Both are judged by the same test on the same certify items. Sizes are those of our file format.
 
-Runs are kept in ``.cache/smallest`` and go on where they were stopped. One thread.
+Runs are kept in ``.cache/smallest8`` (by ``EMBEDDING``) and go on where they were stopped; what belongs to other text
+is refused or not looked at. One thread.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -120,7 +122,8 @@ def main() -> None:
         k: [x["input_ids"][0].tolist() for x in s.items] for k, s in (("certify", certify), ("calibrate", calibrate))
     }
     (CACHE / "tokens.json").write_text(json.dumps(tokens))
-    kept = CACHE / "dense.json"
+    text = hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:8]
+    kept = CACHE / f"dense-{text}.json"
     if not kept.exists():
         measured = evaluate(job.model, certify.batches(4), job.objective)
         kept.write_text(json.dumps([measured.loss.tolist(), measured.count.tolist()]))
@@ -136,7 +139,7 @@ def main() -> None:
     peers: dict[tuple[int, bool], list[float]] = {}
     print("| llm-compressor | MB | drop ± error | bound |\n|---|---|---|---|")
     for grid in GRIDS:
-        kept = CACHE / f"peer{grid[0]}{'s' if grid[1] else 'a'}.json"
+        kept = CACHE / f"peer{grid[0]}{'s' if grid[1] else 'a'}-{text}.json"
         if not kept.exists():
             script = [os.environ["LLMC_PYTHON"], str(Path(__file__).resolve()), "theirs", str(CACHE.resolve())]
             done = subprocess.run(

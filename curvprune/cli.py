@@ -29,9 +29,7 @@ RecipeArgument = Annotated[Path, typer.Argument(help="a YAML recipe, for example
 OutOption = Annotated[Path | None, typer.Option("--out", help="the run folder (default: runs/<name of the recipe>)")]
 ReuseOption = Annotated[
     Path | None,
-    typer.Option(
-        "--reuse", help="a run that differs in budget, search or recover only: its layers are not solved again"
-    ),
+    typer.Option("--reuse", help="a run of the same model, data and options: they are not solved and priced again"),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
 

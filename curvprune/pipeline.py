@@ -406,6 +406,9 @@ def _fit(
         recover=None if recipe.recover is None else Training(**recipe.recover.model_dump(), seed=recipe.seed),
     )
     job.notes += groups.notes
+    if splits.recover is not None and job.recover is None:
+        aside = f"data: recover: {len(splits.recover.items)} items are set aside and nothing trains on them"
+        job.notes.append(f"{aside}: there is no recover section")
     if kept:
         job.notes.append(f"{len(kept)} layer(s) match no entry of compress: and stay as they are: {', '.join(kept)}")
     if (message := left_over(model)) is not None:
@@ -687,7 +690,7 @@ def _run_to_reuse(recipe: Recipe, folder: Path) -> State:
     """The run in ``folder``, if all that it has solved and priced is the same under this recipe."""
     source = State(folder)
     if not (source.has(LOCK) and source.has(INPUTS) and source.has("state/solved")):
-        raise RecipeError(f"{folder} holds no run with a budget that has begun to solve: there is nothing to reuse")
+        raise RecipeError(f"{folder} holds no run that has solved options: there is nothing to reuse")
     before, now = (r.model_dump(mode="json", exclude=set(MAY_DIFFER)) for r in (load_recipe(source.path(LOCK)), recipe))
     if changed := [key for key in now if now[key] != before[key]]:
         raise recipe.error(
@@ -720,24 +723,29 @@ def _claim(recipe: Recipe, root: State, about: Mapping[str, Any], source: State 
         return
     if source is not None:
         before = source.read_json(INPUTS)
-        if changed := [k for k in inputs if before.get(k) != inputs[k] and k != "recipe_sha256"]:
+        of_the_budget = ("recipe_sha256", "limits_sha256")
+        if changed := [k for k in inputs if before.get(k) != inputs[k] and k not in of_the_budget]:
             raise RecipeError(
                 f"{source.folder} holds a run with another {', '.join(changed)}, whose results would not fit; run "
                 "without --reuse"
             )
-        from_, to = source.path("state"), root.path("state")
-        shutil.copytree(from_, to, copy_function=_link, ignore=_of_the_budget, dirs_exist_ok=True)
+        if root.has("state"):
+            raise RecipeError(
+                f"{root.path('state')} holds results of an unknown run; delete it, or give --out a new folder"
+            )
+        shutil.rmtree(root.path(".state.new"), ignore_errors=True)  # what an interrupted copy left
+        shutil.copytree(source.path("state"), root.path(".state.new"), copy_function=_link, ignore=_not_reused)
+        root.path(".state.new").rename(root.path("state"))
     root.write_text(LOCK, lock_text(recipe, {**inputs, **hf.versions(), "python": platform.python_version()}))
     root.write_json(INPUTS, inputs)
 
 
-# Plans that were applied and what the certify split said of them depend on more than the layers' options.
-_of_the_budget = shutil.ignore_patterns("applied", "certify", "done.json", "inputs.json", ".*.tmp")
+# What depends on more than the layers' options and the data.
+_not_reused = shutil.ignore_patterns("applied", "certify", "curvature", "done.json", "inputs.json", ".*.tmp")
 
 
 def _link(source: str, target: str) -> None:
     """Files in a run's state are replaced, never changed, so two runs can share them."""
-    Path(target).unlink(missing_ok=True)  # an interrupted copy left it
     try:
         os.link(source, target)
     except OSError:  # another file system

@@ -462,8 +462,6 @@ class Recipe(_Section):
                 "input prices have no unit of loss and cannot plan for max_drop; expected fisher, diagonal, kfac or "
                 "hessian, or a budget of max_bytes",
             )
-        if self.data.recover and self.recover is None:
-            raise _At(("data", "recover"), "nothing trains on these items; add recover: {steps: 200} or remove this")
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             known = ("auto", "cpu", "cuda", "cuda:0", "mps")
             raise _At(

@@ -13,6 +13,7 @@ Each stage leaves its results in ``state/``, layer by layer, and skips what it f
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -421,12 +422,14 @@ def _fixed_sequence(job: Job, bench: Bench, best: dict[str, Any]) -> list[_Appli
             break
         safe = (sequence[0].chance or 0.0) >= SAFE
         edge = sequence[-1] if safe else sequence[0]
-        # One that was too bold is followed by one half of the way (in logarithms) to it.
+        # One that was too bold is followed by one half of the way (in logarithms) to it, and never by itself.
         factor = _room(job, edge.record) ** 0.5 ** len(left_out) if safe else CAUTION
+        too_much = min((0.999 * a.record["expected"] for a in left_out), default=math.inf)
         try:
             choices = cheapest(
-                corrected(job.ledger.rows, job.factors), max_loss=factor * edge.record["expected"], **job.within
-            )
+                corrected(job.ledger.rows, job.factors),
+                max_loss=min(factor * edge.record["expected"], too_much), **job.within,
+            )  # fmt: skip
         except Infeasible:
             break
         if choices == edge.record["choices"] or (job.bytes_of(choices) < edge.record["bytes"]) != safe:

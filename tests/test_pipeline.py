@@ -133,42 +133,39 @@ def test_the_items_on_record_are_of_the_model_that_ships(recipe, finished, tmp_p
 def sequence(recipe, monkeypatch):
     """The plans that would be certified, if the drops of applied models were ``drop`` times their predicted loss."""
     job, _ = pipeline.prepare(cp_recipe(recipe), None, progress=False)
-    keys = {n: [o.key for o in options] for n, options in job.options.items()}
-    # A ladder on which every limit has its own plan: prices of a layer's narrowest option grow by a tenth each.
-    prices = {
-        n: dict(zip(reversed(names), (0.0, 0.001 * 1.1**i, 0.004 * 1.1**i), strict=False))
-        for i, (n, names) in enumerate(keys.items())
-    }
-    rows = [
-        cp.ledger.Row(layer=n, option=k, bytes=job.layer_bytes(n, o), price=prices[n].get(k, 0.0), stderr=0.0)
-        for n, options in job.options.items()
-        for o, k in zip(options, keys[n], strict=True)
-    ]
-    zeros = np.zeros((2, len(rows)))
-    job.ledger = cp.ledger.Ledger(rows=tuple(rows), sums=zeros, count=np.ones(2), unit="nats", labels=1)
-    drops: dict[str, float] = {}
 
-    def applied(job, bench, name, choices):
-        predicted = sum(prices[n].get(k, 0.0) for n, k in choices.items())
-        drop, stderr = predicted * drops.get(name, drops["plan"]), 0.01
-        chance = cp.selection._chance_at(job, drop, stderr, drop + 2 * stderr)
-        record = {
-            "name": name, "choices": choices, "bytes": job.bytes_of(choices), "expected": predicted, "chance": chance,
-            "metric_drop": drop, "metric_stderr": stderr, "metric_bound": drop + 2 * stderr,
-        }  # fmt: skip
-        return cp.stages._Applied(record=record, before=None, folder=Path("."), solved={}, chance=chance)
-
-    monkeypatch.setattr(cp.stages, "_apply_and_write", applied)
-
-    def found(attempts: int, *, drop: float, of_bolder: float):
-        drops.update({"plan": drop, "plan, bolder": of_bolder})
+    def found(attempts: int, *, drop: float, of_bolder: float, priced: int = 99):
+        # A ladder: prices grow by a tenth from layer to layer. Only the first ``priced`` layers have any.
+        prices = {
+            (n, o.key): step * 1.1**i if i < priced else 0.0
+            for i, (n, options) in enumerate(job.options.items())
+            for o, step in zip(reversed(options), (0.0, 0.001, 0.004), strict=False)
+        }
+        rows = [
+            cp.ledger.Row(layer=n, option=o.key, bytes=job.layer_bytes(n, o), price=prices[n, o.key], stderr=0.0)
+            for n, options in job.options.items()
+            for o in options
+        ]
+        zeros = np.zeros((2, len(rows)))
+        job.ledger = cp.ledger.Ledger(rows=tuple(rows), sums=zeros, count=np.ones(2), unit="nats", labels=1)
         job.settings = dataclasses.replace(job.settings, attempts=attempts)
+
+        def applied(job, bench, name, choices):
+            predicted = sum(prices[pair] for pair in choices.items())
+            lost, stderr = predicted * (of_bolder if name == "plan, bolder" else drop), 0.01
+            chance = cp.selection._chance_at(job, lost, stderr, lost + 2 * stderr)
+            record = {
+                "name": name, "choices": choices, "bytes": job.bytes_of(choices), "expected": predicted,
+                "chance": chance, "metric_drop": lost, "metric_stderr": stderr, "metric_bound": lost + 2 * stderr,
+            }  # fmt: skip
+            return cp.stages._Applied(record=record, before=None, folder=Path("."), solved={}, chance=chance)
+
+        monkeypatch.setattr(cp.stages, "_apply_and_write", applied)
         nothing = cp.objective.ItemResults(**dict.fromkeys(("loss", "count", "correct"), torch.ones(1).double()))
         bench = cp.selection.Bench(job, lambda n: [], nothing, nothing)
         choices = cp.knapsack.cheapest(rows, max_loss=0.01, **job.within)
-        best = {"name": "plan", "choices": choices}
-        chosen = [a.record for a in cp.stages._fixed_sequence(job, bench, best)]
-        return job, chosen, bench.trials
+        chosen = cp.stages._fixed_sequence(job, bench, {"name": "plan", "choices": choices})
+        return job, [a.record for a in chosen], bench.trials
 
     return found
 
@@ -191,6 +188,11 @@ def test_a_plan_that_was_too_bold_is_followed_by_one_half_as_far(sequence):
     first, half, whole = (next(t for t in trials if t["name"] == n) for n in ("plan", "plan, bolder 2", "plan, bolder"))
     steps = [half["expected"] / first["expected"], whole["expected"] / first["expected"]]
     assert 1 < steps[0] < steps[1] and steps[0] == pytest.approx(steps[1] ** 0.5, rel=0.1)
+    _, _, trials = sequence(
+        4, drop=4.0, of_bolder=40.0, priced=4
+    )  # few plans: half the way to one may lead to it again
+    plans = [tuple(sorted(t["choices"].items())) for t in trials]
+    assert len(plans) >= 2 and len(plans) == len(set(plans))
 
 
 def test_items_in_which_nothing_counts_are_left_out():
@@ -334,13 +336,57 @@ def test_another_budget_reuses_what_was_solved(recipe, finished, tmp_path, monke
     assert written and all(name.startswith("applied/") for name in written)
     stages = {s["name"]: s for s in json.loads((tmp_path / "out" / "report.json").read_text())["stages"]}
     assert stages["solve options"]["resumed"] and stages["price options"]["resumed"]
+    shutil.rmtree(tmp_path / "fresh")
     again = pipeline.run(recipe, tmp_path / "third", progress=False, reuse=tmp_path / "out")
     assert contents(again.folder) == before == contents(finished.folder), "also from a run that has reused"
 
 
+def test_an_interrupted_copy_of_another_run_leaves_nothing(recipe, finished, tmp_path, monkeypatch):
+    out, linked = tmp_path / "out", []
+
+    def interrupted(source, target):
+        if len(linked) == 5:
+            raise KeyboardInterrupt
+        linked.append(shutil.copy2(source, target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_link", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(recipe, out, progress=False, reuse=finished.folder)
+    assert not (out / "state").exists() and not (out / "recipe.lock.yaml").exists()
+    monkeypatch.setattr(pipeline.os, "link", lambda source, target: (_ for _ in ()).throw(OSError("another device")))
+    pipeline.run(recipe, out, progress=False, reuse=finished.folder)
+    assert contents(out) == contents(finished.folder) and not (out / ".state.new").exists()
+    (tmp_path / "foreign" / "state" / "solved").mkdir(parents=True)
+    with pytest.raises(RecipeError, match="results of an unknown run"):
+        pipeline.run(recipe, tmp_path / "foreign", progress=False, reuse=finished.folder)
+
+
+def test_a_budget_with_limits_of_its_own_reuses_too(recipe, finished, tmp_path):
+    job, _ = pipeline.prepare(cp_recipe(recipe), None, progress=False)
+    table = {n: {o.key: 1.0 for o in options} for n, options in job.options.items()}
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    limits = f"limits: [{{name: ms, most: 1000, table: {tmp_path / 'table.json'}}}]"
+    path = tmp_path / "limited.yaml"
+    path.write_text(recipe.read_text().replace("max_drop: 0.2}", f"max_drop: 0.2, {limits}}}"))
+    result = pipeline.run(path, tmp_path / "out", progress=False, reuse=finished.folder)
+    assert next(s for s in result.record["stages"] if s["name"] == "solve options")["resumed"]
+    pipeline.run(recipe, tmp_path / "back", progress=False, reuse=tmp_path / "out")
+    assert contents(tmp_path / "back") == contents(finished.folder)
+
+
+def test_items_set_aside_for_no_recovery_are_told(recipe, tmp_path):
+    path = tmp_path / "aside.yaml"
+    path.write_text(recipe.read_text().replace("  certify: 16\n", "  certify: 16\n  recover: 6\n"))
+    job, _ = pipeline.prepare(cp_recipe(path), None, progress=False)
+    assert [n for n in job.notes if "6 items" in n] == [
+        "data: recover: 6 items are set aside and nothing trains on them: there is no recover section"
+    ]
+
+
 def test_a_run_that_does_not_fit_is_not_reused(recipe, finished, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    with pytest.raises(RecipeError, match="holds no run with a budget"):
+    with pytest.raises(RecipeError, match="holds no run that has solved options"):
         pipeline.run(recipe, out, progress=False, reuse=tmp_path)
     for old, new, key in (
         ("bits: 2", "bits: 4", "compress"),

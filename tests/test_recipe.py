@@ -194,7 +194,6 @@ REST = COMPRESS + BUDGET
 OFFERS = MODEL + DATA + COMPRESS
 IMAGES = MODEL.replace("causal-lm", "image-classification")
 REJECTED = {
-    "items and no training": (START + "  recover: 8 #!\n" + REST, "nothing trains on", "recover: {steps: 200}"),
     # structure of the file
     "unknown top-level key": (
         OFFERS + "budgt: {max_drop: 0.05} #!\n",

@@ -506,7 +506,7 @@ def test_items_to_recover_on_are_trained_on(net, recipe, tmp_path, monkeypatch):
     with pytest.raises(InterruptedError, match=job.splits.recover.sha256()):
         pipeline.run(path, tmp_path / "out", progress=False)
     monkeypatch.setattr("curvprune.api.recover_", taken)
-    parts = [as_split(images()) for _ in range(4)]
+    parts = [as_split([(x + i, y) for x, y in images()]) for i in range(4)]
     splits = cp.Splits(**dict(zip(("calibrate", "price", "select", "certify"), parts, strict=True)))
     own = as_split([(torch.zeros_like(x), y) for x, y in images()])
     for data, train in ((splits, splits.calibrate), (replace(splits, recover=own), own)):

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import nn
 
 from curvprune.certificate import Verdict, certify_accuracy, certify_loss, probability_of_certifying
@@ -112,16 +113,18 @@ def _chance(job: Job, verdict: Verdict) -> float:
 
 def _chance_at(job: Job, drop: float, stderr: float, bound: float) -> float:
     """``bound`` is that of a test with this ``drop``: few documents and skewed losses push it further out than normal
-    ones would, on select and on certify alike."""
+    ones would. On certify there are usually more documents, so both its error and its quantile are smaller."""
     assert job.budget is not None and job.budget.max_drop is not None
-    shrink = (len(set(job.splits.select.documents)) / len(set(job.splits.certify.documents))) ** 0.5
+    here, there = (len(set(split.documents)) for split in (job.splits.select, job.splits.certify))
+    shrink, confidence = (here / there) ** 0.5, job.budget.confidence
+    quantile = stats.t.ppf(confidence, max(1, there - 1)) / stats.t.ppf(confidence, max(1, here - 1))
     return probability_of_certifying(
         drop,
         stderr,
         stderr * shrink,
         max_drop=job.budget.max_drop,
-        confidence=job.budget.confidence,
-        reach=(bound - drop) * shrink,
+        confidence=confidence,
+        reach=(bound - drop) * shrink * quantile,
     )
 
 

@@ -413,18 +413,19 @@ def _recovered(job: Job, model: nn.Module, solved: Mapping[str, Solved], at: str
 def _fixed_sequence(job: Job, bench: Bench, best: dict[str, Any]) -> list[_Applied]:
     """The plans to certify, cautious first, fixed before the certify split is opened: everything here is judged on
     select alone. While the first is not safe, a more cautious plan goes before it; once it is, bolder ones follow, as
-    far as the applied models leave room (applied sequentially, a plan usually costs less than its candidates did)."""
+    far as the applied models leave room (applied sequentially, a plan usually costs less than its candidates did). One
+    that turned out too bold comes last: there it costs the others nothing, and select is a small sample."""
     assert job.ledger is not None
     sequence = [_apply_and_write(job, bench, best["name"], best["choices"])]
-    left_out: list[_Applied] = []
+    too_bold: list[_Applied] = []
     while job.budget is not None and job.budget.max_drop is not None:
-        if len(sequence) + len(left_out) >= job.settings.attempts:
+        if len(sequence) + len(too_bold) >= job.settings.attempts:
             break
         safe = (sequence[0].chance or 0.0) >= SAFE
         edge = sequence[-1] if safe else sequence[0]
         # One that was too bold is followed by one half of the way (in logarithms) to it, and never by itself.
-        factor = _room(job, edge.record) ** 0.5 ** len(left_out) if safe else CAUTION
-        too_much = min((0.999 * a.record["expected"] for a in left_out), default=math.inf)
+        factor = _room(job, edge.record) ** 0.5 ** len(too_bold) if safe else CAUTION
+        too_much = min((0.999 * a.record["expected"] for a in too_bold), default=math.inf)
         try:
             choices = cheapest(
                 corrected(job.ledger.rows, job.factors),
@@ -434,14 +435,15 @@ def _fixed_sequence(job: Job, bench: Bench, best: dict[str, Any]) -> list[_Appli
             break
         if choices == edge.record["choices"] or (job.bytes_of(choices) < edge.record["bytes"]) != safe:
             break
-        number = len(sequence) + len(left_out)
+        number = len(sequence) + len(too_bold)
         name = f"{best['name']}, {'bolder' if safe else 'more cautious'}{f' {number}' if number > 1 else ''}"
         applied = _apply_and_write(job, bench, name, choices)
         if safe and (applied.chance or 0.0) < ACCEPTABLE:
-            left_out.append(applied)
+            too_bold.append(applied)
         else:
             sequence.insert(len(sequence) if safe else 0, applied)
-    for applied in (*sequence, *left_out):
+    sequence += sorted(too_bold, key=lambda a: a.record["bytes"], reverse=True)
+    for applied in sequence:
         bench.trials += [record for record in (applied.before, applied.record) if record is not None]
     return sequence
 

@@ -376,6 +376,18 @@ def test_a_budget_with_limits_of_its_own_reuses_too(recipe, finished, tmp_path):
     assert contents(tmp_path / "back") == contents(finished.folder)
 
 
+@pytest.mark.parametrize("texts", [16, 48])
+def test_a_select_split_of_few_documents_is_told(recipe, tmp_path, texts):
+    files = ", ".join(map(str, tiny.write_texts(tmp_path / "texts", texts)))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(re.sub(r"files: \[.*\]", f"files: [{files}]", recipe.read_text()))
+    job, _ = pipeline.prepare(cp_recipe(path), None, progress=False)
+    documents = len(set(job.splits.select.documents))
+    assert (documents < 8) == (texts == 16)
+    told = [n for n in job.notes if n.startswith(f"the select split has items of {documents} documents only")]
+    assert len(told) == (texts == 16)
+
+
 def test_items_set_aside_for_no_recovery_are_told(recipe, tmp_path):
     path = tmp_path / "aside.yaml"
     path.write_text(recipe.read_text().replace("  certify: 16\n", "  certify: 16\n  recover: 6\n"))

@@ -270,8 +270,11 @@ def load_artifact(folder: Path, *, device: str | torch.device = "cpu") -> nn.Mod
         ) from error
     if hasattr(model, "ct_decompress_hook"):
         from compressed_tensors.compressors import ModelCompressor
+        from compressed_tensors.offload import remove_dispatch
 
         ModelCompressor().decompress_model(model)
+        # It leaves modules that send their inputs back to the device on which the file was read.
+        remove_dispatch(model, onload_tensors=True)
     # The weights are dense from here on: a config that called them packed would be saved with them.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -89,6 +89,8 @@ def test_plain_transformers_in_a_fresh_process_gives_the_same_logits(tmp_path, t
     ours = cp.load(tmp_path)
     torch.testing.assert_close(ours(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
     assert next(ours.parameters()).shape == next(model.parameters()).shape, "unpacked before the first forward pass"
+    moved = ours.to("meta")(input_ids=ids.to("meta")).logits
+    assert moved.device.type == "meta", "it runs where it is moved to, not where it was read"
 
 
 UNEVEN = [  # what compressed-tensors does not have: shorter last groups, and zero points of one bit

@@ -28,6 +28,7 @@ MAX_SCALE = 65504.0
 MOST_STEPS = 1024  # from here on the steps of float16 are whole ones
 HALF_WAY = -0.5  # zero of a symmetric grid of one bit
 CHUNK = 1 << 17  # elements scored at a time: half a megabyte stays in the cache of one core
+ACCELERATED_CHUNK = 1 << 24  # elsewhere every chunk costs a few hundred kernel launches
 
 
 def code_range(bits: int) -> tuple[int, int]:
@@ -161,7 +162,7 @@ def _search_groups(
     a = a / a.amax(dim=2, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
     scale = Wt.new_empty(len(groups), Wt.shape[1])
     zero = torch.zeros_like(scale)
-    for part in _chunks(len(groups), size, Wt.shape[1]):
+    for part in _chunks(len(groups), size, Wt.shape[1], CHUNK if Wt.device.type == "cpu" else ACCELERATED_CHUNK):
         w = groups[part[0], :, part[1]].contiguous()
         if bits == 1:
             scale[part], zero[part] = _two_values(w, a[part[0]], symmetric, stored)
@@ -170,9 +171,9 @@ def _search_groups(
     return scale, zero
 
 
-def _chunks(groups: int, size: int, out: int) -> Iterator[tuple[slice, slice]]:
-    per_group = max(1, CHUNK // (size * out))
-    per_row = out if size * out <= CHUNK else max(16, CHUNK // size)
+def _chunks(groups: int, size: int, out: int, most: int) -> Iterator[tuple[slice, slice]]:
+    per_group = max(1, most // (size * out))
+    per_row = out if size * out <= most else max(16, most // size)
     for g in range(0, groups, per_group):
         for r in range(0, out, per_row):
             yield slice(g, g + per_group), slice(r, r + per_row)

@@ -594,9 +594,9 @@ def recover(
     **training: Any,
 ) -> Result | StructuredResult | Recovery:
     """Train what the compressed form leaves free, for a short time, towards the uncompressed model's outputs: weights
-    that were not pruned, scales of rounded ones, and all that is stored as floats. Zeros and codes stay as they are, so
-    the size does not change. The state with the lowest loss on the select items is kept, the one before training
-    included.
+    that were not pruned, scales of rounded ones (with ``codes=True`` their codes), and all that is stored as floats.
+    Zeros stay, so the size does not change. The state with the lowest loss on the select items is kept, the one
+    before training included.
 
     Args:
         compressed: what `quantize`, `prune` or `compress` returned; it is left as it is. Of a plain module nothing is
@@ -612,7 +612,8 @@ def recover(
         objective: what the loss on the select items is; as for the other verbs.
         training: fields of `curvprune.recovery.Training`: ``loss`` (``"distill"``, KL from ``baseline``, or ``"task"``,
             the objective with the data's labels), ``steps`` (200) or ``seconds``, ``lr``, ``batch_size``, ``every``,
-            ``patience``, ``clip``, ``seed``. Results of a number of steps repeat exactly, those of a time do not.
+            ``patience``, ``clip``, ``codes``, ``seed``. Results of a number of steps repeat exactly, those of a
+            time do not.
 
     Returns:
         A new result of the same kind, with ``recovery``; for a plain module the `Recovery` itself.

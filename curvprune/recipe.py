@@ -388,7 +388,8 @@ class RecoverSection(_Section):
     every: int | None = Field(None, ge=1, description="steps between measurements, a whole number of at least 1")
     patience: int | None = Field(None, ge=1, description="measurements without gain, a whole number of at least 1")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient, a number above 0")
-    bfloat16: bool = Field(True, description="true or false: products in bfloat16 where a CPU makes them faster")
+    bfloat16: bool = Field(True, description="true or false: products in bfloat16 where they are faster")
+    codes: bool = Field(False, description="true or false: train the codes of up to 4 bits, not their scales alone")
 
     @model_validator(mode="before")
     @classmethod

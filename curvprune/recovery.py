@@ -1,10 +1,11 @@
 """Recovery: a short training that gives back a part of what a compression took and none of what it saved.
 
 Only what the stored form can say is trained: the survivors of a pruned weight (its zeros stay), the scales of a rounded
-one (its codes stay), and everything that is stored as floats. The gradient is taken at the very model that would be
-stored, scales rounded to 16 bits and casts rounded to their type, and moves wide copies of those numbers; so what is
-measured on the select split is what is written. Normalisation statistics stay frozen and dropout stays off: the
-statistics of a few calibration batches are noisier than those that are there.
+one, its codes where that is asked for, and everything that is stored as floats. The gradient is taken at the very model
+that would be stored, scales rounded to 16 bits and casts rounded to their type, and moves wide copies of those numbers
+(of codes, straight through the rounding); so what is measured on the select split is what is written. Normalisation
+statistics stay frozen and dropout stays off: the statistics of a few calibration batches are noisier than those that
+are there.
 
 Step sizes are relative. A tensor is trained in units of a power of two near its root mean square, a scale in units of
 itself, so that one learning rate serves tensors of any size (as in Adafactor, arXiv 1804.04235) and nothing is rounded
@@ -31,7 +32,7 @@ from curvprune.layers import Layer, find_layers
 from curvprune.objective import Batch, LabelFree, Objective, evaluate, evaluating, to_device
 from curvprune.options import Cast, PruneCast, pruner_of, quantizer_of
 from curvprune.solve import Solved
-from curvprune.solve.grids import dequantize, round_scale, spread
+from curvprune.solve.grids import code_range, dequantize, round_scale, spread
 
 LOSSES = ("distill", "task")
 STEPS = 200
@@ -39,6 +40,9 @@ WARM_UP = 10  # steps until the full rate, at most a tenth of them: Adam's secon
 # Most that bfloat16 products may change the first item's loss. SmolLM2-135M, cosine of the gradient with the one in
 # float32: 3 bits .997 (the loss changed by 0.3 %), 6 bits .985 (6 %), 8 bits .84 (it doubled).
 HALF_TOLERANCE = 0.1
+CODES_UP_TO = 4  # bits: what finer codes could gain the scales give
+CODE_UNIT = 2.0  # steps of the grid that a position moves for a relative change of one
+SURE = 0.4999  # an uncompressed weight this near to its code's value tells where in the cell it lies
 _ROWS = 64  # rows of logits compared at a time: some megabytes at vocabularies of 10^5
 SMALLEST_UNIT = 2.0**-10  # a bias of zeros has no size of its own
 
@@ -59,8 +63,12 @@ class Training:
         patience: stop after so many measurements in a row that were no better than the best. By default the schedule
             runs to its end: its last steps, at small rates, often gain the most.
         clip: largest norm of the gradient with respect to the relative changes.
-        bfloat16: multiply in bfloat16 while training, where both models are float32 on a CPU that does so twice as
-            fast and the loss is large enough (see `HALF_TOLERANCE`). Measurements on the select split do not.
+        bfloat16: multiply in bfloat16 while training, where both models are float32 on a device that does so twice as
+            fast (a CPU with AVX512-BF16, a CUDA device) and the loss is large enough (see `HALF_TOLERANCE`).
+            Measurements on the select split do not.
+        codes: train the codes of layers of at most `CODES_UP_TO` bits as well, with the gradient straight through the
+            rounding. Each weight has a position on its grid, which starts where the uncompressed weight lies in its
+            code's cell, or in the middle where that is outside; the code is the nearest. Zeros of pruned weights stay.
         seed: of the order of the items.
     """
 
@@ -73,6 +81,7 @@ class Training:
     patience: int | None = None
     clip: float = 1.0
     bfloat16: bool = True
+    codes: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -108,12 +117,13 @@ class Recovery:
 
     Attributes:
         model: the model in its best state on select: the one it came in, if no later one was better.
-        solved: its compressed layers, codes and zeros as they were.
+        solved: its compressed layers, zeros and, unless they were trained, codes as they were.
         loss_before, loss_after: mean loss on the select split, in ``unit``.
         steps: steps done; ``best_step`` is the one whose state was kept (0: as it came).
         history: ``{"step", "training", "select"}`` of each measurement: the mean training loss since the one before,
             and the loss on select.
         trained: how many numbers were free.
+        flipped: how many codes are not what they were.
         seconds: wall time.
         notes: what the report must say.
     """
@@ -127,12 +137,13 @@ class Recovery:
     best_step: int
     history: tuple[dict[str, Any], ...]
     trained: int
+    flipped: int
     seconds: float
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, without the model."""
-        names = ("loss_before", "loss_after", "unit", "steps", "best_step", "trained")
+        names = ("loss_before", "loss_after", "unit", "steps", "best_step", "trained", "flipped")
         return {
             **{name: getattr(self, name) for name in names},
             "seconds": round(self.seconds, 2),
@@ -186,12 +197,17 @@ class _Floats:
 @dataclass(slots=True)
 class _OnGrid:
     """A rounded weight ``(codes − zero) · scale``: the scales are free, and the zero points of one bit, which are no
-    integers. ``dL/ds = Σ dL/dw · (code − zero)`` over a group, ``dL/dz = −s Σ dL/dw``."""
+    integers. ``dL/ds = Σ dL/dw · (code − zero)`` over a group, ``dL/dz = −s Σ dL/dw``. With a ``target``, the
+    uncompressed weight, the codes are free as well: the last master holds how far each weight's position is from its
+    first code, and the gradient of a code, ``s dL/dw``, is taken for that of the position."""
 
     layer: Layer
     solved: Solved
     group_size: int | None
+    target: Tensor | None = None
     codes: Tensor = field(init=False)
+    first: Tensor = field(init=False)
+    fixed: Tensor | None = None
     unit: Tensor = field(init=False)
     zero_unit: float = 1.0
     masters: list[Tensor] = field(default_factory=list)
@@ -199,13 +215,25 @@ class _OnGrid:
     def __post_init__(self) -> None:
         assert self.solved.scale is not None and self.solved.codes is not None
         weight = self.layer.weight
-        self.codes = self.solved.codes.to(weight.device)
+        self.codes = self.first = self.solved.codes.to(weight.device)
         self.unit = self.solved.scale.to(_wide(weight.detach()[:0]))
         self.masters = [torch.ones_like(self.unit)]
         if self.free_zero:
             zero = _wide(self.solved.zero).to(self.unit)  # type: ignore[arg-type]
             self.zero_unit = _unit(zero)
             self.masters.append(zero / self.zero_unit)
+        if self.target is not None:
+            if pruner_of(self.solved.option) is not None:
+                self.fixed = self.layer.as_matrix(weight.detach()) == 0
+            offset = self._spread(self.unit, self.target.to(self.unit), torch.div)
+            if self.solved.zero is not None:
+                offset = self._spread(self.solved.zero.to(self.unit), offset, torch.add)
+            offset -= self.first
+            self.masters.append(torch.where(offset.abs() < SURE, offset, 0.0) / CODE_UNIT)
+            self.target = None
+
+    def _spread(self, parameters: Tensor, values: Tensor, how: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return how(values, spread(parameters, values.shape[1], self.group_size, dim=1))
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -218,31 +246,53 @@ class _OnGrid:
         return zero is not None and zero.is_floating_point() and not quantize.symmetric
 
     @property
-    def free(self) -> int:
-        return sum(m.numel() for m in self.masters)
+    def free_codes(self) -> bool:
+        return len(self.masters) > 1 + self.free_zero
 
-    def stored(self) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero as they lie on disk."""
-        assert self.solved.scale is not None
-        scale = round_scale(self.masters[0] * self.unit, self.solved.scale.dtype).to(self.solved.scale.dtype)
-        if not self.free_zero:
-            return scale, self.solved.zero
-        assert self.solved.zero is not None
-        return scale, (self.masters[1] * self.zero_unit).to(self.solved.zero.dtype)
+    @property
+    def free(self) -> int:
+        return sum(m.numel() for m in self.masters) - (0 if self.fixed is None else int(self.fixed.sum()))
+
+    def stored(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes, scale and zero as they lie on disk, where the solution's are."""
+        assert self.solved.codes is not None
+        return self.codes.to(self.solved.codes.device), *self._grid()
+
+    def _grid(self) -> tuple[Tensor, Tensor | None]:
+        old, zero = self.solved.scale, self.solved.zero
+        assert old is not None
+        scale = round_scale(self.masters[0] * self.unit, old.dtype).to(old.dtype)
+        if self.free_zero:
+            assert zero is not None
+            zero = (self.masters[1] * self.zero_unit).to(zero.dtype)
+        return scale, zero
 
     def take_(self, gradient: Tensor) -> None:
         gradient = _wide(self.layer.as_matrix(gradient))
-        scale, zero = self.stored()
+        scale, zero = self._grid()
         steps = self.codes.to(gradient)
         if zero is not None:
-            steps -= spread(zero.to(gradient), steps.shape[1], self.group_size, dim=1)
+            steps = self._spread(zero.to(gradient), steps, torch.sub)
         self.masters[0].grad = _group_sums(gradient * steps, self.group_size) * self.unit
         if self.free_zero:
             sums = _group_sums(gradient, self.group_size)
             self.masters[1].grad = -self.zero_unit * scale.to(gradient) * sums
+        if self.free_codes:
+            moved = self._spread(scale.to(gradient) * CODE_UNIT, gradient, torch.mul)
+            self.masters[-1].grad = moved if self.fixed is None else moved.masked_fill_(self.fixed, 0)
 
+    @torch.no_grad()
     def write_(self) -> None:
-        scale, zero = self.stored()
+        if self.free_codes:
+            quantize = quantizer_of(self.solved.option)
+            assert quantize is not None
+            low, high = code_range(quantize.bits)
+            # Half a step beyond the last values and no further: from there every position finds back.
+            lowest, highest = ((bound - self.first.to(self.unit)) / CODE_UNIT for bound in (low - 0.5, high + 0.5))
+            self.masters[-1].clamp_(lowest, highest)
+            steps = (self.masters[-1] * CODE_UNIT).round_().add_(self.first)
+            self.codes = steps.clamp_(low, high).to(torch.int8)
+        scale, zero = self._grid()
         zero = None if zero is None else zero.to(self.unit.device)
         self.layer.write_(dequantize(self.codes, scale, zero, self.group_size, dtype=self.unit.dtype))
 
@@ -265,9 +315,12 @@ def _group_sums(values: Float[Tensor, "out in"], group_size: int | None) -> Floa
     return F.pad(values, (0, -values.shape[1] % size)).unflatten(1, (-1, size)).sum(2)
 
 
-def _parts(model: nn.Module, solved: Mapping[str, Solved] | None) -> list[_Part]:
+def _parts(
+    model: nn.Module, solved: Mapping[str, Solved] | None, targets: Mapping[str, Layer] | None = None
+) -> list[_Part]:
     """Every floating-point parameter that wants a gradient, as what its stored form leaves free. ``solved=None``: the
-    model's history is unknown, and zeros of any layer's weight are taken for pruned."""
+    model's history is unknown, and zeros of any layer's weight are taken for pruned. ``targets``: the layers of the
+    uncompressed model, where codes are to be trained."""
     parts: dict[int, _Part] = {}
     for name, layer in find_layers(model).items():
         weight = layer.weight
@@ -280,7 +333,12 @@ def _parts(model: nn.Module, solved: Mapping[str, Solved] | None) -> list[_Part]
             one = solved[name]
             quantize = quantizer_of(one.option)
             if quantize is not None:
-                parts[id(weight)] = _OnGrid(layer, one, quantize.group_size)
+                target = None
+                if targets is not None and quantize.bits <= CODES_UP_TO:
+                    own = targets[name]
+                    # Where units were removed, no weight of the uncompressed layer says where to start.
+                    target = own.as_matrix(own.weight.detach()) if own.shape == layer.shape else one.weight
+                parts[id(weight)] = _OnGrid(layer, one, quantize.group_size, target)
                 continue
             mask = None if pruner_of(one.option) is None else weight.detach() != 0
             cast = one.option.cast if isinstance(one.option, PruneCast) else one.option
@@ -293,13 +351,13 @@ def _parts(model: nn.Module, solved: Mapping[str, Solved] | None) -> list[_Part]
 
 
 def _solved_now(
-    model: nn.Module, solved: Mapping[str, Solved], grids: Mapping[str, tuple[Tensor, Tensor | None]]
+    model: nn.Module, solved: Mapping[str, Solved], grids: Mapping[str, tuple[Tensor, Tensor, Tensor | None]]
 ) -> dict[str, Solved]:
     """The solutions of a model whose weights have moved; they share the memory of its weights."""
     layers = find_layers(model)
     now = {n: replace(one, weight=layers[n].as_matrix(layers[n].weight.detach())) for n, one in solved.items()}
-    for name, (scale, zero) in grids.items():
-        now[name] = replace(now[name], scale=scale, zero=zero)
+    for name, (codes, scale, zero) in grids.items():
+        now[name] = replace(now[name], codes=codes, scale=scale, zero=zero)
     return now
 
 
@@ -335,7 +393,7 @@ def recover_(
     little data, labels that are not there; `Diverged` where the loss is no longer finite.
     """
     home = next(model.parameters()).device
-    parts = _parts(model, solved)
+    parts = _parts(model, solved, find_layers(baseline) if training.codes else None)
     _check(model, baseline, objective, parts, train, select, training)
     for part in parts:
         part.write_()
@@ -414,6 +472,7 @@ def recover_(
         best_step=best_step,
         history=tuple(history),
         trained=sum(p.free for p in parts),
+        flipped=sum(int((p.codes != p.first).sum()) for p in parts if isinstance(p, _OnGrid)),
         seconds=time.monotonic() - start,
         notes=tuple(notes),
     )
@@ -479,10 +538,12 @@ def _products(
 ) -> tuple[Callable[[], AbstractContextManager[Any]], str]:
     """What a training step's forward passes run under, and a note if it is not what was asked for."""
     tensors = (*model.parameters(), *baseline.parameters())
-    single = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
-    if not (training.bfloat16 and single and torch.cpu._is_avx512_bf16_supported()):
+    kind = next(model.parameters()).device.type
+    single = all(t.device.type == kind and t.dtype == torch.float32 for t in tensors)
+    fast = {"cpu": torch.cpu._is_avx512_bf16_supported, "cuda": torch.cuda.is_bf16_supported}.get(kind, lambda: False)
+    if not (training.bfloat16 and single and fast()):
         return nullcontext, ""
-    half = partial(torch.autocast, "cpu", torch.bfloat16)
+    half = partial(torch.autocast, kind, torch.bfloat16)
     with torch.no_grad(), evaluating(model):
         exact = float(loss.loss(model, item)[0])
         try:
@@ -538,12 +599,15 @@ def _finite(value: float) -> float | None:
 
 
 def trained_tensors(recovery: Recovery) -> dict[str, Tensor]:
-    """All that `restore_` needs: the scales and float zero points of rounded layers, other parameters as they are."""
+    """All that `restore_` needs: the scales and float zero points of rounded layers, their codes where some have
+    changed, other parameters as they are."""
     layers = find_layers(recovery.model)
     tensors, on_grid = {}, set()
     for name, one in recovery.solved.items():
         if one.codes is not None and one.scale is not None:
             on_grid.add(id(layers[name].weight))
+            if recovery.flipped:
+                tensors[f"{name}.weight_codes"] = one.codes
             tensors[f"{name}.weight_scale"] = one.scale
             if one.zero is not None and one.zero.is_floating_point():
                 tensors[f"{name}.weight_zero_point"] = one.zero
@@ -561,9 +625,10 @@ def restore_(model: nn.Module, solved: Mapping[str, Solved], tensors: Mapping[st
             quantize = quantizer_of(one.option)
             assert quantize is not None
             scale, zero = tensors[f"{name}.weight_scale"], tensors.get(f"{name}.weight_zero_point", one.zero)
+            codes = tensors.get(f"{name}.weight_codes", one.codes)
             wide = torch.promote_types(layers[name].weight.dtype, torch.float32)
-            layers[name].write_(dequantize(one.codes, scale, zero, quantize.group_size, dtype=wide))
-            grids[name] = scale, zero
+            layers[name].write_(dequantize(codes, scale, zero, quantize.group_size, dtype=wide))
+            grids[name] = codes, scale, zero
     for name, parameter in own.items():
         if name in tensors:
             parameter.copy_(tensors[name])

@@ -98,12 +98,93 @@ def test_codes_and_zero_points_stay_and_the_weights_are_those_of_the_stored_grid
         assert torch.equal(p, weights[n]), "the result that was recovered is left as it is"
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        cp.Quantize(bits=3, group_size=16),
+        cp.Quantize(bits=2, group_size=24, symmetric=False),
+        cp.Quantize(bits=1, symmetric=False),
+        cp.Quantize(bits=5),
+        cp.PruneQuantize(prune=cp.Prune(pattern="2:4"), quantize=cp.Quantize(bits=3)),
+    ],
+    ids=lambda o: o.key,
+)
+def test_codes_move_where_that_is_asked_for_and_they_are_coarse_enough(option):
+    model = tiny.llama()
+    before = cp.compress(model, tokens(), options=[option], settings=PORTABLE_NOT)
+    weights = {n: p.clone() for n, p in before.model.named_parameters()}
+    after = cp.recover(before, model, tokens(), steps=15, lr=1e-2, codes=True)
+    assert after.recovery.best_step > 0 and after.recovery.loss_after < after.recovery.loss_before
+    quantize = getattr(option, "quantize", option)
+    flipped = 0
+    for name, layer in find_layers(after.model).items():
+        old, new = before.solved[name], after.solved[name]
+        flipped += int((old.codes != new.codes).sum())
+        assert int(new.codes.min()) >= -(2 ** (quantize.bits - 1)) and int(new.codes.max()) < 2 ** (quantize.bits - 1)
+        grid = dequantize(new.codes, new.scale, new.zero, quantize.group_size)
+        assert torch.equal(layer.as_matrix(layer.weight.detach()), grid)
+        if quantize is not option:
+            assert not bool(grid[old.weight == 0].any()), "zeros of a pruned weight stay"
+    assert flipped == after.recovery.flipped and (flipped > 0) == (quantize.bits <= recovery.CODES_UP_TO)
+    assert after.recovery.trained > cp.recover(before, model, tokens(), steps=1).recovery.trained or not flipped
+    for n, p in before.model.named_parameters():
+        assert torch.equal(p, weights[n]), "the result that was recovered is left as it is"
+
+
+def test_a_position_starts_where_the_uncompressed_weight_lies_or_in_the_middle():
+    """Before a step is made the codes are those that were solved, whatever is nearest to the uncompressed weight."""
+    torch.manual_seed(0)
+    layer = find_layers(nn.Sequential(nn.Linear(16, 6)))["0"]
+    solved = stages.solve_layer(layer, [cp.Quantize(bits=3, group_size=8, symmetric=False)], None)[0]
+    target = layer.weight.detach().clone()
+    moved = solved.codes.clone()
+    moved[:, ::3] += torch.where(moved[:, ::3] > 0, -1, 1).to(torch.int8)  # as a sweep that makes up for others would
+    part = recovery._OnGrid(layer, replace(solved, codes=moved), 8, target)
+    part.write_()
+    assert torch.equal(part.codes, moved)
+    index = torch.arange(16) // 8
+    exact = target / solved.scale.float()[:, index] + solved.zero.float()[:, index] - moved
+    offset = part.masters[-1] * recovery.CODE_UNIT
+    inside = exact.abs() < recovery.SURE
+    assert 0.5 < inside.float().mean() < 1
+    torch.testing.assert_close(offset[inside], exact[inside])
+    assert not bool(offset[~inside].any())
+    part.masters[-1] += 100.0  # no further than half a step beyond the last value, and back from there at once
+    part.write_()
+    assert bool((part.codes == 3).all())
+    part.masters[-1] -= 1.1 / recovery.CODE_UNIT
+    part.write_()
+    assert bool((part.codes == 2).all())
+
+
+@pytest.mark.parametrize("bits", [1, 3])
+def test_the_gradient_of_codes_goes_straight_through_the_rounding(bits):
+    """Against autograd in float64."""
+    torch.manual_seed(0)
+    layer = nn.Linear(20, 5, dtype=torch.float64)
+    found = find_layers(nn.Sequential(layer))["0"]
+    solved = stages.solve_layer(found, [cp.Quantize(bits=bits, group_size=8, symmetric=False)], None)[0]
+    part = recovery._OnGrid(found, solved, 8, layer.weight.detach() + 0.02)
+    part.write_()
+    x = torch.randn(7, 20, dtype=torch.float64)
+    layer(x).sin().sum().backward()
+    part.take_(layer.weight.grad)
+    master = part.masters[-1].clone().requires_grad_()
+    position = master * recovery.CODE_UNIT + solved.codes
+    index = torch.arange(20) // 8
+    codes = position + (position.round() - position).detach()
+    weight = (codes - solved.zero.double()[:, index]) * solved.scale.double()[:, index]
+    assert torch.equal(weight.detach(), layer.weight.detach())
+    nn.functional.linear(x, weight, layer.bias).sin().sum().backward()
+    torch.testing.assert_close(part.masters[-1].grad, master.grad)
+
+
 def test_a_scale_that_training_drives_below_zero_is_stored_as_the_smallest_there_is(net):
     result = cp.quantize(net, images(), bits=4, layers="fc")
     (part,) = (p for p in recovery._parts(result.model, result.solved) if p.parameter is result.model.fc.weight)
     part.masters[0].fill_(-1.0)
     part.write_()
-    scale, _ = part.stored()
+    _, scale, _ = part.stored()
     assert bool((scale > 0).all()) and bool(result.model.fc.weight.isfinite().all())
 
 
@@ -361,14 +442,17 @@ def test_a_loss_that_bfloat16_would_drown_is_trained_in_float32(net):
 # ------------------------------------------------------------------------------------------------------- the best state
 
 
-def test_what_training_makes_worse_comes_back_as_it_was(net):
+@pytest.mark.parametrize("codes", [False, True])
+def test_what_training_makes_worse_comes_back_as_it_was(net, codes):
     """Trained towards one model, judged by the labels that another gives: the state of step 0 is the best."""
-    before = cp.prune(net, images(), sparsity=0.5)
+    before = cp.quantize(net, images(), bits=3) if codes else cp.prune(net, images(), sparsity=0.5)
     x = images(seed=3)[0][0]
     select = [(x, before.model(x).argmax(1))]
     wrong = [(x, (before.model(x).argmax(1) + 1) % 5)]
-    after = cp.recover(before, net, wrong, select=select, loss="task", steps=12, every=1, lr=1e-2, patience=3)
+    how = {"steps": 12, "every": 1, "lr": 1e-2, "patience": 3, "codes": codes}
+    after = cp.recover(before, net, wrong, select=select, loss="task", **how)
     assert after.recovery.best_step == 0 and after.recovery.loss_after == after.recovery.loss_before
+    assert after.recovery.flipped == 0
     assert after.recovery.steps == 3
     for n, p in before.model.named_parameters():
         assert torch.equal(p, after.model.get_parameter(n))
@@ -411,7 +495,9 @@ def test_another_process_loads_exactly_what_was_measured(tmp_path):
     ]
     logits = {}
     for option in options:
-        found = cp.recover(cp.compress(model, tokens(), options=[option]), model, tokens(), steps=10, lr=1e-2)
+        before = cp.compress(model, tokens(), options=[option])
+        found = cp.recover(before, model, tokens(), steps=10, lr=1e-2, codes=True)
+        assert (found.recovery.flipped > 0) == isinstance(getattr(option, "quantize", option), cp.Quantize)
         assert found.recovery.best_step > 0
         found.save(tmp_path / option.key)
         with torch.no_grad():
@@ -517,7 +603,7 @@ def test_items_to_recover_on_are_trained_on(net, recipe, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
     path = tiny.write_recipe(tmp_path_factory.mktemp("tiny"))
-    path.write_text(path.read_text() + "recover: {steps: 20, lr: 0.01, every: 5}\n")
+    path.write_text(path.read_text() + "recover: {steps: 20, lr: 0.01, every: 5, codes: true}\n")
     return path
 
 
@@ -534,7 +620,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_a_run_recovers_before_it_certifies(recipe, finished):
     record = finished.record
     recovered = record["recoveries"]
-    assert recovered and all(r["loss_after"] <= r["loss_before"] for r in recovered)
+    assert recovered and all(r["loss_after"] <= r["loss_before"] and r["flipped"] > 0 for r in recovered)
     names = {t["name"]: t for t in record["trials"]}
     for entry in recovered:
         before, after = names[f"{entry['plan']}, applied"], names[f"{entry['plan']}, recovered"]

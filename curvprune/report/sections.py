@@ -579,6 +579,7 @@ def recoveries_table(record: Record) -> Table:
                 number_cell(found.get("steps"), count(found.get("steps"))),
                 number_cell(found.get("best_step"), count(found.get("best_step"))),
                 number_cell(found.get("trained"), count(found.get("trained"))),
+                number_cell(found.get("flipped"), count(found.get("flipped"))),
                 number_cell(found.get("seconds"), duration(found.get("seconds"))),
             ]
         )
@@ -590,6 +591,7 @@ def recoveries_table(record: Record) -> Table:
         Column("steps", "steps done", "n"),
         Column("kept", "the step whose state was kept; 0: as compressed", "n"),
         Column("numbers", "how many numbers were free", "n"),
+        Column("codes moved", "how many rounded weights have another code than before", "n"),
         Column("time", "", "n"),
     ]
     return Table("recoveries", columns, rows)

@@ -41,7 +41,9 @@ WARM_UP = 10  # steps until the full rate, at most a tenth of them: Adam's secon
 # float32: 3 bits .997 (the loss changed by 0.3 %), 6 bits .985 (6 %), 8 bits .84 (it doubled).
 HALF_TOLERANCE = 0.1
 CODES_UP_TO = 4  # bits: what finer codes could gain the scales give
-CODE_UNIT = 2.0  # steps of the grid that a position moves for a relative change of one
+# Steps of the grid that a position moves for a relative change of one. SmolLM2-135M, 24 steps of 8 x 256 tokens, loss
+# added on select 0.1373: 0.0899 with scales alone, 0.0820 with 2, 0.0878 with 8.
+CODE_UNIT = 2.0
 SURE = 0.4999  # an uncompressed weight this near to its code's value tells where in the cell it lies
 _ROWS = 64  # rows of logits compared at a time: some megabytes at vocabularies of 10^5
 SMALLEST_UNIT = 2.0**-10  # a bias of zeros has no size of its own

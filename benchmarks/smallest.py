@@ -4,8 +4,9 @@
 
 Text: ``BENCH_TEXTS`` (see ``quantization.py``) without title pages, whole plays and poems in one split each, in windows
 of 256 tokens.
-Ours: ``recipes/quickstart.yaml`` with that ``max_drop``, grids with zero points of 2 to 6 bits, ``STEPS`` (24) steps of
-recovery on windows of their own, three attempts. Theirs: GPTQ with ``observer="imatrix_mse"`` in groups of 64,
+Ours: ``recipes/quickstart.yaml`` with that ``max_drop``, grids with zero points of 2 to 6 bits, 24 steps of recovery on
+windows of their own, codes included (``RECOVER``: other fields of the recipe's section, as JSON), and ``ATTEMPTS`` (3)
+plans applied. Without ``LLMC_PYTHON`` ours alone. Theirs: GPTQ with ``observer="imatrix_mse"`` in groups of 64,
 one grid for all layers, from 3 bits up to the first that the smallest budget admits, with zero points and without,
 calibrated on the recipe's items (``LLMC_PYTHON``: see ``quantization.py``). The embedding, which is also the output
 layer, is in both rounded to 8 bits in groups of 64, or float16 with ``EMBEDDING=16``; our recovery trains its scales.
@@ -26,10 +27,11 @@ from pathlib import Path
 from typing import Any
 
 EMBEDDING = int(os.environ.get("EMBEDDING", "8"))
-STEPS = int(os.environ.get("STEPS", "24"))
+RECOVER = {"steps": 24, "batch_size": 8, "every": 12, "codes": True} | json.loads(os.environ.get("RECOVER", "{}"))
+ATTEMPTS = int(os.environ.get("ATTEMPTS", "3"))
 CACHE = Path(f".cache/smallest{EMBEDDING}")
 GRIDS = ((3, True), (3, False), (4, True), (4, False), (5, True), (5, False), (6, True), (8, True))  # bits, symmetric
-COUNTS = {"calibrate": 32, "price": 24, "select": 48, "certify": 192, "recover": 192}
+COUNTS = {"calibrate": 32, "price": 24, "select": 120, "certify": 200, "recover": 160}
 
 
 def theirs(folder: Path, bits: int, symmetric: bool) -> list[float]:
@@ -96,8 +98,8 @@ def main() -> None:
     CACHE.mkdir(parents=True, exist_ok=True)
     recipe = yaml.safe_load((Path(__file__).parent.parent / "recipes" / "quickstart.yaml").read_text())
     recipe["data"] = {"source": "text", "files": texts(), "sequence_length": 256, **COUNTS}
-    recipe["recover"] = {"steps": STEPS, "batch_size": 8, "every": 12}
-    recipe["search"]["attempts"] = 3
+    recipe["recover"] = RECOVER
+    recipe["search"]["attempts"] = ATTEMPTS
     recipe["compress"][0]["options"] = [
         {"quantize": {"bits": bits, "group_size": 64, "symmetric": False}} for bits in range(2, 7)
     ]
@@ -138,7 +140,7 @@ def main() -> None:
 
     peers: dict[tuple[int, bool], list[float]] = {}
     print("| llm-compressor | MB | drop ± error | bound |\n|---|---|---|---|")
-    for grid in GRIDS:
+    for grid in GRIDS if "LLMC_PYTHON" in os.environ else ():
         kept = CACHE / f"peer{grid[0]}{'s' if grid[1] else 'a'}-{text}.json"
         if not kept.exists():
             script = [os.environ["LLMC_PYTHON"], str(Path(__file__).resolve()), "theirs", str(CACHE.resolve())]

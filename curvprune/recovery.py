@@ -337,9 +337,9 @@ def _parts(
             if quantize is not None:
                 target = None
                 if targets is not None and quantize.bits <= CODES_UP_TO:
-                    own = targets[name]
                     # Where units were removed, no weight of the uncompressed layer says where to start.
-                    target = own.as_matrix(own.weight.detach()) if own.shape == layer.shape else one.weight
+                    own = targets[name] if targets[name].shape == layer.shape else layer
+                    target = own.as_matrix(own.weight.detach())
                 parts[id(weight)] = _OnGrid(layer, one, quantize.group_size, target)
                 continue
             mask = None if pruner_of(one.option) is None else weight.detach() != 0

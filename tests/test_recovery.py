@@ -525,6 +525,20 @@ def test_a_model_without_units_is_recovered_whole_and_saved(net, tmp_path):
     assert torch.equal(cp.load(tmp_path, model=Net())(x), after.model.eval()(x))
 
 
+def test_codes_of_a_model_without_units_start_in_the_middle(net):
+    """The uncompressed model has other shapes there; where it has the same, its weights say where."""
+    pytest.importorskip("torch_pruning")
+    small = cp.prune(net, images(200), structured={"channels": 0.5}).model
+    before = cp.quantize(small, images(200), bits=2)
+    parts = recovery._parts(before.model, before.solved, find_layers(net))
+    middle = {p.layer.name: not bool(p.masters[-1].any()) for p in parts if isinstance(p, recovery._OnGrid)}
+    assert middle == {"conv": True, "fc": True}
+    parts = recovery._parts(before.model, before.solved, find_layers(small))
+    assert all(bool(p.masters[-1].any()) for p in parts if isinstance(p, recovery._OnGrid))
+    after = cp.recover(before, net, images(200), objective="label-free", steps=30, lr=1e-2, codes=True)
+    assert after.recovery.loss_after < after.recovery.loss_before
+
+
 def test_the_verdict_is_that_of_the_recovered_model(net):
     x, y = images(400)[0]
     parts = [as_split([(x[i : i + 100], y[i : i + 100])], f"part {i}, item") for i in range(0, 400, 100)]

@@ -125,6 +125,10 @@ def test_codes_move_where_that_is_asked_for_and_they_are_coarse_enough(option):
         assert torch.equal(layer.as_matrix(layer.weight.detach()), grid)
         if quantize is not option:
             assert not bool(grid[old.weight == 0].any()), "zeros of a pruned weight stay"
+    again = copy.deepcopy(before.model)  # as a resumed run brings it back
+    restored = recovery.restore_(again, before.solved, recovery.trained_tensors(after.recovery))
+    assert all(torch.equal(p, again.get_parameter(n)) for n, p in after.model.named_parameters())
+    assert all(torch.equal(restored[n].codes, one.codes) for n, one in after.solved.items())
     assert flipped == after.recovery.flipped and (flipped > 0) == (quantize.bits <= recovery.CODES_UP_TO)
     assert after.recovery.trained > cp.recover(before, model, tokens(), steps=1).recovery.trained or not flipped
     for n, p in before.model.named_parameters():

@@ -4,7 +4,7 @@
 
 Text: ``BENCH_TEXTS`` (see ``quantization.py``) without title pages, whole plays and poems in one split each, in windows
 of 256 tokens.
-Ours: ``recipes/quickstart.yaml`` with that ``max_drop``, grids with zero points of 2 to 6 bits, 24 steps of recovery on
+Ours: ``recipes/quickstart.yaml`` with that ``max_drop``, grids with zero points of 2 to 6 bits, 48 steps of recovery on
 windows of their own, codes included (``RECOVER``: other fields of the recipe's section, as JSON), and ``ATTEMPTS`` (3)
 plans applied. Without ``LLMC_PYTHON`` ours alone. Theirs: GPTQ with ``observer="imatrix_mse"`` in groups of 64,
 one grid for all layers, from 3 bits up to the first that the smallest budget admits, with zero points and without,
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 EMBEDDING = int(os.environ.get("EMBEDDING", "8"))
-RECOVER = {"steps": 24, "batch_size": 8, "every": 12, "codes": True} | json.loads(os.environ.get("RECOVER", "{}"))
+RECOVER = {"steps": 48, "batch_size": 8, "every": 48, "codes": True} | json.loads(os.environ.get("RECOVER", "{}"))
 ATTEMPTS = int(os.environ.get("ATTEMPTS", "3"))
 CACHE = Path(f".cache/smallest{EMBEDDING}")
 GRIDS = ((3, True), (3, False), (4, True), (4, False), (5, True), (5, False), (6, True), (8, True))  # bits, symmetric

@@ -974,7 +974,7 @@ def _recovery_seconds(training: Training, forward: float, both: float, select: i
     if training.steps is None:
         assert training.seconds is not None
         return training.seconds
-    measuring = (1 + training.steps / training.interval) * select * forward
+    measuring = math.ceil(training.steps / training.interval) * select * forward
     return min(training.seconds or np.inf, training.steps * training.batch_size * (both + forward) + measuring)
 
 

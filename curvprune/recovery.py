@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from curvprune.data import Split, collate
 from curvprune.layers import Layer, find_layers
-from curvprune.objective import Batch, LabelFree, Objective, evaluate, evaluating, to_device
+from curvprune.objective import Batch, ItemResults, LabelFree, Objective, evaluate, evaluating, to_device
 from curvprune.options import Cast, PruneCast, pruner_of, quantizer_of
 from curvprune.solve import Solved
 from curvprune.solve.grids import code_range, dequantize, round_scale, spread
@@ -121,6 +121,7 @@ class Recovery:
         model: the model in its best state on select: the one it came in, if no later one was better.
         solved: its compressed layers, zeros and, unless they were trained, codes as they were.
         loss_before, loss_after: mean loss on the select split, in ``unit``.
+        results: the best state's results on the select split, item by item.
         steps: steps done; ``best_step`` is the one whose state was kept (0: as it came).
         history: ``{"step", "training", "select"}`` of each measurement: the mean training loss since the one before,
             and the loss on select.
@@ -134,6 +135,7 @@ class Recovery:
     solved: dict[str, Solved]
     loss_before: float
     loss_after: float
+    results: ItemResults
     unit: str
     steps: int
     best_step: int
@@ -375,6 +377,7 @@ def recover_(
     select: Split,
     training: Training,
     *,
+    before: ItemResults | None = None,
     advance: Callable[[int], None] = lambda step: None,
 ) -> Recovery:
     """Train ``model`` in place, and leave it in its best state on ``select``.
@@ -385,6 +388,7 @@ def recover_(
         baseline: the uncompressed model; only run.
         objective: what is measured on ``select``, and trained with ``loss="task"``.
         train: items to train on. No part of the certify split.
+        before: results of ``model`` on ``select``, if they are known: one measurement less.
         advance: called with the number of steps done.
 
     Cost: a step runs the baseline forward and the model forward and backward on ``batch_size`` items; a measurement is
@@ -405,15 +409,17 @@ def recover_(
     products, note = _products(loss, model, baseline, to_device(train.items[0], home), training)
     start = time.monotonic()
 
-    def measure() -> float:
-        return evaluate(model, select.batches(training.batch_size), objective).mean_loss
+    def measure() -> ItemResults:
+        return evaluate(model, select.batches(training.batch_size), objective)
 
-    before = best = measure()
-    if not math.isfinite(before):
-        raise ValueError(f"recover: the compressed model's loss on the select items is {before:g}, which is no start")
+    best = at_first = measure() if before is None else before
+    if not math.isfinite(at_first.mean_loss):
+        raise ValueError(
+            f"recover: the compressed model's loss on the select items is {at_first.mean_loss:g}, which is no start"
+        )
     optimizer = torch.optim.Adam(masters, lr=training.lr, fused=True)
     best_state, best_step, step, diverged = [m.clone() for m in masters], 0, 0, ""
-    history: list[dict[str, Any]] = [{"step": 0, "training": None, "select": before}]
+    history: list[dict[str, Any]] = [{"step": 0, "training": None, "select": at_first.mean_loss}]
     since: list[float] = []
     batches, waited, over = _batches(train, training), 0, False
     handles = [p.parameter.register_post_accumulate_grad_hook(_hand_over(p)) for p in parts]
@@ -444,10 +450,12 @@ def recover_(
             )
             if step % training.interval == 0 or over:
                 now = measure()
-                history.append({"step": step, "training": sum(since) / len(since), "select": _finite(now)})
+                better = now.mean_loss < best.mean_loss
+                entry = {"step": step, "training": sum(since) / len(since), "select": _finite(now.mean_loss)}
+                history.append(entry)
                 since = []
-                waited = 0 if now < best else waited + 1
-                if now < best:
+                waited = 0 if better else waited + 1
+                if better:
                     best, best_step = now, step
                     for kept, master in zip(best_state, masters, strict=True):
                         kept.copy_(master)
@@ -467,8 +475,9 @@ def recover_(
     recovery = Recovery(
         model=model,
         solved=_solved_now(model, solved or {}, grids),
-        loss_before=before,
-        loss_after=best,
+        loss_before=at_first.mean_loss,
+        loss_after=best.mean_loss,
+        results=best,
         unit=objective.unit,
         steps=step,
         best_step=best_step,

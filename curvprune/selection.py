@@ -50,10 +50,15 @@ def results_on(job: Job, name: str, model: nn.Module, split: Split) -> ItemResul
         record = job.state.read_json(name)
         return ItemResults(**{k: torch.tensor(v, dtype=torch.float64) for k, v in record.items()})
     results = evaluate(model, split.batches(job.settings.batch_size), job.objective)
+    keep_results(job, name, results)
+    return results
+
+
+def keep_results(job: Job, name: str, results: ItemResults) -> None:
+    """Write what was measured where `results_on` reads it."""
     job.state.write_json(
         name, {"loss": results.loss.tolist(), "count": results.count.tolist(), "correct": results.correct.tolist()}
     )
-    return results
 
 
 def compare(baseline: ItemResults, compressed: ItemResults, split: Split, budget: Budget, *, unit: str) -> Verdict:
@@ -147,7 +152,7 @@ class Bench:
 
     def measure(self, name: str, kind: str, choices: Mapping[str, str]) -> dict[str, Any]:
         """Measure a plan; returns its trial record (also appended to ``trials``)."""
-        path = self._path(choices)
+        path = self.path(choices)
         if not self.job.state.has(path):
             self._set(choices)
         results = results_on(self.job, path, self.model or self.job.model, self.job.splits.select)
@@ -159,12 +164,13 @@ class Bench:
         """What a measured plan loses beyond another one, paired by item."""
         split = self.job.splits.select
         first, second = (
-            results_on(self.job, self._path(t["choices"]), self.job.model, split)  # read, both have been measured
+            results_on(self.job, self.path(t["choices"]), self.job.model, split)  # read, both have been measured
             for t in (other, trial)
         )
         return compare(first, second, split, Budget("loss", max_drop=0.0), unit=self.job.objective.unit)
 
-    def _path(self, choices: Mapping[str, str]) -> str:
+    def path(self, choices: Mapping[str, str]) -> str:
+        """Where the results of a plan's candidates lie."""
         return f"select/{plan_key(choices)}.json"
 
     def record(

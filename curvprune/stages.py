@@ -36,12 +36,22 @@ from curvprune.job import Job
 from curvprune.knapsack import Infeasible, Limit, cheapest
 from curvprune.layers import Layer, find_layers
 from curvprune.ledger import build_ledger
-from curvprune.objective import to_device
+from curvprune.objective import ItemResults, to_device
 from curvprune.options import Cast, Keep, Option, Prune, kept_weights, option_from_key, pruner_of, quantizer_of
 from curvprune.plan import Budget, Plan, corrected
 from curvprune.processes import rank, shared, wait, world
 from curvprune.recovery import Diverged, recover_, restore_, trained_tensors
-from curvprune.selection import ACCEPTABLE, Bench, allowed_drop, compare, item_columns, plan_key, reach_of, results_on
+from curvprune.selection import (
+    ACCEPTABLE,
+    Bench,
+    allowed_drop,
+    compare,
+    item_columns,
+    keep_results,
+    plan_key,
+    reach_of,
+    results_on,
+)
 from curvprune.solve import Solved, solve
 from curvprune.solve.grids import dequantize
 from curvprune.state import State
@@ -367,6 +377,7 @@ def _apply_and_write(job: Job, bench: Bench, name: str, choices: dict[str, str])
         solved = {n: next(s for s in bench.candidates(n) if s.option.key == choices[n]) for n in solved}
         record["note"] = "one sequential pass measured worse than the candidates, which were kept"
         chance = stitched["chance"]
+        results = results_on(job, bench.path(choices), model, job.splits.select)  # read: they have been measured
     before = None
     if job.recover is None:
         model = job.model  # what is not solved is the same there; the copy can go
@@ -374,7 +385,7 @@ def _apply_and_write(job: Job, bench: Bench, name: str, choices: dict[str, str])
         own = find_layers(model)
         for n, s in solved.items():
             own[n].write_(s.weight)
-        solved = _recovered(job, model, solved, at, name)
+        solved = _recovered(job, model, solved, at, name, results)
         results = results_on(job, f"{at}/recovered-select.json", model, job.splits.select)
         before, record = record, bench.record(f"{name}, recovered", "applied", choices, results)
         chance = record["chance"]
@@ -387,9 +398,11 @@ def _apply_and_write(job: Job, bench: Bench, name: str, choices: dict[str, str])
     return _Applied(record=record, before=before, folder=folder, solved=light, chance=chance)
 
 
-def _recovered(job: Job, model: nn.Module, solved: Mapping[str, Solved], at: str, name: str) -> dict[str, Solved]:
+def _recovered(
+    job: Job, model: nn.Module, solved: Mapping[str, Solved], at: str, name: str, before: ItemResults | None = None
+) -> dict[str, Solved]:
     """Stage *recover*: train a model in place, on the recover split if there is one, else on the calibration items; the
-    select split keeps the best state."""
+    select split keeps the best state. ``before``: the model's results there, if known."""
     assert job.recover is not None
     tensors, record = f"{at}/recovered.safetensors", f"{at}/recovered.json"
     steps, done = job.recover.steps or 1, job.state.has(record)
@@ -398,11 +411,12 @@ def _recovered(job: Job, model: nn.Module, solved: Mapping[str, Solved], at: str
             try:
                 recovery = recover_(
                     model, solved, job.uncompressed, job.objective, job.splits.training, job.splits.select,
-                    job.recover, advance=advance,
+                    job.recover, before=before, advance=advance,
                 )  # fmt: skip
             except Diverged as error:
                 recovery = error.recovery  # its note says so; the run goes on with the best state
             job.state.write_tensors(tensors, trained_tensors(recovery))
+            keep_results(job, f"{at}/recovered-select.json", recovery.results)
             job.state.write_json(record, recovery.to_dict())
     found = job.state.read_json(record)
     job.notes += found["notes"]

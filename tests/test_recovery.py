@@ -388,6 +388,27 @@ def test_losses_before_and_after_are_those_of_the_models_on_select():
     assert again.recovery.history == history
 
 
+def test_what_was_measured_before_is_not_measured_again_and_the_results_are_the_best_states(monkeypatch):
+    model, select = tiny.llama(), as_split(tokens(16, seed=5))
+    start = copy.deepcopy(model)
+    with torch.no_grad():
+        start.model.layers[0].mlp.up_proj.weight *= 0.5
+    objective = make_objective("auto", model, select.items[0])
+    known, calls = evaluate(start, select.batches(2), objective), []
+    monkeypatch.setattr(recovery, "evaluate", count_calls(evaluate, calls))
+    training = Training(steps=20, lr=1e-2, every=10)
+    found = recovery.recover_(start, None, model, objective, as_split(tokens()), select, training, before=known)
+    assert len(calls) == 2 and found.loss_before == found.history[0]["select"] == known.mean_loss
+    assert found.best_step > 0
+    again = evaluate(found.model, select.batches(2), objective)
+    for name in ("loss", "count", "correct"):
+        assert torch.allclose(getattr(found.results, name), getattr(again, name), atol=1e-4)
+    # A start that nothing is better than is kept with its results.
+    best = replace(known, loss=known.loss * 0)
+    kept = recovery.recover_(start, None, model, objective, as_split(tokens()), select, training, before=best)
+    assert kept.best_step == 0 and kept.results is best
+
+
 # ------------------------------------------------------------------------------------------------- products in bfloat16
 
 
@@ -642,7 +663,10 @@ def test_a_run_recovers_before_it_certifies(recipe, finished):
     names = {t["name"]: t for t in record["trials"]}
     for entry in recovered:
         before, after = names[f"{entry['plan']}, applied"], names[f"{entry['plan']}, recovered"]
-        assert after["measured"] < before["measured"] and after["choices" if "choices" in after else "bytes"]
+        assert after["measured"] < before["measured"]
+        start = names[entry["plan"]] if before["note"] else before  # its candidates, where those did better
+        gained = entry["loss_before"] - entry["loss_after"]
+        assert start["measured"] - after["measured"] == pytest.approx(gained, abs=1e-6)
     assert record["attempts"][0]["plan"].endswith(", recovered")
     # The verdict is that of the folder, by transformers' own loss.
     from transformers import AutoModelForCausalLM

@@ -29,7 +29,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -46,9 +46,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import quantization
 from curvprune.curvature import factors
 from curvprune.curvature.fisher import Change, FisherPass, fisher_pass
+from curvprune.curvature.measured import divergences
 from curvprune.data import collate
+from curvprune.job import Settings
 from curvprune.layers import Layer, find_layers
-from curvprune.ledger import Ledger, build_ledger
+from curvprune.ledger import MEASURED_TOGETHER, Ledger, Row, build_ledger, measure_highest
 from curvprune.objective import Batch, CausalLM, Classification, Objective, Positions, evaluating
 
 CACHE = Path(".cache/ledger")
@@ -357,6 +359,22 @@ def ledger_of(case: Case, measured: FisherPass, options: list[str]) -> Ledger:
     return build_ledger(measured, keys, changed={n: list(options) for n in case.layers}, unit=case.objective.unit)
 
 
+def highest_measured(case: Case, ledger: Ledger, path: Path) -> Ledger:
+    """The highest prices measured, as `curvprune.price` does."""
+    done = json.loads(path.read_text()) if path.is_file() else []
+
+    def measure(rows: Sequence[Row], before: int) -> dict[tuple[str, str], np.ndarray]:
+        block = before // MEASURED_TOGETHER
+        if block == len(done):
+            weights = [case.layers[r.layer].as_matrix(case.layers[r.layer].weight.detach()) for r in rows]
+            new = [(r.layer, changed(w, r.option, case.group)) for r, w in zip(rows, weights, strict=True)]
+            done.append(divergences(case.model, case.objective, case.price, case.layers, new).tolist())
+            path.write_text(json.dumps(done))
+        return {(r.layer, r.option): np.array(done[block])[:, k] for k, r in enumerate(rows)}
+
+    return measure_highest(ledger, measure, least=Settings().measure_above or 0.0)[0]
+
+
 def prices(case: Case, options: list[str], measured: FisherPass) -> dict[str, dict[tuple[str, str], float]]:
     """What each way of pricing says about every (layer, option)."""
     deltas, total = differences(case, options), float(measured.count.sum())
@@ -399,7 +417,7 @@ def compare(case: Case, kind: str) -> None:
     halves = cache(lambda items: ledger_of(case, on_items(measured, np.array(items)), options))
     predicted = lambda items, names: np.array([halves(tuple(items)).predict(plans[p]).value for p in names])  # noqa: E731
     cells = [reliable(lambda i, v=v: predicted(i, v), len(case.price), 10) for v in kinds.values()]
-    print(f"| curvprune without noise, seen through its draws | {' | '.join(cells)} | |")
+    print(f"| curvprune's quadratic price without noise, seen through its draws | {' | '.join(cells)} | |")
     forms = exact_forms(case, {p: plans[p] for p in kinds["close"]}, CACHE / f"{case.name}-{kind}-forms.json")
     form = np.array([np.mean(forms[p]) for p in kinds["close"]])
     ratio = np.median(form / kl["close"].mean(1))
@@ -414,7 +432,10 @@ def compare(case: Case, kind: str) -> None:
         if of and title != "slope"
     }
     ways["shrunk, all pairs of layers"] = lambda plan: pair_sums.predict(plan).value
-    ways[f"curvprune: shrunk, {ledger.kept:.0%} of the pairs"] = lambda plan: ledger.predict(plan).value
+    ways[f"shrunk, {ledger.kept:.0%} of the pairs"] = lambda plan: ledger.predict(plan).value
+    final = highest_measured(case, ledger, CACHE / f"{case.name}-{kind}-measured.json")
+    number = sum(row.measured for row in final.rows)
+    ways[f"curvprune: and the {number} highest of {len(final.rows)} measured"] = lambda plan: final.predict(plan).value
     for title, price in ways.items():
         cells, ratios = [], []
         for k, names in kinds.items():
@@ -426,7 +447,7 @@ def compare(case: Case, kind: str) -> None:
     if priced["slope"]:
         everything = [p for names in kinds.values() for p in names]
         rise = np.array([np.mean(seen[p]["rise"]) for p in everything])
-        second = np.array([ledger.predict(plans[p]).value for p in everything])
+        second = np.array([final.predict(plans[p]).value for p in everything])
         first = np.array([sum(priced["slope"][pair] for pair in plans[p].items()) for p in everything])
         print("\nRise of the loss on the labels, median |predicted − measured| / measured KL, over all plans:", end=" ")
         divergence = np.array([np.mean(seen[p]["kl"]) for p in everything])

@@ -231,6 +231,7 @@ def price(
     layers: str | Sequence[str] = "*",
     labels: int = 2,
     curvature: str = "fisher",
+    measure_above: float | None = 0.005,
     portable: artifact.Portable = True,
     device: str | torch.device | None = None,
     seed: int = 0,
@@ -241,13 +242,16 @@ def price(
     Every option is solved (one forward pass over the data), then priced along its own change (one forward and
     ``labels`` backward passes per item). ``curvature``: ``"fisher"`` along the change, ``"diagonal"`` of the Fisher,
     ``"kfac"``, ``"hessian"`` along the change (on the data's labels; two gradients per item and change) or ``"input"``
-    (error of the layer's outputs, no unit of loss). ``portable``: of which artifact the bytes are, as in `Settings`.
+    (error of the layer's outputs, no unit of loss). The highest prices are measured instead, four at a time (five
+    forward passes per item), until they agree with the quadratic ones, at most 64 and none below ``measure_above`` nats
+    (see `curvprune.curvature.measured.divergences`). ``portable``: of which artifact the bytes are, as in `Settings`.
     Raises ``ValueError`` naming the layer that an option does not fit.
     """
     with tempfile.TemporaryDirectory() as folder:
         job = _job(
             model, data, options, None, Path(folder), objective=objective, layers=layers, labels=labels, device=device,
-            seed=seed, progress=progress, priced=True, settings=Settings(portable=portable, curvature=curvature),
+            seed=seed, progress=progress, priced=True,
+            settings=Settings(portable=portable, curvature=curvature, measure_above=measure_above),
         )  # fmt: skip
         count_work(job)
         price_options(job, solve_options(job))
@@ -782,14 +786,10 @@ def _job(
     same_option: str | Sequence[str | Sequence[str]] = (),
 ) -> Job:
     settings = settings or Settings()
-    settings = Settings(
+    settings = replace(
+        settings,
         seed=settings.seed if seed is None else seed,
         labels=settings.labels if labels is None else labels,
-        trials=settings.trials,
-        attempts=settings.attempts,
-        batch_size=settings.batch_size,
-        portable=settings.portable,
-        curvature=settings.curvature,
     )
     found = find_layers(model, layers)
     readers = {n: artifact.reader_of(model, layer, portable=settings.portable) for n, layer in found.items()}

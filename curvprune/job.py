@@ -33,6 +33,7 @@ class Settings:
     seed: int = 0
     labels: int = 2
     curvature: str = "fisher"  # a key of `curvprune.ledger.CURVATURES`: what prices are taken from
+    measure_above: float | None = 0.005  # nats below which no price is measured; None: none is
     trials: int = 6
     attempts: int = 2
     batch_size: int = 4
@@ -43,6 +44,10 @@ class Settings:
             raise ValueError(f'Settings: portable={self.portable!r} is unknown; choose True, False or "engines"')
         if self.curvature not in CURVATURES:
             raise ValueError(f"Settings: curvature={self.curvature!r} is unknown; expected {', '.join(CURVATURES)}")
+        if self.measure_above is not None and not self.measure_above >= 0:
+            raise ValueError(
+                f"Settings: measure_above={self.measure_above!r}: expected nats, a number of at least 0, or None"
+            )
 
 
 @dataclass(kw_only=True, slots=True)

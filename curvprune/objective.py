@@ -221,11 +221,16 @@ class LabelFree(Objective):
     def _compare(self, positions: Positions, batch: Batch) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), evaluating(self.reference):
             reference = self.positions(self.logits(self.reference, batch), batch).logits
-        losses = []
-        for ours, theirs in zip(positions.logits.split(_CHUNK), reference.split(_CHUNK), strict=True):
-            log_p, log_q = F.log_softmax(_wide(theirs), -1), F.log_softmax(_wide(ours), -1)
-            losses.append((log_p.exp() * (log_p - log_q)).sum(-1))
-        return torch.cat(losses), reference.argmax(-1)
+        return divergence(reference, positions.logits), reference.argmax(-1)
+
+
+def divergence(before: Float[Tensor, "n classes"], after: Float[Tensor, "n classes"]) -> Float[Tensor, " n"]:
+    """KL divergence of what two models say, from the logits of each, in nats."""
+    values = []
+    for theirs, ours in zip(before.split(_CHUNK), after.split(_CHUNK), strict=True):
+        log_p, log_q = F.log_softmax(_wide(theirs), -1), F.log_softmax(_wide(ours), -1)
+        values.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(values)
 
 
 def _wide(logits: Tensor) -> Tensor:

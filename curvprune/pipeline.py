@@ -37,6 +37,7 @@ from curvprune.data import Split, Splits
 from curvprune.job import Job, Settings, limit_plans
 from curvprune.knapsack import Infeasible, Limit, frontier
 from curvprune.layers import find_layers, left_over
+from curvprune.ledger import MEASURED_TOGETHER
 from curvprune.objective import ItemResults, LabelFree, Objective, evaluate, make_objective, to_device
 from curvprune.options import Keep, Option, option_from_key, pruner_of, quantizer_of
 from curvprune.plan import SIZES, Budget
@@ -45,7 +46,13 @@ from curvprune.recovery import Training
 from curvprune.selection import TRIALS_BESIDES, compare, select_plans
 from curvprune.shapes import architecture_config, changes_of, difference, remember_
 from curvprune.solve import Solved
-from curvprune.stages import apply_and_measure, certify_plans, price_options, solve_layer, solve_options
+from curvprune.stages import (
+    apply_and_measure,
+    certify_plans,
+    price_options,
+    solve_layer,
+    solve_options,
+)
 from curvprune.state import StageLog, State
 from curvprune.structured import Pruned, Structured, offered_widths, prune_units
 
@@ -384,6 +391,7 @@ def _fit(
         seed=recipe.seed,
         labels=recipe.price.labels,
         curvature=recipe.price.curvature,
+        measure_above=recipe.price.measure_above,
         trials=recipe.search.trials,
         attempts=recipe.search.attempts,
         portable=recipe.portable,
@@ -949,6 +957,7 @@ def _estimate(job: Job, dense: int, cuts: Mapping[str, Mapping[str, Any]]) -> tu
         seconds |= {
             "solve": 1.6 * counts["calibrate"] * forward + share * solving,
             "price": counts["price"] * (forward + s.labels * max(both - forward, forward)),
+            "measure prices": counts["price"] * (1 + MEASURED_TOGETHER) * forward,  # as often as prices are wrong
             "select": (s.trials + TRIALS_BESIDES) * counts["select"] * forward,
         }
     if cuts:  # two passes for moments, one for gradients and one for prices, and a few factors for each width

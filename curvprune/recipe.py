@@ -358,6 +358,9 @@ class PriceSection(_Section):
 
     labels: int = Field(2, ge=1, description="draws per item, a whole number of at least 1")
     curvature: Literal["fisher", "diagonal", "kfac", "hessian", "input"] = "fisher"
+    measure_above: float | None = Field(
+        0.005, ge=0, description="nats below which no price is measured, a number of at least 0; null: none is"
+    )
 
 
 class AnalyzeSection(_Section):

@@ -1,7 +1,7 @@
 """The stages of a compression, from a model and its splits to plans, solved layers and a verdict.
 
     solve    every option of every layer, from one forward pass over the calibration items
-    price    every solved change, from one forward and a few backward passes per item
+    price    every solved change, from one forward and a few backward passes per item; the largest of them measured
     select   plans along the frontier, measured on the select split, beside controls (`curvprune.selection`)
     apply    the chosen plans: one sequential forward pass each, later layers see what earlier ones became
     recover  those models, where it is asked for: a short training of what their stored form leaves free
@@ -16,12 +16,13 @@ import copy
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,11 +32,12 @@ from curvprune.apply import Moments, coarse_copy, visit_layers
 from curvprune.certificate import Verdict, fixed_sequence
 from curvprune.curvature.fisher import Change, FisherPass, fisher_pass
 from curvprune.curvature.forms import FORMS, Forms, quadratic_forms
+from curvprune.curvature.measured import divergences
 from curvprune.data import collate
 from curvprune.job import Job
 from curvprune.knapsack import Infeasible, Limit, cheapest
 from curvprune.layers import Layer, find_layers
-from curvprune.ledger import build_ledger
+from curvprune.ledger import MEASURED_ROWS, Ledger, Row, build_ledger, measure_highest
 from curvprune.objective import ItemResults, to_device
 from curvprune.options import Cast, Keep, Option, Prune, kept_weights, option_from_key, pruner_of, quantizer_of
 from curvprune.plan import Budget, Plan, corrected
@@ -279,7 +281,44 @@ def price_options(job: Job, candidates: Callable[[str], list[Solved]] | None) ->
     job.analysis = _analysis(measured, job.layers)
     if candidates is not None:
         ledger = build_ledger(prices or measured, sizes, changed=changed, unit=job.objective.unit, curvature=kind)
-        job.ledger = replace(ledger, work=job.work or work_of(job.layers))
+        job.ledger = _measured(job, replace(ledger, work=job.work or work_of(job.layers)), candidates)
+
+
+def _measured(job: Job, ledger: Ledger, candidates: Callable[[str], list[Solved]]) -> Ledger:
+    """The ledger with its highest prices measured: see `measure_highest`."""
+    least = job.settings.measure_above
+    if least is None or job.settings.curvature == "input" or rank() != 0:  # the first process goes on alone
+        return ledger
+    with job.stages.stage("measure prices", MEASURED_ROWS) as advance:
+
+        def measure(rows: Sequence[Row], before: int) -> dict[tuple[str, str], np.ndarray]:
+            found = _divergences(job, rows, candidates, f"measured/{before}.json")
+            advance(before + len(rows))
+            return found
+
+        ledger, note = measure_highest(ledger, measure, least=least)
+        advance(MEASURED_ROWS)
+    job.notes += [note] if note else []
+    return ledger
+
+
+def _divergences(
+    job: Job, rows: Sequence[Row], candidates: Callable[[str], list[Solved]], name: str
+) -> dict[tuple[str, str], np.ndarray]:
+    """What the changes of some rows cost each price item, measured, or read; those that break the model are noted."""
+    if not job.state.has(name):
+        weights = [next(s.weight for s in candidates(r.layer) if s.option.key == r.option) for r in rows]
+        changed = [(r.layer, weight) for r, weight in zip(rows, weights, strict=True)]
+        sums = divergences(job.model, job.objective, job.splits.price.items, job.layers, changed).T
+        job.state.write_json(name, [s.tolist() if bool(s.isfinite().all()) else None for s in sums])
+    found = {}
+    for row, values in zip(rows, job.state.read_json(name), strict=True):
+        if values is not None:
+            found[row.layer, row.option] = np.array(values)
+        else:
+            what = f"with option {row.option} alone the model's outputs are no finite numbers"
+            job.notes.append(f"layer {row.layer}: {what}; its price is that of a quadratic model")
+    return found
 
 
 def _forms(job: Job, kind: str, changes: Mapping[str, list[Change]]) -> Forms:

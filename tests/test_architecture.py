@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "curvature/products": {"curvature/operators", "objective", "processes"},
     "curvature/layerwise": {"curvature/operators", "curvature/estimators"},
     "curvature/fisher": {"curvature/estimators", "objective", "layers", "processes"},
+    "curvature/measured": {"layers", "objective"},
     "curvature/forms": {
         *("curvature/factors", "curvature/fisher", "curvature/operators", "curvature/products", "layers", "objective"),
     },

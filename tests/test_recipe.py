@@ -106,7 +106,7 @@ def test_defaults_of_a_short_recipe(tmp_path: Path) -> None:
             **{"metric": "loss", "max_drop": 0.05, "max_bytes": None, "max_bits": None, "max_macs": None},
             **{"max_bops": None, "limits": (), "confidence": 0.95},
         },
-        "price": {"labels": 2, "curvature": "fisher"},
+        "price": {"labels": 2, "curvature": "fisher", "measure_above": 0.005},
         "analyze": {
             "matrix": "hessian",
             "items": 8,

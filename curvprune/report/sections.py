@@ -918,7 +918,7 @@ def ledger_table(record: Record) -> Table:
             if found is None:
                 line.append(Cell("not offered", class_="n faint"))
                 continue
-            text = plus_minus(found.get("price"), found.get("stderr"))
+            text = plus_minus(found.get("price"), found.get("stderr")) + (" m" if found.get("measured") else "")
             picked = chosen.get(layer) == option
             line.append(number_cell(found.get("price"), f"{text} *" if picked else text, "n strong" if picked else "n"))
         body.append(line)
@@ -927,9 +927,15 @@ def ledger_table(record: Record) -> Table:
 
 def ledger_facts(record: Record) -> str:
     ledger = mapping(record, "ledger")
+    measured = sum(bool(row.get("measured")) for row in items(ledger, "rows"))
     return (
         f"Curvature: {word(ledger.get('curvature'))}; {count(ledger.get('num_items'))} items, "
         f"{count(ledger.get('labels_per_item'))} draw(s) per item; prices in {unit_of(record)}."
+        + (
+            f" {measured} price(s) marked m, the highest, were measured: the loss of that change alone."
+            if measured
+            else ""
+        )
     )
 
 

@@ -46,13 +46,7 @@ from curvprune.recovery import Training
 from curvprune.selection import TRIALS_BESIDES, compare, select_plans
 from curvprune.shapes import architecture_config, changes_of, difference, remember_
 from curvprune.solve import Solved
-from curvprune.stages import (
-    apply_and_measure,
-    certify_plans,
-    price_options,
-    solve_layer,
-    solve_options,
-)
+from curvprune.stages import apply_and_measure, certify_plans, price_options, solve_layer, solve_options
 from curvprune.state import StageLog, State
 from curvprune.structured import Pruned, Structured, offered_widths, prune_units
 

@@ -137,8 +137,8 @@ class Ledger:
             if along is not None and rows[i].price > 0:
                 along[:, :, i] *= math.sqrt(max(0.0, estimate.value) / rows[i].price)
             columns[:, i] = values
-            price = {"price": estimate.value, "stderr": estimate.stderr, "model_stderr": 0.0}
-            rows[i] = replace(rows[i], **price, measured=True)
+            price, stderr = estimate.value, estimate.stderr
+            rows[i] = replace(rows[i], price=price, stderr=stderr, model_stderr=0.0, measured=True)
         return replace(self, rows=tuple(rows), sums=columns, along=along)
 
     def to_dict(self) -> dict[str, Any]:

@@ -35,7 +35,7 @@ CURVATURES = {
 }
 ENOUGH = 8  # layers whose ratios of the two prices say how much ratios vary
 MEASURED_ROWS, MEASURED_TOGETHER = 64, 4  # prices measured: at most, and at a time
-AGREED = 0.15  # ResNet-20's 16 highest prices of 2 bits and 75 % are off by more than that
+AGREED = 0.15  # ResNet-20's 12 highest prices of 2 bits and 75 % are off by more than that
 QUARTILES = 1.349  # between the quartiles of a normal distribution, in standard deviations
 
 

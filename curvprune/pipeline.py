@@ -951,9 +951,11 @@ def _estimate(job: Job, dense: int, cuts: Mapping[str, Mapping[str, Any]]) -> tu
         seconds |= {
             "solve": 1.6 * counts["calibrate"] * forward + share * solving,
             "price": counts["price"] * (forward + s.labels * max(both - forward, forward)),
-            "measure prices": counts["price"] * (1 + MEASURED_TOGETHER) * forward,  # as often as prices are wrong
             "select": (s.trials + TRIALS_BESIDES) * counts["select"] * forward,
         }
+        if s.measure_above is not None:
+            # As often as prices are wrong: once, where they are right.
+            seconds["measure prices"] = counts["price"] * (1 + MEASURED_TOGETHER) * forward
     if cuts:  # two passes for moments, one for gradients and one for prices, and a few factors for each width
         widest = max(layer.shape[1] for layer in job.layers.values())
         factor = _seconds(lambda: torch.linalg.cholesky(torch.eye(widest, device=device)))

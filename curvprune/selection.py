@@ -113,23 +113,26 @@ def item_columns(baseline: ItemResults, compressed: ItemResults, split: Split) -
 
 def _chance(job: Job, verdict: Verdict) -> float:
     """Predicted probability that a plan with this verdict on select is certified on the certify split."""
-    return _chance_at(job, verdict.drop, verdict.stderr, verdict.bound)
+    return chance_at(job, verdict.drop, verdict.stderr, verdict.bound)
 
 
-def _chance_at(job: Job, drop: float, stderr: float, bound: float) -> float:
-    """``bound`` is that of a test with this ``drop``: few documents and skewed losses push it further out than normal
-    ones would. On certify there are usually more documents, so both its error and its quantile are smaller."""
+def chance_at(job: Job, drop: float, stderr: float, bound: float) -> float:
+    """The same for any drop and error on select; ``bound`` is that of a test with this ``drop``. Beyond what normal
+    losses of so many documents make of ``stderr``, it lies further out where losses are skewed. On certify there are
+    usually more documents: the first part falls with their root and has a smaller quantile, the second in proportion
+    (as in the certificate's ``needed``)."""
     assert job.budget is not None and job.budget.max_drop is not None
     here, there = (len(set(split.documents)) for split in (job.splits.select, job.splits.certify))
-    shrink, confidence = (here / there) ** 0.5, job.budget.confidence
-    quantile = stats.t.ppf(confidence, max(1, there - 1)) / stats.t.ppf(confidence, max(1, here - 1))
+    fewer, confidence = here / there, job.budget.confidence
+    t_here, t_there = (float(stats.t.ppf(confidence, max(1, n - 1))) for n in (here, there))
+    straight = min(bound - drop, t_here * stderr)
     return probability_of_certifying(
         drop,
         stderr,
-        stderr * shrink,
+        stderr * fewer**0.5,
         max_drop=job.budget.max_drop,
         confidence=confidence,
-        reach=(bound - drop) * shrink * quantile,
+        reach=straight * fewer**0.5 * t_there / t_here + (bound - drop - straight) * fewer,
     )
 
 
@@ -461,7 +464,7 @@ def allowed_drop(job: Job, low: float, stderr: float, reach: float) -> float:
     high = job.budget.max_drop
     for _ in range(40):
         middle = (low + high) / 2
-        chance = _chance_at(job, middle, stderr, middle + reach)
+        chance = chance_at(job, middle, stderr, middle + reach)
         low, high = (middle, high) if chance >= ACCEPTABLE else (low, middle)
     return low
 

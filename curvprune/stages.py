@@ -13,7 +13,6 @@ Each stage leaves its results in ``state/``, layer by layer, and skips what it f
 from __future__ import annotations
 
 import copy
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,26 +42,16 @@ from curvprune.options import Cast, Keep, Option, Prune, kept_weights, option_fr
 from curvprune.plan import Budget, Plan, corrected
 from curvprune.processes import rank, shared, wait, world
 from curvprune.recovery import Diverged, recover_, restore_, trained_tensors
-from curvprune.selection import (
-    ACCEPTABLE,
-    Bench,
-    allowed_drop,
-    compare,
-    item_columns,
-    keep_results,
-    plan_key,
-    reach_of,
-    results_on,
-)
+from curvprune.selection import Bench, compare, item_columns, keep_results, plan_key, results_on
+from curvprune.sequence import Tried, next_plan, to_test
 from curvprune.solve import Solved, solve
 from curvprune.solve.grids import dequantize
 from curvprune.state import State
 from curvprune.work import work_of
 
 CHECKPOINT_SECONDS = 45.0  # the pricing pass writes its totals this often
-SAFE = 0.95  # predicted probability of being certified that the first plan of the fixed sequence should have
+SAFE = 0.95  # predicted probability of being certified that some plan of the fixed sequence should have
 CAUTION = 0.6  # a more cautious plan may cost so much of the next one's predicted loss
-BOLDEST = 3.0  # ... and a bolder one so many times the one before
 
 
 # ---------------------------------------------------------------------------------------------------------------- solve
@@ -394,13 +383,18 @@ def apply_plan(
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Applied:
     """A plan solved, recovered if that was asked for, written to disk and measured on select; ``record`` is its trial
-    record, ``before`` that of before the recovery."""
+    record, ``before`` that of before the recovery; ``tried`` are those of what was written and of what was recovered:
+    the candidates', where they were kept."""
 
     record: dict[str, Any]
     before: dict[str, Any] | None
     folder: Path
     solved: dict[str, Solved]
-    chance: float | None
+    tried: Tried
+
+    @property
+    def size_and_chance(self) -> tuple[int, float]:
+        return self.record["bytes"], self.tried.record["chance"] or 0.0
 
 
 def _apply_and_write(job: Job, bench: Bench, name: str, choices: dict[str, str]) -> _Applied:
@@ -410,14 +404,14 @@ def _apply_and_write(job: Job, bench: Bench, name: str, choices: dict[str, str])
     model, solved = apply_plan(job, choices, at, f"apply {name}")
     results = results_on(job, f"{at}/select.json", model, job.splits.select)
     record = bench.record(f"{name}, applied", "applied", choices, results)
-    chance = record["chance"]
+    start: Mapping[str, Any] = record
     stitched = next((t for t in bench.trials if t["choices"] == choices), None)
     if stitched is not None and stitched["metric_drop"] < record["metric_drop"]:
         solved = {n: next(s for s in bench.candidates(n) if s.option.key == choices[n]) for n in solved}
         record["note"] = "one sequential pass measured worse than the candidates, which were kept"
-        chance = stitched["chance"]
+        start = stitched
         results = results_on(job, bench.path(choices), model, job.splits.select)  # read: they have been measured
-    before = None
+    before, tried = None, Tried(start, None)
     if job.recover is None:
         model = job.model  # what is not solved is the same there; the copy can go
     else:
@@ -427,14 +421,14 @@ def _apply_and_write(job: Job, bench: Bench, name: str, choices: dict[str, str])
         solved = _recovered(job, model, solved, at, name, results)
         results = results_on(job, f"{at}/recovered-select.json", model, job.splits.select)
         before, record = record, bench.record(f"{name}, recovered", "applied", choices, results)
-        chance = record["chance"]
+        tried = Tried(record, start)
     folder = _written(job, at, model, solved, _plan_of(job, record))
     # What lies on disk packed need not be held in memory twice: codes and scales are enough for a later save.
     light = {
         n: replace(s, weight=torch.empty(0)) if s.codes is not None and job.form_of(n, s.option) != "dense" else s
         for n, s in solved.items()
     }
-    return _Applied(record=record, before=before, folder=folder, solved=light, chance=chance)
+    return _Applied(record=record, before=before, folder=folder, solved=light, tried=tried)
 
 
 def _recovered(
@@ -465,49 +459,34 @@ def _recovered(
 
 def _fixed_sequence(job: Job, bench: Bench, best: dict[str, Any]) -> list[_Applied]:
     """The plans to certify, cautious first, fixed before the certify split is opened: everything here is judged on
-    select alone. While the first is not safe, a more cautious plan goes before it; once it is, bolder ones follow, as
-    far as the applied models leave room (applied sequentially, a plan usually costs less than its candidates did). One
-    that turned out too bold comes last: there it costs the others nothing, and select is a small sample."""
+    select alone. While none is safe, a more cautious plan than all is applied; then those that `next_plan` finds, for
+    the applied models leave room (applied sequentially, and recovered, a plan costs less than its candidates did)."""
     assert job.ledger is not None
-    sequence = [_apply_and_write(job, bench, best["name"], best["choices"])]
-    too_bold: list[_Applied] = []
-    while job.budget is not None and job.budget.max_drop is not None:
-        if len(sequence) + len(too_bold) >= job.settings.attempts:
-            break
-        safe = (sequence[0].chance or 0.0) >= SAFE
-        edge = sequence[-1] if safe else sequence[0]
-        # One that was too bold is followed by one half of the way (in logarithms) to it, and never by itself.
-        factor = _room(job, edge.record) ** 0.5 ** len(too_bold) if safe else CAUTION
-        too_much = min((0.999 * a.record["expected"] for a in too_bold), default=math.inf)
-        try:
-            choices = cheapest(
-                corrected(job.ledger.rows, job.factors),
-                max_loss=min(factor * edge.record["expected"], too_much), **job.within,
-            )  # fmt: skip
-        except Infeasible:
-            break
-        if choices == edge.record["choices"] or (job.bytes_of(choices) < edge.record["bytes"]) != safe:
-            break
-        number = len(sequence) + len(too_bold)
-        name = f"{best['name']}, {'bolder' if safe else 'more cautious'}{f' {number}' if number > 1 else ''}"
-        applied = _apply_and_write(job, bench, name, choices)
-        if safe and (applied.chance or 0.0) < ACCEPTABLE:
-            too_bold.append(applied)
+    applied = [_apply_and_write(job, bench, best["name"], best["choices"])]
+    while job.budget is not None and job.budget.max_drop is not None and len(applied) < job.settings.attempts:
+        if safe := any(chance >= SAFE for _, chance in (a.size_and_chance for a in applied)):
+            choices = next_plan(job, [a.tried for a in applied])
         else:
-            sequence.insert(len(sequence) if safe else 0, applied)
-    sequence += sorted(too_bold, key=lambda a: a.record["bytes"], reverse=True)
-    for applied in sequence:
-        bench.trials += [record for record in (applied.before, applied.record) if record is not None]
-    return sequence
+            choices = _more_cautious(job, max(applied, key=lambda a: a.record["bytes"]).record)
+        if choices is None:
+            break
+        number = f" {len(applied)}" if len(applied) > 1 else ""
+        name = f"{best['name']}, {'bolder' if safe else 'more cautious'}{number}"
+        applied.append(_apply_and_write(job, bench, name, choices))
+    for one in applied:
+        bench.trials += [record for record in (one.before, one.record) if record is not None]
+    return [applied[i] for i in to_test([a.size_and_chance for a in applied])]
 
 
-def _room(job: Job, record: Mapping[str, Any]) -> float:
-    """By how much a bolder plan's predicted loss may exceed that of an applied one: as far as its chance stays
-    `ACCEPTABLE` if measured and predicted loss grow together, at most `BOLDEST`."""
-    drop, stderr = record["metric_drop"], record["metric_stderr"]
-    allowed = allowed_drop(job, drop, stderr, reach_of(record))
-    # That the applied plan measured well is partly luck, so it is taken for a standard error worse.
-    return min(BOLDEST, allowed / (drop + stderr)) if drop + stderr > 0 else BOLDEST
+def _more_cautious(job: Job, record: Mapping[str, Any]) -> dict[str, str] | None:
+    """A larger plan with `CAUTION` times the expected loss of an applied one, if there is any."""
+    assert job.ledger is not None
+    rows = corrected(job.ledger.rows, job.factors)
+    try:
+        choices = cheapest(rows, max_loss=CAUTION * record["expected"], **job.within)
+    except Infeasible:
+        return None
+    return choices if job.bytes_of(choices) > record["bytes"] else None
 
 
 def certify_plans(job: Job, bench: Bench, best: dict[str, Any]) -> Path:

@@ -74,6 +74,7 @@ MAY_IMPORT["selection"] = {
     *("certificate", "controls", "data", "job", "knapsack", "layers", "ledger", "objective", "options", "plan"),
     *("quadratic", "solve"),
 }
+MAY_IMPORT["sequence"] = {"job", "knapsack", "plan", "selection"}
 MAY_IMPORT["stages"] = {*MAY_IMPORT} - {"hf", "lmeval", "recipe", "report", "structured"}
 MAY_IMPORT["export"] = {"artifact", "hf", "layers", "options", "shapes", "state"}
 MAY_IMPORT["pipeline"] = {*MAY_IMPORT}

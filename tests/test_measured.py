@@ -218,7 +218,10 @@ def test_a_threshold_that_is_none(wrong):
 def test_a_run_measures_once_and_its_report_says_which(tmp_path, monkeypatch):
     path = tiny.write_recipe(tmp_path)
     text = path.read_text()
+    path.write_text(text + "price: {measure_above: null}\n")
+    assert "measure prices" not in pipeline.check(path).minutes
     path.write_text(text + "price: {measure_above: 0.001}\n")
+    assert pipeline.check(path).minutes["measure prices"] > 0
     result = pipeline.run(path, tmp_path / "out", progress=False)
     rows = result.record["ledger"]["rows"]
     assert 0 < sum(r["measured"] for r in rows) < len(rows)

@@ -1,0 +1,158 @@
+"""Which plans go to the certificate: expected bytes against simulation, chances against closed forms."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+
+from curvprune import sequence
+from curvprune.job import Job
+from curvprune.knapsack import Infeasible
+from curvprune.ledger import Row
+from curvprune.plan import Budget
+from curvprune.selection import chance_at
+from curvprune.sequence import Tried, chance_of, expected_saving, next_plan, to_test
+
+
+def shipped(plans: list[tuple[int, float]], luck: float) -> int | None:
+    """What ships if plans with a chance above ``luck`` pass: tested in turn, up to the first that does not."""
+    last = None
+    for i in to_test(plans):
+        size, chance = plans[i]
+        if chance <= luck:
+            break
+        last = size
+    return last
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_expected_saving_is_the_mean_of_what_ships(seed):
+    rng = np.random.default_rng(seed)
+    plans = [
+        (int(size), float(chance)) for size, chance in zip(rng.integers(10, 99, 5), rng.uniform(size=5), strict=True)
+    ]
+    lucks = (np.arange(20_000) + 0.5) / 20_000
+    saved = [120 - size if (size := shipped(plans, luck)) is not None else 0 for luck in lucks]
+    assert expected_saving(plans, 120) == pytest.approx(np.mean(saved), rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_other_choice_of_plans_to_test_saves_more(seed):
+    """Brute force over every subset, tested from the largest to the smallest."""
+    rng = np.random.default_rng(100 + seed)
+    plans = [
+        (int(size), float(chance)) for size, chance in zip(rng.integers(10, 99, 5), rng.uniform(size=5), strict=True)
+    ]
+
+    def saving(subset: list[tuple[int, float]]) -> float:
+        mean, before, passing = 0.0, 120, 1.0
+        for size, chance in sorted(subset, reverse=True):
+            passing = min(passing, chance)
+            mean, before = mean + passing * (before - size), size
+        return mean
+
+    subsets = [[p for k, p in enumerate(plans) if bits >> k & 1] for bits in range(32)]
+    assert expected_saving(plans, 120) == pytest.approx(max(map(saving, subsets)))
+
+
+def test_a_plan_beside_a_smaller_and_likelier_one_is_not_tested():
+    assert to_test([(90, 0.99), (80, 0.7), (70, 0.8), (60, 0.1)]) == [0, 2, 3]
+    assert to_test([(80, 1.0), (90, 1.0)]) == [1, 0], "as likely: what select cannot tell apart is tested all the same"
+    assert to_test([(80, 0.9), (80, 0.5)]) == [0], "of one size the likelier one"
+    assert to_test([(80, 0.0)]) == [0]
+
+
+# Four layers with four options each: 2 bytes less for twice the price.
+SIZES, PRICES = (8, 6, 4, 2), (0.001, 0.002, 0.004, 0.008)
+
+
+def job_of(max_drop: float = 0.1, within: dict[str, object] | None = None) -> Any:
+    rows = [
+        Row(layer=f"layer {i}", option=f"{k}", bytes=1000 * size, price=price * (1 + i / 10), stderr=0.0)
+        for i in range(4)
+        for k, (size, price) in enumerate(zip(SIZES, PRICES, strict=True))
+    ]
+    found = {(r.layer, r.option): r for r in rows}
+    documents = SimpleNamespace(documents=tuple(map(str, range(30))))
+    return Mock(
+        spec=Job,
+        ledger=SimpleNamespace(rows=rows),
+        factors={},
+        within=within or {},
+        budget=Budget("loss", max_drop=max_drop),
+        splits=SimpleNamespace(select=documents, certify=documents),
+        expected=lambda choices: sum(found[pair].price for pair in choices.items()),
+        bytes_of=lambda choices: sum(found[pair].bytes for pair in choices.items()),
+    )
+
+
+def record(job: Any, picks: str, drop: float, stderr: float, reach: float | None = None) -> dict[str, object]:
+    choices = {f"layer {i}": pick for i, pick in enumerate(picks)}
+    bound = drop + (2 * stderr if reach is None else reach)
+    return {
+        "choices": choices, "bytes": job.bytes_of(choices), "expected": job.expected(choices), "metric_drop": drop,
+        "metric_stderr": stderr, "metric_bound": bound, "chance": chance_at(job, drop, stderr, bound),
+    }  # fmt: skip
+
+
+def test_the_chance_of_a_plan_comes_from_the_nearest_applied_one():
+    job = job_of()
+    small, large = record(job, "0000", 0.01, 0.002), record(job, "2222", 0.05, 0.004)
+    tried = [Tried(small, None), Tried(large, None)]
+    for near, expected in ((small, 1.5 * small["expected"]), (large, 0.8 * large["expected"])):
+        f = expected / near["expected"]
+        drop, stderr = f * near["metric_drop"], f * near["metric_stderr"]
+        assert chance_of(job, expected, tried) == pytest.approx(chance_at(job, drop, stderr, drop + 2 * stderr))
+    lucky = Tried(record(job, "0000", -0.002, 0.01), None)
+    assert chance_of(job, 8 * small["expected"], [lucky]) == pytest.approx(chance_at(job, -0.002, 0.08, 0.158)), (
+        "what measured better than nothing does not get better by being bolder"
+    )
+
+
+def test_what_a_recovery_gave_back_grows_more_slowly_than_the_loss():
+    job = job_of()
+    before, after = record(job, "1111", 0.06, 0.004), record(job, "1111", 0.02, 0.003)
+    tried = [Tried(after, before)]
+    assert chance_of(job, after["expected"], tried) == pytest.approx(after["chance"])
+    drop = 2 * 0.06 - 2**sequence.RECOVERED * 0.04
+    assert drop > 2 * 0.02
+    assert chance_of(job, 2 * after["expected"], tried) == pytest.approx(chance_at(job, drop, 0.006, drop + 0.012))
+
+
+def test_a_plan_without_a_bound_promises_nothing():
+    job = job_of()
+    endless = record(job, "0000", 0.01, 0.002) | {"metric_bound": None, "chance": 0.0}
+    assert chance_of(job, endless["expected"], [Tried(endless, None)]) == 0.0
+    assert next_plan(job, [Tried(endless, None)]) is None
+
+
+def test_the_next_plan_saves_most_of_all_plans():
+    job = job_of(max_drop=0.05)
+    tried = [Tried(record(job, "0000", 0.012, 0.002), None), Tried(record(job, "3333", 0.2, 0.02), None)]
+    best = next_plan(job, tried)
+    assert best is not None
+
+    def saving(choices):
+        plans = [(t.record["bytes"], t.record["chance"]) for t in tried]
+        chance = chance_of(job, job.expected(choices), tried)
+        return expected_saving([*plans, (job.bytes_of(choices), chance)], 32_000)
+
+    every = [{f"layer {i}": str(n // 4**i % 4) for i in range(4)} for n in range(4**4)]
+    assert saving(best) == pytest.approx(max(map(saving, every)), rel=0.02)
+    assert 8_000 < job.bytes_of(best) < 32_000
+
+
+def test_there_is_no_next_plan_where_none_is_smaller_or_fits():
+    job = job_of(max_drop=10.0)
+    smallest = Tried(record(job, "3333", 0.01, 0.001), None)
+    assert next_plan(job, [smallest]) is None, "the smallest passes"
+    free = Tried(record(job, "0000", 0.0, 0.001) | {"expected": 0.0}, None)
+    assert next_plan(job, [free]) is None, "how much bolder another one is cannot be told"
+    tight = job_of(max_drop=10.0, within={"max_bytes": 7_999})
+    with pytest.raises(Infeasible):
+        sequence.cheapest(tight.ledger.rows, max_loss=1.0, **tight.within)
+    assert next_plan(tight, [Tried(record(tight, "0000", 0.0, 0.001), None)]) is None

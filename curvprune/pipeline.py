@@ -46,7 +46,7 @@ from curvprune.recovery import Training
 from curvprune.selection import TRIALS_BESIDES, compare, select_plans
 from curvprune.shapes import architecture_config, changes_of, difference, remember_
 from curvprune.solve import Solved
-from curvprune.stages import apply_and_measure, certify_plans, price_options, solve_layer, solve_options
+from curvprune.stages import EARLIER, apply_and_measure, certify_plans, price_options, solve_layer, solve_options
 from curvprune.state import StageLog, State
 from curvprune.structured import Pruned, Structured, offered_widths, prune_units
 
@@ -75,7 +75,9 @@ def run(
     """Run a recipe into the folder ``out``; a second call goes on where the first was interrupted.
 
     ``reuse`` is the folder of another run, of the same recipe but for the sections `MAY_DIFFER`, a budget for one: what
-    it has solved, priced and measured on the select split is not done again. A folder that has begun goes on alone.
+    it has solved, priced and measured on the select split is not done again. With the same recovery the plans that it
+    has recovered are candidates too, and tell how far the next may go; without, the result is that of a run from
+    scratch. A folder that has begun goes on alone.
 
     Of several processes (``torchrun``, one file system) each solves its share of the layers and prices its share of the
     items; the first goes on alone, and only its result has a record.
@@ -742,15 +744,33 @@ def _claim(recipe: Recipe, root: State, about: Mapping[str, Any], source: State 
             raise RecipeError(
                 f"{root.path('state')} holds results of an unknown run; delete it, or give --out a new folder"
             )
-        shutil.rmtree(root.path(".state.new"), ignore_errors=True)  # what an interrupted copy left
-        shutil.copytree(source.path("state"), root.path(".state.new"), copy_function=_link, ignore=_not_reused)
+        new = root.path(".state.new")
+        shutil.rmtree(new, ignore_errors=True)  # what an interrupted copy left
+        shutil.copytree(source.path("state"), new, copy_function=_link, ignore=_not_reused)
+        if recipe.recover is not None and recipe.recover == load_recipe(source.path(LOCK)).recover:
+            _take_recovered(source, new)
         root.path(".state.new").rename(root.path("state"))
     root.write_text(LOCK, lock_text(recipe, {**inputs, **hf.versions(), "python": platform.python_version()}))
     root.write_json(INPUTS, inputs)
 
 
 # What depends on more than the layers' options and the data.
-_not_reused = shutil.ignore_patterns("applied", "certify", "curvature", "done.json", "inputs.json", ".*.tmp")
+_not_reused = shutil.ignore_patterns("applied", "certify", "curvature", "done.json", "inputs.json", EARLIER, ".*.tmp")
+
+
+def _take_recovered(source: State, new: Path) -> None:
+    """The plans that a run has applied and recovered, which is most of its time, for one with the same recovery: what
+    they lost on select says how far its own may go, and they may be certified for its budget."""
+    plans = []
+    for folder in sorted(source.path("state/applied").glob("*")):
+        written = folder / "model"
+        if (written / "complete").exists():
+            shutil.copytree(folder, new / "applied" / folder.name, copy_function=_link, ignore=_not_applied)
+            plans.append(State(written).read_json(artifact.MANIFEST)["plan"]["choices"])
+    State(new).write_json(EARLIER, plans)
+
+
+_not_applied = shutil.ignore_patterns("model", ".*.tmp")
 
 
 def _link(source: str, target: str) -> None:

@@ -19,6 +19,7 @@ from curvprune.selection import SAME_SIZE, chance_at, reach_of
 
 BOLDEST = 3.0  # a plan is looked for up to so many times the largest expected loss of those that were applied
 STEPS = 40  # ... at so many losses
+SURE = 0.999  # chance above which no larger plan is tested before
 # What a recovery gives back grows with this power of the loss it starts from. SmolLM2-135M, 0.016 to 0.15 nats added,
 # 48 steps: 0.7; 0.10 to 0.20, 24 steps: 0.9.
 RECOVERED = 0.75
@@ -32,11 +33,11 @@ class Tried(NamedTuple):
 
 
 def to_test(plans: Sequence[tuple[int, float]]) -> list[int]:
-    """Indices of the plans, given as (bytes, chance), to test, largest first: all but those beside which another is as
-    small and likelier to pass. Along the rest chances fall."""
+    """Indices of the plans, given as (bytes, chance), to test, largest first: all but those beside which a smaller one
+    is likelier to pass, or `SURE` to. Along the rest chances fall."""
     kept: list[int] = []
     for i in sorted(range(len(plans)), key=lambda i: (plans[i][0], -plans[i][1])):
-        if not kept or plans[i][1] >= plans[kept[-1]][1]:
+        if not kept or plans[kept[-1]][1] <= min(plans[i][1], SURE):
             kept.append(i)
     return kept[::-1]
 

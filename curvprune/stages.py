@@ -51,6 +51,7 @@ from curvprune.work import work_of
 
 CHECKPOINT_SECONDS = 45.0  # the pricing pass writes its totals this often
 SAFE = 0.95  # predicted probability of being certified that some plan of the fixed sequence should have
+EARLIER = "earlier.json"  # plans that a reused run has recovered
 CAUTION = 0.6  # a more cautious plan may cost so much of the next one's predicted loss
 
 
@@ -406,11 +407,15 @@ def _apply_and_write(job: Job, bench: Bench, name: str, choices: dict[str, str])
     record = bench.record(f"{name}, applied", "applied", choices, results)
     start: Mapping[str, Any] = record
     stitched = next((t for t in bench.trials if t["choices"] == choices), None)
-    if stitched is not None and stitched["metric_drop"] < record["metric_drop"]:
+    decision = f"{at}/start.json"  # a run that reuses this plan may not have the trial, but has what came of it
+    if not job.state.has(decision):
+        better = stitched is not None and stitched["metric_drop"] < record["metric_drop"]
+        job.state.write_json(decision, {"candidates": better})
+    if job.state.read_json(decision)["candidates"]:
         solved = {n: next(s for s in bench.candidates(n) if s.option.key == choices[n]) for n in solved}
         record["note"] = "one sequential pass measured worse than the candidates, which were kept"
-        start = stitched
         results = results_on(job, bench.path(choices), model, job.splits.select)  # read: they have been measured
+        start = stitched or bench.record(name, "plan", choices, results)
     before, tried = None, Tried(start, None)
     if job.recover is None:
         model = job.model  # what is not solved is the same there; the copy can go
@@ -459,12 +464,16 @@ def _recovered(
 
 def _fixed_sequence(job: Job, bench: Bench, best: dict[str, Any]) -> list[_Applied]:
     """The plans to certify, cautious first, fixed before the certify split is opened: everything here is judged on
-    select alone. While none is safe, a more cautious plan than all is applied; then those that `next_plan` finds, for
-    the applied models leave room (applied sequentially, and recovered, a plan costs less than its candidates did)."""
+    select alone. Unless an earlier run has left a safe one, the best plan is applied, and more cautious ones until one
+    is safe; then those that `next_plan` finds, for the applied models leave room (applied sequentially, and recovered,
+    a plan costs less than its candidates did). ``attempts`` counts what this run applies."""
     assert job.ledger is not None
-    applied = [_apply_and_write(job, bench, best["name"], best["choices"])]
-    while job.budget is not None and job.budget.max_drop is not None and len(applied) < job.settings.attempts:
-        if safe := any(chance >= SAFE for _, chance in (a.size_and_chance for a in applied)):
+    applied = _applied_earlier(job, bench)
+    attempts = len(applied) + job.settings.attempts
+    if not _any_safe(applied):
+        applied.append(_apply_and_write(job, bench, best["name"], best["choices"]))
+    while job.budget is not None and job.budget.max_drop is not None and len(applied) < attempts:
+        if safe := _any_safe(applied):
             choices = next_plan(job, [a.tried for a in applied])
         else:
             choices = _more_cautious(job, max(applied, key=lambda a: a.record["bytes"]).record)
@@ -476,6 +485,26 @@ def _fixed_sequence(job: Job, bench: Bench, best: dict[str, Any]) -> list[_Appli
     for one in applied:
         bench.trials += [record for record in (one.before, one.record) if record is not None]
     return [applied[i] for i in to_test([a.size_and_chance for a in applied])]
+
+
+def _applied_earlier(job: Job, bench: Bench) -> list[_Applied]:
+    """Plans that a reused run has recovered and that fit this budget's limits: read again, not made."""
+    assert job.budget is not None
+    if job.budget.max_drop is None or not job.state.has(EARLIER):
+        return []
+    fitting = [
+        choices
+        for choices in job.state.read_json(EARLIER)
+        if job.keeps_within(choices) and all(len({choices[n] for n in unit}) == 1 for unit in job.units)
+    ]
+    fitting.sort(key=job.bytes_of, reverse=True)
+    if fitting:
+        job.notes.append(f"{len(fitting)} plans that the reused run had recovered were candidates for this budget too")
+    return [_apply_and_write(job, bench, f"earlier plan {i}", choices) for i, choices in enumerate(fitting, 1)]
+
+
+def _any_safe(applied: Sequence[_Applied]) -> bool:
+    return any(chance >= SAFE for _, chance in (a.size_and_chance for a in applied))
 
 
 def _more_cautious(job: Job, record: Mapping[str, Any]) -> dict[str, str] | None:

@@ -717,6 +717,65 @@ def test_an_interrupted_recovery_starts_again_and_nothing_before_it_does(recipe,
     assert not trained and files(out) == files(finished.folder)
 
 
+def weights(folder: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in (folder / "model").glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("candidates", [False, True])
+def test_another_budget_knows_what_was_recovered(recipe, tmp_path, monkeypatch, candidates):
+    """Plans of the run that is reused are candidates again, as they were, and are not made again."""
+    select_plans = pipeline.select_plans
+
+    def selected(job, found):  # whether the candidates or the sequential pass are recovered
+        bench, best = select_plans(job, found)
+        for trial in bench.trials:
+            trial["metric_drop"] += -1.0 if candidates else 1.0
+        return bench, best
+
+    monkeypatch.setattr(pipeline, "select_plans", selected)
+    monkeypatch.setattr(stages, "next_plan", lambda job, tried: None)
+    text = recipe.read_text()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    first = pipeline.run(recipe, tmp_path / "first", progress=False)
+    assert bool([t for t in first.record["trials"] if "candidates, which were kept" in t["note"]]) == candidates
+    monkeypatch.setattr(stages, "recover_", None)  # would fail
+    wider = tmp_path / "wider.yaml"
+    wider.write_text(text.replace("max_drop: 0.2", "max_drop: 0.9"))
+    again = pipeline.run(wider, tmp_path / "again", progress=False, reuse=first.folder)
+    assert weights(again.folder) == weights(first.folder)
+    assert [a["plan"] for a in again.record["attempts"]] == ["earlier plan 1, recovered"]
+    assert again.record["verdict"]["drop"] == first.record["verdict"]["drop"]
+    assert any("had recovered were candidates" in note for note in again.record["notes"])
+    third = pipeline.run(recipe, tmp_path / "third", progress=False, reuse=again.folder)
+    assert weights(third.folder) == weights(first.folder), "also from a run that has reused"
+    (again.folder / "report.json").unlink()
+    assert pipeline.run(wider, again.folder, progress=False).record["attempts"] == again.record["attempts"]
+
+
+def test_what_another_recovery_made_is_not_taken(recipe, finished, tmp_path):
+    path = tmp_path / "shorter.yaml"
+    path.write_text(recipe.read_text().replace("steps: 20", "steps: 10"))
+    fresh = pipeline.run(path, tmp_path / "fresh", progress=False)
+    reused = pipeline.run(path, tmp_path / "reused", progress=False, reuse=finished.folder)
+    assert files(reused.folder) == files(fresh.folder) and not (reused.folder / "state" / stages.EARLIER).exists()
+
+
+def test_earlier_plans_that_do_not_fit_are_left_out(recipe, tmp_path):
+    tight, wide = tmp_path / "tight.yaml", tmp_path / "wide.yaml"
+    tight.write_text(recipe.read_text().replace("max_drop: 0.2", "max_drop: 0.03"))
+    first = pipeline.run(tight, tmp_path / "first", progress=False)
+    job, _ = pipeline.prepare(pipeline.load_recipe(tight), None, progress=False)
+    choices = {layer["name"]: layer["option"] for layer in first.record["layers"]}
+    used = job.bytes_of(choices) + job.within["fixed_bytes"] - job.fixed_bytes  # with the header
+    assert used > job.smallest_bytes()
+    for limit, known in ((used, True), (used - 1, False)):
+        wide.write_text(recipe.read_text().replace("max_drop: 0.2", f"max_drop: 0.9, max_bytes: {limit}"))
+        result = pipeline.run(wide, tmp_path / f"{known}", progress=False, reuse=first.folder)
+        assert any(t["name"] == "earlier plan 1, recovered" for t in result.record["trials"]) == known
+        assert result.record["attempts"][0]["status"] == "CERTIFIED"
+
+
 def count_calls(function, calls):
     def counted(*arguments, **named):
         calls.append(named.get("resume"))

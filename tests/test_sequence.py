@@ -61,7 +61,8 @@ def test_no_other_choice_of_plans_to_test_saves_more(seed):
 
 def test_a_plan_beside_a_smaller_and_likelier_one_is_not_tested():
     assert to_test([(90, 0.99), (80, 0.7), (70, 0.8), (60, 0.1)]) == [0, 2, 3]
-    assert to_test([(80, 1.0), (90, 1.0)]) == [1, 0], "as likely: what select cannot tell apart is tested all the same"
+    assert to_test([(80, 0.9), (90, 0.9)]) == [1, 0], "as likely: what select cannot tell apart is tested all the same"
+    assert to_test([(70, 0.2), (80, 0.9995), (90, 1.0)]) == [1, 0], "nothing before what is as good as sure"
     assert to_test([(80, 0.9), (80, 0.5)]) == [0], "of one size the likelier one"
     assert to_test([(80, 0.0)]) == [0]
 
@@ -100,13 +101,14 @@ def record(job: Any, picks: str, drop: float, stderr: float, reach: float | None
 
 
 def test_the_chance_of_a_plan_comes_from_the_nearest_applied_one():
-    job = job_of()
-    small, large = record(job, "0000", 0.01, 0.002), record(job, "2222", 0.05, 0.004)
+    job = job_of(max_drop=0.02)
+    small, large = record(job, "0000", 0.01, 0.002), record(job, "2222", 0.02, 0.004)
     tried = [Tried(small, None), Tried(large, None)]
     for near, expected in ((small, 1.5 * small["expected"]), (large, 0.8 * large["expected"])):
         f = expected / near["expected"]
         drop, stderr = f * near["metric_drop"], f * near["metric_stderr"]
-        assert chance_of(job, expected, tried) == pytest.approx(chance_at(job, drop, stderr, drop + 2 * stderr))
+        chance = chance_of(job, expected, tried)
+        assert chance == pytest.approx(chance_at(job, drop, stderr, drop + 2 * stderr)) and 0.2 < chance < 0.8
     lucky = Tried(record(job, "0000", -0.002, 0.01), None)
     assert chance_of(job, 8 * small["expected"], [lucky]) == pytest.approx(chance_at(job, -0.002, 0.08, 0.158)), (
         "what measured better than nothing does not get better by being bolder"

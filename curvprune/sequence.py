@@ -82,7 +82,7 @@ def next_plan(job: Job, tried: Sequence[Tried]) -> dict[str, str] | None:
         except Infeasible:
             continue
         expected = job.expected(choices)
-        if not expected > 0 or any(choices == t.record["choices"] for t in tried):
+        if not expected > 0:
             continue
         saved = expected_saving([*plans, (job.bytes_of(choices), chance_of(job, expected, tried))], largest)
         if saved > least:

@@ -172,8 +172,7 @@ def sequence(recipe, monkeypatch):
 
 
 def test_a_bolder_plan_is_the_one_that_is_expected_to_save_most(sequence):
-    job, plans, _ = sequence(2, drop=8.0, of_bolder=8.0)
-    first, second = plans
+    job, _, (first, second) = sequence(2, drop=8.0, of_bolder=8.0)
     assert second["name"] == "plan, bolder" and second["bytes"] < first["bytes"]
 
     def saving(choices):
@@ -190,17 +189,20 @@ def test_a_bolder_plan_is_the_one_that_is_expected_to_save_most(sequence):
     most = saving(second["choices"])
     assert most == pytest.approx(max(map(saving, every)), rel=0.02)
     assert 0.4 < most / (first["bytes"] - second["bytes"]) < 0.9, "bold enough to fail"
-    job, plans, _ = sequence(2, drop=0.1, of_bolder=0.1)  # next to nothing was lost: how losses grow is not known
-    assert 2 < plans[1]["expected"] / plans[0]["expected"] <= cp.sequence.BOLDEST
+    _, _, (first, second) = sequence(
+        2, drop=0.1, of_bolder=0.1
+    )  # next to nothing was lost: how losses grow is not known
+    assert 2 < second["expected"] / first["expected"] <= cp.sequence.BOLDEST
 
 
 def test_a_plan_that_was_too_bold_is_followed_by_one_on_the_way_to_it(sequence):
     _, plans, trials = sequence(3, drop=4.0, of_bolder=40.0)
     assert [t["name"] for t in trials] == ["plan", "plan, bolder", "plan, bolder 2"]
-    assert [p["name"] for p in plans] == ["plan", "plan, bolder 2", "plan, bolder"], "tested from cautious to bold"
-    assert plans[0]["chance"] >= plans[1]["chance"] > 0.5 > 0.01 > plans[2]["chance"]
+    first, bold, between = trials
+    assert [p["name"] for p in plans] == ["plan, bolder 2", "plan, bolder"], "nothing before a sure one"
+    assert first["chance"] >= between["chance"] > cp.sequence.SURE > 0.01 > bold["chance"]
     # Nothing beyond what the two have shown: what is nearer to the second is expected to lose as it did.
-    assert plans[1]["expected"] < (plans[0]["expected"] * plans[2]["expected"]) ** 0.5
+    assert between["expected"] < (first["expected"] * bold["expected"]) ** 0.5
     _, _, trials = sequence(4, drop=4.0, of_bolder=40.0, priced=4)
     plans = [tuple(sorted(t["choices"].items())) for t in trials]
     assert len(plans) >= 2 and len(plans) == len(set(plans)), "of few plans none is made twice"

@@ -724,16 +724,18 @@ def weights(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("candidates", [False, True])
 def test_another_budget_knows_what_was_recovered(recipe, tmp_path, monkeypatch, candidates):
     """Plans of the run that is reused are candidates again, as they were, and are not made again."""
-    select_plans = pipeline.select_plans
+    select_plans, seen = pipeline.select_plans, []
 
     def selected(job, found):  # whether the candidates or the sequential pass are recovered
         bench, best = select_plans(job, found)
         for trial in bench.trials:
             trial["metric_drop"] += -1.0 if candidates else 1.0
+        if seen:  # a run for another budget may not have measured the same plans
+            bench.trials.clear()
         return bench, best
 
     monkeypatch.setattr(pipeline, "select_plans", selected)
-    monkeypatch.setattr(stages, "next_plan", lambda job, tried: None)
+    monkeypatch.setattr(stages, "next_plan", lambda job, tried: seen.append(tried))
     text = recipe.read_text()
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text)
@@ -747,6 +749,10 @@ def test_another_budget_knows_what_was_recovered(recipe, tmp_path, monkeypatch, 
     assert [a["plan"] for a in again.record["attempts"]] == ["earlier plan 1, recovered"]
     assert again.record["verdict"]["drop"] == first.record["verdict"]["drop"]
     assert any("had recovered were candidates" in note for note in again.record["notes"])
+    for tried in seen:
+        assert tried[0].record["name"].endswith(", recovered")
+        assert tried[0].before["name"].endswith(", applied") != candidates, "what was recovered"
+    assert len(seen) == 2
     third = pipeline.run(recipe, tmp_path / "third", progress=False, reuse=again.folder)
     assert weights(third.folder) == weights(first.folder), "also from a run that has reused"
     (again.folder / "report.json").unlink()

@@ -8,8 +8,9 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from curvprune import sequence
+from curvprune import sequence, stages
 from curvprune.job import Job
 from curvprune.knapsack import Infeasible
 from curvprune.ledger import Row
@@ -71,21 +72,23 @@ def test_a_plan_beside_a_smaller_and_likelier_one_is_not_tested():
 SIZES, PRICES = (8, 6, 4, 2), (0.001, 0.002, 0.004, 0.008)
 
 
-def job_of(max_drop: float = 0.1, within: dict[str, object] | None = None) -> Any:
+def job_of(
+    max_drop: float = 0.1, within: dict[str, object] | None = None, documents: tuple[int, int] = (30, 30)
+) -> Any:
     rows = [
         Row(layer=f"layer {i}", option=f"{k}", bytes=1000 * size, price=price * (1 + i / 10), stderr=0.0)
         for i in range(4)
         for k, (size, price) in enumerate(zip(SIZES, PRICES, strict=True))
     ]
     found = {(r.layer, r.option): r for r in rows}
-    documents = SimpleNamespace(documents=tuple(map(str, range(30))))
+    select, certify = (SimpleNamespace(documents=tuple(map(str, range(n)))) for n in documents)
     return Mock(
         spec=Job,
         ledger=SimpleNamespace(rows=rows),
         factors={},
         within=within or {},
         budget=Budget("loss", max_drop=max_drop),
-        splits=SimpleNamespace(select=documents, certify=documents),
+        splits=SimpleNamespace(select=select, certify=certify),
         expected=lambda choices: sum(found[pair].price for pair in choices.items()),
         bytes_of=lambda choices: sum(found[pair].bytes for pair in choices.items()),
     )
@@ -113,6 +116,25 @@ def test_the_chance_of_a_plan_comes_from_the_nearest_applied_one():
     assert chance_of(job, 8 * small["expected"], [lucky]) == pytest.approx(chance_at(job, -0.002, 0.08, 0.158)), (
         "what measured better than nothing does not get better by being bolder"
     )
+
+
+def test_a_bound_comes_nearer_with_the_root_of_the_documents_and_what_skewness_adds_in_proportion():
+    job, drop, stderr, skewed = job_of(max_drop=0.1, documents=(9, 36)), 0.07, 0.01, 0.03
+    t9, t36 = stats.t.ppf(0.95, 8), stats.t.ppf(0.95, 35)
+    reach = t36 * stderr / 2 + skewed / 4
+    margin, spread = 0.1 - drop - reach, np.hypot(stderr, stderr / 2)
+    assert chance_at(job, drop, stderr, drop + t9 * stderr + skewed) == pytest.approx(stats.norm.cdf(margin / spread))
+    reach = 0.8 * t36 * stderr / 2  # a bound that is nearer than normal losses would have it
+    chance = stats.norm.cdf((0.1 - drop - reach) / spread)
+    assert chance_at(job, drop, stderr, drop + 0.8 * t9 * stderr) == pytest.approx(chance)
+
+
+def test_a_more_cautious_plan_is_larger():
+    job = job_of()
+    found = stages._more_cautious(job, {"expected": 0.04, "bytes": 9_000})
+    assert found is not None and job.bytes_of(found) > 9_000 and job.expected(found) <= 0.6 * 0.04
+    assert stages._more_cautious(job, {"expected": 1.0, "bytes": 8_000}) is None, "the smallest plan itself"
+    assert stages._more_cautious(job, {"expected": 0.004, "bytes": 30_000}) is None, "none loses so little"
 
 
 def test_what_a_recovery_gave_back_grows_more_slowly_than_the_loss():

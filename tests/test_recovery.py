@@ -4,7 +4,9 @@ measured is what is stored."""
 from __future__ import annotations
 
 import copy
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -753,6 +755,8 @@ def test_another_budget_knows_what_was_recovered(recipe, tmp_path, monkeypatch, 
         assert tried[0].record["name"].endswith(", recovered")
         assert tried[0].before["name"].endswith(", applied") != candidates, "what was recovered"
     assert len(seen) == 2
+    written = json.loads((again.folder / "model" / "curvprune.json").read_text())["plan"]
+    assert any("had recovered were candidates" in note for note in written["notes"]), "written anew"
     third = pipeline.run(recipe, tmp_path / "third", progress=False, reuse=again.folder)
     assert weights(third.folder) == weights(first.folder), "also from a run that has reused"
     (again.folder / "report.json").unlink()
@@ -763,7 +767,10 @@ def test_what_another_recovery_made_is_not_taken(recipe, finished, tmp_path):
     path = tmp_path / "shorter.yaml"
     path.write_text(recipe.read_text().replace("steps: 20", "steps: 10"))
     fresh = pipeline.run(path, tmp_path / "fresh", progress=False)
-    reused = pipeline.run(path, tmp_path / "reused", progress=False, reuse=finished.folder)
+    source = shutil.copytree(finished.folder, tmp_path / "source")
+    plans = [{layer["name"]: layer["option"] for layer in finished.record["layers"]}]
+    (source / "state" / stages.EARLIER).write_text(json.dumps(plans))  # as if it had reused one
+    reused = pipeline.run(path, tmp_path / "reused", progress=False, reuse=source)
     assert files(reused.folder) == files(fresh.folder) and not (reused.folder / "state" / stages.EARLIER).exists()
 
 

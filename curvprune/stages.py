@@ -470,7 +470,7 @@ def _fixed_sequence(job: Job, bench: Bench, best: dict[str, Any]) -> list[_Appli
     assert job.ledger is not None
     applied = _applied_earlier(job, bench)
     attempts = len(applied) + job.settings.attempts
-    if not _any_safe(applied):
+    if not _any_safe(applied) and all(a.record["choices"] != best["choices"] for a in applied):
         applied.append(_apply_and_write(job, bench, best["name"], best["choices"]))
     while job.budget is not None and job.budget.max_drop is not None and len(applied) < attempts:
         if safe := _any_safe(applied):

@@ -763,6 +763,18 @@ def test_another_budget_knows_what_was_recovered(recipe, tmp_path, monkeypatch, 
     assert pipeline.run(wider, again.folder, progress=False).record["attempts"] == again.record["attempts"]
 
 
+def test_an_earlier_plan_that_is_not_safe_is_followed_by_a_more_cautious_one(recipe, finished, tmp_path, monkeypatch):
+    """The best plan, which the earlier run has recovered, is not applied a second time."""
+    monkeypatch.setattr(stages, "SAFE", 1.1)
+    asked: list[float] = []
+    monkeypatch.setattr(stages, "_more_cautious", lambda job, record: asked.append(record["bytes"]))
+    path = tmp_path / "again.yaml"
+    path.write_text(recipe.read_text().replace("title: Tiny", "title: Again"))
+    result = pipeline.run(path, tmp_path / "out", progress=False, reuse=finished.folder)
+    applied = [t for t in result.record["trials"] if t["name"].endswith(", recovered")]
+    assert [t["name"] for t in applied] == ["earlier plan 1, recovered"] and asked == [applied[0]["bytes"]]
+
+
 def test_what_another_recovery_made_is_not_taken(recipe, finished, tmp_path):
     path = tmp_path / "shorter.yaml"
     path.write_text(recipe.read_text().replace("steps: 20", "steps: 10"))

@@ -6,7 +6,7 @@ Text: ``BENCH_TEXTS`` (see ``quantization.py``) without title pages, whole plays
 of 256 tokens.
 Ours: ``recipes/quickstart.yaml`` with that ``max_drop``, grids with zero points of 2 to 6 bits, 48 steps of recovery on
 windows of their own, codes included (``RECOVER``: other fields of the recipe's section, as JSON), and ``ATTEMPTS`` (3)
-plans applied. Without ``LLMC_PYTHON`` ours alone. Theirs: GPTQ with ``observer="imatrix_mse"`` in groups of 64,
+plans applied for each budget; those of the budgets before it are known. Without ``LLMC_PYTHON`` ours alone. Theirs: GPTQ with ``observer="imatrix_mse"`` in groups of 64,
 one grid for all layers, from 3 bits up to the first that the smallest budget admits, with zero points and without,
 calibrated on the recipe's items (``LLMC_PYTHON``: see ``quantization.py``). The embedding, which is also the output
 layer, is in both rounded to 8 bits in groups of 64, or float16 with ``EMBEDDING=16``; our recovery trains its scales.

@@ -5,12 +5,13 @@
 Text: ``BENCH_TEXTS`` (see ``quantization.py``) without title pages, whole plays and poems in one split each, in windows
 of 256 tokens.
 Ours: ``recipes/quickstart.yaml`` with that ``max_drop``, grids with zero points of 2 to 6 bits, 48 steps of recovery on
-windows of their own, codes included (``RECOVER``: other fields of the recipe's section, as JSON), and ``ATTEMPTS`` (3)
-plans applied for each budget; those of the budgets before it are known. Without ``LLMC_PYTHON`` ours alone. Theirs: GPTQ with ``observer="imatrix_mse"`` in groups of 64,
-one grid for all layers, from 3 bits up to the first that the smallest budget admits, with zero points and without,
-calibrated on the recipe's items (``LLMC_PYTHON``: see ``quantization.py``). The embedding, which is also the output
-layer, is in both rounded to 8 bits in groups of 64, or float16 with ``EMBEDDING=16``; our recovery trains its scales.
-Both are judged by the same test on the same certify items. Sizes are those of our file format.
+windows of their own, codes included (``RECOVER``: other fields of the recipe's section, as JSON), and ``ATTEMPTS`` (4)
+plans applied for each budget; those of the budgets before it are known. Without ``LLMC_PYTHON`` ours alone. Theirs:
+GPTQ with ``observer="imatrix_mse"`` in groups of 64, one grid for all layers, from 3 bits up to the first that the
+smallest budget admits, with zero points and without, calibrated on the recipe's items (``LLMC_PYTHON``: see
+``quantization.py``). The embedding, which is also the output layer, is in both rounded to 8 bits in groups of 64, or
+float16 with ``EMBEDDING=16``; our recovery trains its scales. Both are judged by the same test on the same certify
+items. Sizes are those of our file format.
 
 Runs are kept in ``.cache/smallest8`` (by ``EMBEDDING``) and go on where they were stopped; what belongs to other text
 is refused or not looked at. One thread.
@@ -28,7 +29,7 @@ from typing import Any
 
 EMBEDDING = int(os.environ.get("EMBEDDING", "8"))
 RECOVER = {"steps": 48, "batch_size": 8, "every": 48, "codes": True} | json.loads(os.environ.get("RECOVER", "{}"))
-ATTEMPTS = int(os.environ.get("ATTEMPTS", "3"))
+ATTEMPTS = int(os.environ.get("ATTEMPTS", "4"))
 CACHE = Path(f".cache/smallest{EMBEDDING}")
 GRIDS = ((3, True), (3, False), (4, True), (4, False), (5, True), (5, False), (6, True), (8, True))  # bits, symmetric
 COUNTS = {"calibrate": 32, "price": 24, "select": 120, "certify": 200, "recover": 160}

@@ -407,7 +407,7 @@ class SearchSection(_Section):
 
     trials: int = Field(6, ge=1, description="plans measured on the select split, a whole number of at least 1")
     attempts: int = Field(
-        2, ge=1, description="plans tested in order on the certify split, a whole number of at least 1"
+        2, ge=1, description="plans applied, to be tested in order on the certify split, a whole number of at least 1"
     )
 
 

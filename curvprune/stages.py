@@ -469,18 +469,18 @@ def _fixed_sequence(job: Job, bench: Bench, best: dict[str, Any]) -> list[_Appli
     a plan costs less than its candidates did). ``attempts`` counts what this run applies."""
     assert job.ledger is not None
     applied = _applied_earlier(job, bench)
-    attempts = len(applied) + job.settings.attempts
+    left = job.settings.attempts
     if not _any_safe(applied) and all(a.record["choices"] != best["choices"] for a in applied):
         applied.append(_apply_and_write(job, bench, best["name"], best["choices"]))
-    while job.budget is not None and job.budget.max_drop is not None and len(applied) < attempts:
+        left -= 1
+    for made in range(1, 1 + left if job.budget is not None and job.budget.max_drop is not None else 1):
         if safe := _any_safe(applied):
             choices = next_plan(job, [a.tried for a in applied])
         else:
             choices = _more_cautious(job, max(applied, key=lambda a: a.record["bytes"]).record)
         if choices is None:
             break
-        number = f" {len(applied)}" if len(applied) > 1 else ""
-        name = f"{best['name']}, {'bolder' if safe else 'more cautious'}{number}"
+        name = f"{best['name']}, {'bolder' if safe else 'more cautious'}{f' {made}' if made > 1 else ''}"
         applied.append(_apply_and_write(job, bench, name, choices))
     for one in applied:
         bench.trials += [record for record in (one.before, one.record) if record is not None]

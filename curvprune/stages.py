@@ -467,13 +467,13 @@ def _fixed_sequence(job: Job, bench: Bench, best: dict[str, Any]) -> list[_Appli
     select alone. Unless an earlier run has left a safe one, the best plan is applied, and more cautious ones until one
     is safe; then those that `next_plan` finds, for the applied models leave room (applied sequentially, and recovered,
     a plan costs less than its candidates did). ``attempts`` counts what this run applies."""
-    assert job.ledger is not None
+    assert job.ledger is not None and job.budget is not None
     applied = _applied_earlier(job, bench)
-    left = job.settings.attempts
+    left = 1 if job.budget.max_drop is None else job.settings.attempts
     if not _any_safe(applied) and all(a.record["choices"] != best["choices"] for a in applied):
         applied.append(_apply_and_write(job, bench, best["name"], best["choices"]))
         left -= 1
-    for made in range(1, 1 + left if job.budget is not None and job.budget.max_drop is not None else 1):
+    for made in range(1, left + 1):
         if safe := _any_safe(applied):
             choices = next_plan(job, [a.tried for a in applied])
         else:
@@ -499,7 +499,7 @@ def _applied_earlier(job: Job, bench: Bench) -> list[_Applied]:
     ]
     fitting.sort(key=job.bytes_of, reverse=True)
     if fitting:
-        job.notes.append(f"{len(fitting)} plans that the reused run had recovered were candidates for this budget too")
+        job.notes.append(f"{len(fitting)} plan(s) recovered by the reused run were candidates for this budget too")
     return [_apply_and_write(job, bench, f"earlier plan {i}", choices) for i, choices in enumerate(fitting, 1)]
 
 

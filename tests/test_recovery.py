@@ -750,13 +750,13 @@ def test_another_budget_knows_what_was_recovered(recipe, tmp_path, monkeypatch, 
     assert weights(again.folder) == weights(first.folder)
     assert [a["plan"] for a in again.record["attempts"]] == ["earlier plan 1, recovered"]
     assert again.record["verdict"]["drop"] == first.record["verdict"]["drop"]
-    assert any("had recovered were candidates" in note for note in again.record["notes"])
+    assert any("recovered by the reused run were candidates" in note for note in again.record["notes"])
     for tried in seen:
         assert tried[0].record["name"].endswith(", recovered")
         assert tried[0].before["name"].endswith(", applied") != candidates, "what was recovered"
     assert len(seen) == 2
     written = json.loads((again.folder / "model" / "curvprune.json").read_text())["plan"]
-    assert any("had recovered were candidates" in note for note in written["notes"]), "written anew"
+    assert any("recovered by the reused run were candidates" in note for note in written["notes"]), "written anew"
     third = pipeline.run(recipe, tmp_path / "third", progress=False, reuse=again.folder)
     assert weights(third.folder) == weights(first.folder), "also from a run that has reused"
     (again.folder / "report.json").unlink()

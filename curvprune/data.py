@@ -227,8 +227,8 @@ def text_splits(documents: Mapping[str, Sequence[int]], *, length: int, counts: 
 
     Documents are dealt in a seeded random order, each to the split that is furthest from its count, so no document
     lies in two splits; of several with the same tokens only the first counts. Sequences are then taken from a split's
-    documents in turn, so that as many documents as possible take part. They are ``length`` tokens; a document's shorter
-    rest is kept if it has at least 32 tokens.
+    documents in turn, so that as many documents as possible take part; a recovery gets all of its own, which serve
+    nothing else. They are ``length`` tokens; a document's shorter rest is kept if it has at least 32 tokens.
 
     Raises ``ValueError`` if the documents hold too few sequences, saying how many each split could get.
     """
@@ -251,7 +251,8 @@ def text_splits(documents: Mapping[str, Sequence[int]], *, length: int, counts: 
             f"the text has only {total} sequences of {length} tokens in {len(windows)} documents: "
             f"{', '.join(short)}; ask for fewer, or shorten sequence_length"
         )
-    return Splits(**{p: _in_turn({n: windows[n] for n in dealt[p]}, counts[p]) for p in counts})
+    taken = {p: filled[p] if p == EXTRA else counts[p] for p in counts}
+    return Splits(**{p: _in_turn({n: windows[n] for n in dealt[p]}, taken[p]) for p in counts})
 
 
 def _asked(counts: Mapping[str, int]) -> dict[str, int]:

@@ -33,7 +33,7 @@ from curvprune.certificate import (
     probability_of_certifying,
 )
 from curvprune.curvature.fisher import fisher_pass
-from curvprune.data import Split, Splits
+from curvprune.data import EXTRA, Split, Splits
 from curvprune.job import Job, Settings, limit_plans
 from curvprune.knapsack import Infeasible, Limit, frontier
 from curvprune.layers import find_layers, left_over
@@ -74,10 +74,10 @@ def run(
 ) -> RunResult:
     """Run a recipe into the folder ``out``; a second call goes on where the first was interrupted.
 
-    ``reuse`` is the folder of another run, of the same recipe but for the sections `MAY_DIFFER`, a budget for one: what
-    it has solved, priced and measured on the select split is not done again. With the same recovery the plans that it
-    has recovered are candidates too, and tell how far the next may go; without, the result is that of a run from
-    scratch. A folder that has begun goes on alone.
+    ``reuse`` is the folder of another run, of the same recipe but for the sections `MAY_DIFFER`, a budget for one, and
+    for the items that a recovery trains on: what it has solved, priced and measured on the select split is not done
+    again. With the same recovery on the same items the plans that it has recovered are candidates too, and tell how far
+    the next may go; without, the result is that of a run from scratch. A folder that has begun goes on alone.
 
     Of several processes (``torchrun``, one file system) each solves its share of the layers and prices its share of the
     items; the first goes on alone, and only its result has a record.
@@ -702,7 +702,8 @@ def _run_to_reuse(recipe: Recipe, folder: Path) -> State:
     source = State(folder)
     if not (source.has(LOCK) and source.has(INPUTS) and source.has("state/solved")):
         raise RecipeError(f"{folder} holds no run that has solved options: there is nothing to reuse")
-    before, now = (r.model_dump(mode="json", exclude=set(MAY_DIFFER)) for r in (load_recipe(source.path(LOCK)), recipe))
+    free = {**dict.fromkeys(MAY_DIFFER, True), "data": {EXTRA}}  # what a recovery trains on solves and prices nothing
+    before, now = (r.model_dump(mode="json", exclude=free) for r in (load_recipe(source.path(LOCK)), recipe))
     if changed := [key for key in now if now[key] != before[key]]:
         raise recipe.error(
             (changed[0],),
@@ -733,9 +734,9 @@ def _claim(recipe: Recipe, root: State, about: Mapping[str, Any], source: State 
             )
         return
     if source is not None:
-        before = source.read_json(INPUTS)
-        of_the_budget = ("recipe_sha256", "limits_sha256")
-        if changed := [k for k in inputs if before.get(k) != inputs[k] and k not in of_the_budget]:
+        theirs = source.read_json(INPUTS)
+        before, now = _solved_from(theirs), _solved_from(inputs)
+        if changed := [k for k in now if before.get(k) != now[k]]:
             raise RecipeError(
                 f"{source.folder} holds a run with another {', '.join(changed)}, whose results would not fit; run "
                 "without --reuse"
@@ -747,11 +748,19 @@ def _claim(recipe: Recipe, root: State, about: Mapping[str, Any], source: State 
         new = root.path(".state.new")
         shutil.rmtree(new, ignore_errors=True)  # what an interrupted copy left
         shutil.copytree(source.path("state"), new, copy_function=_link, ignore=_not_reused)
-        if recipe.recover is not None and recipe.recover == load_recipe(source.path(LOCK)).recover:
+        same_items = theirs["data_sha256"].get(EXTRA) == inputs["data_sha256"].get(EXTRA)
+        if recipe.recover is not None and recipe.recover == load_recipe(source.path(LOCK)).recover and same_items:
             _take_recovered(source, new)
         root.path(".state.new").rename(root.path("state"))
     root.write_text(LOCK, lock_text(recipe, {**inputs, **hf.versions(), "python": platform.python_version()}))
     root.write_json(INPUTS, inputs)
+
+
+def _solved_from(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run's inputs, what its solved options, prices and trials depend on: not its budget, nor what a recovery
+    trains on."""
+    kept = {k: v for k, v in inputs.items() if k not in ("recipe_sha256", "limits_sha256")}
+    return {**kept, "data_sha256": {k: v for k, v in inputs["data_sha256"].items() if k != EXTRA}}
 
 
 # What depends on more than the layers' options and the data.

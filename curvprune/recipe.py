@@ -142,7 +142,7 @@ class DataSection(_Section):
     price: int = Field(24, ge=2, description="a whole number of items, at least 2")
     select: int = Field(32, ge=2, description="a whole number of items, at least 2")
     certify: int = Field(96, ge=2, description="a whole number of items, at least 2")
-    recover: int = Field(0, ge=0, description="a whole number of items; 0: recover trains on the calibrate items")
+    recover: int = Field(0, ge=0, description="a whole number; 0: recover trains on the calibrate items")
 
     @model_validator(mode="after")
     def _keys_of_the_source(self) -> DataSection:

@@ -159,7 +159,11 @@ def test_items_to_recover_on_are_a_split_of_their_own():
     assert without.recover is None and without.training is without.calibrate
     assert without.sha256() == text_splits(documents, length=64, counts=counts, seed=0).sha256()
     splits = text_splits(documents, length=64, counts={**counts, "recover": 30}, seed=0)
-    assert splits.recover is not None and splits.training is splits.recover and len(splits.recover.items) == 30
+    assert splits.recover is not None and splits.training is splits.recover
+    every = [w for d in set(splits.recover.documents) for w in torch.tensor(documents[d]).split(64)]
+    every = sorted(tuple(map(int, w)) for w in every if len(w) >= 32)
+    assert sorted(tuple(i["input_ids"][0].tolist()) for i in splits.recover.items) == every, "all of its documents"
+    assert len(every) > 30 and len(set(splits.recover.documents[:5])) == 5, "in turn"
     others = {name for p in PURPOSES for name in getattr(splits, p).documents}
     assert not others & set(splits.recover.documents)
     assert splits.sha256().keys() == {*PURPOSES, "recover"}

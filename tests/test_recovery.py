@@ -775,15 +775,23 @@ def test_an_earlier_plan_that_is_not_safe_is_followed_by_a_more_cautious_one(rec
     assert [t["name"] for t in applied] == ["earlier plan 1, recovered"] and asked == [applied[0]["bytes"]]
 
 
-def test_what_another_recovery_made_is_not_taken(recipe, finished, tmp_path):
-    path = tmp_path / "shorter.yaml"
-    path.write_text(recipe.read_text().replace("steps: 20", "steps: 10"))
+@pytest.mark.parametrize("other", ["steps", "items"])
+def test_what_another_recovery_made_is_not_taken(recipe, finished, tmp_path, monkeypatch, other):
+    path = recipe
+    if other == "steps":
+        path = tmp_path / "shorter.yaml"
+        path.write_text(recipe.read_text().replace("steps: 20", "steps: 10"))
+    else:
+        dealt = pipeline._load_data
+        monkeypatch.setattr(pipeline, "_load_data", lambda *a: replace(s := dealt(*a), recover=s.price))
     fresh = pipeline.run(path, tmp_path / "fresh", progress=False)
+    assert files(fresh.folder) != files(finished.folder)
     source = shutil.copytree(finished.folder, tmp_path / "source")
     plans = [{layer["name"]: layer["option"] for layer in finished.record["layers"]}]
     (source / "state" / stages.EARLIER).write_text(json.dumps(plans))  # as if it had reused one
     reused = pipeline.run(path, tmp_path / "reused", progress=False, reuse=source)
     assert files(reused.folder) == files(fresh.folder) and not (reused.folder / "state" / stages.EARLIER).exists()
+    assert next(s for s in reused.record["stages"] if s["name"] == "solve options")["resumed"]
 
 
 def test_earlier_plans_that_do_not_fit_are_left_out(recipe, tmp_path):

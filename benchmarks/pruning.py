@@ -103,6 +103,17 @@ def trained(name: str, build: type[nn.Module], *, steps: int, rate: float) -> nn
     return net.eval()
 
 
+def never_drawn(build: type[nn.Module], *, steps: int) -> torch.Tensor:
+    """Mask of the training images that `trained` has not drawn, for a model that draws nothing itself."""
+    torch.manual_seed(0)
+    build()
+    images = len(fashion_mnist("train")[0])
+    drawn = torch.zeros(images, dtype=torch.bool)
+    for _ in range(steps):
+        drawn[torch.randint(0, images, (64,))] = True
+    return ~drawn
+
+
 @torch.no_grad()
 def accuracy(net: nn.Module) -> float:
     x, y = fashion_mnist("t10k")

@@ -27,12 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.curvature import ResNet20, fashion_mnist, normalise
 
 WIDTHS = (4, 3, 2)
+STEPS = 900  # of the model's training
 
 
 def to_nearest(net: nn.Module, bits: int, *, searched: bool) -> nn.Module:
@@ -52,6 +53,27 @@ def to_nearest(net: nn.Module, bits: int, *, searched: bool) -> nn.Module:
         scale = torch.maximum(top / high, bottom / low)
         layer.write_((weight / scale).round().clamp(low, high) * scale)
     return net
+
+
+def judges() -> tuple[Tensor, Tensor]:
+    """Images that neither trained nor calibrated the model, and their labels."""
+    from benchmarks.pruning import TEST, never_drawn
+
+    (x, y), (test_x, test_y), fresh = fashion_mnist("train"), fashion_mnist("t10k"), never_drawn(ResNet20, steps=STEPS)
+    return normalise(torch.cat([test_x[-TEST:], x[fresh]])), torch.cat([test_y[-TEST:], y[fresh]])
+
+
+@torch.no_grad()
+def hits(net: nn.Module, test: tuple[Tensor, Tensor]) -> Tensor:
+    """Whether each image is told right, as 0 or 1."""
+    parts = zip(*(part.split(500) for part in test), strict=True)
+    return torch.cat([net(x).argmax(1) == y for x, y in parts]).double()
+
+
+def losses(net: nn.Module, test: tuple[Tensor, Tensor], right: Tensor) -> tuple[float, float]:
+    """Points of accuracy lost, and their standard error; ``right`` are the `hits` of the model before."""
+    difference = 100 * (right - hits(net, test))
+    return float(difference.mean()), float(difference.std()) / len(difference) ** 0.5
 
 
 @torch.no_grad()
@@ -76,8 +98,8 @@ def torchao(net: nn.Module, bits: int) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def theirs(folder: Path, bits: int) -> dict[str, list[float]]:
-    """Method → accuracy for each calibration draw, by brevitas, and by torchao, which uses none."""
+def theirs(folder: Path, bits: int) -> dict[str, list[tuple[float, float]]]:
+    """Method → `losses` for each calibration draw, by brevitas, and by torchao, which uses none."""
     import brevitas.nn as qnn
     from brevitas.core.scaling.standalone import ParameterFromStatsFromParameterScaling
     from brevitas.graph.calibrate import bias_correction_mode, norm_correction_mode
@@ -90,7 +112,6 @@ def theirs(folder: Path, bits: int) -> dict[str, list[float]]:
     given = torch.load(folder / "given.pt", weights_only=True)
     net = ResNet20().eval()
     net.load_state_dict(given["net"])
-    x, y = given["test"]
     scales = Int8WeightPerChannelFloatMSE.let(
         bit_width=bits, narrow_range=False, scaling_impl=ParameterFromStatsFromParameterScaling
     )
@@ -102,11 +123,8 @@ def theirs(folder: Path, bits: int) -> dict[str, list[float]]:
         "Qronos": (gpfq_mode, {"algorithm_impl": Qronos}),
     }
 
-    def accuracy(net: nn.Module) -> float:
-        hits = (net(a).argmax(1) == b for a, b in zip(x.split(500), y.split(500), strict=True))
-        return sum(int(h.sum()) for h in hits) / len(x)
-
-    found = {} if find_spec("torchao") is None else {k: [accuracy(n)] for k, n in torchao(net, bits).items()}
+    lost = lambda other: losses(other, given["test"], given["right"])  # noqa: E731
+    found = {} if find_spec("torchao") is None else {k: [lost(n)] for k, n in torchao(net, bits).items()}
     for images in given["calibrate"]:
         for name, mode in modes.items():
             quantized = preprocess_for_quantize(copy.deepcopy(net), equalize_iters=0, merge_bn=False)
@@ -128,11 +146,11 @@ def theirs(folder: Path, bits: int) -> dict[str, list[float]]:
                     with correct(quantized):
                         for part in images.split(100):
                             quantized(part)
-                found.setdefault(f"brevitas, {name}{label}", []).append(accuracy(quantized))
+                found.setdefault(f"brevitas, {name}{label}", []).append(lost(quantized))
     return found
 
 
-def peer(folder: Path, bits: int) -> dict[str, list[float]]:
+def peer(folder: Path, bits: int) -> dict[str, list[tuple[float, float]]]:
     command = [os.environ["BREVITAS_PYTHON"], __file__, "theirs", str(folder), str(bits)]
     done = subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
@@ -142,11 +160,11 @@ def peer(folder: Path, bits: int) -> dict[str, list[float]]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def show(bits: int, dense: float, found: dict[str, list[float]]) -> None:
-    for name, accuracies in found.items():
-        lost = [100 * (dense - a) for a in accuracies]
+def show(bits: int, found: dict[str, list[tuple[float, float]]]) -> None:
+    for name, draws in found.items():
+        lost, errors = zip(*draws, strict=True)
         spread = f" ({min(lost):.2f} to {max(lost):.2f})" if len(lost) > 1 else ""
-        print(f"| {bits} | {name} | {statistics.mean(lost):.2f}{spread} |", flush=True)
+        print(f"| {bits} | {name} | {statistics.mean(lost):.2f}{spread} | {statistics.mean(errors):.2f} |", flush=True)
 
 
 def main() -> None:
@@ -155,30 +173,29 @@ def main() -> None:
         print(json.dumps(theirs(Path(sys.argv[2]), int(sys.argv[3]))))
         return
     import curvprune as cp
-    from benchmarks.pruning import TEST, accuracy, splits, trained
+    from benchmarks.pruning import splits, trained
 
     draws = int(os.environ.get("DRAWS", "3"))
-    net = trained("resnet20", ResNet20, steps=900, rate=0.1)
-    dense = accuracy(net)
+    net, test = trained("resnet20", ResNet20, steps=STEPS, rate=0.1), judges()
+    right = hits(net, test)
     peer_draws = int(os.environ.get("PEER_DRAWS", str(draws)))
     items = [splits(draw).calibrate.items for draw in range(draws)]
-    print(f"ResNet-20, dense accuracy {100 * dense:.2f} %; points lost, mean of {draws} draws (range)\n")
-    print("| bits | method | points lost |\n|---|---|---|")
+    print(f"ResNet-20, {float(right.mean()):.2%} of {len(right):,} images told right; {draws} draws (range)\n")
+    print("| bits | method | points lost | ± |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        x, y = fashion_mnist("t10k")
         images = [torch.cat([image for image, _ in part]) for part in items[:peer_draws]]
-        given = {"net": net.state_dict(), "calibrate": images, "test": (normalise(x[-TEST:]), y[-TEST:])}
+        given = {"net": net.state_dict(), "calibrate": images, "test": test, "right": right}
         torch.save(given, Path(folder) / "given.pt")
         for bits in WIDTHS:
             found = {
-                "to nearest, nothing clipped": [accuracy(to_nearest(net, bits, searched=False))],
-                "to nearest, least squares": [accuracy(to_nearest(net, bits, searched=True))],
+                f"to nearest, {how}": [losses(to_nearest(net, bits, searched=how == "least squares"), test, right)]
+                for how in ("nothing clipped", "least squares")
             }
             rounded = (cp.quantize(net, list(part), bits=bits, objective="classification") for part in items)
-            found["curvprune"] = [accuracy(result.model) for result in rounded]
-            show(bits, dense, found)
+            found["curvprune"] = [losses(result.model, test, right) for result in rounded]
+            show(bits, found)
             if "BREVITAS_PYTHON" in os.environ:
-                show(bits, dense, peer(Path(folder), bits))
+                show(bits, peer(Path(folder), bits))
 
 
 if __name__ == "__main__":

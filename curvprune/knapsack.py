@@ -708,8 +708,10 @@ def _solve_core(
     """Minimise the cost over the options in `core` (index, reduced cost) with HiGHS; `picks` is a feasible plan, `gap`
     above the bound. Returns the best plan found, None if there is none, and why it may not be the best one, if so.
 
-    Two scalings keep HiGHS's absolute tolerances (1e-6 on rows and on the objective) below any difference that matters:
-    the gap, not the whole cost, is the unit of the objective, and weights are whole multiples of their common divisor.
+    HiGHS's tolerances are absolute, 1e-6 on rows and on the objective. The gap, not the whole cost, is the unit of the
+    objective; weights are whole multiples of their common divisor, and no larger than 1e6: where the tolerance is within
+    a factor of 100 of the last bits of a row's float64 sums, HiGHS drops plans that fit and says nothing. A plan that it
+    lets through although it does not fit is found here, in whole numbers, and forbidden.
     """
     base = [min(options, key=lambda option: option[1])[0] for options in core]
     entries = [(number, index) for number, options in enumerate(core) for index, _ in options if index != base[number]]
@@ -731,7 +733,7 @@ def _solve_core(
     for k, room in enumerate(rooms):
         shifts = [weights[number][index][k] - weights[number][base[number]][k] for number, index in entries]
         divisor = math.gcd(*shifts) or 1
-        coarsest = max(Fraction(1), Fraction(max(map(abs, shifts)), divisor * 10**9))
+        coarsest = max(Fraction(1), Fraction(max(map(abs, shifts)), divisor * 10**6))
         row = np.array([float(shift // divisor / coarsest) for shift in shifts])
         constraints.append(LinearConstraint(row[None, :], -np.inf, float(room // divisor / coarsest)))
     constraints.append(LinearConstraint(one_each.tocsr(), -np.inf, 1.0))

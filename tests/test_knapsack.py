@@ -380,6 +380,46 @@ def test_a_limit_on_bytes_and_one_on_the_loss() -> None:
     assert loss.best == float(value(rows, cheapest(rows, max_bytes=size - 1))[1]) > 2e-3
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_prices_that_fall_with_the_bits_and_a_time_equal_brute_force(seed: int) -> None:
+    """Prices from 1e-2 to 1e-14 and times with 53 random bits: as fine as whole numbers get."""
+    rng = random.Random(seed)
+    for _ in range(10):
+        rows, use = [], {}
+        for layer in (f"l{i}" for i in range(rng.randint(3, 4))):
+            weights, sensitivity = rng.choice([4096, 16384, 65536, 147456, 589824]), 10 ** rng.uniform(-5, -1)
+            for b in (2, 3, 4, 8, 16):
+                price = sensitivity * 4.0**-b * rng.uniform(0.7, 1.4)
+                rows.append(Choice(layer=layer, option=str(b), bytes=weights * b // 8 + weights // 64, price=price))
+                use[layer, str(b)] = weights * 1e-6 * (b / 16 + 0.3) * rng.uniform(0.95, 1.05)
+        plans = list(itertools.product(*by_layer(rows)))
+        pick, other = rng.choice(plans), rng.choice(plans)
+        time = Limit(name="ms", most=0.0, use=use)
+        time = Limit(name="ms", most=used(time, other) * rng.uniform(1.0, 1.1), use=use)
+        size, loss = sum(row.bytes for row in pick), math.fsum(row.price for row in pick) * rng.uniform(1.0, 1.2)
+        met = [p for p in plans if used(time, p) <= time.most]
+        for arguments in ({"max_bytes": size}, {"max_loss": loss}):
+            fits = [
+                p
+                for p in met
+                if sum(row.bytes for row in p) <= arguments.get("max_bytes", math.inf)
+                and math.fsum(row.price for row in p) <= arguments.get("max_loss", math.inf)
+            ]
+            if not fits:
+                with pytest.raises(Infeasible):
+                    cheapest(rows, limits=[time], **arguments)  # type: ignore[arg-type]
+                continue
+            choices = cheapest(rows, limits=[time], **arguments)  # type: ignore[arg-type]
+            chosen = tuple(row for row in rows if choices[row.layer] == row.option)
+            assert chosen in fits
+            of = (lambda p: sum(r.bytes for r in p)) if "max_loss" in arguments else (lambda p: sum(map(price_of, p)))
+            assert of(chosen) == min(map(of, fits))
+
+
+def price_of(row: Choice) -> Fraction:
+    return Fraction(row.price)
+
+
 def limits_for(rows: list[Choice], rng: random.Random, count: int) -> list[Limit]:
     """Uses that disagree with bytes and with one another, some whole, some not."""
     limits = []

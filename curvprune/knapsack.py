@@ -709,9 +709,9 @@ def _solve_core(
     above the bound. Returns the best plan found, None if there is none, and why it may not be the best one, if so.
 
     HiGHS's tolerances are absolute, 1e-6 on rows and on the objective. The gap, not the whole cost, is the unit of the
-    objective; weights are whole multiples of their common divisor, and no larger than 1e6: where the tolerance is within
-    a factor of 100 of the last bits of a row's float64 sums, HiGHS drops plans that fit and says nothing. A plan that it
-    lets through although it does not fit is found here, in whole numbers, and forbidden.
+    objective; weights are multiples of their common divisor, and no larger than 1e6: where the last bits of a row's sum
+    in float64 come near the tolerance, HiGHS drops plans that fit and says nothing. A plan that does not fit, which it
+    may let through, is found here, in whole numbers, and forbidden.
     """
     base = [min(options, key=lambda option: option[1])[0] for options in core]
     entries = [(number, index) for number, options in enumerate(core) for index, _ in options if index != base[number]]

@@ -733,6 +733,9 @@ def _claim(recipe: Recipe, root: State, about: Mapping[str, Any], source: State 
                 "give --out a new folder, or delete that one to start again"
             )
         return
+    state = root.path("state")
+    if any(f.is_file() and f.suffix != ".tmp" for f in state.rglob("*")):
+        raise RecipeError(f"{state} holds results of an unknown run; delete it, or give --out a new folder")
     if source is not None:
         theirs = source.read_json(INPUTS)
         before, now = _solved_from(theirs), _solved_from(inputs)
@@ -741,19 +744,17 @@ def _claim(recipe: Recipe, root: State, about: Mapping[str, Any], source: State 
                 f"{source.folder} holds a run with another {', '.join(changed)}, whose results would not fit; run "
                 "without --reuse"
             )
-        if root.has("state"):
-            raise RecipeError(
-                f"{root.path('state')} holds results of an unknown run; delete it, or give --out a new folder"
-            )
-        new = root.path(".state.new")
-        shutil.rmtree(new, ignore_errors=True)  # what an interrupted copy left
+    new = root.path(".state.new")
+    shutil.rmtree(new, ignore_errors=True)  # what an interrupted copy left
+    if source is not None:
         shutil.copytree(source.path("state"), new, copy_function=_link, ignore=_not_reused)
         same_items = theirs["data_sha256"].get(EXTRA) == inputs["data_sha256"].get(EXTRA)
         if recipe.recover is not None and recipe.recover == load_recipe(source.path(LOCK)).recover and same_items:
             _take_recovered(source, new)
-        root.path(".state.new").rename(root.path("state"))
+    State(new).write_json(Path(INPUTS).name, inputs)
     root.write_text(LOCK, lock_text(recipe, {**inputs, **hf.versions(), "python": platform.python_version()}))
-    root.write_json(INPUTS, inputs)
+    shutil.rmtree(state, ignore_errors=True)
+    new.rename(state)  # results never lie there without the inputs that they are of
 
 
 def _solved_from(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -379,9 +379,43 @@ def test_an_interrupted_copy_of_another_run_leaves_nothing(recipe, finished, tmp
     monkeypatch.setattr(pipeline.os, "link", lambda source, target: (_ for _ in ()).throw(OSError("another device")))
     pipeline.run(recipe, out, progress=False, reuse=finished.folder)
     assert contents(out) == contents(finished.folder) and not (out / ".state.new").exists()
-    (tmp_path / "foreign" / "state" / "solved").mkdir(parents=True)
-    with pytest.raises(RecipeError, match="results of an unknown run"):
-        pipeline.run(recipe, tmp_path / "foreign", progress=False, reuse=finished.folder)
+
+
+def test_a_run_killed_while_it_takes_another_over_goes_on(recipe, finished, tmp_path, monkeypatch):
+    write, rename = pipeline.State.write_text, Path.rename
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    for number, point in enumerate(("inputs", "lock", "after the lock")):
+        out = tmp_path / f"out{number}"
+        with monkeypatch.context() as patch:
+            if point == "after the lock":
+                patch.setattr(Path, "rename", lambda p, to: killed() if p.name == ".state.new" else rename(p, to))
+            else:
+                name = "inputs.json" if point == "inputs" else "recipe.lock.yaml"
+                patch.setattr(
+                    pipeline.State, "write_text", lambda s, n, t, of=name: killed() if n == of else write(s, n, t)
+                )
+            with pytest.raises(KeyboardInterrupt):
+                pipeline.run(recipe, out, progress=False, reuse=finished.folder)
+        assert not (out / "state").exists()
+        pipeline.run(recipe, out, progress=False, reuse=finished.folder)
+        assert contents(out) == contents(finished.folder)
+
+
+@pytest.mark.parametrize("reused", [False, True])
+def test_results_that_nothing_says_whose_they_are_are_not_taken(recipe, finished, tmp_path, reused):
+    out = tmp_path / "out"
+    shutil.copytree(finished.folder / "state", out / "state")
+    (out / "state" / "inputs.json").unlink()
+    with pytest.raises(RecipeError, match="results of an unknown run; delete it"):
+        pipeline.run(recipe, out, progress=False, reuse=finished.folder if reused else None)
+    shutil.rmtree(out / "state")
+    (out / "state").mkdir()
+    (out / "state" / ".inputs.json.tmp").write_text("{")  # killed before anything was written
+    pipeline.run(recipe, out, progress=False, reuse=finished.folder if reused else None)
+    assert contents(out) == contents(finished.folder)
 
 
 def test_a_budget_with_limits_of_its_own_reuses_too(recipe, finished, tmp_path):
@@ -722,6 +756,8 @@ def test_units_are_removed_first_and_the_verdict_is_against_the_original(smaller
 def test_a_killed_run_reads_the_smaller_model_again(smaller, tmp_path, monkeypatch):
     path, result = smaller
     shutil.copytree(result.folder / "state" / "structured", tmp_path / "out" / "state" / "structured")
+    for name in (pipeline.INPUTS, pipeline.LOCK):
+        shutil.copy(result.folder / name, tmp_path / "out" / name)
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("units were removed a second time")

@@ -11,7 +11,7 @@ import copy
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -69,6 +69,7 @@ class Result:
         analysis: per-layer curvature from the same pass.
         trials: the plans measured on the select split, with predicted and measured loss.
         recovery: the training of `recover`, where there was one; prices and ``plan.predicted`` are those before it.
+        seen: hashes of the items that it was made from and chosen by, which certify nothing.
     """
 
     model: nn.Module
@@ -80,6 +81,7 @@ class Result:
     solved: dict[str, Solved]
     portable: artifact.Portable = True
     recovery: Recovery | None = None
+    seen: frozenset[bytes] = field(default=frozenset(), repr=False)
 
     def save(self, folder: str | Path, *, tokenizer: Any = None) -> Path:
         """Write the packed artifact, which `load` reads (and transformers, for its own models, unless
@@ -105,6 +107,7 @@ class StructuredResult:
         notes: which dimensions cannot be cut, and why; why the result is not ``portable``, if so.
         portable: whether a plain config describes the result, so that transformers' ``from_pretrained`` loads it.
         recovery: the training of `recover`, where there was one; ``predicted`` is from before it.
+        seen: hashes of the items that it was made from and chosen by, which certify nothing.
     """
 
     model: nn.Module
@@ -118,6 +121,7 @@ class StructuredResult:
     portable: bool
     latency: tuple[float, float] | None = None
     recovery: Recovery | None = None
+    seen: frozenset[bytes] = field(default=frozenset(), repr=False)
 
     def save(self, folder: str | Path, *, tokenizer: Any = None) -> Path:
         """Write the artifact, which `load` reads (and transformers, where ``portable``). Returns the folder."""
@@ -391,6 +395,7 @@ def _finished(
         trials=trials,
         solved=job.solved,
         portable=job.settings.portable,
+        seen=job.splits.seen(),
     )
 
 
@@ -576,6 +581,7 @@ def _prune_structured(
         notes=(*pruned.notes, *([why] if why is not None else [])),
         portable=why is None,
         latency=None if pruned.latency is None else (pruned.latency[1], pruned.latency[0]),
+        seen=splits.seen(),
     )
 
 
@@ -623,7 +629,8 @@ def recover(
         A new result of the same kind, with ``recovery``; for a plain module the `Recovery` itself.
 
     Raises:
-        ValueError: nothing to train, outputs that do not fit the baseline's, labels that are lacking, too little data;
+        ValueError: nothing to train, outputs that do not fit the baseline's, labels that are lacking, too little data,
+            data dealt out here whose part to certify the compression has seen;
             `curvprune.recovery.Diverged` where the loss stops being finite: ``error.recovery`` has the best state.
 
     Cost: a step is a forward pass of both models and a backward one on ``batch_size`` items; a measurement (ten of
@@ -650,6 +657,16 @@ def recover(
         if select is None:
             train, choose = _every_fourth(train)
     choose = choose if select is None else as_split(select)
+    seen = frozenset([*train.digests(), *choose.digests()])
+    if not isinstance(compressed, nn.Module):
+        seen |= compressed.seen
+    if certifies is not None and (leak := certifies.leak(seen)) is not None:
+        if not isinstance(data, Splits):  # we would have dealt them out ourselves
+            raise ValueError(
+                f"recover: {leak}: compress with a budget, the same data and the same seed, which sets them aside, or "
+                "pass Splits with a certify split of its own"
+            )
+        warnings.warn(leak, UserWarning, stacklevel=2)
     own = compressed if isinstance(compressed, nn.Module) else compressed.model
     if own is baseline:
         raise ValueError(
@@ -675,9 +692,8 @@ def recover(
         assert certifies is not None
         results = [evaluate(m, certifies.batches(how.batch_size), measured) for m in (baseline, model)]
         verdict = compare(results[0], results[1], certifies, budget, unit=measured.unit)
-    if isinstance(compressed, StructuredResult):
-        return replace(compressed, model=model, verdict=verdict, recovery=recovery)
-    return replace(compressed, model=model, solved=recovery.solved, verdict=verdict, recovery=recovery)
+    made = replace(compressed, model=model, verdict=verdict, recovery=recovery, seen=seen)
+    return replace(made, solved=recovery.solved) if isinstance(made, Result) else made
 
 
 def _every_fourth(split: Split) -> tuple[Split, Split]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,20 @@ class Split:
             digest.update(document.encode())
             _digest(digest, item)
         return digest.hexdigest()
+
+    def digests(self) -> list[bytes]:
+        """Each item's hash, tensor by tensor: what tells whether it stands in another split too."""
+        return [_digest(hashlib.sha256(), item) for item in self.items]
+
+    def leak(self, seen: Collection[bytes]) -> str | None:
+        """A warning if items of this split, which is to certify, are among those ``seen``; else ``None``."""
+        repeated = sum(digest in seen for digest in self.digests())
+        if not repeated:
+            return None
+        return (
+            f"{repeated} of the {len(self.items)} items of the certify split have also made or chosen the model: the "
+            "verdict is not independent of them; certify on items that nothing else has seen, without duplicates"
+        )
 
 
 def _digest(digest: Any, item: Batch) -> bytes:
@@ -77,17 +91,13 @@ class Splits:
         """Hash of each split."""
         return {p: split.sha256() for p in (*PURPOSES, EXTRA) if (split := getattr(self, p)) is not None}
 
+    def seen(self) -> frozenset[bytes]:
+        """Hashes of the items that a model is made from and chosen by."""
+        return frozenset(d for s in (self.calibrate, self.price, self.select, self.training) for d in s.digests())
+
     def leak(self) -> str | None:
         """A warning if items of the certify split also stand in another split, tensor by tensor; else ``None``."""
-        others = [self.calibrate, self.price, self.select, self.training]
-        seen = {_digest(hashlib.sha256(), item) for split in others for item in split.items}
-        repeated = sum(_digest(hashlib.sha256(), item) in seen for item in self.certify.items)
-        if not repeated:
-            return None
-        return (
-            f"{repeated} of the {len(self.certify.items)} items of the certify split also occur in another split: the "
-            "verdict is not independent of how the plan was made; drop duplicates before splitting"
-        )
+        return self.certify.leak(self.seen())
 
 
 def collate(items: Sequence[Batch]) -> Batch:

@@ -247,7 +247,7 @@ def measure_highest(
 
     Args:
         measure: given rows, and how many were measured before, the divergence that each causes alone, summed over each
-            item's positions; rows that it leaves out keep their price.
+            item's positions.
     """
     high = sorted((row for row in ledger.rows if row.price > least), key=lambda row: -row.price)
     most = min(len(high), MEASURED_ROWS)
@@ -257,12 +257,11 @@ def measure_highest(
         found = measure(block, start)
         ledger = ledger.with_measured(found)
         seen = float(sum(sums.sum() for sums in found.values()) / ledger.count.sum())
-        thought = [row for row in block if (row.layer, row.option) in found]
-        price = sum(row.price for row in thought)
-        noise = math.hypot(*(row.stderr for row in thought if math.isfinite(row.stderr)))
+        price = sum(row.price for row in block)
+        noise = math.hypot(*(row.stderr for row in block if math.isfinite(row.stderr)))
         if abs(seen - price) <= AGREED * seen + noise:
             return ledger, ""
-        ratio = seen / price if thought else ratio
+        ratio = seen / price
     if len(high) == most:
         return ledger, ""
     return ledger, (

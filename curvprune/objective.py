@@ -32,6 +32,9 @@ class Positions:
     items: int
 
 
+BROKEN = 1000.0  # nats a position where a changed model returns no finite numbers: out of any budget's reach
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ItemResults:
     """Per item: summed loss in nats, number of positions, number of positions predicted right."""
@@ -48,6 +51,12 @@ class ItemResults:
     @property
     def accuracy(self) -> float:
         return float(self.correct.sum() / self.count.sum())
+
+    def finite(self) -> ItemResults:
+        """The same, with `BROKEN` and no position right where the loss is no finite number."""
+        good = self.loss.isfinite()
+        loss, correct = torch.where(good, self.loss, BROKEN * self.count), self.correct.where(good, 0.0)
+        return ItemResults(loss=loss, count=self.count, correct=correct)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

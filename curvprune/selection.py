@@ -27,7 +27,7 @@ from curvprune.job import Job
 from curvprune.knapsack import Infeasible, cheapest
 from curvprune.layers import find_layers
 from curvprune.ledger import Row
-from curvprune.objective import ItemResults, evaluate
+from curvprune.objective import BROKEN, ItemResults, evaluate
 from curvprune.options import Option, pruner_of, quantizer_of
 from curvprune.plan import Budget, Measurement, corrected, corrections, search
 from curvprune.quadratic import scaled
@@ -45,12 +45,23 @@ ALONE: dict[str, tuple[Callable[[Option], Any], Callable[[Option], Any]]] = {
 
 
 def results_on(job: Job, name: str, model: nn.Module, split: Split) -> ItemResults:
-    """Evaluate a model on a split, or read what an earlier process measured."""
-    if job.state.has(name):
-        record = job.state.read_json(name)
-        return ItemResults(**{k: torch.tensor(v, dtype=torch.float64) for k, v in record.items()})
-    results = evaluate(model, split.batches(job.settings.batch_size), job.objective)
-    keep_results(job, name, results)
+    """Evaluate a model on a split, or read what an earlier process measured. Items for which a compressed model returns
+    no finite numbers count as `BROKEN`, and are noted; of the uncompressed model they are a ``ValueError``."""
+    if not job.state.has(name):
+        results = evaluate(model, split.batches(job.settings.batch_size), job.objective)
+        if model is job.uncompressed and not bool(results.loss.isfinite().all()):
+            bad = int((~results.loss.isfinite()).sum())
+            raise ValueError(
+                f"the uncompressed model's loss is no finite number for {bad} of {len(results.loss)} items: nothing "
+                "can be compared with it; look at the model's weights and at the data"
+            )
+        keep_results(job, name, results.finite())
+    record = job.state.read_json(name)
+    results = ItemResults(**{k: torch.tensor(v, dtype=torch.float64) for k, v in record.items()})
+    if broken := int((results.loss >= BROKEN * results.count.clamp_min(1)).sum()):
+        what = f"for {broken} of {len(results.loss)} items a plan's outputs are no finite numbers"
+        if (note := f"{what}: they count as {BROKEN:g} nats for each position") not in job.notes:
+            job.notes.append(note)
     return results
 
 

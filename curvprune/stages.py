@@ -37,7 +37,7 @@ from curvprune.job import Job
 from curvprune.knapsack import Infeasible, Limit, cheapest
 from curvprune.layers import Layer, find_layers
 from curvprune.ledger import MEASURED_ROWS, Ledger, Row, build_ledger, measure_highest
-from curvprune.objective import ItemResults, to_device
+from curvprune.objective import BROKEN, ItemResults, to_device
 from curvprune.options import Cast, Keep, Option, Prune, kept_weights, option_from_key, pruner_of, quantizer_of
 from curvprune.plan import Budget, Plan, corrected
 from curvprune.processes import rank, shared, wait, world
@@ -282,7 +282,7 @@ def _measured(job: Job, ledger: Ledger, candidates: Callable[[str], list[Solved]
     with job.stages.stage("measure prices", MEASURED_ROWS) as advance:
 
         def measure(rows: Sequence[Row], before: int) -> dict[tuple[str, str], np.ndarray]:
-            found = _divergences(job, rows, candidates, f"measured/{before}.json")
+            found = _divergences(job, rows, candidates, f"measured/{before}.json", ledger.count)
             advance(before + len(rows))
             return found
 
@@ -293,9 +293,10 @@ def _measured(job: Job, ledger: Ledger, candidates: Callable[[str], list[Solved]
 
 
 def _divergences(
-    job: Job, rows: Sequence[Row], candidates: Callable[[str], list[Solved]], name: str
+    job: Job, rows: Sequence[Row], candidates: Callable[[str], list[Solved]], name: str, count: np.ndarray
 ) -> dict[tuple[str, str], np.ndarray]:
-    """What the changes of some rows cost each price item, measured, or read; those that break the model are noted."""
+    """What the changes of some rows cost each price item, with ``count`` positions, measured, or read. Those that break
+    the model cost `BROKEN` and are noted."""
     if not job.state.has(name):
         weights = [next(s.weight for s in candidates(r.layer) if s.option.key == r.option) for r in rows]
         changed = [(r.layer, weight) for r, weight in zip(rows, weights, strict=True)]
@@ -303,11 +304,10 @@ def _divergences(
         job.state.write_json(name, [s.tolist() if bool(s.isfinite().all()) else None for s in sums])
     found = {}
     for row, values in zip(rows, job.state.read_json(name), strict=True):
-        if values is not None:
-            found[row.layer, row.option] = np.array(values)
-        else:
+        found[row.layer, row.option] = BROKEN * count if values is None else np.array(values)
+        if values is None:
             what = f"with option {row.option} alone the model's outputs are no finite numbers"
-            job.notes.append(f"layer {row.layer}: {what}; its price is that of a quadratic model")
+            job.notes.append(f"layer {row.layer}: {what}; its price is {BROKEN:g} nats")
     return found
 
 
@@ -415,7 +415,8 @@ def _apply_and_write(job: Job, bench: Bench, name: str, choices: dict[str, str])
         solved = {n: next(s for s in bench.candidates(n) if s.option.key == choices[n]) for n in solved}
         record["note"] = "one sequential pass measured worse than the candidates, which were kept"
         results = results_on(job, bench.path(choices), model, job.splits.select)  # read: they have been measured
-        start = stitched or bench.record(name, "plan", choices, results)
+        # What prices say of it now: those of the trial were not corrected by all that has been measured since.
+        start = {**(stitched or bench.record(name, "plan", choices, results)), "expected": record["expected"]}
     before, tried = None, Tried(start, None)
     if job.recover is None:
         model = job.model  # what is not solved is the same there; the copy can go

@@ -123,7 +123,7 @@ def test_a_certify_split_that_repeats_items_is_told():
 
     assert splits(item[5:]).leak() is None
     leak = splits([item[4], *item[5:], item[0]]).leak()
-    assert leak is not None and leak.startswith("2 of the 5 items of the certify split also occur")
+    assert leak is not None and leak.startswith("2 of the 5 items of the certify split have also made")
 
 
 def test_text_splits_keep_one_of_equal_documents():

@@ -15,9 +15,10 @@ import curvprune as cp
 from curvprune import ledger as ledger_room
 from curvprune import pipeline, stages
 from curvprune.curvature.measured import divergences
+from curvprune.data import as_split, split_items
 from curvprune.layers import find_layers
 from curvprune.ledger import Ledger
-from curvprune.objective import CausalLM, Classification
+from curvprune.objective import BROKEN, CausalLM, Classification
 from curvprune.recipe import RecipeError
 from tests import tiny
 
@@ -192,21 +193,61 @@ def test_of_very_many_the_highest_are_measured_and_a_note_says_so(monkeypatch):
     assert any("the 3 highest prices were measured, and the last of them" in note for note in notes[0])
 
 
-def test_a_change_that_breaks_the_model_keeps_its_price_and_is_noted(monkeypatch):
+def test_a_change_that_breaks_the_model_is_priced_out_of_reach_and_noted(monkeypatch):
     notes: list = []
-    real, broken = stages._measured, divergences
+    real, whole = stages._measured, divergences
     monkeypatch.setattr(stages, "_measured", lambda job, *a: (real(job, *a), notes.append(list(job.notes)))[0])
 
     def overflowing(*arguments):
-        sums = broken(*arguments)
-        sums[3, 0] = float("nan")
+        sums = whole(*arguments)
+        sums[3] = float("nan")  # of one item, by each change of the block
         return sums
 
     monkeypatch.setattr(stages, "divergences", overflowing)
-    ledger, quadratic = priced(0.0, agreed=-9.0), priced(None)
-    first = by_price(quadratic)[0]
-    assert first in ledger.rows and sum(r.measured for r in ledger.rows) == 4  # one of each block is broken
-    assert any(f"layer {first.layer}: with option {first.option} alone" in note for note in notes[0])
+    monkeypatch.setattr(ledger_room, "MEASURED_TOGETHER", 2)
+    ledger, quadratic = priced(0.0), priced(None)
+    assert all(r.measured and r.price == pytest.approx(BROKEN) for r in ledger.rows), "none of them agrees"
+    for row in quadratic.rows:
+        assert any(f"layer {row.layer}: with option {row.option} alone" in note for note in notes[0])
+
+
+class Divided(nn.Module):
+    """Divides by the norm of a layer's outputs, which pruning makes zero for some items."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(16, 32), nn.Linear(32, 16, bias=False), nn.Linear(16, 4)
+        with torch.no_grad():
+            self.b.weight.uniform_(0.001, 0.02)
+            self.b.weight[:, :4] += 1.0
+
+    def forward(self, x):
+        z = self.b(self.a(x).relu())
+        return self.c(z / z.norm(dim=-1, keepdim=True))
+
+
+@pytest.mark.parametrize("measure_above", [None, 0.0])
+def test_a_plan_that_breaks_the_model_is_not_chosen(measure_above):
+    torch.manual_seed(0)
+    net, x = Divided().eval(), torch.randn(512, 16)
+    with torch.no_grad():
+        y = (net(x) + 0.3 * torch.randn(512, 4)).argmax(-1)
+    data = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 512, 8)]
+    broken = cp.Prune(sparsity=0.98)
+    settings = cp.Settings(measure_above=measure_above)
+    budget = cp.Budget("loss", max_drop=0.05)
+    result = cp.compress(net, data, options=[cp.Quantize(bits=8), broken], budget=budget, layers="b", settings=settings)
+    assert result.plan.choices == {"b": cp.Quantize(bits=8).key} and result.verdict.status == "CERTIFIED"
+    tried = [t for t in result.trials if t["choices"] == {"b": broken.key}]
+    assert all(t["chance"] < 0.01 and t["measured"] > 10 for t in tried)
+    assert tried or measure_above is not None, "only a measured price tells before a plan is tried"
+    assert any("no finite numbers" in note for note in result.plan.notes)
+    only = cp.compress(net, data, options=[broken], budget=budget, layers="b", settings=settings)
+    assert only.plan.choices == {"b": "keep"}
+    splits = split_items(data, seed=0)
+    worthless = as_split([(x * math.nan, y) for x, y in splits.select.items])
+    with pytest.raises(ValueError, match="uncompressed model's loss is no finite number for 64 of 64 items"):
+        cp.compress(net, replace(splits, select=worthless), options=[broken], budget=budget, settings=settings)
 
 
 @pytest.mark.parametrize("wrong", [-0.1, float("nan")])

@@ -19,7 +19,7 @@ from torch import nn
 
 import curvprune as cp
 from curvprune import pipeline, recovery, stages
-from curvprune.data import as_split
+from curvprune.data import as_split, split_items
 from curvprune.layers import find_layers
 from curvprune.objective import evaluate, make_objective
 from curvprune.recipe import RecipeError, RecoverSection
@@ -577,6 +577,25 @@ def test_the_verdict_is_that_of_the_recovered_model(net):
     assert cp.recover(before, net, splits, steps=1).verdict is None
 
 
+def test_what_compressed_a_model_does_not_certify_its_recovery(net):
+    """`data` is dealt out anew by `recover`: only what the compression has set aside may certify."""
+    budget = cp.Budget("loss", max_drop=0.5)
+    x, y = images(128)[0]
+    data = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 128, 8)]
+    with pytest.raises(ValueError, match=r"recover: 64 of the 64 items of the certify split have also made"):
+        cp.recover(cp.quantize(net, data, bits=3), net, data, budget=budget, steps=1)
+    kept = cp.quantize(net, data, bits=3, budget=budget)
+    assert cp.recover(kept, net, data, budget=budget, steps=1).verdict is not None
+    seeded = cp.quantize(net, data, bits=3, budget=budget, settings=cp.Settings(seed=1))
+    with pytest.raises(ValueError, match=r"recover: [0-9]+ of the 64 items .* the same seed"):
+        cp.recover(seeded, net, data, budget=budget, steps=1)
+    assert cp.recover(seeded, net, data, budget=budget, steps=1, seed=1).verdict is not None
+    splits = split_items(data, seed=0)
+    twice = cp.recover(kept, net, replace(splits, select=splits.certify), steps=1)  # now certify has chosen
+    with pytest.warns(UserWarning, match="64 of the 64 items of the certify split have also made or chosen"):
+        cp.recover(twice, net, splits, budget=budget, steps=1)
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
@@ -732,6 +751,7 @@ def test_another_budget_knows_what_was_recovered(recipe, tmp_path, monkeypatch, 
         bench, best = select_plans(job, found)
         for trial in bench.trials:
             trial["metric_drop"] += -1.0 if candidates else 1.0
+            trial["expected"] *= 3  # as if prices had been corrected since
         if seen:  # a run for another budget may not have measured the same plans
             bench.trials.clear()
         return bench, best
@@ -754,6 +774,7 @@ def test_another_budget_knows_what_was_recovered(recipe, tmp_path, monkeypatch, 
     for tried in seen:
         assert tried[0].record["name"].endswith(", recovered")
         assert tried[0].before["name"].endswith(", applied") != candidates, "what was recovered"
+        assert tried[0].before["expected"] == tried[0].record["expected"], "by the same prices"
     assert len(seen) == 2
     written = json.loads((again.folder / "model" / "curvprune.json").read_text())["plan"]
     assert any("recovered by the reused run were candidates" in note for note in written["notes"]), "written anew"

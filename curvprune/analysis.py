@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -211,8 +211,13 @@ def analyze_curvature(
         raise ValueError(f"matrix={matrix!r}: expected one of {', '.join(MATRICES)}")
     if unknown := [q for q in quantities if q not in ALL_QUANTITIES]:
         raise ValueError(f"quantity {unknown[0]!r}: expected some of {', '.join(ALL_QUANTITIES)}")
+    if which not in get_args(Which):
+        raise ValueError(f"which={which!r}: expected one of {', '.join(get_args(Which))}")
     if not rtol > 0 or max_products < 8:
         raise ValueError(f"rtol must be positive and max_products at least 8, got {rtol} and {max_products}")
+    for name, layer in layers.items():
+        if not bool(layer.weight.isfinite().all()):
+            raise ValueError(f"layer {name}: its weight holds NaN or infinite values; repair the model or leave it out")
     want = set(quantities)
     batches = list(batches)
     first_order = matrix in ("fisher", "empirical-fisher")

@@ -24,13 +24,13 @@ from curvprune.analysis import QUANTITIES, Analysis, analyze_curvature
 from curvprune.certificate import Verdict, certify_values
 from curvprune.curvature import products
 from curvprune.curvature.estimators import Estimate
-from curvprune.data import Split, Splits, as_split, split_items
+from curvprune.data import PURPOSES, Split, Splits, as_split, split_items
 from curvprune.groups import find_groups, read_request
 from curvprune.job import Job, Settings, count_work, limit_plans
 from curvprune.knapsack import frontier as nested_plans
 from curvprune.layers import Layer, find_layers, left_over
 from curvprune.ledger import Ledger
-from curvprune.objective import Batch, Metric, Objective, evaluate, make_objective, measure, to_device
+from curvprune.objective import Batch, Metric, Objective, check_items, evaluate, make_objective, measure, to_device
 from curvprune.options import (
     ENGINE_ASYMMETRIC_BITS,
     ENGINE_BITS,
@@ -41,12 +41,13 @@ from curvprune.options import (
     PruneCast,
     Quantize,
     check_fits,
+    quantizer_of,
 )
 from curvprune.pipeline import describe, load_artifact, write_model
 from curvprune.plan import Budget, Plan
 from curvprune.recovery import Diverged, Recovery, Training, recover_
 from curvprune.selection import compare, select_plans
-from curvprune.solve import Solved
+from curvprune.solve import Solved, dequantize
 from curvprune.stages import apply_plan, certify_plans, price_options, solve_options, spread_zeros, unpriced_plan
 from curvprune.state import StageLog, State
 from curvprune.structured import Structured, prune_units
@@ -86,8 +87,13 @@ class Result:
     def save(self, folder: str | Path, *, tokenizer: Any = None) -> Path:
         """Write the packed artifact, which `load` reads (and transformers, for its own models, unless
         ``Settings(portable=False)``, which packs embeddings and every other kind of layer too; ``"engines"`` keeps to
-        what serving engines have kernels for). Returns the folder."""
+        what serving engines have kernels for). Returns the folder.
+
+        Raises ``ValueError`` if a compressed layer of ``model`` is not what it was compressed to: codes and scales are
+        stored, and those of a weight that was trained since are not known.
+        """
         path = Path(folder)
+        _check_unchanged(self.model, self.solved)
         write_model(path, self.model, self.solved, self.plan.to_dict(), tokenizer=tokenizer, portable=self.portable)
         return path
 
@@ -162,7 +168,8 @@ def analyze(
         labels: draws per position for the Fisher.
         vector_bytes: memory for vectors: layers are probed together in groups whose vectors fit, and the whole model's
             spectrum is left out, with a note, if eight Lanczos vectors do not.
-        which: ends of each layer's spectrum: ``"BE"`` both, ``"LM"`` the largest in magnitude.
+        which: ends of each layer's spectrum: ``"BE"`` both, ``"LM"`` the largest in magnitude, ``"LA"`` the largest,
+            ``"SA"`` the smallest. Exact blocks give both all the same.
 
     Exact without probes: Gauss–Newton blocks where an item has one prediction of up to 129 classes, and Hessian blocks
     of layers whose path to the loss is piecewise linear (ReLU, pooling, BatchNorm in evaluation mode); of an output
@@ -375,6 +382,21 @@ def compress(
         return _finished(job, compressed, model, inplace=inplace, trials=trials)
 
 
+def _check_unchanged(model: nn.Module, solved: Mapping[str, Solved]) -> None:
+    layers = find_layers(model)
+    for name, one in solved.items():
+        layer, expected = layers[name], one.weight  # which may be the model's own memory, but for a grid
+        weight = layer.as_matrix(layer.weight.detach())
+        if (quantize := quantizer_of(one.option)) is not None and one.codes is not None and one.scale is not None:
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            expected = dequantize(one.codes, one.scale, one.zero, quantize.group_size, dtype=wide)
+        if not torch.equal(weight.cpu(), expected.cpu().to(weight.dtype)):
+            raise ValueError(
+                f"save: layer {name} of the result's model is not what was compressed: its weight has changed since. "
+                "To train a compressed model use curvprune.recover; for any other change, compress the model again"
+            )
+
+
 def _finished(
     job: Job, compressed: nn.Module, model: nn.Module, *, inplace: bool, trials: tuple[dict[str, Any], ...] = ()
 ) -> Result:
@@ -425,7 +447,7 @@ def quantize(
             bits = ENGINE_BITS if symmetric else ENGINE_ASYMMETRIC_BITS
         else:
             bits = (2, 3, 4, 5, 6, 8)
-    widths = [bits] if isinstance(bits, int) else list(bits)
+    widths = list(bits) if isinstance(bits, Iterable) else [bits]
     options = [Quantize(bits=b, group_size=group_size, symmetric=symmetric) for b in widths]
     return compress(model, data, options=options, budget=budget, **arguments)
 
@@ -751,6 +773,7 @@ def certify(
             unit=metric.unit,
         )
     loss = make_objective(objective, baseline, to_device(split.items[0], next(baseline.parameters()).device))
+    check_items(baseline, loss, split.items, "certify")
     results = [evaluate(m, split.batches(batch_size), loss) for m in (baseline, compressed)]
     return compare(results[0], results[1], split, budget, unit=loss.unit)
 
@@ -808,6 +831,10 @@ def _job(
         labels=settings.labels if labels is None else labels,
     )
     found = find_layers(model, layers)
+    if not found:
+        raise ValueError("layers is empty: expected names or globs, such as 'model.layers.*'")
+    if not options:
+        raise ValueError("options is empty: expected at least one, such as Quantize(bits=4)")
     readers = {n: artifact.reader_of(model, layer, portable=settings.portable) for n, layer in found.items()}
     for name, layer in found.items():
         for option in options:
@@ -827,10 +854,17 @@ def _job(
     if device is not None:
         model = copy.deepcopy(model).to(device)
         found = {n: layer for n, layer in find_layers(model).items() if n in found}
+    if empty := [p for p in PURPOSES if not getattr(splits, p).items]:
+        raise ValueError(f"the {empty[0]} split has no items; every split needs some")
+    if budget is not None and (few := splits.too_few()) is not None:
+        raise ValueError(few)
     first = to_device(splits.calibrate.items[0], next(model.parameters()).device)
+    measured = make_objective(objective, model, first)
+    for purpose in PURPOSES:
+        check_items(model, measured, getattr(splits, purpose).items, purpose)
     job = Job(
         model=model,
-        objective=make_objective(objective, model, first),
+        objective=measured,
         layers=found,
         options={n: list(options) for n in found},
         same_option=groups.layers,

@@ -29,7 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from curvprune.layers import Layer, find_layers
+from curvprune.layers import Layer, find_layers, key_of
 from curvprune.options import (
     Form,
     Option,
@@ -91,12 +91,23 @@ def form_of(model: nn.Module, layer: Layer, option: Option, *, portable: Portabl
     ours, quantize = _ours_alone(model, portable), quantizer_of(option)
     form: Form = "dense"
     if quantize is not None and (
-        ours or (quantize.bits > 1 and reader_of(model, layer, portable=portable) is not None)
+        ours
+        or (
+            quantize.bits > 1
+            and not _one_row_of_zero_points(layer, quantize)
+            and reader_of(model, layer, portable=portable) is not None
+        )
     ):
         form = "packed"
     if pruner_of(option) is not None and ours:
         form = min((form, "sparse"), key=lambda f: _bytes(layer, option, f))
     return form
+
+
+def _one_row_of_zero_points(layer: Layer, quantize: Quantize) -> bool:
+    """Whether all outputs' zero points fit into one word: compressed-tensors (0.20) cannot unpack a row of those."""
+    out, width = layer.shape
+    return not quantize.symmetric and out * quantize.bits <= 32 and width > (quantize.group_size or width)
 
 
 def _bytes(layer: Layer, option: Option, form: Form) -> int:
@@ -154,7 +165,7 @@ def stored_tensors(layer: Layer, solved: Solved, *, form: Form) -> dict[str, Ten
         if solved.zero is not None and not quantize.symmetric:
             one_bit = quantize.bits == 1
             tensors["zero_point"] = solved.zero.contiguous() if one_bit else pack(solved.zero, quantize.bits, dim=0)
-    return {f"{layer.name}.weight_{key}": tensor for key, tensor in tensors.items()}
+    return {key_of(layer.name, f"weight_{key}"): tensor for key, tensor in tensors.items()}
 
 
 def _code_of_zero(zero: Tensor | None, quantize: Quantize, width: int) -> Tensor | int:
@@ -243,9 +254,9 @@ def save(
     portable = portable_for(model, portable)
     folder.mkdir(parents=True, exist_ok=True)
     state = State(folder)
-    state.write_tensors(
-        WEIGHTS if portable else FOREIGN_WEIGHTS, state_dict_on_disk(model, layers, solved, portable=portable)
-    )
+    mine, other = (WEIGHTS, FOREIGN_WEIGHTS) if portable else (FOREIGN_WEIGHTS, WEIGHTS)
+    state.write_tensors(mine, state_dict_on_disk(model, layers, solved, portable=portable))
+    (folder / other).unlink(missing_ok=True)  # of an artifact that was here before
     manifest = {
         "format": "pack-quantized",
         "version": 2,
@@ -296,6 +307,8 @@ def load_into(folder: Path, model: nn.Module, *, packed: bool = False) -> nn.Mod
             continue
         option = option_from_key(entry["option"])
         stored = take_stored(folder, tensors, layer, option, form=form_on_disk(entry))
+        if packed and not layer.name:
+            raise ValueError(f"{folder}: the model is itself the packed layer; load it without packed=True")
         if packed:
             held.append((layer, stored.held(layer.weight.dtype)))
         else:
@@ -362,7 +375,7 @@ def take_stored(folder: Path, tensors: dict[str, Tensor], layer: Layer, option: 
     quantize, (out, width) = quantizer_of(option), layer.shape
 
     def take(key: str, dtype: torch.dtype | None, shape: tuple[int, ...] | None = None) -> Tensor:
-        tensor = tensors.pop(f"{layer.name}.weight_{key}", None)
+        tensor = tensors.pop(key_of(layer.name, f"weight_{key}"), None)
         if tensor is None:
             raise ValueError(f"{where} lacks its weight_{key}; the file is damaged")
         if (dtype is not None and tensor.dtype != dtype) or (shape is not None and tuple(tensor.shape) != shape):

@@ -68,15 +68,19 @@ def analyze(recipe: RecipeArgument, out: OutOption = None, quiet: QuietOption = 
         raise _bad_input(error) from error
     if not result.record:  # of several processes the first reports
         return
-    layers = (result.record.get("analysis") or {"layers": {}})["layers"]
-    table = Table(title=f"Fisher trace per layer, {result.record['unit']}: the 15 largest per weight")
+    curvature = result.record.get("analysis") or {"layers": {}, "matrix": "Fisher"}
+    layers = curvature["layers"]
+    title = f"{curvature['matrix']} trace per layer, {result.record['unit']}: the 15 largest per weight"
+    unsure = any(not entry["trace"].get("converged", True) for entry in layers.values())
+    table = Table(title=title, caption="* not within the tolerance that was asked for" if unsure else None)
     for column in ("layer", "trace", "± se", "per weight"):
         table.add_column(column, justify="left" if column == "layer" else "right")
     ranked = sorted(layers.items(), key=lambda x: -x[1]["trace"]["value"] / x[1]["parameters"])
     for name, entry in ranked[:15]:
         trace, stderr = entry["trace"]["value"], entry["trace"]["stderr"]
         spread = "–" if stderr is None else f"{stderr:.2g}"
-        table.add_row(escape(name), f"{trace:.4g}", spread, f"{trace / entry['parameters']:.3g}")
+        mark = "" if entry["trace"].get("converged", True) else " *"
+        table.add_row(escape(name), f"{trace:.4g}{mark}", spread, f"{trace / entry['parameters']:.3g}")
     Console().print(table)
     Console().print(f"{result.folder}/analysis.json, ledger.json, report.html", highlight=False)
 

@@ -95,6 +95,18 @@ class Splits:
         """Hashes of the items that a model is made from and chosen by."""
         return frozenset(d for s in (self.calibrate, self.price, self.select, self.training) for d in s.digests())
 
+    def too_few(self) -> str | None:
+        """Why no bound can be had, if all of select or of certify is one document: what it loses says nothing of
+        others."""
+        for purpose in ("select", "certify"):
+            documents = set(getattr(self, purpose).documents)
+            if len(documents) < 2:
+                return (
+                    f"the {purpose} split has items of {len(documents)} document only; a budget needs two at the very "
+                    "least, better a dozen; give more and shorter documents, or more items"
+                )
+        return None
+
     def leak(self) -> str | None:
         """A warning if items of the certify split also stand in another split, tensor by tensor; else ``None``."""
         return self.certify.leak(self.seen())

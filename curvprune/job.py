@@ -40,6 +40,10 @@ class Settings:
     portable: artifact.Portable = True  # see `curvprune.artifact.reader_of`
 
     def __post_init__(self) -> None:
+        for name in ("labels", "trials", "attempts", "batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"Settings: {name}={value!r}: expected a whole number of at least 1")
         if self.portable not in (True, False, "engines"):
             raise ValueError(f'Settings: portable={self.portable!r} is unknown; choose True, False or "engines"')
         if self.curvature not in CURVATURES:

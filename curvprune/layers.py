@@ -18,6 +18,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 
+def key_of(module: str, part: str) -> str:
+    """The name of a module's ``part`` in a state dict; the model itself, which may be a layer, has none of its own."""
+    return f"{module}.{part}" if module else part
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Layer:
     """One compressible weight.
@@ -50,7 +55,7 @@ class Layer:
     def keys(self) -> tuple[str, ...]:
         """The weight's names in ``model.state_dict()``, the layer's own first."""
         names = (self.name, *self.aliases)
-        return names if self.kind == "experts" else tuple(f"{name}.weight" for name in names)
+        return names if self.kind == "experts" else tuple(key_of(name, "weight") for name in names)
 
     @property
     def transposed(self) -> bool:

@@ -7,7 +7,7 @@ a pair ``(inputs, targets)``; the first dimension of every tensor counts items.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -358,6 +358,48 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
     if isinstance(batch, Mapping):
         return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     return batch[0].to(device), batch[1].to(device)
+
+
+@torch.no_grad()
+def check_items(model: nn.Module, objective: Objective, items: Sequence[Batch], purpose: str) -> None:
+    """Whether the model can read the items of a split. One forward pass, over the longest.
+
+    Raises ``ValueError`` naming split and item for a token beyond the embedding table, a label that is no class, or an
+    item on which the model itself fails, such as one longer than its table of positions.
+    """
+    table = getattr(model, "get_input_embeddings", lambda: None)() if isinstance(items[0], Mapping) else None
+    rows = getattr(table, "num_embeddings", None)
+    for i, item in enumerate(items):
+        ids = item.get("input_ids") if isinstance(item, Mapping) else None
+        if rows is not None and ids is not None and int(ids.max()) >= rows:
+            raise ValueError(
+                f"{purpose} item {i}: token {int(ids.max())}, and the model's embedding has {rows} rows; use the "
+                "tokenizer that belongs to the model"
+            )
+    longest = max(items, key=lambda x: max(t.numel() for t in (x.values() if isinstance(x, Mapping) else x[:1])))
+    batch = to_device(longest, next(model.parameters()).device)
+    try:
+        with evaluating(model):
+            classes = objective.positions(objective.logits(model, batch), batch).logits.shape[-1]
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError) as error:
+        shapes = {k: tuple(v.shape) for k, v in batch.items()} if isinstance(batch, Mapping) else tuple(batch[0].shape)
+        raise ValueError(
+            f"{purpose}: the model fails on an item of shape {shapes}: {error}; are its sequences too long for it?"
+        ) from error
+    if isinstance(objective, LabelFree):
+        return
+    for i, item in enumerate(items):
+        labels = item.get("labels") if isinstance(item, Mapping) else item[1]
+        if not isinstance(labels, Tensor) or labels.is_floating_point():
+            continue
+        wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
+        if len(wrong):
+            raise ValueError(
+                f"{purpose} item {i}: label {int(wrong[0])}, and the model has {classes} classes; expected labels from "
+                f"0 to {classes - 1}, or {IGNORED} for positions that do not count"
+            )
 
 
 def evaluate(model: nn.Module, batches: Iterable[Batch], objective: Objective) -> ItemResults:

@@ -70,10 +70,11 @@ class Quantize:
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or self.bits not in BITS:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or self.bits not in BITS:
             nearest = min(BITS, key=lambda b: abs(b - self.bits)) if isinstance(self.bits, int) else 4
             raise ValueError(f"quantize: bits={self.bits!r} is not offered; choose from {BITS} (nearest: {nearest})")
-        if self.group_size is not None and (isinstance(self.group_size, bool) or self.group_size < 1):
+        size = self.group_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise ValueError(
                 f"quantize: group_size={self.group_size!r} must be a positive integer or null (per channel)"
             )
@@ -95,10 +96,10 @@ class Prune:
     def __post_init__(self) -> None:
         if (self.sparsity is None) == (self.pattern is None):
             raise ValueError('prune: give exactly one of sparsity (for example 0.5) or pattern ("2:4")')
-        if self.sparsity is not None and not 0.0 < self.sparsity < 1.0:
+        if self.sparsity is not None and not (isinstance(self.sparsity, (int, float)) and 0.0 < self.sparsity < 1.0):
             raise ValueError(f"prune: sparsity={self.sparsity!r} must lie strictly between 0 and 1 (for example 0.5)")
         if self.pattern is not None:
-            match = re.fullmatch(r"(\d+):(\d+)", self.pattern)
+            match = re.fullmatch(r"(\d+):(\d+)", str(self.pattern))
             if match is None or not 0 < int(match[1]) < int(match[2]):
                 raise ValueError(f'prune: pattern={self.pattern!r} must be "N:M" with 0 < N < M (for example "2:4")')
 

@@ -38,7 +38,7 @@ from curvprune.job import Job, Settings, limit_plans
 from curvprune.knapsack import Infeasible, Limit, frontier
 from curvprune.layers import find_layers, left_over
 from curvprune.ledger import MEASURED_TOGETHER
-from curvprune.objective import ItemResults, LabelFree, Objective, evaluate, make_objective, to_device
+from curvprune.objective import ItemResults, LabelFree, Objective, check_items, evaluate, make_objective, to_device
 from curvprune.options import Keep, Option, option_from_key, pruner_of, quantizer_of
 from curvprune.plan import SIZES, Budget
 from curvprune.recipe import Recipe, RecipeError, assign_groups, assign_options, load_recipe, lock_text
@@ -418,6 +418,13 @@ def _fit(
         job.notes.append(f"{len(kept)} layer(s) match no entry of compress: and stay as they are: {', '.join(kept)}")
     if (message := left_over(model)) is not None:
         job.notes.append(message)
+    for purpose in data.PURPOSES:
+        try:
+            check_items(model, job.objective, getattr(splits, purpose).items, purpose)
+        except ValueError as error:
+            raise recipe.error(("data",), str(error)) from error
+    if job.budget is not None and (few := splits.too_few()) is not None:
+        raise recipe.error(("data",), few)
     if job.budget is not None and job.budget.max_drop is not None:
         if (leak := splits.leak()) is not None:
             job.notes.append(leak)
@@ -702,7 +709,7 @@ def _run_to_reuse(recipe: Recipe, folder: Path) -> State:
     source = State(folder)
     if not (source.has(LOCK) and source.has(INPUTS) and source.has("state/solved")):
         raise RecipeError(f"{folder} holds no run that has solved options: there is nothing to reuse")
-    free = {**dict.fromkeys(MAY_DIFFER, True), "data": {EXTRA}}  # what a recovery trains on solves and prices nothing
+    free: Any = {**dict.fromkeys(MAY_DIFFER, True), "data": {EXTRA}}  # what a recovery trains on solves nothing
     before, now = (r.model_dump(mode="json", exclude=free) for r in (load_recipe(source.path(LOCK)), recipe))
     if changed := [key for key in now if now[key] != before[key]]:
         raise recipe.error(

@@ -322,7 +322,7 @@ def test_a_budget_deals_whole_documents_and_tells_of_repeated_items(trained):
     assert result.verdict is not None and result.verdict.clusters is not None and 40 <= result.verdict.clusters <= 50
     part = cp.data.as_split(batches((x[:200], y[:200])))
     splits = cp.Splits(calibrate=part, price=part, select=part, certify=part)
-    with pytest.warns(UserWarning, match="200 of the 200 items of the certify split also occur"):
+    with pytest.warns(UserWarning, match="200 of the 200 items of the certify split have also made"):
         cp.quantize(model, splits, bits=(3, 8), budget=cp.Budget("loss", max_drop=0.1))
 
 
@@ -520,3 +520,139 @@ def test_modes_come_back_as_the_model_had_them(trained):
     for budget in (None, cp.Budget("loss", max_drop=1.0)):
         result = cp.quantize(model, batches(trained[1]), bits=4, budget=budget)
         assert [m.training for m in result.model.modules()] == [m.training for m in model.modules()]
+
+
+# -------------------------------------------------------------------------------------------- what comes back from disk
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        cp.Quantize(bits=4),
+        cp.Quantize(bits=3, group_size=8, symmetric=False),
+        cp.Prune(sparsity=0.5),
+        cp.Cast(dtype="float16"),
+    ],
+    ids=lambda o: o.key,
+)
+def test_a_model_that_is_itself_a_layer_is_stored_whole(tmp_path, option):
+    torch.manual_seed(0)
+    data = [(torch.randn(8, 16), torch.randint(0, 5, (8,))) for _ in range(4)]
+    result = cp.compress(nn.Linear(16, 5), data, options=[option])
+    folder = result.save(tmp_path / "out")
+    again = cp.load(folder, model=nn.Linear(16, 5))
+    assert torch.equal(again.weight, result.model.weight) and torch.equal(again.bias, result.model.bias)
+    if isinstance(option, cp.Quantize):
+        with pytest.raises(ValueError, match="load it without packed=True"):
+            cp.load(folder, model=nn.Linear(16, 5), packed=True)
+
+
+def test_saving_over_an_artifact_of_another_form_leaves_nothing_of_it(tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama", hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=50,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    data = [{"input_ids": torch.randint(0, 50, (2, 12))} for _ in range(4)]
+    ours = cp.quantize(model, data, bits=3, settings=cp.Settings(portable=False))
+    theirs = cp.quantize(model, data, bits=4, group_size=16)
+    theirs.save(tmp_path / "out")
+    ours.save(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(cp.load(tmp_path / "out")(**data[0]).logits, ours.model(**data[0]).logits)
+        with pytest.raises(OSError, match="no file named"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        theirs.save(tmp_path / "out")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        assert torch.allclose(again(**data[0]).logits, theirs.model(**data[0]).logits, atol=1e-5)
+    assert not (tmp_path / "out" / "packed.safetensors").exists()
+
+
+def test_a_result_whose_model_was_trained_since_is_not_saved(tmp_path, trained):
+    model, data = trained
+    data = batches(data)
+    result = cp.quantize(model, data, bits=4)
+    with torch.no_grad():
+        result.model[5].bias.add_(1.0)  # is stored as it is
+    again = cp.load(result.save(tmp_path / "kept"), model=copy.deepcopy(model))
+    assert torch.equal(again[5].bias, result.model[5].bias)
+    with torch.no_grad():
+        result.model[3].weight[0, 0] += 1.0
+    with pytest.raises(ValueError, match=r"layer 3 of the result's model is not what was compressed.*recover"):
+        result.save(tmp_path / "out")
+    budgeted = cp.quantize(model, data, budget=cp.Budget("loss", max_drop=0.1))
+    budgeted.save(tmp_path / "budgeted")
+    changed = next(n for n, key in budgeted.plan.choices.items() if key.startswith("int"))
+    with torch.no_grad():
+        budgeted.model.get_submodule(changed).weight[0, 0] += 1.0
+    with pytest.raises(ValueError, match=f"layer {changed} of the result's model"):
+        budgeted.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda x, y: (x, y + 3), "calibrate item [0-9]+: label 1[0-2], and the model has 10 classes"),
+        (lambda x, y: (x, y - 1), "calibrate item [0-9]+: label -1, and the model has 10 classes"),
+    ],
+)
+def test_items_that_the_model_cannot_read_are_named(trained, change, message):
+    model, data = trained
+    wrong = batches(change(*data))
+    with pytest.raises(ValueError, match=message):
+        cp.quantize(model, wrong, bits=4)
+    with pytest.raises(ValueError, match=message.replace("calibrate", "certify")):
+        cp.certify(model, model, wrong, cp.Budget("loss", max_drop=0.1))
+
+
+def test_tokens_beyond_the_embedding_and_positions_beyond_the_table_are_named():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("gpt2", n_embd=16, n_head=2, n_layer=1, vocab_size=50, n_positions=16)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match="calibrate item 1: token 50, and the model's embedding has 50 rows"):
+        cp.quantize(model, [{"input_ids": torch.full((1, 8), i)} for i in (49, 50)], bits=4)
+    with pytest.raises(ValueError, match=r"calibrate: the model fails on an item of shape .*\(1, 17\).*too long"):
+        cp.quantize(model, [{"input_ids": torch.ones(1, n, dtype=torch.long)} for n in (16, 17, 4)], bits=4)
+
+
+@pytest.mark.parametrize("split", ["select", "certify"])
+def test_a_budget_on_one_document_is_refused_at_once(trained, split):
+    model, (x, y) = trained
+    parts = {
+        p: Split(
+            items=tuple((x[i : i + 1], y[i : i + 1]) for i in range(8 * k, 8 * k + 8)), documents=tuple("abcdefgh")
+        )
+        for k, p in enumerate(("calibrate", "price", "select", "certify"))
+    }
+    parts[split] = replace(parts[split], documents=("one",) * 8)
+    with pytest.raises(ValueError, match=f"the {split} split has items of 1 document only"):
+        cp.quantize(model, cp.Splits(**parts), budget=cp.Budget("loss", max_drop=0.1))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m, d: cp.quantize(m, d, bits=True), "bits=True is not offered"),
+        (lambda m, d: cp.quantize(m, d, bits=4, layers=[]), "layers is empty"),
+        (lambda m, d: cp.price(m, d, options=[]), "options is empty"),
+        (lambda m, d: cp.price(m, d, options=[cp.Quantize(bits=4)], labels=0), "labels=0: expected a whole number"),
+        (lambda m, d: cp.Settings(batch_size=0), "batch_size=0: expected a whole number"),
+    ],
+)
+def test_arguments_that_cannot_be_are_told(trained, call, message):
+    model, data = trained
+    with pytest.raises(ValueError, match=message):
+        call(model, batches(data))
+
+
+def test_a_weight_that_is_no_number_is_named_before_the_analysis(trained):
+    model = copy.deepcopy(trained[0])
+    with torch.no_grad():
+        model[3].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="layer 3: its weight holds NaN"):
+        cp.analyze(model, batches(trained[1]), quantities=["trace"])

@@ -446,3 +446,32 @@ def test_a_portable_folder_loads_packed_as_well(tmp_path):
     assert not hasattr(packed.config, "quantization_config") and hasattr(packed.lm_head, "packed")
     with torch.no_grad():
         torch.testing.assert_close(packed(**batch).logits, dense(**batch).logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("labels", [2, 8, 9])
+def test_zero_points_of_few_outputs_are_readable_by_transformers(tmp_path, labels):
+    """compressed-tensors cannot unpack a single row of zero points: such a layer is stored dense, and counted so."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "bert", hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=50,
+        max_position_embeddings=32, num_labels=labels,
+    )  # fmt: skip
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    data = [{"input_ids": torch.randint(0, 50, (2, 12)), "labels": torch.randint(0, labels, (2,))} for _ in range(4)]
+    result = cp.quantize(model, data, bits=4, group_size=16, symmetric=False)
+    folder = result.save(tmp_path / "out")
+    form = json.loads((folder / "curvprune.json").read_text())["layers"]["classifier"]["form"]
+    assert form == ("dense" if labels <= 8 else "packed")
+    on_disk = sum(size for _, size in artifact.tensor_names(folder).values())
+    assert on_disk == artifact.other_bytes(model, find_layers(model)) + sum(
+        artifact.layer_bytes(model, layer, cp.Quantize(bits=4, group_size=16, symmetric=False))
+        if name in result.solved
+        else artifact.layer_bytes(model, layer, cp.Keep())
+        for name, layer in find_layers(model).items()
+    )
+    with torch.no_grad():
+        ours = result.model(**data[0]).logits
+        for again in (cp.load(folder), AutoModelForSequenceClassification.from_pretrained(folder).eval()):
+            assert torch.allclose(again(**data[0]).logits, ours, atol=1e-5)

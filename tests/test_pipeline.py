@@ -527,10 +527,46 @@ def test_bad_recipes_end_with_exit_code_two_and_a_line(recipe, tmp_path, old, ne
     assert not (tmp_path / "out" / "state" / "solved").exists()
 
 
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_text_that_the_model_cannot_read_is_bad_input(recipe, tmp_path, command):
+    """Not a traceback with the exit code of a violated budget: the line of the data, before anything is computed."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    path, folder = tmp_path / "recipe.yaml", tmp_path / "model"
+    source = re.search(r"path: ([^,}]+)", recipe.read_text())
+    assert source is not None
+    tokenizer = AutoTokenizer.from_pretrained(source[1])
+    for words, positions, message in ((256, 16, "the model fails on an item of shape"), (40, 64, "has 40 rows")):
+        config = GPT2Config(vocab_size=words, n_embd=16, n_head=2, n_layer=1, n_positions=positions)
+        GPT2LMHeadModel(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        text = recipe.read_text().replace(source[1], str(folder)).replace("model.layers.*", "transformer.h.*")
+        text = text.replace("model.embed_tokens", "transformer.wte")
+        path.write_text(text)
+        arguments = [command, str(path)] + (["--out", str(tmp_path / "out")] if command == "run" else [])
+        result = CliRunner().invoke(app, arguments)
+        line = 1 + text.splitlines().index("data:")
+        assert result.exit_code == 2 and message in result.output.replace("\n", " ")
+        assert f"{path.name}:{line}" in result.output.replace("\n", "")
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_single_document_to_judge_by_is_bad_input(recipe, tmp_path):
+    files = [tmp_path / f"{i}.txt" for i in range(4)]
+    for i, file in enumerate(files):
+        file.write_text(" ".join(f"Sentence {j} of {i} says {i * j % 97}." for j in range(100)))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(re.sub(r"files: \[.*\]", f"files: [{', '.join(map(str, files))}]", recipe.read_text()))
+    with pytest.raises(RecipeError, match="split has items of 1 document only"):
+        pipeline.prepare(cp_recipe(path), None, progress=False)
+
+
 def test_analyze_then_run_share_their_work(recipe, finished, tmp_path):
     runner = CliRunner()
     out = str(tmp_path / "out")
     result = runner.invoke(app, ["analyze", str(recipe), "--out", out, "--quiet"])
+    matrix = json.loads((Path(out) / "analysis.json").read_text())["matrix"]
+    assert f"{matrix} trace per layer" in " ".join(result.output.split()) and "Hessian" in matrix
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "out" / "analysis.json").read_text())
     assert len(found["layers"]) == 15 and found["matrix"] == "Hessian"

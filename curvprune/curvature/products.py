@@ -225,6 +225,8 @@ class _Hessian(MatrixFree):
         leaves = self.source.leaves()
         loss, count = self.source.objective.loss_of(self.source.logits(leaves, batch), batch)
         inputs = list(leaves.values())
+        if not loss.requires_grad:
+            raise ValueError(f"{', '.join(leaves)}: not on the way to the loss; leave these parameters out")
         gradients = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
         return _Graph(leaves=inputs, count=count, outputs=loss, gradients=list(gradients), seed=None, middle=None)
 

@@ -367,8 +367,9 @@ def check_items(model: nn.Module, objective: Objective, items: Sequence[Batch], 
     Raises ``ValueError`` naming split and item for a token beyond the embedding table, a label that is no class, or an
     item on which the model itself fails, such as one longer than its table of positions.
     """
-    table = getattr(model, "get_input_embeddings", lambda: None)() if isinstance(items[0], Mapping) else None
-    rows = getattr(table, "num_embeddings", None)
+    rows, table_of = None, getattr(model, "get_input_embeddings", None)
+    if isinstance(items[0], Mapping) and "input_ids" in items[0] and callable(table_of):
+        rows = getattr(table_of(), "num_embeddings", None)
     for i, item in enumerate(items):
         ids = item.get("input_ids") if isinstance(item, Mapping) else None
         if rows is not None and ids is not None and int(ids.max()) >= rows:

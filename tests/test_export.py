@@ -110,7 +110,7 @@ def test_an_artifact_that_is_not_portable_is_exported_too(tmp_path):
 
 def mixed(folder):
     result = cp.quantize(llama(), DATA, bits=4, layers="*_proj")
-    result.solved.update(cp.quantize(llama(), DATA, bits=3, layers="*.q_proj").solved)
+    result.solved.update(cp.quantize(result.model, DATA, bits=3, layers="*.q_proj", inplace=True).solved)
     result.save(folder)
 
 

@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 EMBEDDING = int(os.environ.get("EMBEDDING", "8"))
-RECOVER = {"steps": 48, "batch_size": 8, "every": 48, "codes": True} | json.loads(os.environ.get("RECOVER", "{}"))
+RECOVER = {"steps": 48, "batch_size": 8, "every": 48, "codes": True, "lr": 2e-3}
+RECOVER |= json.loads(os.environ.get("RECOVER", "{}"))
 ATTEMPTS = int(os.environ.get("ATTEMPTS", "4"))
 CACHE = Path(f".cache/smallest{EMBEDDING}")
 GRIDS = ((3, True), (3, False), (4, True), (4, False), (5, True), (5, False), (6, True), (8, True))  # bits, symmetric

@@ -58,7 +58,8 @@ class Training:
         steps: optimizer steps; by default as many as fit into ``seconds``, or 200.
         seconds: stop, with the rate at its end, after so long. The result then depends on the machine's speed.
         lr: relative learning rate: the change of a number per step, over the root mean square of its tensor (over
-            itself, for a scale). Cosine to zero after `WARM_UP` steps.
+            itself, for a scale). Cosine to zero after `WARM_UP` steps. Few steps want more of it: of the 0.104 nats of
+            SmolLM2-135M at 2 to 6 bits 48 steps, with codes, leave 0.047 with 1e-3, 0.040 with 2e-3, 0.046 with 4e-3.
         batch_size: items per step.
         every: steps between measurements on the select split; by default a tenth of ``steps``, at least 10 (20 without
             ``steps``).

@@ -392,7 +392,7 @@ def power_for_accuracy(
     `items_needed_for_accuracy`, with its formula and its errors."""
     items_needed_for_accuracy(disagreement, max_drop=max_drop, drop=drop, confidence=confidence)
     alpha, margin = 1 - confidence, max_drop - drop
-    if items < math.log(alpha) / math.log1p(-max_drop):
+    if max_drop > 0 and items < math.log(alpha) / math.log1p(-max_drop):
         return 0.0
     at_budget, spread = _score_spreads(disagreement, drop, max_drop)
     reach = margin * math.sqrt(max(items - 0.5 / margin, 0.0)) - float(stats.norm.isf(alpha)) * at_budget

@@ -394,7 +394,8 @@ def exact_power(items: int, max_drop: float, rho: float, drop: float = 0.0) -> f
 
 
 @pytest.mark.parametrize(
-    ("max_drop", "rho", "drop"), [(0.05, 0.02, 0.0), (0.05, 0.1, 0.0), (0.02, 0.005, 0.0), (0.05, 0.03, 0.02)]
+    ("max_drop", "rho", "drop"),
+    [(0.05, 0.02, 0.0), (0.05, 0.1, 0.0), (0.02, 0.005, 0.0), (0.05, 0.03, 0.02), (0.0, 0.1, -0.02)],
 )
 def test_items_needed_for_accuracy_give_the_promised_power_exactly(max_drop: float, rho: float, drop: float) -> None:
     items = items_needed_for_accuracy(rho, max_drop=max_drop, drop=drop)

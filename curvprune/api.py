@@ -666,14 +666,14 @@ def recover(
         raise ValueError("recover: a budget certifies here and needs max_drop; a recovery does not change the size")
     if budget is not None and isinstance(compressed, nn.Module):
         raise ValueError("recover: a plain module has no place for a verdict; call certify on what comes back")
-    certifies = None
+    certifies = dealt = None
     if isinstance(data, Splits):
         train, choose, certifies = data.training, data.select, data.certify
     elif budget is not None:
         if isinstance(data, Split):
             raise ValueError("a budget needs four splits: pass Splits(calibrate=, price=, select=, certify=)")
-        parts = split_items(data, seed=how.seed)
-        train, choose, certifies = parts.calibrate, parts.select, parts.certify
+        dealt = split_items(data, seed=how.seed)
+        train, choose, certifies = dealt.calibrate, dealt.select, dealt.certify
     else:
         train = choose = as_split(data)
         if select is None:
@@ -683,7 +683,7 @@ def recover(
     if not isinstance(compressed, nn.Module):
         seen |= compressed.seen
     if certifies is not None and (leak := certifies.leak(seen)) is not None:
-        if not isinstance(data, Splits):  # we would have dealt them out ourselves
+        if dealt is not None and leak != dealt.leak():  # more than what the data repeats
             raise ValueError(
                 f"recover: {leak}: compress with a budget, the same data and the same seed, which sets them aside, or "
                 "pass Splits with a certify split of its own"

@@ -590,6 +590,10 @@ def test_what_compressed_a_model_does_not_certify_its_recovery(net):
     with pytest.raises(ValueError, match=r"recover: [0-9]+ of the 64 items .* the same seed"):
         cp.recover(seeded, net, data, budget=budget, steps=1)
     assert cp.recover(seeded, net, data, budget=budget, steps=1, seed=1).verdict is not None
+    again = [*data, *data]  # repeats items by itself: told, as `quantize` does
+    with pytest.warns(UserWarning, match="of the 128 items of the certify split have also made"):
+        repeated = cp.quantize(net, again, bits=3, budget=budget)
+        assert cp.recover(repeated, net, again, budget=budget, steps=1).verdict is not None
     splits = split_items(data, seed=0)
     twice = cp.recover(kept, net, replace(splits, select=splits.certify), steps=1)  # now certify has chosen
     with pytest.warns(UserWarning, match="64 of the 64 items of the certify split have also made or chosen"):

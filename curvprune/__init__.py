@@ -1,6 +1,8 @@
-"""curvprune: the smallest model that is provably inside an accuracy budget, priced by the curvature of the loss.
+"""curvprune: the smallest model that is provably inside an accuracy budget, priced by the curvature
+of the loss.
 
-Names are imported on first use, so that the command line can set up the process before torch is loaded.
+Names are imported on first use, so that the command line can set up the process before torch is
+loaded.
 """
 
 from importlib import import_module
@@ -58,7 +60,17 @@ if TYPE_CHECKING:
 _HOME = {
     "analysis": ("Analysis",),
     "api": (
-        *("Result", "analyze", "certify", "compress", "empirical_fisher", "fisher", "gauss_newton", "hessian", "load"),
+        *(
+            "Result",
+            "analyze",
+            "certify",
+            "compress",
+            "empirical_fisher",
+            "fisher",
+            "gauss_newton",
+            "hessian",
+            "load",
+        ),
         *("frontier", "price", "prune", "quantize", "recover", "StructuredResult"),
     ),
     "curvature.estimators": ("density", "diagonal", "eigenpairs", "trace"),

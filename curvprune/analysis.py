@@ -1,4 +1,5 @@
-"""Curvature of a model's loss, per layer and for the whole: each quantity by the best method that its structure allows.
+"""Curvature of a model's loss, per layer and for the whole: each quantity by the best method that
+its structure allows.
 
     exact        Gauss–Newton blocks where every item has one prediction of few classes; Hessian blocks of layers whose
                  path to the loss is piecewise linear
@@ -6,7 +7,8 @@
     probes       Hessian traces and diagonals from joint and restricted Hutchinson probes, standard errors over probes
     Lanczos      extreme eigenpairs with residuals; spectral density by stochastic Lanczos quadrature
 
-Standard errors of probes are about these data; those over items are about the population that the items come from.
+Standard errors of probes are about these data; those over items are about the population that the
+items come from.
 """
 
 from __future__ import annotations
@@ -22,7 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from curvprune.curvature import factors
-from curvprune.curvature.estimators import EigenPairs, Estimate, SpectralDensity, Which, density, eigenpairs
+from curvprune.curvature.estimators import (
+    EigenPairs,
+    Estimate,
+    SpectralDensity,
+    Which,
+    density,
+    eigenpairs,
+)
 from curvprune.curvature.factors import Moments, Structure, structure
 from curvprune.curvature.fisher import fisher_pass, ratio_estimate
 from curvprune.curvature.layerwise import probe_layers
@@ -30,8 +39,8 @@ from curvprune.curvature.products import MatrixFree, gauss_newton, hessian, loss
 from curvprune.layers import Layer
 from curvprune.objective import Batch, Objective
 
-# Gives the value of a part of an analysis, by (key, compute, encode to JSON, decode from it): computes it, or finds it
-# where an interrupted analysis left it.
+# Gives the value of a part of an analysis, by (key, compute, encode to JSON, decode from it):
+# computes it, or finds it where an interrupted analysis left it.
 Remember = Callable[[str, Callable[[], Any], Callable[[Any], Any], Callable[[Any], Any]], Any]
 
 
@@ -49,7 +58,8 @@ MATRICES = {
 }
 QUANTITIES = ("trace", "diagonal", "eigenvalues", "density")  # computed unless the user picks
 ALL_QUANTITIES = (*QUANTITIES, "layer-densities")
-# Asked of eigenvalues whose error shall be below 1e-2: r²/gap is optimistic where the spectrum is dense at its ends.
+# Asked of eigenvalues whose error shall be below 1e-2: r²/gap is optimistic where the spectrum is
+# dense at its ends.
 EIGEN_TOL = 2e-3
 
 
@@ -58,17 +68,23 @@ class LayerCurvature:
     """Curvature of one layer's block.
 
     Attributes:
-        trace: in nats per position; ``stderr`` 0 where it is exact. ``None`` if it was not asked for.
+        trace: in nats per position; ``stderr`` 0 where it is exact. ``None`` if it was not asked
+            for.
         diagonal: shaped as the weight as a matrix, ``(out, in)``.
-        method: how trace and diagonal were found: ``"exact"``, ``"items"``, ``"joint probes"`` or ``"layer probes"``.
-        exact: the layer's path to the loss is piecewise linear, so that its Hessian block is its Gauss–Newton block.
-        eigenpairs: extreme ones, both ends. Of an exact block, the null space has no vectors: they are nan.
+        method: how trace and diagonal were found: ``"exact"``, ``"items"``, ``"joint probes"`` or
+            ``"layer probes"``.
+        exact: the layer's path to the loss is piecewise linear, so that its Hessian block is its
+            Gauss–Newton block.
+        eigenpairs: extreme ones, both ends. Of an exact block, the null space has no vectors: they
+            are nan.
         density: of the block.
-        spectrum: of an exact block, all its eigenvalues but the null space's zeros, descending, in nats; computed with
-            the eigenpairs.
-        diagonal_error: relative standard error of the diagonal (2-norm); 0 where exact, nan where not estimated.
+        spectrum: of an exact block, all its eigenvalues but the null space's zeros, descending, in
+            nats; computed with the eigenpairs.
+        diagonal_error: relative standard error of the diagonal (2-norm); 0 where exact, nan where
+            not estimated.
         gauss_newton_trace: of the same block, for comparison with the Hessian's.
-        diagonal_summary: mean, max and quantiles; all that is left of a diagonal that was found on disk.
+        diagonal_summary: mean, max and quantiles; all that is left of a diagonal that was found on
+            disk.
     """
 
     trace: Estimate | None
@@ -102,16 +118,19 @@ class Diagnosis:
 
     Attributes:
         lambda_max, lambda_min: extreme eigenvalues (sharpness is ``lambda_max``).
-        max_learning_rate: ``2/λmax``, above which plain gradient descent diverges along the top direction; None if
-            λmax ≤ 0.
-        negative_share, near_zero_share: shares of the eigenvalues below ``−near_zero_below`` and within it.
+        max_learning_rate: ``2/λmax``, above which plain gradient descent diverges along the top
+            direction; None if λmax ≤ 0.
+        negative_share, near_zero_share: shares of the eigenvalues below ``−near_zero_below`` and
+            within it.
         near_zero_below: ``10⁻³ · max|λ|``.
         effective_rank: ``(Σ|λ|)² / Σλ²``.
-        relative_gradient: ``‖∇L‖ / |λmax|``, the length of a Newton step along the top direction if the gradient lay
-            there: a point is called stationary if it is below 0.05 times the parameters' norm.
+        relative_gradient: ``‖∇L‖ / |λmax|``, the length of a Newton step along the top direction if
+            the gradient lay there: a point is called stationary if it is below 0.05 times the
+            parameters' norm.
         kind: ``"minimum"``, ``"saddle"`` or ``"not stationary"``.
         text: the same in sentences.
-        disagreements: layers whose Hessian and Gauss–Newton traces differ by more than their errors and 20 %.
+        disagreements: layers whose Hessian and Gauss–Newton traces differ by more than their errors
+            and 20 %.
     """
 
     lambda_max: float | None
@@ -178,7 +197,8 @@ class _Work:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + stream) % 2**63)
 
     def parameter(self, name: str) -> str:
-        """The parameter's name in ``model.named_parameters()``, where a shared weight has the first of its names."""
+        """The parameter's name in ``model.named_parameters()``, where a shared weight has the first
+        of its names."""
         weight = self.layers[name].weight
         return next(n for n, p in self.model.named_parameters() if p is weight)
 
@@ -201,11 +221,12 @@ def analyze_curvature(
     advance: Callable[[str, int, int], None] = lambda step, done, total: None,
     remember: Remember = compute_always,
 ) -> Analysis:
-    """See `curvprune.analyze`. ``advance`` is called with (step, done, total); ``remember`` with each part that
-    an interrupted analysis should keep (exact blocks, traces of a group of layers, eigenvalues or density of a layer).
+    """See `curvprune.analyze`. ``advance`` is called with (step, done, total); ``remember`` with
+    each part that an interrupted analysis should keep (exact blocks, traces of a group of layers,
+    eigenvalues or density of a layer).
 
-    Raises ``ValueError`` for an unknown matrix or quantity, a tolerance that is not positive, a model that is not
-    deterministic, a layer that is not on the way to the loss.
+    Raises ``ValueError`` for an unknown matrix or quantity, a tolerance that is not positive, a
+    model that is not deterministic, a layer that is not on the way to the loss.
     """
     if matrix not in MATRICES:
         raise ValueError(f"matrix={matrix!r}: expected one of {', '.join(MATRICES)}")
@@ -214,17 +235,28 @@ def analyze_curvature(
     if which not in get_args(Which):
         raise ValueError(f"which={which!r}: expected one of {', '.join(get_args(Which))}")
     if not rtol > 0 or max_products < 8:
-        raise ValueError(f"rtol must be positive and max_products at least 8, got {rtol} and {max_products}")
+        raise ValueError(
+            f"rtol must be positive and max_products at least 8, got {rtol} and {max_products}"
+        )
     for name, layer in layers.items():
         if not bool(layer.weight.isfinite().all()):
-            raise ValueError(f"layer {name}: its weight holds NaN or infinite values; repair the model or leave it out")
+            raise ValueError(
+                f"layer {name}: its weight holds NaN or infinite values; repair the model or "
+                "leave it out"
+            )
     want = set(quantities)
     batches = list(batches)
     first_order = matrix in ("fisher", "empirical-fisher")
-    if first_order and want & {"eigenvalues", "density", "layer-densities"} and set(quantities) != set(QUANTITIES):
+    if (
+        first_order
+        and want & {"eigenvalues", "density", "layer-densities"}
+        and set(quantities) != set(QUANTITIES)
+    ):
         raise ValueError(
-            f"matrix={matrix!r} gives trace and diagonal; for its spectrum pass matrix='ggn' (for these losses the "
-            "same as the true Fisher), or build the operator: curvprune.fisher(...), curvprune.empirical_fisher(...)"
+            f"matrix={matrix!r} gives trace and diagonal; for its spectrum pass matrix='ggn' (for "
+            "these losses the "
+            "same as the true Fisher), or build the operator: curvprune.fisher(...), "
+            "curvprune.empirical_fisher(...)"
         )
     taken = factors.capture(model, objective, batches[0], layers) if first_order else None
     found = structure(model, objective, batches[0], layers, taken)
@@ -234,7 +266,9 @@ def analyze_curvature(
         remember=remember,
     )  # fmt: skip
     if first_order and want - {"trace", "diagonal"}:
-        work.notes.append(f"matrix={matrix!r} gives trace and diagonal only; matrix='ggn' has the spectra as well")
+        work.notes.append(
+            f"matrix={matrix!r} gives trace and diagonal only; matrix='ggn' has the spectra as well"
+        )
     items = sum(len(next(iter(b.values())) if isinstance(b, Mapping) else b[0]) for b in batches)
     whole: ModelCurvature | None = None
     if first_order:
@@ -251,7 +285,9 @@ def analyze_curvature(
         num_items=items,
         model=whole,
         notes=tuple(work.notes),
-        diagnosis=None if whole is None else diagnose(MATRICES[matrix], whole, curvature, _norm(model)),
+        diagnosis=None
+        if whole is None
+        else diagnose(MATRICES[matrix], whole, curvature, _norm(model)),
     )
 
 
@@ -259,10 +295,12 @@ def _norm(model: nn.Module) -> float:
     return math.sqrt(sum(float(p.detach().double().square().sum()) for p in model.parameters()))
 
 
-# -------------------------------------------------------------------------------------------------------- layers
+# ------------------------------------------------------------------------------------------- layers
 
 
-def _from_items(work: _Work, empirical: bool, taken: factors.Capture | None) -> dict[str, LayerCurvature]:
+def _from_items(
+    work: _Work, empirical: bool, taken: factors.Capture | None
+) -> dict[str, LayerCurvature]:
     """Fisher trace and diagonal: batched where the factors hold, item by item for the others."""
     known = {n: work.layers[n] for n in work.structure.factored}
     others = {n: layer for n, layer in work.layers.items() if n not in known}
@@ -276,14 +314,19 @@ def _from_items(work: _Work, empirical: bool, taken: factors.Capture | None) -> 
     if others:
         if empirical:
             raise ValueError(
-                f"layer {next(iter(others))}: {work.structure.reasons[next(iter(others))]}; the empirical Fisher "
+                f"layer {next(iter(others))}: {work.structure.reasons[next(iter(others))]}; the "
+                "empirical Fisher "
                 "needs layers that are called once; leave it out"
             )
         singles = [b for batch in work.batches for b in _items(batch)]
-        measured = fisher_pass(work.model, work.objective, singles, others, {}, labels=work.labels, seed=work.seed)
+        measured = fisher_pass(
+            work.model, work.objective, singles, others, {}, labels=work.labels, seed=work.seed
+        )
         for name in others:
             result[name] = LayerCurvature(
-                trace=measured.trace(name), diagonal=measured.diagonal[name], shape=work.layers[name].shape
+                trace=measured.trace(name),
+                diagonal=measured.diagonal[name],
+                shape=work.layers[name].shape,
             )
     return {n: result[n] for n in work.layers}
 
@@ -295,7 +338,9 @@ def _items(batch: Batch) -> list[Batch]:
     return [(batch[0][i : i + 1], batch[1][i : i + 1]) for i in range(count)]
 
 
-def _of_moments(work: _Work, moments: Moments, method: str, *, stderr: bool) -> dict[str, LayerCurvature]:
+def _of_moments(
+    work: _Work, moments: Moments, method: str, *, stderr: bool
+) -> dict[str, LayerCurvature]:
     total = float(moments.count.sum())
     result = {}
     for name, sums in moments.traces.items():
@@ -313,46 +358,78 @@ def _of_moments(work: _Work, moments: Moments, method: str, *, stderr: bool) -> 
     return result
 
 
-def _second_order(work: _Work, matrix: str, build: Callable[..., MatrixFree], retain: int) -> dict[str, LayerCurvature]:
-    """Blocks of the Hessian or the Gauss–Newton matrix: exact ones first, probes and Lanczos for the rest."""
+def _second_order(
+    work: _Work, matrix: str, build: Callable[..., MatrixFree], retain: int
+) -> dict[str, LayerCurvature]:
+    """Blocks of the Hessian or the Gauss–Newton matrix: exact ones first, probes and Lanczos for
+    the rest."""
     found = work.structure
-    exact = [] if not found.exact else list(found.factored if matrix == "ggn" else found.piecewise_linear)
+    exact = (
+        []
+        if not found.exact
+        else list(found.factored if matrix == "ggn" else found.piecewise_linear)
+    )
     rest = [n for n in work.layers if n not in exact]
     result: dict[str, LayerCurvature] = {}
     per_layer = bool({"trace", "diagonal"} & work.want)
     if exact:
         work.advance("exact blocks", 0, 1)
-        result.update(work.remember("exact", partial(_exact, work, exact, per_layer), _layer_records, _layers_of))
+        result.update(
+            work.remember(
+                "exact", partial(_exact, work, exact, per_layer), _layer_records, _layers_of
+            )
+        )
         work.advance("exact blocks", 1, 1)
     if per_layer and (heads := [n for n in rest if n in found.heads]):
-        result.update(work.remember("heads", partial(_heads, work, heads), _layer_records, _layers_of))
+        result.update(
+            work.remember("heads", partial(_heads, work, heads), _layer_records, _layers_of)
+        )
     if rest and (per_layer or "eigenvalues" in work.want):
         done = 0
         for number, group in enumerate(groups := _groups(work, rest)):
-            # Built where it is first needed, and gone before the next group's: a graph is the largest thing here.
+            # Built where it is first needed, and gone before the next group's: a graph is the
+            # largest thing here.
             block = _Lazy(work, build, group, retain)
             probed = [n for n in group if n not in found.heads]
             if per_layer and probed:
                 compute = partial(_probed, work, block, probed, number, (done, len(rest)))
-                result.update(work.remember(f"traces-{number}", compute, _layer_records, _layers_of))
+                result.update(
+                    work.remember(f"traces-{number}", compute, _layer_records, _layers_of)
+                )
             if "eigenvalues" in work.want:
                 for i, name in enumerate(group, done):
                     pairs = work.remember(
-                        f"eigenvalues-{i}", partial(_eigenpairs, work, block, name, i), _pairs_record, _pairs_of
+                        f"eigenvalues-{i}",
+                        partial(_eigenpairs, work, block, name, i),
+                        _pairs_record,
+                        _pairs_of,
                     )
-                    base = result.get(name) or LayerCurvature(trace=None, diagonal=None, shape=work.layers[name].shape)
+                    base = result.get(name) or LayerCurvature(
+                        trace=None, diagonal=None, shape=work.layers[name].shape
+                    )
                     result[name] = _with(base, eigenpairs=pairs)
                     work.advance("eigenvalues", i + 1, len(rest))
             done += len(group)
         if len(groups) > 1:
-            work.notes.append(f"layers were probed in {len(groups)} groups, so that their vectors fit vector_bytes")
-        if slow := [n for n in rest if n in result and (t := result[n].trace) is not None and not t.converged]:
             work.notes.append(
-                f"{len(slow)} of {len(rest)} probed traces did not reach a standard error of {work.rtol:.0%} "
-                f"with {work.max_products} probes each (first: {slow[0]}); raise max_products or rtol"
+                f"layers were probed in {len(groups)} groups, so that their vectors fit "
+                "vector_bytes"
+            )
+        if slow := [
+            n
+            for n in rest
+            if n in result and (t := result[n].trace) is not None and not t.converged
+        ]:
+            work.notes.append(
+                f"{len(slow)} of {len(rest)} probed traces did not reach a standard error of "
+                f"{work.rtol:.0%} "
+                f"with {work.max_products} probes each (first: {slow[0]}); raise max_products or "
+                "rtol"
             )
         if matrix == "hessian" and "trace" in work.want:
-            result |= _compare_with_gauss_newton(work, {n: result[n] for n in rest if n not in found.heads})
+            result |= _compare_with_gauss_newton(
+                work, {n: result[n] for n in rest if n not in found.heads}
+            )
     if "layer-densities" in work.want:
         result |= _layer_densities(work, build, result, retain)
     for name in work.layers:
@@ -364,7 +441,9 @@ def _second_order(work: _Work, matrix: str, build: Callable[..., MatrixFree], re
 class _Lazy:
     """The operator over a group of layers, built when it is first asked for."""
 
-    def __init__(self, work: _Work, build: Callable[..., MatrixFree], group: Sequence[str], retain: int) -> None:
+    def __init__(
+        self, work: _Work, build: Callable[..., MatrixFree], group: Sequence[str], retain: int
+    ) -> None:
         self.work, self.build, self.retain = work, build, retain
         self.names = {n: work.parameter(n) for n in group}
         self._operator: MatrixFree | None = None
@@ -380,8 +459,10 @@ class _Lazy:
 
 
 def _groups(work: _Work, names: Sequence[str]) -> list[list[str]]:
-    """Neighbouring layers whose vectors fit into ``vector_bytes`` together; at least one layer each."""
-    # probe, product, retained gradient, one to move them; two halves of the diagonal for each kind of probe
+    """Neighbouring layers whose vectors fit into ``vector_bytes`` together; at least one layer
+    each."""
+    # probe, product, retained gradient, one to move them; two halves of the diagonal for each kind
+    # of probe
     vectors = 8 if "diagonal" in work.want else 4
     groups: list[list[str]] = []
     room = 0
@@ -407,13 +488,19 @@ def _exact(work: _Work, names: Sequence[str], per_layer: bool) -> dict[str, Laye
             trace=None, diagonal=None, shape=work.layers[name].shape, method="exact",
             exact=name in work.structure.piecewise_linear,
         )  # fmt: skip
-        result[name] = _with(base, eigenpairs=blocks.eigenpairs.get(name), spectrum=blocks.spectra.get(name))
+        result[name] = _with(
+            base, eigenpairs=blocks.eigenpairs.get(name), spectrum=blocks.spectra.get(name)
+        )
     return result
 
 
 def _heads(work: _Work, names: Sequence[str]) -> dict[str, LayerCurvature]:
     moments = factors.head_moments(
-        work.model, work.objective, work.batches, {n: work.layers[n] for n in names}, diagonal="diagonal" in work.want
+        work.model,
+        work.objective,
+        work.batches,
+        {n: work.layers[n] for n in names},
+        diagonal="diagonal" in work.want,
     )
     return _of_moments(work, moments, "exact", stderr=False)
 
@@ -456,7 +543,11 @@ def _layer_densities(
     """Spectral density of every layer's block: 3 runs of 30 products restricted to the layer."""
     names = {n: work.parameter(n) for n in work.layers}
     operator = build(
-        work.model, work.batches, work.objective, parameters=[_literal(p) for p in names.values()], retain=retain
+        work.model,
+        work.batches,
+        work.objective,
+        parameters=[_literal(p) for p in names.values()],
+        retain=retain,
     )
     result = {}
     for i, (name, parameter) in enumerate(names.items()):
@@ -466,30 +557,48 @@ def _layer_densities(
             _density_record,
             _density_of,
         )
-        base = known.get(name) or LayerCurvature(trace=None, diagonal=None, shape=work.layers[name].shape)
+        base = known.get(name) or LayerCurvature(
+            trace=None, diagonal=None, shape=work.layers[name].shape
+        )
         result[name] = _with(base, density=spectrum)
         work.advance("densities of the layers", i + 1, len(names))
     return result
 
 
-def _layer_density(work: _Work, operator: MatrixFree, parameter: str, number: int) -> SpectralDensity:
+def _layer_density(
+    work: _Work, operator: MatrixFree, parameter: str, number: int
+) -> SpectralDensity:
     block = operator.restrict([parameter])
     return density(block, runs=3, steps=30, points=256, generator=work.generator(500_000 + number))
 
 
-def _compare_with_gauss_newton(work: _Work, layers: dict[str, LayerCurvature]) -> dict[str, LayerCurvature]:
-    """Add the Gauss–Newton trace: exact where that is possible, else from sampled labels. One gradient or a few."""
+def _compare_with_gauss_newton(
+    work: _Work, layers: dict[str, LayerCurvature]
+) -> dict[str, LayerCurvature]:
+    """Add the Gauss–Newton trace: exact where that is possible, else from sampled labels. One
+    gradient or a few."""
     known = {n: work.layers[n] for n in layers if n in work.structure.factored}
     if not known:
         return layers
     if work.structure.exact:
-        moments = factors.exact_gauss_newton(work.model, work.objective, work.batches, known, diagonal=False).moments
+        moments = factors.exact_gauss_newton(
+            work.model, work.objective, work.batches, known, diagonal=False
+        ).moments
     else:
         moments = factors.fisher_moments(
-            work.model, work.objective, work.batches, known, labels=work.labels, seed=work.seed, diagonal=False
+            work.model,
+            work.objective,
+            work.batches,
+            known,
+            labels=work.labels,
+            seed=work.seed,
+            diagonal=False,
         )
     found = _of_moments(work, moments, "items", stderr=not work.structure.exact)
-    return {n: _with(c, gauss_newton_trace=found[n].trace if n in found else None) for n, c in layers.items()}
+    return {
+        n: _with(c, gauss_newton_trace=found[n].trace if n in found else None)
+        for n, c in layers.items()
+    }
 
 
 def _with(base: LayerCurvature, **changes: Any) -> LayerCurvature:
@@ -502,7 +611,7 @@ def _literal(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
-# ---------------------------------------------------------------------------------------------------- whole model
+# -------------------------------------------------------------------------------------- whole model
 
 
 def _whole(work: _Work, build: Callable[..., MatrixFree], retain: int) -> ModelCurvature:
@@ -532,8 +641,10 @@ def _whole(work: _Work, build: Callable[..., MatrixFree], retain: int) -> ModelC
         work.advance("spectrum", 2, 2)
     else:
         work.notes.append(
-            f"the whole model's spectrum was left out: Lanczos needs at least {min(n, 8)} vectors of "
-            f"{vector / 1e9:.1f} GB, and vector_bytes is {work.vector_bytes / 1e9:.1f} GB; per-layer results are not "
+            f"the whole model's spectrum was left out: Lanczos needs at least {min(n, 8)} vectors "
+            "of "
+            f"{vector / 1e9:.1f} GB, and vector_bytes is {work.vector_bytes / 1e9:.1f} GB; "
+            "per-layer results are not "
             "affected"
         )
     return ModelCurvature(
@@ -549,7 +660,8 @@ def _whole(work: _Work, build: Callable[..., MatrixFree], retain: int) -> ModelC
 def diagnose(
     matrix: str, whole: ModelCurvature, layers: Mapping[str, LayerCurvature], parameter_norm: float
 ) -> Diagnosis:
-    """Turn the whole model's spectrum and the layers' traces into what people want to know from them."""
+    """Turn the whole model's spectrum and the layers' traces into what people want to know from
+    them."""
     text: list[str] = []
     high = low = rate = relative = rank = below = None
     negative = zero = None
@@ -561,7 +673,8 @@ def diagnose(
         if high > 0:
             rate = 2 / high
             text.append(
-                f"The sharpest direction has curvature {high:.4g}: plain gradient descent is stable up to a learning "
+                f"The sharpest direction has curvature {high:.4g}: plain gradient descent is "
+                "stable up to a learning "
                 f"rate of 2/λmax = {rate:.3g}."
             )
         if size > 0:
@@ -571,7 +684,8 @@ def diagnose(
             kind = ("saddle" if curved_down else "minimum") if stationary else "not stationary"
             if low < 0:
                 text.append(
-                    f"The lowest eigenvalue is {low:.4g}, {abs(low) / size:.1%} of the largest in magnitude; the "
+                    f"The lowest eigenvalue is {low:.4g}, {abs(low) / size:.1%} of the largest in "
+                    "magnitude; the "
                     f"gradient norm is {whole.gradient_norm:.3g}."
                 )
     if whole.density is not None:
@@ -582,7 +696,8 @@ def diagnose(
         negative = whole.density.mass(-math.inf, math.nextafter(-below, -math.inf))
         rank = whole.density.effective_rank(whole.parameters).value
         text.append(
-            f"{zero.value:.1%} of the eigenvalues are within {below:.2g} of zero and {negative.value:.2%} below that; "
+            f"{zero.value:.1%} of the eigenvalues are within {below:.2g} of zero and "
+            f"{negative.value:.2%} below that; "
             f"the curvature is carried by about {rank:.0f} of {whole.parameters} directions."
         )
     pairs = [(n, c.trace, c.gauss_newton_trace) for n, c in layers.items()]
@@ -593,10 +708,13 @@ def diagnose(
         gap, error = abs(ours.value - theirs.value), math.hypot(ours.stderr, theirs.stderr)
         if gap > 2 * error and gap > 0.2 * abs(theirs.value):
             ratio = ours.value / theirs.value if theirs.value else None
-            disagreements.append({"layer": name, "hessian": ours.value, "gauss_newton": theirs.value, "ratio": ratio})
+            disagreements.append(
+                {"layer": name, "hessian": ours.value, "gauss_newton": theirs.value, "ratio": ratio}
+            )
     if disagreements:
         text.append(
-            f"In {len(disagreements)} of {len(layers)} layers the {matrix} and Gauss–Newton traces differ by more than "
+            f"In {len(disagreements)} of {len(layers)} layers the {matrix} and Gauss–Newton "
+            "traces differ by more than "
             "20 % and twice their error: there the second is no stand-in for the first."
         )
     return Diagnosis(
@@ -606,7 +724,7 @@ def diagnose(
     )  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------------------------- records
+# ------------------------------------------------------------------------------------------ records
 
 
 def _finite(value: float | None) -> float | None:
@@ -632,12 +750,23 @@ def _pairs_record(pairs: EigenPairs | None) -> dict[str, Any] | None:
 def _layer_record(c: LayerCurvature) -> dict[str, Any]:
     trace = _estimate(c.trace)
     if trace is not None and c.trace is not None:
-        trace |= {"num_products": c.trace.num_products, "converged": c.trace.converged, "method": c.method}
+        trace |= {
+            "num_products": c.trace.num_products,
+            "converged": c.trace.converged,
+            "method": c.method,
+        }
     diagonal = None if c.diagonal_summary is None else dict(c.diagonal_summary)
     if c.diagonal is not None:
         flat = c.diagonal.reshape(-1)
-        middle, high = (float(flat.kthvalue(max(1, int(q * flat.numel()))).values) for q in (0.5, 0.99))
-        diagonal = {"mean": float(flat.mean()), "max": float(flat.max()), "q50": middle, "q99": high}
+        middle, high = (
+            float(flat.kthvalue(max(1, int(q * flat.numel()))).values) for q in (0.5, 0.99)
+        )
+        diagonal = {
+            "mean": float(flat.mean()),
+            "max": float(flat.max()),
+            "q50": middle,
+            "q99": high,
+        }
         if math.isfinite(c.diagonal_error):
             diagonal["error"] = c.diagonal_error
     return {
@@ -654,7 +783,8 @@ def _layer_record(c: LayerCurvature) -> dict[str, Any]:
 
 def _layer_records(layers: dict[str, LayerCurvature]) -> dict[str, Any]:
     return {
-        n: _layer_record(c) | {"method": c.method, "spectrum": None if c.spectrum is None else c.spectrum.tolist()}
+        n: _layer_record(c)
+        | {"method": c.method, "spectrum": None if c.spectrum is None else c.spectrum.tolist()}
         for n, c in layers.items()
     }
 
@@ -670,7 +800,9 @@ def _layers_of(records: Mapping[str, Any]) -> dict[str, LayerCurvature]:
             exact=r["exact"],
             eigenpairs=None if r["eigenvalues"] is None else _pairs_of(r["eigenvalues"]),
             diagonal_summary=r["diagonal"],
-            spectrum=None if r["spectrum"] is None else torch.tensor(r["spectrum"], dtype=torch.float64),
+            spectrum=None
+            if r["spectrum"] is None
+            else torch.tensor(r["spectrum"], dtype=torch.float64),
         )
         for n, r in records.items()
     }
@@ -680,11 +812,15 @@ def _estimate_of(r: Mapping[str, Any] | None) -> Estimate | None:
     if r is None:
         return None
     value, stderr = (math.nan if r[k] is None else r[k] for k in ("value", "stderr"))
-    return Estimate(value=value, stderr=stderr, num_products=r["num_products"], converged=r["converged"])
+    return Estimate(
+        value=value, stderr=stderr, num_products=r["num_products"], converged=r["converged"]
+    )
 
 
 def _pairs_of(r: Mapping[str, Any]) -> EigenPairs:
-    values, residuals, errors = (torch.tensor(r[k], dtype=torch.float64) for k in ("values", "residuals", "errors"))
+    values, residuals, errors = (
+        torch.tensor(r[k], dtype=torch.float64) for k in ("values", "residuals", "errors")
+    )
     return EigenPairs(
         values=values, residuals=residuals, errors=errors, vectors=values.new_zeros(0, len(values)),
         num_products=r["num_products"], converged=r["converged"],
@@ -695,7 +831,9 @@ def _density_of(r: Mapping[str, Any]) -> SpectralDensity:
     nodes, weights, grid, values = (
         torch.tensor(r[k], dtype=torch.float64) for k in ("nodes", "weights", "grid", "density")
     )
-    return SpectralDensity(nodes=nodes, weights=weights, grid=grid, density=values, num_products=r["num_products"])
+    return SpectralDensity(
+        nodes=nodes, weights=weights, grid=grid, density=values, num_products=r["num_products"]
+    )
 
 
 def _density_record(d: SpectralDensity) -> dict[str, Any]:

@@ -1,15 +1,16 @@
 """Packed and sparse storage: from solved layers to tensors on disk and back.
 
-The packed layout is compressed-tensors' ``pack-quantized``: integer codes of ``bits`` bits packed without gaps into
-little-endian int32 words along the inputs, float scales, zero points packed along the outputs, and the shape. Plain
-transformers reads it for Linear layers of its own models; `curvprune.load` reads it for every kind of layer of any
-module.
+The packed layout is compressed-tensors' ``pack-quantized``: integer codes of ``bits`` bits packed
+without gaps into little-endian int32 words along the inputs, float scales, zero points packed along
+the outputs, and the shape. Plain transformers reads it for Linear layers of its own models;
+`curvprune.load` reads it for every kind of layer of any module.
 
-A pruned layer that only `curvprune.load` must read is stored sparse where that is smaller: ``weight_bitmask``, one bit
-for each weight, rows one after another, lowest bit first, set where a weight is kept; and those weights alone in the
-same order, as ``weight_values`` or, rounded, as ``weight_packed`` in one run of codes, with the same scales and zero
-points. Exactly as many bits are set as the option keeps, so that the size depends on option and shape alone: what is
-kept may be zero.
+A pruned layer that only `curvprune.load` must read is stored sparse where that is smaller:
+``weight_bitmask``, one bit for each weight, rows one after another, lowest bit first, set where a
+weight is kept; and those weights alone in the same order, as ``weight_values`` or, rounded, as
+``weight_packed`` in one run of codes, with the same scales and zero points. Exactly as many bits
+are set as the option keeps, so that the size depends on option and shape alone: what is kept may be
+zero.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ from curvprune.solve.grids import HALF_WAY, dequantize, spread
 from curvprune.state import State
 
 WEIGHTS = "model.safetensors"
-# Of an artifact that is not portable: transformers would take the other name for its own, miss what is packed, and
-# start it at random with no more than a warning.
+# Of an artifact that is not portable: transformers would take the other name for its own, miss what
+# is packed, and start it at random with no more than a warning.
 FOREIGN_WEIGHTS = "packed.safetensors"
 MANIFEST = "curvprune.json"
 
@@ -57,17 +58,20 @@ Portable = bool | Literal["engines"]
 
 
 def is_transformers(model: nn.Module) -> bool:
-    """Whether the model is one that transformers saves and loads itself (told without importing transformers)."""
+    """Whether the model is one that transformers saves and loads itself (told without importing
+    transformers)."""
     return hasattr(model, "config") and hasattr(model, "save_pretrained")
 
 
 def reader_of(model: nn.Module, layer: Layer, *, portable: Portable = True) -> str | None:
-    """Who must be able to read this layer packed besides `curvprune.load`: ``"transformers"``, ``"engines"``, ``None``.
+    """Who must be able to read this layer packed besides `curvprune.load`: ``"transformers"``,
+    ``"engines"``, ``None``.
 
-    transformers' loader unpacks untied ``nn.Linear`` only (a packed Embedding crashes its weight initialisation), so a
-    ``portable`` artifact stores other layers of its models dense after rounding; ``portable="engines"`` keeps the
-    options of those that are packed to what serving engines have kernels for. An artifact that is not portable is for
-    `curvprune.load` alone, and so is that of any module that is not transformers' own.
+    transformers' loader unpacks untied ``nn.Linear`` only (a packed Embedding crashes its weight
+    initialisation), so a ``portable`` artifact stores other layers of its models dense after
+    rounding; ``portable="engines"`` keeps the options of those that are packed to what serving
+    engines have kernels for. An artifact that is not portable is for `curvprune.load` alone, and so
+    is that of any module that is not transformers' own.
     """
     if _ours_alone(model, portable) or layer.kind != "linear" or layer.aliases:
         return None
@@ -75,7 +79,8 @@ def reader_of(model: nn.Module, layer: Layer, *, portable: Portable = True) -> s
 
 
 def portable_for(model: nn.Module, portable: Portable) -> Portable:
-    """A model of transformers with shapes that its config cannot describe (`curvprune.shapes`) is never portable."""
+    """A model of transformers with shapes that its config cannot describe (`curvprune.shapes`) is
+    never portable."""
     return False if is_transformers(model) and changes_of(model) else portable
 
 
@@ -85,9 +90,10 @@ def _ours_alone(model: nn.Module, portable: Portable) -> bool:
 
 
 def form_of(model: nn.Module, layer: Layer, option: Option, *, portable: Portable = True) -> Form:
-    """How the artifact stores a layer under an option. Packed: every rounded layer, if only `curvprune.load` must
-    read it; else those of `reader_of`, from 2 bits on (compressed-tensors' zero points are integers, which one bit has
-    no use for). Sparse: a pruned layer that only `curvprune.load` must read, if that is smaller. Otherwise dense."""
+    """How the artifact stores a layer under an option. Packed: every rounded layer, if only
+    `curvprune.load` must read it; else those of `reader_of`, from 2 bits on (compressed-tensors'
+    zero points are integers, which one bit has no use for). Sparse: a pruned layer that only
+    `curvprune.load` must read, if that is smaller. Otherwise dense."""
     ours, quantize = _ours_alone(model, portable), quantizer_of(option)
     form: Form = "dense"
     if quantize is not None and (
@@ -105,9 +111,14 @@ def form_of(model: nn.Module, layer: Layer, option: Option, *, portable: Portabl
 
 
 def _one_row_of_zero_points(layer: Layer, quantize: Quantize) -> bool:
-    """Whether all outputs' zero points fit into one word: compressed-tensors (0.20) cannot unpack a row of those."""
+    """Whether all outputs' zero points fit into one word: compressed-tensors (0.20) cannot unpack a
+    row of those."""
     out, width = layer.shape
-    return not quantize.symmetric and out * quantize.bits <= 32 and width > (quantize.group_size or width)
+    return (
+        not quantize.symmetric
+        and out * quantize.bits <= 32
+        and width > (quantize.group_size or width)
+    )
 
 
 def _bytes(layer: Layer, option: Option, form: Form) -> int:
@@ -115,7 +126,8 @@ def _bytes(layer: Layer, option: Option, form: Form) -> int:
 
 
 def pack(codes: Int8[Tensor, "_ _"], bits: int, *, dim: int = 1) -> Int[Tensor, "_ _"]:
-    """Signed ``bits``-bit codes → int32 words along ``dim`` (1, or 0 for zero points), without gaps."""
+    """Signed ``bits``-bit codes → int32 words along ``dim`` (1, or 0 for zero points), without
+    gaps."""
     if dim == 0:
         return pack(codes.t().contiguous(), bits).t().contiguous()
     unsigned = (codes.cpu().numpy().astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
@@ -125,12 +137,16 @@ def pack(codes: Int8[Tensor, "_ _"], bits: int, *, dim: int = 1) -> Int[Tensor, 
     return torch.from_numpy(packed.view("<i4").astype(np.int32))
 
 
-def unpack(words: Int[Tensor, "_ _"], bits: int, length: int, *, dim: int = 1) -> Int8[Tensor, "_ _"]:
+def unpack(
+    words: Int[Tensor, "_ _"], bits: int, length: int, *, dim: int = 1
+) -> Int8[Tensor, "_ _"]:
     """The inverse of `pack`; ``length`` is the number of codes along ``dim``."""
     if dim == 0:
         return unpack(words.t().contiguous(), bits, length).t().contiguous()
     raw = np.ascontiguousarray(words.cpu().numpy().astype("<i4")).view(np.uint8)
-    planes = np.unpackbits(raw, axis=-1, bitorder="little")[:, : length * bits].reshape(len(raw), length, bits)
+    planes = np.unpackbits(raw, axis=-1, bitorder="little")[:, : length * bits].reshape(
+        len(raw), length, bits
+    )
     unsigned = np.packbits(planes, axis=-1, bitorder="little")[..., 0]
     return torch.from_numpy((unsigned.astype(np.int16) - (1 << (bits - 1))).astype(np.int8))
 
@@ -154,7 +170,9 @@ def stored_tensors(layer: Layer, solved: Solved, *, form: Form) -> dict[str, Ten
             tensors["values"] = weight[kept]
         else:
             assert solved.codes is not None
-            kept = _kept(solved.codes != _code_of_zero(solved.zero, quantize, layer.shape[1]), layer, option)
+            kept = _kept(
+                solved.codes != _code_of_zero(solved.zero, quantize, layer.shape[1]), layer, option
+            )
             tensors["packed"] = pack(solved.codes[kept][None], quantize.bits)[0]
         tensors["bitmask"] = bitmask(kept)
     elif quantize is not None and solved.codes is not None:
@@ -164,7 +182,9 @@ def stored_tensors(layer: Layer, solved: Solved, *, form: Form) -> dict[str, Ten
         tensors["scale"] = solved.scale.contiguous()
         if solved.zero is not None and not quantize.symmetric:
             one_bit = quantize.bits == 1
-            tensors["zero_point"] = solved.zero.contiguous() if one_bit else pack(solved.zero, quantize.bits, dim=0)
+            tensors["zero_point"] = (
+                solved.zero.contiguous() if one_bit else pack(solved.zero, quantize.bits, dim=0)
+            )
     return {key_of(layer.name, f"weight_{key}"): tensor for key, tensor in tensors.items()}
 
 
@@ -174,17 +194,21 @@ def _code_of_zero(zero: Tensor | None, quantize: Quantize, width: int) -> Tensor
 
 
 def _kept(mask: Bool[Tensor, "out in"], layer: Layer, option: Option) -> Bool[Tensor, "out in"]:
-    """Exactly as many weights as the option keeps: those that are not zero, and as many zeros as are missing."""
+    """Exactly as many weights as the option keeps: those that are not zero, and as many zeros as
+    are missing."""
     prune = pruner_of(option)
     assert prune is not None
     promised, found = kept_weights(prune, layer.shape, groups=layer.groups), int(mask.sum())
     if found > promised:
         raise ValueError(
-            f"layer {layer.name}: {found} of {layer.numel} weights are not zero, but option {option.key} keeps "
+            f"layer {layer.name}: {found} of {layer.numel} weights are not zero, but option "
+            f"{option.key} keeps "
             f"{promised}; compress the layer again"
         )
     mask, missing = mask.contiguous(), promised - found
-    for part in mask.view(-1).split(1 << 20):  # positions take eight bytes each: never those of a whole large layer
+    for part in mask.view(-1).split(
+        1 << 20
+    ):  # positions take eight bytes each: never those of a whole large layer
         if missing == 0:
             break
         places = (~part).nonzero()[:missing, 0]
@@ -194,9 +218,14 @@ def _kept(mask: Bool[Tensor, "out in"], layer: Layer, option: Option) -> Bool[Te
 
 
 def state_dict_on_disk(
-    model: nn.Module, layers: Mapping[str, Layer], solved: Mapping[str, Solved], *, portable: Portable = True
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    solved: Mapping[str, Solved],
+    *,
+    portable: Portable = True,
 ) -> dict[str, Tensor]:
-    """Every tensor of the compressed model: packed layers, and all else as it is; shared tensors once."""
+    """Every tensor of the compressed model: packed layers, and all else as it is; shared tensors
+    once."""
     replaced = {layer.keys[0]: name for name, layer in layers.items() if name in solved}
     covered = {_identity(layers[name].weight) for name in replaced.values()}
     aliases = {key for layer in layers.values() for key in layer.keys[1:]}
@@ -206,7 +235,11 @@ def state_dict_on_disk(
         if key in replaced:
             layer = layers[replaced[key]]
             one = solved[layer.name]
-            tensors.update(stored_tensors(layer, one, form=form_of(model, layer, one.option, portable=portable)))
+            tensors.update(
+                stored_tensors(
+                    layer, one, form=form_of(model, layer, one.option, portable=portable)
+                )
+            )
             continue
         identity = _identity(value)
         if key in aliases or (value.numel() and (identity in seen or identity in covered)):
@@ -229,13 +262,18 @@ def other_bytes(model: nn.Module, layers: Mapping[str, Layer]) -> int:
 
 
 def header_bytes(model: nn.Module, layers: Mapping[str, Layer]) -> int:
-    """Upper bound of the file's own header: one JSON entry per tensor, up to four instead of a layer's one if it is
-    packed, five if it is sparse."""
-    names = [*state_dict_on_disk(model, layers, {}), *(4 * [f"{n}.weight_zero_point" for n in layers])]
+    """Upper bound of the file's own header: one JSON entry per tensor, up to four instead of a
+    layer's one if it is packed, five if it is sparse."""
+    names = [
+        *state_dict_on_disk(model, layers, {}),
+        *(4 * [f"{n}.weight_zero_point" for n in layers]),
+    ]
     return 64 + sum(len(name) + 110 for name in names)
 
 
-def layer_bytes(model: nn.Module, layer: Layer, option: Option, *, portable: Portable = True) -> int:
+def layer_bytes(
+    model: nn.Module, layer: Layer, option: Option, *, portable: Portable = True
+) -> int:
     """Bytes on disk of one layer under one option."""
     return _bytes(layer, option, form_of(model, layer, option, portable=portable))
 
@@ -249,8 +287,9 @@ def save(
     *,
     portable: Portable = True,
 ) -> None:
-    """Write the weights and ``curvprune.json`` (which option each layer has) into ``folder``; `form_of` says what
-    ``portable`` means. A model whose shapes are not its architecture's carries how they differ."""
+    """Write the weights and ``curvprune.json`` (which option each layer has) into ``folder``;
+    `form_of` says what ``portable`` means. A model whose shapes are not its architecture's carries
+    how they differ."""
     portable = portable_for(model, portable)
     folder.mkdir(parents=True, exist_ok=True)
     state = State(folder)
@@ -262,7 +301,10 @@ def save(
         "version": 2,
         "portable": portable,
         "layers": {
-            n: {"option": s.option.key, "form": form_of(model, layers[n], s.option, portable=portable)}
+            n: {
+                "option": s.option.key,
+                "form": form_of(model, layers[n], s.option, portable=portable),
+            }
             for n, s in solved.items()
         },
         "plan": dict(plan),
@@ -287,8 +329,9 @@ def form_on_disk(entry: Mapping[str, Any]) -> Form:
 
 @torch.no_grad()
 def load_into(folder: Path, model: nn.Module, *, packed: bool = False) -> nn.Module:
-    """Fill ``model`` (of the uncompressed architecture) with an artifact's weights, unpacked to the model's own types.
-    With ``packed`` the modules of packed layers are replaced by ones that keep them packed (`curvprune.packed`).
+    """Fill ``model`` (of the uncompressed architecture) with an artifact's weights, unpacked to the
+    model's own types. With ``packed`` the modules of packed layers are replaced by ones that keep
+    them packed (`curvprune.packed`).
 
     Raises ``ValueError`` naming the first tensor that is missing, left over or of another shape.
     """
@@ -308,7 +351,9 @@ def load_into(folder: Path, model: nn.Module, *, packed: bool = False) -> nn.Mod
         option = option_from_key(entry["option"])
         stored = take_stored(folder, tensors, layer, option, form=form_on_disk(entry))
         if packed and not layer.name:
-            raise ValueError(f"{folder}: the model is itself the packed layer; load it without packed=True")
+            raise ValueError(
+                f"{folder}: the model is itself the packed layer; load it without packed=True"
+            )
         if packed:
             held.append((layer, stored.held(layer.weight.dtype)))
         else:
@@ -322,11 +367,16 @@ def load_into(folder: Path, model: nn.Module, *, packed: bool = False) -> nn.Mod
         if name in tensors:
             if tensors[name].shape != target.shape:
                 raise ValueError(
-                    f"{folder}: {name} is {tuple(tensors[name].shape)}, the model has {tuple(target.shape)}"
+                    f"{folder}: {name} is {tuple(tensors[name].shape)}, the model has "
+                    f"{tuple(target.shape)}"
                 )
             target.copy_(tensors[name])
             loaded.add(target.data_ptr())
-    missing = [n for n, t in own.items() if n not in tensors and n not in shared and t.data_ptr() not in loaded]
+    missing = [
+        n
+        for n, t in own.items()
+        if n not in tensors and n not in shared and t.data_ptr() not in loaded
+    ]
     if missing:
         raise ValueError(f"{folder}: no tensor for {missing[0]!r} of {type(model).__name__}")
     del own, tensors  # the dense weights must go with their modules
@@ -366,10 +416,13 @@ class Stored:
         return PackedWeight(self.matrix, self.scale, self.zero, self.quantize, dtype)
 
 
-def take_stored(folder: Path, tensors: dict[str, Tensor], layer: Layer, option: Option, *, form: Form) -> Stored:
+def take_stored(
+    folder: Path, tensors: dict[str, Tensor], layer: Layer, option: Option, *, form: Form
+) -> Stored:
     """Read a packed or sparse layer; its tensors are removed from the folder's ``tensors``.
 
-    Raises ``ValueError`` naming file and layer if they are not whole, of another shape, or do not fit each other.
+    Raises ``ValueError`` naming file and layer if they are not whole, of another shape, or do not
+    fit each other.
     """
     where = f"{weights_file(folder)}: layer {layer.name}"
     quantize, (out, width) = quantizer_of(option), layer.shape
@@ -378,10 +431,14 @@ def take_stored(folder: Path, tensors: dict[str, Tensor], layer: Layer, option: 
         tensor = tensors.pop(key_of(layer.name, f"weight_{key}"), None)
         if tensor is None:
             raise ValueError(f"{where} lacks its weight_{key}; the file is damaged")
-        if (dtype is not None and tensor.dtype != dtype) or (shape is not None and tuple(tensor.shape) != shape):
+        if (dtype is not None and tensor.dtype != dtype) or (
+            shape is not None and tuple(tensor.shape) != shape
+        ):
             expected = f"{dtype or 'float'} {list(shape or ())}".removeprefix("torch.")
             found = f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
-            raise ValueError(f"{where}: its weight_{key} is {found}, expected {expected}; the file is damaged")
+            raise ValueError(
+                f"{where}: its weight_{key} is {found}, expected {expected}; the file is damaged"
+            )
         return tensor
 
     if (shape := take("shape", torch.int64, (2,)).tolist()) != [out, width]:
@@ -402,9 +459,14 @@ def take_stored(folder: Path, tensors: dict[str, Tensor], layer: Layer, option: 
         kept = torch.from_numpy(bits[: out * width].astype(bool)).view(out, width)
         count = int(bits.sum())
         prune = pruner_of(option)
-        if prune is None or count != kept_weights(prune, layer.shape, groups=layer.groups) or bits[out * width :].any():
+        if (
+            prune is None
+            or count != kept_weights(prune, layer.shape, groups=layer.groups)
+            or bits[out * width :].any()
+        ):
             raise ValueError(
-                f"{where}: its bitmask keeps {count} weights, not what {option.key} keeps; the file is damaged"
+                f"{where}: its bitmask keeps {count} weights, not what {option.key} keeps; the "
+                "file is damaged"
             )
         if quantize is None:
             values = take("values", None, (count,))
@@ -437,7 +499,19 @@ def tensor_names(folder: Path) -> dict[str, tuple[tuple[int, ...], int]]:
     """Name → (shape, bytes) of every tensor in the artifact, read from the header alone."""
     with safe_open(weights_file(folder), framework="pt") as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 — safe_open is not a dict
-        width = {"I8": 1, "U8": 1, "BOOL": 1, "F16": 2, "BF16": 2, "I16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8}
+        width = {
+            "I8": 1,
+            "U8": 1,
+            "BOOL": 1,
+            "F16": 2,
+            "BF16": 2,
+            "I16": 2,
+            "F32": 4,
+            "I32": 4,
+            "F64": 8,
+            "I64": 8,
+        }
         return {
-            key: (tuple(s.get_shape()), math.prod(s.get_shape()) * width[s.get_dtype()]) for key, s in slices.items()
+            key: (tuple(s.get_shape()), math.prod(s.get_shape()) * width[s.get_dtype()])
+            for key, s in slices.items()
         }

@@ -1,6 +1,8 @@
-"""Plans that need no curvature, to hold the planner against: uniform options, a static rule, the reversed order.
+"""Plans that need no curvature, to hold the planner against: uniform options, a static rule, the
+reversed order.
 
-Each is made near a given size, so that what it loses can be compared with what the plan of that size loses.
+Each is made near a given size, so that what it loses can be compared with what the plan of that
+size loses.
 """
 
 from __future__ import annotations
@@ -28,19 +30,26 @@ class Control(NamedTuple):
 
 
 def sensitive(layers: Mapping[str, Layer]) -> set[str]:
-    """The layers that hand-written rules protect: embeddings, the first and the last block with whatever stands before
-    and behind the blocks, and every block's down projection.
+    """The layers that hand-written rules protect: embeddings, the first and the last block with
+    whatever stands before and behind the blocks, and every block's down projection.
 
-    A block is what the first number in a layer's name counts; a layer without a number between blocks is in none. A
-    model without numbers takes its first and last layer for the two blocks.
+    A block is what the first number in a layer's name counts; a layer without a number between
+    blocks is in none. A model without numbers takes its first and last layer for the two blocks.
     """
     names = list(layers)
     blocks = [None if (match := _BLOCK.match(n)) is None else match.group(1, 2) for n in names]
-    numbered = [place for place, block in enumerate(blocks) if block is not None] or [0, len(names) - 1]
+    numbered = [place for place, block in enumerate(blocks) if block is not None] or [
+        0,
+        len(names) - 1,
+    ]
     first, last = numbered[0], numbered[-1]
     ends = {blocks[first], blocks[last]} - {None}
     protected = {n for n in names if layers[n].kind == "embedding" or DOWN.search(n)}
-    return protected | {n for place, n in enumerate(names) if place <= first or place >= last or blocks[place] in ends}
+    return protected | {
+        n
+        for place, n in enumerate(names)
+        if place <= first or place >= last or blocks[place] in ends
+    }
 
 
 def controls(
@@ -51,16 +60,18 @@ def controls(
     size: int,
     plan: Callable[[list[Row], int], dict[str, str]],
 ) -> list[Control]:
-    """The controls near ``size``, bytes of all layers: the largest uniform plan that is no larger and the smallest that
-    is; the static rule likewise, one of them; and the plan of that size for prices in reversed order.
+    """The controls near ``size``, bytes of all layers: the largest uniform plan that is no larger
+    and the smallest that is; the static rule likewise, one of them; and the plan of that size for
+    prices in reversed order.
 
     Args:
         units: layers that share an option; every other layer by itself.
         plan: the best plan for given rows whose layers take at most so many bytes.
 
-    A uniform plan gives each layer the option it is named after or, where that is not offered, the one nearest in bytes
-    per weight. The static rule gives the layers of `sensitive` a larger uniform option than the others. The reversed
-    order swaps the prices of the most and the least sensitive unit, of the second most and second least, and so on.
+    A uniform plan gives each layer the option it is named after or, where that is not offered, the
+    one nearest in bytes per weight. The static rule gives the layers of `sensitive` a larger
+    uniform option than the others. The reversed order swaps the prices of the most and the least
+    sensitive unit, of the second most and second least, and so on.
     """
     rows = list(rows)
     table: dict[str, dict[str, Row]] = {}
@@ -81,21 +92,33 @@ def controls(
     density = {}
     for key in offered:
         having = [unit for unit in free if key in table[unit[0]]]
-        density[key] = sum(stored(unit, key) for unit in having) / sum(weights[unit] for unit in having)
+        density[key] = sum(stored(unit, key) for unit in having) / sum(
+            weights[unit] for unit in having
+        )
 
     def option(unit: tuple[str, ...], key: str) -> str:
         choice = table[unit[0]]
         if key in choice:
             return key
-        return min(sorted(choice), key=lambda other: abs(stored(unit, other) / weights[unit] - density[key]))
+        return min(
+            sorted(choice),
+            key=lambda other: abs(stored(unit, other) / weights[unit] - density[key]),
+        )
 
     def uniform(key: str, protected: str, rule: set[str]) -> dict[str, str]:
-        """Every unit ``key``, those with a layer of the rule ``protected``; in the order of the layers."""
-        chosen = {n: option(unit, protected if rule.intersection(unit) else key) for unit in units for n in unit}
+        """Every unit ``key``, those with a layer of the rule ``protected``; in the order of the
+        layers."""
+        chosen = {
+            n: option(unit, protected if rule.intersection(unit) else key)
+            for unit in units
+            for n in unit
+        }
         return {n: chosen[n] for n in layers}
 
     found = []
-    plain = [Control(f"uniform {key}", uniform(key, key, set())) for key in offered if key != "keep"]
+    plain = [
+        Control(f"uniform {key}", uniform(key, key, set())) for key in offered if key != "keep"
+    ]
     found += [c for c in _around(plain, total, size) if c is not None]
     rule = sensitive(layers)
     static = [
@@ -126,8 +149,11 @@ def _reversed(
     weights: Mapping[tuple[str, ...], int],
     rows: Iterable[Row],
 ) -> list[Row]:
-    """Rows in which the units, ranked by the price of their dearest option per weight, have swapped their prices."""
-    dearest = {unit: max(sum(table[n][key].price for n in unit) for key in table[unit[0]]) for unit in free}
+    """Rows in which the units, ranked by the price of their dearest option per weight, have swapped
+    their prices."""
+    dearest = {
+        unit: max(sum(table[n][key].price for n in unit) for key in table[unit[0]]) for unit in free
+    }
     order = sorted(free, key=lambda unit: dearest[unit] / weights[unit])
     scale = {
         n: dearest[other] / dearest[unit] * weights[unit] / weights[other] if dearest[unit] else 1.0

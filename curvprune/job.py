@@ -43,14 +43,21 @@ class Settings:
         for name in ("labels", "trials", "attempts", "batch_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"Settings: {name}={value!r}: expected a whole number of at least 1")
+                raise ValueError(
+                    f"Settings: {name}={value!r}: expected a whole number of at least 1"
+                )
         if self.portable not in (True, False, "engines"):
-            raise ValueError(f'Settings: portable={self.portable!r} is unknown; choose True, False or "engines"')
+            raise ValueError(
+                f'Settings: portable={self.portable!r} is unknown; choose True, False or "engines"'
+            )
         if self.curvature not in CURVATURES:
-            raise ValueError(f"Settings: curvature={self.curvature!r} is unknown; expected {', '.join(CURVATURES)}")
+            raise ValueError(
+                f"Settings: curvature={self.curvature!r} is unknown; expected {', '.join(CURVATURES)}"
+            )
         if self.measure_above is not None and not self.measure_above >= 0:
             raise ValueError(
-                f"Settings: measure_above={self.measure_above!r}: expected nats, a number of at least 0, or None"
+                f"Settings: measure_above={self.measure_above!r}: expected nats, a number of at "
+                "least 0, or None"
             )
 
 
@@ -69,11 +76,19 @@ class Job:
     stages: StageLog
     reload: Callable[[Path], nn.Module]
     write_model: Callable[[Path, nn.Module, Mapping[str, Solved], Mapping[str, Any]], None]
-    original: nn.Module | None = None  # what is certified against, where units of it were removed to make the model
+    original: nn.Module | None = (
+        None  # what is certified against, where units of it were removed to make the model
+    )
     recover: Training | None = None
-    same_option: tuple[tuple[str, ...], ...] = ()  # groups of layers; each is offered the same options
-    limits: tuple[Limit, ...] = ()  # what the budget limits besides bytes and the drop: `limit_plans`
-    work: dict[str, Work] = field(default_factory=dict)  # of every layer, where it was counted: `count_work`
+    same_option: tuple[
+        tuple[str, ...], ...
+    ] = ()  # groups of layers; each is offered the same options
+    limits: tuple[
+        Limit, ...
+    ] = ()  # what the budget limits besides bytes and the drop: `limit_plans`
+    work: dict[str, Work] = field(
+        default_factory=dict
+    )  # of every layer, where it was counted: `count_work`
     notes: list[str] = field(default_factory=list)
     ledger: Ledger | None = None
     analysis: Analysis | None = None
@@ -81,7 +96,9 @@ class Job:
     verdict: Verdict | None = None
     solved: dict[str, Solved] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
-    factors: dict[str, float] = field(default_factory=dict)  # option -> correction of its prices by the trials
+    factors: dict[str, float] = field(
+        default_factory=dict
+    )  # option -> correction of its prices by the trials
 
     @property
     def uncompressed(self) -> nn.Module:
@@ -89,7 +106,11 @@ class Job:
         return self.model if self.original is None else self.original
 
     def __post_init__(self) -> None:
-        if self.settings.curvature == "input" and self.budget is not None and self.budget.max_drop is not None:
+        if (
+            self.settings.curvature == "input"
+            and self.budget is not None
+            and self.budget.max_drop is not None
+        ):
             raise ValueError(
                 'curvature="input" prices the error of layers, in no unit of loss: it cannot plan for max_drop; pass '
                 "max_bytes, or another curvature"
@@ -110,17 +131,24 @@ class Job:
         }
 
     def uses(self, choices: Mapping[str, str]) -> dict[str, float]:
-        """How much a plan uses of each limit of the budget, by name; bytes are those of the file, with
-        the most that its header can take."""
+        """How much a plan uses of each limit of the budget, by name; bytes are those of the file,
+        with the most that its header can take."""
         used = {limit.name: limit.used(choices) for limit in self.limits}
         if self.budget is None or self.budget.max_bytes is None:
             return used
-        return {"max_bytes": self.bytes_of(choices) + artifact.header_bytes(self.model, self.layers), **used}
+        return {
+            "max_bytes": self.bytes_of(choices) + artifact.header_bytes(self.model, self.layers),
+            **used,
+        }
 
     @property
     def most(self) -> dict[str, float]:
         """The budget's limits on size and speed by name."""
-        stored = {} if self.budget is None or self.budget.max_bytes is None else {"max_bytes": self.budget.max_bytes}
+        stored = (
+            {}
+            if self.budget is None or self.budget.max_bytes is None
+            else {"max_bytes": self.budget.max_bytes}
+        )
         return stored | {limit.name: limit.most for limit in self.limits}
 
     def least(self, name: str) -> float:
@@ -129,7 +157,9 @@ class Job:
         if of is None:
             return self.smallest_bytes()
         best = {
-            n: min((o.key for o in self.options[n]), key=lambda key: sum(of.use[m, key] for m in unit))
+            n: min(
+                (o.key for o in self.options[n]), key=lambda key: sum(of.use[m, key] for m in unit)
+            )
             for unit in self.units
             for n in unit
         }
@@ -153,30 +183,41 @@ class Job:
 
     def smallest_bytes(self) -> int:
         """Bytes of the smallest model file that the options allow, header included."""
-        sizes = [min(sum(self.layer_bytes(n, o) for n in unit) for o in self.options[unit[0]]) for unit in self.units]
+        sizes = [
+            min(sum(self.layer_bytes(n, o) for n in unit) for o in self.options[unit[0]])
+            for unit in self.units
+        ]
         return self.fixed_bytes + artifact.header_bytes(self.model, self.layers) + sum(sizes)
 
     def bytes_of(self, choices: Mapping[str, str]) -> int:
         """Tensor bytes of the whole model on disk under a plan (the file adds its header)."""
-        return self.fixed_bytes + sum(self.layer_bytes(n, option_from_key(key)) for n, key in choices.items())
+        return self.fixed_bytes + sum(
+            self.layer_bytes(n, option_from_key(key)) for n, key in choices.items()
+        )
 
     def form_of(self, name: str, option: Option) -> Form:
         """How a layer lies on disk under an option."""
-        return artifact.form_of(self.model, self.layers[name], option, portable=self.settings.portable)
+        return artifact.form_of(
+            self.model, self.layers[name], option, portable=self.settings.portable
+        )
 
     def layer_bytes(self, name: str, option: Option) -> int:
         """Bytes on disk of a layer under an option."""
-        return artifact.layer_bytes(self.model, self.layers[name], option, portable=self.settings.portable)
+        return artifact.layer_bytes(
+            self.model, self.layers[name], option, portable=self.settings.portable
+        )
 
 
-# --------------------------------------------------------------------------------------------------------------- limits
+# ------------------------------------------------------------------------------------------- limits
 
 
 def limit_plans(job: Job) -> None:
-    """Turn the budget's limits on size and speed into ``job.limits``, and see that the options can meet them together.
+    """Turn the budget's limits on size and speed into ``job.limits``, and see that the options can
+    meet them together.
 
-    Cost: one forward pass over the calibration items if multiply-adds or bit operations are limited. Raises
-    `Infeasible`, and ``ValueError`` where a limit of the user's own has no number for a layer and option.
+    Cost: one forward pass over the calibration items if multiply-adds or bit operations are
+    limited. Raises `Infeasible`, and ``ValueError`` where a limit of the user's own has no number
+    for a layer and option.
     """
     budget = job.budget
     if budget is None or not budget.limited:
@@ -184,7 +225,10 @@ def limit_plans(job: Job) -> None:
     if budget.max_macs is not None or budget.max_bops is not None:
         count_work(job)
     options = {(n, o.key): o for n in job.layers for o in job.options[n]}
-    rows = [Choice(layer=n, option=key, bytes=job.layer_bytes(n, o), price=0.0) for (n, key), o in options.items()]
+    rows = [
+        Choice(layer=n, option=key, bytes=job.layer_bytes(n, o), price=0.0)
+        for (n, key), o in options.items()
+    ]
     job.limits = limits_of(budget, rows, job.work or work_of(job.layers))
     try:
         cheapest(rows, **job.within)
@@ -192,7 +236,8 @@ def limit_plans(job: Job) -> None:
         names = {shortfall.name for shortfall in error.shortfalls}
         if "max_macs" in names and all(macs_left(o) == 1.0 for o in options.values()):
             raise Infeasible(
-                f"{error}. No option here lowers max_macs: zeros are multiplied like any other weight, except those of "
+                f"{error}. No option here lowers max_macs: zeros are multiplied like any other "
+                "weight, except those of "
                 'pattern "2:4" on sparse tensor cores; prune(structured=...) removes whole units',
                 *error.shortfalls,
             ) from None

@@ -1,9 +1,10 @@
-"""Seconds of a forward pass with fewer units, on this machine: parts of the model timed at the widths that are asked
-about, the whole model timed where it is decided.
+"""Seconds of a forward pass with fewer units, on this machine: parts of the model timed at the
+widths that are asked about, the whole model timed where it is decided.
 
-A *part* is a module whose time depends on a cut: the smallest one that holds all of the cut and nothing of another (an
-attention or an MLP, with everything that it does between its layers), else each layer of the cut by itself, at every
-pair of widths that is asked for. Parts that look alike are timed once.
+A *part* is a module whose time depends on a cut: the smallest one that holds all of the cut and
+nothing of another (an attention or an MLP, with everything that it does between its layers), else
+each layer of the cut by itself, at every pair of widths that is asked for. Parts that look alike
+are timed once.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from curvprune.layers import is_conv1d
 from curvprune.objective import Batch, Objective, evaluating
 
 ROUNDS = (7, 60)  # fewest and most
-WHOLE, PART = 0.5, 0.05  # seconds for each model or part, after which no round more than the fewest begins
+WHOLE, PART = (
+    0.5,
+    0.05,
+)  # seconds for each model or part, after which no round more than the fewest begins
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -38,15 +42,20 @@ class Run:
 
 @torch.inference_mode()
 def seconds(runs: Sequence[Run], enough: float) -> list[float]:
-    """Seconds of each, all of them taken in turn after two rounds of warming up: the median of the first, and of the
-    others the median of what they take of the first in the same round, which is steadier on a busy machine.
+    """Seconds of each, all of them taken in turn after two rounds of warming up: the median of the
+    first, and of the others the median of what they take of the first in the same round, which is
+    steadier on a busy machine.
 
-    On a CPU with one torch thread the clock is that thread's, which stops while others have the core; else it is the
-    wall's, read when the device is done. Cost: `ROUNDS` of each, no more than the fewest once ``enough`` seconds are
-    spent on each.
+    On a CPU with one torch thread the clock is that thread's, which stops while others have the
+    core; else it is the wall's, read when the device is done. Cost: `ROUNDS` of each, no more than
+    the fewest once ``enough`` seconds are spent on each.
     """
     device = next((t.device for run in runs for t in run.module.parameters()), torch.device("cpu"))
-    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    clock = (
+        time.thread_time
+        if device.type == "cpu" and torch.get_num_threads() == 1
+        else time.perf_counter
+    )
 
     def now() -> float:
         if device.type != "cpu":
@@ -67,13 +76,16 @@ def seconds(runs: Sequence[Run], enough: float) -> list[float]:
             rounds.append(taken)
             spent += math.fsum(taken)
     first = statistics.median(taken[0] for taken in rounds)
-    return [first * statistics.median(taken[i] / taken[0] for taken in rounds) for i in range(len(runs))]
+    return [
+        first * statistics.median(taken[i] / taken[0] for taken in rounds) for i in range(len(runs))
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Part:
-    """A module whose time depends on the widths of ``cuts``, whose slots are named from it; ``calls`` in one pass, of
-    which the first has the ``looks``: parts that have the same take the same time."""
+    """A module whose time depends on the widths of ``cuts``, whose slots are named from it;
+    ``calls`` in one pass, of which the first has the ``looks``: parts that have the same take the
+    same time."""
 
     module: nn.Module
     cuts: dict[str, Cut]
@@ -82,16 +94,23 @@ class _Part:
 
 
 class Latency:
-    """Seconds of one forward pass over ``batch``, whatever the cuts' widths, as a sum over parts; scaled so that it is
-    what was measured of the whole model at full width and at the ``smallest`` widths.
+    """Seconds of one forward pass over ``batch``, whatever the cuts' widths, as a sum over parts;
+    scaled so that it is what was measured of the whole model at full width and at the ``smallest``
+    widths.
 
-    Cost: two forward passes, then some tens of the whole model, of the smallest and of every part; a question about
-    widths of a part that were not asked about before copies and times that part. Memory: two copies of the model less
-    what is removed, while they are timed; the inputs of the parts.
+    Cost: two forward passes, then some tens of the whole model, of the smallest and of every part;
+    a question about
+    widths of a part that were not asked about before copies and times that part. Memory: two copies
+    of the model less what is removed, while they are timed; the inputs of the parts.
     """
 
     def __init__(
-        self, model: nn.Module, objective: Objective, batch: Batch, cuts: Mapping[str, Cut], smallest: Mapping[str, int]
+        self,
+        model: nn.Module,
+        objective: Objective,
+        batch: Batch,
+        cuts: Mapping[str, Cut],
+        smallest: Mapping[str, int],
     ) -> None:
         self.model, self.objective, self.batch, self.cuts = model, objective, batch, dict(cuts)
         self._given: dict[tuple[Any, ...], tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = {}
@@ -99,11 +118,15 @@ class Latency:
         self._parts = self._find_parts()
         with evaluating(model), self._without(smallest) as small:
             full = [self._of_part(looks) for looks in self._given]
-            self.whole, least, *each = seconds([self._forward(model), self._forward(small), *full], WHOLE)
+            self.whole, least, *each = seconds(
+                [self._forward(model), self._forward(small), *full], WHOLE
+            )
         self._full = dict(zip(self._given, each, strict=True))
         self._scale = 1.0
         predicted = self.whole - self(smallest)
-        self._scale = (self.whole - least) / predicted if predicted > 0 and least < self.whole else 1.0
+        self._scale = (
+            (self.whole - least) / predicted if predicted > 0 and least < self.whole else 1.0
+        )
 
     def __call__(self, left: Mapping[str, int]) -> float:
         """With ``left[cut]`` units of each cut (all, where it is not named): predicted."""
@@ -121,7 +144,8 @@ class Latency:
         return whole, less
 
     def measured(self, left: Mapping[str, int]) -> tuple[float, float]:
-        """Of the whole model, and of the model with ``left[cut]`` units of each cut, whichever they are."""
+        """Of the whole model, and of the model with ``left[cut]`` units of each cut, whichever they
+        are."""
         with self._without(left) as smaller:
             return self.beside(smaller)
 
@@ -155,7 +179,7 @@ class Latency:
         module, args, named = self._given[looks]
         return Run(module=module, call=lambda: module(*args, **named))
 
-    # --------------------------------------------------------------------------------------------------------- parts
+    # ---------------------------------------------------------------------------------------- parts
 
     def _find_parts(self) -> list[_Part]:
         calls: dict[str, int] = {}
@@ -186,11 +210,15 @@ class Latency:
         self._hooked({n: self.model.get_submodule(n) for n in inside}, take)
         return parts
 
-    def _hooked(self, modules: Mapping[str, nn.Module], see: Callable[[str, nn.Module, Any, Any], None]) -> None:
-        """A forward pass in which ``see(name, module, args, named)`` is called before every call of these modules."""
+    def _hooked(
+        self, modules: Mapping[str, nn.Module], see: Callable[[str, nn.Module, Any, Any], None]
+    ) -> None:
+        """A forward pass in which ``see(name, module, args, named)`` is called before every call of
+        these modules."""
         handles = [
             m.register_forward_pre_hook(
-                lambda module, args, named, name=name: see(name, module, args, named), with_kwargs=True
+                lambda module, args, named, name=name: see(name, module, args, named),
+                with_kwargs=True,
             )
             for name, m in modules.items()
         ]
@@ -249,7 +277,8 @@ def _shape(value: Any) -> Any:
 
 
 def _fitting(module: nn.Module, x: Any) -> Any:
-    """The input of a layer, as narrow as the layer has become; other modules get what they got before."""
+    """The input of a layer, as narrow as the layer has become; other modules get what they got
+    before."""
     if isinstance(module, nn.Linear):
         dim, width = -1, module.in_features
     elif is_conv1d(module):
@@ -260,5 +289,9 @@ def _fitting(module: nn.Module, x: Any) -> Any:
         dim, width = 1, module.num_features
     else:
         return x
-    last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return x.narrow(dim, 0, width).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    last = (
+        x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    )
+    return x.narrow(dim, 0, width).contiguous(
+        memory_format=torch.channels_last if last else torch.contiguous_format
+    )

@@ -1,11 +1,11 @@
-"""The ledger: every (layer, option) with its bytes on disk and its predicted loss increase in nats, with standard
-errors.
+"""The ledger: every (layer, option) with its bytes on disk and its predicted loss increase in nats,
+with standard errors.
 
-The price of a change δ of one layer is ``½ δᵀ F δ`` per position, F the layer's Fisher matrix, estimated along δ itself
-(see `curvprune.curvature.fisher`) and then shrunk towards what the diagonal of F says about δ (`_shrunk`). Prices that
-are too high for a quadratic model are measured (`Ledger.with_measured`). A plan costs the sum of its layers' prices
-and a share of what pairs of layers do to each other (`_kept`). Other matrices can take the Fisher's place
-(`CURVATURES`).
+The price of a change δ of one layer is ``½ δᵀ F δ`` per position, F the layer's Fisher matrix,
+estimated along δ itself (see `curvprune.curvature.fisher`) and then shrunk towards what the
+diagonal of F says about δ (`_shrunk`). Prices that are too high for a quadratic model are measured
+(`Ledger.with_measured`). A plan costs the sum of its layers' prices and a share of what pairs of
+layers do to each other (`_kept`). Other matrices can take the Fisher's place (`CURVATURES`).
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ QUARTILES = 1.349  # between the quartiles of a normal distribution, in standard
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One option of one layer. ``price`` ± ``stderr`` in the ledger's unit; ``model_stderr`` is the part of the latter
-    that does not come from the items but from how well the diagonal stands for the whole block. ``measured``: the price
-    is the divergence that the change was seen to cause alone, and no quadratic form."""
+    """One option of one layer. ``price`` ± ``stderr`` in the ledger's unit; ``model_stderr`` is the
+    part of the latter that does not come from the items but from how well the diagonal stands for
+    the whole block. ``measured``: the price is the divergence that the change was seen to cause
+    alone, and no quadratic form."""
 
     layer: str
     option: str
@@ -81,18 +82,24 @@ class Ledger:
         return len(self.count)
 
     def layer_rows(self, layer: str) -> dict[str, Row]:
-        """Option key → row of one layer. Raises ``KeyError`` naming a layer that is not in the ledger."""
+        """Option key → row of one layer. Raises ``KeyError`` naming a layer that is not in the
+        ledger."""
         rows = {r.option: r for r in self.rows if r.layer == layer}
         if not rows:
-            raise KeyError(f"{layer!r} is not in the ledger; it has {sorted({r.layer for r in self.rows})[:5]} …")
+            raise KeyError(
+                f"{layer!r} is not in the ledger; it has {sorted({r.layer for r in self.rows})[:5]} "
+                ""
+                "…"
+            )
         return rows
 
     def predict(self, choices: Mapping[str, Any]) -> Estimate:
-        """Predicted loss increase of a plan: layer → option (or its key). Layers left out count as kept.
+        """Predicted loss increase of a plan: layer → option (or its key). Layers left out count as
+        kept.
 
-        The sum of the prices and, for what layers do to each other, the share ``kept`` of ``Σ δᵢᵀ F δⱼ`` over pairs of
-        layers. The standard error accounts for the items that all layers share. Raises ``KeyError`` for an unknown
-        pair.
+        The sum of the prices and, for what layers do to each other, the share ``kept`` of ``Σ δᵢᵀ F
+        δⱼ`` over pairs of layers. The standard error accounts for the items that all layers share.
+        Raises ``KeyError`` for an unknown pair.
         """
         index = {(r.layer, r.option): i for i, r in enumerate(self.rows)}
         columns = []
@@ -101,13 +108,17 @@ class Ledger:
             if (layer, key) not in index:
                 if key == "keep":
                     continue
-                raise KeyError(f"layer {layer}: option {key!r} was not priced; it has {list(self.layer_rows(layer))}")
+                raise KeyError(
+                    f"layer {layer}: option {key!r} was not priced; it has "
+                    f"{list(self.layer_rows(layer))}"
+                )
             columns.append(index[layer, key])
         total = self.sums[:, columns].sum(1)
         if self.along is not None and self.kept and len(columns) > 1:
             along = self.along[:, :, columns]
             pairs = self.kept * 0.5 * (along.sum(2) ** 2 - (along**2).sum(2)).mean(1)
-            # Prices were shrunk and pairs were not, so together they could fall below zero: pairs save 90 % at most.
+            # Prices were shrunk and pairs were not, so together they could fall below zero: pairs
+            # save 90 % at most.
             if pairs.sum() < (least := -0.9 * total.sum()):
                 pairs *= least / pairs.sum()
             total = total + pairs
@@ -116,8 +127,8 @@ class Ledger:
         return replace(estimate, stderr=math.hypot(estimate.stderr, model))
 
     def quadratic(self) -> Quadratic | None:
-        """Prices with the pairs of layers, to plan by: a plan's value is what `predict` says; ``None`` where no pairs
-        are kept."""
+        """Prices with the pairs of layers, to plan by: a plan's value is what `predict` says;
+        ``None`` where no pairs are kept."""
         if self.along is None or not self.kept:
             return None
         draws = self.along.reshape(-1, len(self.rows))
@@ -126,11 +137,15 @@ class Ledger:
         return Quadratic(rows=self.rows, draws=draws * math.sqrt(share))
 
     def with_measured(self, sums: Mapping[tuple[str, str], Float[np.ndarray, " items"]]) -> Ledger:
-        """The ledger with measured prices for some (layer, option): nats of each item, summed over its positions. What
-        such a row does together with other layers' grows with the root of its price. Raises ``KeyError`` for an
-        unknown pair."""
+        """The ledger with measured prices for some (layer, option): nats of each item, summed over
+        its positions. What such a row does together with other layers' grows with the root of its
+        price. Raises ``KeyError`` for an unknown pair."""
         index = {(r.layer, r.option): i for i, r in enumerate(self.rows)}
-        rows, columns, along = list(self.rows), self.sums.copy(), None if self.along is None else self.along.copy()
+        rows, columns, along = (
+            list(self.rows),
+            self.sums.copy(),
+            None if self.along is None else self.along.copy(),
+        )
         for pair, values in sums.items():
             i = index[pair]
             estimate = ratio_estimate(torch.from_numpy(values), torch.from_numpy(self.count))
@@ -169,7 +184,8 @@ class Ledger:
     @staticmethod
     def from_dict(record: Mapping[str, Any]) -> Ledger:
         rows = tuple(
-            Row(**{**r, "stderr": float("inf") if r["stderr"] is None else r["stderr"]}) for r in record["rows"]
+            Row(**{**r, "stderr": float("inf") if r["stderr"] is None else r["stderr"]})
+            for r in record["rows"]
         )
         count = np.array(record["count"], dtype=np.float64)
         return Ledger(
@@ -180,7 +196,9 @@ class Ledger:
             labels=record["labels_per_item"],
             curvature=record["curvature"],
             work={layer: Work(**work) for layer, work in record.get("work", {}).items()},
-            along=None if record.get("along") is None else np.array(record["along"]).reshape(len(count), -1, len(rows)),
+            along=None
+            if record.get("along") is None
+            else np.array(record["along"]).reshape(len(count), -1, len(rows)),
             kept=record.get("kept", 0.0),
         )
 
@@ -198,12 +216,17 @@ def build_ledger(
     Args:
         measured: `Forms` for the curvatures of `curvprune.curvature.forms`, else a `FisherPass`.
         options: layer → option key → bytes on disk.
-        changed: layer → the option keys whose changes were priced, in the order of the pass; others (``keep``) cost 0.
+        changed: layer → the option keys whose changes were priced, in the order of the pass; others
+            (``keep``) cost 0.
         curvature: a key of `CURVATURES`. Prices of ``"input"`` have no unit of loss.
     """
     if isinstance(measured, Forms) or curvature == "diagonal":
         of = measured.sums if isinstance(measured, Forms) else measured.diagonals
-        priced = {(n, key): (of[n][:, k], 0.0) for n, keys in changed.items() for k, key in enumerate(keys)}
+        priced = {
+            (n, key): (of[n][:, k], 0.0)
+            for n, keys in changed.items()
+            for k, key in enumerate(keys)
+        }
     else:
         priced = _shrunk(measured, changed)
     rows, columns = [], []
@@ -213,7 +236,14 @@ def build_ledger(
             estimate = ratio_estimate(sums, measured.count)
             stderr = math.hypot(estimate.stderr, model) if (layer, key) in priced else 0.0
             rows.append(
-                Row(layer=layer, option=key, bytes=size, price=estimate.value, stderr=stderr, model_stderr=model)
+                Row(
+                    layer=layer,
+                    option=key,
+                    bytes=size,
+                    price=estimate.value,
+                    stderr=stderr,
+                    model_stderr=model,
+                )
             )
             columns.append(sums.numpy())
     along, kept = None, 0.0
@@ -239,15 +269,17 @@ def measure_highest(
     *,
     least: float,
 ) -> tuple[Ledger, str]:
-    """The ledger with measured prices in place of the highest, and a note if there are too many of those.
+    """The ledger with measured prices in place of the highest, and a note if there are too many of
+    those.
 
-    From the highest downwards, `MEASURED_TOGETHER` at a time, until the quadratic prices of those agree with what was
-    measured to `AGREED` and their standard errors: the smaller a change, the better the quadratic model holds. No price
-    below ``least`` is measured, and no more than `MEASURED_ROWS` are.
+    From the highest downwards, `MEASURED_TOGETHER` at a time, until the quadratic prices of those
+    agree with what was measured to `AGREED` and their standard errors: the smaller a change, the
+    better the quadratic model holds. No price below ``least`` is measured, and no more than
+    `MEASURED_ROWS` are.
 
     Args:
-        measure: given rows, and how many were measured before, the divergence that each causes alone, summed over each
-            item's positions.
+        measure: given rows, and how many were measured before, the divergence that each causes
+            alone, summed over each item's positions.
     """
     high = sorted((row for row in ledger.rows if row.price > least), key=lambda row: -row.price)
     most = min(len(high), MEASURED_ROWS)
@@ -265,7 +297,8 @@ def measure_highest(
     if len(high) == most:
         return ledger, ""
     return ledger, (
-        f"the {most} highest prices were measured, and the last of them are {ratio:.2g} times what the quadratic model "
+        f"the {most} highest prices were measured, and the last of them are {ratio:.2g} times "
+        "what the quadratic model "
         "says: prices below may be wrong as well"
     )
 
@@ -275,7 +308,9 @@ def _pairs(
 ) -> tuple[Float[Tensor, "items labels rows"], float]:
     zero = torch.zeros(len(measured.count), measured.labels, dtype=torch.float64)
     along = [
-        measured.along[r.layer][:, :, changed[r.layer].index(r.option)] if r.option in changed[r.layer] else zero
+        measured.along[r.layer][:, :, changed[r.layer].index(r.option)]
+        if r.option in changed[r.layer]
+        else zero
         for r in rows
     ]
     draws = torch.stack(along, 2)
@@ -285,17 +320,20 @@ def _pairs(
 def _shrunk(
     measured: FisherPass, changed: Mapping[str, list[str]]
 ) -> dict[tuple[str, str], tuple[Float[Tensor, " items"], float]]:
-    """Items' contributions to the price of every (layer, option), and the standard error that is not theirs.
+    """Items' contributions to the price of every (layer, option), and the standard error that is
+    not theirs.
 
-    The price along δ, x, is unbiased but has few degrees of freedom: one for each item and draw. The price of the
-    diagonal, d, is biased, but a mean over many entries. Over the layers of an option the ratios x/d scatter around
-    a common m by their own noise (known from the items) and by a spread τ that is left; so, like James and Stein,
+    The price along δ, x, is unbiased but has few degrees of freedom: one for each item and draw.
+    The price of the diagonal, d, is biased, but a mean over many entries. Over the layers of an
+    option the ratios x/d scatter around a common m by their own noise (known from the items) and by
+    a spread τ that is left; so, like James and Stein,
 
         price  =  x + u (m d − x),        u = noise² / (τ² + noise²),
 
-    with a standard error of the items' part together with u τ d. No price moves by more than the noise: a layer unlike
-    all others keeps what was measured (Efron and Morris 1972, "limited translation"). m is such that the sum over the
-    layers stays that of x, and it counts in the errors. Options of fewer than `ENOUGH` layers keep x.
+    with a standard error of the items' part together with u τ d. No price moves by more than the
+    noise: a layer unlike all others keeps what was measured (Efron and Morris 1972, "limited
+    translation"). m is such that the sum over the layers stays that of x, and it counts in the
+    errors. Options of fewer than `ENOUGH` layers keep x.
     """
     pairs: dict[str, list[str]] = {}
     for layer, keys in changed.items():
@@ -304,8 +342,12 @@ def _shrunk(
     priced: dict[tuple[str, str], tuple[Tensor, float]] = {}
     n = len(measured.count)
     for key, layers in pairs.items():
-        along = torch.stack([measured.squares(layer)[:, changed[layer].index(key)] for layer in layers])
-        diagonal = torch.stack([measured.diagonals[layer][:, changed[layer].index(key)] for layer in layers])
+        along = torch.stack(
+            [measured.squares(layer)[:, changed[layer].index(key)] for layer in layers]
+        )
+        diagonal = torch.stack(
+            [measured.diagonals[layer][:, changed[layer].index(key)] for layer in layers]
+        )
         x, d = along.sum(1), diagonal.sum(1)
         sums, model = along, torch.zeros_like(x)
         some = (d > 0) & (x > 0)
@@ -319,8 +361,9 @@ def _shrunk(
 
 
 def _kept(along: Float[Tensor, "items labels rows"], layers: list[str]) -> float:
-    """The share of the pairs' correlations r that is not the noise of few draws: ``1 − Σ noise² / Σ r²`` over all pairs
-    of different layers, 0 if that is negative. All pairs are shrunk by it alike."""
+    """The share of the pairs' correlations r that is not the noise of few draws: ``1 − Σ noise² / Σ
+    r²`` over all pairs of different layers, 0 if that is negative. All pairs are shrunk by it
+    alike."""
     scale = along.square().mean((0, 1)).sqrt()
     some = scale > 0
     draws = (along / scale)[:, :, some].double()
@@ -330,7 +373,8 @@ def _kept(along: Float[Tensor, "items labels rows"], layers: list[str]) -> float
         return 0.0
     index = torch.tensor([names.index(n) for n in names])
     apart = index[:, None] != index[None]
-    # Draws are independent given the item; items that differ in scale make some pairs' squares larger.
+    # Draws are independent given the item; items that differ in scale make some pairs' squares
+    # larger.
     products = torch.einsum("nsi,nsj->ij", draws, draws) / (items * labels)
     squares = torch.einsum("nsi,nsj->ij", draws.square(), draws.square()) / (items * labels)
     noise = (squares - products.square()) / (items * labels - 1)
@@ -344,7 +388,9 @@ def _towards(
     x, d, n = along.sum(1), diagonal.sum(1), along.shape[1]
     ratio = x / d
     residual = along - ratio[:, None] * diagonal
-    noise = n / (n - 1) * float((residual.square().sum(1) / x.square()).mean())  # squared, relative to m
+    noise = (
+        n / (n - 1) * float((residual.square().sum(1) / x.square()).mean())
+    )  # squared, relative to m
     noise = max(noise, 1e-12)  # exact prices have none
     low, m, high = ratio.quantile(ratio.new_tensor([0.25, 0.5, 0.75])).tolist()
     for _ in range(5):  # m and the limits depend on each other; five rounds settle them

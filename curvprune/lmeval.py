@@ -1,4 +1,5 @@
-"""Certificates from what lm-eval wrote with ``--log_samples``: two runs' files in, a verdict out, without lm-eval."""
+"""Certificates from what lm-eval wrote with ``--log_samples``: two runs' files in, a verdict out,
+without lm-eval."""
 
 from __future__ import annotations
 
@@ -34,25 +35,30 @@ def certify_lm_eval(
     higher_is_better: bool | None = None,
     confidence: float = 0.95,
 ) -> Verdict:
-    """Whether a compressed model is at most `max_drop` worse on a task of lm-eval, paired by document.
+    """Whether a compressed model is at most `max_drop` worse on a task of lm-eval, paired by
+    document.
 
-    `baseline`, `compressed`: the ``samples_<task>_<date>.jsonl`` of the two models, or lists of them in the same order
-    (the subtasks of a group; every document counts once). `metric`, `filter`: which of the recorded ones, needed only
-    where there are several.
+    `baseline`, `compressed`: the ``samples_<task>_<date>.jsonl`` of the two models, or lists of
+    them in the same order (the subtasks of a group; every document counts once). `metric`,
+    `filter`: which of the recorded ones, needed only where there are several.
 
-    Metrics that are 0 or 1 throughout (acc, exact_match) are tested as accuracy. ``word_perplexity``,
-    ``byte_perplexity`` and ``bits_per_byte`` are tested as the loss behind them: `max_drop` is in nats per word, nats
-    per byte or bits per byte, and ``perplexity`` in nats per document. All others are means, in their own unit, as in
-    `certify_values`: `bounds` are those of one document, `higher_is_better` as lm-eval's results file says (default: no
-    for known error rates, yes otherwise). `cluster`: a field of the documents, such as the passage that several
-    questions ask about, whose equal values belong together.
+    Metrics that are 0 or 1 throughout (acc, exact_match) are tested as accuracy.
+    ``word_perplexity``, ``byte_perplexity`` and ``bits_per_byte`` are tested as the loss behind
+    them: `max_drop` is in nats per word, nats per byte or bits per byte, and ``perplexity`` in nats
+    per document. All others are means, in their own unit, as in `certify_values`: `bounds` are
+    those of one document, `higher_is_better` as lm-eval's results file says (default: no for known
+    error rates, yes otherwise). `cluster`: a field of the documents, such as the passage that
+    several questions ask about, whose equal values belong together.
 
-    Raises ValueError, naming file and line, for files that hold other documents, prompts or metrics, a document twice,
-    or a metric that is not one number per document.
+    Raises ValueError, naming file and line, for files that hold other documents, prompts or
+    metrics, a document twice, or a metric that is not one number per document.
     """
     files = _files(baseline), _files(compressed)
     if len(files[0]) != len(files[1]):
-        raise ValueError(f"{len(files[0])} file(s) of the baseline, {len(files[1])} of the compressed model; pair them")
+        raise ValueError(
+            f"{len(files[0])} file(s) of the baseline, {len(files[1])} of the compressed model; "
+            "pair them"
+        )
     pairs: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for path, other in zip(*files, strict=True):
         samples = _read(path, filter)
@@ -66,7 +72,9 @@ def certify_lm_eval(
         unit, factor = _RATIOS.get(metric, ("nats/document", 1.0))
         before, after = ([_sum_and_count(sample, metric) for sample in side] for side in sides)
         if [n for _, n in before] != [n for _, n in after]:
-            raise ValueError(f"{metric}: the two runs count different words or bytes in the same documents")
+            raise ValueError(
+                f"{metric}: the two runs count different words or bytes in the same documents"
+            )
         verdict = certify_loss(
             [-factor * total for total, _ in before],
             [-factor * total for total, _ in after],
@@ -113,18 +121,24 @@ def _read(path: Path, wanted: str | None) -> dict[Any, dict[str, Any]]:
             sample = json.loads(line)
             name, document = sample.get("filter", "none"), sample["doc_id"]
         except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{at}: not a sample of lm-eval ({error!r}); expected an object with doc_id") from error
+            raise ValueError(
+                f"{at}: not a sample of lm-eval ({error!r}); expected an object with doc_id"
+            ) from error
         samples = found.setdefault(name, {})
         if document in samples:
             raise ValueError(
-                f"{at}: document {document} stands already at {samples[document]['at']}; lm-eval appends to files, so "
+                f"{at}: document {document} stands already at {samples[document]['at']}; lm-eval "
+                "appends to files, so "
                 "this one may hold two runs"
             )
         samples[document] = {**sample, "at": at}
     if wanted is None and len(found) > 1:
         raise ValueError(f"{path} holds the filters {sorted(found)}; pass filter=")
     if not found or (wanted is not None and wanted not in found):
-        raise ValueError(f"{path} has no samples" + (f" of filter {wanted!r}, only {sorted(found)}" if found else ""))
+        raise ValueError(
+            f"{path} has no samples"
+            + (f" of filter {wanted!r}, only {sorted(found)}" if found else "")
+        )
     return found[wanted if wanted is not None else next(iter(found))]
 
 
@@ -140,16 +154,23 @@ def _paired(
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     if missing := sorted(set(ours) ^ set(theirs), key=str):
         raise ValueError(
-            f"{path} and {other} hold different documents: {len(missing)} stand in one only, such as {missing[:5]}; "
+            f"{path} and {other} hold different documents: {len(missing)} stand in one only, such "
+            f"as {missing[:5]}; "
             "run both models with the same --limit and --samples"
         )
     for document, sample in ours.items():
-        for key, what in (("doc_hash", "document"), ("prompt_hash", "prompt"), ("target_hash", "target")):
+        for key, what in (
+            ("doc_hash", "document"),
+            ("prompt_hash", "prompt"),
+            ("target_hash", "target"),
+        ):
             mine, yours = sample.get(key), theirs[document].get(key)
             if mine is not None and yours is not None and mine != yours:
                 raise ValueError(
-                    f"{sample['at']} and {theirs[document]['at']}: document {document} has another {what}; run both "
-                    "models on the same version of the task, with the same few-shot examples and chat template"
+                    f"{sample['at']} and {theirs[document]['at']}: document {document} has "
+                    f"another {what}; run both "
+                    "models on the same version of the task, with the same few-shot examples and "
+                    "chat template"
                 )
     return [(sample, theirs[document]) for document, sample in ours.items()]
 
@@ -157,7 +178,9 @@ def _paired(
 def _value(sample: dict[str, Any], metric: str) -> Any:
     if metric not in sample:
         known = sample.get("metrics")
-        raise ValueError(f"{sample['at']}: no metric {metric!r}" + (f", only {known}" if known else ""))
+        raise ValueError(
+            f"{sample['at']}: no metric {metric!r}" + (f", only {known}" if known else "")
+        )
     return sample[metric]
 
 
@@ -165,7 +188,8 @@ def _number(sample: dict[str, Any], metric: str) -> float:
     value = _value(sample, metric)
     if not isinstance(value, (int, float)):
         raise ValueError(
-            f"{sample['at']}: {metric} is {json.dumps(value)[:60]}, not one number; only metrics that are means over "
+            f"{sample['at']}: {metric} is {json.dumps(value)[:60]}, not one number; only metrics "
+            "that are means over "
             "documents (and perplexities) can be certified"
         )
     return float(value)
@@ -176,7 +200,10 @@ def _sum_and_count(sample: dict[str, Any], metric: str) -> tuple[float, float]:
         return _number(sample, metric), 1.0
     value = _value(sample, metric)
     if not (isinstance(value, list) and len(value) == 2):
-        raise ValueError(f"{sample['at']}: {metric} is {json.dumps(value)[:60]}, expected [log-likelihood, count]")
+        raise ValueError(
+            f"{sample['at']}: {metric} is {json.dumps(value)[:60]}, expected [log-likelihood, "
+            "count]"
+        )
     return float(value[0]), float(value[1])
 
 
@@ -184,5 +211,7 @@ def _field(sample: dict[str, Any], name: str) -> str:
     document = sample.get("doc")
     if not isinstance(document, dict) or name not in document:
         known = sorted(document) if isinstance(document, dict) else []
-        raise ValueError(f"{sample['at']}: cluster={name!r} is no field of the document; its fields are {known}")
+        raise ValueError(
+            f"{sample['at']}: cluster={name!r} is no field of the document; its fields are {known}"
+        )
     return json.dumps(document[name], sort_keys=True)

@@ -1,8 +1,10 @@
-"""What "loss" means for a model: which positions count, what each is compared with, and how much it costs in nats.
+"""What "loss" means for a model: which positions count, what each is compared with, and how much it
+costs in nats.
 
-Every loss is a pair ``(sum, count)`` and is divided in one place by whoever needs a mean, so ragged batches, padding
-and ignored labels cannot bias it. A batch is a dict of tensors as transformers models take them (labels optional) or
-a pair ``(inputs, targets)``; the first dimension of every tensor counts items.
+Every loss is a pair ``(sum, count)`` and is divided in one place by whoever needs a mean, so ragged
+batches, padding and ignored labels cannot bias it. A batch is a dict of tensors as transformers
+models take them (labels optional) or a pair ``(inputs, targets)``; the first dimension of every
+tensor counts items.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ _CHUNK = 512  # positions per log-softmax: bounds memory at vocabularies of 10^5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Positions:
-    """The positions of a batch that count: their logits, labels (``None`` where there are none) and item numbers."""
+    """The positions of a batch that count: their logits, labels (``None`` where there are none) and
+    item numbers."""
 
     logits: Float[Tensor, "n classes"]
     labels: Int[Tensor, " n"] | None
@@ -32,7 +35,8 @@ class Positions:
     items: int
 
 
-BROKEN = 1000.0  # nats a position where a changed model returns no finite numbers: out of any budget's reach
+# nats a position where a changed model returns no finite numbers: out of any budget's reach
+BROKEN = 1000.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,18 +59,23 @@ class ItemResults:
     def finite(self) -> ItemResults:
         """The same, with `BROKEN` and no position right where the loss is no finite number."""
         good = self.loss.isfinite()
-        loss, correct = torch.where(good, self.loss, BROKEN * self.count), self.correct.where(good, 0.0)
+        loss, correct = (
+            torch.where(good, self.loss, BROKEN * self.count),
+            self.correct.where(good, 0.0),
+        )
         return ItemResults(loss=loss, count=self.count, correct=correct)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metric:
-    """A score of every item that `curvprune.certify` compares, where neither loss nor accuracy is meant.
+    """A score of every item that `curvprune.certify` compares, where neither loss nor accuracy is
+    meant.
 
     Attributes:
-        of: a function of (what the model returned, batch) to one number per item of the batch, shape ``(items,)``.
-        bounds: the lowest and the highest value an item can have, where there are any: the test then holds for every
-            distribution; ``None`` if there are none.
+        of: a function of (what the model returned, batch) to one number per item of the batch,
+            shape ``(items,)``.
+        bounds: the lowest and the highest value an item can have, where there are any: the test
+            then holds for every distribution; ``None`` if there are none.
     """
 
     of: Callable[[Any, Batch], Tensor]
@@ -77,7 +86,8 @@ class Metric:
 
 
 def outputs(model: nn.Module, batch: Batch) -> Any:
-    """What the model returns for a batch, called without its labels and without a cache. One forward pass."""
+    """What the model returns for a batch, called without its labels and without a cache. One
+    forward pass."""
     if not isinstance(batch, Mapping):
         return model(batch[0])
     arguments: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
@@ -98,7 +108,8 @@ class Objective:
     unit: str
 
     def positions(self, logits: Tensor, batch: Batch) -> Positions:
-        """Pick the positions that count. Raises ``ValueError`` on logits of a shape the objective cannot read."""
+        """Pick the positions that count. Raises ``ValueError`` on logits of a shape the objective
+        cannot read."""
         raise NotImplementedError
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -109,13 +120,16 @@ class Objective:
             logits = logits[0]
         if not isinstance(logits, Tensor):
             raise ValueError(
-                f"{type(model).__name__} returned {type(output).__name__}: expected a tensor or an output with .logits"
-                ", or, of a model without any, objective=LabelFree(model, of=...) with a function to some"
+                f"{type(model).__name__} returned {type(output).__name__}: expected a tensor or "
+                "an output with .logits"
+                ", or, of a model without any, objective=LabelFree(model, of=...) with a function "
+                "to some"
             )
         return logits
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-        """``(sum, count)`` of the loss over the positions that count; differentiable. One forward pass."""
+        """``(sum, count)`` of the loss over the positions that count; differentiable. One forward
+        pass."""
         return self.loss_of(self.logits(model, batch), batch)
 
     def loss_of(self, logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
@@ -127,12 +141,17 @@ class Objective:
         """Summed loss of every item, and the number of positions of all; differentiable."""
         positions = self.positions(logits, batch)
         losses = self._compare(positions, batch)[0]
-        return losses.new_zeros(positions.items).index_add(0, positions.item, losses), len(positions.item)
+        return losses.new_zeros(positions.items).index_add(0, positions.item, losses), len(
+            positions.item
+        )
 
     def _compare(self, positions: Positions, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss of every position and the class that counts as right there."""
         if positions.labels is None:
-            raise ValueError(f"objective {self.name}: the batch has no labels; pass them or use objective='label-free'")
+            raise ValueError(
+                f"objective {self.name}: the batch has no labels; pass them or use "
+                "objective='label-free'"
+            )
         parts = zip(positions.logits.split(_CHUNK), positions.labels.split(_CHUNK), strict=True)
         losses = [F.cross_entropy(_wide(z), y, reduction="none") for z, y in parts]
         return torch.cat(losses), positions.labels
@@ -145,14 +164,15 @@ class Objective:
         losses, hits = losses.double(), (positions.logits.argmax(-1) == truth).double()
         zeros = torch.zeros(positions.items, dtype=torch.float64, device=losses.device)
         loss, count, correct = (
-            zeros.index_add(0, positions.item, values) for values in (losses, torch.ones_like(losses), hits)
+            zeros.index_add(0, positions.item, values)
+            for values in (losses, torch.ones_like(losses), hits)
         )
         return ItemResults(loss=loss, count=count, correct=correct)
 
 
 class CausalLM(Objective):
-    """Next-token cross-entropy; padding (attention mask) and labels of ``-100`` do not count. Without ``labels`` the
-    input tokens themselves are predicted."""
+    """Next-token cross-entropy; padding (attention mask) and labels of ``-100`` do not count.
+    Without ``labels`` the input tokens themselves are predicted."""
 
     name = "causal-lm"
     unit = "nats/token"
@@ -160,11 +180,14 @@ class CausalLM(Objective):
     def positions(self, logits: Tensor, batch: Batch) -> Positions:
         if logits.ndim != 3 or not isinstance(batch, Mapping):
             raise ValueError(
-                f"causal-lm needs dict batches and logits (items, tokens, vocabulary), got logits {tuple(logits.shape)}"
+                "causal-lm needs dict batches and logits (items, tokens, vocabulary), got logits "
+                f"{tuple(logits.shape)}"
             )
         labels = batch.get("labels", batch.get("input_ids"))
         if labels is None:
-            raise ValueError(f"causal-lm: the batch has neither labels nor input_ids, only {sorted(batch)}")
+            raise ValueError(
+                f"causal-lm: the batch has neither labels nor input_ids, only {sorted(batch)}"
+            )
         labels = _classes(labels[:, 1:])
         keep = labels != IGNORED
         if (mask := batch.get("attention_mask")) is not None:
@@ -173,8 +196,8 @@ class CausalLM(Objective):
 
 
 class Classification(Objective):
-    """Cross-entropy of one label per item (sequences, images) or, for logits ``(items, tokens, classes)``, per token
-    without a shift; labels of ``-100`` do not count."""
+    """Cross-entropy of one label per item (sequences, images) or, for logits ``(items, tokens,
+    classes)``, per token without a shift; labels of ``-100`` do not count."""
 
     name = "classification"
     unit = "nats/example"
@@ -182,13 +205,16 @@ class Classification(Objective):
     def positions(self, logits: Tensor, batch: Batch) -> Positions:
         labels = batch.get("labels") if isinstance(batch, Mapping) else batch[1]
         if logits.ndim not in (2, 3):
-            raise ValueError(f"classification needs logits (items, classes), got {tuple(logits.shape)}")
+            raise ValueError(
+                f"classification needs logits (items, classes), got {tuple(logits.shape)}"
+            )
         if labels is None:
             keep = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
             return _pick(logits, None, keep)
         if labels.shape != logits.shape[:-1]:
             raise ValueError(
-                f"classification: labels {tuple(labels.shape)} do not match logits {tuple(logits.shape)}; "
+                f"classification: labels {tuple(labels.shape)} do not match logits "
+                f"{tuple(logits.shape)}; "
                 f"expected labels of shape {tuple(logits.shape[:-1])}"
             )
         labels = _classes(labels)
@@ -196,21 +222,29 @@ class Classification(Objective):
 
 
 class LabelFree(Objective):
-    """KL divergence from the uncompressed model's own output distribution: needs no labels, for any model with logits.
+    """KL divergence from the uncompressed model's own output distribution: needs no labels, for any
+    model with logits.
 
-    Positions that the attention mask excludes do not count. The Fisher of this loss at the uncompressed model is the
-    same as that of the log-likelihood; "accuracy" means agreement with the uncompressed model's top class.
+    Positions that the attention mask excludes do not count. The Fisher of this loss at the
+    uncompressed model is the same as that of the log-likelihood; "accuracy" means agreement with
+    the uncompressed model's top class.
 
     Args:
-        reference: the uncompressed model; it is run (one more forward pass) wherever the loss is evaluated.
-        of: a function of (what the model returned, batch) to logits, for models that return none: of sentence
-            embeddings, say, their similarities to those of other sentences over a temperature.
+        reference: the uncompressed model; it is run (one more forward pass) wherever the loss is
+            evaluated.
+        of: a function of (what the model returned, batch) to logits, for models that return none:
+            of sentence embeddings, say, their similarities to those of other sentences over a
+            temperature.
     """
 
     name = "label-free"
 
     def __init__(
-        self, reference: nn.Module, *, per_token: bool = False, of: Callable[[Any, Batch], Tensor] | None = None
+        self,
+        reference: nn.Module,
+        *,
+        per_token: bool = False,
+        of: Callable[[Any, Batch], Tensor] | None = None,
     ) -> None:
         self.reference, self.of = reference, of
         self.unit = "nats/token" if per_token else "nats/example"
@@ -233,7 +267,9 @@ class LabelFree(Objective):
         return divergence(reference, positions.logits), reference.argmax(-1)
 
 
-def divergence(before: Float[Tensor, "n classes"], after: Float[Tensor, "n classes"]) -> Float[Tensor, " n"]:
+def divergence(
+    before: Float[Tensor, "n classes"], after: Float[Tensor, "n classes"]
+) -> Float[Tensor, " n"]:
     """KL divergence of what two models say, from the logits of each, in nats."""
     values = []
     for theirs, ours in zip(before.split(_CHUNK), after.split(_CHUNK), strict=True):
@@ -251,7 +287,8 @@ def _classes(labels: Tensor) -> Tensor:
     """Labels as int64, in which −100 is itself: among uint8 it would be 156."""
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(
-            f"labels of type {labels.dtype}: expected whole numbers, the index of a class; for targets of another "
+            f"labels of type {labels.dtype}: expected whole numbers, the index of a class; for "
+            "targets of another "
             "kind use objective='label-free'"
         )
     return labels.long()
@@ -260,31 +297,44 @@ def _classes(labels: Tensor) -> Tensor:
 def _pick(logits: Tensor, labels: Tensor | None, keep: Tensor) -> Positions:
     item = torch.arange(len(logits), device=logits.device)
     item = item.view(-1, *[1] * (keep.ndim - 1)).expand_as(keep)[keep]
-    picked = logits.flatten(0, -2) if bool(keep.all()) else logits[keep]  # no copy of the largest tensor there is
-    return Positions(logits=picked, labels=None if labels is None else labels[keep], item=item, items=len(logits))
+    picked = (
+        logits.flatten(0, -2) if bool(keep.all()) else logits[keep]
+    )  # no copy of the largest tensor there is
+    return Positions(
+        logits=picked, labels=None if labels is None else labels[keep], item=item, items=len(logits)
+    )
 
 
 def sampled_losses(positions: Positions, generator: torch.Generator) -> Float[Tensor, " n"]:
-    """``−log p(ŷ)`` of each position with a label ŷ sampled from the model itself (the true Fisher's labels, not the
-    data's). The draw uses inverse-CDF sampling on the CPU generator, so it does not depend on the device."""
+    """``−log p(ŷ)`` of each position with a label ŷ sampled from the model itself (the true
+    Fisher's labels, not the data's). The draw uses inverse-CDF sampling on the CPU generator, so it
+    does not depend on the device."""
     losses = []
     for logits in positions.logits.split(_CHUNK):
         with torch.no_grad():
             cumulative = _wide(logits).softmax(-1).cumsum(-1)
-            uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(logits.device)
-            # Scaling by the last entry keeps the draw inside the vocabulary when the sum rounds to less than one.
+            uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(
+                logits.device
+            )
+            # Scaling by the last entry keeps the draw inside the vocabulary when the sum rounds to
+            # less than one.
             target = uniform.to(cumulative.dtype) * cumulative[:, -1:]
-            drawn = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[-1] - 1).squeeze(1)
+            drawn = (
+                torch.searchsorted(cumulative, target, right=True)
+                .clamp_(max=logits.shape[-1] - 1)
+                .squeeze(1)
+            )
         losses.append(F.cross_entropy(_wide(logits), drawn, reduction="none"))
     return torch.cat(losses)
 
 
 def signed_loss(positions: Positions, generator: torch.Generator) -> Tensor:
-    """A scalar whose gradient with respect to the logits is ``v = z∘√p − p (z·√p)`` at each position, with random signs
-    ``z``: like the gradient of `sampled_losses` it has mean zero and covariance ``diag(p) − p pᵀ``, the Hessian of the
-    softmax, so squares of what it back-propagates estimate the true Fisher without bias. Every class takes part in
-    every draw, where a label shows a rare class rarely and then with a large gradient: per image of a classifier the
-    squares vary four times less. The signs come from the CPU generator, whatever the device."""
+    """A scalar whose gradient with respect to the logits is ``v = z∘√p − p (z·√p)`` at each
+    position, with random signs ``z``: like the gradient of `sampled_losses` it has mean zero and
+    covariance ``diag(p) − p pᵀ``, the Hessian of the softmax, so squares of what it back-propagates
+    estimate the true Fisher without bias. Every class takes part in every draw, where a label shows
+    a rare class rarely and then with a large gradient: per image of a classifier the squares vary
+    four times less. The signs come from the CPU generator, whatever the device."""
     total = positions.logits.new_zeros((), dtype=_wide(positions.logits[:0]).dtype)
     for part in positions.logits.split(_CHUNK):
         logits = _wide(part)
@@ -306,10 +356,11 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def make_objective(name: str | Objective, model: nn.Module, batch: Batch) -> Objective:
-    """Turn a name into an objective; ``"auto"`` reads it off the model's class, its labels and its logits.
+    """Turn a name into an objective; ``"auto"`` reads it off the model's class, its labels and its
+    logits.
 
-    ``"label-free"`` keeps ``model`` as its reference: the caller must hand over a copy that stays uncompressed.
-    Raises ``ValueError`` when the loss cannot be told.
+    ``"label-free"`` keeps ``model`` as its reference: the caller must hand over a copy that stays
+    uncompressed. Raises ``ValueError`` when the loss cannot be told.
     """
     if isinstance(name, Objective):
         return name
@@ -329,11 +380,14 @@ def make_objective(name: str | Objective, model: nn.Module, batch: Batch) -> Obj
                 name = "label-free"
             else:
                 raise ValueError(
-                    f"{kind} with logits {tuple(shape)}: cannot tell what its loss is; pass objective='causal-lm', "
+                    f"{kind} with logits {tuple(shape)}: cannot tell what its loss is; pass "
+                    "objective='causal-lm', "
                     "'classification' (one label per token) or 'label-free'"
                 )
     if name not in OBJECTIVES:
-        raise ValueError(f"objective={name!r}: expected auto, {', '.join(OBJECTIVES)} or an Objective")
+        raise ValueError(
+            f"objective={name!r}: expected auto, {', '.join(OBJECTIVES)} or an Objective"
+        )
     if name == "label-free":
         with torch.no_grad(), evaluating(model):
             per_token = CausalLM().logits(model, batch).ndim == 3
@@ -343,7 +397,8 @@ def make_objective(name: str | Objective, model: nn.Module, batch: Batch) -> Obj
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode (dropout off, BatchNorm frozen), restored module by module afterwards, also after an error."""
+    """Evaluation mode (dropout off, BatchNorm frozen), restored module by module afterwards, also
+    after an error."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -361,11 +416,14 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
 
 
 @torch.no_grad()
-def check_items(model: nn.Module, objective: Objective, items: Sequence[Batch], purpose: str) -> None:
+def check_items(
+    model: nn.Module, objective: Objective, items: Sequence[Batch], purpose: str
+) -> None:
     """Whether the model can read the items of a split. One forward pass, over the longest.
 
-    Raises ``ValueError`` naming split and item for a token beyond the embedding table, a label that is no class, or an
-    item on which the model itself fails, such as one longer than its table of positions.
+    Raises ``ValueError`` naming split and item for a token beyond the embedding table, a label that
+    is no class, or an item on which the model itself fails, such as one longer than its table of
+    positions.
     """
     rows, table_of = None, getattr(model, "get_input_embeddings", None)
     if isinstance(items[0], Mapping) and "input_ids" in items[0] and callable(table_of):
@@ -374,10 +432,14 @@ def check_items(model: nn.Module, objective: Objective, items: Sequence[Batch], 
         ids = item.get("input_ids") if isinstance(item, Mapping) else None
         if rows is not None and ids is not None and int(ids.max()) >= rows:
             raise ValueError(
-                f"{purpose} item {i}: token {int(ids.max())}, and the model's embedding has {rows} rows; use the "
+                f"{purpose} item {i}: token {int(ids.max())}, and the model's embedding has "
+                f"{rows} rows; use the "
                 "tokenizer that belongs to the model"
             )
-    longest = max(items, key=lambda x: max(t.numel() for t in (x.values() if isinstance(x, Mapping) else x[:1])))
+    longest = max(
+        items,
+        key=lambda x: max(t.numel() for t in (x.values() if isinstance(x, Mapping) else x[:1])),
+    )
     batch = to_device(longest, next(model.parameters()).device)
     try:
         with evaluating(model):
@@ -385,9 +447,14 @@ def check_items(model: nn.Module, objective: Objective, items: Sequence[Batch], 
     except torch.OutOfMemoryError:
         raise
     except (IndexError, RuntimeError) as error:
-        shapes = {k: tuple(v.shape) for k, v in batch.items()} if isinstance(batch, Mapping) else tuple(batch[0].shape)
+        shapes = (
+            {k: tuple(v.shape) for k, v in batch.items()}
+            if isinstance(batch, Mapping)
+            else tuple(batch[0].shape)
+        )
         raise ValueError(
-            f"{purpose}: the model fails on an item of shape {shapes}: {error}; are its sequences too long for it?"
+            f"{purpose}: the model fails on an item of shape {shapes}: {error}; are its sequences "
+            "too long for it?"
         ) from error
     if isinstance(objective, LabelFree):
         return
@@ -398,18 +465,22 @@ def check_items(model: nn.Module, objective: Objective, items: Sequence[Batch], 
         wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
         if len(wrong):
             raise ValueError(
-                f"{purpose} item {i}: label {int(wrong[0])}, and the model has {classes} classes; expected labels from "
+                f"{purpose} item {i}: label {int(wrong[0])}, and the model has {classes} classes; "
+                "expected labels from "
                 f"0 to {classes - 1}, or {IGNORED} for positions that do not count"
             )
 
 
 def evaluate(model: nn.Module, batches: Iterable[Batch], objective: Objective) -> ItemResults:
-    """Results of every item, on the CPU in float64. One forward pass over the data (two for label-free)."""
+    """Results of every item, on the CPU in float64. One forward pass over the data (two for
+    label-free)."""
     device = next(model.parameters()).device
     with evaluating(model):
         results = [objective.item_results(model, to_device(batch, device)) for batch in batches]
     if not results:
-        raise ValueError("evaluate: the data is empty; it must be re-iterable and hold at least one batch")
+        raise ValueError(
+            "evaluate: the data is empty; it must be re-iterable and hold at least one batch"
+        )
     return ItemResults(
         loss=torch.cat([r.loss for r in results]).cpu(),
         count=torch.cat([r.count for r in results]).cpu(),
@@ -431,10 +502,13 @@ def measure(model: nn.Module, batches: Iterable[Batch], metric: Metric) -> Float
             found = torch.as_tensor(metric.of(outputs(model, moved), moved))
             if found.shape != (items,):
                 raise ValueError(
-                    f"metric {metric.name!r} returned shape {tuple(found.shape)} for a batch of {items} items; "
+                    f"metric {metric.name!r} returned shape {tuple(found.shape)} for a batch of "
+                    f"{items} items; "
                     f"expected one number per item, ({items},)"
                 )
             values.append(found.detach().double().cpu())
     if not values:
-        raise ValueError("measure: the data is empty; it must be re-iterable and hold at least one batch")
+        raise ValueError(
+            "measure: the data is empty; it must be re-iterable and hold at least one batch"
+        )
     return torch.cat(values)

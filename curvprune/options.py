@@ -1,7 +1,8 @@
 """What can be done to one layer, and how many bytes each choice occupies on disk.
 
-An option is a small frozen record with a stable text ``key`` (used in files and reports). ``OPTIONS`` maps the word
-that a recipe writes to its class; `parse_option` reads the YAML form, `option_from_key` the text form.
+An option is a small frozen record with a stable text ``key`` (used in files and reports).
+``OPTIONS`` maps the word that a recipe writes to its class; `parse_option` reads the YAML form,
+`option_from_key` the text form.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ SCALE_BYTES = 2  # scales are stored as float16
 ONE_BIT_ZERO_BYTES = 2  # the zero points of one bit are no integers: see `curvprune.solve.grids`
 SHAPE_BYTES = 16  # pack-quantized stores `weight_shape` as two int64
 
-# How a layer lies on disk: every weight as a float; every weight as a code (compressed-tensors' ``pack-quantized``); or
-# a bitmask of the weights that were kept, and those alone, as floats or codes.
+# How a layer lies on disk: every weight as a float; every weight as a code (compressed-tensors'
+# ``pack-quantized``); or a bitmask of the weights that were kept, and those alone, as floats or
+# codes.
 Form = Literal["dense", "packed", "sparse"]
 
-# What serving engines have kernels for in compressed-tensors checkpoints; docs/formats.md says where that was read.
+# What serving engines have kernels for in compressed-tensors checkpoints; docs/formats.md says
+# where that was read.
 ENGINE_BITS = (2, 4, 8)
 ENGINE_ASYMMETRIC_BITS = (4, 8)
 ENGINE_GROUP_SIZES = (32, 64, 128)
@@ -59,10 +62,10 @@ class Quantize:
 
     Args:
         bits: 1 to 8.
-        group_size: inputs that share a scale; ``None`` means one scale per output channel. Where it does not divide the
-            inputs, the last group is shorter.
-        symmetric: zero is the middle of the grid; otherwise each group has a zero point of its own. The values of one
-            bit are -s and s (symmetric), or any two.
+        group_size: inputs that share a scale; ``None`` means one scale per output channel. Where it
+            does not divide the inputs, the last group is shorter.
+        symmetric: zero is the middle of the grid; otherwise each group has a zero point of its own.
+            The values of one bit are -s and s (symmetric), or any two.
     """
 
     bits: int
@@ -71,12 +74,18 @@ class Quantize:
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or self.bits not in BITS:
-            nearest = min(BITS, key=lambda b: abs(b - self.bits)) if isinstance(self.bits, int) else 4
-            raise ValueError(f"quantize: bits={self.bits!r} is not offered; choose from {BITS} (nearest: {nearest})")
+            nearest = (
+                min(BITS, key=lambda b: abs(b - self.bits)) if isinstance(self.bits, int) else 4
+            )
+            raise ValueError(
+                f"quantize: bits={self.bits!r} is not offered; choose from {BITS} (nearest: "
+                f"{nearest})"
+            )
         size = self.group_size
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise ValueError(
-                f"quantize: group_size={self.group_size!r} must be a positive integer or null (per channel)"
+                f"quantize: group_size={self.group_size!r} must be a positive integer or null "
+                "(per channel)"
             )
 
     @property
@@ -87,25 +96,35 @@ class Quantize:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prune:
-    """Set weights to zero: a share of the layer (``sparsity``) or all but N of every M consecutive inputs
-    (``pattern="2:4"``)."""
+    """Set weights to zero: a share of the layer (``sparsity``) or all but N of every M consecutive
+    inputs (``pattern="2:4"``)."""
 
     sparsity: float | None = None
     pattern: str | None = None
 
     def __post_init__(self) -> None:
         if (self.sparsity is None) == (self.pattern is None):
-            raise ValueError('prune: give exactly one of sparsity (for example 0.5) or pattern ("2:4")')
-        if self.sparsity is not None and not (isinstance(self.sparsity, (int, float)) and 0.0 < self.sparsity < 1.0):
-            raise ValueError(f"prune: sparsity={self.sparsity!r} must lie strictly between 0 and 1 (for example 0.5)")
+            raise ValueError(
+                'prune: give exactly one of sparsity (for example 0.5) or pattern ("2:4")'
+            )
+        if self.sparsity is not None and not (
+            isinstance(self.sparsity, (int, float)) and 0.0 < self.sparsity < 1.0
+        ):
+            raise ValueError(
+                f"prune: sparsity={self.sparsity!r} must lie strictly between 0 and 1 (for "
+                "example 0.5)"
+            )
         if self.pattern is not None:
             match = re.fullmatch(r"(\d+):(\d+)", str(self.pattern))
             if match is None or not 0 < int(match[1]) < int(match[2]):
-                raise ValueError(f'prune: pattern={self.pattern!r} must be "N:M" with 0 < N < M (for example "2:4")')
+                raise ValueError(
+                    f'prune: pattern={self.pattern!r} must be "N:M" with 0 < N < M (for example "2:4")'
+                )
 
     @property
     def nm(self) -> tuple[int, int] | None:
-        """``(N, M)``: N of every M consecutive inputs are kept, or ``None`` for unstructured sparsity."""
+        """``(N, M)``: N of every M consecutive inputs are kept, or ``None`` for unstructured
+        sparsity."""
         if self.pattern is None:
             return None
         n, m = self.pattern.split(":")
@@ -126,7 +145,8 @@ class PruneQuantize:
     def __post_init__(self) -> None:
         if self.quantize.bits == 1:
             raise ValueError(
-                "prune with quantize: bits=1 has two values and no room for the zero of a pruned weight (nearest: 2)"
+                "prune with quantize: bits=1 has two values and no room for the zero of a pruned "
+                "weight (nearest: 2)"
             )
 
     @property
@@ -171,7 +191,8 @@ def stored_dtype(option: Option, dtype: str) -> str:
 
 
 def kept_weights(prune: Prune, shape: tuple[int, int], *, groups: int = 1) -> int:
-    """How many of a layer's weights are kept. ``groups`` are pruned one by one, each to its share."""
+    """How many of a layer's weights are kept. ``groups`` are pruned one by one, each to its
+    share."""
     out, width = shape
     if prune.nm is not None:
         return out * width // prune.nm[1] * prune.nm[0]
@@ -180,12 +201,15 @@ def kept_weights(prune: Prune, shape: tuple[int, int], *, groups: int = 1) -> in
     return groups * (numel - round(prune.sparsity * numel))
 
 
-def check_fits(option: Option, layer: str, shape: tuple[int, int], *, reader: str | None = None) -> None:
-    """Raise ``ValueError`` naming layer and nearest valid value if the option cannot apply to ``W[out, in]``.
+def check_fits(
+    option: Option, layer: str, shape: tuple[int, int], *, reader: str | None = None
+) -> None:
+    """Raise ``ValueError`` naming layer and nearest valid value if the option cannot apply to
+    ``W[out, in]``.
 
     Args:
-        reader: who must read the layer packed, besides curvprune: nobody (``None``), ``"transformers"`` or
-            ``"engines"``; see `curvprune.artifact.reader_of`.
+        reader: who must read the layer packed, besides curvprune: nobody (``None``),
+            ``"transformers"`` or ``"engines"``; see `curvprune.artifact.reader_of`.
     """
     _, width = shape
     quantize, prune = quantizer_of(option), pruner_of(option)
@@ -196,14 +220,18 @@ def check_fits(option: Option, layer: str, shape: tuple[int, int], *, reader: st
         if asked is not None and width % asked:
             nearest = min(_divisors(width), key=lambda d: (abs(d - asked), -d))
             raise ValueError(
-                f"layer {layer}: group_size={asked} does not divide its {width} inputs, and {reader} cannot read "
-                f"a shorter last group; nearest that does: {nearest} (or null for one scale per channel), "
+                f"layer {layer}: group_size={asked} does not divide its {width} inputs, and "
+                f"{reader} cannot read "
+                f"a shorter last group; nearest that does: {nearest} (or null for one scale per "
+                "channel), "
                 "or portable: false (in Python Settings(portable=False))"
             )
     if prune is not None and prune.nm is not None and width % prune.nm[1]:
         raise ValueError(
-            f"layer {layer}: pattern {prune.pattern} needs a multiple of {prune.nm[1]} inputs, the layer has {width}; "
-            f"use prune: {{sparsity: {1 - prune.nm[0] / prune.nm[1]:g}}} there or leave the layer out"
+            f"layer {layer}: pattern {prune.pattern} needs a multiple of {prune.nm[1]} inputs, "
+            f"the layer has {width}; "
+            f"use prune: {{sparsity: {1 - prune.nm[0] / prune.nm[1]:g}}} there or leave the layer "
+            "out"
         )
 
 
@@ -217,7 +245,8 @@ def _check_engines(quantize: Quantize, layer: str, width: int) -> None:
         nearest = min(widths, key=lambda b: (abs(b - quantize.bits), -b))
         kind = "" if quantize.symmetric else " with zero points"
         raise ValueError(
-            f"layer {layer}: option {quantize.key}: serving engines have kernels for {_or(widths)} bits{kind}, "
+            f"layer {layer}: option {quantize.key}: serving engines have kernels for "
+            f"{_or(widths)} bits{kind}, "
             f"not {quantize.bits}; nearest: {nearest} (or portable: true, for transformers)"
         )
     if quantize.group_size not in (None, *ENGINE_GROUP_SIZES):
@@ -225,7 +254,8 @@ def _check_engines(quantize: Quantize, layer: str, width: int) -> None:
         nearest_size = min(fitting, key=lambda g: abs(g - (quantize.group_size or 0)), default=None)
         raise ValueError(
             f"layer {layer}: option {quantize.key}: serving engines have kernels for groups of "
-            f"{_or(ENGINE_GROUP_SIZES)} or one scale per channel, not {quantize.group_size}; nearest that divides its "
+            f"{_or(ENGINE_GROUP_SIZES)} or one scale per channel, not {quantize.group_size}; "
+            "nearest that divides its "
             f"{width} inputs: {'null (one scale per channel)' if nearest_size is None else nearest_size}"
         )
 
@@ -234,18 +264,22 @@ def _or(values: tuple[int, ...]) -> str:
     return f"{', '.join(map(str, values[:-1]))} or {values[-1]}"
 
 
-def stored_bytes(option: Option, shape: tuple[int, int], *, dtype: str, form: Form, groups: int = 1) -> int:
+def stored_bytes(
+    option: Option, shape: tuple[int, int], *, dtype: str, form: Form, groups: int = 1
+) -> int:
     """Bytes of the layer's weight tensors on disk.
 
     Args:
         shape: ``(out, in)`` of the weight as a matrix.
         dtype: the layer's own type, in which weights are stored that are neither cast nor rounded.
-        form: how the layer lies on disk; `curvprune.artifact.form_of` says which form an artifact takes.
+        form: how the layer lies on disk; `curvprune.artifact.form_of` says which form an artifact
+            takes.
         groups: see `kept_weights`.
 
-    Packed (compressed-tensors ``pack-quantized``): codes in int32 words along the inputs, float16 scales, zero points
-    in int32 words along the outputs (float16 of one bit), the shape as two int64. Sparse: one bit a weight, the kept
-    weights or their codes in one run, the same scales and zero points, the shape.
+    Packed (compressed-tensors ``pack-quantized``): codes in int32 words along the inputs, float16
+    scales, zero points in int32 words along the outputs (float16 of one bit), the shape as two
+    int64. Sparse: one bit a weight, the kept weights or their codes in one run, the same scales and
+    zero points, the shape.
     """
     out, width = shape
     prune, quantize = pruner_of(option), quantizer_of(option)
@@ -261,7 +295,9 @@ def stored_bytes(option: Option, shape: tuple[int, int], *, dtype: str, form: Fo
         return total if quantize is None else total + _grid_bytes(quantize, shape)
     if quantize is None:
         raise ValueError(f"option {option.key} has no codes: it has no packed form")
-    return out * math.ceil(width * quantize.bits / 32) * 4 + SHAPE_BYTES + _grid_bytes(quantize, shape)
+    return (
+        out * math.ceil(width * quantize.bits / 32) * 4 + SHAPE_BYTES + _grid_bytes(quantize, shape)
+    )
 
 
 def _grid_bytes(quantize: Quantize, shape: tuple[int, int]) -> int:
@@ -282,11 +318,14 @@ def parse_option(value: Any) -> Option:
     if value == "keep":
         return Keep()
     if not isinstance(value, Mapping) or not value or not all(isinstance(k, str) for k in value):
-        raise ValueError(f"option {value!r}: expected one of {sorted(OPTIONS)}, for example {{quantize: {{bits: 4}}}}")
+        raise ValueError(
+            f"option {value!r}: expected one of {sorted(OPTIONS)}, for example {{quantize: {{bits: 4}}}}"
+        )
     unknown = set(value) - {"cast", "quantize", "prune"}
     if unknown or (len(value) > 1 and set(value) not in ({"prune", "quantize"}, {"prune", "cast"})):
         raise ValueError(
-            f"option {dict(value)!r}: expected keep, cast, quantize, prune, or prune with quantize or with cast"
+            f"option {dict(value)!r}: expected keep, cast, quantize, prune, or prune with "
+            "quantize or with cast"
         )
     parts: dict[str, Any] = {}
     for word, arguments in value.items():
@@ -295,7 +334,9 @@ def parse_option(value: Any) -> Option:
             continue
         fields = {f.name for f in dataclasses.fields(OPTIONS[word])}
         if not isinstance(arguments, Mapping) or set(arguments) - fields:
-            raise ValueError(f"{word}: {arguments!r}: expected a mapping with keys from {sorted(fields)}")
+            raise ValueError(
+                f"{word}: {arguments!r}: expected a mapping with keys from {sorted(fields)}"
+            )
         parts[word] = OPTIONS[word](**arguments)
     if len(parts) == 2:
         return PruneQuantize(**parts) if "quantize" in parts else PruneCast(**parts)
@@ -321,4 +362,6 @@ def option_from_key(key: str) -> Option:
         return Prune(pattern=match[1])
     if match := re.fullmatch(r"prune([0-9.e-]+)", key):
         return Prune(sparsity=float(match[1]))
-    raise ValueError(f"{key!r} is not an option key such as int4-g64-asym, prune0.5, prune2:4+float16 or float16")
+    raise ValueError(
+        f"{key!r} is not an option key such as int4-g64-asym, prune0.5, prune2:4+float16 or float16"
+    )

@@ -1,10 +1,11 @@
-"""Modules whose weight stays packed in memory: codes of four bits (up to 4 bits) or eight, and 16-bit scales; of a
-sparse layer one bit for each weight, and the kept ones. It is unpacked when its module runs, layer by layer, to exactly
-the weight that an unpacked load gives.
+"""Modules whose weight stays packed in memory: codes of four bits (up to 4 bits) or eight, and
+16-bit scales; of a sparse layer one bit for each weight, and the kept ones. It is unpacked when its
+module runs, layer by layer, to exactly the weight that an unpacked load gives.
 
-Of an embedding only the rows that are looked up are unpacked. Few rows through a per-channel 8-bit Linear on the CPU
-use torch's ``_weight_int8pack_mm``: at one row 4 times as fast as unpacking, at 16 rows 18 times slower (1536 × 576,
-torch 2.13, AVX-512 without AMX); its 4-bit kernels lost to unpacking and are not used.
+Of an embedding only the rows that are looked up are unpacked. Few rows through a per-channel 8-bit
+Linear on the CPU use torch's ``_weight_int8pack_mm``: at one row 4 times as fast as unpacking, at
+16 rows 18 times slower (1536 × 576, torch 2.13, AVX-512 without AMX); its 4-bit kernels lost to
+unpacking and are not used.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ _EIGHT = torch.arange(8, dtype=torch.uint8)
 
 
 class PackedWeight(nn.Module):
-    """A rounded weight ``(out, in)`` as codes and scales; ``dtype`` is that of the weight it stands for."""
+    """A rounded weight ``(out, in)`` as codes and scales; ``dtype`` is that of the weight it stands
+    for."""
 
     codes: Tensor
     scale: Tensor
@@ -61,8 +63,8 @@ class PackedWeight(nn.Module):
 
 
 class SparseWeight(nn.Module):
-    """A pruned weight ``(out, in)`` as a bitmask and the kept weights, or their codes and scales; ``dtype`` is that of
-    the weight it stands for."""
+    """A pruned weight ``(out, in)`` as a bitmask and the kept weights, or their codes and scales;
+    ``dtype`` is that of the weight it stands for."""
 
     mask: Tensor
     values: Tensor
@@ -109,7 +111,9 @@ class SparseWeight(nn.Module):
         if self.scale is not None:
             zero = None if self.zero is None else self.zero[index]
             matrix = dequantize(matrix, self.scale[index], zero, self.group_size)
-        return torch.where(kept, matrix, torch.zeros((), dtype=matrix.dtype, device=matrix.device)).to(self.dtype)
+        return torch.where(
+            kept, matrix, torch.zeros((), dtype=matrix.dtype, device=matrix.device)
+        ).to(self.dtype)
 
 
 HeldWeight = PackedWeight | SparseWeight
@@ -145,9 +149,12 @@ def _emptied(module: nn.Module, parameter: str, dtype: torch.dtype) -> None:
 
 
 class Packed(_Around):
-    """A module of any kind with its weight packed; attributes other than ``weight`` are the module's own."""
+    """A module of any kind with its weight packed; attributes other than ``weight`` are the
+    module's own."""
 
-    def __init__(self, module: nn.Module, weight: HeldWeight, shape: torch.Size, transposed: bool) -> None:
+    def __init__(
+        self, module: nn.Module, weight: HeldWeight, shape: torch.Size, transposed: bool
+    ) -> None:
         super().__init__(module)
         self.packed, self.shape, self.transposed = weight, shape, transposed
         _emptied(module, "weight", weight.dtype)
@@ -172,8 +179,14 @@ class Packed(_Around):
             and held.int8_kernel
         ):
             x = arguments[0]
-            if x.device.type == "cpu" and x.numel() <= FEW_ROWS * held.width and x.dtype == torch.float32:
-                y = torch._weight_int8pack_mm(x.reshape(-1, held.width), held.codes, held.scale[:, 0].to(x.dtype))
+            if (
+                x.device.type == "cpu"
+                and x.numel() <= FEW_ROWS * held.width
+                and x.dtype == torch.float32
+            ):
+                y = torch._weight_int8pack_mm(
+                    x.reshape(-1, held.width), held.codes, held.scale[:, 0].to(x.dtype)
+                )
                 y = y.reshape(*x.shape[:-1], len(held.codes))
                 bias = self.module.bias
                 return y + bias if isinstance(bias, Tensor) else y
@@ -181,7 +194,8 @@ class Packed(_Around):
 
 
 class PackedExperts(_Around):
-    """Stacked experts with one of their parameters packed, or both; while they run, all of them are unpacked."""
+    """Stacked experts with one of their parameters packed, or both; while they run, all of them are
+    unpacked."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -206,7 +220,8 @@ def pack_modules(model: nn.Module, layer: Layer, weight: HeldWeight) -> None:
     shape, transposed = layer.weight.shape, layer.transposed
     names = (layer.name, *layer.aliases)
     owners = [name.rpartition(".")[0] if layer.kind == "experts" else name for name in names]
-    # All are looked up first: two names may lead to one place, where the first would leave what the second finds.
+    # All are looked up first: two names may lead to one place, where the first would leave what the
+    # second finds.
     for owner, module in [(owner, model.get_submodule(owner)) for owner in owners]:
         packed: nn.Module
         if layer.kind == "experts":
@@ -219,7 +234,8 @@ def pack_modules(model: nn.Module, layer: Layer, weight: HeldWeight) -> None:
 
 
 def give_back_memory() -> None:
-    """The dense weights that were freed go back to the system: glibc would keep those below 32 MB for itself."""
+    """The dense weights that were freed go back to the system: glibc would keep those below 32 MB
+    for itself."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in musl
         if trim is not None:

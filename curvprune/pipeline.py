@@ -1,4 +1,5 @@
-"""`run(recipe)`: from a recipe to a certified model and a report, and the three smaller jobs around it."""
+"""`run(recipe)`: from a recipe to a certified model and a report, and the three smaller jobs around
+it."""
 
 from __future__ import annotations
 
@@ -38,27 +39,63 @@ from curvprune.job import Job, Settings, limit_plans
 from curvprune.knapsack import Infeasible, Limit, frontier
 from curvprune.layers import find_layers, left_over
 from curvprune.ledger import MEASURED_TOGETHER
-from curvprune.objective import ItemResults, LabelFree, Objective, check_items, evaluate, make_objective, to_device
+from curvprune.objective import (
+    ItemResults,
+    LabelFree,
+    Objective,
+    check_items,
+    evaluate,
+    make_objective,
+    to_device,
+)
 from curvprune.options import Keep, Option, option_from_key, pruner_of, quantizer_of
 from curvprune.plan import SIZES, Budget
-from curvprune.recipe import Recipe, RecipeError, assign_groups, assign_options, load_recipe, lock_text
+from curvprune.recipe import (
+    Recipe,
+    RecipeError,
+    assign_groups,
+    assign_options,
+    load_recipe,
+    lock_text,
+)
 from curvprune.recovery import Training
 from curvprune.selection import TRIALS_BESIDES, compare, select_plans
 from curvprune.shapes import architecture_config, changes_of, difference, remember_
 from curvprune.solve import Solved
-from curvprune.stages import EARLIER, apply_and_measure, certify_plans, price_options, solve_layer, solve_options
+from curvprune.stages import (
+    EARLIER,
+    apply_and_measure,
+    certify_plans,
+    price_options,
+    solve_layer,
+    solve_options,
+)
 from curvprune.state import StageLog, State
 from curvprune.structured import Pruned, Structured, offered_widths, prune_units
 
-LOCK, ANALYSIS, LEDGER, PLAN, VERDICT = "recipe.lock.yaml", "analysis.json", "ledger.json", "plan.json", "verdict.json"
+LOCK, ANALYSIS, LEDGER, PLAN, VERDICT = (
+    "recipe.lock.yaml",
+    "analysis.json",
+    "ledger.json",
+    "plan.json",
+    "verdict.json",
+)
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 INPUTS = "state/inputs.json"
-MAY_DIFFER = ("title", "budget", "search", "recover", "same_option", "analyze")  # from a run that is reused
+MAY_DIFFER = (
+    "title",
+    "budget",
+    "search",
+    "recover",
+    "same_option",
+    "analyze",
+)  # from a run that is reused
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunResult:
-    """What a finished run says: exit code (0 certified or no budget, 1 otherwise), folder and the report's record."""
+    """What a finished run says: exit code (0 certified or no budget, 1 otherwise), folder and the
+    report's record."""
 
     exit_code: int
     folder: Path
@@ -70,20 +107,25 @@ class RunResult:
 
 
 def run(
-    recipe_path: str | Path, out: str | Path, *, progress: bool = True, reuse: str | Path | None = None
+    recipe_path: str | Path,
+    out: str | Path,
+    *,
+    progress: bool = True,
+    reuse: str | Path | None = None,
 ) -> RunResult:
     """Run a recipe into the folder ``out``; a second call goes on where the first was interrupted.
 
-    ``reuse`` is the folder of another run, of the same recipe but for the sections `MAY_DIFFER`, a budget for one, and
-    for the items that a recovery trains on: what it has solved, priced and measured on the select split is not done
-    again. With the same recovery on the same items the plans that it has recovered are candidates too, and tell how far
-    the next may go; without, the result is that of a run from scratch. A folder that has begun goes on alone.
+    ``reuse`` is the folder of another run, of the same recipe but for the sections `MAY_DIFFER`, a
+    budget for one, and for the items that a recovery trains on: what it has solved, priced and
+    measured on the select split is not done again. With the same recovery on the same items the
+    plans that it has recovered are candidates too, and tell how far the next may go; without, the
+    result is that of a run from scratch. A folder that has begun goes on alone.
 
-    Of several processes (``torchrun``, one file system) each solves its share of the layers and prices its share of the
-    items; the first goes on alone, and only its result has a record.
+    Of several processes (``torchrun``, one file system) each solves its share of the layers and
+    prices its share of the items; the first goes on alone, and only its result has a record.
 
-    Raises ``RecipeError`` before any long computation if the recipe, the model or the data do not fit each other or
-    those of ``reuse``, or if ``out`` holds another run.
+    Raises ``RecipeError`` before any long computation if the recipe, the model or the data do not
+    fit each other or those of ``reuse``, or if ``out`` holds another run.
     """
     recipe, root = load_recipe(recipe_path), State(Path(out))
     if (record := _finished(recipe, root)) is not None:
@@ -112,9 +154,17 @@ def run(
     assert job.plan is not None
     trials = [{k: v for k, v in t.items() if k != "choices"} for t in bench_trials]
     root.write_json(
-        PLAN, {**job.plan.to_dict(), "layers": record["layers"], "corrections": job.factors, "trials": trials}
+        PLAN,
+        {
+            **job.plan.to_dict(),
+            "layers": record["layers"],
+            "corrections": job.factors,
+            "trials": trials,
+        },
     )
-    root.write_json(VERDICT, record["verdict"] or {"status": "NOT ASKED", "measured": record["measured"]})
+    root.write_json(
+        VERDICT, record["verdict"] or {"status": "NOT ASKED", "measured": record["measured"]}
+    )
     root.write_json(REPORT_JSON, record)
     root.write_text(REPORT_HTML, report.build(record))
     root.write_json("state/done.json", {"recipe": _fingerprint(recipe)})
@@ -122,9 +172,9 @@ def run(
 
 
 def analyze(recipe_path: str | Path, out: str | Path, *, progress: bool = True) -> RunResult:
-    """Curvature and sensitivities only: writes ``analysis.json``, ``ledger.json`` and a report; `run` goes on from
-    there. Several processes (``torchrun``, one file system) share the layers and the data; only the first one's result
-    has a record."""
+    """Curvature and sensitivities only: writes ``analysis.json``, ``ledger.json`` and a report;
+    `run` goes on from there. Several processes (``torchrun``, one file system) share the layers and
+    the data; only the first one's result has a record."""
     recipe, root = load_recipe(recipe_path), State(Path(out))
     if (record := _finished(recipe, root)) is not None:
         return _result(root, record)
@@ -154,14 +204,17 @@ SPECTRA_UP_TO = 30_000_000  # parameters: above, a layer's eigenvalues take minu
 
 
 def _curvature(job: Job, recipe: Recipe) -> dict[str, Any]:
-    """Second-order curvature of the uncompressed model on the first price items; finished parts are not repeated."""
+    """Second-order curvature of the uncompressed model on the first price items; finished parts are
+    not repeated."""
     section = recipe.analyze
     parameters = sum(p.numel() for p in job.model.parameters())
     spectra = parameters <= SPECTRA_UP_TO if section.spectra is None else section.spectra
     items = job.splits.price.items[: section.items]
     device = next(job.model.parameters()).device
     size = job.settings.batch_size
-    batches = [to_device(data.collate(items[i : i + size]), device) for i in range(0, len(items), size)]
+    batches = [
+        to_device(data.collate(items[i : i + size]), device) for i in range(0, len(items), size)
+    ]
     with job.stages.steps() as advance:
         analysis = analyze_curvature(
             job.model, job.objective, batches, job.layers, matrix=section.matrix,
@@ -179,8 +232,9 @@ def _curvature(job: Job, recipe: Recipe) -> dict[str, Any]:
 
 
 def _remember(state: State, key: str, compute: Any, encode: Any, decode: Any) -> Any:
-    """A part of an analysis: read if an earlier run finished it, else computed and written. Of several processes the
-    first one's view of the folder counts, because all must compute together or not at all."""
+    """A part of an analysis: read if an earlier run finished it, else computed and written. Of
+    several processes the first one's view of the folder counts, because all must compute together
+    or not at all."""
     name = f"curvature/{key}.json"
     if processes.first_says(state.has(name)):
         return decode(state.read_json(name))
@@ -190,8 +244,9 @@ def _remember(state: State, key: str, compute: Any, encode: Any, decode: Any) ->
 
 
 def rebuild_report(out: str | Path, against: str | Path | None = None) -> Path:
-    """Write ``report.html`` again from ``report.json``, with a comparison if another run's folder is given as
-    ``against`` (``report.json`` stays as it is). Raises ``ValueError`` if a folder holds no run."""
+    """Write ``report.html`` again from ``report.json``, with a comparison if another run's folder
+    is given as ``against`` (``report.json`` stays as it is). Raises ``ValueError`` if a folder
+    holds no run."""
     record = _record_in(out)
     if against is not None:
         record["against"] = _against(record, _record_in(against), str(against))
@@ -203,27 +258,35 @@ def rebuild_report(out: str | Path, against: str | Path | None = None) -> Path:
 def _record_in(folder: str | Path) -> dict[str, Any]:
     root = State(Path(folder))
     if not root.has(REPORT_JSON):
-        raise ValueError(f"{folder} has no {REPORT_JSON}: run `curvprune run RECIPE --out {folder}` (or analyze) first")
+        raise ValueError(
+            f"{folder} has no {REPORT_JSON}: run `curvprune run RECIPE --out {folder}` (or "
+            "analyze) first"
+        )
     record: dict[str, Any] = root.read_json(REPORT_JSON)
     return record
 
 
 def _against(record: Mapping[str, Any], other: dict[str, Any], name: str) -> dict[str, Any]:
-    """What the report needs to compare a run with another: the other's record and, on the same items, how much worse
-    the first one's compressed model is, with its standard error, for every metric that both have."""
+    """What the report needs to compare a run with another: the other's record and, on the same
+    items, how much worse the first one's compressed model is, with its standard error, for every
+    metric that both have."""
     found: dict[str, Any] = {"name": name, "record": other}
     if reason := _unpaired(record, other):
         return {**found, "unpaired": reason}
     here, there = record["items"], other["items"]
     names = [here["documents"][k] for k in here["document"]]
     split = Split(items=(), documents=tuple(names))
-    metrics = ("loss", "accuracy") if all("right_after" in side for side in (here, there)) else ("loss",)
+    metrics = (
+        ("loss", "accuracy") if all("right_after" in side for side in (here, there)) else ("loss",)
+    )
     kept = ("metric", "unit", "baseline", "compressed", "drop", "stderr", "items", "clusters")
     paired = {}
     for metric in metrics:
         budget = Budget(metric, max_drop=0.0)
         verdict = compare(_after(there), _after(here), split, budget, unit=record["unit"]).to_dict()
-        paired[metric] = {key: verdict[key] for key in kept}  # without a budget there is nothing to judge
+        paired[metric] = {
+            key: verdict[key] for key in kept
+        }  # without a budget there is nothing to judge
     return {**found, "paired": paired}
 
 
@@ -234,12 +297,16 @@ def _unpaired(record: Mapping[str, Any], other: Mapping[str, Any]) -> str:
         if not side.get("items"):
             return f"{which} has no results of single items on record"
     data, models = (
-        [(side.get("provenance") or {}).get(key) for side in sides] for key in ("data_sha256", "model_sha256")
+        [(side.get("provenance") or {}).get(key) for side in sides]
+        for key in ("data_sha256", "model_sha256")
     )
     splits = [(hashes or {}).get("certify") for hashes in data]
     if None in splits or splits[0] != splits[1]:
         return "the two runs were not measured on the same certify split"
-    if any(record["items"][key] != other["items"][key] for key in ("documents", "document", "index", "count")):
+    if any(
+        record["items"][key] != other["items"][key]
+        for key in ("documents", "document", "index", "count")
+    ):
         return "other items or positions of the certify split counted in one run than in the other"
     if record["objective"] != other["objective"] or record["unit"] != other["unit"]:
         return f"the losses differ in kind: {record['objective']} here, {other['objective']} there"
@@ -252,16 +319,19 @@ def _after(items: Mapping[str, Any]) -> ItemResults:
     """The compressed model's results of the items on record."""
     count = torch.tensor(items["count"], dtype=torch.float64)
     correct = torch.tensor(items.get("right_after", [0] * len(count)), dtype=torch.float64)
-    return ItemResults(loss=torch.tensor(items["after"], dtype=torch.float64) * count, count=count, correct=correct)
+    return ItemResults(
+        loss=torch.tensor(items["after"], dtype=torch.float64) * count, count=count, correct=correct
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Power:
     """Whether the certify split can decide the budget, judged before the run.
 
-    ``chance``: probability that a model without any true loss would be certified, if its results differ from the
-    uncompressed model's as much as those of a trial rounding (to nearest, measured on the select split) do;
-    ``needed``: the items for 80 %. ``disagreement`` is the share of items on which the two models differ, for accuracy.
+    ``chance``: probability that a model without any true loss would be certified, if its results
+    differ from the uncompressed model's as much as those of a trial rounding (to nearest, measured
+    on the select split) do; ``needed``: the items for 80 %. ``disagreement`` is the share of items
+    on which the two models differ, for accuracy.
     """
 
     items: int
@@ -274,7 +344,8 @@ class Power:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
-    """What `check` found: layers with their options, what the run will need, and what may go wrong (``warnings``)."""
+    """What `check` found: layers with their options, what the run will need, and what may go wrong
+    (``warnings``)."""
 
     layers: list[dict[str, Any]]
     kept: list[str]
@@ -289,12 +360,18 @@ class Check:
 
 
 def check(recipe_path: str | Path) -> Check:
-    """Validate a recipe against its model and data; time one item and one layer to estimate the whole run, and round
-    the layers to nearest (at most three times, on a copy) to see whether the certify split can decide the budget."""
+    """Validate a recipe against its model and data; time one item and one layer to estimate the
+    whole run, and round the layers to nearest (at most three times, on a copy) to see whether the
+    certify split can decide the budget."""
     recipe = load_recipe(recipe_path)
     job, about = prepare(recipe, None, progress=False)
     rows = [
-        {"name": n, "kind": layer.kind, "shape": layer.shape, "options": [o.key for o in job.options[n]]}
+        {
+            "name": n,
+            "kind": layer.kind,
+            "shape": layer.shape,
+            "options": [o.key for o in job.options[n]],
+        }
         for n, layer in job.layers.items()
     ]
     dense = sum(p.numel() * p.element_size() for p in job.model.parameters())
@@ -316,20 +393,21 @@ def check(recipe_path: str | Path) -> Check:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ preparing
+# ---------------------------------------------------------------------------------------- preparing
 
 
 def prepare(
     recipe: Recipe, root: State | None, *, progress: bool, reused: State | None = None
 ) -> tuple[Job, dict[str, Any]]:
-    """Load model and data, find the layers, assign their options; everything that can be wrong is found here.
-    ``reused`` is a run from whose state ``root`` starts."""
+    """Load model and data, find the layers, assign their options; everything that can be wrong is
+    found here. ``reused`` is a run from whose state ``root`` starts."""
     if root is not None and recipe.model.path is not None:
         source = Path(recipe.model.path).resolve()
         if source.is_relative_to(root.folder.resolve()):
             raise recipe.error(
                 ("model", "path"),
-                f"{recipe.model.path} lies inside the run folder {root.folder}, whose model/ the run writes; "
+                f"{recipe.model.path} lies inside the run folder {root.folder}, whose model/ the "
+                "run writes; "
                 "give --out another folder",
             )
     device = _device(recipe)
@@ -337,15 +415,29 @@ def prepare(
     model, tokenizer = _load_model(recipe)
     splits = _load_data(recipe, tokenizer)
     model.to(device)
-    scratch = State(root.path("state"), writes=root.writes) if root is not None else State(Path(os.devnull))
-    fit = partial(_fit, recipe, tokenizer=tokenizer, splits=splits, state=scratch, stages=StageLog(show=progress))
+    scratch = (
+        State(root.path("state"), writes=root.writes)
+        if root is not None
+        else State(Path(os.devnull))
+    )
+    fit = partial(
+        _fit,
+        recipe,
+        tokenizer=tokenizer,
+        splits=splits,
+        state=scratch,
+        stages=StageLog(show=progress),
+    )
     job = fit(model, final=asked is None)
     about: dict[str, Any] = {
-        "title": recipe.title or Path(recipe.model.name or recipe.model.path or recipe.model.package or "").name,
+        "title": recipe.title
+        or Path(recipe.model.name or recipe.model.path or recipe.model.package or "").name,
         "recipe_sha256": _fingerprint(recipe),
         "model_sha256": hf.model_sha256(model),
         "data_sha256": splits.sha256(),
-        "limits_sha256": _sha256(job.budget.to_dict()["limits"]) if job.budget and job.budget.limits else None,
+        "limits_sha256": _sha256(job.budget.to_dict()["limits"])
+        if job.budget and job.budget.limits
+        else None,
         "device": str(device),
         "seed": recipe.seed,
     }
@@ -375,12 +467,16 @@ def _fit(
     original: nn.Module | None = None,
     final: bool = True,
 ) -> Job:
-    """Lay the recipe over a model: its layers, their options and groups, and whether they fit. Unless ``final`` units
-    will be removed first, and sizes are not known yet."""
+    """Lay the recipe over a model: its layers, their options and groups, and whether they fit.
+    Unless ``final`` units will be removed first, and sizes are not known yet."""
     device = next(model.parameters()).device
     found = find_layers(model)
-    readers = {n: artifact.reader_of(model, layer, portable=recipe.portable) for n, layer in found.items()}
-    assigned = assign_options(recipe, {n: layer.shape for n, layer in found.items()}, readers=readers)
+    readers = {
+        n: artifact.reader_of(model, layer, portable=recipe.portable) for n, layer in found.items()
+    }
+    assigned = assign_options(
+        recipe, {n: layer.shape for n, layer in found.items()}, readers=readers
+    )
     groups = assign_groups(recipe, found, assigned)
     kept = [n for n in found if n not in assigned]
     settings = Settings(
@@ -395,7 +491,9 @@ def _fit(
     job = Job(
         model=model,
         original=original,
-        objective=_objective(recipe, model if original is None else original, splits),  # KL is from the original
+        objective=_objective(
+            recipe, model if original is None else original, splits
+        ),  # KL is from the original
         layers={n: found[n] for n in found if n in assigned},
         options=assigned,
         same_option=groups.layers,
@@ -408,14 +506,18 @@ def _fit(
         write_model=lambda folder, written, solved, plan: write_model(
             folder, written, solved, plan, tokenizer=tokenizer, portable=recipe.portable
         ),
-        recover=None if recipe.recover is None else Training(**recipe.recover.model_dump(), seed=recipe.seed),
+        recover=None
+        if recipe.recover is None
+        else Training(**recipe.recover.model_dump(), seed=recipe.seed),
     )
     job.notes += groups.notes
     if splits.recover is not None and job.recover is None:
         aside = f"data: recover: {len(splits.recover.items)} items are set aside and nothing trains on them"
         job.notes.append(f"{aside}: there is no recover section")
     if kept:
-        job.notes.append(f"{len(kept)} layer(s) match no entry of compress: and stay as they are: {', '.join(kept)}")
+        job.notes.append(
+            f"{len(kept)} layer(s) match no entry of compress: and stay as they are: {', '.join(kept)}"
+        )
     if (message := left_over(model)) is not None:
         job.notes.append(message)
     for purpose in data.PURPOSES:
@@ -430,26 +532,34 @@ def _fit(
             job.notes.append(leak)
         if (documents := len(set(splits.select.documents))) < FEW_DOCUMENTS:
             job.notes.append(
-                f"the select split has items of {documents} documents only: what it says of a plan's chance is rough, "
-                "and plans are chosen with more caution than need be; give more select items, or more documents"
+                f"the select split has items of {documents} documents only: what it says of a "
+                "plan's chance is rough, "
+                "and plans are chosen with more caution than need be; give more select items, or "
+                "more documents"
             )
     _check_budget(recipe, job, size=final)
-    if job.recover is not None and job.recover.loss == "task" and isinstance(job.objective, LabelFree):
+    if (
+        job.recover is not None
+        and job.recover.loss == "task"
+        and isinstance(job.objective, LabelFree)
+    ):
         raise recipe.error(
             ("recover", "loss"),
-            f"task needs labels, which the objective {job.objective.name} has none of; write distill",
+            f"task needs labels, which the objective {job.objective.name} has none of; write "
+            "distill",
         )
     rounds = any(quantizer_of(o) for options in assigned.values() for o in options)
     if rounds and artifact.portable_for(model, recipe.portable) and not hf.loads_packed(model):
         raise recipe.error(
             ("model",),
-            f"transformers cannot load {type(model).__name__} with packed layers (it initialises their weights by "
+            f"transformers cannot load {type(model).__name__} with packed layers (it initialises "
+            "their weights by "
             "name); write portable: false, for a folder that curvprune.load reads",
         )
     return job
 
 
-# ------------------------------------------------------------------------------------------------------- removing units
+# ----------------------------------------------------------------------------------- removing units
 
 _REMOVED = "structured/removed.json"
 
@@ -462,7 +572,11 @@ def _structured(recipe: Recipe) -> Structured | None:
     options = [option for entry in recipe.compress for option in entry.options]
     steps = [p.nm[1] for p in map(pruner_of, options) if p is not None and p.nm is not None]
     if recipe.portable:
-        steps += [q.group_size for q in map(quantizer_of, options) if q is not None and q.group_size is not None]
+        steps += [
+            q.group_size
+            for q in map(quantizer_of, options)
+            if q is not None and q.group_size is not None
+        ]
     if steps:
         asked.setdefault("round_to", math.lcm(8, *steps))
     try:
@@ -477,18 +591,23 @@ def _offered(recipe: Recipe, job: Job, asked: Structured) -> dict[str, dict[str,
         found, _, widths, _ = offered_widths(job.model, job.objective, job.splits, asked)
     except ValueError as error:
         raise recipe.error(("structured",), str(error)) from error
-    return {n: {"kind": cut.kind, "units": cut.units, "widths": widths[n]} for n, cut in found.cuts.items()}
+    return {
+        n: {"kind": cut.kind, "units": cut.units, "widths": widths[n]}
+        for n, cut in found.cuts.items()
+    }
 
 
 def _without_units(recipe: Recipe, job: Job, asked: Structured) -> tuple[nn.Module, dict[str, Any]]:
-    """Stage *remove units*: the smaller model, written to ``state/structured`` and read from there, and what is gone.
-    Of several processes the first removes them."""
+    """Stage *remove units*: the smaller model, written to ``state/structured`` and read from there,
+    and what is gone. Of several processes the first removes them."""
     folder = job.state.path("structured/model")
     if job.state.writes and not job.state.has(_REMOVED):
         shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
         with job.stages.stage("remove units", 1) as advance:
             try:
-                pruned = prune_units(job.model, job.objective, job.splits, asked, seed=job.settings.seed)
+                pruned = prune_units(
+                    job.model, job.objective, job.splits, asked, seed=job.settings.seed
+                )
             except ValueError as error:
                 raise recipe.error(("structured",), str(error)) from error
             why = describe(job.model, pruned)
@@ -497,23 +616,39 @@ def _without_units(recipe: Recipe, job: Job, asked: Structured) -> tuple[nn.Modu
         notes = (*pruned.notes, *([why] if why is not None else []))
         job.state.write_json(_REMOVED, _removed_record(replace(pruned, notes=notes)))
     processes.wait()
-    return load_artifact(folder, device=next(job.model.parameters()).device), job.state.read_json(_REMOVED)
+    return load_artifact(folder, device=next(job.model.parameters()).device), job.state.read_json(
+        _REMOVED
+    )
 
 
 def _removed_record(pruned: Pruned) -> dict[str, Any]:
-    cuts = {n: {"kind": pruned.kinds[n], "left": w, "of": pruned.units[n]} for n, w in pruned.left.items()}
-    shares = [f"{1 - after / before:.1%} of the {of}" for of, (before, after) in _work(pruned).items()]
+    cuts = {
+        n: {"kind": pruned.kinds[n], "left": w, "of": pruned.units[n]}
+        for n, w in pruned.left.items()
+    }
+    shares = [
+        f"{1 - after / before:.1%} of the {of}" for of, (before, after) in _work(pruned).items()
+    ]
     timed = {} if pruned.latency is None else {"latency_seconds": list(pruned.latency)}
     predicted = pruned.predicted
-    cost = "" if predicted is None else f", predicted to cost {predicted.value:.4g} ± {predicted.stderr:.2g} nats"
+    cost = (
+        ""
+        if predicted is None
+        else f", predicted to cost {predicted.value:.4g} ± {predicted.stderr:.2g} nats"
+    )
     gone = sum(pruned.units[n] - left for n, left in pruned.left.items())
     return {
         "cuts": cuts,
         **{of: list(both) for of, both in _work(pruned).items()},
         **timed,
         "predicted": None if predicted is None else predicted.value,
-        "predicted_stderr": None if predicted is None or not np.isfinite(predicted.stderr) else predicted.stderr,
-        "notes": [f"{gone} units of {len(cuts)} cuts were removed first: {' and '.join(shares)}{cost}", *pruned.notes],
+        "predicted_stderr": None
+        if predicted is None or not np.isfinite(predicted.stderr)
+        else predicted.stderr,
+        "notes": [
+            f"{gone} units of {len(cuts)} cuts were removed first: {' and '.join(shares)}{cost}",
+            *pruned.notes,
+        ],
     }
 
 
@@ -530,11 +665,14 @@ def write_model(
     tokenizer: Any = None,
     portable: artifact.Portable = True,
 ) -> None:
-    """Write an artifact: weights, manifest and, for transformers models, what ``from_pretrained`` needs. Files of an
-    artifact that is already there are replaced; a folder that holds anything else is refused (``ValueError``).
-    A model of transformers with shapes that its config cannot describe (`curvprune.shapes`) is never portable."""
+    """Write an artifact: weights, manifest and, for transformers models, what ``from_pretrained``
+    needs. Files of an artifact that is already there are replaced; a folder that holds anything
+    else is refused (``ValueError``). A model of transformers with shapes that its config cannot
+    describe (`curvprune.shapes`) is never portable."""
     if folder.exists() and any(folder.iterdir()) and not (folder / artifact.MANIFEST).is_file():
-        raise ValueError(f"{folder} is not empty and holds no artifact of curvprune; save into a new folder")
+        raise ValueError(
+            f"{folder} is not empty and holds no artifact of curvprune; save into a new folder"
+        )
     layers = find_layers(model)
     portable = artifact.portable_for(model, portable)
     artifact.save(folder, model, layers, solved, plan, portable=portable)
@@ -544,12 +682,14 @@ def write_model(
         packed = {n: q for n, q in grids.items() if q is not None}
         # Without a config the folder is one for `curvprune.load(folder, model=...)`, which says so.
         if not portable or not packed or hf.loads_packed(model):
-            hf.save_config(folder, model, packed if portable else {}, tokenizer, architecture_config(model))
+            hf.save_config(
+                folder, model, packed if portable else {}, tokenizer, architecture_config(model)
+            )
 
 
 def describe(original: nn.Module, pruned: Pruned) -> str | None:
-    """Write a structurally pruned model's shapes into its config, or, where no config says them, let the model carry
-    how they differ; why, in words for the notes."""
+    """Write a structurally pruned model's shapes into its config, or, where no config says them,
+    let the model carry how they differ; why, in words for the notes."""
     widths, model = pruned.uniform_widths(), pruned.model
     foreign = artifact.is_transformers(model)
     if widths is not None and foreign and hf.describe_(model, widths):
@@ -561,12 +701,17 @@ def describe(original: nn.Module, pruned: Pruned) -> str | None:
     kind = type(model.config).__name__
     if widths is None:
         return f"{ours}: {kind} has one width for all cuts of a kind; pass uniform=True, where the class can have one"
-    left = " and ".join(f"{k} {after} (of {before})" for k, (before, after) in widths.items() if after != before)
+    left = " and ".join(
+        f"{k} {after} (of {before})" for k, (before, after) in widths.items() if after != before
+    )
     return f"{ours}: {kind} cannot say {left or 'what is left of the blocks'}"
 
 
-def load_artifact(folder: Path, *, packed: bool = False, device: str | torch.device = "cpu") -> nn.Module:
-    """Load a saved transformers model, portable or not, in evaluation mode, weights unpacked unless ``packed``."""
+def load_artifact(
+    folder: Path, *, packed: bool = False, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """Load a saved transformers model, portable or not, in evaluation mode, weights unpacked unless
+    ``packed``."""
     if artifact.is_portable(folder) and not packed:
         return hf.load_artifact(folder, device=device)
     return artifact.load_into(folder, hf.load_foreign(folder), packed=packed).to(device).eval()
@@ -581,7 +726,9 @@ def _device(recipe: Recipe) -> torch.device:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise recipe.error(("device",), f"{name!r} cannot be used here ({error}); write auto or cpu") from error
+        raise recipe.error(
+            ("device",), f"{name!r} cannot be used here ({error}); write auto or cpu"
+        ) from error
     return torch.device(name)
 
 
@@ -599,7 +746,10 @@ def _load_model(recipe: Recipe) -> tuple[nn.Module, Any]:
         elif section.path is not None:
             source = Path(section.path)
             if not source.is_dir():
-                raise ValueError(f"{source} is not a folder; make it first (examples/ has scripts) or correct the path")
+                raise ValueError(
+                    f"{source} is not a folder; make it first (examples/ has scripts) or correct "
+                    "the path"
+                )
         else:
             assert section.name is not None
             source = section.name
@@ -613,7 +763,9 @@ def _load_model(recipe: Recipe) -> tuple[nn.Module, Any]:
         )
         tokenizer = None
         if section.task != "image-classification" and recipe.data.source != "digits":
-            tokenizer = hf.load_tokenizer(source, gguf_file=gguf, trust_remote_code=section.trust_remote_code)
+            tokenizer = hf.load_tokenizer(
+                source, gguf_file=gguf, trust_remote_code=section.trust_remote_code
+            )
     except (ValueError, OSError) as error:
         raise recipe.error(("model",), str(error)) from error
     return model, tokenizer
@@ -630,10 +782,20 @@ def _load_data(recipe: Recipe, tokenizer: Any) -> Splits:
         elif section.source == "text":
             documents = data.text_files([Path(f) for f in section.files])
         else:
-            assert section.name is not None and section.split is not None and section.column is not None
+            assert (
+                section.name is not None
+                and section.split is not None
+                and section.column is not None
+            )
             documents = hf.hub_documents(section.name, split=section.split, column=section.column)
-        tokens = {n: tokenizer(text, add_special_tokens=False)["input_ids"] for n, text in documents.items() if text}
-        return data.text_splits(tokens, length=section.sequence_length, counts=counts, seed=recipe.seed)
+        tokens = {
+            n: tokenizer(text, add_special_tokens=False)["input_ids"]
+            for n, text in documents.items()
+            if text
+        }
+        return data.text_splits(
+            tokens, length=section.sequence_length, counts=counts, seed=recipe.seed
+        )
     except ValueError as error:
         raise recipe.error(("data",), str(error)) from error
 
@@ -655,10 +817,16 @@ def _budget(recipe: Recipe) -> Budget | None:
         key = ("budget", "limits", index, "table")
         try:
             table = json.loads(Path(limit.table).read_text(encoding="utf-8"))
-            use = {(layer, option): float(v) for layer, values in table.items() for option, v in values.items()}
+            use = {
+                (layer, option): float(v)
+                for layer, values in table.items()
+                for option, v in values.items()
+            }
             limits.append(Limit(name=limit.name, most=limit.most, use=use))
         except OSError as error:
-            raise recipe.error(key, f"{limit.table} cannot be read ({error.strerror}); expected a JSON file") from None
+            raise recipe.error(
+                key, f"{limit.table} cannot be read ({error.strerror}); expected a JSON file"
+            ) from None
         except (ValueError, TypeError, AttributeError) as error:
             expected = 'expected JSON such as {"model.layers.0.mlp.up_proj": {"keep": 0.8, "int4-g64-sym": 0.3}}'
             raise recipe.error(key, f"{limit.table}: {error}; {expected}") from None
@@ -670,20 +838,23 @@ def _check_budget(recipe: Recipe, job: Job, *, size: bool) -> None:
         return
     if job.budget.metric == "accuracy" and job.objective.unit == "nats/token":
         raise recipe.error(
-            ("budget", "metric"), "accuracy needs one prediction per item; for language models write loss"
+            ("budget", "metric"),
+            "accuracy needs one prediction per item; for language models write loss",
         )
     try:
         limit_plans(job)
     except Infeasible as error:
         if not size:  # the smaller model may meet it
             return
-        where = error.constraint if error.constraint in SIZES else "limits"  # the line of the limit, or of the list
+        where = (
+            error.constraint if error.constraint in SIZES else "limits"
+        )  # the line of the limit, or of the list
         raise recipe.error(("budget", where), str(error)) from error
     except ValueError as error:
         raise recipe.error(("budget", "limits"), str(error)) from error
 
 
-# ---------------------------------------------------------------------------------------------------- a run's own files
+# -------------------------------------------------------------------------------- a run's own files
 
 
 def _sha256(record: Any) -> str:
@@ -708,9 +879,16 @@ def _run_to_reuse(recipe: Recipe, folder: Path) -> State:
     """The run in ``folder``, if all that it has solved and priced is the same under this recipe."""
     source = State(folder)
     if not (source.has(LOCK) and source.has(INPUTS) and source.has("state/solved")):
-        raise RecipeError(f"{folder} holds no run that has solved options: there is nothing to reuse")
-    free: Any = {**dict.fromkeys(MAY_DIFFER, True), "data": {EXTRA}}  # what a recovery trains on solves nothing
-    before, now = (r.model_dump(mode="json", exclude=free) for r in (load_recipe(source.path(LOCK)), recipe))
+        raise RecipeError(
+            f"{folder} holds no run that has solved options: there is nothing to reuse"
+        )
+    free: Any = {
+        **dict.fromkeys(MAY_DIFFER, True),
+        "data": {EXTRA},
+    }  # what a recovery trains on solves nothing
+    before, now = (
+        r.model_dump(mode="json", exclude=free) for r in (load_recipe(source.path(LOCK)), recipe)
+    )
     if changed := [key for key in now if now[key] != before[key]]:
         raise recipe.error(
             (changed[0],),
@@ -721,8 +899,8 @@ def _run_to_reuse(recipe: Recipe, folder: Path) -> State:
 
 
 def _claim(recipe: Recipe, root: State, about: Mapping[str, Any], source: State | None) -> None:
-    """Write the lock and take over the state of ``source``; or refuse a folder, this or that one, that holds a run of
-    other inputs: its intermediate results would not fit."""
+    """Write the lock and take over the state of ``source``; or refuse a folder, this or that one,
+    that holds a run of other inputs: its intermediate results would not fit."""
     inputs = {
         "recipe_sha256": about["recipe_sha256"],
         "model_sha256": about["model_sha256"],
@@ -742,13 +920,16 @@ def _claim(recipe: Recipe, root: State, about: Mapping[str, Any], source: State 
         return
     state = root.path("state")
     if any(f.is_file() and f.suffix != ".tmp" for f in state.rglob("*")):
-        raise RecipeError(f"{state} holds results of an unknown run; delete it, or give --out a new folder")
+        raise RecipeError(
+            f"{state} holds results of an unknown run; delete it, or give --out a new folder"
+        )
     if source is not None:
         theirs = source.read_json(INPUTS)
         before, now = _solved_from(theirs), _solved_from(inputs)
         if changed := [k for k in now if before.get(k) != now[k]]:
             raise RecipeError(
-                f"{source.folder} holds a run with another {', '.join(changed)}, whose results would not fit; run "
+                f"{source.folder} holds a run with another {', '.join(changed)}, whose results "
+                "would not fit; run "
                 "without --reuse"
             )
     new = root.path(".state.new")
@@ -756,33 +937,44 @@ def _claim(recipe: Recipe, root: State, about: Mapping[str, Any], source: State 
     if source is not None:
         shutil.copytree(source.path("state"), new, copy_function=_link, ignore=_not_reused)
         same_items = theirs["data_sha256"].get(EXTRA) == inputs["data_sha256"].get(EXTRA)
-        if recipe.recover is not None and recipe.recover == load_recipe(source.path(LOCK)).recover and same_items:
+        if (
+            recipe.recover is not None
+            and recipe.recover == load_recipe(source.path(LOCK)).recover
+            and same_items
+        ):
             _take_recovered(source, new)
     State(new).write_json(Path(INPUTS).name, inputs)
-    root.write_text(LOCK, lock_text(recipe, {**inputs, **hf.versions(), "python": platform.python_version()}))
+    root.write_text(
+        LOCK, lock_text(recipe, {**inputs, **hf.versions(), "python": platform.python_version()})
+    )
     shutil.rmtree(state, ignore_errors=True)
     new.rename(state)  # results never lie there without the inputs that they are of
 
 
 def _solved_from(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a run's inputs, what its solved options, prices and trials depend on: not its budget, nor what a recovery
-    trains on."""
+    """Of a run's inputs, what its solved options, prices and trials depend on: not its budget, nor
+    what a recovery trains on."""
     kept = {k: v for k, v in inputs.items() if k not in ("recipe_sha256", "limits_sha256")}
     return {**kept, "data_sha256": {k: v for k, v in inputs["data_sha256"].items() if k != EXTRA}}
 
 
 # What depends on more than the layers' options and the data.
-_not_reused = shutil.ignore_patterns("applied", "certify", "curvature", "done.json", "inputs.json", EARLIER, ".*.tmp")
+_not_reused = shutil.ignore_patterns(
+    "applied", "certify", "curvature", "done.json", "inputs.json", EARLIER, ".*.tmp"
+)
 
 
 def _take_recovered(source: State, new: Path) -> None:
-    """The plans that a run has applied and recovered, which is most of its time, for one with the same recovery: what
-    they lost on select says how far its own may go, and they may be certified for its budget."""
+    """The plans that a run has applied and recovered, which is most of its time, for one with the
+    same recovery: what they lost on select says how far its own may go, and they may be certified
+    for its budget."""
     plans = []
     for folder in sorted(source.path("state/applied").glob("*")):
         written = folder / "model"
         if (written / "complete").exists():
-            shutil.copytree(folder, new / "applied" / folder.name, copy_function=_link, ignore=_not_applied)
+            shutil.copytree(
+                folder, new / "applied" / folder.name, copy_function=_link, ignore=_not_applied
+            )
             plans.append(State(written).read_json(artifact.MANIFEST)["plan"]["choices"])
     State(new).write_json(EARLIER, plans)
 
@@ -819,18 +1011,25 @@ def _write_prices(job: Job, root: State) -> None:
 def _result(root: State, record: dict[str, Any]) -> RunResult:
     verdict = record.get("verdict")
     return RunResult(
-        exit_code=0 if verdict is None or verdict["status"] == "CERTIFIED" else 1, folder=root.folder, record=record
+        exit_code=0 if verdict is None or verdict["status"] == "CERTIFIED" else 1,
+        folder=root.folder,
+        record=record,
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- the record
+# --------------------------------------------------------------------------------------- the record
 
 
-def _record(job: Job, about: Mapping[str, Any], trials: list[dict[str, Any]], root: State) -> dict[str, Any]:
+def _record(
+    job: Job, about: Mapping[str, Any], trials: list[dict[str, Any]], root: State
+) -> dict[str, Any]:
     model = job.uncompressed
     on_disk = artifact.state_dict_on_disk(model, find_layers(model), {})
     before = sum(t.numel() * t.element_size() for t in on_disk.values())
-    size: dict[str, Any] = {"before_bytes": before, "parameters": sum(p.numel() for p in model.parameters())}
+    size: dict[str, Any] = {
+        "before_bytes": before,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
     if job.plan is not None:
         after = artifact.weights_file(root.path("model")).stat().st_size
         size |= {
@@ -840,7 +1039,9 @@ def _record(job: Job, about: Mapping[str, Any], trials: list[dict[str, Any]], ro
         }
     ledger = None
     if job.ledger is not None:
-        ledger = {k: v for k, v in job.ledger.to_dict().items() if k not in ("sums", "count", "along")}
+        ledger = {
+            k: v for k, v in job.ledger.to_dict().items() if k not in ("sums", "count", "along")
+        }
     return {
         "title": about["title"],
         "objective": job.objective.name,
@@ -864,7 +1065,10 @@ def _record(job: Job, about: Mapping[str, Any], trials: list[dict[str, Any]], ro
         "stages": job.stages.log,
         "peak_memory_bytes": _peak_memory(),
         "provenance": {
-            **{k: about[k] for k in ("recipe_sha256", "model_sha256", "data_sha256", "device", "seed")},
+            **{
+                k: about[k]
+                for k in ("recipe_sha256", "model_sha256", "data_sha256", "device", "seed")
+            },
             "curvprune": curvprune.__version__,
             "torch": str(torch.__version__),
             "python": platform.python_version(),
@@ -929,8 +1133,8 @@ def _layer_records(job: Job) -> list[dict[str, Any]]:
 
 
 def _reason(job: Job, name: str, unit: tuple[str, ...], key: str) -> str:
-    """Why a layer got its option: what the next smaller and the next larger one would have cost and saved, for all the
-    layers that share it."""
+    """Why a layer got its option: what the next smaller and the next larger one would have cost and
+    saved, for all the layers that share it."""
     if len(job.options[name]) == 1:
         return "the only option offered"
     assert job.ledger is not None
@@ -945,10 +1149,14 @@ def _reason(job: Job, name: str, unit: tuple[str, ...], key: str) -> str:
     larger = [option for option in size if size[option] > size[key]]
     if smaller:
         o = max(smaller, key=lambda option: size[option])
-        parts.append(f"{o} would save {size[key] - size[o]:,} bytes for {price[o] - price[key]:+.2g} nats")
+        parts.append(
+            f"{o} would save {size[key] - size[o]:,} bytes for {price[o] - price[key]:+.2g} nats"
+        )
     if larger:
         o = min(larger, key=lambda option: size[option])
-        parts.append(f"{o} would spend {size[o] - size[key]:,} bytes for {price[o] - price[key]:+.2g} nats")
+        parts.append(
+            f"{o} would spend {size[o] - size[key]:,} bytes for {price[o] - price[key]:+.2g} nats"
+        )
     others = ", ".join(member.rpartition(".")[2] for member in unit if member != name)
     return (f"shared with {others}, together: " if others else "") + "; ".join(parts)
 
@@ -959,11 +1167,14 @@ def _peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-# ------------------------------------------------------------------------------------------------------------ estimates
+# ---------------------------------------------------------------------------------------- estimates
 
 
-def _estimate(job: Job, dense: int, cuts: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, float], int]:
-    """Minutes per stage and peak bytes, from timing one item forward and backward and solving one layer."""
+def _estimate(
+    job: Job, dense: int, cuts: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, float], int]:
+    """Minutes per stage and peak bytes, from timing one item forward and backward and solving one
+    layer."""
     device = next(job.model.parameters()).device
     item = to_device(job.splits.calibrate.items[0], device)
     forward = _seconds(lambda: _no_grad_loss(job, item))
@@ -993,21 +1204,32 @@ def _estimate(job: Job, dense: int, cuts: Mapping[str, Mapping[str, Any]]) -> tu
         if s.measure_above is not None:
             # As often as prices are wrong: once, where they are right.
             seconds["measure prices"] = counts["price"] * (1 + MEASURED_TOGETHER) * forward
-    if cuts:  # two passes for moments, one for gradients and one for prices, and a few factors for each width
+    # two passes for moments, one for gradients and one for prices, and a few factors for each width
+    if cuts:
         widest = max(layer.shape[1] for layer in job.layers.values())
         factor = _seconds(lambda: torch.linalg.cholesky(torch.eye(widest, device=device)))
         passes = counts["calibrate"] * (2.2 * forward + both) + counts["price"] * 2 * both
         seconds["remove units"] = passes + 4 * factor * sum(len(c["widths"]) for c in cuts.values())
         dense *= 2
     if job.recover is not None:
-        seconds["recover"] = attempts * _recovery_seconds(job.recover, forward, both, counts["select"])
+        seconds["recover"] = attempts * _recovery_seconds(
+            job.recover, forward, both, counts["select"]
+        )
     weights = sum(layer.numel for layer in job.layers.values())
     options = max(len(o) for o in job.options.values())
-    # Two models, 16-bit changes and a float32 diagonal, three copies of an evaluation batch's logits, libraries.
+    # Two models, 16-bit changes and a float32 diagonal, three copies of an evaluation batch's
+    # logits, libraries.
     with torch.no_grad():
         logits = job.objective.logits(job.model, item).numel() * job.settings.batch_size
-    memory = 2 * dense + (weights * (2 * options + 4) if job.budget is not None else 0) + 12 * logits + 500_000_000
-    if job.recover is not None:  # values, gradient, two moments and the best state; less, where weights are on a grid
+    memory = (
+        2 * dense
+        + (weights * (2 * options + 4) if job.budget is not None else 0)
+        + 12 * logits
+        + 500_000_000
+    )
+    if (
+        job.recover is not None
+    ):  # values, gradient, two moments and the best state; less, where weights are on a grid
         memory += 20 * sum(p.numel() for p in job.model.parameters())
     return {k: v / 60 for k, v in seconds.items()}, memory
 
@@ -1017,11 +1239,18 @@ def _recovery_seconds(training: Training, forward: float, both: float, select: i
         assert training.seconds is not None
         return training.seconds
     measuring = math.ceil(training.steps / training.interval) * select * forward
-    return min(training.seconds or np.inf, training.steps * training.batch_size * (both + forward) + measuring)
+    return min(
+        training.seconds or np.inf,
+        training.steps * training.batch_size * (both + forward) + measuring,
+    )
 
 
-POWER_UP_TO = 2_000_000_000  # parameters: above, rounding a copy of the model takes longer than a check should
-TRIAL_ITEMS = (16, 256)  # at least and at most, in between as many as `TRIAL_SECONDS` are enough for
+# parameters: above, rounding a copy of the model takes longer than a check should
+POWER_UP_TO = 2_000_000_000
+TRIAL_ITEMS = (
+    16,
+    256,
+)  # at least and at most, in between as many as `TRIAL_SECONDS` are enough for
 TRIAL_SECONDS = 10.0  # of forward passes, for each of up to four models
 ENOUGH_POWER = 0.8
 
@@ -1033,7 +1262,10 @@ def _power(job: Job) -> tuple[Power | None, list[str]]:
         return None, []
     parameters = sum(p.numel() for p in job.model.parameters())
     if parameters > POWER_UP_TO:
-        return None, [f"whether the certify split can decide was not estimated: {parameters:,} parameters to round"]
+        return None, [
+            f"whether the certify split can decide was not estimated: {parameters:,} parameters "
+            "to round"
+        ]
     try:
         power = _measure_power(job, budget)
     except ValueError as error:
@@ -1041,15 +1273,18 @@ def _power(job: Job) -> tuple[Power | None, list[str]]:
     if power.chance >= ENOUGH_POWER:
         return power, []
     return power, [
-        f"the certify split ({power.items} items of {power.documents} documents) is unlikely to decide max_drop: "
-        f"{budget.max_drop:g}: even a model without any true loss would be certified with probability "
-        f"{power.chance:.0%} only; write certify: {power.needed} or more (in more documents), or a larger max_drop"
+        f"the certify split ({power.items} items of {power.documents} documents) is unlikely to "
+        "decide max_drop: "
+        f"{budget.max_drop:g}: even a model without any true loss would be certified with "
+        "probability "
+        f"{power.chance:.0%} only; write certify: {power.needed} or more (in more documents), or "
+        "a larger max_drop"
     ]
 
 
 def _measure_power(job: Job, budget: Budget) -> Power:
-    """Round layers to nearest, at the level of options whose drop on the select split comes nearest to half the budget
-    in three trials, and see how much the items' differences scatter."""
+    """Round layers to nearest, at the level of options whose drop on the select split comes nearest
+    to half the budget in three trials, and see how much the items' differences scatter."""
     assert budget.max_drop is not None
     select, certify = job.splits.select, job.splits.certify
     item = to_device(select.items[0], next(job.model.parameters()).device)
@@ -1058,7 +1293,9 @@ def _measure_power(job: Job, budget: Budget) -> Power:
     split = Split(items=select.items[:used], documents=select.documents[:used])
     size = job.settings.batch_size
     baseline = evaluate(job.model, split.batches(size), job.objective)
-    ordered = {n: sorted(o, key=lambda option: -job.layer_bytes(n, option)) for n, o in job.options.items()}
+    ordered = {
+        n: sorted(o, key=lambda option: -job.layer_bytes(n, option)) for n, o in job.options.items()
+    }
     levels = max(len(options) for options in ordered.values())
     model = copy.deepcopy(job.model)
     own = find_layers(model)
@@ -1076,7 +1313,8 @@ def _measure_power(job: Job, budget: Budget) -> Power:
             break
     _, verdict, results = min(tried, key=lambda trial: trial[0])
     items, documents = len(certify.items), len(set(certify.documents))
-    # The scatter of small differences grows with the change of the weights, their mean with its square.
+    # The scatter of small differences grows with the change of the weights, their mean with its
+    # square.
     milder = min(1.0, (target / verdict.drop) ** 0.5) if verdict.drop > 0 else 1.0
     if budget.metric == "accuracy":
         differ = int(((baseline.correct > 0.5) != (results.correct > 0.5)).sum())
@@ -1097,7 +1335,11 @@ def _measure_power(job: Job, budget: Budget) -> Power:
     chance = probability_of_certifying(
         0.0, 0.0, stderr, max_drop=budget.max_drop, confidence=budget.confidence, reach=reach
     )
-    wanted = np.inf if budget.max_drop == 0 else items * ((reach + 0.8416 * stderr) / budget.max_drop) ** 2
+    wanted = (
+        np.inf
+        if budget.max_drop == 0
+        else items * ((reach + 0.8416 * stderr) / budget.max_drop) ** 2
+    )
     if not np.isfinite(wanted):
         raise ValueError("max_drop: 0 can only be met by a model that is better")
     return Power(

@@ -1,5 +1,6 @@
-"""Several processes that share one job, as ``torchrun`` starts them: each takes its share of the data or the layers,
-and sums are added up. Alone, a process has everything to itself and nothing here communicates."""
+"""Several processes that share one job, as ``torchrun`` starts them: each takes its share of the
+data or the layers, and sums are added up. Alone, a process has everything to itself and nothing
+here communicates."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def gather(values: Tensor) -> Tensor:
 
 
 def first_says(answer: bool) -> bool:
-    """The answer of the first process, in all of them: what is on disk may look different a moment later."""
+    """The answer of the first process, in all of them: what is on disk may look different a moment
+    later."""
     return bool(all_sum(torch.tensor(float(answer and rank() == 0))))
 
 
@@ -62,7 +64,8 @@ def wait() -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Join the processes that ``torchrun`` started, if it did and the program has not; leave them at the end."""
+    """Join the processes that ``torchrun`` started, if it did and the program has not; leave them
+    at the end."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
         yield
         return

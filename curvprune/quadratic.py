@@ -1,9 +1,10 @@
 """Plans for prices that do not add up: what the changes of two layers do to each other counts too.
 
-The value of a plan x (a 0/1 vector over all rows, one row per layer) is ``pᵀx + ½ Σ (gᵀx)²`` over draws g, the products
-of two rows of one layer left out. No integer program that is quick has such an objective, so it is replaced by its
-gradient and `curvprune.knapsack.cheapest` solved again around what came out (Frank and Wolfe 1956); of all plans on the
-way the best one by the true value is taken, the one by prices that add up included. No torch, no I/O.
+The value of a plan x (a 0/1 vector over all rows, one row per layer) is ``pᵀx + ½ Σ (gᵀx)²`` over
+draws g, the products of two rows of one layer left out. No integer program that is quick has such
+an objective, so it is replaced by its gradient and `curvprune.knapsack.cheapest` solved again
+around what came out (Frank and Wolfe 1956); of all plans on the way the best one by the true value
+is taken, the one by prices that add up included. No torch, no I/O.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from jaxtyping import Float
 from curvprune.knapsack import Choice, Infeasible, Row, cheapest
 
 ROUNDS = 12  # the last ones change nothing on ResNet-20 and a vision transformer
-HALVINGS = 8  # of the interval of sizes in which the smallest plan of a value is looked for, at most
+HALVINGS = (
+    8  # of the interval of sizes in which the smallest plan of a value is looked for, at most
+)
 NEAR = 0.01  # ... and no closer than this share of the size
 SAVED = 0.9  # at most this share of the prices' sum, as `Ledger.predict` has it
 
@@ -29,8 +32,9 @@ class Quadratic:
 
     Args:
         rows: every layer's options, with prices that add up.
-        draws: the pairs' share, of which the products of two columns, halved and summed over the draws, are what two
-            rows of different layers do to each other, in the unit of the prices.
+        draws: the pairs' share, of which the products of two columns, halved and summed over the
+            draws, are what two rows of different layers do to each other, in the unit of the
+            prices.
     """
 
     rows: tuple[Row, ...]
@@ -41,8 +45,9 @@ class Quadratic:
         return self._value(self._vector(choices))
 
     def cheapest(self, **within: Any) -> dict[str, str]:
-        """A plan with a low value among those within the limits, which are arguments of `curvprune.knapsack.cheapest`.
-        Never worse than the plan for prices that add up, but not proved to be the best.
+        """A plan with a low value among those within the limits, which are arguments of
+        `curvprune.knapsack.cheapest`. Never worse than the plan for prices that add up, but not
+        proved to be the best.
 
         Cost: some ten knapsacks. Raises `Infeasible` as `knapsack.cheapest` does.
         """
@@ -65,9 +70,12 @@ class Quadratic:
             point = point + (x - point) * (2 / (step + 3))
         return best
 
-    def smaller(self, choices: Mapping[str, str], *, fixed_bytes: int = 0, **within: Any) -> dict[str, str]:
-        """The smallest plan found that is no larger than ``choices`` and whose value is no higher; ``choices`` itself
-        where there is none. Sizes are halved between it and the smallest there is. Cost: some fifty knapsacks.
+    def smaller(
+        self, choices: Mapping[str, str], *, fixed_bytes: int = 0, **within: Any
+    ) -> dict[str, str]:
+        """The smallest plan found that is no larger than ``choices`` and whose value is no higher;
+        ``choices`` itself where there is none. Sizes are halved between it and the smallest there
+        is. Cost: some fifty knapsacks.
 
         Args:
             within: limits besides the bytes, as for `cheapest`, and layers that share an option.
@@ -79,7 +87,9 @@ class Quadratic:
             return fixed_bytes + sum(stored[pair] for pair in plan.items())
 
         best, most = dict(choices), self.value(choices)
-        low = fixed_bytes + sum(min(row.bytes for row in options) for options in self._by_layer().values())
+        low = fixed_bytes + sum(
+            min(row.bytes for row in options) for options in self._by_layer().values()
+        )
         high = size(best)
         for _ in range(HALVINGS):
             try:
@@ -125,7 +135,8 @@ class Quadratic:
 
 
 def scaled(quadratic: Quadratic, factors: Mapping[str, float]) -> Quadratic:
-    """With the price of every option multiplied by its factor, as if its changes were longer by the factor's root."""
+    """With the price of every option multiplied by its factor, as if its changes were longer by the
+    factor's root."""
     of = np.array([factors.get(row.option, 1.0) for row in quadratic.rows])
     rows: Iterable[Row] = (
         Choice(layer=row.layer, option=row.option, bytes=row.bytes, price=row.price * float(factor))

@@ -1,15 +1,17 @@
-"""Recovery: a short training that gives back a part of what a compression took and none of what it saved.
+"""Recovery: a short training that gives back a part of what a compression took and none of what it
+saved.
 
-Only what the stored form can say is trained: the survivors of a pruned weight (its zeros stay), the scales of a rounded
-one, its codes where that is asked for, and everything that is stored as floats. The gradient is taken at the very model
-that would be stored, scales rounded to 16 bits and casts rounded to their type, and moves wide copies of those numbers
-(of codes, straight through the rounding); so what is measured on the select split is what is written. Normalisation
-statistics stay frozen and dropout stays off: the statistics of a few calibration batches are noisier than those that
-are there.
+Only what the stored form can say is trained: the survivors of a pruned weight (its zeros stay), the
+scales of a rounded one, its codes where that is asked for, and everything that is stored as floats.
+The gradient is taken at the very model that would be stored, scales rounded to 16 bits and casts
+rounded to their type, and moves wide copies of those numbers (of codes, straight through the
+rounding); so what is measured on the select split is what is written. Normalisation statistics stay
+frozen and dropout stays off: the statistics of a few calibration batches are noisier than those
+that are there.
 
-Step sizes are relative. A tensor is trained in units of a power of two near its root mean square, a scale in units of
-itself, so that one learning rate serves tensors of any size (as in Adafactor, arXiv 1804.04235) and nothing is rounded
-on the way in and out.
+Step sizes are relative. A tensor is trained in units of a power of two near its root mean square, a
+scale in units of itself, so that one learning rate serves tensors of any size (as in Adafactor,
+arXiv 1804.04235) and nothing is rounded on the way in and out.
 """
 
 from __future__ import annotations
@@ -29,22 +31,35 @@ from torch import Tensor, nn
 
 from curvprune.data import Split, collate
 from curvprune.layers import Layer, find_layers
-from curvprune.objective import Batch, ItemResults, LabelFree, Objective, evaluate, evaluating, to_device
+from curvprune.objective import (
+    Batch,
+    ItemResults,
+    LabelFree,
+    Objective,
+    evaluate,
+    evaluating,
+    to_device,
+)
 from curvprune.options import Cast, PruneCast, pruner_of, quantizer_of
 from curvprune.solve import Solved
 from curvprune.solve.grids import code_range, dequantize, round_scale, spread
 
 LOSSES = ("distill", "task")
 STEPS = 200
-WARM_UP = 10  # steps until the full rate, at most a tenth of them: Adam's second moments are noise before
-# Most that bfloat16 products may change the first item's loss. SmolLM2-135M, cosine of the gradient with the one in
-# float32: 3 bits .997 (the loss changed by 0.3 %), 6 bits .985 (6 %), 8 bits .84 (it doubled).
+WARM_UP = (
+    10  # steps until the full rate, at most a tenth of them: Adam's second moments are noise before
+)
+# Most that bfloat16 products may change the first item's loss. SmolLM2-135M, cosine of the gradient
+# with the one in float32: 3 bits .997 (the loss changed by 0.3 %), 6 bits .985 (6 %), 8 bits .84
+# (it doubled).
 HALF_TOLERANCE = 0.1
 CODES_UP_TO = 4  # bits: what finer codes could gain the scales give
-# Steps of the grid that a position moves for a relative change of one. SmolLM2-135M, 24 steps of 8 x 256 tokens, loss
-# added on select 0.1373: 0.0899 with scales alone, 0.0820 with 2, 0.0878 with 8.
+# Steps of the grid that a position moves for a relative change of one. SmolLM2-135M, 24 steps of 8
+# x 256 tokens, loss added on select 0.1373: 0.0899 with scales alone, 0.0820 with 2, 0.0878 with 8.
 CODE_UNIT = 2.0
-SURE = 0.4999  # an uncompressed weight this near to its code's value tells where in the cell it lies
+SURE = (
+    0.4999  # an uncompressed weight this near to its code's value tells where in the cell it lies
+)
 _ROWS = 64  # rows of logits compared at a time: some megabytes at vocabularies of 10^5
 SMALLEST_UNIT = 2.0**-10  # a bias of zeros has no size of its own
 
@@ -54,24 +69,29 @@ class Training:
     """How to train.
 
     Args:
-        loss: ``"distill"``, KL from the uncompressed model's outputs (no labels), or ``"task"``, the objective itself.
+        loss: ``"distill"``, KL from the uncompressed model's outputs (no labels), or ``"task"``,
+            the objective itself.
         steps: optimizer steps; by default as many as fit into ``seconds``, or 200.
-        seconds: stop, with the rate at its end, after so long. The result then depends on the machine's speed.
-        lr: relative learning rate: the change of a number per step, over the root mean square of its tensor (over
-            itself, for a scale). Cosine to zero after `WARM_UP` steps. Few steps want more of it: of the 0.104 nats of
-            SmolLM2-135M at 2 to 6 bits 48 steps, with codes, leave 0.047 with 1e-3, 0.040 with 2e-3, 0.046 with 4e-3.
+        seconds: stop, with the rate at its end, after so long. The result then depends on the
+            machine's speed.
+        lr: relative learning rate: the change of a number per step, over the root mean square of
+            its tensor (over itself, for a scale). Cosine to zero after `WARM_UP` steps. Few steps
+            want more of it: of the 0.104 nats of SmolLM2-135M at 2 to 6 bits 48 steps, with codes,
+            leave 0.047 with 1e-3, 0.040 with 2e-3, 0.046 with 4e-3.
         batch_size: items per step.
-        every: steps between measurements on the select split; by default a tenth of ``steps``, at least 10 (20 without
-            ``steps``).
-        patience: stop after so many measurements in a row that were no better than the best. By default the schedule
-            runs to its end: its last steps, at small rates, often gain the most.
+        every: steps between measurements on the select split; by default a tenth of ``steps``, at
+            least 10 (20 without ``steps``).
+        patience: stop after so many measurements in a row that were no better than the best. By
+            default the schedule runs to its end: its last steps, at small rates, often gain the
+            most.
         clip: largest norm of the gradient with respect to the relative changes.
-        bfloat16: multiply in bfloat16 while training, where both models are float32 on a device that does so twice as
-            fast (a CPU with AVX512-BF16, a CUDA device) and the loss is large enough (see `HALF_TOLERANCE`).
-            Measurements on the select split do not.
-        codes: train the codes of layers of at most `CODES_UP_TO` bits as well, with the gradient straight through the
-            rounding. Each weight has a position on its grid, which starts where the uncompressed weight lies in its
-            code's cell, or in the middle where that is outside; the code is the nearest. Zeros of pruned weights stay.
+        bfloat16: multiply in bfloat16 while training, where both models are float32 on a device
+            that does so twice as fast (a CPU with AVX512-BF16, a CUDA device) and the loss is large
+            enough (see `HALF_TOLERANCE`). Measurements on the select split do not.
+        codes: train the codes of layers of at most `CODES_UP_TO` bits as well, with the gradient
+            straight through the rounding. Each weight has a position on its grid, which starts
+            where the uncompressed weight lies in its code's cell, or in the middle where that is
+            outside; the code is the nearest. Zeros of pruned weights stay.
         seed: of the order of the items.
     """
 
@@ -97,7 +117,9 @@ class Training:
                 continue
             kind = int if whole else (int, float)
             if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < math.inf:
-                raise ValueError(f"recover: {name}={value!r} must be a positive {'whole ' if whole else ''}number")
+                raise ValueError(
+                    f"recover: {name}={value!r} must be a positive {'whole ' if whole else ''}number"
+                )
         if self.steps is None and self.seconds is None:
             object.__setattr__(self, "steps", STEPS)
 
@@ -111,7 +133,12 @@ class Training:
         by_steps = 0.0 if self.steps is None else (step - 1) / self.steps
         by_time = 0.0 if self.seconds is None else elapsed / self.seconds
         warm = WARM_UP if self.steps is None else min(WARM_UP, math.ceil(self.steps / 10))
-        return self.lr * min(1.0, step / warm) * (1 + math.cos(math.pi * min(1.0, max(by_steps, by_time)))) / 2
+        return (
+            self.lr
+            * min(1.0, step / warm)
+            * (1 + math.cos(math.pi * min(1.0, max(by_steps, by_time))))
+            / 2
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,13 +146,14 @@ class Recovery:
     """What a recovery did.
 
     Attributes:
-        model: the model in its best state on select: the one it came in, if no later one was better.
+        model: the model in its best state on select: the one it came in, if no later one was
+            better.
         solved: its compressed layers, zeros and, unless they were trained, codes as they were.
         loss_before, loss_after: mean loss on the select split, in ``unit``.
         results: the best state's results on the select split, item by item.
         steps: steps done; ``best_step`` is the one whose state was kept (0: as it came).
-        history: ``{"step", "training", "select"}`` of each measurement: the mean training loss since the one before,
-            and the loss on select.
+        history: ``{"step", "training", "select"}`` of each measurement: the mean training loss
+            since the one before, and the loss on select.
         trained: how many numbers were free.
         flipped: how many codes are not what they were.
         seconds: wall time.
@@ -158,19 +186,21 @@ class Recovery:
 
 
 class Diverged(ValueError):
-    """The training loss or its gradient is no longer finite. ``recovery`` holds the best state before that step."""
+    """The training loss or its gradient is no longer finite. ``recovery`` holds the best state
+    before that step."""
 
     def __init__(self, message: str, recovery: Recovery) -> None:
         super().__init__(message)
         self.recovery = recovery
 
 
-# ------------------------------------------------------------------------------------------------------ what is trained
+# ---------------------------------------------------------------------------------- what is trained
 
 
 @dataclass(slots=True)
 class _Floats:
-    """A parameter stored as floats; pruned weights keep their zeros, a cast weight its narrow type."""
+    """A parameter stored as floats; pruned weights keep their zeros, a cast weight its narrow
+    type."""
 
     parameter: nn.Parameter
     mask: Tensor | None = None
@@ -201,10 +231,11 @@ class _Floats:
 
 @dataclass(slots=True)
 class _OnGrid:
-    """A rounded weight ``(codes − zero) · scale``: the scales are free, and the zero points of one bit, which are no
-    integers. ``dL/ds = Σ dL/dw · (code − zero)`` over a group, ``dL/dz = −s Σ dL/dw``. With a ``target``, the
-    uncompressed weight, the codes are free as well: the last master holds how far each weight's position is from its
-    first code, and the gradient of a code, ``s dL/dw``, is taken for that of the position."""
+    """A rounded weight ``(codes − zero) · scale``: the scales are free, and the zero points of one
+    bit, which are no integers. ``dL/ds = Σ dL/dw · (code − zero)`` over a group, ``dL/dz = −s Σ
+    dL/dw``. With a ``target``, the uncompressed weight, the codes are free as well: the last master
+    holds how far each weight's position is from its first code, and the gradient of a code, ``s
+    dL/dw``, is taken for that of the position."""
 
     layer: Layer
     solved: Solved
@@ -237,7 +268,9 @@ class _OnGrid:
             self.masters.append(torch.where(offset.abs() < SURE, offset, 0.0) / CODE_UNIT)
             self.target = None
 
-    def _spread(self, parameters: Tensor, values: Tensor, how: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def _spread(
+        self, parameters: Tensor, values: Tensor, how: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
         return how(values, spread(parameters, values.shape[1], self.group_size, dim=1))
 
     @property
@@ -256,7 +289,9 @@ class _OnGrid:
 
     @property
     def free(self) -> int:
-        return sum(m.numel() for m in self.masters) - (0 if self.fixed is None else int(self.fixed.sum()))
+        return sum(m.numel() for m in self.masters) - (
+            0 if self.fixed is None else int(self.fixed.sum())
+        )
 
     def stored(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes, scale and zero as they lie on disk, where the solution's are."""
@@ -284,7 +319,9 @@ class _OnGrid:
             self.masters[1].grad = -self.zero_unit * scale.to(gradient) * sums
         if self.free_codes:
             moved = self._spread(scale.to(gradient) * CODE_UNIT, gradient, torch.mul)
-            self.masters[-1].grad = moved if self.fixed is None else moved.masked_fill_(self.fixed, 0)
+            self.masters[-1].grad = (
+                moved if self.fixed is None else moved.masked_fill_(self.fixed, 0)
+            )
 
     @torch.no_grad()
     def write_(self) -> None:
@@ -292,14 +329,19 @@ class _OnGrid:
             quantize = quantizer_of(self.solved.option)
             assert quantize is not None
             low, high = code_range(quantize.bits)
-            # Half a step beyond the last values and no further: from there every position finds back.
-            lowest, highest = ((bound - self.first.to(self.unit)) / CODE_UNIT for bound in (low - 0.5, high + 0.5))
+            # Half a step beyond the last values and no further: from there every position finds
+            # back.
+            lowest, highest = (
+                (bound - self.first.to(self.unit)) / CODE_UNIT for bound in (low - 0.5, high + 0.5)
+            )
             self.masters[-1].clamp_(lowest, highest)
             steps = (self.masters[-1] * CODE_UNIT).round_().add_(self.first)
             self.codes = steps.clamp_(low, high).to(torch.int8)
         scale, zero = self._grid()
         zero = None if zero is None else zero.to(self.unit.device)
-        self.layer.write_(dequantize(self.codes, scale, zero, self.group_size, dtype=self.unit.dtype))
+        self.layer.write_(
+            dequantize(self.codes, scale, zero, self.group_size, dtype=self.unit.dtype)
+        )
 
 
 _Part = _Floats | _OnGrid
@@ -311,21 +353,29 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _unit(values: Tensor) -> float:
     """A power of two near the root mean square: dividing and multiplying by it are exact."""
-    size = float(torch.linalg.vector_norm(values, dtype=torch.float64)) / math.sqrt(max(1, values.numel()))
-    return max(SMALLEST_UNIT, 2.0 ** round(math.log2(size))) if 0 < size < math.inf else SMALLEST_UNIT
+    size = float(torch.linalg.vector_norm(values, dtype=torch.float64)) / math.sqrt(
+        max(1, values.numel())
+    )
+    return (
+        max(SMALLEST_UNIT, 2.0 ** round(math.log2(size))) if 0 < size < math.inf else SMALLEST_UNIT
+    )
 
 
-def _group_sums(values: Float[Tensor, "out in"], group_size: int | None) -> Float[Tensor, "out groups"]:
+def _group_sums(
+    values: Float[Tensor, "out in"], group_size: int | None
+) -> Float[Tensor, "out groups"]:
     size = group_size or values.shape[1]
     return F.pad(values, (0, -values.shape[1] % size)).unflatten(1, (-1, size)).sum(2)
 
 
 def _parts(
-    model: nn.Module, solved: Mapping[str, Solved] | None, targets: Mapping[str, Layer] | None = None
+    model: nn.Module,
+    solved: Mapping[str, Solved] | None,
+    targets: Mapping[str, Layer] | None = None,
 ) -> list[_Part]:
-    """Every floating-point parameter that wants a gradient, as what its stored form leaves free. ``solved=None``: the
-    model's history is unknown, and zeros of any layer's weight are taken for pruned. ``targets``: the layers of the
-    uncompressed model, where codes are to be trained."""
+    """Every floating-point parameter that wants a gradient, as what its stored form leaves free.
+    ``solved=None``: the model's history is unknown, and zeros of any layer's weight are taken for
+    pruned. ``targets``: the layers of the uncompressed model, where codes are to be trained."""
     parts: dict[int, _Part] = {}
     for name, layer in find_layers(model).items():
         weight = layer.weight
@@ -340,7 +390,8 @@ def _parts(
             if quantize is not None:
                 target = None
                 if targets is not None and quantize.bits <= CODES_UP_TO:
-                    # Where units were removed, no weight of the uncompressed layer says where to start.
+                    # Where units were removed, no weight of the uncompressed layer says where to
+                    # start.
                     own = targets[name] if targets[name].shape == layer.shape else layer
                     target = own.as_matrix(own.weight.detach())
                 parts[id(weight)] = _OnGrid(layer, one, quantize.group_size, target)
@@ -356,17 +407,22 @@ def _parts(
 
 
 def _solved_now(
-    model: nn.Module, solved: Mapping[str, Solved], grids: Mapping[str, tuple[Tensor, Tensor, Tensor | None]]
+    model: nn.Module,
+    solved: Mapping[str, Solved],
+    grids: Mapping[str, tuple[Tensor, Tensor, Tensor | None]],
 ) -> dict[str, Solved]:
     """The solutions of a model whose weights have moved; they share the memory of its weights."""
     layers = find_layers(model)
-    now = {n: replace(one, weight=layers[n].as_matrix(layers[n].weight.detach())) for n, one in solved.items()}
+    now = {
+        n: replace(one, weight=layers[n].as_matrix(layers[n].weight.detach()))
+        for n, one in solved.items()
+    }
     for name, (codes, scale, zero) in grids.items():
         now[name] = replace(now[name], codes=codes, scale=scale, zero=zero)
     return now
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 
 
 def recover_(
@@ -385,19 +441,22 @@ def recover_(
 
     Args:
         model: the compressed model, holding what ``solved`` says.
-        solved: its compressed layers; ``None`` if unknown: then all zeros of layers' weights stay zero.
+        solved: its compressed layers; ``None`` if unknown: then all zeros of layers' weights stay
+            zero.
         baseline: the uncompressed model; only run.
         objective: what is measured on ``select``, and trained with ``loss="task"``.
         train: items to train on. No part of the certify split.
         before: results of ``model`` on ``select``, if they are known: one measurement less.
         advance: called with the number of steps done.
 
-    Cost: a step runs the baseline forward and the model forward and backward on ``batch_size`` items; a measurement is
-    a forward pass over ``select``. Memory: five copies of what is free (values, gradient, Adam's moments, best state),
-    besides the two models.
+    Cost: a step runs the baseline forward and the model forward and backward on ``batch_size``
+    items; a measurement is
+    a forward pass over ``select``. Memory: five copies of what is free (values, gradient, Adam's
+    moments, best state), besides the two models.
 
-    Raises ``ValueError`` before training for a model with nothing to train, models whose outputs differ in shape, too
-    little data, labels that are not there; `Diverged` where the loss is no longer finite.
+    Raises ``ValueError`` before training for a model with nothing to train, models whose outputs
+    differ in shape, too little data, labels that are not there; `Diverged` where the loss is no
+    longer finite.
     """
     home = next(model.parameters()).device
     parts = _parts(model, solved, find_layers(baseline) if training.codes else None)
@@ -416,7 +475,8 @@ def recover_(
     best = at_first = measure() if before is None else before
     if not math.isfinite(at_first.mean_loss):
         raise ValueError(
-            f"recover: the compressed model's loss on the select items is {at_first.mean_loss:g}, which is no start"
+            f"recover: the compressed model's loss on the select items is {at_first.mean_loss:g}, "
+            "which is no start"
         )
     optimizer = torch.optim.Adam(masters, lr=training.lr, fused=True)
     best_state, best_step, step, diverged = [m.clone() for m in masters], 0, 0, ""
@@ -437,7 +497,8 @@ def recover_(
             norm = torch.nn.utils.clip_grad_norm_(masters, training.clip)
             if not (math.isfinite(float(mean.detach())) and bool(norm.isfinite())):
                 diverged = (
-                    f"recover: loss {float(mean.detach()):g}, norm of its gradient {float(norm):g} at step {step}; "
+                    f"recover: loss {float(mean.detach()):g}, norm of its gradient "
+                    f"{float(norm):g} at step {step}; "
                     f"lower lr={training.lr:g}"
                 )
                 break
@@ -452,7 +513,11 @@ def recover_(
             if step % training.interval == 0 or over:
                 now = measure()
                 better = now.mean_loss < best.mean_loss
-                entry = {"step": step, "training": sum(since) / len(since), "select": _finite(now.mean_loss)}
+                entry = {
+                    "step": step,
+                    "training": sum(since) / len(since),
+                    "select": _finite(now.mean_loss),
+                }
                 history.append(entry)
                 since = []
                 waited = 0 if better else waited + 1
@@ -515,8 +580,8 @@ def _batches(split: Split, training: Training) -> Iterator[Batch]:
 
 
 class _Distillation(LabelFree):
-    """The divergence from the baseline in one pass over the logits: of a language model they are the largest tensors,
-    and autograd would keep several as large."""
+    """The divergence from the baseline in one pass over the logits: of a language model they are
+    the largest tensors, and autograd would keep several as large."""
 
     def loss_of(self, logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
         with torch.no_grad(), evaluating(self.reference):
@@ -526,7 +591,8 @@ class _Distillation(LabelFree):
 
 
 class _Divergence(torch.autograd.Function):
-    """``Σ p (log p − log q)`` over rows of logits, ``p`` of theirs and ``q`` of ours; its gradient is ``q − p``."""
+    """``Σ p (log p − log q)`` over rows of logits, ``p`` of theirs and ``q`` of ours; its gradient
+    is ``q − p``."""
 
     @staticmethod
     def forward(ctx: Any, ours: Tensor, theirs: Tensor) -> Tensor:
@@ -548,11 +614,14 @@ class _Divergence(torch.autograd.Function):
 def _products(
     loss: Objective, model: nn.Module, baseline: nn.Module, item: Batch, training: Training
 ) -> tuple[Callable[[], AbstractContextManager[Any]], str]:
-    """What a training step's forward passes run under, and a note if it is not what was asked for."""
+    """What a training step's forward passes run under, and a note if it is not what was asked
+    for."""
     tensors = (*model.parameters(), *baseline.parameters())
     kind = next(model.parameters()).device.type
     single = all(t.device.type == kind and t.dtype == torch.float32 for t in tensors)
-    fast = {"cpu": torch.cpu._is_avx512_bf16_supported, "cuda": torch.cuda.is_bf16_supported}.get(kind, lambda: False)
+    fast = {"cpu": torch.cpu._is_avx512_bf16_supported, "cuda": torch.cuda.is_bf16_supported}.get(
+        kind, lambda: False
+    )
     if not (training.bfloat16 and single and fast()):
         return nullcontext, ""
     half = partial(torch.autocast, kind, torch.bfloat16)
@@ -562,10 +631,14 @@ def _products(
             with half():
                 coarse = float(loss.loss(model, item)[0])
         except RuntimeError as error:
-            return nullcontext, f"recover: products in float32, because in bfloat16 {str(error).splitlines()[0]}"
+            return (
+                nullcontext,
+                f"recover: products in float32, because in bfloat16 {str(error).splitlines()[0]}",
+            )
     if not abs(coarse - exact) <= HALF_TOLERANCE * abs(exact):
         return nullcontext, (
-            f"recover: products in float32, because in bfloat16 an item's loss is {coarse:.4g} instead of {exact:.4g}"
+            f"recover: products in float32, because in bfloat16 an item's loss is {coarse:.4g} "
+            f"instead of {exact:.4g}"
         )
     return half, ""
 
@@ -580,16 +653,27 @@ def _check(
     training: Training,
 ) -> None:
     if model is baseline:
-        raise ValueError("recover: the compressed model is the baseline itself; pass the model as it was before")
+        raise ValueError(
+            "recover: the compressed model is the baseline itself; pass the model as it was before"
+        )
     if not parts:
-        raise ValueError("recover: nothing to train: no parameter of the model wants a gradient (requires_grad)")
+        raise ValueError(
+            "recover: nothing to train: no parameter of the model wants a gradient (requires_grad)"
+        )
     if not train.items or not select.items:
-        raise ValueError("recover: items to train on and items to select on are needed, at least one of each")
+        raise ValueError(
+            "recover: items to train on and items to select on are needed, at least one of each"
+        )
     if training.loss == "task" and isinstance(objective, LabelFree):
-        raise ValueError("recover: loss='task' needs labels, and objective label-free has none; use loss='distill'")
+        raise ValueError(
+            "recover: loss='task' needs labels, and objective label-free has none; use "
+            "loss='distill'"
+        )
     home, other = next(model.parameters()).device, next(baseline.parameters()).device
     if home != other:
-        raise ValueError(f"recover: the model is on {home}, the baseline on {other}; move one of them")
+        raise ValueError(
+            f"recover: the model is on {home}, the baseline on {other}; move one of them"
+        )
     item = to_device(train.items[0], home)
     with torch.no_grad():
         shapes: list[tuple[int, ...]] = []
@@ -598,7 +682,8 @@ def _check(
                 shapes.append(tuple(objective.logits(which, item).shape))
     if shapes[0] != shapes[1]:
         raise ValueError(
-            f"recover: the compressed model's logits are {shapes[0]}, the baseline's {shapes[1]}; expected one shape "
+            f"recover: the compressed model's logits are {shapes[0]}, the baseline's {shapes[1]}; "
+            "expected one shape "
             "(the same vocabulary or classes): pass the model that was compressed"
         )
 
@@ -607,12 +692,12 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-# ---------------------------------------------------------------------------------------------------------------- state
+# -------------------------------------------------------------------------------------------- state
 
 
 def trained_tensors(recovery: Recovery) -> dict[str, Tensor]:
-    """All that `restore_` needs: the scales and float zero points of rounded layers, their codes where some have
-    changed, other parameters as they are."""
+    """All that `restore_` needs: the scales and float zero points of rounded layers, their codes
+    where some have changed, other parameters as they are."""
     layers = find_layers(recovery.model)
     tensors, on_grid = {}, set()
     for name, one in recovery.solved.items():
@@ -628,7 +713,9 @@ def trained_tensors(recovery: Recovery) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def restore_(model: nn.Module, solved: Mapping[str, Solved], tensors: Mapping[str, Tensor]) -> dict[str, Solved]:
+def restore_(
+    model: nn.Module, solved: Mapping[str, Solved], tensors: Mapping[str, Tensor]
+) -> dict[str, Solved]:
     """Bring the model of before a recovery to its state afterwards; returns its solutions."""
     own, layers = dict(model.named_parameters()), find_layers(model)
     grids = {}
@@ -636,7 +723,10 @@ def restore_(model: nn.Module, solved: Mapping[str, Solved], tensors: Mapping[st
         if one.codes is not None:
             quantize = quantizer_of(one.option)
             assert quantize is not None
-            scale, zero = tensors[f"{name}.weight_scale"], tensors.get(f"{name}.weight_zero_point", one.zero)
+            scale, zero = (
+                tensors[f"{name}.weight_scale"],
+                tensors.get(f"{name}.weight_zero_point", one.zero),
+            )
             codes = tensors.get(f"{name}.weight_codes", one.codes)
             wide = torch.promote_types(layers[name].weight.dtype, torch.float32)
             layers[name].write_(dequantize(codes, scale, zero, quantize.group_size, dtype=wide))

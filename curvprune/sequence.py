@@ -1,8 +1,9 @@
 """Which plans go to the certificate, and in which order: decided on the select split alone.
 
-Plans are tested cautious first, and the last that is certified ships. So a bold plan behind a cautious one costs
-nothing but its making: where it fails, the one before it ships. The next plan to apply is therefore the one that is
-expected to save most, its bytes times its chance, and not one that is nearly sure to pass.
+Plans are tested cautious first, and the last that is certified ships. So a bold plan behind a
+cautious one costs nothing but its making: where it fails, the one before it ships. The next plan to
+apply is therefore the one that is expected to save most, its bytes times its chance, and not one
+that is nearly sure to pass.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from curvprune.knapsack import Infeasible, cheapest
 from curvprune.plan import corrected
 from curvprune.selection import SAME_SIZE, chance_at, reach_of
 
-BOLDEST = 3.0  # a plan is looked for up to so many times the largest expected loss of those that were applied
+# a plan is looked for up to so many times the largest expected loss of those that were applied
+BOLDEST = 3.0
 STEPS = 40  # ... at so many losses
 SURE = 0.999  # chance above which no larger plan is tested before
-# What a recovery gives back grows with this power of the loss it starts from. SmolLM2-135M, 0.016 to 0.15 nats added,
-# 48 steps: 0.7; 0.10 to 0.20, 24 steps: 0.9.
+# What a recovery gives back grows with this power of the loss it starts from. SmolLM2-135M, 0.016
+# to 0.15 nats added, 48 steps: 0.7; 0.10 to 0.20, 24 steps: 0.9.
 RECOVERED = 0.75
 
 
@@ -33,8 +35,8 @@ class Tried(NamedTuple):
 
 
 def to_test(plans: Sequence[tuple[int, float]]) -> list[int]:
-    """Indices of the plans, given as (bytes, chance), to test, largest first: all but those beside which a smaller one
-    is likelier to pass, or `SURE` to. Along the rest chances fall."""
+    """Indices of the plans, given as (bytes, chance), to test, largest first: all but those beside
+    which a smaller one is likelier to pass, or `SURE` to. Along the rest chances fall."""
     kept: list[int] = []
     for i in sorted(range(len(plans)), key=lambda i: (plans[i][0], -plans[i][1])):
         if not kept or plans[kept[-1]][1] <= min(plans[i][1], SURE):
@@ -43,8 +45,9 @@ def to_test(plans: Sequence[tuple[int, float]]) -> list[int]:
 
 
 def expected_saving(plans: Sequence[tuple[int, float]], largest: int) -> float:
-    """Bytes below ``largest`` that the shipped model is expected to have when plans, given as (bytes, chance), are
-    tested in turn. Plans pass together: where one does, all with a higher chance do."""
+    """Bytes below ``largest`` that the shipped model is expected to have when plans, given as
+    (bytes, chance), are tested in turn. Plans pass together: where one does, all with a higher
+    chance do."""
     saved, before = 0.0, largest
     for i in to_test(plans):
         size, chance = plans[i]
@@ -53,9 +56,10 @@ def expected_saving(plans: Sequence[tuple[int, float]], largest: int) -> float:
 
 
 def chance_of(job: Job, expected: float, tried: Sequence[Tried]) -> float:
-    """Predicted chance of being certified that a plan with this expected loss would have once it is applied: that of
-    the nearest applied one (by the ratio of losses), if what it lost on select, with its error and the distance to its
-    bound, grows with the expected loss, and what its recovery gave back with its power `RECOVERED`."""
+    """Predicted chance of being certified that a plan with this expected loss would have once it is
+    applied: that of the nearest applied one (by the ratio of losses), if what it lost on select,
+    with its error and the distance to its bound, grows with the expected loss, and what its
+    recovery gave back with its power `RECOVERED`."""
     record, before = min(tried, key=lambda t: abs(np.log(expected / t.record["expected"])))
     factor, drop = expected / record["expected"], record["metric_drop"]
     if before is None:
@@ -66,8 +70,8 @@ def chance_of(job: Job, expected: float, tried: Sequence[Tried]) -> float:
 
 
 def next_plan(job: Job, tried: Sequence[Tried]) -> dict[str, str] | None:
-    """The plan whose making raises `expected_saving` most, by corrected prices, or None where none raises it by as much
-    as makes two sizes differ. Cost: `STEPS` plans."""
+    """The plan whose making raises `expected_saving` most, by corrected prices, or None where none
+    raises it by as much as makes two sizes differ. Cost: `STEPS` plans."""
     assert job.ledger is not None
     losses = [t.record["expected"] for t in tried]
     if not min(losses) > 0:
@@ -84,7 +88,9 @@ def next_plan(job: Job, tried: Sequence[Tried]) -> dict[str, str] | None:
         expected = job.expected(choices)
         if not expected > 0:
             continue
-        saved = expected_saving([*plans, (job.bytes_of(choices), chance_of(job, expected, tried))], largest)
+        saved = expected_saving(
+            [*plans, (job.bytes_of(choices), chance_of(job, expected, tried))], largest
+        )
         if saved > least:
             least, best = saved, choices
     return best

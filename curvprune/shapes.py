@@ -1,4 +1,5 @@
-"""How a model differs in shape from the one it was made of, as JSON, and making another one differ in the same way."""
+"""How a model differs in shape from the one it was made of, as JSON, and making another one differ
+in the same way."""
 
 from __future__ import annotations
 
@@ -9,11 +10,13 @@ import torch
 from torch import nn
 
 _COUNTED = ("num_hidden_layers", "layer_types")  # what a config says of the blocks
-_ATTRIBUTE = "curvprune_changes"  # where a model carries its changes, so that later steps on it save them as well
+# where a model carries its changes, so that later steps on it save them as well
+_ATTRIBUTE = "curvprune_changes"
 
 
 def changes_of(model: nn.Module) -> list[dict[str, Any]]:
-    """The records of `difference`, in order, that lead from a model's architecture to its shapes; copies keep them."""
+    """The records of `difference`, in order, that lead from a model's architecture to its shapes;
+    copies keep them."""
     return list(getattr(model, _ATTRIBUTE, ()))
 
 
@@ -22,13 +25,17 @@ def remember_(model: nn.Module, changes: Sequence[Mapping[str, Any]]) -> None:
     setattr(model, _ATTRIBUTE, list(changes))
 
 
-def difference(original: nn.Module, smaller: nn.Module, *, dropped: Sequence[str] = ()) -> dict[str, Any]:
-    """Shapes of tensors that changed, and whole-number attributes of modules (``in_features``, ``num_heads``) that did;
-    or, where whole blocks were ``dropped``, which, and what the config said of them before. Otherwise both must have
-    the same modules."""
+def difference(
+    original: nn.Module, smaller: nn.Module, *, dropped: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Shapes of tensors that changed, and whole-number attributes of modules (``in_features``,
+    ``num_heads``) that did; or, where whole blocks were ``dropped``, which, and what the config
+    said of them before. Otherwise both must have the same modules."""
     if dropped:
         config = getattr(original, "config", None)
-        counted = {key: getattr(config, key) for key in _COUNTED if getattr(config, key, None) is not None}
+        counted = {
+            key: getattr(config, key) for key in _COUNTED if getattr(config, key, None) is not None
+        }
         return {"dropped": list(dropped), "config": counted, "shapes": {}, "attributes": {}}
     before = {n: t.shape for n, t in _tensors(original).items()}
     shapes = {n: list(t.shape) for n, t in _tensors(smaller).items() if t.shape != before[n]}
@@ -41,7 +48,8 @@ def difference(original: nn.Module, smaller: nn.Module, *, dropped: Sequence[str
 
 
 def architecture_config(model: nn.Module) -> dict[str, Any]:
-    """What the config must say for the architecture that a model's changes start from, where `drop_` had it follow."""
+    """What the config must say for the architecture that a model's changes start from, where
+    `drop_` had it follow."""
     said: dict[str, Any] = {}
     for change in reversed(changes_of(model)):
         said.update(change.get("config", {}))
@@ -49,7 +57,8 @@ def architecture_config(model: nn.Module) -> dict[str, Any]:
 
 
 def reshape_(model: nn.Module, record: Mapping[str, Any]) -> nn.Module:
-    """Give a model of the original architecture the shapes of `difference`; tensors that change hold zeros afterwards.
+    """Give a model of the original architecture the shapes of `difference`; tensors that change
+    hold zeros afterwards.
 
     Raises ``ValueError`` naming a module or tensor that the model does not have.
     """
@@ -58,7 +67,10 @@ def reshape_(model: nn.Module, record: Mapping[str, Any]) -> nn.Module:
     if strange := [n for n in record["shapes"] if n not in tensors] + [
         n for n in record["attributes"] if n not in modules
     ]:
-        raise ValueError(f"{type(model).__name__} has no {strange[0]!r}: pass an instance of what was pruned as model=")
+        raise ValueError(
+            f"{type(model).__name__} has no {strange[0]!r}: pass an instance of what was pruned "
+            "as model="
+        )
     for name, attributes in record["attributes"].items():
         for key, value in attributes.items():
             setattr(modules[name], key, value)
@@ -66,14 +78,19 @@ def reshape_(model: nn.Module, record: Mapping[str, Any]) -> nn.Module:
         owner, _, key = name.rpartition(".")
         old = tensors[name]
         new = torch.zeros(shape, dtype=old.dtype, device=old.device)
-        value = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+        value = (
+            nn.Parameter(new, requires_grad=old.requires_grad)
+            if isinstance(old, nn.Parameter)
+            else new
+        )
         setattr(modules[owner], key, value)
     return model
 
 
 def drop_(model: nn.Module, names: Sequence[str]) -> None:
-    """Take whole blocks out of their ``ModuleList``, in place; the numbers that layers and the config keep of their
-    place follow. Raises ``ValueError`` naming a block that the model does not have."""
+    """Take whole blocks out of their ``ModuleList``, in place; the numbers that layers and the
+    config keep of their place follow. Raises ``ValueError`` naming a block that the model does not
+    have."""
     places: dict[str, set[int]] = {}
     for name in names:
         owner, _, index = name.rpartition(".")
@@ -82,7 +99,10 @@ def drop_(model: nn.Module, names: Sequence[str]) -> None:
         holder, _, key = owner.rpartition(".")
         blocks = dict(model.named_modules()).get(owner)
         if not isinstance(blocks, nn.ModuleList) or max(gone) >= len(blocks):
-            raise ValueError(f"{type(model).__name__} has no block {owner}.{max(gone)}; pass what was pruned as model=")
+            raise ValueError(
+                f"{type(model).__name__} has no block {owner}.{max(gone)}; pass what was pruned "
+                "as model="
+            )
         left = [i for i in range(len(blocks)) if i not in gone]
         setattr(model.get_submodule(holder), key, nn.ModuleList(blocks[i] for i in left))
         for place, i in enumerate(left):

@@ -38,7 +38,16 @@ from curvprune.knapsack import Infeasible, Limit, cheapest
 from curvprune.layers import Layer, find_layers
 from curvprune.ledger import MEASURED_ROWS, Ledger, Row, build_ledger, measure_highest
 from curvprune.objective import BROKEN, ItemResults, to_device
-from curvprune.options import Cast, Keep, Option, Prune, kept_weights, option_from_key, pruner_of, quantizer_of
+from curvprune.options import (
+    Cast,
+    Keep,
+    Option,
+    Prune,
+    kept_weights,
+    option_from_key,
+    pruner_of,
+    quantizer_of,
+)
 from curvprune.plan import Budget, Plan, corrected
 from curvprune.processes import rank, shared, wait, world
 from curvprune.recovery import Diverged, recover_, restore_, trained_tensors
@@ -50,18 +59,19 @@ from curvprune.state import State
 from curvprune.work import work_of
 
 CHECKPOINT_SECONDS = 45.0  # the pricing pass writes its totals this often
-SAFE = 0.95  # predicted probability of being certified that some plan of the fixed sequence should have
+# predicted probability of being certified that some plan of the fixed sequence should have
+SAFE = 0.95
 EARLIER = "earlier.json"  # plans that a reused run has recovered
 CAUTION = 0.6  # a more cautious plan may cost so much of the next one's predicted loss
 
 
-# ---------------------------------------------------------------------------------------------------------------- solve
+# -------------------------------------------------------------------------------------------- solve
 
 
 @contextmanager
 def _one_thread(layer: Layer) -> Iterator[None]:
-    """The column sweep makes many small calls. Below a few thousand inputs a second CPU thread gains nothing and, on a
-    busy machine, waits at every one of them (measured: 6 times slower)."""
+    """The column sweep makes many small calls. Below a few thousand inputs a second CPU thread
+    gains nothing and, on a busy machine, waits at every one of them (measured: 6 times slower)."""
     threads = torch.get_num_threads()
     if layer.weight.device.type == "cpu" and layer.shape[1] < 4096:
         torch.set_num_threads(1)
@@ -72,7 +82,8 @@ def _one_thread(layer: Layer) -> Iterator[None]:
 
 
 def solve_layer(layer: Layer, options: list[Option], moments: Moments | None) -> list[Solved]:
-    """Solve a layer's options; a grouped convolution is solved group by group, stacked experts one by one."""
+    """Solve a layer's options; a grouped convolution is solved group by group, stacked experts one
+    by one."""
     with _one_thread(layer):
         return _solve_layer(layer, options, moments)
 
@@ -92,10 +103,17 @@ def _solve_layer(layer: Layer, options: list[Option], moments: Moments | None) -
         )
         for g in range(layer.groups)
     ]
-    stacked = parts[0] if len(parts) == 1 else [_stack([part[k] for part in parts]) for k in range(len(options))]
+    stacked = (
+        parts[0]
+        if len(parts) == 1
+        else [_stack([part[k] for part in parts]) for k in range(len(options))]
+    )
     if not moments.notes:
         return stacked
-    return [s if isinstance(s.option, (Keep, Cast)) else replace(s, notes=(*moments.notes, *s.notes)) for s in stacked]
+    return [
+        s if isinstance(s.option, (Keep, Cast)) else replace(s, notes=(*moments.notes, *s.notes))
+        for s in stacked
+    ]
 
 
 def _stack(parts: list[Solved]) -> Solved:
@@ -137,7 +155,10 @@ def _read_solved(state: State, name: str, layer: Layer) -> list[Solved]:
         quantize = quantizer_of(option)
         if quantize is not None:
             weight = dequantize(
-                tensors[f"{k}.codes"], tensors[f"{k}.scale"], tensors.get(f"{k}.zero"), quantize.group_size
+                tensors[f"{k}.codes"],
+                tensors[f"{k}.scale"],
+                tensors.get(f"{k}.zero"),
+                quantize.group_size,
             ).to(layer.weight.device)
         elif f"{k}.weight" in tensors:
             weight = tensors[f"{k}.weight"].to(layer.weight.device)
@@ -168,10 +189,11 @@ def _sweep(
     title: str,
     original: nn.Module | None = None,
 ) -> Callable[[str], list[Solved]]:
-    """Visit the layers of ``model`` in one forward pass and solve them into ``state/folder``. With the ``original``,
-    write each layer's single option into the model on the way, so that later layers see it, and let the original run
-    beside it, so that they make up for it; otherwise the model is only read. Without it, each of several processes
-    solves its share of the layers. Returns a reader of the results."""
+    """Visit the layers of ``model`` in one forward pass and solve them into ``state/folder``. With
+    the ``original``, write each layer's single option into the model on the way, so that later
+    layers see it, and let the original run beside it, so that they make up for it; otherwise the
+    model is only read. Without it, each of several processes solves its share of the layers.
+    Returns a reader of the results."""
     sequential = original is not None
     names = {n: f"{folder}/{i:04d}" for i, n in enumerate(layers)}
     mine = list(layers) if sequential else list(layers)[rank() :: world()]
@@ -183,7 +205,11 @@ def _sweep(
         if name in todo:
             job_options = options[name]
             needs_moment = any(not isinstance(o, (Keep, Cast)) for o in job_options)
-            _write_solved(own_state, names[name], solve_layer(layer, job_options, moments() if needs_moment else None))
+            _write_solved(
+                own_state,
+                names[name],
+                solve_layer(layer, job_options, moments() if needs_moment else None),
+            )
             todo.discard(name)
             advance(len(mine) - len(todo))
         if sequential and options[name]:
@@ -206,11 +232,13 @@ def _sweep(
 
 def solve_options(job: Job) -> Callable[[str], list[Solved]]:
     """Stage *solve*: candidates of every layer from the uncompressed model's own inputs."""
-    changing: dict[str, list[Option]] = {n: [o for o in job.options[n] if not isinstance(o, Keep)] for n in job.layers}
+    changing: dict[str, list[Option]] = {
+        n: [o for o in job.options[n] if not isinstance(o, Keep)] for n in job.layers
+    }
     return _sweep(job, job.model, job.layers, changing, "solved", title="solve options")
 
 
-# ---------------------------------------------------------------------------------------------------------------- price
+# -------------------------------------------------------------------------------------------- price
 
 
 def price_options(job: Job, candidates: Callable[[str], list[Solved]] | None) -> None:
@@ -220,12 +248,17 @@ def price_options(job: Job, candidates: Callable[[str], list[Solved]] | None) ->
     changed: dict[str, list[str]] = {n: [] for n in job.layers}
     changes: dict[str, list[Change]] = {}
     if candidates is not None:
-        changed = {n: [o.key for o in job.options[n] if not isinstance(o, Keep)] for n in job.layers}
+        changed = {
+            n: [o.key for o in job.options[n] if not isinstance(o, Keep)] for n in job.layers
+        }
     wait()  # nobody looks at the folder while the first process is still writing its last file
     finished = job.state.has(done_name)
     own_state, own_name = job.state, name
     if shared():
-        own_state, own_name = replace(job.state, writes=True), f"fisher.{rank()}of{world()}.safetensors"
+        own_state, own_name = (
+            replace(job.state, writes=True),
+            f"fisher.{rank()}of{world()}.safetensors",
+        )
     checkpoint = name if finished else own_name
     resume = job.state.read_tensors(checkpoint) if job.state.has(checkpoint) else None
     if candidates is not None and not finished:
@@ -235,7 +268,8 @@ def price_options(job: Job, candidates: Callable[[str], list[Solved]] | None) ->
                 wide = weight if weight.dtype == torch.float64 else weight.float()
                 changes[n] = [Change.of(s.weight.to(wide.dtype) - wide) for s in candidates(n)]
     elif finished:
-        # The pass is over; its totals already hold the squares, and empty changes only set their number.
+        # The pass is over; its totals already hold the squares, and empty changes only set their
+        # number.
         empty = Change(values=torch.zeros(0), scale=0.0)
         changes = {n: [empty] * len(keys) for n, keys in changed.items()}
     last = time.monotonic()
@@ -270,14 +304,20 @@ def price_options(job: Job, candidates: Callable[[str], list[Solved]] | None) ->
     sizes = {n: {o.key: job.layer_bytes(n, o) for o in job.options[n]} for n in job.layers}
     job.analysis = _analysis(measured, job.layers)
     if candidates is not None:
-        ledger = build_ledger(prices or measured, sizes, changed=changed, unit=job.objective.unit, curvature=kind)
-        job.ledger = _measured(job, replace(ledger, work=job.work or work_of(job.layers)), candidates)
+        ledger = build_ledger(
+            prices or measured, sizes, changed=changed, unit=job.objective.unit, curvature=kind
+        )
+        job.ledger = _measured(
+            job, replace(ledger, work=job.work or work_of(job.layers)), candidates
+        )
 
 
 def _measured(job: Job, ledger: Ledger, candidates: Callable[[str], list[Solved]]) -> Ledger:
     """The ledger with its highest prices measured: see `measure_highest`."""
     least = job.settings.measure_above
-    if least is None or job.settings.curvature == "input" or rank() != 0:  # the first process goes on alone
+    if (
+        least is None or job.settings.curvature == "input" or rank() != 0
+    ):  # the first process goes on alone
         return ledger
     with job.stages.stage("measure prices", MEASURED_ROWS) as advance:
 
@@ -293,12 +333,18 @@ def _measured(job: Job, ledger: Ledger, candidates: Callable[[str], list[Solved]
 
 
 def _divergences(
-    job: Job, rows: Sequence[Row], candidates: Callable[[str], list[Solved]], name: str, count: np.ndarray
+    job: Job,
+    rows: Sequence[Row],
+    candidates: Callable[[str], list[Solved]],
+    name: str,
+    count: np.ndarray,
 ) -> dict[tuple[str, str], np.ndarray]:
-    """What the changes of some rows cost each price item, with ``count`` positions, measured, or read. Those that break
-    the model cost `BROKEN` and are noted."""
+    """What the changes of some rows cost each price item, with ``count`` positions, measured, or
+    read. Those that break the model cost `BROKEN` and are noted."""
     if not job.state.has(name):
-        weights = [next(s.weight for s in candidates(r.layer) if s.option.key == r.option) for r in rows]
+        weights = [
+            next(s.weight for s in candidates(r.layer) if s.option.key == r.option) for r in rows
+        ]
         changed = [(r.layer, weight) for r, weight in zip(rows, weights, strict=True)]
         sums = divergences(job.model, job.objective, job.splits.price.items, job.layers, changed).T
         job.state.write_json(name, [s.tolist() if bool(s.isfinite().all()) else None for s in sums])
@@ -316,7 +362,13 @@ def _forms(job: Job, kind: str, changes: Mapping[str, list[Change]]) -> Forms:
     name = f"forms-{kind}.json"
     if not job.state.has(name):
         forms = quadratic_forms(
-            kind, job.model, job.objective, job.splits.price.items, job.layers, changes, seed=job.settings.seed
+            kind,
+            job.model,
+            job.objective,
+            job.splits.price.items,
+            job.layers,
+            changes,
+            seed=job.settings.seed,
         )
         sums = {n: s.tolist() for n, s in forms.sums.items()}
         job.state.write_json(name, {"count": forms.count.tolist(), "sums": sums})
@@ -337,11 +389,12 @@ def _analysis(measured: FisherPass, layers: Mapping[str, Layer]) -> Analysis:
     return Analysis(matrix=MATRICES["fisher"], layers=curvature, num_items=len(measured.count))
 
 
-# ---------------------------------------------------------------------------------------------------- apply and certify
+# -------------------------------------------------------------------------------- apply and certify
 
 
 def spread_zeros(job: Job, sparsity: float) -> dict[str, str]:
-    """The cheapest plan by the ledger with a share of ``sparsity`` of all weights of the layers pruned."""
+    """The cheapest plan by the ledger with a share of ``sparsity`` of all weights of the layers
+    pruned."""
     assert job.ledger is not None
 
     def left(prune: Prune, layer: Layer) -> int:
@@ -354,7 +407,9 @@ def spread_zeros(job: Job, sparsity: float) -> dict[str, str]:
         if (prune := pruner_of(o)) is not None and prune.sparsity is not None
     }
     total = sum(layer.numel for layer in job.layers.values())
-    alike = sum(left(Prune(sparsity=sparsity), layer) for layer in job.layers.values())  # each rounded by itself
+    alike = sum(
+        left(Prune(sparsity=sparsity), layer) for layer in job.layers.values()
+    )  # each rounded by itself
     limit = Limit(name="weights kept", most=max(total - round(sparsity * total), alike), use=kept)
     return cheapest(job.ledger.rows, limits=[limit], same_option=job.same_option)
 
@@ -362,9 +417,9 @@ def spread_zeros(job: Job, sparsity: float) -> dict[str, str]:
 def apply_plan(
     job: Job, choices: Mapping[str, str], folder: str, title: str, *, inplace: bool = False
 ) -> tuple[nn.Module, dict[str, Solved]]:
-    """Stage *apply*: solve the chosen options in one sequential forward pass over a copy of the model, or ``inplace``
-    over the job's own, which then is compressed as far as the pass came. The solutions share the memory of the
-    weights, which hold the same values."""
+    """Stage *apply*: solve the chosen options in one sequential forward pass over a copy of the
+    model, or ``inplace`` over the job's own, which then is compressed as far as the pass came. The
+    solutions share the memory of the weights, which hold the same values."""
     model = job.model if inplace else copy.deepcopy(job.model)
     own = find_layers(model)
     layers = {n: own[n] for n in job.layers}
@@ -383,9 +438,9 @@ def apply_plan(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Applied:
-    """A plan solved, recovered if that was asked for, written to disk and measured on select; ``record`` is its trial
-    record, ``before`` that of before the recovery; ``tried`` are those of what was written and of what was recovered:
-    the candidates', where they were kept."""
+    """A plan solved, recovered if that was asked for, written to disk and measured on select;
+    ``record`` is its trial record, ``before`` that of before the recovery; ``tried`` are those of
+    what was written and of what was recovered: the candidates', where they were kept."""
 
     record: dict[str, Any]
     before: dict[str, Any] | None
@@ -399,24 +454,34 @@ class _Applied:
 
 
 def _apply_and_write(job: Job, bench: Bench, name: str, choices: dict[str, str]) -> _Applied:
-    """Apply a plan, recover it if that was asked for, and write its artifact. If its candidates were measured on select
-    and did better there than the sequential solution, they are taken instead."""
+    """Apply a plan, recover it if that was asked for, and write its artifact. If its candidates
+    were measured on select and did better there than the sequential solution, they are taken
+    instead."""
     at = f"applied/{plan_key(choices)}"
     model, solved = apply_plan(job, choices, at, f"apply {name}")
     results = results_on(job, f"{at}/select.json", model, job.splits.select)
     record = bench.record(f"{name}, applied", "applied", choices, results)
     start: Mapping[str, Any] = record
     stitched = next((t for t in bench.trials if t["choices"] == choices), None)
-    decision = f"{at}/start.json"  # a run that reuses this plan may not have the trial, but has what came of it
+    # a run that reuses this plan may not have the trial, but has what came of it
+    decision = f"{at}/start.json"
     if not job.state.has(decision):
         better = stitched is not None and stitched["metric_drop"] < record["metric_drop"]
         job.state.write_json(decision, {"candidates": better})
     if job.state.read_json(decision)["candidates"]:
-        solved = {n: next(s for s in bench.candidates(n) if s.option.key == choices[n]) for n in solved}
+        solved = {
+            n: next(s for s in bench.candidates(n) if s.option.key == choices[n]) for n in solved
+        }
         record["note"] = "one sequential pass measured worse than the candidates, which were kept"
-        results = results_on(job, bench.path(choices), model, job.splits.select)  # read: they have been measured
-        # What prices say of it now: those of the trial were not corrected by all that has been measured since.
-        start = {**(stitched or bench.record(name, "plan", choices, results)), "expected": record["expected"]}
+        results = results_on(
+            job, bench.path(choices), model, job.splits.select
+        )  # read: they have been measured
+        # What prices say of it now: those of the trial were not corrected by all that has been
+        # measured since.
+        start = {
+            **(stitched or bench.record(name, "plan", choices, results)),
+            "expected": record["expected"],
+        }
     before, tried = None, Tried(start, None)
     if job.recover is None:
         model = job.model  # what is not solved is the same there; the copy can go
@@ -429,18 +494,27 @@ def _apply_and_write(job: Job, bench: Bench, name: str, choices: dict[str, str])
         before, record = record, bench.record(f"{name}, recovered", "applied", choices, results)
         tried = Tried(record, start)
     folder = _written(job, at, model, solved, _plan_of(job, record))
-    # What lies on disk packed need not be held in memory twice: codes and scales are enough for a later save.
+    # What lies on disk packed need not be held in memory twice: codes and scales are enough for a
+    # later save.
     light = {
-        n: replace(s, weight=torch.empty(0)) if s.codes is not None and job.form_of(n, s.option) != "dense" else s
+        n: replace(s, weight=torch.empty(0))
+        if s.codes is not None and job.form_of(n, s.option) != "dense"
+        else s
         for n, s in solved.items()
     }
     return _Applied(record=record, before=before, folder=folder, solved=light, tried=tried)
 
 
 def _recovered(
-    job: Job, model: nn.Module, solved: Mapping[str, Solved], at: str, name: str, before: ItemResults | None = None
+    job: Job,
+    model: nn.Module,
+    solved: Mapping[str, Solved],
+    at: str,
+    name: str,
+    before: ItemResults | None = None,
 ) -> dict[str, Solved]:
-    """Stage *recover*: train a model in place, on the recover split if there is one, else on the calibration items; the
+    """Stage *recover*: train a model in place, on the recover split if there is one, else on the
+    calibration items; the
     select split keeps the best state. ``before``: the model's results there, if known."""
     assert job.recover is not None
     tensors, record = f"{at}/recovered.safetensors", f"{at}/recovered.json"
@@ -464,10 +538,11 @@ def _recovered(
 
 
 def _fixed_sequence(job: Job, bench: Bench, best: dict[str, Any]) -> list[_Applied]:
-    """The plans to certify, cautious first, fixed before the certify split is opened: everything here is judged on
-    select alone. Unless an earlier run has left a safe one, the best plan is applied, and more cautious ones until one
-    is safe; then those that `next_plan` finds, for the applied models leave room (applied sequentially, and recovered,
-    a plan costs less than its candidates did). ``attempts`` counts what this run applies."""
+    """The plans to certify, cautious first, fixed before the certify split is opened: everything
+    here is judged on select alone. Unless an earlier run has left a safe one, the best plan is
+    applied, and more cautious ones until one is safe; then those that `next_plan` finds, for the
+    applied models leave room (applied sequentially, and recovered, a plan costs less than its
+    candidates did). ``attempts`` counts what this run applies."""
     assert job.ledger is not None and job.budget is not None
     applied = _applied_earlier(job, bench)
     left = 1 if job.budget.max_drop is None else job.settings.attempts
@@ -489,19 +564,27 @@ def _fixed_sequence(job: Job, bench: Bench, best: dict[str, Any]) -> list[_Appli
 
 
 def _applied_earlier(job: Job, bench: Bench) -> list[_Applied]:
-    """Plans that a reused run has recovered and that fit this budget's limits: read again, not made."""
+    """Plans that a reused run has recovered and that fit this budget's limits: read again, not
+    made."""
     assert job.budget is not None
     if job.budget.max_drop is None or not job.state.has(EARLIER):
         return []
     fitting = [
         choices
         for choices in job.state.read_json(EARLIER)
-        if job.keeps_within(choices) and all(len({choices[n] for n in unit}) == 1 for unit in job.units)
+        if job.keeps_within(choices)
+        and all(len({choices[n] for n in unit}) == 1 for unit in job.units)
     ]
     fitting.sort(key=job.bytes_of, reverse=True)
     if fitting:
-        job.notes.append(f"{len(fitting)} plan(s) recovered by the reused run were candidates for this budget too")
-    return [_apply_and_write(job, bench, f"earlier plan {i}", choices) for i, choices in enumerate(fitting, 1)]
+        job.notes.append(
+            f"{len(fitting)} plan(s) recovered by the reused run were candidates for this budget "
+            "too"
+        )
+    return [
+        _apply_and_write(job, bench, f"earlier plan {i}", choices)
+        for i, choices in enumerate(fitting, 1)
+    ]
 
 
 def _any_safe(applied: Sequence[_Applied]) -> bool:
@@ -520,8 +603,10 @@ def _more_cautious(job: Job, record: Mapping[str, Any]) -> dict[str, str] | None
 
 
 def certify_plans(job: Job, bench: Bench, best: dict[str, Any]) -> Path:
-    """Stages *apply* and *certify*: fix a sequence of plans, then test them, cautious first, up to the first that is
-    not certified. Returns the folder of the model to ship: the last certified one, or the first if there is none."""
+    """Stages *apply* and *certify*: fix a sequence of plans, then test them, cautious first, up to
+    the first that is
+    not certified. Returns the folder of the model to ship: the last certified one, or the first if
+    there is none."""
     assert job.budget is not None
     bench.model = None  # no candidates are measured any more: free a copy of the model
     sequence = _fixed_sequence(job, bench, best)
@@ -530,7 +615,9 @@ def certify_plans(job: Job, bench: Bench, best: dict[str, Any]) -> Path:
     items: list[dict[str, Any]] = []
     for applied in sequence:
         name, key = applied.record["name"], plan_key(applied.record["choices"])
-        verdict, columns = _verdict_of(job, applied.folder, f"certify/{key}.json", f"certify {name}", judged)
+        verdict, columns = _verdict_of(
+            job, applied.folder, f"certify/{key}.json", f"certify {name}", judged
+        )
         verdicts.append(verdict)
         items.append(columns)
         if verdict.status != "CERTIFIED":
@@ -550,7 +637,8 @@ def certify_plans(job: Job, bench: Bench, best: dict[str, Any]) -> Path:
 
 
 def apply_and_measure(job: Job, choices: Mapping[str, str]) -> Path:
-    """Without a budget: apply the one plan there is and measure it, paired, on the certify split."""
+    """Without a budget: apply the one plan there is and measure it, paired, on the certify
+    split."""
     model, job.solved = apply_plan(job, choices, "applied/1", "apply")
     if job.recover is not None:
         job.solved = _recovered(job, model, job.solved, "applied/1", "")
@@ -567,12 +655,17 @@ def unpriced_plan(job: Job, choices: Mapping[str, str]) -> Plan:
     unknown = float("nan")
     notes = (*job.notes, *zeros_stored(job, choices))
     return Plan(
-        choices=dict(choices), bytes=job.bytes_of(choices), predicted=unknown, predicted_stderr=unknown, notes=notes
+        choices=dict(choices),
+        bytes=job.bytes_of(choices),
+        predicted=unknown,
+        predicted_stderr=unknown,
+        notes=notes,
     )
 
 
 def zeros_stored(job: Job, choices: Mapping[str, str]) -> list[str]:
-    """What to tell the user about pruned layers that are larger on disk because transformers must read them."""
+    """What to tell the user about pruned layers that are larger on disk because transformers must
+    read them."""
     before = after = count = 0
     for name, key in choices.items():
         option = option_from_key(key)
@@ -583,8 +676,10 @@ def zeros_stored(job: Job, choices: Mapping[str, str]) -> list[str]:
     if not count:
         return []
     return [
-        f"the zeros of {count} pruned layer(s) are stored, because transformers needs them: {before / 1e6:.1f} MB, "
-        f"which portable: false (in Python Settings(portable=False)) would make {after / 1e6:.1f} MB"
+        f"the zeros of {count} pruned layer(s) are stored, because transformers needs them: "
+        f"{before / 1e6:.1f} MB, "
+        f"which portable: false (in Python Settings(portable=False)) would make {after / 1e6:.1f} "
+        "MB"
     ]
 
 
@@ -597,16 +692,20 @@ def _written(job: Job, at: str, model: nn.Module, solved: Mapping[str, Solved], 
     return folder
 
 
-def _verdict_of(job: Job, folder: Path, path: str, title: str, budget: Budget | None) -> tuple[Verdict, dict[str, Any]]:
-    """Paired verdict of a saved and reloaded model on the certify split, and the `item_columns` behind it; without a
-    budget the bound is not judged."""
+def _verdict_of(
+    job: Job, folder: Path, path: str, title: str, budget: Budget | None
+) -> tuple[Verdict, dict[str, Any]]:
+    """Paired verdict of a saved and reloaded model on the certify split, and the `item_columns`
+    behind it; without a budget the bound is not judged."""
     with job.stages.stage(title, 2) as advance:
         baseline = results_on(job, "certify/baseline.json", job.uncompressed, job.splits.certify)
         advance(1)
         model = job.model if job.state.has(path) else job.reload(folder)
         results = results_on(job, path, model, job.splits.certify)
         advance(2)
-    budget = budget or Budget("loss", max_drop=0.0, confidence=0.95 if job.budget is None else job.budget.confidence)
+    budget = budget or Budget(
+        "loss", max_drop=0.0, confidence=0.95 if job.budget is None else job.budget.confidence
+    )
     verdict = compare(baseline, results, job.splits.certify, budget, unit=job.objective.unit)
     return verdict, item_columns(baseline, results, job.splits.certify)
 
@@ -616,7 +715,9 @@ def _plan_of(job: Job, trial: Mapping[str, Any]) -> Plan:
         choices=dict(trial["choices"]),
         bytes=trial["bytes"],
         predicted=trial["predicted"],
-        predicted_stderr=float("nan") if trial["predicted_stderr"] is None else trial["predicted_stderr"],
+        predicted_stderr=float("nan")
+        if trial["predicted_stderr"] is None
+        else trial["predicted_stderr"],
         notes=tuple(job.notes),
         uses=trial["uses"],
     )

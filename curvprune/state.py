@@ -1,7 +1,8 @@
-"""What a run remembers between processes: atomic files, and a log of its stages with progress and time left.
+"""What a run remembers between processes: atomic files, and a log of its stages with progress and
+time left.
 
-Every file is written under a temporary name, flushed to disk and renamed, so a process killed at any moment leaves
-either the old file or the new one, never half of it.
+Every file is written under a temporary name, flushed to disk and renamed, so a process killed at
+any moment leaves either the old file or the new one, never half of it.
 """
 
 from __future__ import annotations
@@ -16,15 +17,23 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A folder of JSON and safetensors files, each written atomically; names are paths inside the folder. Of several
-    processes one writes; to the others ``writes`` is False and writing does nothing."""
+    """A folder of JSON and safetensors files, each written atomically; names are paths inside the
+    folder. Of several processes one writes; to the others ``writes`` is False and writing does
+    nothing."""
 
     folder: Path
     writes: bool = True
@@ -60,7 +69,9 @@ class State:
         try:
             return json.loads(self.read_text(name))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{self.path(name)} is damaged ({error}); delete it and run again") from error
+            raise ValueError(
+                f"{self.path(name)} is damaged ({error}); delete it and run again"
+            ) from error
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         path = self.path(name)
@@ -79,14 +90,16 @@ class State:
 
 @dataclass(slots=True)
 class StageLog:
-    """Times the stages of a run and shows a bar with time left for each, on the terminal, if ``show``."""
+    """Times the stages of a run and shows a bar with time left for each, on the terminal, if
+    ``show``."""
 
     show: bool = True
     log: list[dict[str, Any]] = field(default_factory=list)
 
     @contextmanager
     def stage(self, name: str, total: int, *, done: int = 0) -> Iterator[Callable[[int], None]]:
-        """Yields a function to call with the number of finished steps; ``done`` of them by an earlier run."""
+        """Yields a function to call with the number of finished steps; ``done`` of them by an
+        earlier run."""
         start = time.monotonic()
         columns = (
             TextColumn("{task.description:<30}"),
@@ -97,7 +110,9 @@ class StageLog:
             TimeRemainingColumn(),
         )
         console = Console(stderr=True)
-        with Progress(*columns, console=console, disable=not self.show or done >= total) as progress:
+        with Progress(
+            *columns, console=console, disable=not self.show or done >= total
+        ) as progress:
             task = progress.add_task(name, total=total, completed=done)
             yield lambda finished: progress.update(task, completed=finished)
         seconds = time.monotonic() - start
@@ -108,7 +123,12 @@ class StageLog:
     @contextmanager
     def steps(self) -> Iterator[Callable[[str, int, int], None]]:
         """Yields a function to call with (step, done, total), each step with a bar of its own."""
-        columns = (TextColumn("{task.description:<30}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description:<30}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         tasks: dict[str, Any] = {}
         with Progress(*columns, console=Console(stderr=True), disable=not self.show) as progress:
 

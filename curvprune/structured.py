@@ -1,5 +1,5 @@
-"""Structured pruning: which units of which cut to remove for an asked share of the model's work, with what stays
-compensated; prices in nats from the same Fisher matrix as everything else.
+"""Structured pruning: which units of which cut to remove for an asked share of the model's work,
+with what stays compensated; prices in nats from the same Fisher matrix as everything else.
 
     cuts      which units can be removed                              cuts.find_cuts
     order     in which order, from one pass for the inputs' moments   solve.structured.removal_order
@@ -49,17 +49,19 @@ class Structured:
     """What to remove.
 
     Args:
-        share: share of the model's multiply-adds (or of another measure, see ``of``) to remove; or, for some kinds, the
-            share of their units: ``{"mlp": 0.25}``.
-        of: ``"macs"``, ``"parameters"`` or ``"latency"``, where ``share`` is a number. Latency is the time of a forward
-            pass, measured here on the model's device with torch's present number of threads (with one on a CPU, that
-            thread's time).
+        share: share of the model's multiply-adds (or of another measure, see ``of``) to remove; or,
+            for some kinds, the share of their units: ``{"mlp": 0.25}``.
+        of: ``"macs"``, ``"parameters"`` or ``"latency"``, where ``share`` is a number. Latency is
+            the time of a forward pass, measured here on the model's device with torch's present
+            number of threads (with one on a CPU, that thread's time).
         batch: how many items that pass is over: the first ones of the calibration split.
-        kinds: some of ``"mlp"``, ``"heads"``, ``"channels"``; others stay as they are. Or ``("blocks",)`` alone: whole
-            blocks of a pre-norm transformer; prune the result again for widths.
-        uniform: one width for all cuts of a kind (the same share of units, where they differ in size), so that a plain
-            transformers config describes the result.
-        round_to: widths are multiples of this, where units are that many; by default 8 from 256 units on, else 1.
+        kinds: some of ``"mlp"``, ``"heads"``, ``"channels"``; others stay as they are. Or
+            ``("blocks",)`` alone: whole blocks of a pre-norm transformer; prune the result again
+            for widths.
+        uniform: one width for all cuts of a kind (the same share of units, where they differ in
+            size), so that a plain transformers config describes the result.
+        round_to: widths are multiples of this, where units are that many; by default 8 from 256
+            units on, else 1.
         widths: how many widths of a cut are priced.
         most: largest share of a cut's units that may be removed.
         drift: how far readers make up for what earlier ones changed, 0 to 1.
@@ -84,37 +86,50 @@ class Structured:
         for value in shares or [0.0]:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
                 raise ValueError(
-                    f"structured={self.share!r}: shares to remove lie strictly between 0 and 1, for example 0.3"
+                    f"structured={self.share!r}: shares to remove lie strictly between 0 and 1, "
+                    "for example 0.3"
                 )
         asked = tuple(self.share) if isinstance(self.share, Mapping) else self.kinds
         if asked != (BLOCKS,) and (not asked or set(asked) - set(KINDS)):
-            raise ValueError(f"structured: kinds {asked}: expected some of {KINDS}, or {BLOCKS!r} alone")
+            raise ValueError(
+                f"structured: kinds {asked}: expected some of {KINDS}, or {BLOCKS!r} alone"
+            )
         if self.of not in MEASURES:
             raise ValueError(f"structured: of={self.of!r}; expected one of {MEASURES}")
         if self.of == "latency" and isinstance(self.share, Mapping):
             raise ValueError(
-                f"structured={self.share!r}: shares by kind are of units; of='latency' needs one, such as 0.2"
+                f"structured={self.share!r}: shares by kind are of units; of='latency' needs one, "
+                "such as 0.2"
             )
         if self.batch < 1:
             raise ValueError(f"structured: batch={self.batch!r} must be at least 1")
         if self.round_to is not None and self.round_to < 1:
             raise ValueError(f"structured: round_to={self.round_to!r} must be at least 1")
         if min(self.widths, self.labels) < 1:
-            raise ValueError(f"structured: widths={self.widths!r} and labels={self.labels!r} must be at least 1")
+            raise ValueError(
+                f"structured: widths={self.widths!r} and labels={self.labels!r} must be at least 1"
+            )
         if not 0 <= self.drift <= 1 or not self.damping >= 0:
-            raise ValueError(f"structured: drift={self.drift!r} must be in [0, 1], damping={self.damping!r} at least 0")
+            raise ValueError(
+                f"structured: drift={self.drift!r} must be in [0, 1], damping={self.damping!r} at "
+                "least 0"
+            )
         if not 0 < self.most < 1:
             raise ValueError(f"structured: most={self.most!r} must lie strictly between 0 and 1")
 
     @property
     def chooses(self) -> bool:
-        """Whether there are widths to choose among; else every cut of a kind gets the one that was asked for."""
-        return not (self.uniform and isinstance(self.share, Mapping)) or tuple(self.share) == (BLOCKS,)
+        """Whether there are widths to choose among; else every cut of a kind gets the one that was
+        asked for."""
+        return not (self.uniform and isinstance(self.share, Mapping)) or tuple(self.share) == (
+            BLOCKS,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Term:
-    """A part of the work that shrinks with the removed share of its outputs and of its inputs: cut → share per unit."""
+    """A part of the work that shrinks with the removed share of its outputs and of its inputs: cut
+    → share per unit."""
 
     macs: float
     parameters: float
@@ -123,10 +138,12 @@ class _Term:
 
 
 class Work:
-    """Multiply-adds of one item, and parameters, of the whole model, whatever the cuts' widths. Cost: one forward pass
-    of one item to build it; microseconds for each question."""
+    """Multiply-adds of one item, and parameters, of the whole model, whatever the cuts' widths.
+    Cost: one forward pass of one item to build it; microseconds for each question."""
 
-    def __init__(self, model: nn.Module, objective: Objective, item: Batch, cuts: Mapping[str, Cut]) -> None:
+    def __init__(
+        self, model: nn.Module, objective: Objective, item: Batch, cuts: Mapping[str, Cut]
+    ) -> None:
         self.units = {n: c.units for n, c in cuts.items()}
         layers = find_layers(model)
         positions = self.positions = _positions(model, objective, item, layers)
@@ -154,25 +171,34 @@ class Work:
                 macs = parameter.numel() * positions.get(name, 0) if weight else 0
                 inputs = sides.get((name, "in"), {}) if weight else {}
                 outputs = sides.get((name, "out"), {})
-                self.terms.append(_Term(macs=macs, parameters=parameter.numel(), outputs=outputs, inputs=inputs))
+                self.terms.append(
+                    _Term(macs=macs, parameters=parameter.numel(), outputs=outputs, inputs=inputs)
+                )
         for name, cut in cuts.items():
             if cut.kind == "heads":  # scores and their use, of every position with every other
                 (read,) = cut.reads
                 macs = 2.0 * positions[read.module] ** 2 * read.index.numel()
-                self.terms.append(_Term(macs=macs, parameters=0.0, outputs={name: 1 / cut.units}, inputs={}))
+                self.terms.append(
+                    _Term(macs=macs, parameters=0.0, outputs={name: 1 / cut.units}, inputs={})
+                )
 
     def __call__(self, of: str, left: Mapping[str, int]) -> int:
-        """Of ``"macs"`` or ``"parameters"`` with ``left[cut]`` units of each cut (all, where it is not named)."""
+        """Of ``"macs"`` or ``"parameters"`` with ``left[cut]`` units of each cut (all, where it is
+        not named)."""
         gone = {n: units - left.get(n, units) for n, units in self.units.items()}
 
         def remains(shares: Mapping[str, float]) -> float:
             return 1.0 - math.fsum(share * gone[n] for n, share in shares.items())
 
-        return round(math.fsum(getattr(t, of) * remains(t.outputs) * remains(t.inputs) for t in self.terms))
+        return round(
+            math.fsum(getattr(t, of) * remains(t.outputs) * remains(t.inputs) for t in self.terms)
+        )
 
 
 @torch.no_grad()
-def _positions(model: nn.Module, objective: Objective, item: Batch, layers: Mapping[str, Layer]) -> dict[str, int]:
+def _positions(
+    model: nn.Module, objective: Objective, item: Batch, layers: Mapping[str, Layer]
+) -> dict[str, int]:
     """How often each layer's matrix is multiplied for one item."""
     found: dict[str, int] = {}
 
@@ -203,8 +229,10 @@ class Pruned:
         units: cut → units before.
         removed: cut → the units that are gone.
         macs, parameters: (before, after), multiply-adds of one item.
-        latency: (before, after) in seconds, measured in turn at the end, where a share of it was asked for.
-        predicted: rise of the loss in nats, from the prices; ``None`` where nothing had to be chosen.
+        latency: (before, after) in seconds, measured in turn at the end, where a share of it was
+            asked for.
+        predicted: rise of the loss in nats, from the prices; ``None`` where nothing had to be
+            chosen.
         ledger: the prices of all widths, where there was a choice.
         notes: dimensions that are no cuts, and why.
         kinds: cut → kind.
@@ -231,7 +259,11 @@ class Pruned:
         widths: dict[str, set[tuple[int, int]]] = {}
         for name, kind in self.kinds.items():
             widths.setdefault(kind, set()).add((self.units[name], self.left[name]))
-        return {k: w.pop() for k, w in widths.items()} if all(len(w) == 1 for w in widths.values()) else None
+        return (
+            {k: w.pop() for k, w in widths.items()}
+            if all(len(w) == 1 for w in widths.values())
+            else None
+        )
 
 
 def prune_units(
@@ -245,21 +277,34 @@ def prune_units(
 ) -> Pruned:
     """Remove units until ``asked`` is met, and compensate.
 
-    Cost: three forward passes over the calibration items and one backward; over the price items one forward and
-    ``labels`` backward passes, where there are widths to choose among; ``in³`` per reader and width. For latency what
-    `Latency` costs, and in addition up to `AIMS` models are made and timed. Results are then not reproducible: another
-    run measures other times.
+    Cost: three forward passes over the calibration items and one backward; over the price items one
+    forward and ``labels`` backward passes, where there are widths to choose among; ``in³`` per
+    reader and width. For latency what `Latency` costs, and in addition up to `AIMS` models are made
+    and timed. Results are then not reproducible: another run measures other times.
 
-    Raises ``ValueError`` for a share that cannot be reached (saying what can), or a model without cuts.
+    Raises ``ValueError`` for a share that cannot be reached (saying what can), or a model without
+    cuts.
     """
     found, work, widths, cost = offered_widths(model, objective, splits, asked)
     cuts, layers = found.cuts, find_layers(model)
-    plans = _solve_widths(model, objective, splits.calibrate, found, widths, asked, seed=seed, batch_size=batch_size)
+    plans = _solve_widths(
+        model, objective, splits.calibrate, found, widths, asked, seed=seed, batch_size=batch_size
+    )
     ledger = predicted = None
     if not asked.chooses:
         left = {n: w[-1] for n, w in widths.items()}
     else:
-        ledger = _prices(model, objective, splits.price, cuts, layers, plans, work, labels=asked.labels, seed=seed)
+        ledger = _prices(
+            model,
+            objective,
+            splits.price,
+            cuts,
+            layers,
+            plans,
+            work,
+            labels=asked.labels,
+            seed=seed,
+        )
         prices = {n: [ledger.layer_rows(n)[str(w)].price for w in widths[n]] for n in cuts}
         if isinstance(cost, Latency):
             left = _reaching(cuts, widths, prices, cost, asked)
@@ -267,7 +312,9 @@ def prune_units(
             left = choose_widths(cuts, widths, prices, cost, asked)
         predicted = ledger.predict({n: str(w) for n, w in left.items()})
     removed = {n: sorted(plans[n].order[: cuts[n].units - w]) for n, w in left.items()}
-    smaller = _applied(model, objective, splits.calibrate, found, removed, asked, reached=work.positions)
+    smaller = _applied(
+        model, objective, splits.calibrate, found, removed, asked, reached=work.positions
+    )
     remove_(smaller, cuts, removed)
     notes, latency = list(found.notes), None
     if isinstance(cost, Latency):
@@ -292,21 +339,25 @@ def prune_units(
 
 def _measured(asked: Structured, predicted: float, before: float, after: float) -> str:
     assert not isinstance(asked.share, Mapping)
-    missed = "" if after <= (1 - asked.share) * before else "; this measurement misses what was asked"
+    missed = (
+        "" if after <= (1 - asked.share) * before else "; this measurement misses what was asked"
+    )
     return (
-        f"latency of a batch of {asked.batch}: {asked.share:.1%} less was asked, {predicted:.1%} less predicted, "
-        f"{1 - after / before:.1%} less measured ({1e3 * before:.4g} ms before, {1e3 * after:.4g} ms after){missed}"
+        f"latency of a batch of {asked.batch}: {asked.share:.1%} less was asked, {predicted:.1%} "
+        "less predicted, "
+        f"{1 - after / before:.1%} less measured ({1e3 * before:.4g} ms before, {1e3 * after:.4g} "
+        f"ms after){missed}"
     )
 
 
 def offered_widths(
     model: nn.Module, objective: Objective, splits: Splits, asked: Structured
 ) -> tuple[Found, Work, dict[str, list[int]], Cost]:
-    """The cuts that ``asked`` is about, the model's work, cut → widths on offer, from all units downwards, and what of
-    ``asked.of`` is left with given widths.
+    """The cuts that ``asked`` is about, the model's work, cut → widths on offer, from all units
+    downwards, and what of ``asked.of`` is left with given widths.
 
-    Cost: some forward passes of one item, some dozens where latency is asked for. Raises ``ValueError`` as
-    `prune_units` does.
+    Cost: some forward passes of one item, some dozens where latency is asked for. Raises
+    ``ValueError`` as `prune_units` does.
     """
     first = to_device(splits.calibrate.items[0], next(model.parameters()).device)
     kinds = tuple(asked.share) if isinstance(asked.share, Mapping) else asked.kinds
@@ -315,14 +366,19 @@ def offered_widths(
         found = _alike(found)
     present = {c.kind for c in found.cuts.values()}
     if isinstance(asked.share, Mapping) and (lacking := set(asked.share) - present):
-        raise ValueError(f"structured: the model has no prunable {sorted(lacking)[0]}; " + "; ".join(found.notes))
+        raise ValueError(
+            f"structured: the model has no prunable {sorted(lacking)[0]}; " + "; ".join(found.notes)
+        )
     work = Work(model, objective, first, found.cuts)
     widths = {n: _widths(cut, asked) for n, cut in found.cuts.items()}
     cost: Cost = partial(work, asked.of)
     if asked.of == "latency":
         items = splits.calibrate.items
         if asked.batch > len(items):
-            raise ValueError(f"structured: batch={asked.batch} of the {len(items)} calibration items; ask for fewer")
+            raise ValueError(
+                f"structured: batch={asked.batch} of the {len(items)} calibration items; ask for "
+                "fewer"
+            )
         batch = to_device(collate(items[: asked.batch]), next(model.parameters()).device)
         cost = Latency(model, objective, batch, found.cuts, {n: w[-1] for n, w in widths.items()})
     _check_reach(cost, widths, asked)
@@ -337,7 +393,10 @@ def _alike(found: Found) -> Found:
         for name, cut in found.cuts.items():
             if cut.kind == kind and cut.units != max(set(sizes), key=sizes.count):
                 del cuts[name]
-                notes.append(f"{name}: stays as it is, its {cut.units} units are not the width that its kind has")
+                notes.append(
+                    f"{name}: stays as it is, its {cut.units} units are not the width that its "
+                    "kind has"
+                )
     return Found(cuts=cuts, sinks=found.sinks, notes=notes)
 
 
@@ -364,17 +423,20 @@ def _check_reach(cost: Cost, widths: Mapping[str, list[int]], asked: Structured)
     best = 1 - cost({n: w[-1] for n, w in widths.items()}) / cost({})
     if best < asked.share:
         raise ValueError(
-            f"structured={asked.share:g}: at most {best:.3f} of the {asked.of} can be removed by these kinds "
-            f"({', '.join(sorted(asked.kinds))}) with at most {asked.most:g} of a cut; ask for less or raise most"
+            f"structured={asked.share:g}: at most {best:.3f} of the {asked.of} can be removed by "
+            "these kinds "
+            f"({', '.join(sorted(asked.kinds))}) with at most {asked.most:g} of a cut; ask for "
+            "less or raise most"
         )
 
 
-# ------------------------------------------------------------------------------------------------------ order and width
+# ---------------------------------------------------------------------------------- order and width
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Plan:
-    """Of one cut: the order of removal, and for each width below the full one the change of each reader."""
+    """Of one cut: the order of removal, and for each width below the full one the change of each
+    reader."""
 
     widths: list[int]
     order: list[int]
@@ -440,7 +502,9 @@ def _solve_widths(
         for name in reading[layer.name]:
             waiting[name].discard(layer.name)
             if not waiting[name]:
-                plans[name] = _solve_cut(found.cuts[name], layers, moments, rows, widths[name], asked)
+                plans[name] = _solve_cut(
+                    found.cuts[name], layers, moments, rows, widths[name], asked
+                )
         for name in [n for n in moments if all(c in plans for c in reading[n])]:
             del moments[name]
 
@@ -456,9 +520,15 @@ def _solve_cut(
     widths: list[int],
     asked: Structured,
 ) -> _Plan:
-    matrices = {s.module: layers[s.module].as_matrix(layers[s.module].weight.detach()) for s in cut.reads}
+    matrices = {
+        s.module: layers[s.module].as_matrix(layers[s.module].weight.detach()) for s in cut.reads
+    }
     if cut.kind == BLOCKS:
-        return _Plan(widths=widths, order=[0], changes={n: [Change.of(-_with_bias(layers[n]))] for n in matrices})
+        return _Plan(
+            widths=widths,
+            order=[0],
+            changes={n: [Change.of(-_with_bias(layers[n]))] for n in matrices},
+        )
     readers = [
         Reader(
             weight=matrices[s.module],
@@ -474,7 +544,9 @@ def _solve_cut(
     changes: dict[str, list[Change]] = {s.module: [] for s in cut.reads}
     for width in widths[1:] if asked.chooses else ():
         for slot in cut.reads:
-            keep = _kept(layers[slot.module], {cut.name: cut}, {cut.name: order[: cut.units - width]})
+            keep = _kept(
+                layers[slot.module], {cut.name: cut}, {cut.name: order[: cut.units - width]}
+            )
             W, A = matrices[slot.module], moments[slot.module]
             smaller, constant = compensate(W, A, keep, name=slot.module, damping=asked.damping)
             delta = smaller - W
@@ -491,9 +563,11 @@ def _with_bias(layer: Layer) -> Tensor:
 
 
 @contextmanager
-def _output_gradients(model: nn.Module, layers: Mapping[str, Layer], take: Any, *, inputs: bool) -> Iterator[None]:
-    """``take(name, layer, x rows or None, gradient rows)`` at every layer's output during a backward pass. No parameter
-    requires gradients: graphs begin at the first of the layers."""
+def _output_gradients(
+    model: nn.Module, layers: Mapping[str, Layer], take: Any, *, inputs: bool
+) -> Iterator[None]:
+    """``take(name, layer, x rows or None, gradient rows)`` at every layer's output during a
+    backward pass. No parameter requires gradients: graphs begin at the first of the layers."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
 
     def after(name: str, layer: Layer, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -503,7 +577,12 @@ def _output_gradients(model: nn.Module, layers: Mapping[str, Layer], take: Any, 
 
         def arrived(gradient: Tensor) -> None:
             by_row = gradient.flatten(2).transpose(1, 2) if layer.kind == "conv" else gradient
-            take(name, layer, None if kept is None else layer.rows(module, kept)[0], by_row.reshape(-1, layer.shape[0]))
+            take(
+                name,
+                layer,
+                None if kept is None else layer.rows(module, kept)[0],
+                by_row.reshape(-1, layer.shape[0]),
+            )
 
         y.register_hook(arrived)
         return y.clone()  # what follows may work in place
@@ -533,10 +612,13 @@ def _output_gradients(model: nn.Module, layers: Mapping[str, Layer], take: Any, 
 def _row_costs(
     model: nn.Module, objective: Objective, batches: Any, layers: Mapping[str, Layer], *, seed: int
 ) -> dict[str, Float[Tensor, " out"]]:
-    """Sum over places of the squared gradient of each output, for scores drawn from the model, per position of the
-    objective: what an error of variance 1 in that output costs, twice, in nats."""
+    """Sum over places of the squared gradient of each output, for scores drawn from the model, per
+    position of the objective: what an error of variance 1 in that output costs, twice, in nats."""
     device = next(model.parameters()).device
-    sums = {n: torch.zeros(layer.shape[0], dtype=torch.float64, device=device) for n, layer in layers.items()}
+    sums = {
+        n: torch.zeros(layer.shape[0], dtype=torch.float64, device=device)
+        for n, layer in layers.items()
+    }
 
     def take(name: str, layer: Layer, x: Tensor | None, gradient: Tensor) -> None:
         sums[name] += gradient.double().square().sum(0)
@@ -550,7 +632,10 @@ def _row_costs(
             signed_loss(positions, generator).backward()
             count += len(positions.item)
     if silent := [n for n, s in sums.items() if not bool(s.any())]:
-        raise ValueError(f"layer {silent[0]} received no gradient: it is not on the way to the loss; leave it out")
+        raise ValueError(
+            f"layer {silent[0]} received no gradient: it is not on the way to the loss; leave it "
+            "out"
+        )
     return {n: s / count for n, s in sums.items()}
 
 
@@ -566,8 +651,8 @@ def _prices(
     labels: int,
     seed: int,
 ) -> Ledger:
-    """½ δᵀFδ of every width of every cut. A cut that several layers read has one δ, over all of them: their products
-    with the gradient are summed before they are squared."""
+    """½ δᵀFδ of every width of every cut. A cut that several layers read has one δ, over all of
+    them: their products with the gradient are summed before they are squared."""
     device = next(model.parameters()).device
     readers = {s.module: layers[s.module] for c in cuts.values() for s in c.reads}
     items = split.items
@@ -606,7 +691,15 @@ def _prices(
         for k, left in enumerate(plans[n].widths[1:]):
             estimate = ratio_estimate(sums[n][:, k], counts)
             size = cut_bytes(work, n, left, itemsize)
-            rows.append(Row(layer=n, option=str(left), bytes=size, price=estimate.value, stderr=estimate.stderr))
+            rows.append(
+                Row(
+                    layer=n,
+                    option=str(left),
+                    bytes=size,
+                    price=estimate.value,
+                    stderr=estimate.stderr,
+                )
+            )
             columns.append(sums[n][:, k].numpy())
     return Ledger(
         rows=tuple(rows), sums=np.stack(columns, axis=1), count=counts.numpy(), unit=objective.unit, labels=labels,
@@ -628,17 +721,22 @@ def choose_widths(
 ) -> dict[str, int]:
     """The widths with the least summed price within the asked share of the work: cut → units left.
 
-    The work of a layer between two cuts is a product of their widths, so `knapsack.cheapest` is solved on
-    the work as it changes with one cut at a time around the last solution, until that repeats itself; of the solutions
-    that are within the true limit the cheapest is taken, and cuts are widened again where there is room. Where no layer
-    lies between two cuts (MLPs and heads in a residual stream) this is exact at once.
+    The work of a layer between two cuts is a product of their widths, so `knapsack.cheapest` is
+    solved on the work as it changes with one cut at a time around the last solution, until that
+    repeats itself; of the solutions that are within the true limit the cheapest is taken, and cuts
+    are widened again where there is room. Where no layer lies between two cuts (MLPs and heads in a
+    residual stream) this is exact at once.
     """
     left = {n: c.units for n, c in cuts.items()}
     if isinstance(asked.share, Mapping):
         for kind, share in asked.share.items():
             members = {n: c for n, c in cuts.items() if c.kind == kind}
             total = sum(c.units for c in members.values())
-            left.update(_knapsack(members, widths, prices, lambda w: sum(w.values()), total * (1 - share), asked))
+            left.update(
+                _knapsack(
+                    members, widths, prices, lambda w: sum(w.values()), total * (1 - share), asked
+                )
+            )
         return left
     return _knapsack(cuts, widths, prices, cost, cost({}) * (1 - asked.share), asked)
 
@@ -653,9 +751,9 @@ def _reaching(
     cost: Latency,
     asked: Structured,
 ) -> dict[str, int]:
-    """The cheapest widths whose measured latency is low enough: chosen by the predicted one, whose limit moves by how
-    far the measured one is off, then halves what lies between one that was too high and one that was low enough. Where
-    none is low enough, the fastest."""
+    """The cheapest widths whose measured latency is low enough: chosen by the predicted one, whose
+    limit moves by how far the measured one is off, then halves what lies between one that was too
+    high and one that was low enough. Where none is low enough, the fastest."""
     assert not isinstance(asked.share, Mapping)
 
     def gone_by_time(left: Mapping[str, int]) -> float:
@@ -707,7 +805,10 @@ def _knapsack(
     for n, cut in cuts.items():
         movers.setdefault(cut.kind if asked.uniform and cut.kind != BLOCKS else n, []).append(n)
     offered = {m: len(widths[names[0]]) for m, names in movers.items()}
-    price = {m: [math.fsum(prices[n][k] for n in names) for k in range(offered[m])] for m, names in movers.items()}
+    price = {
+        m: [math.fsum(prices[n][k] for n in names) for k in range(offered[m])]
+        for m, names in movers.items()
+    }
 
     def of(picks: Mapping[str, int]) -> dict[str, int]:
         return {n: widths[n][picks[m]] for m, names in movers.items() for n in names}
@@ -724,12 +825,21 @@ def _knapsack(
         here = cost(of(picks))
         tables = {m: [cost(of({**picks, m: k})) - here for k in range(offered[m])] for m in movers}
         rows = [
-            Choice(layer=m, option=str(k), bytes=math.ceil((change - min(table)) * scale), price=price[m][k])
+            Choice(
+                layer=m,
+                option=str(k),
+                bytes=math.ceil((change - min(table)) * scale),
+                price=price[m][k],
+            )
             for m, table in tables.items()
             for k, change in enumerate(table)
         ]
         room = math.floor((aim - here - sum(min(t) for t in tables.values())) * scale)
-        picks = {m: int(k) for m, k in cheapest(rows, max_bytes=room).items()} if room > 0 else dict(smallest)
+        picks = (
+            {m: int(k) for m, k in cheapest(rows, max_bytes=room).items()}
+            if room > 0
+            else dict(smallest)
+        )
         if cost(of(picks)) <= limit and (best is None or paid(picks) < paid(best)):
             best = picks
         key = tuple(picks.values())
@@ -751,7 +861,7 @@ def _knapsack(
         best = {**best, m: best[m] - 1}
 
 
-# ------------------------------------------------------------------------------------------------------------- applying
+# ----------------------------------------------------------------------------------------- applying
 
 
 def _applied(
@@ -764,13 +874,17 @@ def _applied(
     *,
     reached: Collection[str],
 ) -> nn.Module:
-    """A copy in which nothing reads the removed units and every layer makes up for what it lost and for the drift of
-    what it still gets."""
+    """A copy in which nothing reads the removed units and every layer makes up for what it lost and
+    for the drift of what it still gets."""
     device = next(model.parameters()).device
     changed = copy.deepcopy(model)
-    layers = {n: layer for n, layer in find_layers(changed).items() if layer.readers and layer.groups == 1}
+    layers = {
+        n: layer for n, layer in find_layers(changed).items() if layer.readers and layer.groups == 1
+    }
     # A weight that is also an embedding's must not move: what is looked up would change.
-    layers = {n: layer for n, layer in layers.items() if layer.kind != "embedding" and not layer.aliases}
+    layers = {
+        n: layer for n, layer in layers.items() if layer.kind != "embedding" and not layer.aliases
+    }
     reads = {s.module for c in found.cuts.values() for s in c.reads}
     wanted = reads | set(reached) if asked.drift else reads
     layers = {n: layer for n, layer in layers.items() if n in wanted}
@@ -788,7 +902,9 @@ def _applied(
             return
         A, D = _augmented(moments, _holds_constant(layer, found.sinks))
         W = layer.as_matrix(layer.weight.detach())
-        smaller, constant = compensate(W, A, keep, name=layer.name, drift=D, share=asked.drift, damping=asked.damping)
+        smaller, constant = compensate(
+            W, A, keep, name=layer.name, drift=D, share=asked.drift, damping=asked.damping
+        )
         layer.write_(smaller)
         if getattr(layer.module, "bias", None) is not None:
             layer.module.bias.data += constant  # type: ignore[operator]

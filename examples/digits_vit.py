@@ -2,8 +2,8 @@
 
     python examples/digits_vit.py --out runs/digits-vit-dense
 
-Takes under a minute on one CPU core. Trains on the first 900 images of `curvprune.data.digits` only; the recipe
-measures and certifies on the others.
+Takes under a minute on one CPU core. Trains on the first 900 images of `curvprune.data.digits`
+only; the recipe measures and certifies on the others.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def train(images: Tensor, labels: Tensor, *, epochs: int, seed: int) -> ViTForIm
         id2label={digit: str(digit) for digit in range(10)},
         label2id={str(digit): digit for digit in range(10)},
     )
-    with torch.random.fork_rng(devices=[]):  # transformers draws initial weights from the global generator
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # transformers draws initial weights from the global generator
         torch.manual_seed(seed)
         model = ViTForImageClassification(config)
     generator = torch.Generator().manual_seed(seed)
@@ -60,13 +62,17 @@ def train(images: Tensor, labels: Tensor, *, epochs: int, seed: int) -> ViTForIm
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a small ViT on scikit-learn's digits.")
-    parser.add_argument("--out", type=Path, default=Path("runs/digits-vit-dense"), help="folder for the model")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/digits-vit-dense"), help="folder for the model"
+    )
     parser.add_argument("--epochs", type=int, default=25)
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
     images, labels = digits()
-    model = train(images[:DIGITS_TRAINING], labels[:DIGITS_TRAINING], epochs=arguments.epochs, seed=SEED)
+    model = train(
+        images[:DIGITS_TRAINING], labels[:DIGITS_TRAINING], epochs=arguments.epochs, seed=SEED
+    )
     with torch.no_grad():
         predictions = model(pixel_values=images[DIGITS_TRAINING:]).logits.argmax(-1)
     accuracy = (predictions == labels[DIGITS_TRAINING:]).double().mean().item()

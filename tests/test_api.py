@@ -1,4 +1,5 @@
-"""The verbs on ordinary torch modules: what they return, what they leave alone, what they refuse."""
+"""The verbs on ordinary torch modules: what they return, what they leave alone, what they
+refuse."""
 
 from __future__ import annotations
 
@@ -23,7 +24,12 @@ def trained() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(
-            nn.Linear(64, 48), nn.ReLU(), nn.Dropout(0.1), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 10)
+            nn.Linear(64, 48),
+            nn.ReLU(),
+            nn.Dropout(0.1),
+            nn.Linear(48, 48),
+            nn.ReLU(),
+            nn.Linear(48, 10),
         )
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
         for _ in range(150):
@@ -34,7 +40,9 @@ def trained() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
     return model, (x[900:], labels[900:])
 
 
-def batches(data: tuple[torch.Tensor, torch.Tensor], size: int = 50) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batches(
+    data: tuple[torch.Tensor, torch.Tensor], size: int = 50
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return list(zip(data[0].split(size), data[1].split(size), strict=True))
 
 
@@ -66,7 +74,10 @@ def test_allocated_zeros_go_where_they_cost_least(trained):
     zeros = lambda r: sum(int((r.model.get_submodule(n).weight == 0).sum()) for n in sizes)  # noqa: E731
     assert round(0.7 * sum(sizes.values())) <= zeros(spread) < 1.05 * zeros(uniform)
     objective = cp.LabelFree(copy.deepcopy(model).eval())
-    losses = [float(cp.objective.evaluate(r.model, batches(halves[1]), objective).mean_loss) for r in (spread, uniform)]
+    losses = [
+        float(cp.objective.evaluate(r.model, batches(halves[1]), objective).mean_loss)
+        for r in (spread, uniform)
+    ]
     assert losses[0] < 0.96 * losses[1]
 
     assert spread.ledger is not None
@@ -80,9 +91,13 @@ def test_allocated_zeros_go_where_they_cost_least(trained):
         for plan in itertools.product(shares, repeat=3)
         if kept(plan) <= most
     )
-    chosen = sum(prices[n, float(key.removeprefix("prune"))] for n, key in spread.plan.choices.items())
+    chosen = sum(
+        prices[n, float(key.removeprefix("prune"))] for n, key in spread.plan.choices.items()
+    )
     assert chosen == pytest.approx(best, rel=1e-9)
-    assert spread.plan.predicted == spread.ledger.predict(spread.plan.choices).value  # pairs of layers included
+    assert (
+        spread.plan.predicted == spread.ledger.predict(spread.plan.choices).value
+    )  # pairs of layers included
 
 
 def test_a_share_at_the_end_of_the_range_can_be_spread():
@@ -139,7 +154,10 @@ def test_compensated_rounding_beats_rounding_to_nearest_on_the_loss(trained):
         groups = weight.reshape(-1, 16)
         scale = groups.abs().amax(1, keepdim=True) / 2
         weight.copy_(((groups / scale).round().clamp(-2, 1) * scale).reshape(weight.shape))
-    losses = [float(cp.objective.evaluate(m, batches(halves[1]), objective).mean_loss) for m in (compensated, nearest)]
+    losses = [
+        float(cp.objective.evaluate(m, batches(halves[1]), objective).mean_loss)
+        for m in (compensated, nearest)
+    ]
     assert losses[0] < 0.5 * losses[1]
 
 
@@ -147,7 +165,9 @@ def test_prune_keeps_what_the_pattern_says(trained):
     model, data = trained
     half = cp.prune(model, batches(data), sparsity=0.5).model
     for name in ("0", "3", "5"):
-        assert float((half.get_submodule(name).weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
+        assert float((half.get_submodule(name).weight == 0).float().mean()) == pytest.approx(
+            0.5, abs=0.01
+        )
     pattern = cp.prune(model, batches(data), pattern="2:4", layers=["0", "3"]).model
     assert int((pattern[0].weight.reshape(-1, 4) != 0).sum(1).max()) == 2
     assert torch.equal(pattern[5].weight, model[5].weight)
@@ -157,8 +177,14 @@ def test_prune_keeps_what_the_pattern_says(trained):
 def test_a_budget_gives_a_certified_smaller_model_that_saves_and_loads(trained, tmp_path):
     model, data = trained
     budget = cp.Budget("accuracy", max_drop=0.03)
-    result = cp.quantize(model, batches(data), budget=budget, layers="*", settings=cp.Settings(seed=1))
-    assert result.verdict is not None and result.verdict.status == "CERTIFIED" and result.verdict.bound <= 0.03
+    result = cp.quantize(
+        model, batches(data), budget=budget, layers="*", settings=cp.Settings(seed=1)
+    )
+    assert (
+        result.verdict is not None
+        and result.verdict.status == "CERTIFIED"
+        and result.verdict.bound <= 0.03
+    )
     assert result.plan.bytes < 0.4 * 4 * sum(p.numel() for p in model.parameters())
     assert result.ledger is not None
     predicted = result.ledger.predict(result.plan.choices)
@@ -211,14 +237,18 @@ def test_the_frontier_of_a_ledger_is_nested(trained):
     ledger = cp.price(model, batches(data)[:4], options=options)
     plans = cp.frontier(ledger)
     layers = {row.layer: ledger.layer_rows(row.layer) for row in ledger.rows}
-    assert plans[0].bytes == sum(min(row.bytes for row in rows.values()) for rows in layers.values())
+    assert plans[0].bytes == sum(
+        min(row.bytes for row in rows.values()) for rows in layers.values()
+    )
     for plan in plans:
         assert plan.bytes == sum(layers[name][key].bytes for name, key in plan.choices.items())
         estimate = ledger.predict(plan.choices)
         assert (plan.predicted, plan.predicted_stderr) == (estimate.value, estimate.stderr)
     for before, after in itertools.pairwise(plans):
         assert before.bytes < after.bytes and before.predicted > after.predicted
-        assert all(layers[n][before.choices[n]].bytes <= layers[n][after.choices[n]].bytes for n in layers)
+        assert all(
+            layers[n][before.choices[n]].bytes <= layers[n][after.choices[n]].bytes for n in layers
+        )
     shared = cp.frontier(ledger, points=5, same_option=[["0", "3"]])
     assert 2 <= len(shared) <= 5 and all(plan.choices["0"] == plan.choices["3"] for plan in shared)
     with pytest.raises(ValueError, match="nearest layer: "):
@@ -232,7 +262,11 @@ def test_prune_and_quantize_compete_in_one_ledger(trained):
     ledger = cp.price(model, batches(data)[:4], options=options, layers=["0", "3"])
     rows = ledger.layer_rows("0")
     assert set(rows) == {"prune0.5", "int4-pc-sym", "prune0.5+int4-pc-sym"}
-    kept, mask, shape = 64 * 48 // 2, 64 * 48 // 8, 16  # transformers need not read this model: no zeros are stored
+    kept, mask, shape = (
+        64 * 48 // 2,
+        64 * 48 // 8,
+        16,
+    )  # transformers need not read this model: no zeros are stored
     assert rows["prune0.5"].bytes == kept * 4 + mask + shape
     assert rows["prune0.5+int4-pc-sym"].bytes == kept // 2 + mask + shape + 48 * 2
     assert rows["prune0.5+int4-pc-sym"].price > rows["int4-pc-sym"].price > 0
@@ -247,7 +281,8 @@ def test_prune_and_quantize_compete_in_one_ledger(trained):
 
 
 def test_prices_predict_the_measured_kl_of_each_layer(trained):
-    """The price of single changes against the divergence measured on data that neither solved nor priced them."""
+    """The price of single changes against the divergence measured on data that neither solved nor
+    priced them."""
     model, data = trained
     model.eval()
     options = [cp.Quantize(bits=3), cp.Quantize(bits=4), cp.Prune(sparsity=0.3)]
@@ -260,14 +295,20 @@ def test_prices_predict_the_measured_kl_of_each_layer(trained):
             changed = cp.compress(model, batches(part), options=[option], layers=layer).model
             measured.append(cp.objective.evaluate(changed, batches(fresh), objective).mean_loss)
             prices.append(ledger.layer_rows(layer)[option.key].price)
-    for start in (0, 3, 6):  # 133 images price, most of them with hardly any curvature: a standard error of a quarter
+    for start in (
+        0,
+        3,
+        6,
+    ):  # 133 images price, most of them with hardly any curvature: a standard error of a quarter
         assert 1 / 1.8 < sum(prices[start : start + 3]) / sum(measured[start : start + 3]) < 1.8
     assert spearmanr(prices, measured).statistic > 0.85
 
 
 def test_analyze_gives_trace_and_diagonal_of_each_layer(trained):
     model, data = trained
-    analysis = cp.analyze(model, batches(data)[:3], matrix="fisher", quantities=["trace", "diagonal"], labels=4)
+    analysis = cp.analyze(
+        model, batches(data)[:3], matrix="fisher", quantities=["trace", "diagonal"], labels=4
+    )
     assert set(analysis.layers) == {"0", "3", "5"} and "Fisher" in analysis.matrix
     for name, curvature in analysis.layers.items():
         assert curvature.diagonal.shape == model.get_submodule(name).weight.shape
@@ -277,14 +318,18 @@ def test_analyze_gives_trace_and_diagonal_of_each_layer(trained):
 
 def test_certify_compares_two_models_item_by_item(trained):
     model, data = trained
-    same = cp.certify(model, copy.deepcopy(model), batches(data), cp.Budget("accuracy", max_drop=0.01))
+    same = cp.certify(
+        model, copy.deepcopy(model), batches(data), cp.Budget("accuracy", max_drop=0.01)
+    )
     assert same.status == "CERTIFIED" and same.drop == 0 and same.items == 897
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken[3].weight.zero_()
     verdict = cp.certify(model, broken, batches(data), cp.Budget("loss", max_drop=0.01))
     assert verdict.status == "VIOLATED" and verdict.unit == "nats/example"
-    few = cp.certify(model, copy.deepcopy(model), batches(data)[:1], cp.Budget("accuracy", max_drop=0.01))
+    few = cp.certify(
+        model, copy.deepcopy(model), batches(data)[:1], cp.Budget("accuracy", max_drop=0.01)
+    )
     assert few.status == "INCONCLUSIVE" and few.needed is not None and few.needed > 50
 
 
@@ -297,7 +342,13 @@ def test_certify_with_a_metric_of_ones_own(trained):
         return (outputs.argmax(-1) == batch[1]).float()
 
     expected = cp.certify(model, other, batches((x, y)), budget)
-    ours = cp.certify(model, other, batches((x, y)), budget, metric=cp.Metric(of=right, bounds=(0, 1), name="hits"))
+    ours = cp.certify(
+        model,
+        other,
+        batches((x, y)),
+        budget,
+        metric=cp.Metric(of=right, bounds=(0, 1), name="hits"),
+    )
     assert (ours.metric, ours.bound, ours.method) == ("hits", expected.bound, expected.method)
 
     def confidence_in_truth(outputs, batch):
@@ -305,24 +356,44 @@ def test_certify_with_a_metric_of_ones_own(trained):
 
     bare = cp.certify(model, other, batches((x, y)), budget, metric=confidence_in_truth)
     bounded = cp.Metric(of=confidence_in_truth, bounds=(0, 1))
-    brier = cp.Metric(of=lambda o, b: 1 - confidence_in_truth(o, b), bounds=(0, 1), higher_is_better=False)
+    brier = cp.Metric(
+        of=lambda o, b: 1 - confidence_in_truth(o, b), bounds=(0, 1), higher_is_better=False
+    )
     assert bare.metric == "confidence_in_truth" and bare.drop > 0 and "t bound" in bare.method
-    first, second = (cp.certify(model, other, batches((x, y)), budget, metric=m) for m in (bounded, brier))
+    first, second = (
+        cp.certify(model, other, batches((x, y)), budget, metric=m) for m in (bounded, brier)
+    )
     assert first.bound == pytest.approx(second.bound, abs=1e-6) and first.bound > bare.drop
-    split = Split(items=tuple(cp.data.itemize(batches((x, y)))), documents=tuple(f"d{i // 10}" for i in range(len(y))))
+    split = Split(
+        items=tuple(cp.data.itemize(batches((x, y)))),
+        documents=tuple(f"d{i // 10}" for i in range(len(y))),
+    )
     assert cp.certify(model, other, split, budget, metric=bounded).clusters == 90
-    with pytest.raises(ValueError, match=r"metric 'bad' returned shape \(8, 10\) for a batch of 8 items"):
-        cp.certify(model, other, batches((x, y)), budget, metric=cp.Metric(of=lambda o, b: o, name="bad"))
+    with pytest.raises(
+        ValueError, match=r"metric 'bad' returned shape \(8, 10\) for a batch of 8 items"
+    ):
+        cp.certify(
+            model, other, batches((x, y)), budget, metric=cp.Metric(of=lambda o, b: o, name="bad")
+        )
 
 
 def test_a_budget_deals_whole_documents_and_tells_of_repeated_items(trained):
     model, (x, y) = trained
-    split = Split(items=tuple(cp.data.itemize(batches((x, y)))), documents=tuple(f"d{i // 10}" for i in range(len(y))))
+    split = Split(
+        items=tuple(cp.data.itemize(batches((x, y)))),
+        documents=tuple(f"d{i // 10}" for i in range(len(y))),
+    )
     result = cp.quantize(model, split, bits=(3, 8), budget=cp.Budget("loss", max_drop=0.1))
-    assert result.verdict is not None and result.verdict.clusters is not None and 40 <= result.verdict.clusters <= 50
+    assert (
+        result.verdict is not None
+        and result.verdict.clusters is not None
+        and 40 <= result.verdict.clusters <= 50
+    )
     part = cp.data.as_split(batches((x[:200], y[:200])))
     splits = cp.Splits(calibrate=part, price=part, select=part, certify=part)
-    with pytest.warns(UserWarning, match="200 of the 200 items of the certify split have also made"):
+    with pytest.warns(
+        UserWarning, match="200 of the 200 items of the certify split have also made"
+    ):
         cp.quantize(model, splits, bits=(3, 8), budget=cp.Budget("loss", max_drop=0.1))
 
 
@@ -419,7 +490,9 @@ def test_saving_never_touches_a_folder_with_other_things_in_it(trained, tmp_path
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
     for _ in range(2):
         folder = result.save(tmp_path / "new")
-    assert torch.equal(cp.load(folder, model=copy.deepcopy(trained[0]))[0].weight, result.model[0].weight)
+    assert torch.equal(
+        cp.load(folder, model=copy.deepcopy(trained[0]))[0].weight, result.model[0].weight
+    )
 
 
 def test_a_single_option_beside_keep_is_measured_against_the_uncompressed_model(trained):
@@ -435,7 +508,9 @@ def test_a_single_option_beside_keep_is_measured_against_the_uncompressed_model(
         assert (share > 0.9) == (name in pruned)
     for option in (cp.Prune(sparsity=0.95), cp.Quantize(bits=2)):
         uniform = cp.compress(model, batches(data), options=[option]).model
-        assert cp.certify(model, uniform, batches(data), cp.Budget("loss", max_drop=1e-4)).drop > 1e-4
+        assert (
+            cp.certify(model, uniform, batches(data), cp.Budget("loss", max_drop=1e-4)).drop > 1e-4
+        )
 
 
 def test_a_weight_under_two_names_is_compressed_once_and_stored_once(trained, tmp_path):
@@ -467,10 +542,20 @@ def test_masks_are_for_tokens_not_for_vectors_that_happen_to_have_their_shape():
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    config = BertConfig(
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
     mask = torch.ones(2, 32, dtype=torch.long)
     mask[0, 20:] = 0
-    batch = {"input_ids": torch.randint(0, 40, (2, 32)), "attention_mask": mask, "labels": torch.tensor([0, 1])}
+    batch = {
+        "input_ids": torch.randint(0, 40, (2, 32)),
+        "attention_mask": mask,
+        "labels": torch.tensor([0, 1]),
+    }
     assert cp.quantize(BertForSequenceClassification(config), [batch], bits=4).plan.bytes > 0
 
 
@@ -493,7 +578,15 @@ def test_layers_called_by_keyword_and_parametrized_weights():
 def test_models_that_transformers_cannot_load_packed_are_saved_for_our_own_loader(tmp_path):
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(vocab_size=96, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    config = T5Config(
+        vocab_size=96,
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+    )
     model = T5ForConditionalGeneration(config).eval()
     ids = torch.randint(1, 96, (4, 10))
     data = [{"input_ids": ids, "decoder_input_ids": ids[:, :6]}]
@@ -522,7 +615,7 @@ def test_modes_come_back_as_the_model_had_them(trained):
         assert [m.training for m in result.model.modules()] == [m.training for m in model.modules()]
 
 
-# -------------------------------------------------------------------------------------------- what comes back from disk
+# ------------------------------------------------------------------------ what comes back from disk
 
 
 @pytest.mark.parametrize(
@@ -541,7 +634,9 @@ def test_a_model_that_is_itself_a_layer_is_stored_whole(tmp_path, option):
     result = cp.compress(nn.Linear(16, 5), data, options=[option])
     folder = result.save(tmp_path / "out")
     again = cp.load(folder, model=nn.Linear(16, 5))
-    assert torch.equal(again.weight, result.model.weight) and torch.equal(again.bias, result.model.bias)
+    assert torch.equal(again.weight, result.model.weight) and torch.equal(
+        again.bias, result.model.bias
+    )
     if isinstance(option, cp.Quantize):
         with pytest.raises(ValueError, match="load it without packed=True"):
             cp.load(folder, model=nn.Linear(16, 5), packed=True)
@@ -562,7 +657,9 @@ def test_saving_over_an_artifact_of_another_form_leaves_nothing_of_it(tmp_path):
     theirs.save(tmp_path / "out")
     ours.save(tmp_path / "out")
     with torch.no_grad():
-        assert torch.equal(cp.load(tmp_path / "out")(**data[0]).logits, ours.model(**data[0]).logits)
+        assert torch.equal(
+            cp.load(tmp_path / "out")(**data[0]).logits, ours.model(**data[0]).logits
+        )
         with pytest.raises(OSError, match="no file named"):
             AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         theirs.save(tmp_path / "out")
@@ -581,7 +678,9 @@ def test_a_result_whose_model_was_trained_since_is_not_saved(tmp_path, trained):
     assert torch.equal(again[5].bias, result.model[5].bias)
     with torch.no_grad():
         result.model[3].weight[0, 0] += 1.0
-    with pytest.raises(ValueError, match=r"layer 3 of the result's model is not what was compressed.*recover"):
+    with pytest.raises(
+        ValueError, match=r"layer 3 of the result's model is not what was compressed.*recover"
+    ):
         result.save(tmp_path / "out")
     budgeted = cp.quantize(model, data, budget=cp.Budget("loss", max_drop=0.1))
     budgeted.save(tmp_path / "budgeted")
@@ -596,7 +695,10 @@ def test_a_result_whose_model_was_trained_since_is_not_saved(tmp_path, trained):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda x, y: (x, y + 3), "calibrate item [0-9]+: label 1[0-2], and the model has 10 classes"),
+        (
+            lambda x, y: (x, y + 3),
+            "calibrate item [0-9]+: label 1[0-2], and the model has 10 classes",
+        ),
         (lambda x, y: (x, y - 1), "calibrate item [0-9]+: label -1, and the model has 10 classes"),
     ],
 )
@@ -612,12 +714,20 @@ def test_items_that_the_model_cannot_read_are_named(trained, change, message):
 def test_tokens_beyond_the_embedding_and_positions_beyond_the_table_are_named():
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model("gpt2", n_embd=16, n_head=2, n_layer=1, vocab_size=50, n_positions=16)
+    config = AutoConfig.for_model(
+        "gpt2", n_embd=16, n_head=2, n_layer=1, vocab_size=50, n_positions=16
+    )
     model = AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(ValueError, match="calibrate item 1: token 50, and the model's embedding has 50 rows"):
+    with pytest.raises(
+        ValueError, match="calibrate item 1: token 50, and the model's embedding has 50 rows"
+    ):
         cp.quantize(model, [{"input_ids": torch.full((1, 8), i)} for i in (49, 50)], bits=4)
-    with pytest.raises(ValueError, match=r"calibrate: the model fails on an item of shape .*\(1, 17\).*too long"):
-        cp.quantize(model, [{"input_ids": torch.ones(1, n, dtype=torch.long)} for n in (16, 17, 4)], bits=4)
+    with pytest.raises(
+        ValueError, match=r"calibrate: the model fails on an item of shape .*\(1, 17\).*too long"
+    ):
+        cp.quantize(
+            model, [{"input_ids": torch.ones(1, n, dtype=torch.long)} for n in (16, 17, 4)], bits=4
+        )
 
 
 @pytest.mark.parametrize("split", ["select", "certify"])
@@ -625,7 +735,8 @@ def test_a_budget_on_one_document_is_refused_at_once(trained, split):
     model, (x, y) = trained
     parts = {
         p: Split(
-            items=tuple((x[i : i + 1], y[i : i + 1]) for i in range(8 * k, 8 * k + 8)), documents=tuple("abcdefgh")
+            items=tuple((x[i : i + 1], y[i : i + 1]) for i in range(8 * k, 8 * k + 8)),
+            documents=tuple("abcdefgh"),
         )
         for k, p in enumerate(("calibrate", "price", "select", "certify"))
     }
@@ -640,7 +751,10 @@ def test_a_budget_on_one_document_is_refused_at_once(trained, split):
         (lambda m, d: cp.quantize(m, d, bits=True), "bits=True is not offered"),
         (lambda m, d: cp.quantize(m, d, bits=4, layers=[]), "layers is empty"),
         (lambda m, d: cp.price(m, d, options=[]), "options is empty"),
-        (lambda m, d: cp.price(m, d, options=[cp.Quantize(bits=4)], labels=0), "labels=0: expected a whole number"),
+        (
+            lambda m, d: cp.price(m, d, options=[cp.Quantize(bits=4)], labels=0),
+            "labels=0: expected a whole number",
+        ),
         (lambda m, d: cp.Settings(batch_size=0), "batch_size=0: expected a whole number"),
     ],
 )

@@ -1,4 +1,5 @@
-"""The one forward pass: second moments against the layers' own inputs, order, masks, and sequential replacement."""
+"""The one forward pass: second moments against the layers' own inputs, order, masks, and sequential
+replacement."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ def test_second_moments_exclude_padding_and_are_shared_by_layers_with_one_input(
     seen = {}
     layers = find_layers(model)
     handles = [
-        layer.readers[0].register_forward_pre_hook(lambda m, a, n=n: seen.__setitem__(n, a[0][mask.bool()]))
+        layer.readers[0].register_forward_pre_hook(
+            lambda m, a, n=n: seen.__setitem__(n, a[0][mask.bool()])
+        )
         for n, layer in layers.items()
     ]
     with torch.no_grad():
@@ -51,10 +54,14 @@ def test_second_moments_exclude_padding_and_are_shared_by_layers_with_one_input(
     for handle in handles:
         handle.remove()
     moments, order = collect(model, {"input_ids": ids, "attention_mask": mask}, layers)
-    assert order[-1] == "model.embed_tokens" and len(order) == len(layers) == 15  # tied: visited where it multiplies
+    assert (
+        order[-1] == "model.embed_tokens" and len(order) == len(layers) == 15
+    )  # tied: visited where it multiplies
     for name, moment in moments.items():
         x = seen[name].double()
-        torch.testing.assert_close(moment.second[0].double(), x.t() @ x / len(x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            moment.second[0].double(), x.t() @ x / len(x), rtol=1e-5, atol=1e-6
+        )
     q, k = (f"model.layers.0.self_attn.{n}_proj" for n in "qk")
     assert moments[q] is moments[k]
     assert moments[q] is not moments["model.layers.0.self_attn.o_proj"]
@@ -72,7 +79,9 @@ def test_later_layers_see_what_earlier_ones_became():
         if layer.name == "0":
             layer.write_(new)
 
-    visit_layers(model, Classification(), (x, torch.zeros(20, dtype=torch.long)), find_layers(model), visit)
+    visit_layers(
+        model, Classification(), (x, torch.zeros(20, dtype=torch.long)), find_layers(model), visit
+    )
     hidden = torch.relu(x @ new.t() + model[0].bias).detach()
     torch.testing.assert_close(moments["2"].second[0], hidden.t() @ hidden / 20)
 
@@ -102,7 +111,12 @@ def test_the_pass_stops_before_the_last_layer_and_leaves_no_hooks():
     calls = []
     model[1].register_forward_hook(lambda *a: calls.append("last layer ran"))
     model.train()
-    collect(model, (torch.randn(4, 3), torch.zeros(4, dtype=torch.long)), find_layers(model), Classification())
+    collect(
+        model,
+        (torch.randn(4, 3), torch.zeros(4, dtype=torch.long)),
+        find_layers(model),
+        Classification(),
+    )
     assert not calls
     assert model.training and model[2].training
     assert not model[0]._forward_pre_hooks and not model[1]._forward_pre_hooks
@@ -128,7 +142,8 @@ def test_lookup_embeddings_are_visited_without_a_moment_and_unreached_layers_are
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_drift_is_the_difference_of_two_models_inputs(dtype):
-    """Against both models' inputs, captured apart; padding does not count, layers with one input share its moments."""
+    """Against both models' inputs, captured apart; padding does not count, layers with one input
+    share its moments."""
     model = llama().to(dtype)
     reference = copy.deepcopy(model)
     ids = torch.randint(0, 30, (3, 8))
@@ -142,7 +157,9 @@ def test_the_drift_is_the_difference_of_two_models_inputs(dtype):
         layer.write_(0.5 * layer.as_matrix(layer.weight.detach()))
 
     layers = find_layers(model, "model.layers.*")
-    visit_layers(model, CausalLM(), batch, layers, visit, reference=(reference, find_layers(reference)))
+    visit_layers(
+        model, CausalLM(), batch, layers, visit, reference=(reference, find_layers(reference))
+    )
     before, now = (inputs_of(m, batch, mask) for m in (reference, model))
     tolerance = 1e-6 if dtype == torch.float64 else 0.05  # bfloat16 products
     for name, moments in found.items():
@@ -160,7 +177,9 @@ def test_the_drift_is_the_difference_of_two_models_inputs(dtype):
 def inputs_of(model, batch, mask):
     seen = {}
     handles = [
-        layer.readers[0].register_forward_pre_hook(lambda _, a, n=n: seen.__setitem__(n, a[0][mask.bool()]))
+        layer.readers[0].register_forward_pre_hook(
+            lambda _, a, n=n: seen.__setitem__(n, a[0][mask.bool()])
+        )
         for n, layer in find_layers(model).items()
     ]
     with torch.no_grad():
@@ -171,7 +190,8 @@ def inputs_of(model, batch, mask):
 
 
 class Routed(nn.Module):
-    """Sends the rows with a positive first feature through one expert, the others through a second one."""
+    """Sends the rows with a positive first feature through one expert, the others through a second
+    one."""
 
     def __init__(self):
         super().__init__()
@@ -199,9 +219,18 @@ def test_there_is_no_drift_where_a_router_sends_other_rows():
 
     batch = (torch.randn(20, 3, dtype=torch.float64), torch.zeros(20, dtype=torch.long))
     visit_layers(
-        model, Classification(), batch, find_layers(model), visit, reference=(reference, find_layers(reference))
+        model,
+        Classification(),
+        batch,
+        find_layers(model),
+        visit,
+        reference=(reference, find_layers(reference)),
     )
-    assert all(moments.drift is None for moments in found.values()) and set(found) == {"first", "a", "b"}
+    assert all(moments.drift is None for moments in found.values()) and set(found) == {
+        "first",
+        "a",
+        "b",
+    }
 
 
 def test_a_failing_visit_ends_the_pass_beside_it():
@@ -213,27 +242,42 @@ def test_a_failing_visit_ends_the_pass_beside_it():
 
     batch = {"input_ids": torch.randint(0, 30, (2, 4))}
     with pytest.raises(KeyError):
-        visit_layers(model, CausalLM(), batch, find_layers(model), visit, reference=(reference, find_layers(reference)))
+        visit_layers(
+            model,
+            CausalLM(),
+            batch,
+            find_layers(model),
+            visit,
+            reference=(reference, find_layers(reference)),
+        )
     assert not [t for t in threading.enumerate() if t.name == "uncompressed model"]
     assert not any(m._forward_pre_hooks for m in (*reference.modules(), *model.modules()))
 
 
 def test_a_gram_matrix_of_several_blocks_is_whole_and_symmetric():
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(500, 3, dtype=torch.float64)), torch.randn(70, 500, dtype=torch.float64)
-    moments, _ = collect(model, (x, torch.zeros(70, dtype=torch.long)), find_layers(model), Classification())
+    model, x = (
+        nn.Sequential(nn.Linear(500, 3, dtype=torch.float64)),
+        torch.randn(70, 500, dtype=torch.float64),
+    )
+    moments, _ = collect(
+        model, (x, torch.zeros(70, dtype=torch.long)), find_layers(model), Classification()
+    )
     torch.testing.assert_close(moments["0"].second[0], x.t() @ x / 70, rtol=1e-12, atol=1e-12)
 
 
 def test_products_in_eight_bits_are_those_of_slightly_noisy_inputs():
-    """Against float64: of the second moments nothing is off by more than n / 193,548, and of usual columns, whose noise
-    is a twelfth of (4/127)^2, by no more than four standard errors of twice its mean product with n inputs."""
+    """Against float64: of the second moments nothing is off by more than n / 193,548, and of usual
+    columns, whose noise is a twelfth of (4/127)^2, by no more than four standard errors of twice
+    its mean product with n inputs."""
     torch.manual_seed(0)
     n, width = 4096, 260
     x = torch.randn(n, width) @ (torch.eye(width) + 0.3 * torch.randn(width, width))
     x[7, 3], x[:, 5] = 1e4, 0  # one token that outweighs all others; a dead input
     model, others = nn.Sequential(nn.Linear(width, 3)), x.double()
-    moments, _ = collect(model, (x, torch.zeros(n, dtype=torch.long)), find_layers(model), Classification())
+    moments, _ = collect(
+        model, (x, torch.zeros(n, dtype=torch.long)), find_layers(model), Classification()
+    )
     exact, found = others.t() @ others / n, moments["0"].second[0].double()
     size = exact.diagonal().clamp_min(1e-30).sqrt()
     error = (found - exact) / size / size[:, None]
@@ -255,7 +299,9 @@ def test_products_in_eight_bits_do_not_hide_what_is_not_finite(bad):
     x = torch.randn(20, 300)
     x[3, 4] = bad
     model = nn.Sequential(nn.Linear(300, 2))
-    moments, _ = collect(model, (x, torch.zeros(20, dtype=torch.long)), find_layers(model), Classification())
+    moments, _ = collect(
+        model, (x, torch.zeros(20, dtype=torch.long)), find_layers(model), Classification()
+    )
     assert not bool(moments["0"].second[0, 4].isfinite().any())
 
 
@@ -285,14 +331,25 @@ def test_a_model_without_bfloat16_runs_beside_in_its_own_type_and_other_failures
         layer.write_(0.5 * layer.as_matrix(layer.weight.detach()))
 
     layers = find_layers(model)
-    visit_layers(model, Classification(), batch, layers, visit, reference=(reference, find_layers(reference)))
+    visit_layers(
+        model, Classification(), batch, layers, visit, reference=(reference, find_layers(reference))
+    )
     with torch.no_grad():
         before, now = reference.first(x), model.first(x)
     expected = (before - now).t() @ now / 20
     assert float((found["second"].drift[0] - expected).norm() / expected.norm()) < 0.02
     reference.always = True
-    with pytest.raises(RuntimeError, match="uncompressed model failed before layer second: not implemented"):
-        visit_layers(model, Classification(), batch, layers, visit, reference=(reference, find_layers(reference)))
+    with pytest.raises(
+        RuntimeError, match="uncompressed model failed before layer second: not implemented"
+    ):
+        visit_layers(
+            model,
+            Classification(),
+            batch,
+            layers,
+            visit,
+            reference=(reference, find_layers(reference)),
+        )
 
 
 def test_the_copy_beside_a_model_that_is_overwritten_holds_its_own_weights_and_shares_the_rest():

@@ -37,14 +37,33 @@ MAY_IMPORT: dict[str, set[str]] = {
     "curvature/fisher": {"curvature/estimators", "objective", "layers", "processes"},
     "curvature/measured": {"layers", "objective"},
     "curvature/forms": {
-        *("curvature/factors", "curvature/fisher", "curvature/operators", "curvature/products", "layers", "objective"),
+        *(
+            "curvature/factors",
+            "curvature/fisher",
+            "curvature/operators",
+            "curvature/products",
+            "layers",
+            "objective",
+        ),
     },
     "curvature/factors": {
-        *("curvature/operators", "curvature/estimators", "curvature/products", "objective", "layers"),
+        *(
+            "curvature/operators",
+            "curvature/estimators",
+            "curvature/products",
+            "objective",
+            "layers",
+        ),
         "processes",
     },
     "analysis": {
-        *("curvature/estimators", "curvature/products", "curvature/layerwise", "curvature/fisher", "curvature/factors"),
+        *(
+            "curvature/estimators",
+            "curvature/products",
+            "curvature/layerwise",
+            "curvature/fisher",
+            "curvature/factors",
+        ),
         *("objective", "layers"),
     },
     "solve": {"options"},
@@ -52,7 +71,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"objective"},
     "hf": {"objective", "options"},
     "recipe": {"options", "groups"},
-    "ledger": {"solve", "curvature/estimators", "curvature/fisher", "curvature/forms", "options", "quadratic", "work"},
+    "ledger": {
+        "solve",
+        "curvature/estimators",
+        "curvature/fisher",
+        "curvature/forms",
+        "options",
+        "quadratic",
+        "work",
+    },
     "work": {"knapsack", "layers", "objective", "options", "plan"},
     "controls": {"layers", "ledger"},
     "packed": {"options", "layers", "solve"},
@@ -67,11 +94,33 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
 }
 MAY_IMPORT["job"] = {
-    *("analysis", "artifact", "certificate", "data", "knapsack", "layers", "ledger", "objective", "options", "plan"),
+    *(
+        "analysis",
+        "artifact",
+        "certificate",
+        "data",
+        "knapsack",
+        "layers",
+        "ledger",
+        "objective",
+        "options",
+        "plan",
+    ),
     *("recovery", "solve", "state", "work"),
 }
 MAY_IMPORT["selection"] = {
-    *("certificate", "controls", "data", "job", "knapsack", "layers", "ledger", "objective", "options", "plan"),
+    *(
+        "certificate",
+        "controls",
+        "data",
+        "job",
+        "knapsack",
+        "layers",
+        "ledger",
+        "objective",
+        "options",
+        "plan",
+    ),
     *("quadratic", "solve"),
 }
 MAY_IMPORT["sequence"] = {"job", "knapsack", "plan", "selection"}
@@ -84,7 +133,17 @@ MAY_IMPORT["__init__"] = {*MAY_IMPORT} - {"cli"}
 MAY_IMPORT["__main__"] = {"cli"}
 
 ONLY_HF = {"transformers", "compressed_tensors", "datasets", "accelerate", "gguf"}
-WITHOUT_TORCH = {"knapsack", "plan", "quadratic", "groups", "certificate", "lmeval", "options", "recipe", "report"}
+WITHOUT_TORCH = {
+    "knapsack",
+    "plan",
+    "quadratic",
+    "groups",
+    "certificate",
+    "lmeval",
+    "options",
+    "recipe",
+    "report",
+}
 NO_SUCH_NAMES = {"utils", "util", "core", "base", "common", "helpers", "misc"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -100,8 +159,8 @@ def room_of(path: Path) -> str:
 def imported(source: str, module: tuple[str, ...]) -> set[str]:
     """Dotted names that a file imports, anywhere in it.
 
-    ``from a import b`` gives both ``a`` and ``a.b``: b may be a module. ``module`` is the dotted name of the file, in
-    parts, with ``__init__`` kept, to resolve relative imports.
+    ``from a import b`` gives both ``a`` and ``a.b``: b may be a module. ``module`` is the dotted
+    name of the file, in parts, with ``__init__`` kept, to resolve relative imports.
     """
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
@@ -170,7 +229,11 @@ def test_nothing_imports_in_a_circle() -> None:
 
 
 def test_no_room_is_a_drawer_for_odds_and_ends() -> None:
-    assert not [identity(path) for path in FILES if NO_SUCH_NAMES & {*path.relative_to(PACKAGE).with_suffix("").parts}]
+    assert not [
+        identity(path)
+        for path in FILES
+        if NO_SUCH_NAMES & {*path.relative_to(PACKAGE).with_suffix("").parts}
+    ]
 
 
 def test_the_reader_sees_every_form_of_import() -> None:
@@ -186,7 +249,19 @@ def later():
 """
     seen = imported(source, ("curvprune", "report", "html"))
     assert seen == {
-        *("a.b", "d", "d.e", "curvprune.report", "curvprune.report.f", "curvprune.g", "curvprune.g.h", "i"),
+        *(
+            "a.b",
+            "d",
+            "d.e",
+            "curvprune.report",
+            "curvprune.report.f",
+            "curvprune.g",
+            "curvprune.g.h",
+            "i",
+        ),
         *("curvprune.report.j", "curvprune.report.j.k"),
     }
-    assert imported("from . import x", ("curvprune", "solve", "__init__")) == {"curvprune.solve", "curvprune.solve.x"}
+    assert imported("from . import x", ("curvprune", "solve", "__init__")) == {
+        "curvprune.solve",
+        "curvprune.solve.x",
+    }

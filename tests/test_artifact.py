@@ -1,4 +1,5 @@
-"""What is written is what is read: against compressed-tensors, plain transformers in a new process, our loader."""
+"""What is written is what is read: against compressed-tensors, plain transformers in a new process,
+our loader."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ from tests import tiny
 @pytest.mark.parametrize("shape", [(3, 32), (5, 33), (7, 1), (1, 100)])
 def test_packing_is_that_of_compressed_tensors(bits, shape):
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    codes = torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    codes = torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(0)).to(
+        torch.int8
+    )
     for dim, length in ((1, shape[1]), (0, shape[0])):
         words = artifact.pack(codes, bits, dim=dim)
         assert torch.equal(words, pack_to_int32(codes, bits, packed_dim=dim))
@@ -44,12 +47,15 @@ def test_packing_is_that_of_compressed_tensors(bits, shape):
 
 
 def compress_every_way(model: nn.Module, names: list[str], options: list) -> dict:
-    """Give the layers the options in turn, each solved with a random second moment; the model holds the result."""
+    """Give the layers the options in turn, each solved with a random second moment; the model holds
+    the result."""
     layers, solved = find_layers(model), {}
     for i, name in enumerate(names):
         layer = layers[name]
         x = torch.randn(layer.groups, 4 * layer.shape[1], layer.shape[1])
-        solved[name] = solve_layer(layer, [options[i % len(options)]], Moments(x.transpose(1, 2) @ x))[0]
+        solved[name] = solve_layer(
+            layer, [options[i % len(options)]], Moments(x.transpose(1, 2) @ x)
+        )[0]
         layer.write_(solved[name].weight)
     return solved
 
@@ -70,7 +76,9 @@ def test_plain_transformers_in_a_fresh_process_gives_the_same_logits(tmp_path, t
     torch.manual_seed(0)
     original = tiny.llama(tied=tied)
     model = tiny.llama(tied=tied)
-    names = [n for n in find_layers(model) if n.startswith("model.layers")] + ([] if tied else ["lm_head"])
+    names = [n for n in find_layers(model) if n.startswith("model.layers")] + (
+        [] if tied else ["lm_head"]
+    )
     solved = compress_every_way(model, names, MIXED)
     solved |= compress_every_way(model, ["model.embed_tokens"], [Cast(dtype="float16")])
     write_model(tmp_path, original, solved, {}, tokenizer=tiny.byte_tokenizer())
@@ -78,7 +86,8 @@ def test_plain_transformers_in_a_fresh_process_gives_the_same_logits(tmp_path, t
     with torch.no_grad():
         expected = model(input_ids=ids).logits
     script = (
-        "import torch, sys; from transformers import AutoModelForCausalLM as A, AutoTokenizer as T\n"
+        "import torch, sys; from transformers import AutoModelForCausalLM as A, AutoTokenizer as "
+        "T\n"
         f"m = A.from_pretrained({str(tmp_path)!r}).eval(); T.from_pretrained({str(tmp_path)!r})\n"
         "assert m.dtype == torch.float32, m.dtype\n"
         f"torch.save(m(input_ids=torch.arange(40).reshape(2, 20)).logits.detach(), {str(tmp_path / 'logits.pt')!r})"
@@ -88,7 +97,9 @@ def test_plain_transformers_in_a_fresh_process_gives_the_same_logits(tmp_path, t
     torch.testing.assert_close(theirs, expected, rtol=1e-5, atol=1e-5)
     ours = cp.load(tmp_path)
     torch.testing.assert_close(ours(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
-    assert next(ours.parameters()).shape == next(model.parameters()).shape, "unpacked before the first forward pass"
+    assert next(ours.parameters()).shape == next(model.parameters()).shape, (
+        "unpacked before the first forward pass"
+    )
     moved = ours.to("meta")(input_ids=ids.to("meta")).logits
     assert moved.device.type == "meta", "it runs where it is moved to, not where it was read"
 
@@ -104,7 +115,8 @@ UNEVEN = [  # what compressed-tensors does not have: shorter last groups, and ze
 
 
 @pytest.mark.parametrize(
-    ("portable", "options"), [(True, MIXED), (False, [*MIXED, *UNEVEN]), ("engines", [Quantize(bits=4), *UNEVEN[2:4]])]
+    ("portable", "options"),
+    [(True, MIXED), (False, [*MIXED, *UNEVEN]), ("engines", [Quantize(bits=4), *UNEVEN[2:4]])],
 )
 def test_bytes_promised_are_bytes_on_disk(tmp_path, portable, options):
     model = tiny.llama()
@@ -152,21 +164,29 @@ def test_any_module_round_trips_packed(tmp_path):
     solved = compress_every_way(model, list(find_layers(model)), options)
     artifact.save(tmp_path, original, find_layers(original), solved, {})
     loaded = cp.load(tmp_path, model=Convolutional())
-    for (name, ours), theirs in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):
+    for (name, ours), theirs in zip(
+        loaded.state_dict().items(), model.state_dict().values(), strict=True
+    ):
         assert torch.equal(ours, theirs), name
     assert not any(
-        k.endswith(".weight") and k.startswith(("first", "grouped")) for k in artifact.tensor_names(tmp_path)
+        k.endswith(".weight") and k.startswith(("first", "grouped"))
+        for k in artifact.tensor_names(tmp_path)
     )
 
 
 def test_layers_that_transformers_cannot_unpack_are_stored_dense(tmp_path):
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_embd=16, n_layer=1, n_head=2, n_positions=32)).eval()
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=256, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    ).eval()
     from curvprune.pipeline import write_model
 
     layers = find_layers(model)
     original_option = Quantize(bits=4)
     assert artifact.form_of(model, layers["transformer.h.0.mlp.c_fc"], original_option) == "dense"
-    assert artifact.layer_bytes(model, layers["transformer.h.0.mlp.c_fc"], original_option) == 64 * 16 * 4
+    assert (
+        artifact.layer_bytes(model, layers["transformer.h.0.mlp.c_fc"], original_option)
+        == 64 * 16 * 4
+    )
     solved = compress_every_way(model, [n for n in layers if ".h." in n], [original_option])
     write_model(tmp_path, model, solved, {})
     ids = torch.arange(10)[None]
@@ -207,8 +227,14 @@ def test_damaged_or_foreign_folders_are_refused(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_load_with_the_very_weights_that_were_solved(tmp_path, dtype):
     model = tiny.llama().to(dtype)
-    data = [{"input_ids": torch.randint(0, 256, (4, 30), generator=torch.Generator().manual_seed(0))}]
-    options = [Quantize(bits=4, group_size=16), Quantize(bits=8, symmetric=False), Quantize(bits=3, symmetric=False)]
+    data = [
+        {"input_ids": torch.randint(0, 256, (4, 30), generator=torch.Generator().manual_seed(0))}
+    ]
+    options = [
+        Quantize(bits=4, group_size=16),
+        Quantize(bits=8, symmetric=False),
+        Quantize(bits=3, symmetric=False),
+    ]
     for i, option in enumerate(options):
         result = cp.compress(model, data, options=[option], layers="model.layers.*")
         result.save(tmp_path / str(i))
@@ -219,8 +245,8 @@ def test_half_precision_models_load_with_the_very_weights_that_were_solved(tmp_p
 
 
 def test_a_folder_that_is_not_portable_packs_embeddings_and_says_so_to_transformers(tmp_path):
-    """A tied 8-bit embedding lies packed on disk, comes back in a fresh process, and transformers refuses the folder
-    instead of starting the missing weights at random."""
+    """A tied 8-bit embedding lies packed on disk, comes back in a fresh process, and transformers
+    refuses the folder instead of starting the missing weights at random."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
@@ -238,7 +264,10 @@ def test_a_folder_that_is_not_portable_packs_embeddings_and_says_so_to_transform
         < 0.3 * 4 * sum(p.numel() for p in model.parameters())
     )
     loaded = cp.load(tmp_path / "packed")
-    assert type(loaded) is LlamaForCausalLM and loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert (
+        type(loaded) is LlamaForCausalLM
+        and loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    )
     with torch.no_grad():
         assert torch.equal(loaded(**data[0]).logits, result.model.eval()(**data[0]).logits)
     with pytest.raises(OSError, match="no file named"):
@@ -250,19 +279,30 @@ def test_a_t5_that_transformers_cannot_unpack_loads_from_a_folder_that_is_not_po
 
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0, pad_token_id=0
+        vocab_size=50,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=1,
+        num_heads=4,
+        decoder_start_token_id=0,
+        pad_token_id=0,
     )
     model = T5ForConditionalGeneration(config).eval()
     ids = lambda: torch.randint(1, 50, (2, 6))  # noqa: E731
     data = [{"input_ids": ids(), "decoder_input_ids": ids()} for _ in range(4)]
-    result = cp.quantize(model, data, bits=4, objective="label-free", settings=cp.Settings(portable=False))
+    result = cp.quantize(
+        model, data, bits=4, objective="label-free", settings=cp.Settings(portable=False)
+    )
     loaded = cp.load(result.save(tmp_path / "packed"))
     with torch.no_grad():
         assert torch.equal(loaded(**data[0]).logits, result.model.eval()(**data[0]).logits)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 7, 8])
-@pytest.mark.parametrize(("group_size", "symmetric"), [(None, True), (3, False), (4, False), (5, True), (20, True)])
+@pytest.mark.parametrize(
+    ("group_size", "symmetric"), [(None, True), (3, False), (4, False), (5, True), (20, True)]
+)
 def test_packed_weights_are_the_unpacked_ones(bits, group_size, symmetric):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(6, 9, generator=generator)  # an odd number of inputs
@@ -283,11 +323,18 @@ def kinds_of_models() -> list[tuple]:
         num_key_value_heads=1, tie_word_embeddings=True,
     )  # fmt: skip
     gpt2 = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=16)
-    convnext = ConvNextConfig(hidden_sizes=[16, 32], depths=[1, 1], num_stages=2, num_labels=5, image_size=32)
+    convnext = ConvNextConfig(
+        hidden_sizes=[16, 32], depths=[1, 1], num_stages=2, num_labels=5, image_size=32
+    )
     return [
         ("tied llama", LlamaForCausalLM(llama), {"input_ids": ids}, 8),
         ("gpt2", GPT2LMHeadModel(gpt2), {"input_ids": ids}, 4),
-        ("convnext", ConvNextForImageClassification(convnext), {"pixel_values": torch.randn(2, 3, 32, 32)}, 4),
+        (
+            "convnext",
+            ConvNextForImageClassification(convnext),
+            {"pixel_values": torch.randn(2, 3, 32, 32)},
+            4,
+        ),
     ]
 
 
@@ -295,21 +342,33 @@ def kinds_of_models() -> list[tuple]:
 def test_a_packed_load_gives_the_outputs_of_an_unpacked_one_in_less_memory(case, tmp_path):
     _, model, batch, bits = case
     model.eval()
-    result = cp.quantize(model, [batch], bits=bits, objective="label-free", settings=cp.Settings(portable=False))
+    result = cp.quantize(
+        model, [batch], bits=bits, objective="label-free", settings=cp.Settings(portable=False)
+    )
     result.save(tmp_path)
     dense, packed = cp.load(tmp_path), cp.load(tmp_path, packed=True)
     with torch.no_grad():
-        torch.testing.assert_close(packed(**batch).logits, dense(**batch).logits, rtol=1e-5, atol=1e-6)
-        few = {k: v[:1, :1] if k == "input_ids" else v[:1] for k, v in batch.items()}  # the int8 kernel
+        torch.testing.assert_close(
+            packed(**batch).logits, dense(**batch).logits, rtol=1e-5, atol=1e-6
+        )
+        few = {
+            k: v[:1, :1] if k == "input_ids" else v[:1] for k, v in batch.items()
+        }  # the int8 kernel
         torch.testing.assert_close(packed(**few).logits, dense(**few).logits, rtol=1e-4, atol=1e-5)
 
     def held(m):
-        return sum(t.numel() * t.element_size() for t in {id(t): t for t in (*m.parameters(), *m.buffers())}.values())
+        return sum(
+            t.numel() * t.element_size()
+            for t in {id(t): t for t in (*m.parameters(), *m.buffers())}.values()
+        )
 
     assert held(packed) < 0.5 * held(dense)
     if "input_ids" in batch:
         start = batch["input_ids"][:, :4]
-        generated = [m.generate(start, max_new_tokens=3, do_sample=False, pad_token_id=0) for m in (dense, packed)]
+        generated = [
+            m.generate(start, max_new_tokens=3, do_sample=False, pad_token_id=0)
+            for m in (dense, packed)
+        ]
         assert torch.equal(*generated)
 
 
@@ -328,7 +387,9 @@ def test_what_is_loaded_can_be_saved_as_an_ordinary_dense_model(portable, tmp_pa
 
 
 @pytest.mark.parametrize("option", UNEVEN, ids=lambda option: option.key)
-def test_what_compressed_tensors_lacks_comes_back_from_a_folder_that_is_not_portable(option, tmp_path):
+def test_what_compressed_tensors_lacks_comes_back_from_a_folder_that_is_not_portable(
+    option, tmp_path
+):
     model = tiny.llama(tied=False)
     batch = {"input_ids": torch.randint(0, model.config.vocab_size, (2, 8))}
     result = cp.compress(model, [batch], options=[option], settings=cp.Settings(portable=False))
@@ -345,9 +406,14 @@ def test_what_compressed_tensors_lacks_comes_back_from_a_folder_that_is_not_port
 
 def test_prices_come_with_the_bytes_of_the_artifact_that_is_asked_for():
     model, option = tiny.llama(tied=False), Quantize(bits=1, group_size=20)
-    data = [{"input_ids": torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(i))} for i in range(3)]
+    data = [
+        {"input_ids": torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(i))}
+        for i in range(3)
+    ]
     sizes = {
-        portable: cp.price(model, data, options=[option], layers="lm_head", portable=portable).rows[0].bytes
+        portable: cp.price(model, data, options=[option], layers="lm_head", portable=portable)
+        .rows[0]
+        .bytes
         for portable in (True, False)
     }
     assert sizes == {True: 256 * 32 * 4, False: 256 * (4 + 2 * 2) + 16}
@@ -355,16 +421,26 @@ def test_prices_come_with_the_bytes_of_the_artifact_that_is_asked_for():
 
 def test_a_budget_is_spent_on_what_compressed_tensors_lacks(tmp_path):
     model = tiny.llama(tied=False)
-    data = [{"input_ids": torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(i))} for i in range(30)]
+    data = [
+        {"input_ids": torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(i))}
+        for i in range(30)
+    ]
     result = cp.compress(
         model, data, options=UNEVEN[:4], budget=cp.Budget(max_bytes=25_000), settings=cp.Settings(portable=False),
-        objective="label-free",  # any change may lower the loss of an untrained model, and one option for all win
+        # any change may lower the loss of an untrained model, and one option for all win
+        objective="label-free",
     )  # fmt: skip
     result.save(tmp_path)
     assert len(set(result.plan.choices.values())) > 1
-    assert sum(size for _, size in artifact.tensor_names(tmp_path).values()) == result.plan.bytes <= 25_000
+    assert (
+        sum(size for _, size in artifact.tensor_names(tmp_path).values())
+        == result.plan.bytes
+        <= 25_000
+    )
     with torch.no_grad():
-        assert torch.equal(cp.load(tmp_path)(**data[0]).logits, result.model.eval()(**data[0]).logits)
+        assert torch.equal(
+            cp.load(tmp_path)(**data[0]).logits, result.model.eval()(**data[0]).logits
+        )
 
 
 def test_compressed_tensors_has_no_shorter_last_group(tmp_path):
@@ -377,7 +453,9 @@ def test_compressed_tensors_has_no_shorter_last_group(tmp_path):
         dequantize(torch.zeros(3, 32, dtype=torch.int8), torch.ones(3, 2), None, args)
     model = tiny.llama()
     batch = {"input_ids": torch.randint(0, model.config.vocab_size, (2, 8))}
-    with pytest.raises(ValueError, match=r"q_proj: group_size=20 .* 32 inputs.*nearest that does: 16.*portable"):
+    with pytest.raises(
+        ValueError, match=r"q_proj: group_size=20 .* 32 inputs.*nearest that does: 16.*portable"
+    ):
         cp.quantize(model, [batch], bits=4, group_size=20, layers="model.layers.*")
     # An embedding is stored dense in such an artifact, and no group needs to be whole.
     cp.quantize(model, [batch], bits=4, group_size=20, layers="model.embed_tokens").save(tmp_path)
@@ -394,7 +472,9 @@ def test_one_bit_is_dense_where_transformers_must_read_it(symmetric, tmp_path):
     with torch.no_grad():
         assert torch.equal(theirs(**batch).logits, result.model.eval()(**batch).logits)
         for packed in (False, True):
-            assert torch.equal(cp.load(tmp_path, packed=packed)(**batch).logits, result.model(**batch).logits)
+            assert torch.equal(
+                cp.load(tmp_path, packed=packed)(**batch).logits, result.model(**batch).logits
+            )
     weight = theirs.model.layers[0].mlp.up_proj.weight
     assert all(len(group.unique()) == 2 for group in weight.detach().reshape(-1, 16))
 
@@ -403,12 +483,18 @@ def test_an_artifact_for_engines_holds_only_what_they_have_kernels_for(tmp_path)
     model = tiny.llama(tied=False)
     batch = {"input_ids": torch.randint(0, model.config.vocab_size, (2, 8))}
     settings = cp.Settings(portable="engines")
-    with pytest.raises((ValueError, TypeError), match="portable"):  # these tests check types at run time as well
+    with pytest.raises(
+        (ValueError, TypeError), match="portable"
+    ):  # these tests check types at run time as well
         cp.Settings(portable="engine")
-    with pytest.raises(ValueError, match=r"q_proj: option int3-pc-sym: .*2, 4 or 8 bits, not 3; nearest: 4"):
+    with pytest.raises(
+        ValueError, match=r"q_proj: option int3-pc-sym: .*2, 4 or 8 bits, not 3; nearest: 4"
+    ):
         cp.quantize(model, [batch], bits=3, settings=settings)
     budget = cp.Budget(max_bytes=85_000)
-    result = cp.quantize(model, [batch] * 30, budget=budget, settings=settings, layers="model.layers.*")
+    result = cp.quantize(
+        model, [batch] * 30, budget=budget, settings=settings, layers="model.layers.*"
+    )
     offered = {row.option for row in result.ledger.rows}
     assert offered == {"keep", "int2-pc-sym", "int4-pc-sym", "int8-pc-sym"}
     result.save(tmp_path)
@@ -425,12 +511,16 @@ def test_an_artifact_for_engines_holds_only_what_they_have_kernels_for(tmp_path)
 
 def test_convolutions_that_share_a_weight_stay_packed_together(tmp_path):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1), nn.Flatten())
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1), nn.Flatten()
+    )
     model[2].weight = model[0].weight
     x = torch.randn(4, 3, 2, 2)
     result = cp.quantize(model, [(x, torch.zeros(4, dtype=torch.long))], bits=4)
     result.save(tmp_path)
-    fresh = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1), nn.Flatten())
+    fresh = nn.Sequential(
+        nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1), nn.Flatten()
+    )
     fresh[2].weight = fresh[0].weight
     packed = cp.load(tmp_path, model=fresh, packed=True)
     assert packed[0].packed is packed[2].packed
@@ -445,12 +535,15 @@ def test_a_portable_folder_loads_packed_as_well(tmp_path):
     dense, packed = cp.load(tmp_path), cp.load(tmp_path, packed=True)
     assert not hasattr(packed.config, "quantization_config") and hasattr(packed.lm_head, "packed")
     with torch.no_grad():
-        torch.testing.assert_close(packed(**batch).logits, dense(**batch).logits, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            packed(**batch).logits, dense(**batch).logits, rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("labels", [2, 8, 9])
 def test_zero_points_of_few_outputs_are_readable_by_transformers(tmp_path, labels):
-    """compressed-tensors cannot unpack a single row of zero points: such a layer is stored dense, and counted so."""
+    """compressed-tensors cannot unpack a single row of zero points: such a layer is stored dense,
+    and counted so."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     torch.manual_seed(0)
@@ -459,7 +552,10 @@ def test_zero_points_of_few_outputs_are_readable_by_transformers(tmp_path, label
         max_position_embeddings=32, num_labels=labels,
     )  # fmt: skip
     model = AutoModelForSequenceClassification.from_config(config).eval()
-    data = [{"input_ids": torch.randint(0, 50, (2, 12)), "labels": torch.randint(0, labels, (2,))} for _ in range(4)]
+    data = [
+        {"input_ids": torch.randint(0, 50, (2, 12)), "labels": torch.randint(0, labels, (2,))}
+        for _ in range(4)
+    ]
     result = cp.quantize(model, data, bits=4, group_size=16, symmetric=False)
     folder = result.save(tmp_path / "out")
     form = json.loads((folder / "curvprune.json").read_text())["layers"]["classifier"]["form"]
@@ -473,5 +569,8 @@ def test_zero_points_of_few_outputs_are_readable_by_transformers(tmp_path, label
     )
     with torch.no_grad():
         ours = result.model(**data[0]).logits
-        for again in (cp.load(folder), AutoModelForSequenceClassification.from_pretrained(folder).eval()):
+        for again in (
+            cp.load(folder),
+            AutoModelForSequenceClassification.from_pretrained(folder).eval(),
+        ):
             assert torch.allclose(again(**data[0]).logits, ours, atol=1e-5)

@@ -59,31 +59,44 @@ def test_without_a_drop_the_plan_is_the_best_within_all_limits(trained):  # noqa
     ]
     best = min(ledger.predict(plan).value for plan in within)
     assert planned(result)["predicted"] == pytest.approx(best, rel=1e-9)
-    unlimited = min(ledger.predict(p).value for p in every_plan(ledger) if bits_per_weight(ledger, p) <= 4.5)
+    unlimited = min(
+        ledger.predict(p).value for p in every_plan(ledger) if bits_per_weight(ledger, p) <= 4.5
+    )
     assert best > unlimited, "the second limit must matter"
     assert set(result.plan.uses) == {"max_bytes", "max_bits", "max_bops"}
     assert result.plan.uses["max_bops"] == operations(result.plan.choices) <= budget.max_bops
-    assert result.plan.uses["max_bits"] == pytest.approx(bits_per_weight(ledger, result.plan.choices))
+    assert result.plan.uses["max_bits"] == pytest.approx(
+        bits_per_weight(ledger, result.plan.choices)
+    )
     assert result.plan.uses["max_bits"] <= 4.5 and result.plan.uses["max_bytes"] <= 7000
     assert cp.Plan.from_dict(json.loads(json.dumps(result.plan.to_dict()))) == replace(result.plan)
 
 
 def test_a_drop_is_certified_within_the_other_limits(trained):  # noqa: F811
     model, data = trained
-    free = cp.quantize(model, batches(data), bits=[2, 3, 4, 8], budget=cp.Budget("accuracy", max_drop=0.03))
+    free = cp.quantize(
+        model, batches(data), bits=[2, 3, 4, 8], budget=cp.Budget("accuracy", max_drop=0.03)
+    )
     latency = {(n, f"int{b}-pc-sym"): WEIGHTS[n] / 1000 for n in WEIGHTS for b in (2, 3, 4, 8)}
     latency |= {(n, "keep"): WEIGHTS[n] / 500 for n in WEIGHTS}
     for pair in free.plan.choices.items():
         latency[pair] += 5.0
-    assert sum(latency[pair] for pair in free.plan.choices.items()) > 6.5, "the limit must be in the way"
+    assert sum(latency[pair] for pair in free.plan.choices.items()) > 6.5, (
+        "the limit must be in the way"
+    )
     budget = cp.Budget(
-        "accuracy", max_drop=0.03, max_bits=7, limits=[cp.Limit(name="milliseconds", most=6.5, use=latency)]
+        "accuracy",
+        max_drop=0.03,
+        max_bits=7,
+        limits=[cp.Limit(name="milliseconds", most=6.5, use=latency)],
     )
     result = cp.quantize(model, batches(data), bits=[2, 3, 4, 8], budget=budget)
     assert result.verdict is not None and result.verdict.max_drop == 0.03
     assert result.plan.uses["milliseconds"] <= 6.5
     for trial in result.trials:
-        assert trial["uses"]["milliseconds"] == pytest.approx(sum(latency[pair] for pair in trial["choices"].items()))
+        assert trial["uses"]["milliseconds"] == pytest.approx(
+            sum(latency[pair] for pair in trial["choices"].items())
+        )
         if trial["kind"] != "control":
             assert trial["uses"]["milliseconds"] <= 6.5 and trial["uses"]["max_bits"] <= 7
             assert math.isfinite(trial["expected"]) and math.isfinite(trial["measured"])
@@ -94,13 +107,23 @@ def test_controls_are_run_and_named(trained):  # noqa: F811
     for budget in (cp.Budget("accuracy", max_drop=0.03), cp.Budget(max_bits=4.6)):
         result = cp.quantize(model, batches(data), budget=budget)
         controls = [trial for trial in result.trials if trial["kind"] == "control"]
-        assert {"uniform", "static", "reversed"} == {trial["name"].split(" ")[0] for trial in controls}
+        assert {"uniform", "static", "reversed"} == {
+            trial["name"].split(" ")[0] for trial in controls
+        }
         for trial in controls:
-            twins = [t["name"] for t in result.trials[: result.trials.index(trial)] if t["choices"] == trial["choices"]]
-            assert trial.get("beats_plan") or trial["note"] == (f"the same as {twins[0]}" if twins else "")
+            twins = [
+                t["name"]
+                for t in result.trials[: result.trials.index(trial)]
+                if t["choices"] == trial["choices"]
+            ]
+            assert trial.get("beats_plan") or trial["note"] == (
+                f"the same as {twins[0]}" if twins else ""
+            )
 
 
-@pytest.mark.parametrize("budget", [cp.Budget(max_bits=6), cp.Budget("loss", max_drop=0.02, max_bits=6)])
+@pytest.mark.parametrize(
+    "budget", [cp.Budget(max_bits=6), cp.Budget("loss", max_drop=0.02, max_bits=6)]
+)
 def test_a_control_that_beats_the_plan_is_used(trained, monkeypatch, budget):  # noqa: F811
     """With prices turned upside down the plan is bad, or large, and a uniform control is not."""
     model, data = trained
@@ -109,7 +132,9 @@ def test_a_control_that_beats_the_plan_is_used(trained, monkeypatch, budget):  #
     def upside_down(*arguments: Any, **named: Any) -> cp.Ledger:
         ledger = honest(*arguments, **named)
         highest = max(row.price for row in ledger.rows)
-        return replace(ledger, rows=tuple(replace(row, price=highest - row.price) for row in ledger.rows))
+        return replace(
+            ledger, rows=tuple(replace(row, price=highest - row.price) for row in ledger.rows)
+        )
 
     monkeypatch.setattr(cp.stages, "build_ledger", upside_down)
     settings = cp.Settings(trials=2, measure_above=None)  # measuring prices would mend them
@@ -117,7 +142,9 @@ def test_a_control_that_beats_the_plan_is_used(trained, monkeypatch, budget):  #
     better = [trial for trial in result.trials if trial.get("beats_plan")]
     assert len(better) == 1 and better[0]["kind"] == "control"
     assert better[0]["choices"] == result.plan.choices and result.plan.uses["max_bits"] <= 6
-    assert any(f"the control {better[0]['name']} beats the plan" in note for note in result.plan.notes)
+    assert any(
+        f"the control {better[0]['name']} beats the plan" in note for note in result.plan.notes
+    )
     assert better[0]["measured"] < planned(result)["measured"]
 
 
@@ -126,15 +153,23 @@ def test_a_drop_that_the_other_limits_rule_out_is_said(trained):  # noqa: F811
     budget = cp.Budget("loss", max_drop=1e-4, max_bits=2.5)
     result = cp.quantize(model, batches(data), bits=[2, 4], budget=budget)
     assert result.verdict is not None and result.verdict.status != "CERTIFIED"
-    note = next(note for note in result.plan.notes if note.startswith("no plan measured on select reached"))
+    note = next(
+        note for note in result.plan.notes if note.startswith("no plan measured on select reached")
+    )
     told = float(note.split("within max_bits is ")[1].split()[0])
     ledger = result.ledger
     assert ledger is not None
-    tried = [(t["choices"], t["measured"], t["measured_stderr"]) for t in result.trials if t["kind"] != "applied"]
+    tried = [
+        (t["choices"], t["measured"], t["measured_stderr"])
+        for t in result.trials
+        if t["kind"] != "applied"
+    ]
     factors = corrections(ledger.rows, tried)
     price = {(row.layer, row.option): factors[row.option] * row.price for row in ledger.rows}
     within = [plan for plan in every_plan(ledger) if bits_per_weight(ledger, plan) <= 2.5]
-    assert told == pytest.approx(min(sum(price[pair] for pair in plan.items()) for plan in within), rel=0.01)
+    assert told == pytest.approx(
+        min(sum(price[pair] for pair in plan.items()) for plan in within), rel=0.01
+    )
 
 
 def test_the_frontier_keeps_to_a_budget(trained):  # noqa: F811
@@ -146,7 +181,10 @@ def test_the_frontier_keeps_to_a_budget(trained):  # noqa: F811
     whole = cp.frontier(ledger, points=100)
     for budget, kept in (
         (cp.Budget(max_bops=6e5), lambda plan: operations(plan.choices) <= 6e5),
-        (cp.Budget(max_bits=5, max_bytes=3200), lambda plan: plan.bytes <= min(3200, 5 * sum(WEIGHTS.values()) / 8)),
+        (
+            cp.Budget(max_bits=5, max_bytes=3200),
+            lambda plan: plan.bytes <= min(3200, 5 * sum(WEIGHTS.values()) / 8),
+        ),
     ):
         some = cp.frontier(ledger, points=100, budget=budget)
         assert [plan.choices for plan in some] == [plan.choices for plan in whole if kept(plan)]
@@ -165,10 +203,16 @@ def test_multiply_adds_fall_where_hardware_skips_zeros(trained):  # noqa: F811
     options = [cp.Prune(pattern="2:4"), cp.Prune(sparsity=0.9)]
     half = sum(WEIGHTS.values()) / 2
     result = cp.compress(
-        model, batches(data), options=options, budget=cp.Budget(max_macs=1.2 * half), layers=["0", "3", "5"]
+        model,
+        batches(data),
+        options=options,
+        budget=cp.Budget(max_macs=1.2 * half),
+        layers=["0", "3", "5"],
     )
     assert result.plan.uses["max_macs"] <= 1.2 * half
-    assert "prune2:4" in result.plan.choices.values() and "keep" in planned(result)["choices"].values()
+    assert (
+        "prune2:4" in result.plan.choices.values() and "keep" in planned(result)["choices"].values()
+    )
 
 
 PAIRS = [(n, key) for n in WEIGHTS for key in ("int4-pc-sym", "keep")]
@@ -192,7 +236,9 @@ PAIRS = [(n, key) for n in WEIGHTS for key in ("int4-pc-sym", "keep")]
 )  # fmt: skip
 def test_what_cannot_be_met_is_said_before_computing(trained, monkeypatch, budget, message):  # noqa: F811
     model, data = trained
-    monkeypatch.setattr(cp.api, "solve_options", lambda job: pytest.fail("nothing long may have begun"))
+    monkeypatch.setattr(
+        cp.api, "solve_options", lambda job: pytest.fail("nothing long may have begun")
+    )
     with pytest.raises(ValueError, match=message):
         cp.quantize(model, batches(data), bits=[4], budget=budget)
 
@@ -201,7 +247,9 @@ def test_a_recipe_with_several_limits(tmp_path):
     path = tiny.write_recipe(
         tmp_path, budget="budget: {max_drop: 0.2, max_bits: 8.5, max_bops: 6.5e+6, limits: [LIMIT]}"
     )
-    job, _ = pipeline.prepare(pipeline.load_recipe(path_without_table(path, tmp_path)), None, progress=False)
+    job, _ = pipeline.prepare(
+        pipeline.load_recipe(path_without_table(path, tmp_path)), None, progress=False
+    )
     slow = {
         n: {o.key: layer.numel * (2.0 if "int2" in o.key else 1.0) for o in job.options[n]}
         for n, layer in job.layers.items()
@@ -211,7 +259,9 @@ def test_a_recipe_with_several_limits(tmp_path):
     limit = f"{{name: microseconds, most: {most}, table: {tmp_path / 'slow.json'}}}"
     path.write_text(path.read_text().replace("LIMIT", limit))
     shown = CliRunner().invoke(app, ["check", str(path)])
-    assert shown.exit_code == 0 and "budget: max_bits 8.5, at least 7.59" in shown.output, shown.output
+    assert shown.exit_code == 0 and "budget: max_bits 8.5, at least 7.59" in shown.output, (
+        shown.output
+    )
 
     result = pipeline.run(path, tmp_path / "out", progress=False)
     limits = {limit["name"]: limit for limit in result.record["limits"]}
@@ -224,18 +274,28 @@ def test_a_recipe_with_several_limits(tmp_path):
     for trial in plan["trials"]:
         assert {"predicted", "expected", "measured", "accepted", "uses"} <= set(trial)
     assert set(plan["corrections"]) == {o.key for options in job.options.values() for o in options}
-    assert "max_bops" in result.summary and "microseconds" in (tmp_path / "out" / "report.html").read_text()
+    assert (
+        "max_bops" in result.summary
+        and "microseconds" in (tmp_path / "out" / "report.html").read_text()
+    )
 
     (tmp_path / "slow.json").write_text(json.dumps({n: {} for n in slow}))
-    with pytest.raises(cp.recipe.RecipeError, match=r"recipe\.yaml:\d+: budget\.limits: .*no number for layer 'model"):
+    with pytest.raises(
+        cp.recipe.RecipeError,
+        match=r"recipe\.yaml:\d+: budget\.limits: .*no number for layer 'model",
+    ):
         pipeline.check(path)
     (tmp_path / "slow.json").write_text("[1]")
     with pytest.raises(
-        cp.recipe.RecipeError, match=r"recipe\.yaml:\d+: budget\.limits\[0\]\.table: .*expected JSON such as"
+        cp.recipe.RecipeError,
+        match=r"recipe\.yaml:\d+: budget\.limits\[0\]\.table: .*expected JSON such as",
     ):
         pipeline.check(path)
     (tmp_path / "slow.json").unlink()
-    with pytest.raises(cp.recipe.RecipeError, match=r"recipe\.yaml:\d+: budget\.limits\[0\]\.table: .*cannot be read"):
+    with pytest.raises(
+        cp.recipe.RecipeError,
+        match=r"recipe\.yaml:\d+: budget\.limits\[0\]\.table: .*cannot be read",
+    ):
         pipeline.check(path)
 
 
@@ -253,7 +313,11 @@ def offered_both(data, budget: cp.Budget, model, **settings: Any) -> cp.Result:
         *(cp.PruneQuantize(prune=cp.Prune(sparsity=s), quantize=grid) for s in (0.3, 0.6, 0.9)),
     ]
     return cp.compress(
-        model, batches(data), options=options, budget=budget, settings=cp.Settings(portable=False, **settings)
+        model,
+        batches(data),
+        options=options,
+        budget=budget,
+        settings=cp.Settings(portable=False, **settings),
     )
 
 
@@ -263,8 +327,12 @@ def test_each_alone_is_the_best_plan_of_its_options_within_the_limits(trained): 
     ledger = result.ledger
     assert ledger is not None
     before = [t for t in result.trials if t["kind"] != "applied" and "alone" not in t["name"]]
-    factors = corrections(ledger.rows, [(t["choices"], t["measured"], t["measured_stderr"]) for t in before])
-    price = {(row.layer, row.option): factors.get(row.option, 1.0) * row.price for row in ledger.rows}
+    factors = corrections(
+        ledger.rows, [(t["choices"], t["measured"], t["measured_stderr"]) for t in before]
+    )
+    price = {
+        (row.layer, row.option): factors.get(row.option, 1.0) * row.price for row in ledger.rows
+    }
     for name, lacking in (("rounding alone", "prune"), ("pruning alone", "int")):
         alone = next(trial for trial in result.trials if trial["name"] == name)
         assert alone["kind"] == "control" and bits_per_weight(ledger, alone["choices"]) <= 7
@@ -272,7 +340,8 @@ def test_each_alone_is_the_best_plan_of_its_options_within_the_limits(trained): 
         within = [
             sum(price[pair] for pair in choices.items())
             for choices in every_plan(ledger)
-            if not any(lacking in key for key in choices.values()) and bits_per_weight(ledger, choices) <= 7
+            if not any(lacking in key for key in choices.values())
+            and bits_per_weight(ledger, choices) <= 7
         ]
         assert sum(price[pair] for pair in alone["choices"].items()) == pytest.approx(min(within))
 
@@ -289,14 +358,21 @@ def test_with_a_drop_each_alone_is_no_larger_than_the_plan(trained):  # noqa: F8
 def test_nothing_is_held_against_each_other_where_only_one_kind_is_offered(trained):  # noqa: F811
     model, data = trained
     budget, settings = cp.Budget(max_bits=7), cp.Settings(portable=False, trials=1)
-    both = [cp.PruneQuantize(prune=cp.Prune(sparsity=0.5), quantize=cp.Quantize(bits=b)) for b in (3, 4)]
+    both = [
+        cp.PruneQuantize(prune=cp.Prune(sparsity=0.5), quantize=cp.Quantize(bits=b)) for b in (3, 4)
+    ]
     for options in (both, [cp.Quantize(bits=3), cp.Quantize(bits=4)]):
-        result = cp.compress(model, batches(data), options=options, budget=budget, settings=settings)
+        result = cp.compress(
+            model, batches(data), options=options, budget=budget, settings=settings
+        )
         assert not any("alone" in trial["name"] for trial in result.trials)
-    # A limit that even the uncompressed layers keep: what lacks rounding then is feasible, and still is no pruning.
+    # A limit that even the uncompressed layers keep: what lacks rounding then is feasible, and
+    # still is no pruning.
     budget, options = cp.Budget(max_bits=40), [*both, cp.Quantize(bits=4), cp.Keep()]
     result = cp.compress(model, batches(data), options=options, budget=budget, settings=settings)
-    assert {trial["name"] for trial in result.trials if "alone" in trial["name"]} == {"rounding alone"}
+    assert {trial["name"] for trial in result.trials if "alone" in trial["name"]} == {
+        "rounding alone"
+    }
 
 
 def test_a_limit_that_one_kind_cannot_keep_is_named():
@@ -315,8 +391,12 @@ def test_the_report_says_what_pruning_and_rounding_together_are_worth(trained, m
 
     def watched(job: Any, candidates: Any) -> Any:
         bench, best = honest(job, candidates)
-        paths = {t["name"]: f"select/{cp.selection.plan_key(t['choices'])}.json" for t in bench.trials}
-        losses = {n: torch.tensor(job.state.read_json(path)["loss"]).double() for n, path in paths.items()}
+        paths = {
+            t["name"]: f"select/{cp.selection.plan_key(t['choices'])}.json" for t in bench.trials
+        }
+        losses = {
+            n: torch.tensor(job.state.read_json(path)["loss"]).double() for n, path in paths.items()
+        }
         found.append((job.record["together"], losses))
         return bench, best
 
@@ -342,29 +422,44 @@ def test_the_report_says_what_pruning_and_rounding_together_are_worth(trained, m
 
 
 def test_a_control_must_beat_the_plan_by_more_than_chance(trained, monkeypatch):  # noqa: F811
-    """A control that lost a little less on the select items, within the noise of the difference, is no reason to leave
-    the plan; one that lost clearly less is."""
+    """A control that lost a little less on the select items, within the noise of the difference, is
+    no reason to leave the plan; one that lost clearly less is."""
     model, data = trained
     honest = cp.selection.compare
     budget = cp.Budget(max_bits=4.6)
     for standard_errors, used in ((1.5, False), (1.8, True)):
         compared: list[int] = []
 
-        def beyond(bench: Any, trial: Any, other: Any, z: float = standard_errors, seen: list[int] = compared) -> Any:
+        def beyond(
+            bench: Any,
+            trial: Any,
+            other: Any,
+            z: float = standard_errors,
+            seen: list[int] = compared,
+        ) -> Any:
             seen.append(1)
-            verdict = honest(bench.baseline, bench.baseline, bench.job.splits.select, cp.Budget(max_drop=0.0), unit="")
+            verdict = honest(
+                bench.baseline,
+                bench.baseline,
+                bench.job.splits.select,
+                cp.Budget(max_drop=0.0),
+                unit="",
+            )
             return replace(verdict, drop=-z * 0.01, stderr=0.01)
 
         monkeypatch.setattr(cp.selection.Bench, "beyond", beyond)
-        monkeypatch.setattr(cp.selection, "_lost", lambda trial: trial["kind"] == "plan")  # every control lost less
+        monkeypatch.setattr(
+            cp.selection, "_lost", lambda trial: trial["kind"] == "plan"
+        )  # every control lost less
         result = cp.quantize(model, batches(data), budget=budget, settings=cp.Settings(trials=1))
         assert compared and any(trial.get("beats_plan") for trial in result.trials) == used
         assert any("beats the plan" in note for note in result.plan.notes) == used
 
 
 def test_a_given_size_is_planned_again_with_corrected_prices(trained, monkeypatch):  # noqa: F811
-    """Losses that are what the ledger says, but for 3 bits, which really cost six times their price: the first plan
-    is full of them, and once it and the controls have been measured the best one there is is found."""
+    """Losses that are what the ledger says, but for 3 bits, which really cost six times their
+    price: the first plan is full of them, and once it and the controls have been measured the best
+    one there is is found."""
     model, data = trained
     bits, budget = [2, 3, 4, 8], cp.Budget(max_bits=5.5)
     true: dict[tuple[str, str], float] = {}
@@ -373,10 +468,15 @@ def test_a_given_size_is_planned_again_with_corrected_prices(trained, monkeypatc
     def wrong(*arguments: Any, **named: Any) -> cp.Ledger:
         ledger = honest(*arguments, **named)
         true.update({(row.layer, row.option): row.price for row in ledger.rows})
-        rows = [replace(row, price=row.price / (6 if "int3" in row.option else 1)) for row in ledger.rows]
+        rows = [
+            replace(row, price=row.price / (6 if "int3" in row.option else 1))
+            for row in ledger.rows
+        ]
         return replace(ledger, rows=tuple(rows))
 
-    def exact(bench: Any, name: str, kind: str, choices: dict[str, str], *arguments: Any) -> dict[str, Any]:
+    def exact(
+        bench: Any, name: str, kind: str, choices: dict[str, str], *arguments: Any
+    ) -> dict[str, Any]:
         measured = {"measured": sum(true[pair] for pair in choices.items()), "measured_stderr": 0.0}
         return record(bench, name, kind, choices, *arguments) | measured
 
@@ -391,5 +491,9 @@ def test_a_given_size_is_planned_again_with_corrected_prices(trained, monkeypatc
     assert plans[0]["measured"] > 2 * best and 1 < len(plans) <= 6
     assert min(trial["measured"] for trial in plans) == pytest.approx(best)
     assert result.plan.choices == min(plans, key=lambda trial: trial["measured"])["choices"]
-    once = cp.quantize(model, batches(data), bits=bits, budget=budget, settings=cp.Settings(trials=1))
-    assert [trial["choices"] for trial in once.trials if trial["kind"] == "plan"] == [plans[0]["choices"]]
+    once = cp.quantize(
+        model, batches(data), bits=bits, budget=budget, settings=cp.Settings(trials=1)
+    )
+    assert [trial["choices"] for trial in once.trials if trial["kind"] == "plan"] == [
+        plans[0]["choices"]
+    ]

@@ -1,4 +1,5 @@
-"""Certificates against closed forms, brute-force likelihoods, exact enumeration, and simulated error rates."""
+"""Certificates against closed forms, brute-force likelihoods, exact enumeration, and simulated
+error rates."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ from curvprune.certificate import (
 ALPHA = 0.05
 
 
-def loss_verdict(difference: NDArray, count: NDArray, *, max_drop: float, **options: object) -> Verdict:
+def loss_verdict(
+    difference: NDArray, count: NDArray, *, max_drop: float, **options: object
+) -> Verdict:
     base = 2.0 * count
     return certify_loss(base, base + difference, count, max_drop=max_drop, **options)  # type: ignore[arg-type]
 
@@ -55,7 +58,10 @@ def test_equal_clusters_are_the_t_test_of_cluster_means() -> None:
     within = 0.3 * np.random.default_rng(1).normal(size=(12, 5))
     difference = means[:, None] + within - within.mean(axis=1, keepdims=True)
     verdict = loss_verdict(
-        3 * difference.ravel(), np.full(60, 3.0), clusters=np.repeat([f"doc{i}" for i in range(12)], 5), max_drop=0.05
+        3 * difference.ravel(),
+        np.full(60, 3.0),
+        clusters=np.repeat([f"doc{i}" for i in range(12)], 5),
+        max_drop=0.05,
     )
     interval = stats.ttest_1samp(means, 0.0, alternative="less").confidence_interval(0.95)
     assert verdict.stderr == pytest.approx(stats.sem(means))
@@ -72,7 +78,9 @@ def test_stderr_is_the_leave_one_cluster_out_jackknife_of_the_ratio() -> None:
     ratio = difference.sum() / count.sum()
     left_out = [difference[documents != c].sum() / count[documents != c].sum() for c in range(9)]
     assert verdict.drop == pytest.approx(ratio)
-    assert verdict.stderr == pytest.approx(math.sqrt(8 / 9 * sum((value - ratio) ** 2 for value in left_out)))
+    assert verdict.stderr == pytest.approx(
+        math.sqrt(8 / 9 * sum((value - ratio) ** 2 for value in left_out))
+    )
 
 
 def test_satterthwaite_degrees_against_dense_matrices() -> None:
@@ -96,7 +104,8 @@ def test_the_smaller_degrees_of_freedom_are_used() -> None:
     share = sizes / sizes.sum()
     rows = np.eye(8) - share
     products = [
-        rows.T @ np.diag((share / (1 - share)) ** 2) @ rows @ np.diag(spread) for spread in (np.ones(8), 1 / sizes)
+        rows.T @ np.diag((share / (1 - share)) ** 2) @ rows @ np.diag(spread)
+        for spread in (np.ones(8), 1 / sizes)
     ]
     degrees = [np.trace(product) ** 2 / np.trace(product @ product) for product in products]
     assert degrees[0] < degrees[1] - 0.5
@@ -108,14 +117,19 @@ def test_skewness_towards_losses_widens_the_certificate_and_towards_gains_the_vi
     sample -= sample.mean()
     se = stats.sem(sample)
     share = sample / math.sqrt(np.sum(sample**2))
-    kappa = np.sum(share**3) + 8 * (share.max() ** 3 + share.min() ** 3)  # the extremes count nine times
+    kappa = np.sum(share**3) + 8 * (
+        share.max() ** 3 + share.min() ** 3
+    )  # the extremes count nine times
     t = stats.t.ppf(0.95, 29)
     assert kappa > 0
     towards_losses = loss_verdict(sample, np.ones(30), max_drop=0.0)
     assert towards_losses.bound == pytest.approx(se * (t + kappa * (2 * t**2 + 1) / 6))
     assert loss_verdict(-sample, np.ones(30), max_drop=0.0).bound == pytest.approx(se * t)
     for sign, status in ((1, "VIOLATED"), (-1, "INCONCLUSIVE")):
-        assert loss_verdict(sign * sample + 2 * se * t, np.ones(30), max_drop=0.999 * se * t).status == status
+        assert (
+            loss_verdict(sign * sample + 2 * se * t, np.ones(30), max_drop=0.999 * se * t).status
+            == status
+        )
 
 
 def test_the_three_verdicts_and_the_items_that_would_decide() -> None:
@@ -134,7 +148,9 @@ def test_the_three_verdicts_and_the_items_that_would_decide() -> None:
         assert (verdict.needed is None) == (status != "INCONCLUSIVE")
         if verdict.needed is not None:
             heaviest = noise.max() ** 2 / np.sum(noise**2)
-            exact = 100 * (1 + 2 * heaviest) * ((t + stats.norm.ppf(0.8)) * se / (max_drop - drop)) ** 2
+            exact = (
+                100 * (1 + 2 * heaviest) * ((t + stats.norm.ppf(0.8)) * se / (max_drop - drop)) ** 2
+            )
             assert verdict.needed == math.ceil(exact) > 100
 
 
@@ -143,7 +159,10 @@ def test_needed_items_do_decide_with_the_promised_power() -> None:
     pilot = loss_verdict(0.1 * symmetric(60, seed=7), np.ones(60), max_drop=0.01)
     assert pilot.needed is not None
     spread = pilot.stderr * math.sqrt(60)
-    runs = [loss_verdict(rng.normal(0, spread, pilot.needed), np.ones(pilot.needed), max_drop=0.01) for _ in range(400)]
+    runs = [
+        loss_verdict(rng.normal(0, spread, pilot.needed), np.ones(pilot.needed), max_drop=0.01)
+        for _ in range(400)
+    ]
     share = np.mean([run.status == "CERTIFIED" for run in runs])
     assert 0.8 - 3 * math.sqrt(0.8 * 0.2 / 400) < share < 0.95
 
@@ -163,14 +182,17 @@ def test_identical_differences_are_decided_by_their_value() -> None:
 
 
 def simulate_loss(clusters: int, spread: float, correlation: float, runs: int, seed: int) -> float:
-    """Share of runs CERTIFIED at a true drop equal to the budget; lognormal cluster sizes, normal effects."""
+    """Share of runs CERTIFIED at a true drop equal to the budget; lognormal cluster sizes, normal
+    effects."""
     rng = np.random.default_rng(seed)
     accepted = 0
     for _ in range(runs):
         sizes = np.maximum(1, np.round(np.exp(rng.normal(3, spread, clusters))))
         effects = sizes * math.sqrt(correlation) * rng.normal(size=clusters)
         noise = np.sqrt(sizes * (1 - correlation)) * rng.normal(size=clusters)
-        verdict = loss_verdict(0.1 * sizes + effects + noise, sizes, max_drop=0.1, clusters=np.arange(clusters))
+        verdict = loss_verdict(
+            0.1 * sizes + effects + noise, sizes, max_drop=0.1, clusters=np.arange(clusters)
+        )
         accepted += verdict.status == "CERTIFIED"
     return accepted / runs
 
@@ -181,31 +203,45 @@ def within_error(rate: float, runs: int) -> bool:
 
 @pytest.mark.parametrize("clusters", [8, 20, 60])
 @pytest.mark.parametrize("spread", [0.0, 1.2])
-def test_wrong_certificates_of_loss_stay_below_the_nominal_rate(clusters: int, spread: float) -> None:
+def test_wrong_certificates_of_loss_stay_below_the_nominal_rate(
+    clusters: int, spread: float
+) -> None:
     rate = simulate_loss(clusters, spread, 0.3, 2000, seed=clusters)
     assert within_error(rate, 2000) and rate > 0.002
 
 
 @pytest.mark.parametrize(("clusters", "runs"), [(20, 4000), (150, 3000)])
-def test_wrong_certificates_of_skewed_losses_stay_below_the_nominal_rate(clusters: int, runs: int) -> None:
-    """Lognormal documents (skewness 6) of unequal size; the bound of Johnson from the plain sample skewness fails."""
+def test_wrong_certificates_of_skewed_losses_stay_below_the_nominal_rate(
+    clusters: int, runs: int
+) -> None:
+    """Lognormal documents (skewness 6) of unequal size; the bound of Johnson from the plain sample
+    skewness fails."""
     rng = np.random.default_rng(clusters)
     sizes = np.maximum(1, np.round(10 * rng.lognormal(0, 0.7, clusters)))
-    effects = (rng.lognormal(0, 1, (runs, clusters)) - math.exp(0.5)) / math.sqrt((math.e - 1) * math.e)
+    effects = (rng.lognormal(0, 1, (runs, clusters)) - math.exp(0.5)) / math.sqrt(
+        (math.e - 1) * math.e
+    )
     noise = rng.normal(size=(runs, clusters)) / np.sqrt(sizes)
     differences = sizes * (1.0 + math.sqrt(0.2) * effects + math.sqrt(0.8) * noise)
-    rate = np.mean([loss_verdict(d, sizes, max_drop=1.0).status == "CERTIFIED" for d in differences])
+    rate = np.mean(
+        [loss_verdict(d, sizes, max_drop=1.0).status == "CERTIFIED" for d in differences]
+    )
     assert within_error(float(rate), runs) and rate > 0.01
 
 
 def test_doubts_are_noted() -> None:
     rng = np.random.default_rng(0)
     assert loss_verdict(rng.normal(size=100), np.ones(100), max_drop=1.0).note == ""
-    assert "8 clusters are few" in loss_verdict(rng.normal(size=8), np.ones(8), max_drop=1.0, clusters=range(8)).note
+    assert (
+        "8 clusters are few"
+        in loss_verdict(rng.normal(size=8), np.ones(8), max_drop=1.0, clusters=range(8)).note
+    )
     spike = 0.01 * rng.normal(size=100)
     spike[3] = 5.0
     assert "one of the items makes up 9" in loss_verdict(spike, np.ones(100), max_drop=1.0).note
-    assert loss_verdict(-spike, np.ones(100), max_drop=1.0).note == "", "a large gain is no reason for doubt"
+    assert loss_verdict(-spike, np.ones(100), max_drop=1.0).note == "", (
+        "a large gain is no reason for doubt"
+    )
 
 
 @pytest.mark.slow
@@ -217,7 +253,8 @@ def test_wrong_certificates_of_loss_large(clusters: int, spread: float, correlat
 
 
 def test_the_plain_cluster_robust_bound_would_not_be_honest() -> None:
-    """The reason for the jackknife and Satterthwaite's degrees: the usual formula fails this very simulation."""
+    """The reason for the jackknife and Satterthwaite's degrees: the usual formula fails this very
+    simulation."""
     rng = np.random.default_rng(8)
     sizes = np.maximum(1, np.round(np.exp(rng.normal(3, 1.2, (4000, 20)))))
     total = (
@@ -250,12 +287,19 @@ def test_bad_losses(arguments: tuple[list, list, list], message: str) -> None:
 
 def test_bad_clusters_and_limits() -> None:
     ones = [1.0, 1.0, 1.0]
-    for clusters, message in ((["a"] * 3, "1 clusters.*finer"), (["a", "b"], "2 entries for 3 items")):
+    for clusters, message in (
+        (["a"] * 3, "1 clusters.*finer"),
+        (["a", "b"], "2 entries for 3 items"),
+    ):
         with pytest.raises(ValueError, match=message):
             certify_loss(ones, ones, ones, clusters=clusters, max_drop=0.1)
         with pytest.raises(ValueError, match=message):
             certify_accuracy(ones, ones, clusters=clusters, max_drop=0.1)
-    for limits in ({"max_drop": -0.1}, {"max_drop": math.nan}, {"max_drop": 0.1, "confidence": 95.0}):
+    for limits in (
+        {"max_drop": -0.1},
+        {"max_drop": math.nan},
+        {"max_drop": 0.1, "confidence": 95.0},
+    ):
         with pytest.raises(ValueError, match=r"max_drop=|confidence="):
             certify_loss(ones, ones, ones, **limits)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r"max_drop=|confidence="):
@@ -263,7 +307,8 @@ def test_bad_clusters_and_limits() -> None:
 
 
 def results(n01: int, n10: int, items: int) -> tuple[NDArray, NDArray]:
-    """Baseline and compressed correctness with the given disagreements; the rest alternate right and wrong."""
+    """Baseline and compressed correctness with the given disagreements; the rest alternate right
+    and wrong."""
     base = np.arange(items) % 2 == 0
     comp = base.copy()
     base[:n01], comp[:n01] = True, False
@@ -285,12 +330,20 @@ def test_restricted_likelihood_against_numeric_maximisation(drop: float) -> None
             parts = ((n01, gains + drop), (n10, gains), (items - n01 - n10, 1 - drop - 2 * gains))
             return -sum(number * math.log(max(p, 1e-300)) for number, p in parts if number)
 
-        best = optimize.minimize_scalar(negative, bounds=(low, high), method="bounded", options={"xatol": 1e-10}).x
-        found = float(certificate._restricted_gains(np.array([float(n01)]), np.array([float(n10)]), items, drop)[0])
+        best = optimize.minimize_scalar(
+            negative, bounds=(low, high), method="bounded", options={"xatol": 1e-10}
+        ).x
+        found = float(
+            certificate._restricted_gains(
+                np.array([float(n01)]), np.array([float(n10)]), items, drop
+            )[0]
+        )
         assert found == pytest.approx(best, abs=2e-6)
         variance = 2 * best + drop * (1 - drop)
         score = float(certificate._score(np.array(n01), np.array(n10), items, drop)[0])
-        assert score == pytest.approx((n01 - n10 - items * drop) / math.sqrt(items * variance), rel=1e-3)
+        assert score == pytest.approx(
+            (n01 - n10 - items * drop) / math.sqrt(items * variance), rel=1e-3
+        )
 
 
 @pytest.mark.parametrize("drop", [-0.3, -0.05, 0.0, 0.01, 0.1, 0.5])
@@ -302,14 +355,22 @@ def test_score_rises_with_losses_and_falls_with_gains(drop: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n01", "n10", "items", "drop"), [(1, 2, 25, 0.1), (0, 0, 30, 0.08), (3, 1, 20, 0.3), (6, 9, 30, 0.02)]
+    ("n01", "n10", "items", "drop"),
+    [(1, 2, 25, 0.1), (0, 0, 30, 0.08), (3, 1, 20, 0.3), (6, 9, 30, 0.02)],
 )
-def test_p_value_against_enumeration_of_every_outcome(n01: int, n10: int, items: int, drop: float) -> None:
+def test_p_value_against_enumeration_of_every_outcome(
+    n01: int, n10: int, items: int, drop: float
+) -> None:
     def score(b: int, c: int) -> float:
         return float(certificate._score(np.array(b), np.array(c), items, drop)[0])
 
     observed = score(n01, n10)
-    extreme = [(b, c) for b in range(items + 1) for c in range(items + 1 - b) if score(b, c) <= observed + 1e-9]
+    extreme = [
+        (b, c)
+        for b in range(items + 1)
+        for c in range(items + 1 - b)
+        if score(b, c) <= observed + 1e-9
+    ]
     table = np.array([(b, c, items - b - c) for b, c in extreme])
     low = stats.beta.ppf(5e-5, n10, items - n10 + 1) if n10 else 0.0
     high = min(stats.beta.isf(5e-5, n10 + 1, items - n10), (1 - drop) / 2)
@@ -334,7 +395,11 @@ def test_accuracy_fields_and_consistency_of_bound_and_status() -> None:
     )
     # Away from the corners exact and score interval agree.
     tango = optimize.brentq(
-        lambda d: float(certificate._score(np.array(12), np.array(4), 400, d)[0]) + stats.norm.ppf(0.95), 0.02, 0.2
+        lambda d: (
+            float(certificate._score(np.array(12), np.array(4), 400, d)[0]) + stats.norm.ppf(0.95)
+        ),
+        0.02,
+        0.2,
     )
     assert verdict.bound == pytest.approx(tango, rel=0.05)
     assert accuracy_verdict(12, 4, 400, max_drop=verdict.bound + 1e-5).status == "CERTIFIED"
@@ -347,7 +412,8 @@ def test_accuracy_fields_and_consistency_of_bound_and_status() -> None:
 
 
 def test_agreement_on_every_item_certifies_only_with_enough_items() -> None:
-    """With no disagreement the exact bound is that of a binomial with none observed: 1 - alpha^(1/N)."""
+    """With no disagreement the exact bound is that of a binomial with none observed: 1 -
+    alpha^(1/N)."""
     for items in (20, 299, 3000):
         verdict = accuracy_verdict(0, 0, items, max_drop=0.0)
         assert verdict.bound == pytest.approx(1 - (ALPHA - 1e-4) ** (1 / items), rel=1e-3)
@@ -367,7 +433,9 @@ def test_needed_items_of_accuracy() -> None:
     assert verdict.status == "INCONCLUSIVE"
     assert verdict.needed == items_needed_for_accuracy(21 / 300, max_drop=0.02, drop=0.01)
     lucky = accuracy_verdict(9, 12, 300, max_drop=0.01)
-    assert lucky.needed == items_needed_for_accuracy(21 / 300, max_drop=0.01), "a gain is planned as no change"
+    assert lucky.needed == items_needed_for_accuracy(21 / 300, max_drop=0.01), (
+        "a gain is planned as no change"
+    )
     assert accuracy_verdict(6, 0, 300, max_drop=0.02).status == "INCONCLUSIVE"
     over = accuracy_verdict(9, 0, 300, max_drop=0.02)
     assert over.status == "INCONCLUSIVE" and over.needed is not None
@@ -388,19 +456,33 @@ def exact_power(items: int, max_drop: float, rho: float, drop: float = 0.0) -> f
         low, high = -1, min(items - n10, n10 + int(items * max_drop) + 1)
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if certified(middle, n10, items, max_drop) else (low, middle - 1)
-        power += stats.binom.pmf(n10, items, gains) * stats.binom.cdf(low, items - n10, losses / (1 - gains))
+            low, high = (
+                (middle, high) if certified(middle, n10, items, max_drop) else (low, middle - 1)
+            )
+        power += stats.binom.pmf(n10, items, gains) * stats.binom.cdf(
+            low, items - n10, losses / (1 - gains)
+        )
     return power
 
 
 @pytest.mark.parametrize(
     ("max_drop", "rho", "drop"),
-    [(0.05, 0.02, 0.0), (0.05, 0.1, 0.0), (0.02, 0.005, 0.0), (0.05, 0.03, 0.02), (0.0, 0.1, -0.02)],
+    [
+        (0.05, 0.02, 0.0),
+        (0.05, 0.1, 0.0),
+        (0.02, 0.005, 0.0),
+        (0.05, 0.03, 0.02),
+        (0.0, 0.1, -0.02),
+    ],
 )
-def test_items_needed_for_accuracy_give_the_promised_power_exactly(max_drop: float, rho: float, drop: float) -> None:
+def test_items_needed_for_accuracy_give_the_promised_power_exactly(
+    max_drop: float, rho: float, drop: float
+) -> None:
     items = items_needed_for_accuracy(rho, max_drop=max_drop, drop=drop)
     assert 0.8 <= exact_power(items, max_drop, rho, drop) <= 0.93
-    assert power_for_accuracy(items, rho, max_drop=max_drop, drop=drop) == pytest.approx(0.8, abs=0.01)
+    assert power_for_accuracy(items, rho, max_drop=max_drop, drop=drop) == pytest.approx(
+        0.8, abs=0.01
+    )
     assert power_for_accuracy(items / 3, rho, max_drop=max_drop, drop=drop) < 0.5
 
 
@@ -415,7 +497,8 @@ def test_items_needed_for_accuracy_near_the_textbook_formula_when_many_disagree(
 
 
 def exact_size(items: int, max_drop: float, rho: float) -> tuple[float, float]:
-    """P(CERTIFIED) at true drop == max_drop, summed over outcomes: (this test, plain score test)."""
+    """P(CERTIFIED) at true drop == max_drop, summed over outcomes: (this test, plain score
+    test)."""
     gains, losses = (rho - max_drop) / 2, (rho + max_drop) / 2
     ours = plain = 0.0
     for n10 in range(items + 1):
@@ -426,15 +509,21 @@ def exact_size(items: int, max_drop: float, rho: float) -> tuple[float, float]:
         low, high = -1, items - n10
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if certified(middle, n10, items, max_drop) else (low, middle - 1)
+            low, high = (
+                (middle, high) if certified(middle, n10, items, max_drop) else (low, middle - 1)
+            )
         ours += weight * stats.binom.cdf(low, items - n10, given)
         grid = np.arange(items - n10 + 1)
-        passes = certificate._score(grid, np.full(grid.shape, n10), items, max_drop) <= -stats.norm.ppf(0.95)
+        passes = certificate._score(
+            grid, np.full(grid.shape, n10), items, max_drop
+        ) <= -stats.norm.ppf(0.95)
         plain += weight * stats.binom.pmf(grid[passes], items - n10, given).sum()
     return ours, plain
 
 
-@pytest.mark.parametrize(("items", "max_drop", "rho"), [(270, 0.01, 0.01), (200, 0.02, 0.03), (300, 0.02, 0.02)])
+@pytest.mark.parametrize(
+    ("items", "max_drop", "rho"), [(270, 0.01, 0.01), (200, 0.02, 0.03), (300, 0.02, 0.02)]
+)
 def test_wrong_certificates_of_accuracy_exactly(items: int, max_drop: float, rho: float) -> None:
     assert exact_size(items, max_drop, rho)[0] <= ALPHA
 
@@ -464,10 +553,16 @@ def simulate_clustered_accuracy(clusters: int, correlation: float, runs: int, se
     for _ in range(runs):
         sizes = np.maximum(1, np.round(20 * np.exp(rng.normal(0, 0.7, clusters)))).astype(int)
         lost = rng.binomial(sizes, rng.beta(0.05 * scale, 0.95 * scale, clusters))
-        won = np.minimum(rng.binomial(sizes, rng.beta(0.02 * scale, 0.98 * scale, clusters)), sizes - lost)
-        columns = [results(int(b), int(c), int(n)) for b, c, n in zip(lost, won, sizes, strict=True)]
+        won = np.minimum(
+            rng.binomial(sizes, rng.beta(0.02 * scale, 0.98 * scale, clusters)), sizes - lost
+        )
+        columns = [
+            results(int(b), int(c), int(n)) for b, c, n in zip(lost, won, sizes, strict=True)
+        ]
         base, comp = (np.concatenate([column[side] for column in columns]) for side in (0, 1))
-        verdict = certify_accuracy(base, comp, clusters=np.repeat(np.arange(clusters), sizes), max_drop=0.03)
+        verdict = certify_accuracy(
+            base, comp, clusters=np.repeat(np.arange(clusters), sizes), max_drop=0.03
+        )
         accepted += verdict.status == "CERTIFIED"
     return accepted / runs
 
@@ -481,7 +576,9 @@ def test_wrong_certificates_of_clustered_accuracy(clusters: int) -> None:
 @pytest.mark.parametrize("clusters", [10, 20, 60])
 @pytest.mark.parametrize("correlation", [0.02, 0.1, 0.3])
 def test_wrong_certificates_of_clustered_accuracy_large(clusters: int, correlation: float) -> None:
-    assert within_error(simulate_clustered_accuracy(clusters, correlation, 1000, seed=clusters), 1000)
+    assert within_error(
+        simulate_clustered_accuracy(clusters, correlation, 1000, seed=clusters), 1000
+    )
 
 
 def test_clusters_cannot_certify_what_independent_items_would_not() -> None:
@@ -492,9 +589,13 @@ def test_clusters_cannot_certify_what_independent_items_would_not() -> None:
     # Design effect 1 + 0.1 * 49 = 5.9, so 400 items count as 67.
     assert verdict.status == "INCONCLUSIVE" and verdict.clusters == 8
     assert verdict.bound == pytest.approx(1 - (ALPHA - 1e-4) ** (1 / 67), rel=1e-3)
-    assert verdict.needed == pytest.approx(5.9 * items_needed_for_accuracy(0.0, max_drop=0.01), abs=6)
+    assert verdict.needed == pytest.approx(
+        5.9 * items_needed_for_accuracy(0.0, max_drop=0.01), abs=6
+    )
     singles = certify_accuracy(*results(12, 4, 400), clusters=np.arange(400), max_drop=0.05)
-    assert singles.bound == pytest.approx(accuracy_verdict(12, 4, 400, max_drop=0.05).bound, rel=0.1)
+    assert singles.bound == pytest.approx(
+        accuracy_verdict(12, 4, 400, max_drop=0.05).bound, rel=0.1
+    )
 
 
 def test_effective_counts_are_rounded_against_the_compressed_model() -> None:
@@ -530,9 +631,9 @@ def test_probability_of_certifying_against_simulation() -> None:
     truth = rng.normal(0.01, 0.004, 200_000)
     seen = truth + rng.normal(0, 0.003, truth.size)
     share = np.mean(seen + stats.norm.ppf(0.9) * 0.003 <= 0.02)
-    assert probability_of_certifying(0.01, 0.004, 0.003, max_drop=0.02, confidence=0.9) == pytest.approx(
-        share, abs=0.005
-    )
+    assert probability_of_certifying(
+        0.01, 0.004, 0.003, max_drop=0.02, confidence=0.9
+    ) == pytest.approx(share, abs=0.005)
     assert probability_of_certifying(0.01, 0.0, 0.0, max_drop=0.02) == 1.0
     assert probability_of_certifying(0.03, 0.0, 0.0, max_drop=0.02) == 0.0
     for bad in ((math.nan, 0.1, 0.1), (0.0, -0.1, 0.1), (0.0, 0.1, math.inf)):
@@ -556,7 +657,10 @@ def test_items_needed_are_the_published_numbers() -> None:
 def test_items_needed_give_the_promised_power() -> None:
     items = items_needed(0.3, max_drop=0.05, drop=0.01, power=0.9)
     rng = np.random.default_rng(10)
-    runs = [loss_verdict(rng.normal(0.01, 0.3, items), np.ones(items), max_drop=0.05) for _ in range(2000)]
+    runs = [
+        loss_verdict(rng.normal(0.01, 0.3, items), np.ones(items), max_drop=0.05)
+        for _ in range(2000)
+    ]
     assert np.mean([run.status == "CERTIFIED" for run in runs]) == pytest.approx(0.9, abs=0.02)
 
 
@@ -571,12 +675,16 @@ def test_fixed_sequence_stops_at_the_first_failure() -> None:
 
 
 def test_fixed_sequence_keeps_the_error_rate_over_many_plans() -> None:
-    """Of ten plans the last seven are at the budget: a false certificate in at most 5 % of the runs."""
+    """Of ten plans the last seven are at the budget: a false certificate in at most 5 % of the
+    runs."""
     rng = np.random.default_rng(11)
     drops = np.array([-1.0, -0.5, -0.2] + [0.0] * 7)
     wrong, runs = 0, 600
     for _ in range(runs):
-        sequence = [loss_verdict(0.2 + drop + 0.3 * rng.normal(size=25), np.ones(25), max_drop=0.2) for drop in drops]
+        sequence = [
+            loss_verdict(0.2 + drop + 0.3 * rng.normal(size=25), np.ones(25), max_drop=0.2)
+            for drop in drops
+        ]
         last = fixed_sequence(sequence)
         wrong += last is not None and drops[last] >= 0
     assert within_error(wrong / runs, runs)
@@ -584,7 +692,9 @@ def test_fixed_sequence_keeps_the_error_rate_over_many_plans() -> None:
 
 def test_verdict_round_trips_through_json() -> None:
     for verdict in (
-        loss_verdict(symmetric(10), np.full(10, 2), max_drop=0.1, clusters=[f"d{i}" for i in range(10)]),
+        loss_verdict(
+            symmetric(10), np.full(10, 2), max_drop=0.1, clusters=[f"d{i}" for i in range(10)]
+        ),
         accuracy_verdict(3, 1, 50, max_drop=0.1),
     ):
         record = json.loads(json.dumps(verdict.to_dict(), allow_nan=False))
@@ -599,11 +709,15 @@ def test_values_without_bounds_are_the_paired_t_test_in_either_direction() -> No
     base, step = np.random.default_rng(0).normal(size=40), 0.1 * symmetric(40)
     for sign in (True, False):
         worse = base - step if sign else base + step
-        verdict = certify_values(base, worse, max_drop=0.2, higher_is_better=sign, metric="rouge", unit="points")
+        verdict = certify_values(
+            base, worse, max_drop=0.2, higher_is_better=sign, metric="rouge", unit="points"
+        )
         interval = stats.ttest_rel(base, base - step, alternative="less").confidence_interval(0.95)
         assert verdict.bound == pytest.approx(interval.high)
         assert (verdict.metric, verdict.unit, verdict.items) == ("rouge", "points", 40)
-        assert verdict.baseline == pytest.approx(base.mean()) and verdict.compressed == pytest.approx(worse.mean())
+        assert verdict.baseline == pytest.approx(
+            base.mean()
+        ) and verdict.compressed == pytest.approx(worse.mean())
 
 
 def test_values_of_zero_and_one_are_accuracy() -> None:
@@ -611,12 +725,18 @@ def test_values_of_zero_and_one_are_accuracy() -> None:
     expected = certify_accuracy(base, comp, max_drop=0.05)
     right = certify_values(base, comp, max_drop=0.05, bounds=(0, 1), metric="exact match")
     wrong = certify_values(~base, ~comp, max_drop=0.05, bounds=(0, 1), higher_is_better=False)
-    assert (right.bound, right.status, right.method) == (expected.bound, expected.status, expected.method)
+    assert (right.bound, right.status, right.method) == (
+        expected.bound,
+        expected.status,
+        expected.method,
+    )
     assert wrong.bound == expected.bound and wrong.baseline == pytest.approx(1 - expected.baseline)
 
 
 @pytest.mark.parametrize(("lost", "items"), [(0, 50), (3, 50), (12, 1000)])
-def test_bounded_values_are_clopper_and_pearson_where_differences_are_zero_or_one(lost: int, items: int) -> None:
+def test_bounded_values_are_clopper_and_pearson_where_differences_are_zero_or_one(
+    lost: int, items: int
+) -> None:
     difference = (np.arange(items) < lost).astype(float)
     bound = certificate._gaffke_upper(difference, 1.0, ALPHA, 1.0)
     exact = float(stats.beta.isf(ALPHA, lost + 1, items - lost))
@@ -630,13 +750,20 @@ def test_bounded_values_against_monte_carlo_of_the_dirichlet_quantile() -> None:
     expected = np.quantile(weights @ np.append(base - comp, 2.0), 0.95)
     verdict = certify_values(base, comp, max_drop=1.0, bounds=(2, 4))
     assert verdict.bound == pytest.approx(expected, abs=0.005)
-    assert certify_values(base, comp, max_drop=verdict.bound + 1e-6, bounds=(2, 4)).status == "CERTIFIED"
-    assert certify_values(base, comp, max_drop=verdict.bound - 1e-4, bounds=(2, 4)).status == "INCONCLUSIVE"
+    assert (
+        certify_values(base, comp, max_drop=verdict.bound + 1e-6, bounds=(2, 4)).status
+        == "CERTIFIED"
+    )
+    assert (
+        certify_values(base, comp, max_drop=verdict.bound - 1e-4, bounds=(2, 4)).status
+        == "INCONCLUSIVE"
+    )
     assert certify_values(base, np.full(60, 2.0), max_drop=0.1, bounds=(2, 4)).status == "VIOLATED"
 
 
 def test_bounded_values_do_not_miss_rare_large_losses() -> None:
-    """One item in fifty loses everything; of 200 often too few are seen, and a t bound accepts often."""
+    """One item in fifty loses everything; of 200 often too few are seen, and a t bound accepts
+    often."""
     rng = np.random.default_rng(1)
     runs, items, share = 1000, 200, 0.02
     lost = rng.binomial(items, share, runs)
@@ -646,7 +773,9 @@ def test_bounded_values_do_not_miss_rare_large_losses() -> None:
         base, comp = np.full(items, 0.9), np.full(items, 0.9)
         comp[:lost] = 0.0
         bound = 0.9 * lost / items + stats.t.ppf(0.95, items - 1) * stats.sem(base - comp)
-        return certify_values(base, comp, max_drop=0.9 * share, bounds=(0, 1)).status, bound <= 0.9 * share
+        return certify_values(
+            base, comp, max_drop=0.9 * share, bounds=(0, 1)
+        ).status, bound <= 0.9 * share
 
     assert within_error(np.mean([statuses(int(n))[0] == "CERTIFIED" for n in lost]), runs)
     assert np.mean([statuses(int(n))[1] for n in lost]) > 0.08
@@ -662,7 +791,9 @@ def test_wrong_certificates_of_clustered_bounded_values() -> None:
     for _ in range(runs):
         share = rng.beta(0.1 * 9, 0.9 * 9, 60)[documents]  # correlation 0.1
         loss = (rng.random(600) < share) * rng.random(600)
-        verdict = certify_values(np.ones(600), 1 - loss, max_drop=0.05, bounds=(0, 1), clusters=documents)
+        verdict = certify_values(
+            np.ones(600), 1 - loss, max_drop=0.05, bounds=(0, 1), clusters=documents
+        )
         accepted += verdict.status == "CERTIFIED"
     assert within_error(accepted / runs, runs)
     assert verdict.clusters == 60 and "Gaffke" in verdict.method

@@ -1,4 +1,5 @@
-"""Every matrix-free operator and every per-layer quantity against dense matrices from torch.func in float64."""
+"""Every matrix-free operator and every per-layer quantity against dense matrices from torch.func in
+float64."""
 
 from __future__ import annotations
 
@@ -40,7 +41,12 @@ def seeded(build):
 def mlp(activation=nn.Tanh):
     return seeded(
         lambda: nn.Sequential(
-            nn.Linear(4, 5), activation(), nn.Dropout(0.5), nn.Linear(5, 4), activation(), nn.Linear(4, 3)
+            nn.Linear(4, 5),
+            activation(),
+            nn.Dropout(0.5),
+            nn.Linear(5, 4),
+            activation(),
+            nn.Linear(4, 3),
         ).double()
     )
 
@@ -114,7 +120,9 @@ def dense(model, batches, objective, kind, names):
         def logits(v, batch=batch):
             if isinstance(batch, tuple):
                 return torch.func.functional_call(model, parts(v), (batch[0],))
-            return torch.func.functional_call(model, parts(v), (), {**batch, "use_cache": False}).logits
+            return torch.func.functional_call(
+                model, parts(v), (), {**batch, "use_cache": False}
+            ).logits
 
         with torch.no_grad():
             kept = positions(logits(free))
@@ -128,12 +136,14 @@ def dense(model, batches, objective, kind, names):
             matrix += torch.func.hessian(lambda v, losses=losses: losses(v).sum())(free)
         elif kind == "empirical":
             jacobian = torch.func.jacrev(losses)(free)
-            by_item = torch.zeros(kept.items, len(free), dtype=torch.float64).index_add(0, kept.item, jacobian)
+            by_item = torch.zeros(kept.items, len(free), dtype=torch.float64).index_add(
+                0, kept.item, jacobian
+            )
             matrix += by_item.T @ by_item
         else:
-            jacobian = torch.func.jacrev(lambda v, positions=positions, logits=logits: positions(logits(v)).logits)(
-                free
-            )
+            jacobian = torch.func.jacrev(
+                lambda v, positions=positions, logits=logits: positions(logits(v)).logits
+            )(free)
             p = kept.logits.softmax(-1)
             inner = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
             matrix += torch.einsum("nci,ncd,ndj->ij", jacobian, inner, jacobian)
@@ -156,7 +166,9 @@ def references():
             model, batches, objective = CASES[case]()
             if case in ("attention", "tied"):
                 model.set_attn_implementation("eager")
-            known[case, kind] = dense(model, batches, objective, kind, [n for n, _ in model.named_parameters()])
+            known[case, kind] = dense(
+                model, batches, objective, kind, [n for n, _ in model.named_parameters()]
+            )
         return known[case, kind]
 
     return get
@@ -174,7 +186,9 @@ def test_operators_equal_the_dense_matrix(case, kind, references):
     close = {"rtol": close, "atol": close * float(expected.abs().max())}
     torch.testing.assert_close(operator.to_dense(), expected, **close)
     # a block of vectors, a quadratic form, and a restriction that prunes the backward passes
-    v = torch.randn(len(expected), 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    v = torch.randn(
+        len(expected), 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     close["atol"] *= len(v)
     torch.testing.assert_close(operator @ v, expected @ v, **close)
     torch.testing.assert_close(operator.quad(v), ((expected @ v) * v).sum(0), **close)
@@ -190,7 +204,9 @@ def test_graphs_that_are_built_again_give_the_same(retain, references):
     model, batches, objective = CASES["mlp"]()
     operator = products.hessian(model, batches, objective, retain=retain)
     for _ in range(2):
-        torch.testing.assert_close(operator.to_dense(), references("mlp", "hessian"), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            operator.to_dense(), references("mlp", "hessian"), rtol=1e-9, atol=1e-12
+        )
     assert len(operator.source.kept) == retain
 
 
@@ -201,7 +217,9 @@ def test_the_sampled_fisher_is_unbiased_for_the_gauss_newton_matrix(references):
     assert torch.linalg.norm(many - expected) < 0.05 * torch.linalg.norm(expected)
     again = products.fisher(model, batches, objective, labels=2, seed=5)
     other = products.fisher(model, batches, objective, labels=2, seed=6)
-    assert torch.equal(again.to_dense(), products.fisher(model, batches, objective, labels=2, seed=5).to_dense())
+    assert torch.equal(
+        again.to_dense(), products.fisher(model, batches, objective, labels=2, seed=5).to_dense()
+    )
     assert not torch.equal(again.to_dense(), other.to_dense())
 
 
@@ -214,10 +232,12 @@ def test_label_free_curvature_is_the_classifier_s_gauss_newton(references):
         matrix, products.gauss_newton(model, x, LabelFree(model)).to_dense(), atol=1e-10, rtol=1e-8
     )
     names = [n for n, _ in model.named_parameters()]
-    torch.testing.assert_close(matrix, dense(model, x, Classification(), "ggn", names), atol=1e-10, rtol=1e-8)
+    torch.testing.assert_close(
+        matrix, dense(model, x, Classification(), "ggn", names), atol=1e-10, rtol=1e-8
+    )
 
 
-# ------------------------------------------------------------------------------------------------- traps of the peers
+# ------------------------------------------------------------------------------- traps of the peers
 
 
 def test_a_second_operator_does_not_disturb_the_first(references):
@@ -240,10 +260,15 @@ def test_curvature_of_a_tiny_loss_keeps_its_digits(references):
             return losses * 1e-9, truth
 
     pairs = cp.eigenpairs(
-        products.hessian(model, batches, Tiny()), 1, tol=1e-8, generator=torch.Generator().manual_seed(0)
+        products.hessian(model, batches, Tiny()),
+        1,
+        tol=1e-8,
+        generator=torch.Generator().manual_seed(0),
     )
     expected = torch.linalg.eigvalsh(references("mlp", "hessian"))
-    assert float(pairs.values[0]) == pytest.approx(1e-9 * float(expected[expected.abs().argmax()]), rel=1e-6)
+    assert float(pairs.values[0]) == pytest.approx(
+        1e-9 * float(expected[expected.abs().argmax()]), rel=1e-6
+    )
 
 
 def test_what_random_modules_do_is_named():
@@ -291,7 +316,9 @@ def test_frozen_parameters_have_curvature_too(references):
     model, batches, objective = CASES["mlp"]()
     model.requires_grad_(False)
     operator = products.hessian(model, batches, objective)
-    torch.testing.assert_close(operator.to_dense(), references("mlp", "hessian"), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        operator.to_dense(), references("mlp", "hessian"), rtol=1e-9, atol=1e-12
+    )
     assert cp.analyze(model, batches, quantities=["trace"]).layers["0"].trace is not None
 
 
@@ -325,7 +352,12 @@ def test_bfloat16_and_mixed_models_add_up_in_float32():
     [
         (lambda m, d: cp.hessian(m, []), "empty"),
         (lambda m, d: cp.hessian(m, d, parameters="nope*"), "matches none"),
-        (lambda m, d: cp.hessian(m, [(d[0][0], torch.full((3,), -100))]) @ torch.zeros(64).double(), "no position"),
+        (
+            lambda m, d: (
+                cp.hessian(m, [(d[0][0], torch.full((3,), -100))]) @ torch.zeros(64).double()
+            ),
+            "no position",
+        ),
         (lambda m, d: cp.analyze(m, d, matrix="hess"), "expected one of hessian"),
         (lambda m, d: cp.analyze(m, d, quantities=["spectrum"]), "expected some of trace"),
         (lambda m, d: cp.analyze(m, d, rtol=0.0), "must be positive"),
@@ -338,7 +370,7 @@ def test_bad_input_says_what_was_expected(call, message):
         call(mlp(), vectors())
 
 
-# -------------------------------------------------------------------------------------------- exact blocks and Fisher
+# -------------------------------------------------------------------------- exact blocks and Fisher
 
 
 def block(matrix, model, name):
@@ -357,7 +389,9 @@ def test_piecewise_linear_layers_get_their_exact_hessian_block(references):
         expected = block(references("conv", "hessian"), model, f"{name}.weight")
         assert c.exact and c.method == "exact" and c.trace.stderr == 0
         assert c.trace.value == pytest.approx(float(expected.trace()), rel=1e-9)
-        torch.testing.assert_close(c.diagonal.reshape(-1), expected.diagonal(), rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(
+            c.diagonal.reshape(-1), expected.diagonal(), rtol=1e-8, atol=1e-12
+        )
         values = torch.linalg.eigvalsh(expected)
         assert float(c.eigenpairs.values.max()) == pytest.approx(float(values[-1]), rel=1e-6)
         assert abs(float(c.eigenpairs.values.min()) - float(values[0])) < 1e-7
@@ -366,7 +400,9 @@ def test_piecewise_linear_layers_get_their_exact_hessian_block(references):
 @pytest.mark.parametrize("activation", [nn.GELU, nn.SiLU, nn.Tanh, nn.Softplus])
 def test_smooth_activations_leave_only_the_last_layer_exact(activation):
     model = convnet(activation)
-    found = factors.structure(model, Classification(), vectors(shape=(1, 6, 6))[1], find_layers(model))
+    found = factors.structure(
+        model, Classification(), vectors(shape=(1, 6, 6))[1], find_layers(model)
+    )
     assert found.piecewise_linear == ("8",) and set(found.factored) == {"0", "4", "8"}
 
 
@@ -377,7 +413,12 @@ class Square(nn.Module):
 
     def forward(self, x):
         a, b = self.a(x), self.b(x)
-        return {"self": a * a, "other": a * b, "over": a / (b.detach() ** 2 + 1), "under": a / (b.abs() + 1)}[self.how]
+        return {
+            "self": a * a,
+            "other": a * b,
+            "over": a / (b.detach() ** 2 + 1),
+            "under": a / (b.abs() + 1),
+        }[self.how]
 
 
 @pytest.mark.parametrize(
@@ -395,7 +436,9 @@ def test_products_are_linear_in_each_factor_only(how, straight):
     for name in found.piecewise_linear:
         exact = cp.analyze(model, batches, layers=[name], quantities=["trace"]).layers[name]
         matrix = dense(model, batches, Classification(), "hessian", [f"{name}.weight"])
-        assert exact.exact and exact.trace.value == pytest.approx(float(matrix.detach().trace()), rel=1e-9)
+        assert exact.exact and exact.trace.value == pytest.approx(
+            float(matrix.detach().trace()), rel=1e-9
+        )
 
 
 def test_a_shared_weight_is_not_taken_for_a_simple_layer():
@@ -403,7 +446,14 @@ def test_a_shared_weight_is_not_taken_for_a_simple_layer():
     layers = {n: layer for n, layer in find_layers(model).items() if n != "idle"}
     found = factors.structure(model, objective, batches[1], layers)
     assert "shared" in found.reasons and "first" in found.factored
-    analysis = cp.analyze(model, batches, layers=["shared", "first"], quantities=["trace"], rtol=0.02, max_products=400)
+    analysis = cp.analyze(
+        model,
+        batches,
+        layers=["shared", "first"],
+        quantities=["trace"],
+        rtol=0.02,
+        max_products=400,
+    )
     matrix = dense(model, batches, objective, "hessian", ["shared.weight"])
     trace = analysis.layers["shared"].trace
     assert abs(trace.value - float(matrix.trace())) < 4 * trace.stderr + 1e-12
@@ -418,36 +468,53 @@ def test_a_layer_off_the_way_to_the_loss_is_named():
 @pytest.mark.parametrize("case", ["mlp", "conv"])
 def test_exact_gauss_newton_blocks_of_any_network(case, references):
     model, batches, _ = CASES[case]()
-    analysis = cp.analyze(model, batches, matrix="ggn", quantities=["trace", "diagonal", "eigenvalues"])
+    analysis = cp.analyze(
+        model, batches, matrix="ggn", quantities=["trace", "diagonal", "eigenvalues"]
+    )
     for name, c in analysis.layers.items():
         expected = block(references(case, "ggn"), model, f"{name}.weight")
-        torch.testing.assert_close(c.diagonal.reshape(-1), expected.diagonal(), rtol=1e-8, atol=1e-12)
-        assert float(c.eigenpairs.values.max()) == pytest.approx(float(torch.linalg.eigvalsh(expected)[-1]), rel=1e-6)
+        torch.testing.assert_close(
+            c.diagonal.reshape(-1), expected.diagonal(), rtol=1e-8, atol=1e-12
+        )
+        assert float(c.eigenpairs.values.max()) == pytest.approx(
+            float(torch.linalg.eigvalsh(expected)[-1]), rel=1e-6
+        )
 
 
 @pytest.mark.parametrize("case", ["conv", "attention", "tied"])
 def test_the_fisher_of_every_layer_is_unbiased(case, references):
-    """Sampled labels: mean over many draws against the Gauss–Newton matrix; tied and embedding layers included."""
+    """Sampled labels: mean over many draws against the Gauss–Newton matrix; tied and embedding
+    layers included."""
     model, batches, _ = CASES[case]()
-    analysis = cp.analyze(model, batches, matrix="fisher", quantities=["trace", "diagonal"], labels=600)
+    analysis = cp.analyze(
+        model, batches, matrix="fisher", quantities=["trace", "diagonal"], labels=600
+    )
     for name, c in analysis.layers.items():
         expected = block(references(case, "ggn"), model, f"{name}.weight").diagonal()
-        assert float(torch.linalg.norm(c.diagonal.reshape(-1) - expected)) < 0.15 * float(torch.linalg.norm(expected))
+        assert float(torch.linalg.norm(c.diagonal.reshape(-1) - expected)) < 0.15 * float(
+            torch.linalg.norm(expected)
+        )
         assert c.trace.value == pytest.approx(float(expected.sum()), rel=0.12)
 
 
 def test_the_batched_fisher_equals_the_pass_over_single_items():
-    """Nothing is random in an empirical Fisher: contractions of whole batches against the items' own gradients."""
+    """Nothing is random in an empirical Fisher: contractions of whole batches against the items'
+    own gradients."""
     model, batches, _ = CASES["conv"]()
-    analysis = cp.analyze(model, batches, matrix="empirical-fisher", quantities=["trace", "diagonal"])
+    analysis = cp.analyze(
+        model, batches, matrix="empirical-fisher", quantities=["trace", "diagonal"]
+    )
     for name, c in analysis.layers.items():
         expected = dense(model, batches, Classification(), "empirical", [f"{name}.weight"])
-        torch.testing.assert_close(c.diagonal.reshape(-1), expected.diagonal(), rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(
+            c.diagonal.reshape(-1), expected.diagonal(), rtol=1e-8, atol=1e-12
+        )
         assert c.trace.value == pytest.approx(float(expected.trace()), rel=1e-9)
 
 
 def test_token_labels_are_never_taken_for_one_prediction_per_item():
-    """The first items have one label that counts, the last has several: their scores add up before they are squared."""
+    """The first items have one label that counts, the last has several: their scores add up before
+    they are squared."""
 
     class Tokens(nn.Module):
         def __init__(self):
@@ -465,7 +532,9 @@ def test_token_labels_are_never_taken_for_one_prediction_per_item():
     assert not factors.structure(model, Classification(), data[0], layers).exact
     with pytest.raises(ValueError, match="use the Fisher"):
         factors.exact_gauss_newton(model, Classification(), data, layers)
-    analysis = cp.analyze(model, data, objective="classification", quantities=["trace"], rtol=0.05, max_products=400)
+    analysis = cp.analyze(
+        model, data, objective="classification", quantities=["trace"], rtol=0.05, max_products=400
+    )
     truth = float(dense(model, data, Classification(), "hessian", ["head.weight"]).detach().trace())
     trace = analysis.layers["head"].trace
     assert abs(trace.value - truth) < 4 * trace.stderr + 1e-12
@@ -477,10 +546,15 @@ def test_kronecker_factors_are_exact_for_one_item():
     layers = find_layers(model)
     for approximate in (factors.kfac, factors.ekfac):
         operator = approximate(model, objective, one, layers, seed=3)
-        exact = products.fisher(model, one, objective, seed=3, parameters=list(operator.space.shapes))
+        exact = products.fisher(
+            model, one, objective, seed=3, parameters=list(operator.space.shapes)
+        )
         for name in operator.space.shapes:
             torch.testing.assert_close(
-                operator.restrict([name]).to_dense(), exact.restrict([name]).to_dense(), rtol=1e-8, atol=1e-12
+                operator.restrict([name]).to_dense(),
+                exact.restrict([name]).to_dense(),
+                rtol=1e-8,
+                atol=1e-12,
             )
 
 
@@ -492,18 +566,25 @@ def test_ekfac_has_the_trace_of_the_fisher_for_the_same_labels():
     assert operator.trace() == pytest.approx(total, rel=1e-9)
 
 
-# ------------------------------------------------------------------------------------------------------------- probes
+# ------------------------------------------------------------------------------------------- probes
 
 
 def test_probed_traces_and_diagonals_of_all_layers_are_unbiased(references):
     model, batches, objective = CASES["mlp"]()
     expected = references("mlp", "hessian")
     names = {n: f"{n}.weight" for n in find_layers(model)}
-    operator = products.hessian(model, batches, objective, parameters=list(names.values()), retain=2)
+    operator = products.hessian(
+        model, batches, objective, parameters=list(names.values()), retain=2
+    )
     within = 0
     for seed in range(20):
         found = probe_layers(
-            operator, names, rtol=0.1, max_products=60, diagonal=True, generator=torch.Generator().manual_seed(seed)
+            operator,
+            names,
+            rtol=0.1,
+            max_products=60,
+            diagonal=True,
+            generator=torch.Generator().manual_seed(seed),
         )
         for layer, t in found.items():
             truth = block(expected, model, names[layer]).diagonal()
@@ -512,7 +593,12 @@ def test_probed_traces_and_diagonals_of_all_layers_are_unbiased(references):
             assert not t.trace.converged or t.trace.stderr <= 0.1 * abs(t.trace.value)
     assert within >= 53  # of 60; 95 % would be 57, and the spread of few probes is itself uncertain
     found = probe_layers(
-        operator, names, rtol=1e-3, max_products=800, diagonal=True, generator=torch.Generator().manual_seed(1)
+        operator,
+        names,
+        rtol=1e-3,
+        max_products=800,
+        diagonal=True,
+        generator=torch.Generator().manual_seed(1),
     )
     for layer, t in found.items():
         truth = block(expected, model, names[layer]).diagonal()
@@ -523,10 +609,13 @@ def test_probed_traces_and_diagonals_of_all_layers_are_unbiased(references):
 def test_the_same_seed_gives_the_same_bits():
     model, batches, _ = CASES["attention"]()
     first, second, other = (
-        cp.analyze(model, batches, quantities=["trace", "diagonal"], seed=s, max_products=12) for s in (1, 1, 2)
+        cp.analyze(model, batches, quantities=["trace", "diagonal"], seed=s, max_products=12)
+        for s in (1, 1, 2)
     )
     for name, c in first.layers.items():
-        assert c.trace == second.layers[name].trace and torch.equal(c.diagonal, second.layers[name].diagonal)
+        assert c.trace == second.layers[name].trace and torch.equal(
+            c.diagonal, second.layers[name].diagonal
+        )
     assert any(c.trace != other.layers[n].trace for n, c in first.layers.items())
 
 
@@ -543,7 +632,10 @@ def test_the_spectral_density_of_a_layer_has_the_block_s_moments(case, reference
 
 
 def test_two_probes_that_agree_by_chance_do_not_outweigh_eight():
-    joint, alone = _Kind(samples=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]), _Kind(samples=[100.0, 100.001])
+    joint, alone = (
+        _Kind(samples=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]),
+        _Kind(samples=[100.0, 100.001]),
+    )
     assert _combined(joint, alone)[0] == 4.5
 
 
@@ -558,17 +650,20 @@ def test_eigenvalues_of_layers_have_both_ends_and_the_right_sign(references):
     model, batches, _ = CASES["attention"]()
     analysis = cp.analyze(model, batches, quantities=["eigenvalues"], max_products=200)
     for name, c in analysis.layers.items():
-        values = torch.linalg.eigvalsh(block(references("attention", "hessian"), model, f"{name}.weight"))
+        values = torch.linalg.eigvalsh(
+            block(references("attention", "hessian"), model, f"{name}.weight")
+        )
         assert c.eigenpairs.converged
         ends = float(c.eigenpairs.values.max()), float(c.eigenpairs.values.min())
         for found, truth in zip(ends, (values[-1], values[0]), strict=True):
-            # An eigenvalue to the tolerance; the last one itself unless a neighbour is closer to it than a few percent.
+            # An eigenvalue to the tolerance; the last one itself unless a neighbour is closer to it
+            # than a few percent.
             floor = 1e-5 * float(values.abs().max())
             assert float((values - found).abs().min()) <= 0.012 * abs(found) + floor
             assert found == pytest.approx(float(truth), rel=0.05, abs=floor)
 
 
-# ---------------------------------------------------------------------------------------------------- whole and report
+# --------------------------------------------------------------------------------- whole and report
 
 
 def test_the_diagnosis_says_what_the_spectrum_is(references):
@@ -586,16 +681,23 @@ def test_the_diagnosis_says_what_the_spectrum_is(references):
     parameters = [p.detach().clone().requires_grad_() for p in model.parameters()]
     names = [n for n, _ in model.named_parameters()]
     x, y = torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
-    loss = F.cross_entropy(torch.func.functional_call(model.eval(), dict(zip(names, parameters, strict=True)), (x,)), y)
+    loss = F.cross_entropy(
+        torch.func.functional_call(model.eval(), dict(zip(names, parameters, strict=True)), (x,)), y
+    )
     gradient = torch.autograd.grad(loss, parameters)
     assert whole.loss == pytest.approx(float(loss), rel=1e-9)
-    assert whole.gradient_norm == pytest.approx(math.sqrt(sum(float(g.square().sum()) for g in gradient)), rel=1e-9)
+    assert whole.gradient_norm == pytest.approx(
+        math.sqrt(sum(float(g.square().sum()) for g in gradient)), rel=1e-9
+    )
     assert d.kind in ("minimum", "saddle", "not stationary") and d.text
-    assert {"lambda_max", "max_learning_rate", "disagreements"} <= analysis.to_dict()["diagnosis"].keys()
+    assert {"lambda_max", "max_learning_rate", "disagreements"} <= analysis.to_dict()[
+        "diagnosis"
+    ].keys()
 
 
 def test_a_minimum_is_called_one_and_a_saddle_is_not():
-    """A quadratic bowl of logits: at the optimum of a linear softmax model the Hessian is positive semidefinite."""
+    """A quadratic bowl of logits: at the optimum of a linear softmax model the Hessian is positive
+    semidefinite."""
     x = torch.eye(3, dtype=torch.float64).repeat(4, 1)
     y = torch.tensor([0, 1, 2, 0, 1, 2, 1, 2, 0, 1, 2, 0])
     model = nn.Linear(3, 3, bias=False).double()
@@ -611,17 +713,23 @@ def test_a_minimum_is_called_one_and_a_saddle_is_not():
         for p in saddle.parameters():
             p.mul_(1e-3)
     analysis = cp.analyze(saddle, [(x, y)], max_products=60)
-    assert analysis.diagnosis.lambda_min < 0 and analysis.diagnosis.kind in ("saddle", "not stationary")
+    assert analysis.diagnosis.lambda_min < 0 and analysis.diagnosis.kind in (
+        "saddle",
+        "not stationary",
+    )
 
 
 def test_exact_blocks_give_their_whole_spectrum(references):
-    """All but the null space's zeros, against the dense Hessian block; and what lies on disk is the same."""
+    """All but the null space's zeros, against the dense Hessian block; and what lies on disk is the
+    same."""
     model, batches, _ = CASES["conv"]()
     layers = cp.analyze(model, batches, quantities=["eigenvalues"]).layers
     exact = {n: c for n, c in layers.items() if c.exact}
     assert exact and all(c.spectrum is None for n, c in layers.items() if n not in exact)
     for name, c in exact.items():
-        truth = torch.linalg.eigvalsh(block(references("conv", "hessian"), model, f"{name}.weight")).flip(0)
+        truth = torch.linalg.eigvalsh(
+            block(references("conv", "hessian"), model, f"{name}.weight")
+        ).flip(0)
         padded = torch.zeros_like(truth)
         padded[: len(c.spectrum)] = c.spectrum
         torch.testing.assert_close(padded, truth, rtol=1e-8, atol=1e-10)
@@ -636,7 +744,13 @@ def test_bert_and_llama_give_every_quantity():
     )  # fmt: skip
     model = seeded(lambda: BertForSequenceClassification(config))
     ids = torch.randint(0, 20, (3, 6), generator=torch.Generator().manual_seed(0))
-    data = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 1])}]
+    data = [
+        {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "labels": torch.tensor([0, 1, 1]),
+        }
+    ]
     analysis = cp.analyze(model, data, max_products=16)
     assert analysis.layers["classifier"].exact and not analysis.layers["bert.pooler.dense"].exact
     assert all(c.trace is not None and c.eigenpairs is not None for c in analysis.layers.values())
@@ -664,30 +778,48 @@ def test_an_output_layer_is_exact_for_every_position(tied):
 
     def loss(weight):
         function = torch.func.functional_call
-        logits = function(model, {"lm_head.weight": weight}, kwargs={"input_ids": ids, "attention_mask": mask}).logits
+        logits = function(
+            model, {"lm_head.weight": weight}, kwargs={"input_ids": ids, "attention_mask": mask}
+        ).logits
         total, count = objective.loss_of(logits, batch)
         return total / count
 
     truth = torch.func.hessian(loss)(model.lm_head.weight.detach()).reshape(88, 88)
-    for analysis in (found, cp.analyze(model, data, quantities=["trace", "diagonal"], layers="lm_head")):
+    for analysis in (
+        found,
+        cp.analyze(model, data, quantities=["trace", "diagonal"], layers="lm_head"),
+    ):
         head = analysis.layers["lm_head"]
-        assert head.method == "exact" and head.exact and head.trace.stderr == 0 and head.diagonal_error == 0
+        assert (
+            head.method == "exact"
+            and head.exact
+            and head.trace.stderr == 0
+            and head.diagonal_error == 0
+        )
         # transformers computes its norms in float32, whatever the model's type
         assert head.trace.value == pytest.approx(float(truth.trace()), rel=1e-6)
-        torch.testing.assert_close(head.diagonal.reshape(-1), truth.diagonal(), rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(
+            head.diagonal.reshape(-1), truth.diagonal(), rtol=1e-5, atol=1e-9
+        )
 
 
 def test_groups_of_layers_bound_the_vectors(references):
     model, batches, _ = CASES["mlp"]()
     whole = cp.analyze(model, batches, quantities=["trace", "eigenvalues"], max_products=64)
-    split = cp.analyze(model, batches, quantities=["trace", "eigenvalues"], max_products=64, vector_bytes=1)
-    assert any("groups" in note for note in split.notes) and not any("groups" in note for note in whole.notes)
+    split = cp.analyze(
+        model, batches, quantities=["trace", "eigenvalues"], max_products=64, vector_bytes=1
+    )
+    assert any("groups" in note for note in split.notes) and not any(
+        "groups" in note for note in whole.notes
+    )
     assert list(split.layers) == list(whole.layers)
     for name, c in split.layers.items():
         other = whole.layers[name]
         spread = math.hypot(c.trace.stderr, other.trace.stderr)
         assert abs(c.trace.value - other.trace.value) <= 4 * spread + 1e-12
-        assert float(c.eigenpairs.values[0]) == pytest.approx(float(other.eigenpairs.values[0]), rel=1e-2)
+        assert float(c.eigenpairs.values[0]) == pytest.approx(
+            float(other.eigenpairs.values[0]), rel=1e-2
+        )
     spectrum = cp.analyze(model, batches, quantities=["density"], vector_bytes=1)
     assert spectrum.model.density is None and any("left out" in note for note in spectrum.notes)
 
@@ -700,9 +832,16 @@ def test_curvlinops_agrees():
     model.eval()
     parameters = dict(model.named_parameters())
     v = torch.randn(sum(p.numel() for p in parameters.values()), dtype=torch.float64)
-    for theirs, ours in (("HessianLinearOperator", products.hessian), ("GGNLinearOperator", products.gauss_newton)):
-        reference = getattr(curvlinops, theirs)(model, nn.CrossEntropyLoss(), list(parameters.values()), batches)
-        torch.testing.assert_close(ours(model, batches, objective) @ v, reference @ v, rtol=1e-8, atol=1e-12)
+    for theirs, ours in (
+        ("HessianLinearOperator", products.hessian),
+        ("GGNLinearOperator", products.gauss_newton),
+    ):
+        reference = getattr(curvlinops, theirs)(
+            model, nn.CrossEntropyLoss(), list(parameters.values()), batches
+        )
+        torch.testing.assert_close(
+            ours(model, batches, objective) @ v, reference @ v, rtol=1e-8, atol=1e-12
+        )
 
 
 def _process(rank: int, world: int, address: str, results) -> None:
@@ -721,7 +860,9 @@ def _figures() -> dict[str, float]:
         ("hessian", ["trace", "diagonal", "eigenvalues", "density"]),
         ("fisher", ["trace", "diagonal"]),
     ):
-        analysis = cp.analyze(model.float(), [(x.float(), y) for x, y in data], matrix=matrix, quantities=quantities)
+        analysis = cp.analyze(
+            model.float(), [(x.float(), y) for x, y in data], matrix=matrix, quantities=quantities
+        )
         for name, c in analysis.layers.items():
             figures[f"{matrix} trace {name}"] = c.trace.value
             figures[f"{matrix} diagonal {name}"] = float(c.diagonal.norm())
@@ -748,6 +889,8 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
     for process in both:
         process.join()
     alone = _figures()
-    assert sorted(i for _, share in found.values() for i in share) == list(range(5))  # split, not repeated
+    assert sorted(i for _, share in found.values() for i in share) == list(
+        range(5)
+    )  # split, not repeated
     for figures, _ in found.values():
         assert figures == pytest.approx(alone, rel=1e-6, abs=1e-9)

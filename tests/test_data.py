@@ -35,7 +35,10 @@ def test_collate_pads_on_the_right_and_says_so():
 
 
 def test_itemize_undoes_batches_of_both_kinds():
-    pairs = [(torch.arange(6).reshape(3, 2), torch.tensor([0, 1, 2])), (torch.ones(1, 2), torch.tensor([3]))]
+    pairs = [
+        (torch.arange(6).reshape(3, 2), torch.tensor([0, 1, 2])),
+        (torch.ones(1, 2), torch.tensor([3])),
+    ]
     items = itemize(pairs)
     assert len(items) == 4 and items[2][0].tolist() == [[4, 5]] and items[3][1].tolist() == [3]
     dicts = itemize([{"x": torch.arange(4).reshape(2, 2), "labels": torch.tensor([5, 6])}])
@@ -45,7 +48,10 @@ def test_itemize_undoes_batches_of_both_kinds():
 @pytest.mark.parametrize(
     ("items", "message"),
     [
-        ([(torch.ones(1, 2), torch.ones(1)), (torch.ones(1, 3), torch.ones(1))], "inputs of one shape"),
+        (
+            [(torch.ones(1, 2), torch.ones(1)), (torch.ones(1, 3), torch.ones(1))],
+            "inputs of one shape",
+        ),
         ([{"x": torch.ones(1, 2)}, {"y": torch.ones(1, 2)}], "same keys"),
         ([{"x": torch.ones(1, 2)}, {"x": torch.ones(1, 3)}], "'x' has different shapes"),
     ],
@@ -67,9 +73,18 @@ def test_bad_data_is_refused():
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({"input_ids": torch.zeros(2, 3), "use_cache": False}, "'use_cache' is a bool; expected a tensor"),
-        ({"input_ids": torch.zeros(2, 3), "text": ["a", "b"]}, "'text' is a list; expected a tensor"),
-        ({"input_ids": torch.zeros(2, 3), "step": torch.tensor(4)}, "'step' is a number; expected a tensor"),
+        (
+            {"input_ids": torch.zeros(2, 3), "use_cache": False},
+            "'use_cache' is a bool; expected a tensor",
+        ),
+        (
+            {"input_ids": torch.zeros(2, 3), "text": ["a", "b"]},
+            "'text' is a list; expected a tensor",
+        ),
+        (
+            {"input_ids": torch.zeros(2, 3), "step": torch.tensor(4)},
+            "'step' is a number; expected a tensor",
+        ),
         (
             {"input_ids": torch.zeros(2, 3), "labels": torch.zeros(3)},
             r"numbers of items, \{'input_ids': 2, 'labels': 3\}",
@@ -107,7 +122,10 @@ def test_split_items_deals_whole_documents_where_they_are_known():
     dealt = [name for part in parts for name in set(part.documents)]
     assert sorted(dealt) == sorted(set(names)), "every document in exactly one split"
     for part in parts:
-        assert all(names[int(item[0])] == name for item, name in zip(part.items, part.documents, strict=True))
+        assert all(
+            names[int(item[0])] == name
+            for item, name in zip(part.items, part.documents, strict=True)
+        )
     shares = [len(part.items) / len(names) for part in parts]
     assert shares == pytest.approx([0.25, 0.125, 0.125, 0.5], abs=0.06)
     with pytest.raises(ValueError, match="20 items in 2 documents"):
@@ -123,7 +141,9 @@ def test_a_certify_split_that_repeats_items_is_told():
 
     assert splits(item[5:]).leak() is None
     leak = splits([item[4], *item[5:], item[0]]).leak()
-    assert leak is not None and leak.startswith("2 of the 5 items of the certify split have also made")
+    assert leak is not None and leak.startswith(
+        "2 of the 5 items of the certify split have also made"
+    )
 
 
 def test_text_splits_keep_one_of_equal_documents():
@@ -131,12 +151,17 @@ def test_text_splits_keep_one_of_equal_documents():
     counts = dict.fromkeys(PURPOSES, 2)
     splits = text_splits(documents, length=64, counts=counts, seed=0)
     assert splits.leak() is None
-    assert len({int(item["input_ids"][0, 0]) for p in PURPOSES for item in getattr(splits, p).items}) == 8
+    assert (
+        len({int(item["input_ids"][0, 0]) for p in PURPOSES for item in getattr(splits, p).items})
+        == 8
+    )
 
 
 def test_text_splits_share_no_document_and_spread_over_documents():
     rng = np.random.default_rng(0)
-    documents = {f"d{i}": rng.integers(0, 100, size=rng.integers(40, 900)).tolist() for i in range(30)}
+    documents = {
+        f"d{i}": rng.integers(0, 100, size=rng.integers(40, 900)).tolist() for i in range(30)
+    }
     counts = {"calibrate": 12, "price": 6, "select": 10, "certify": 25}
     splits = text_splits(documents, length=64, counts=counts, seed=0)
     parts = [getattr(splits, p) for p in PURPOSES]
@@ -153,7 +178,9 @@ def test_text_splits_share_no_document_and_spread_over_documents():
 
 def test_items_to_recover_on_are_a_split_of_their_own():
     rng = np.random.default_rng(0)
-    documents = {f"d{i}": rng.integers(0, 100, size=rng.integers(40, 900)).tolist() for i in range(30)}
+    documents = {
+        f"d{i}": rng.integers(0, 100, size=rng.integers(40, 900)).tolist() for i in range(30)
+    }
     counts = {"calibrate": 8, "price": 6, "select": 6, "certify": 20}
     without = text_splits(documents, length=64, counts={**counts, "recover": 0}, seed=0)
     assert without.recover is None and without.training is without.calibrate
@@ -162,7 +189,9 @@ def test_items_to_recover_on_are_a_split_of_their_own():
     assert splits.recover is not None and splits.training is splits.recover
     every = [w for d in set(splits.recover.documents) for w in torch.tensor(documents[d]).split(64)]
     every = sorted(tuple(map(int, w)) for w in every if len(w) >= 32)
-    assert sorted(tuple(i["input_ids"][0].tolist()) for i in splits.recover.items) == every, "all of its documents"
+    assert sorted(tuple(i["input_ids"][0].tolist()) for i in splits.recover.items) == every, (
+        "all of its documents"
+    )
     assert len(every) > 30 and len(set(splits.recover.documents[:5])) == 5, "in turn"
     others = {name for p in PURPOSES for name in getattr(splits, p).documents}
     assert not others & set(splits.recover.documents)
@@ -175,10 +204,15 @@ def test_items_to_recover_on_are_a_split_of_their_own():
 
 
 def test_too_little_text_says_how_much_there_is():
-    with pytest.raises(ValueError, match=r"only 2 sequences of 64 tokens in 2 documents: .*select 0 of 4"):
+    with pytest.raises(
+        ValueError, match=r"only 2 sequences of 64 tokens in 2 documents: .*select 0 of 4"
+    ):
         counts = {"calibrate": 1, "price": 1, "select": 4, "certify": 1}
         text_splits(
-            {"a": list(range(64)), "b": list(range(1, 65)), "c": list(range(64))}, length=64, counts=counts, seed=0
+            {"a": list(range(64)), "b": list(range(1, 65)), "c": list(range(64))},
+            length=64,
+            counts=counts,
+            seed=0,
         )
 
 
@@ -203,9 +237,13 @@ def test_digits_splits_are_fresh_and_disjoint():
     assert len(set(indices)) == 200 and min(indices) >= DIGITS_TRAINING
     item = splits.certify.items[0]
     index = int(splits.certify.documents[0].split()[1])
-    assert torch.equal(item["pixel_values"][0], images[index]) and int(item["labels"]) == int(labels[index])
+    assert torch.equal(item["pixel_values"][0], images[index]) and int(item["labels"]) == int(
+        labels[index]
+    )
     more = digits_splits(counts={**counts, "recover": 30}, seed=3)
     assert more.sha256() == {**splits.sha256(), "recover": more.recover.sha256()}
-    assert not {n for p in PURPOSES for n in getattr(more, p).documents} & set(more.recover.documents)
+    assert not {n for p in PURPOSES for n in getattr(more, p).documents} & set(
+        more.recover.documents
+    )
     with pytest.raises(ValueError, match="897 images"):
         digits_splits(counts={**counts, "certify": 800}, seed=0)

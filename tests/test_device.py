@@ -1,4 +1,5 @@
-"""Everything on an accelerator, beside the CPU. Skipped where there is none (``TEST_DEVICE=mps`` names another one)."""
+"""Everything on an accelerator, beside the CPU. Skipped where there is none (``TEST_DEVICE=mps``
+names another one)."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from curvprune.objective import evaluate
 from tests import tiny
 
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
-there_is = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(DEVICE, lambda: True)
+there_is = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(
+    DEVICE, lambda: True
+)
 pytestmark = pytest.mark.skipif(not there_is(), reason=f"no {DEVICE} device")
 
 
@@ -41,7 +44,8 @@ class Net(nn.Module):
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
-    """A network on the CPU that has learnt the digits, and batches of others, the last one shorter."""
+    """A network on the CPU that has learnt the digits, and batches of others, the last one
+    shorter."""
     images, labels = digits()
     x = images.reshape(-1, 1, 8, 8)
     with torch.random.fork_rng(devices=[]):
@@ -84,10 +88,15 @@ def passages() -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize("matrix", ["hessian", "gauss_newton", "empirical_fisher"])
 def test_products_with_curvature_are_those_of_the_cpu(trained, matrix):
     model, data = trained
-    vectors = torch.randn(sum(p.numel() for p in model.parameters()), 2, generator=torch.Generator().manual_seed(1))
+    vectors = torch.randn(
+        sum(p.numel() for p in model.parameters()), 2, generator=torch.Generator().manual_seed(1)
+    )
     ours = getattr(cp, matrix)(there(model), data) @ vectors.to(DEVICE)
     assert ours.device.type == DEVICE
-    exact = getattr(cp, matrix)(copy.deepcopy(model).double(), [(x.double(), y) for x, y in data]) @ vectors.double()
+    exact = (
+        getattr(cp, matrix)(copy.deepcopy(model).double(), [(x.double(), y) for x, y in data])
+        @ vectors.double()
+    )
     assert float((ours.cpu() - exact).norm() / exact.norm()) < 1e-4
 
 
@@ -97,7 +106,9 @@ def test_an_analysis_finds_the_same_curvature(trained, matrix):
     ours, theirs = (cp.analyze(m, data[:2], matrix=matrix, seed=0) for m in (there(model), model))
     for name, layer in theirs.layers.items():
         assert ours.layers[name].trace.value == pytest.approx(layer.trace.value, rel=1e-3)
-        torch.testing.assert_close(ours.layers[name].diagonal.cpu(), layer.diagonal, rtol=1e-2, atol=1e-5)
+        torch.testing.assert_close(
+            ours.layers[name].diagonal.cpu(), layer.diagonal, rtol=1e-2, atol=1e-5
+        )
     assert ours.to_dict().keys() == theirs.to_dict().keys()
 
 
@@ -128,12 +139,16 @@ def test_compressed_models_stay_on_the_device_and_are_as_good(trained, what, tmp
     assert home_of(ours.model) == DEVICE
     assert ours.plan.choices.keys() == theirs.plan.choices.keys()
     dense = loss(model, data)
-    assert loss(ours.model, data) - dense == pytest.approx(loss(theirs.model, data) - dense, rel=0.3, abs=0.01)
+    assert loss(ours.model, data) - dense == pytest.approx(
+        loss(theirs.model, data) - dense, rel=0.3, abs=0.01
+    )
     ours.save(tmp_path / "saved")
     for packed in (False, True):
         read = cp.load(tmp_path / "saved", model=Net(), packed=packed, device=DEVICE)
         with torch.no_grad():
-            torch.testing.assert_close(read(data[0][0].to(DEVICE)), ours.model(data[0][0].to(DEVICE)))
+            torch.testing.assert_close(
+                read(data[0][0].to(DEVICE)), ours.model(data[0][0].to(DEVICE))
+            )
 
 
 def test_hidden_units_are_removed(trained):
@@ -142,7 +157,10 @@ def test_hidden_units_are_removed(trained):
     assert home_of(result.model) == DEVICE
     assert loss(result.model, data) < loss(model, data) + 0.2
     recovered = cp.recover(result, there(model), data, steps=10)
-    assert home_of(recovered.model) == DEVICE and recovered.recovery.loss_after <= recovered.recovery.loss_before
+    assert (
+        home_of(recovered.model) == DEVICE
+        and recovered.recovery.loss_after <= recovered.recovery.loss_before
+    )
 
 
 @pytest.mark.parametrize("what", ["2 bits", "1 bit", "zeros", "cast"])
@@ -150,7 +168,9 @@ def test_a_recovery_trains_there(trained, what):
     model, data = trained
     start = OPTIONS[what](there(model), data)
     for codes in {what.endswith("bits"), False}:
-        result = cp.recover(start, there(model), data, steps=40, lr=5e-3, loss="task", select=data, codes=codes)
+        result = cp.recover(
+            start, there(model), data, steps=40, lr=5e-3, loss="task", select=data, codes=codes
+        )
         assert home_of(result.model) == DEVICE
         assert what == "cast" or result.recovery.loss_after < result.recovery.loss_before
         assert (result.recovery.flipped > 0) == codes
@@ -174,7 +194,9 @@ def test_prices_are_those_of_the_cpu(trained, curvature):
     ours, theirs = (
         {
             (r.layer, r.option): r.price
-            for r in cp.price(m, data, options=options, curvature=curvature, labels=4, layers=WITHOUT_GROUPS).rows
+            for r in cp.price(
+                m, data, options=options, curvature=curvature, labels=4, layers=WITHOUT_GROUPS
+            ).rows
         }
         for m in (there(model), model)
     )
@@ -192,7 +214,9 @@ def test_language_models(passages, dtype, tmp_path):
     ours, theirs = (cp.quantize(m, passages, **how) for m in (there(model), model))
     objective = cp.CausalLM()
     dense = float(evaluate(model, passages, objective).mean_loss)
-    rises = [float(evaluate(r.model, passages, objective).mean_loss) - dense for r in (ours, theirs)]
+    rises = [
+        float(evaluate(r.model, passages, objective).mean_loss) - dense for r in (ours, theirs)
+    ]
     assert rises[0] == pytest.approx(rises[1], rel=0.3, abs=0.03)
     ours.save(tmp_path / "saved")
     batch = {k: v.to(DEVICE) for k, v in passages[0].items()}
@@ -200,7 +224,9 @@ def test_language_models(passages, dtype, tmp_path):
         read = cp.load(tmp_path / "saved", packed=packed, device=DEVICE)
         with torch.no_grad():
             expected, found = ours.model(**batch).logits.float(), read(**batch).logits.float()
-        assert float((found - expected).norm() / expected.norm()) < (1e-5 if dtype == torch.float32 else 2e-2)
+        assert float((found - expected).norm() / expected.norm()) < (
+            1e-5 if dtype == torch.float32 else 2e-2
+        )
     recovered = cp.recover(ours, there(model), passages, steps=10, batch_size=2)
     assert recovered.recovery.loss_after <= recovered.recovery.loss_before
 
@@ -215,13 +241,19 @@ def test_a_recipe_runs_to_its_verdict_and_goes_on_where_it_stopped(tmp_path):
     for path in (tmp_path / "out" / "state").rglob("*certify*.json"):
         path.unlink()
     again = pipeline.run(recipe, tmp_path / "out", progress=False)
-    assert again.record["verdict"]["drop"] == pytest.approx(first.record["verdict"]["drop"], abs=1e-4)
+    assert again.record["verdict"]["drop"] == pytest.approx(
+        first.record["verdict"]["drop"], abs=1e-4
+    )
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
-    assert plan["bytes"] == sum(size for _, size in tensor_names(Path(tmp_path / "out" / "model")).values())
+    assert plan["bytes"] == sum(
+        size for _, size in tensor_names(Path(tmp_path / "out" / "model")).values()
+    )
 
 
 def test_sums_of_a_pass_do_not_depend_on_the_device(passages):
     model = tiny.llama()
     objective = cp.CausalLM()
     ours, theirs = (evaluate(m, passages, objective) for m in (there(model), model))
-    torch.testing.assert_close(torch.as_tensor(ours.loss), torch.as_tensor(theirs.loss), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.as_tensor(ours.loss), torch.as_tensor(theirs.loss), rtol=1e-4, atol=1e-4
+    )

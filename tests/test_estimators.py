@@ -1,4 +1,5 @@
-"""Estimators on dense matrices whose spectrum is known: values, error bars, convergence flags, seeds."""
+"""Estimators on dense matrices whose spectrum is known: values, error bars, convergence flags,
+seeds."""
 
 from __future__ import annotations
 
@@ -9,7 +10,14 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from curvprune.curvature.estimators import EigenPairs, Estimate, density, diagonal, eigenpairs, trace
+from curvprune.curvature.estimators import (
+    EigenPairs,
+    Estimate,
+    density,
+    diagonal,
+    eigenpairs,
+    trace,
+)
 from curvprune.curvature.operators import Dense, Diagonal, Function, Operator, ParamSpace
 
 N = 80
@@ -60,7 +68,7 @@ def ends(spectrum: np.ndarray, k: int, which: str) -> np.ndarray:
     }[which]
 
 
-# ------------------------------------------------------------------------------------------------ trace
+# -------------------------------------------------------------------------------------------- trace
 
 
 @pytest.mark.parametrize("name", SPECTRA)
@@ -81,13 +89,16 @@ def test_the_trace_is_within_its_error_bar(method: str, name: str, dtype: torch.
 @pytest.mark.parametrize("name", ["slow decay", "negative end larger"])
 def test_the_trace_is_unbiased_and_its_error_bar_calibrated(method: str, name: str) -> None:
     op, truth, seeds = dense(SPECTRA[name]), SPECTRA[name].sum(), 120
-    results = [trace(op, method=method, rtol=1e-12, max_products=60, generator=seeded(s)) for s in range(seeds)]
+    results = [
+        trace(op, method=method, rtol=1e-12, max_products=60, generator=seeded(s))
+        for s in range(seeds)
+    ]
     values = np.array([r.value for r in results])
     stderr = np.array([r.stderr for r in results])
     assert not any(r.converged for r in results)
     assert abs(values.mean() - truth) <= 4 * values.std() / math.sqrt(seeds)
-    # Leave-one-out estimates share most of their sketch: XTrace's error bar is too small by up to a third, which its
-    # docstring says and this holds it to.
+    # Leave-one-out estimates share most of their sketch: XTrace's error bar is too small by up to a
+    # third, which its docstring says and this holds it to.
     coverage, ratio = (0.8, 0.6) if method == "xtrace" else (0.92, 0.85)
     covered = int((np.abs(values - truth) <= 2 * stderr).sum())
     assert covered >= binom.ppf(0.001, seeds, coverage)
@@ -115,14 +126,19 @@ def test_xtrace_and_xdiag_are_their_definitions(name: str) -> None:
     assert found.stderr == pytest.approx(np.std(samples, ddof=1) / math.sqrt(m), rel=1e-8)
 
     generator = seeded(4)
-    drawn = [torch.randint(0, 256, (N // 8,), dtype=torch.uint8, generator=generator).numpy() for _ in range(m)]
+    drawn = [
+        torch.randint(0, 256, (N // 8,), dtype=torch.uint8, generator=generator).numpy()
+        for _ in range(m)
+    ]
     signs = np.stack([np.unpackbits(d, bitorder="little") * 2.0 - 1 for d in drawn], 1)
     entries = []
     for i, q in enumerate(left_out(signs, a)):
         entries.append(np.diag(q @ q.T @ a) + signs[:, i] * ((eye - q @ q.T) @ a @ signs[:, i]))
     result = diagonal(op, method="xdiag", rtol=1e-12, max_products=16, generator=seeded(4))
     np.testing.assert_allclose(result.values.numpy(), np.mean(entries, 0), rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(result.stderr.numpy(), np.std(entries, 0, ddof=1) / math.sqrt(m), rtol=1e-7)
+    np.testing.assert_allclose(
+        result.stderr.numpy(), np.std(entries, 0, ddof=1) / math.sqrt(m), rtol=1e-7
+    )
 
 
 def test_hutchinson_is_exact_on_a_diagonal() -> None:
@@ -137,7 +153,9 @@ def test_hutchinson_is_exact_on_a_diagonal() -> None:
 @pytest.mark.parametrize("method", ["hutch++", "xtrace"])
 def test_sketches_are_exact_once_they_hold_the_range(method: str) -> None:
     result = trace(dense(SPECTRA["low rank"]), method=method, generator=seeded())
-    assert result.value == pytest.approx(15, abs=1e-10) and result.stderr < 1e-10 and result.converged
+    assert (
+        result.value == pytest.approx(15, abs=1e-10) and result.stderr < 1e-10 and result.converged
+    )
     assert result.num_products <= 24
 
 
@@ -148,13 +166,17 @@ def test_sketches_need_far_fewer_products_on_fast_decay() -> None:
                     for s in range(6)])
         for m in TRACE
     }  # fmt: skip
-    assert error["hutch++"] < 0.1 * error["hutchinson"] and error["xtrace"] < 0.1 * error["hutchinson"]
+    assert (
+        error["hutch++"] < 0.1 * error["hutchinson"] and error["xtrace"] < 0.1 * error["hutchinson"]
+    )
 
 
 @pytest.mark.parametrize("method", TRACE)
 def test_the_trace_is_read_off_where_that_is_cheaper(method: str) -> None:
     tiny = trace(dense(np.array([2.0, -2.0, 3.0])), method=method, generator=seeded())
-    assert tiny == Estimate(value=tiny.value, stderr=0.0, num_items=0, num_products=3, converged=True)
+    assert tiny == Estimate(
+        value=tiny.value, stderr=0.0, num_items=0, num_products=3, converged=True
+    )
     assert tiny.value == pytest.approx(3.0)
     single = trace(Dense(torch.tensor([[2.5]])), method=method, generator=seeded())
     assert single.value == 2.5 and single.stderr == 0
@@ -173,7 +195,7 @@ def test_a_trace_says_when_the_products_did_not_suffice(method: str) -> None:
     assert not trace(op, method=method, rtol=10.0, max_products=7, generator=seeded()).converged
 
 
-# ------------------------------------------------------------------------------------------------ diagonal
+# ----------------------------------------------------------------------------------------- diagonal
 
 
 @pytest.mark.parametrize("name", SPECTRA)
@@ -186,16 +208,23 @@ def test_the_diagonal_is_within_its_error_bars(method: str, name: str, dtype: to
     assert result.num_products == op.products <= 70
     assert result.values.dtype == result.stderr.dtype == dtype
     off = torch.linalg.vector_norm(result.values - truth)
-    assert off <= 2 * torch.linalg.vector_norm(result.stderr) + 1e-4 * torch.linalg.vector_norm(truth)
+    assert off <= 2 * torch.linalg.vector_norm(result.stderr) + 1e-4 * torch.linalg.vector_norm(
+        truth
+    )
     if result.converged:
-        assert torch.linalg.vector_norm(result.stderr) <= 0.1 * torch.linalg.vector_norm(result.values)
+        assert torch.linalg.vector_norm(result.stderr) <= 0.1 * torch.linalg.vector_norm(
+            result.values
+        )
 
 
 @pytest.mark.parametrize("method", DIAGONAL)
 def test_the_diagonal_is_unbiased_and_its_error_bars_calibrated(method: str) -> None:
     op, seeds = dense(SPECTRA["slow decay"]), 80
     truth = op.matrix.diagonal()
-    runs = [diagonal(op, method=method, rtol=1e-12, max_products=48, generator=seeded(s)) for s in range(seeds)]
+    runs = [
+        diagonal(op, method=method, rtol=1e-12, max_products=48, generator=seeded(s))
+        for s in range(seeds)
+    ]
     values, stderr = torch.stack([r.values for r in runs]), torch.stack([r.stderr for r in runs])
     z = (values.mean(0) - truth) / (values.std(0) / math.sqrt(seeds))
     assert float(z.abs().max()) < 4.5 and float((z**2).mean()) < 1.6
@@ -207,7 +236,12 @@ def test_xdiag_beats_hutchinson_on_fast_decay_and_both_read_off_a_small_diagonal
     op = dense(SPECTRA["fast decay"])
     truth = op.matrix.diagonal()
     error = {
-        m: float((diagonal(op, method=m, rtol=1e-9, max_products=60, generator=seeded()).values - truth).norm())
+        m: float(
+            (
+                diagonal(op, method=m, rtol=1e-9, max_products=60, generator=seeded()).values
+                - truth
+            ).norm()
+        )
         for m in DIAGONAL
     }
     assert error["xdiag"] < 0.05 * error["hutchinson"]
@@ -217,10 +251,12 @@ def test_xdiag_beats_hutchinson_on_fast_decay_and_both_read_off_a_small_diagonal
         assert torch.allclose(result.values, small.matrix.diagonal()) and result.num_products == 4
 
 
-# ------------------------------------------------------------------------------------------------ eigenpairs
+# --------------------------------------------------------------------------------------- eigenpairs
 
 
-def check_pairs(op: Dense, spectrum: np.ndarray, pairs: EigenPairs, k: int, which: str, atol: float) -> None:
+def check_pairs(
+    op: Dense, spectrum: np.ndarray, pairs: EigenPairs, k: int, which: str, atol: float
+) -> None:
     truth = ends(spectrum, k, which)
     if which == "LM":  # equal magnitudes come in any order
         np.testing.assert_allclose(np.abs(pairs.values.numpy()), np.abs(truth), atol=atol)
@@ -278,7 +314,9 @@ def test_thick_restart_finds_what_an_unrestarted_run_finds(name: str, which: str
     spectrum = SPECTRA[name]
     op = dense(spectrum)
     whole = eigenpairs(op, 3, which=which, tol=1e-6, max_products=600, generator=seeded())
-    parts = eigenpairs(op, 3, which=which, tol=1e-6, max_products=600, max_basis=12, generator=seeded())
+    parts = eigenpairs(
+        op, 3, which=which, tol=1e-6, max_products=600, max_basis=12, generator=seeded()
+    )
     assert whole.converged and parts.converged
     np.testing.assert_allclose(parts.values.numpy(), whole.values.numpy(), atol=1e-4)
     check_pairs(op, spectrum, parts, 3, which, atol=1e-4)
@@ -305,16 +343,22 @@ def test_too_few_products_are_not_called_converged(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", EIGEN)
-def test_a_start_is_used_and_an_eigenvector_of_the_wrong_value_does_not_mislead(method: str) -> None:
+def test_a_start_is_used_and_an_eigenvector_of_the_wrong_value_does_not_mislead(
+    method: str,
+) -> None:
     spectrum = np.r_[7.0, np.linspace(0, 1, N - 1)]
     op = dense(spectrum)
     vectors = torch.linalg.eigh(op.matrix).eigenvectors
-    wrong = eigenpairs(op, which="LA", method=method, tol=1e-6, generator=seeded(), start=vectors[:, 3].clone())
+    wrong = eigenpairs(
+        op, which="LA", method=method, tol=1e-6, generator=seeded(), start=vectors[:, 3].clone()
+    )
     assert float(wrong.values[0]) == pytest.approx(7, abs=1e-4)
     near = vectors[:, -1] + 1e-6 * torch.randn(N, dtype=torch.float64, generator=seeded(1))
     cold = eigenpairs(op, which="LA", method=method, tol=1e-10, generator=seeded())
     warm = eigenpairs(op, which="LA", method=method, tol=1e-10, generator=seeded(), start=near)
-    assert float(warm.values[0]) == pytest.approx(7, abs=1e-8) and warm.num_products <= min(8, cold.num_products)
+    assert float(warm.values[0]) == pytest.approx(7, abs=1e-8) and warm.num_products <= min(
+        8, cold.num_products
+    )
 
 
 def test_a_nearly_invisible_outlier_is_not_missed() -> None:
@@ -322,10 +366,12 @@ def test_a_nearly_invisible_outlier_is_not_missed() -> None:
     values = torch.ones(20_000, dtype=torch.float64)
     values[17] = 100
     for method in EIGEN:
-        assert float(eigenpairs(Diagonal(values), method=method, generator=seeded()).values[0]) == pytest.approx(100)
+        assert float(
+            eigenpairs(Diagonal(values), method=method, generator=seeded()).values[0]
+        ) == pytest.approx(100)
 
 
-# ------------------------------------------------------------------------------------------------ density
+# ------------------------------------------------------------------------------------------ density
 
 
 def test_the_density_has_the_masses_of_the_spectrum() -> None:
@@ -336,7 +382,11 @@ def test_the_density_has_the_masses_of_the_spectrum() -> None:
     for lower, upper in [(-0.1, 0.1), (0.5, 2.5), (-4.0, -2.0)]:
         share = ((spectrum >= lower) & (spectrum <= upper)).mean()
         mass = result.mass(lower, upper)
-        assert abs(mass.value - share) <= 4 * mass.stderr and 0 < mass.stderr < 0.05 and mass.num_items == 20
+        assert (
+            abs(mass.value - share) <= 4 * mass.stderr
+            and 0 < mass.stderr < 0.05
+            and mass.num_items == 20
+        )
     assert result.mass(-10, 10).value == pytest.approx(1)
     total = result.trace(80)
     assert abs(total.value - spectrum.sum()) <= 4 * total.stderr
@@ -359,26 +409,37 @@ def test_quadrature_is_exact_for_polynomials(dtype: torch.dtype) -> None:
 
 
 def test_a_spectrum_of_few_values_ends_a_run_early() -> None:
-    result = density(dense(np.r_[np.full(20, 2.0), np.full(60, 5.0)]), runs=4, steps=30, generator=seeded())
+    result = density(
+        dense(np.r_[np.full(20, 2.0), np.full(60, 5.0)]), runs=4, steps=30, generator=seeded()
+    )
     assert result.num_products == 8
     assert result.weights.sum(1).tolist() == pytest.approx([1] * 4)
     assert result.mass(1.9, 2.1).value + result.mass(4.9, 5.1).value == pytest.approx(1)
     zero = density(dense(np.zeros(5)), runs=2, steps=5, generator=seeded())
-    assert zero.num_products == 2 and zero.effective_rank(5).value == 0 and bool(torch.isfinite(zero.density).all())
+    assert (
+        zero.num_products == 2
+        and zero.effective_rank(5).value == 0
+        and bool(torch.isfinite(zero.density).all())
+    )
     one = density(Dense(torch.tensor([[4.0]])), runs=3, generator=seeded())
     assert one.trace(1) == Estimate(value=4.0, stderr=0.0, num_items=3, num_products=3)
 
 
-# ------------------------------------------------------------------------------------------------ seeds and errors
+# --------------------------------------------------------------------------------- seeds and errors
 
 
 def test_the_same_seed_gives_the_same_bits_and_leaves_the_global_generator_alone() -> None:
     op = dense(SPECTRA["slow decay"])
     before = torch.random.get_rng_state()
     for method in TRACE:
-        one, other = (trace(op, method=method, max_products=60, generator=seeded(5)) for _ in range(2))
+        one, other = (
+            trace(op, method=method, max_products=60, generator=seeded(5)) for _ in range(2)
+        )
         assert one == other
-        assert trace(op, method=method, max_products=30, rtol=1e-9, generator=seeded(6)).value != one.value
+        assert (
+            trace(op, method=method, max_products=30, rtol=1e-9, generator=seeded(6)).value
+            != one.value
+        )
     for method in DIAGONAL:
         a, b = (diagonal(op, method=method, max_products=40, generator=seeded(5)) for _ in range(2))
         assert torch.equal(a.values, b.values) and torch.equal(a.stderr, b.stderr)
@@ -405,7 +466,9 @@ def test_arguments_that_make_no_sense() -> None:
         eigenpairs(op, tol=0.0, generator=seeded())
     with pytest.raises(ValueError, match="max_products=3 is too small"):
         eigenpairs(op, 4, max_products=3, generator=seeded())
-    with pytest.raises(ValueError, match="max_basis=5 is too small for 4 eigenpairs; pass at least 7"):
+    with pytest.raises(
+        ValueError, match="max_basis=5 is too small for 4 eigenpairs; pass at least 7"
+    ):
         eigenpairs(op, 4, max_basis=5, generator=seeded())
     with pytest.raises(ValueError, match="max_basis belongs to lanczos"):
         eigenpairs(op, method="lobpcg", max_basis=9, generator=seeded())

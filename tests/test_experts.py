@@ -1,4 +1,5 @@
-"""Stacked experts: their inputs against what transformers' own forward multiplies, and every stage on top of them."""
+"""Stacked experts: their inputs against what transformers' own forward multiplies, and every stage
+on top of them."""
 
 from __future__ import annotations
 
@@ -47,7 +48,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*belong to no Linear")
 GATE_UP, DOWN = (f"model.layers.0.mlp.experts.{n}_proj" for n in ("gate_up", "down"))
 
 
-def mixtral(*, hidden: int = 8, inner: int = 12, experts: int = 3, vocabulary: int = 20, seed: int = 0) -> Any:
+def mixtral(
+    *, hidden: int = 8, inner: int = 12, experts: int = 3, vocabulary: int = 20, seed: int = 0
+) -> Any:
     config = MixtralConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, num_local_experts=experts, num_experts_per_tok=2, initializer_range=0.4,
@@ -76,12 +79,17 @@ def padded(vocabulary: int = 20, items: int = 4, length: int = 16) -> dict[str, 
 
 
 class Multiplied(TorchFunctionMode):
-    """Records what is multiplied with a slice of a stacked parameter: (parameter, expert) → rows."""
+    """Records what is multiplied with a slice of a stacked parameter: (parameter, expert) →
+    rows."""
 
     def __init__(self, module: nn.Module, names: list[str]) -> None:
         super().__init__()
         self.rows: dict[tuple[str, int], Tensor] = {}
-        self.slices = {w.data_ptr(): (n, e) for n in names for e, w in enumerate(module.get_parameter(n).detach())}
+        self.slices = {
+            w.data_ptr(): (n, e)
+            for n in names
+            for e, w in enumerate(module.get_parameter(n).detach())
+        }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (F.linear, Tensor.matmul, Tensor.__matmul__, torch.matmul):
@@ -98,7 +106,9 @@ def experts_of(kind: str) -> nn.Module:
             GptOssConfig(**sizes, intermediate_size=5)
         ),
         "aria: transposed": lambda: AriaExperts(
-            AriaTextConfig(hidden_size=6, moe_num_experts=4, intermediate_size=5, num_attention_heads=2)
+            AriaTextConfig(
+                hidden_size=6, moe_num_experts=4, intermediate_size=5, num_attention_heads=2
+            )
         ),
         "nemotron: no gate": lambda: NemotronHExperts(
             NemotronHConfig(hidden_size=6, n_routed_experts=4, moe_intermediate_size=5)
@@ -111,7 +121,12 @@ def experts_of(kind: str) -> nn.Module:
     return module
 
 
-KINDS = ["mixtral", "gpt-oss: transposed, biases, gate and up interleaved", "aria: transposed", "nemotron: no gate"]
+KINDS = [
+    "mixtral",
+    "gpt-oss: transposed, biases, gate and up interleaved",
+    "aria: transposed",
+    "nemotron: no gate",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -124,7 +139,10 @@ def test_the_rows_of_an_expert_are_what_the_eager_forward_multiplies(kind):
         (first, "experts", 4),
         ("down_proj", "experts", 4),
     ]
-    hidden, chosen = torch.randn(9, 6), torch.stack([torch.randperm(3)[:2] for _ in range(9)])  # expert 3 gets none
+    hidden, chosen = (
+        torch.randn(9, 6),
+        torch.stack([torch.randperm(3)[:2] for _ in range(9)]),
+    )  # expert 3 gets none
     with torch.no_grad(), Multiplied(module, list(layers)) as seen:
         module(hidden, chosen, torch.rand(9, 2))
     assert len(seen.rows) == 2 * 3
@@ -139,10 +157,18 @@ def test_the_rows_of_an_expert_are_what_the_eager_forward_multiplies(kind):
             theirs = seen.rows[name, expert]
             torch.testing.assert_close(rows.t() @ rows, theirs.t() @ theirs)  # in any order
             stored = layer.weight.detach()[expert]
-            torch.testing.assert_close(matrix[expert], stored.t() if module.is_transposed else stored)
+            torch.testing.assert_close(
+                matrix[expert], stored.t() if module.is_transposed else stored
+            )
 
 
-def moments_of(model: nn.Module, batch: Any, objective: Any = None, change: Callable | None = None, **named: Any):
+def moments_of(
+    model: nn.Module,
+    batch: Any,
+    objective: Any = None,
+    change: Callable | None = None,
+    **named: Any,
+):
     found = {}
 
     def visit(layer, moments):
@@ -155,7 +181,8 @@ def moments_of(model: nn.Module, batch: Any, objective: Any = None, change: Call
 
 
 def borrowing(parts: list[Tensor]) -> Tensor:
-    """The experts' moments, each with half as many tokens of the average expert as it has inputs."""
+    """The experts' moments, each with half as many tokens of the average expert as it has
+    inputs."""
     every = torch.cat(parts)
     average, borrowed = every.t() @ every / len(every), every.shape[1] / 2
     return torch.stack([(p.t() @ p + borrowed * average) / (len(p) + borrowed) for p in parts])
@@ -163,11 +190,14 @@ def borrowing(parts: list[Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_the_moment_of_an_expert_is_that_of_the_tokens_sent_to_it(implementation):
-    """By hand from the routed tokens, padding left out, whichever implementation is in force; it stays in force."""
+    """By hand from the routed tokens, padding left out, whichever implementation is in force; it
+    stays in force."""
     model, batch = mixtral(), padded()
     model.set_experts_implementation(implementation)
     seen = {}
-    handle = model.model.layers[0].mlp.experts.register_forward_pre_hook(lambda m, a: seen.update(x=a[0], chosen=a[1]))
+    handle = model.model.layers[0].mlp.experts.register_forward_pre_hook(
+        lambda m, a: seen.update(x=a[0], chosen=a[1])
+    )
     with torch.no_grad():
         before = model(**batch).logits
     handle.remove()
@@ -191,7 +221,10 @@ def test_the_moment_of_an_expert_is_that_of_the_tokens_sent_to_it(implementation
 
 
 def test_the_second_matrix_sees_what_the_first_became_and_experts_have_no_drift():
-    model, batch = mixtral().double(), padded()  # beside a reference, float32 is multiplied as bfloat16
+    model, batch = (
+        mixtral().double(),
+        padded(),
+    )  # beside a reference, float32 is multiplied as bfloat16
     model.set_experts_implementation("eager")  # the others have no float64
     reference = copy.deepcopy(model)
 
@@ -205,7 +238,10 @@ def test_the_second_matrix_sees_what_the_first_became_and_experts_have_no_drift(
         if moment is not None:
             torch.testing.assert_close(moment.second, again[name].second)
     assert moments[GATE_UP].drift is None and moments[DOWN].drift is None
-    assert moments["model.layers.0.self_attn.o_proj"].drift is not None and moments["lm_head"].drift is not None
+    assert (
+        moments["model.layers.0.self_attn.o_proj"].drift is not None
+        and moments["lm_head"].drift is not None
+    )
 
 
 class Fixed(nn.Module):
@@ -228,14 +264,18 @@ def test_experts_with_few_tokens_borrow_from_the_average_expert_and_say_so():
     batch = (x, torch.zeros(48, dtype=torch.long))
     moment = moments_of(model, batch, Classification())["experts.gate_up_proj"]
     torch.testing.assert_close(moment.second, borrowing(list(x.split(counts))))
-    torch.testing.assert_close(moment.second[0], x.t() @ x / 48)  # without tokens of its own, the average
+    torch.testing.assert_close(
+        moment.second[0], x.t() @ x / 48
+    )  # without tokens of its own, the average
     assert moment.notes == (
-        "layer experts.gate_up_proj: 2 of 4 experts saw fewer calibration tokens than their 6 inputs (the fewest 0) "
+        "layer experts.gate_up_proj: 2 of 4 experts saw fewer calibration tokens than their 6 "
+        "inputs (the fewest 0) "
         "and were solved for those of all experts in part",
     )
     result = cp.quantize(model, [batch], bits=3)
     assert all(
-        any("2 of 4 experts" in n for n in result.solved[f"experts.{p}_proj"].notes) for p in ("gate_up", "down")
+        any("2 of 4 experts" in n for n in result.solved[f"experts.{p}_proj"].notes)
+        for p in ("gate_up", "down")
     )
     assert all(bool(s.weight.isfinite().all()) for s in result.solved.values())
     assert not result.solved["head"].notes
@@ -252,11 +292,18 @@ def test_each_expert_is_rounded_for_its_own_tokens():
     model = Fixed(chosen)
     layer = find_layers(model)["experts.gate_up_proj"]
     batch = (x, torch.zeros(400, dtype=torch.long))
-    rounded = cp.quantize(model, [batch], bits=2, layers="experts.gate_up_proj").solved["experts.gate_up_proj"].weight
+    rounded = (
+        cp.quantize(model, [batch], bits=2, layers="experts.gate_up_proj")
+        .solved["experts.gate_up_proj"]
+        .weight
+    )
 
     def error(matrix: Tensor) -> float:
         change = (matrix - layer.as_matrix(layer.weight.detach())).reshape(4, 10, 6)
-        return sum(float((r @ d.t()).square().sum()) for r, d in zip(layer.expert_rows(x, chosen), change, strict=True))
+        return sum(
+            float((r @ d.t()).square().sum())
+            for r, d in zip(layer.expert_rows(x, chosen), change, strict=True)
+        )
 
     second = (x.t() @ x / 400)[None].repeat(4, 1, 1)
     together = solve_layer(layer, [cp.Quantize(bits=2)], Moments(second))[0].weight
@@ -276,15 +323,24 @@ def test_the_fisher_of_experts_is_the_enumerated_one():
     layers = {n: layer for n, layer in find_layers(model).items() if layer.kind == "experts"}
     assert list(layers) == [GATE_UP, DOWN]
     generator = torch.Generator().manual_seed(0)
-    deltas = {n: torch.randn(v.shape, generator=generator, dtype=torch.float64) for n, v in layers.items()}
+    deltas = {
+        n: torch.randn(v.shape, generator=generator, dtype=torch.float64) for n, v in layers.items()
+    }
     measured = fisher_pass(
-        model, CausalLM(), items, layers, {n: [Change.of(d)] for n, d in deltas.items()}, labels=2000
+        model,
+        CausalLM(),
+        items,
+        layers,
+        {n: [Change.of(d)] for n, d in deltas.items()},
+        labels=2000,
     )
     for name, layer in layers.items():
         fisher = exact_fisher(model, layer.weight, items, lambda m, b: m(**b).logits[:, :-1])
         assert measured.trace(name).value == pytest.approx(float(fisher.trace()), rel=0.05)
         exact = layer.as_matrix(fisher.diagonal().reshape(layer.weight.shape))
-        torch.testing.assert_close(measured.diagonal[name], exact, rtol=0.2, atol=0.03 * float(exact.max()))
+        torch.testing.assert_close(
+            measured.diagonal[name], exact, rtol=0.2, atol=0.03 * float(exact.max())
+        )
         delta = layer.from_matrix(deltas[name]).flatten()
         price = ratio_estimate(measured.squares(name)[:, 0], measured.count).value
         assert price == pytest.approx(0.5 * float(delta @ fisher @ delta), rel=0.08)
@@ -299,7 +355,9 @@ def dense_hessian(model: nn.Module, batches: list, name: str) -> Tensor:
         for b in batches:
             out = torch.func.functional_call(model, {name: flat.view(weight.shape)}, (), b).logits
             targets = b["input_ids"][:, 1:]
-            total = total + F.cross_entropy(out[:, :-1].flatten(0, 1), targets.flatten(), reduction="sum")
+            total = total + F.cross_entropy(
+                out[:, :-1].flatten(0, 1), targets.flatten(), reduction="sum"
+            )
             count += targets.numel()
         return total / count
 
@@ -307,19 +365,25 @@ def dense_hessian(model: nn.Module, batches: list, name: str) -> Tensor:
         return torch.autograd.functional.hessian(mean_loss, weight.flatten())
 
 
-@pytest.mark.parametrize("experts", [3, 2])  # of two, both see every token: the weight's use looks like a plain one
+@pytest.mark.parametrize(
+    "experts", [3, 2]
+)  # of two, both see every token: the weight's use looks like a plain one
 def test_the_hessian_of_experts_is_probed_and_right(experts):
     model = mixtral(hidden=4, inner=4, vocabulary=5, experts=experts).double()
     model.set_experts_implementation("eager")
     _, items = float64_model()
-    found = cp.analyze(model, items, layers=[GATE_UP, DOWN], quantities=["trace", "diagonal"], max_products=100)
+    found = cp.analyze(
+        model, items, layers=[GATE_UP, DOWN], quantities=["trace", "diagonal"], max_products=100
+    )
     for name in (GATE_UP, DOWN):
         dense = dense_hessian(model, items, name)
         curvature, layer = found.layers[name], find_layers(model)[name]
         assert not curvature.exact and "probes" in curvature.method
         assert abs(curvature.trace.value - float(dense.trace())) < 4 * curvature.trace.stderr + 1e-9
         exact = layer.as_matrix(dense.diagonal().reshape(layer.weight.shape))
-        assert float((curvature.diagonal - exact).norm() / exact.norm()) < 4 * curvature.diagonal_error
+        assert (
+            float((curvature.diagonal - exact).norm() / exact.norm()) < 4 * curvature.diagonal_error
+        )
         eye = torch.eye(len(dense), dtype=torch.float64)
         torch.testing.assert_close(cp.hessian(model, items, parameters=[name]) @ eye, dense)
         grouped = copy.deepcopy(model).float()
@@ -330,7 +394,8 @@ def test_the_hessian_of_experts_is_probed_and_right(experts):
 
 
 def test_experts_are_never_taken_for_layers_with_factors():
-    """With one expert hit, or the grouped implementation, the weight is used once, like a Linear's."""
+    """With one expert hit, or the grouped implementation, the weight is used once, like a
+    Linear's."""
     chosen = torch.zeros(8, 1, dtype=torch.long)
     model, batch = Fixed(chosen), (torch.randn(8, 6), torch.tensor([0, 1] * 4))
     layers = find_layers(model)
@@ -340,7 +405,9 @@ def test_experts_are_never_taken_for_layers_with_factors():
         assert found["experts.gate_up_proj"].method in methods
     with pytest.raises(ValueError, match=r"layer experts\.gate_up_proj: a router decides"):
         cp.analyze(model, [batch], matrix="empirical-fisher", quantities=["trace"])
-    with pytest.raises(ValueError, match=r"layer experts\.gate_up_proj: stacked experts have no factors"):
+    with pytest.raises(
+        ValueError, match=r"layer experts\.gate_up_proj: stacked experts have no factors"
+    ):
         factors.exact_gauss_newton(model, Classification(), [batch], layers)
     with pytest.raises(ValueError, match=r"layer experts\.gate_up_proj: .* no Kronecker factors"):
         factors.kfac(model, Classification(), [batch], layers)
@@ -361,7 +428,13 @@ OPTIONS = [
 def test_every_option_comes_back_in_the_bytes_that_were_promised(build, portable, option, tmp_path):
     model = build()
     batch = padded(model.config.vocab_size)
-    result = cp.compress(model, [batch], options=[option], layers="*experts*", settings=cp.Settings(portable=portable))
+    result = cp.compress(
+        model,
+        [batch],
+        options=[option],
+        layers="*experts*",
+        settings=cp.Settings(portable=portable),
+    )
     result.save(tmp_path)
     stored = artifact.tensor_names(tmp_path)
     assert result.plan.bytes == sum(size for _, size in stored.values())
@@ -370,7 +443,9 @@ def test_every_option_comes_back_in_the_bytes_that_were_promised(build, portable
     for name in (GATE_UP, DOWN):
         names = [n for n in stored if n.startswith(name) and "bias" not in n]
         assert (name in names) != packs
-        assert sum(stored[n][1] for n in names) == artifact.layer_bytes(model, layers[name], option, portable=portable)
+        assert sum(stored[n][1] for n in names) == artifact.layer_bytes(
+            model, layers[name], option, portable=portable
+        )
         matrix = layers[name].as_matrix(layers[name].weight.detach())
         if isinstance(option, cp.Prune):
             assert float((matrix == 0).float().mean()) == 0.5
@@ -396,23 +471,33 @@ def test_experts_take_part_in_a_plan():
     assert prices["int2-pc-sym"] > prices["int4-pc-sym"] > 0
     settings = cp.Settings(portable=False)
     small = cp.quantize(model, data, bits=4, settings=settings).plan.bytes
-    result = cp.quantize(model, data, bits=[2, 4, 8], budget=cp.Budget(max_bytes=small + 12_000), settings=settings)
+    result = cp.quantize(
+        model, data, bits=[2, 4, 8], budget=cp.Budget(max_bytes=small + 12_000), settings=settings
+    )
     assert {GATE_UP, DOWN} <= set(result.plan.choices) and math.isfinite(result.plan.predicted)
     assert result.plan.choices[GATE_UP] != "keep"
     own = copy.deepcopy(model)
     changed = cp.quantize(own, data, bits=4, layers="*experts*", inplace=True)
-    assert changed.model is own and not torch.equal(*(m.get_parameter(GATE_UP) for m in (own, model)))
+    assert changed.model is own and not torch.equal(
+        *(m.get_parameter(GATE_UP) for m in (own, model))
+    )
 
 
 def test_what_does_not_fit_names_the_experts():
     model, batch = mixtral(), padded()
-    with pytest.raises(ValueError, match=r"experts\.gate_up_proj: pattern 2:3 needs a multiple of 3 inputs"):
+    with pytest.raises(
+        ValueError, match=r"experts\.gate_up_proj: pattern 2:3 needs a multiple of 3 inputs"
+    ):
         cp.prune(model, [batch], pattern="2:3", layers="*experts*")
-    with pytest.raises(ValueError, match=r"nearest layer is 'model.layers.0.mlp.experts.gate_up_proj'"):
+    with pytest.raises(
+        ValueError, match=r"nearest layer is 'model.layers.0.mlp.experts.gate_up_proj'"
+    ):
         find_layers(model, "model.layers.0.mlp.experts.gate_proj")
     with torch.no_grad():
         model.get_parameter(DOWN)[1, 0, 0] = math.nan
-    with pytest.raises(ValueError, match=r"layer model\.layers\.0\.mlp\.experts\.down_proj: its weight holds NaN"):
+    with pytest.raises(
+        ValueError, match=r"layer model\.layers\.0\.mlp\.experts\.down_proj: its weight holds NaN"
+    ):
         cp.quantize(model, [batch], bits=4, layers="*experts*")
 
 
@@ -424,7 +509,9 @@ def test_experts_of_another_layout_are_not_left_out_in_silence():
     model = Llama4ForCausalLM(config)
     assert not any("experts" in n for n in find_layers(model))
     assert "experts" in (left_over(model) or "") and left_over(mixtral(hidden=32, inner=64)) is None
-    with pytest.warns(UserWarning, match=r"% of the parameters are in .*experts.* stay as they are"):
+    with pytest.warns(
+        UserWarning, match=r"% of the parameters are in .*experts.* stay as they are"
+    ):
         cp.quantize(model, [{"input_ids": torch.randint(0, 20, (2, 8))}], bits=4)
 
 
@@ -438,16 +525,26 @@ class AnyConfig:
             raise AttributeError(name)
         if "expert" in name and name.startswith(("num", "n_", "moe_num")):
             return 4
-        known = {"act": "silu", "limit": 7.0, "alpha": 1.7, "eps": 1e-6, "latent": None, "intermediate": 5}
+        known = {
+            "act": "silu",
+            "limit": 7.0,
+            "alpha": 1.7,
+            "eps": 1e-6,
+            "latent": None,
+            "intermediate": 5,
+        }
         return next((value for part, value in known.items() if part in name), 6)
 
 
 @pytest.mark.slow
 def test_the_rows_of_every_class_of_experts_give_its_own_output():
-    """The formula that the second matrix's inputs come from is that of all classes that transformers has."""
+    """The formula that the second matrix's inputs come from is that of all classes that
+    transformers has."""
     classes = []
     for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
-        if found := re.findall(r"^@use_experts_implementation.*\nclass (\w+)", path.read_text("utf-8"), re.MULTILINE):
+        if found := re.findall(
+            r"^@use_experts_implementation.*\nclass (\w+)", path.read_text("utf-8"), re.MULTILINE
+        ):
             module = importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}")
             classes += [getattr(module, name) for name in found]
     assert len(classes) > 40
@@ -463,9 +560,17 @@ def test_the_rows_of_every_class_of_experts_give_its_own_output():
             matrices = second.as_matrix(second.weight).reshape(4, 6, 5)
             for e, rows in enumerate(second.expert_rows(hidden, chosen)):
                 token, place = torch.where(chosen == e)
-                y = F.linear(rows, matrices[e], experts.down_proj_bias[e] if experts.has_bias else None)
-                y = experts.post_expert_norm(y) if getattr(experts, "has_post_expert_norm", False) else y
+                y = F.linear(
+                    rows, matrices[e], experts.down_proj_bias[e] if experts.has_bias else None
+                )
+                y = (
+                    experts.post_expert_norm(y)
+                    if getattr(experts, "has_post_expert_norm", False)
+                    else y
+                )
                 output.index_add_(0, token, y * shares[token, place, None])
             own = experts(hidden, chosen, shares)
         scale = float(own.abs().max())
-        torch.testing.assert_close(output, own, rtol=1e-5, atol=1e-5 * scale, msg=lambda m, k=kind: f"{k}: {m}")
+        torch.testing.assert_close(
+            output, own, rtol=1e-5, atol=1e-5 * scale, msg=lambda m, k=kind: f"{k}: {m}"
+        )

@@ -1,4 +1,5 @@
-"""The GPTQ export against an unpacking of its own, bit by bit, and against GPTQModel where that is installed."""
+"""The GPTQ export against an unpacking of its own, bit by bit, and against GPTQModel where that is
+installed."""
 
 from __future__ import annotations
 
@@ -36,8 +37,8 @@ DATA = [{"input_ids": torch.randint(0, 128, (2, 16), generator=torch.Generator()
 
 
 def bits_of(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
-    """Unsigned codes along an axis of int32 words: code i is bits ``i * bits`` to ``(i + 1) * bits - 1`` of the words
-    read as one long little-endian number."""
+    """Unsigned codes along an axis of int32 words: code i is bits ``i * bits`` to ``(i + 1) * bits
+    - 1`` of the words read as one long little-endian number."""
     words = np.moveaxis(words, axis, 0).view(np.uint32).astype(np.uint64)
     stream = np.stack([(words >> np.uint64(b)) & np.uint64(1) for b in range(32)], axis=1)
     stream = stream.reshape(-1, bits, *words.shape[1:])
@@ -83,7 +84,9 @@ def test_what_is_exported_unpacks_to_the_weights_of_the_artifact(grid, tmp_path)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.key)
 def test_gptqmodel_reads_it(grid, dtype, tmp_path):
-    gptqmodel = pytest.importorskip("gptqmodel", reason="pip install gptqmodel: it asks for a newer torch than ours")
+    gptqmodel = pytest.importorskip(
+        "gptqmodel", reason="pip install gptqmodel: it asks for a newer torch than ours"
+    )
     result = cp.compress(llama(dtype), DATA, options=[grid])
     result.save(tmp_path / "saved", tokenizer=tiny.byte_tokenizer())
     out = cp.export_gptq(tmp_path / "saved", tmp_path / "gptq")
@@ -99,7 +102,9 @@ def test_gptqmodel_reads_it(grid, dtype, tmp_path):
 
 
 def test_an_artifact_that_is_not_portable_is_exported_too(tmp_path):
-    result = cp.quantize(llama(torch.float32), DATA, bits=4, group_size=32, settings=cp.Settings(portable=False))
+    result = cp.quantize(
+        llama(torch.float32), DATA, bits=4, group_size=32, settings=cp.Settings(portable=False)
+    )
     result.save(tmp_path / "saved")
     cp.export_gptq(tmp_path / "saved", tmp_path / "gptq")
     tensors, weights = load_file(tmp_path / "gptq" / "model.safetensors"), result.model.state_dict()
@@ -110,7 +115,9 @@ def test_an_artifact_that_is_not_portable_is_exported_too(tmp_path):
 
 def mixed(folder):
     result = cp.quantize(llama(), DATA, bits=4, layers="*_proj")
-    result.solved.update(cp.quantize(result.model, DATA, bits=3, layers="*.q_proj", inplace=True).solved)
+    result.solved.update(
+        cp.quantize(result.model, DATA, bits=3, layers="*.q_proj", inplace=True).solved
+    )
     result.save(folder)
 
 
@@ -131,7 +138,9 @@ def odd_shape(folder):
 
 
 def ragged(folder):
-    cp.quantize(llama(), DATA, bits=4, group_size=48, settings=cp.Settings(portable=False)).save(folder)
+    cp.quantize(llama(), DATA, bits=4, group_size=48, settings=cp.Settings(portable=False)).save(
+        folder
+    )
 
 
 def experts(folder):
@@ -145,7 +154,9 @@ def experts(folder):
 def other_shapes(folder):
     """Layers of two widths in one model, as structured pruning leaves them."""
     pytest.importorskip("torch_pruning")
-    model = cp.prune(tiny.llama(), DATA, structured=cp.Structured(share=0.15, kinds=("mlp",), round_to=8)).model
+    model = cp.prune(
+        tiny.llama(), DATA, structured=cp.Structured(share=0.15, kinds=("mlp",), round_to=8)
+    ).model
     assert len({m.mlp.up_proj.out_features for m in model.model.layers}) == 2
     cp.quantize(model, DATA, bits=4).save(folder)
 
@@ -159,13 +170,22 @@ def foreign(folder):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (mixed, r"6 have int4-pc-sym, but not model\.layers\.0\.self_attn\.q_proj \(int3-pc-sym\); compress with one"),
-        (some_kept, r"3 have int4-pc-sym, but not .*o_proj \(not rounded\), .*down_proj \(not rounded\)"),
+        (
+            mixed,
+            r"6 have int4-pc-sym, but not model\.layers\.0\.self_attn\.q_proj \(int3-pc-sym\); compress with one",
+        ),
+        (
+            some_kept,
+            r"3 have int4-pc-sym, but not .*o_proj \(not rounded\), .*down_proj \(not rounded\)",
+        ),
         (none_rounded, "none of the 7 Linear layers in its blocks is rounded"),
         (five_bits, "2, 3, 4 or 8 bits, not 5; nearest: 4"),
         (odd_shape, r"k_proj: GPTQ's layout at 3 bits needs .* multiples of 32; it is 16 x 32"),
         (ragged, r"q_proj: .*whole groups of 48 inputs; it is 64 x 64"),
-        (experts, r"no stacked experts, .*layers\.0\.mlp\.experts\.gate_up_proj, .*down_proj and 2 more; export_dense"),
+        (
+            experts,
+            r"no stacked experts, .*layers\.0\.mlp\.experts\.gate_up_proj, .*down_proj and 2 more; export_dense",
+        ),
         (other_shapes, "no config describes its shapes"),
         (foreign, "not an artifact of a transformers model"),
     ],

@@ -1,4 +1,5 @@
-"""One small model of each family that transformers offers: rounded, saved, and loaded in a fresh process."""
+"""One small model of each family that transformers offers: rounded, saved, and loaded in a fresh
+process."""
 
 from __future__ import annotations
 
@@ -14,7 +15,12 @@ from torch import Tensor, nn
 
 import curvprune as cp
 
-SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
 TEXT = {**SMALL, "vocab_size": 64, "max_position_embeddings": 32}
 GROUPED = {**TEXT, "num_key_value_heads": 2}
 GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 32}
@@ -90,10 +96,16 @@ def test_every_family_comes_back_in_a_fresh_process(tmp_path):
         folders.append(folder)
     (tmp_path / "folders.json").write_text(json.dumps(folders))
     ended = subprocess.run(
-        [sys.executable, "-c", LOAD, str(tmp_path / "folders.json")], capture_output=True, text=True, check=False
+        [sys.executable, "-c", LOAD, str(tmp_path / "folders.json")],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
     for folder in folders:
-        # The same weights; the sums of a mixture's experts may run in another order in another process.
+        # The same weights; the sums of a mixture's experts may run in another order in another
+        # process.
         logits = load_file(folder + ".logits")["logits"]
-        torch.testing.assert_close(logits, expected[folder], rtol=1e-5, atol=1e-6, msg=lambda m, f=folder: f"{f}: {m}")
+        torch.testing.assert_close(
+            logits, expected[folder], rtol=1e-5, atol=1e-6, msg=lambda m, f=folder: f"{f}: {m}"
+        )

@@ -1,4 +1,5 @@
-"""The Fisher pass against closed forms: exact expectations over labels, and the KL divergence itself."""
+"""The Fisher pass against closed forms: exact expectations over labels, and the KL divergence
+itself."""
 
 from __future__ import annotations
 
@@ -14,10 +15,13 @@ from curvprune.objective import CausalLM, Classification
 
 
 def exact_fisher(model: nn.Module, weight: nn.Parameter, batches, logits_of) -> torch.Tensor:
-    """Σ over positions of E_ŷ[∇log p ∇log pᵀ], every class enumerated, divided by the number of positions."""
+    """Σ over positions of E_ŷ[∇log p ∇log pᵀ], every class enumerated, divided by the number of
+    positions."""
     total, count = torch.zeros(weight.numel(), weight.numel(), dtype=torch.float64), 0
     for batch in batches:
-        log_p = F.log_softmax(logits_of(model, batch), -1).reshape(-1, logits_of(model, batch).shape[-1])
+        log_p = F.log_softmax(logits_of(model, batch), -1).reshape(
+            -1, logits_of(model, batch).shape[-1]
+        )
         for position in log_p:
             for value in position:
                 (g,) = torch.autograd.grad(value, weight, retain_graph=True)
@@ -28,7 +32,9 @@ def exact_fisher(model: nn.Module, weight: nn.Parameter, batches, logits_of) -> 
 
 def classifier() -> tuple[nn.Module, list]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 3, bias=False)).double()
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 3, bias=False)
+    ).double()
     items = [(torch.randn(1, 3, dtype=torch.float64), torch.tensor([i % 3])) for i in range(4)]
     return model, items
 
@@ -36,7 +42,10 @@ def classifier() -> tuple[nn.Module, list]:
 def test_converges_to_the_exact_fisher_of_a_classifier():
     model, items = classifier()
     layers = find_layers(model)
-    deltas = {n: [torch.randn(layer.shape, dtype=torch.float64) for _ in range(2)] for n, layer in layers.items()}
+    deltas = {
+        n: [torch.randn(layer.shape, dtype=torch.float64) for _ in range(2)]
+        for n, layer in layers.items()
+    }
     draws = 3000
     measured = fisher_pass(
         model,
@@ -51,7 +60,9 @@ def test_converges_to_the_exact_fisher_of_a_classifier():
         fisher = exact_fisher(model, layer.weight, items, lambda m, b: m(b[0]))
         assert measured.trace(name).value == pytest.approx(float(fisher.trace()), rel=0.05)
         diagonal = measured.diagonal[name].flatten()
-        torch.testing.assert_close(diagonal, fisher.diagonal(), rtol=0.25, atol=0.03 * float(fisher.diagonal().max()))
+        torch.testing.assert_close(
+            diagonal, fisher.diagonal(), rtol=0.25, atol=0.03 * float(fisher.diagonal().max())
+        )
         for k, delta in enumerate(deltas[name]):
             price = ratio_estimate(measured.squares(name)[:, k], measured.count).value
             exact = 0.5 * float(delta.flatten() @ fisher @ delta.flatten())
@@ -59,7 +70,8 @@ def test_converges_to_the_exact_fisher_of_a_classifier():
 
 
 def test_tied_weights_and_padding_of_a_language_model():
-    """Both uses of a tied weight count, padded and ignored positions do not: against the exact Fisher along δ."""
+    """Both uses of a tied weight count, padded and ignored positions do not: against the exact
+    Fisher along δ."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=5, hidden_size=4, intermediate_size=6, num_hidden_layers=1, num_attention_heads=1,
@@ -76,7 +88,13 @@ def test_tied_weights_and_padding_of_a_language_model():
     layer = layers["model.embed_tokens"]
     delta = torch.randn(layer.shape)
     measured = fisher_pass(
-        model, CausalLM(), items, layers, {"model.embed_tokens": [Change.of(delta)]}, labels=4000, seed=3
+        model,
+        CausalLM(),
+        items,
+        layers,
+        {"model.embed_tokens": [Change.of(delta)]},
+        labels=4000,
+        seed=3,
     )
     assert measured.count.tolist() == [3, 2]
     fisher = exact_fisher(
@@ -86,8 +104,12 @@ def test_tied_weights_and_padding_of_a_language_model():
         lambda m, b: m(**b).logits[:, : int(b["attention_mask"].sum()) - 1],
     )
     price = ratio_estimate(measured.squares("model.embed_tokens")[:, 0], measured.count).value
-    assert price == pytest.approx(0.5 * float(delta.flatten().double() @ fisher @ delta.flatten().double()), rel=0.08)
-    assert measured.trace("model.embed_tokens").value == pytest.approx(float(fisher.trace()), rel=0.08)
+    assert price == pytest.approx(
+        0.5 * float(delta.flatten().double() @ fisher @ delta.flatten().double()), rel=0.08
+    )
+    assert measured.trace("model.embed_tokens").value == pytest.approx(
+        float(fisher.trace()), rel=0.08
+    )
 
 
 def test_the_price_predicts_the_kl_divergence_of_a_small_change():
@@ -96,7 +118,9 @@ def test_the_price_predicts_the_kl_divergence_of_a_small_change():
     layers = find_layers(model)
     name = "3"
     delta = 1e-3 * torch.randn(layers[name].shape, dtype=torch.float64)
-    measured = fisher_pass(model, Classification(), items, layers, {name: [Change.of(delta)]}, labels=3000)
+    measured = fisher_pass(
+        model, Classification(), items, layers, {name: [Change.of(delta)]}, labels=3000
+    )
     x = torch.cat([item[0] for item in items])
     before = F.log_softmax(model(x), -1)
     with torch.no_grad():
@@ -110,7 +134,9 @@ def test_the_price_predicts_the_kl_divergence_of_a_small_change():
 def test_the_same_seed_gives_the_same_bits_and_a_resumed_pass_the_same_result():
     model, items = classifier()
     layers = find_layers(model)
-    changes = {n: [Change.of(torch.ones(layer.shape, dtype=torch.float64))] for n, layer in layers.items()}
+    changes = {
+        n: [Change.of(torch.ones(layer.shape, dtype=torch.float64))] for n, layer in layers.items()
+    }
     saved: dict = {}
 
     def keep(done: int, totals: dict) -> None:
@@ -118,7 +144,9 @@ def test_the_same_seed_gives_the_same_bits_and_a_resumed_pass_the_same_result():
             saved.update({k: v.clone() for k, v in totals.items()})
 
     def run(**arguments) -> FisherPass:
-        return fisher_pass(model, Classification(), items, layers, changes, labels=2, seed=7, **arguments)
+        return fisher_pass(
+            model, Classification(), items, layers, changes, labels=2, seed=7, **arguments
+        )
 
     whole, again = run(after_item=keep), run()
     resumed = run(resume=saved)
@@ -148,7 +176,10 @@ def test_the_model_comes_back_as_it_was_also_after_an_error():
         fisher_pass(model, Classification(), items, layers, {}, labels=1, after_item=boom)
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(m.training for m in model.modules())
-    assert torch.equal(model[0].weight.grad, torch.full_like(model[0].weight, 5.0)) and model[3].weight.grad is None
+    assert (
+        torch.equal(model[0].weight.grad, torch.full_like(model[0].weight, 5.0))
+        and model[3].weight.grad is None
+    )
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), global_state)
@@ -171,7 +202,10 @@ def test_compact_changes_keep_eleven_bits_at_any_magnitude():
         change = Change.of(delta)
         assert change.values.dtype == torch.float16
         torch.testing.assert_close(
-            change.values.float() * change.scale, delta.flatten(), rtol=2**-10, atol=magnitude * 1e-6
+            change.values.float() * change.scale,
+            delta.flatten(),
+            rtol=2**-10,
+            atol=magnitude * 1e-6,
         )
     assert float(Change.of(torch.zeros(2, 2)).dot(torch.ones(4))) == 0.0
 
@@ -179,7 +213,9 @@ def test_compact_changes_keep_eleven_bits_at_any_magnitude():
 def test_bfloat16_models_accumulate_in_float32():
     model, items = classifier()
     items = [(x.bfloat16(), y) for x, y in items]
-    measured = fisher_pass(model.bfloat16(), Classification(), items, find_layers(model), {}, labels=50)
+    measured = fisher_pass(
+        model.bfloat16(), Classification(), items, find_layers(model), {}, labels=50
+    )
     assert all(d.dtype == torch.float32 for d in measured.diagonal.values())
     assert measured.trace("3").value > 0
 

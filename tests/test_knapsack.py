@@ -1,4 +1,5 @@
-"""The planner against brute force: every plan of small instances is enumerated with exact fractions."""
+"""The planner against brute force: every plan of small instances is enumerated with exact
+fractions."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def random_rows(seed: int, *, layers: int = 5, options: int = 5) -> list[Choice]
             else:
                 size = rng.randint(1, 1000)
                 price = size * 1e-3 + rng.randint(0, 2) * 1e-9
-            rows.append(Choice(layer=f"layer{layer}", option=f"option{option}", bytes=size, price=price))
+            rows.append(
+                Choice(layer=f"layer{layer}", option=f"option{option}", bytes=size, price=price)
+            )
     return rows
 
 
@@ -52,25 +55,38 @@ def by_layer(rows: list[Choice]) -> list[list[Choice]]:
 
 def every_plan(rows: list[Choice]) -> list[tuple[int, Fraction]]:
     plans = itertools.product(*by_layer(rows))
-    return [(sum(row.bytes for row in rows), sum((Fraction(row.price) for row in rows), Fraction(0))) for rows in plans]
+    return [
+        (sum(row.bytes for row in rows), sum((Fraction(row.price) for row in rows), Fraction(0)))
+        for rows in plans
+    ]
 
 
 def value(rows: list[Choice], choices: dict[str, str]) -> tuple[int, Fraction]:
     assert sorted(choices) == sorted({row.layer for row in rows})
     chosen = [row for row in rows if choices[row.layer] == row.option]
     assert len(chosen) == len(choices)
-    return sum(row.bytes for row in chosen), sum((Fraction(row.price) for row in chosen), Fraction(0))
+    return sum(row.bytes for row in chosen), sum(
+        (Fraction(row.price) for row in chosen), Fraction(0)
+    )
 
 
 def ladder(layers: int = 12, *, scale: float = 1e-3) -> list[Choice]:
-    """Layers like those of a network: 2 to 8 bits, price falling fourfold per bit, and one that changes nothing."""
+    """Layers like those of a network: 2 to 8 bits, price falling fourfold per bit, and one that
+    changes nothing."""
     rng = random.Random(7)
     rows = []
     for layer in range(layers):
         parameters, sensitivity = rng.choice([1, 4, 11]) * 4096, scale * 10 ** rng.uniform(-1, 1)
         for bits in (2, 3, 4, 5, 6, 8):
             price = sensitivity * 4.0 ** (2 - bits)
-            rows.append(Choice(layer=f"layer{layer}", option=f"{bits} bit", bytes=parameters * bits // 8, price=price))
+            rows.append(
+                Choice(
+                    layer=f"layer{layer}",
+                    option=f"{bits} bit",
+                    bytes=parameters * bits // 8,
+                    price=price,
+                )
+            )
         rows.append(Choice(layer=f"layer{layer}", option="keep", bytes=parameters * 2, price=0.0))
     return rows
 
@@ -90,11 +106,17 @@ def test_cheapest_equals_brute_force_in_both_directions(seed: int, solver: str) 
     rng = random.Random(1000 + seed)
     smallest, largest = min(size for size, _ in plans), max(size for size, _ in plans)
     lowest, highest = min(cost for _, cost in plans), max(cost for _, cost in plans)
-    if solver == "highs" and KINDS[seed % len(KINDS)] in ("tiny differences", "price follows bytes"):
-        pytest.skip("beyond double precision: only the enumeration in integers can tell these plans apart")
+    if solver == "highs" and KINDS[seed % len(KINDS)] in (
+        "tiny differences",
+        "price follows bytes",
+    ):
+        pytest.skip(
+            "beyond double precision: only the enumeration in integers can tell these plans apart"
+        )
     exact = solver == "enumeration" or KINDS[seed % len(KINDS)] == "small integers"
     with warnings.catch_warnings():
-        # HiGHS refuses coefficients above 1e15, which arise when nothing but rounding separates a plan from the bound.
+        # HiGHS refuses coefficients above 1e15, which arise when nothing but rounding separates a
+        # plan from the bound.
         warnings.simplefilter("error" if solver == "enumeration" else "ignore")
         for max_bytes in (smallest, rng.randint(smallest, largest), rng.choice(plans)[0]):
             spent, price = value(rows, cheapest(rows, max_bytes=max_bytes))
@@ -103,18 +125,25 @@ def test_cheapest_equals_brute_force_in_both_directions(seed: int, solver: str) 
             if exact:
                 assert (price, spent) == (best_price, least)
             assert float(price) == pytest.approx(float(best_price), rel=1e-14)
-        for max_loss in (float(lowest), rng.uniform(float(lowest), float(highest)), float(rng.choice(plans)[1])):
+        for max_loss in (
+            float(lowest),
+            rng.uniform(float(lowest), float(highest)),
+            float(rng.choice(plans)[1]),
+        ):
             if max_loss < float(lowest):
                 continue
             size, price = value(rows, cheapest(rows, max_loss=max_loss))
-            best_size, lowest_there = min((size, price) for size, price in plans if float(price) <= max_loss)
+            best_size, lowest_there = min(
+                (size, price) for size, price in plans if float(price) <= max_loss
+            )
             assert size == best_size and float(price) <= max_loss
             if exact:
                 assert price == lowest_there
 
 
 def grouped_rows(seed: int) -> tuple[list[Choice], list[tuple[str, ...]]]:
-    """Up to six layers in groups of one to three; the layers of a group are offered the same options."""
+    """Up to six layers in groups of one to three; the layers of a group are offered the same
+    options."""
     rng = random.Random(seed)
     rows, groups, number = [], [], 0
     for _ in range(rng.randint(1, 3)):
@@ -124,7 +153,11 @@ def grouped_rows(seed: int) -> tuple[list[Choice], list[tuple[str, ...]]]:
         for option in range(rng.randint(1, 4)):
             for layer in group:
                 price = rng.choice([rng.gauss(0, 1), rng.randint(0, 3) * 0.1])
-                rows.append(Choice(layer=layer, option=f"option{option}", bytes=rng.randint(0, 60), price=price))
+                rows.append(
+                    Choice(
+                        layer=layer, option=f"option{option}", bytes=rng.randint(0, 60), price=price
+                    )
+                )
     rng.shuffle(rows)
     return rows, groups
 
@@ -134,10 +167,15 @@ def share(choices: dict[str, str], groups: list[tuple[str, ...]]) -> bool:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_plans_of_groups_equal_brute_force_over_the_plans_that_share(seed: int, solver: str) -> None:
+def test_plans_of_groups_equal_brute_force_over_the_plans_that_share(
+    seed: int, solver: str
+) -> None:
     rows, groups = grouped_rows(seed)
     layers = sorted({row.layer for row in rows})
-    table = [sorted((row for row in rows if row.layer == layer), key=lambda row: row.option) for layer in layers]
+    table = [
+        sorted((row for row in rows if row.layer == layer), key=lambda row: row.option)
+        for layer in layers
+    ]
     sharing = []
     for combination in itertools.product(*table):
         choices = {row.layer: row.option for row in combination}
@@ -163,7 +201,10 @@ def test_plans_of_groups_equal_brute_force_over_the_plans_that_share(seed: int, 
     assert value(rows, path[0].choices) == min(sharing)
     assert value(rows, path[-1].choices)[1] == min(price for _, price in sharing)
     for point in path:  # each minimises price + λ bytes among the plans that share, for some λ
-        assert (point.bytes, point.price) == (value(rows, point.choices)[0], float(value(rows, point.choices)[1]))
+        assert (point.bytes, point.price) == (
+            value(rows, point.choices)[0],
+            float(value(rows, point.choices)[1]),
+        )
     for (s0, p0), (s1, p1) in itertools.pairwise(value(rows, point.choices) for point in path):
         slope = (p0 - p1) / (s1 - s0)
         assert min(price + slope * size for size, price in sharing) == p0 + slope * s0
@@ -174,7 +215,10 @@ def test_plans_of_groups_equal_brute_force_over_the_plans_that_share(seed: int, 
     [
         ([("layer0", "nowhere")], "'nowhere' has no rows"),
         ([("layer0", "layer1"), ("layer1", "layer2")], "'layer1' is named 2 times"),
-        ([("layer0", "odd")], "'layer0' and 'odd' are in one group, but only one of them is offered 2 bit, .*odd bit"),
+        (
+            [("layer0", "odd")],
+            "'layer0' and 'odd' are in one group, but only one of them is offered 2 bit, .*odd bit",
+        ),
     ],
 )
 def test_groups_that_cannot_be_are_named(groups: list[tuple[str, ...]], message: str) -> None:
@@ -190,9 +234,14 @@ def test_cheapest_equals_brute_force_on_many_instances(seed: int, solver: str) -
 
 
 def test_an_optimum_off_the_convex_hull_is_found(solver: str) -> None:
-    # The hull of each layer is {small, large}; with 11 bytes the best plan uses "middle" twice, which no hull contains.
+    # The hull of each layer is {small, large}; with 11 bytes the best plan uses "middle" twice,
+    # which no hull contains.
     sizes = {"small": (1, 10.0), "middle": (5, 6.5), "large": (10, 0.0)}
-    rows = [Choice(layer=layer, option=o, bytes=b, price=p) for layer in "ab" for o, (b, p) in sizes.items()]
+    rows = [
+        Choice(layer=layer, option=o, bytes=b, price=p)
+        for layer in "ab"
+        for o, (b, p) in sizes.items()
+    ]
     assert cheapest(rows, max_bytes=10) == {"a": "middle", "b": "middle"}
     assert sorted(cheapest(rows, max_bytes=11).values()) == ["large", "small"]
 
@@ -217,13 +266,21 @@ def test_a_thousand_layers_of_twenty_options() -> None:
         for option in range(20):
             bits = 1.5 + 0.35 * option
             price = sensitivity * 4**-bits * rng.uniform(0.5, 2)
-            rows.append(Choice(layer=f"l{layer}", option=f"o{option}", bytes=int(parameters * bits / 8), price=price))
+            rows.append(
+                Choice(
+                    layer=f"l{layer}",
+                    option=f"o{option}",
+                    bytes=int(parameters * bits / 8),
+                    price=price,
+                )
+            )
     path = frontier(rows, points=2000 * 20)
     index = len(path) // 2
     below, above = path[index], path[index + 1]
     between = (below.bytes + above.bytes) // 2
     spent, cost = value(rows, cheapest(rows, max_bytes=between))
-    # A hull plan is optimal at its own size, so the optimum between two of them lies between their prices.
+    # A hull plan is optimal at its own size, so the optimum between two of them lies between their
+    # prices.
     assert spent <= between and above.price < cost and float(cost) <= below.price
     spent, cost = value(rows, cheapest(rows, max_loss=below.price))
     assert float(cost) <= below.price and spent == below.bytes
@@ -231,7 +288,10 @@ def test_a_thousand_layers_of_twenty_options() -> None:
 
 def test_dominated_options_are_never_chosen() -> None:
     rows = ladder()
-    worse = [Choice(layer=r.layer, option="0 " + r.option, bytes=r.bytes + 1, price=r.price + 1e-9) for r in rows]
+    worse = [
+        Choice(layer=r.layer, option="0 " + r.option, bytes=r.bytes + 1, price=r.price + 1e-9)
+        for r in rows
+    ]
     for limits in ({"max_bytes": 120_000}, {"max_loss": 2e-3}):
         assert cheapest(worse + rows, **limits) == cheapest(rows, **limits)
 
@@ -251,8 +311,11 @@ def test_ties_do_not_depend_on_the_order_of_the_rows(solver: str) -> None:
         assert list(again) == list(dict.fromkeys(row.layer for row in shuffled))
 
 
-def test_among_equal_prices_the_smaller_model_wins_and_among_equal_bytes_the_better(solver: str) -> None:
-    # Layer a can fall from 1 to 0 for 3 bytes, layer b for 2: with 4 bytes to spend only one of them can.
+def test_among_equal_prices_the_smaller_model_wins_and_among_equal_bytes_the_better(
+    solver: str,
+) -> None:
+    # Layer a can fall from 1 to 0 for 3 bytes, layer b for 2: with 4 bytes to spend only one of
+    # them can.
     rows = [
         Choice(layer="a", option="x", bytes=1, price=1.0),
         Choice(layer="a", option="y", bytes=4, price=0.0),
@@ -260,7 +323,10 @@ def test_among_equal_prices_the_smaller_model_wins_and_among_equal_bytes_the_bet
         Choice(layer="b", option="y", bytes=3, price=0.0),
     ]
     assert cheapest(rows, max_bytes=6) == {"a": "x", "b": "y"}
-    rows = [Choice(layer=r.layer, option=r.option, bytes=int(r.price) + 1, price=float(r.bytes)) for r in rows]
+    rows = [
+        Choice(layer=r.layer, option=r.option, bytes=int(r.price) + 1, price=float(r.bytes))
+        for r in rows
+    ]
     assert cheapest(rows, max_loss=6.0) == {"a": "x", "b": "y"}
 
 
@@ -278,7 +344,8 @@ def tied_rows(rng: random.Random, most_bytes: int, most_price: int) -> list[Choi
 
 
 def totals(rows: list[Choice]) -> set[tuple[int, float]]:
-    """Size and price of every plan; small whole numbers, so that floats are exact and most plans coincide."""
+    """Size and price of every plan; small whole numbers, so that floats are exact and most plans
+    coincide."""
     sums = {(0, 0.0)}
     for layer in by_layer(rows):
         sums = {(size + row.bytes, price + row.price) for size, price in sums for row in layer}
@@ -305,7 +372,9 @@ def test_ties_in_size_are_broken_by_price_among_many_plans(seed: int, solver: st
 
 def test_fixed_bytes_count_towards_the_limit() -> None:
     rows = ladder()
-    assert cheapest(rows, max_bytes=200_000, fixed_bytes=80_000) == cheapest(rows, max_bytes=120_000)
+    assert cheapest(rows, max_bytes=200_000, fixed_bytes=80_000) == cheapest(
+        rows, max_bytes=120_000
+    )
 
 
 def test_a_price_read_off_the_frontier_can_be_met_again() -> None:
@@ -328,14 +397,25 @@ def test_infeasible_says_which_limit_and_by_how_much() -> None:
         for layer in "ab"
         for o, b, p in (("x", 900, 0.5), ("y", 950, 0.25))
     ]
-    with pytest.raises(Infeasible, match="max_bytes: at least 1,840 is needed, 1,000 allowed; raise") as bytes_error:
+    with pytest.raises(
+        Infeasible, match="max_bytes: at least 1,840 is needed, 1,000 allowed; raise"
+    ) as bytes_error:
         cheapest(rows, max_bytes=1000, fixed_bytes=40)
     error = bytes_error.value
-    assert (error.constraint, error.limit, error.best, error.missing) == ("max_bytes", 1000, 1840, 840)
-    with pytest.raises(Infeasible, match=r"max_loss: at least 0.5 is needed, 0.2 allowed; raise") as loss_error:
+    assert (error.constraint, error.limit, error.best, error.missing) == (
+        "max_bytes",
+        1000,
+        1840,
+        840,
+    )
+    with pytest.raises(
+        Infeasible, match=r"max_loss: at least 0.5 is needed, 0.2 allowed; raise"
+    ) as loss_error:
         cheapest(rows, max_loss=0.2)
     assert (loss_error.value.constraint, loss_error.value.best) == ("max_loss", 0.5)
-    with pytest.raises(Infeasible, match=r"max_loss: at least 0.5 .*; max_bytes: at least 1,840 .*; raise") as both:
+    with pytest.raises(
+        Infeasible, match=r"max_loss: at least 0.5 .*; max_bytes: at least 1,840 .*; raise"
+    ) as both:
         cheapest(rows, max_bytes=1000, max_loss=0.2, fixed_bytes=40)
     assert both.value.shortfalls == (("max_loss", 0.2, 0.5), ("max_bytes", 1000, 1840))
     assert isinstance(error, ValueError)
@@ -373,7 +453,9 @@ def test_a_limit_on_bytes_and_one_on_the_loss() -> None:
     smallest = cheapest(rows, max_loss=2e-3)
     size, _ = value(rows, smallest)
     assert cheapest(rows, max_loss=2e-3, max_bytes=size + 5, fixed_bytes=5) == smallest
-    with pytest.raises(Infeasible, match=r"not all together: raise max_loss from 0.002 to .* or max_bytes") as error:
+    with pytest.raises(
+        Infeasible, match=r"not all together: raise max_loss from 0.002 to .* or max_bytes"
+    ) as error:
         cheapest(rows, max_loss=2e-3, max_bytes=size - 1)
     loss, stored = error.value.shortfalls
     assert stored == ("max_bytes", size - 1, size)
@@ -387,16 +469,29 @@ def test_prices_that_fall_with_the_bits_and_a_time_equal_brute_force(seed: int) 
     for _ in range(10):
         rows, use = [], {}
         for layer in (f"l{i}" for i in range(rng.randint(3, 4))):
-            weights, sensitivity = rng.choice([4096, 16384, 65536, 147456, 589824]), 10 ** rng.uniform(-5, -1)
+            weights, sensitivity = (
+                rng.choice([4096, 16384, 65536, 147456, 589824]),
+                10 ** rng.uniform(-5, -1),
+            )
             for b in (2, 3, 4, 8, 16):
                 price = sensitivity * 4.0**-b * rng.uniform(0.7, 1.4)
-                rows.append(Choice(layer=layer, option=str(b), bytes=weights * b // 8 + weights // 64, price=price))
+                rows.append(
+                    Choice(
+                        layer=layer,
+                        option=str(b),
+                        bytes=weights * b // 8 + weights // 64,
+                        price=price,
+                    )
+                )
                 use[layer, str(b)] = weights * 1e-6 * (b / 16 + 0.3) * rng.uniform(0.95, 1.05)
         plans = list(itertools.product(*by_layer(rows)))
         pick, other = rng.choice(plans), rng.choice(plans)
         time = Limit(name="ms", most=0.0, use=use)
         time = Limit(name="ms", most=used(time, other) * rng.uniform(1.0, 1.1), use=use)
-        size, loss = sum(row.bytes for row in pick), math.fsum(row.price for row in pick) * rng.uniform(1.0, 1.2)
+        size, loss = (
+            sum(row.bytes for row in pick),
+            math.fsum(row.price for row in pick) * rng.uniform(1.0, 1.2),
+        )
         met = [p for p in plans if used(time, p) <= time.most]
         for arguments in ({"max_bytes": size}, {"max_loss": loss}):
             fits = [
@@ -412,7 +507,11 @@ def test_prices_that_fall_with_the_bits_and_a_time_equal_brute_force(seed: int) 
             choices = cheapest(rows, limits=[time], **arguments)  # type: ignore[arg-type]
             chosen = tuple(row for row in rows if choices[row.layer] == row.option)
             assert chosen in fits
-            of = (lambda p: sum(r.bytes for r in p)) if "max_loss" in arguments else (lambda p: sum(map(price_of, p)))
+            of = (
+                (lambda p: sum(r.bytes for r in p))
+                if "max_loss" in arguments
+                else (lambda p: sum(map(price_of, p)))
+            )
             assert of(chosen) == min(map(of, fits))
 
 
@@ -426,7 +525,10 @@ def limits_for(rows: list[Choice], rng: random.Random, count: int) -> list[Limit
     for number in range(count):
         draw: Callable[[], float] = rng.random if number else lambda: float(rng.randint(0, 9))
         use = {(row.layer, row.option): draw() for row in rows}
-        spread = [sum(use[row.layer, row.option] for row in combination) for combination in sample(rows, rng)]
+        spread = [
+            sum(use[row.layer, row.option] for row in combination)
+            for combination in sample(rows, rng)
+        ]
         limits.append(Limit(name=f"limit{number}", most=rng.choice(spread), use=use))
     return limits
 
@@ -441,11 +543,18 @@ def used(limit: Limit, combination: tuple[Choice, ...]) -> float:
 
 @pytest.mark.parametrize("first_core", [2, 300])
 @pytest.mark.parametrize("seed", range(40))
-def test_several_limits_equal_brute_force(seed: int, first_core: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_limits_equal_brute_force(
+    seed: int, first_core: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(knapsack, "_FIRST_CORE", first_core)
     rng = random.Random(seed)
     rows = [
-        Choice(layer=f"l{layer}", option=f"o{option}", bytes=rng.randint(0, 99), price=rng.choice([rng.random(), 0.5]))
+        Choice(
+            layer=f"l{layer}",
+            option=f"o{option}",
+            bytes=rng.randint(0, 99),
+            price=rng.choice([rng.random(), 0.5]),
+        )
         for layer in range(rng.randint(1, 5))
         for option in range(rng.randint(1, 5))
     ]
@@ -461,7 +570,11 @@ def test_several_limits_equal_brute_force(seed: int, first_core: int, monkeypatc
             if (sizes is None or sum(row.bytes for row in p) <= sizes)
             and (losses is None or math.fsum(row.price for row in p) <= losses)
         ]
-        arguments = {"max_bytes": None if sizes is None else sizes + 7, "max_loss": losses, "fixed_bytes": 7}
+        arguments = {
+            "max_bytes": None if sizes is None else sizes + 7,
+            "max_loss": losses,
+            "fixed_bytes": 7,
+        }
         if not feasible:
             with pytest.raises(Infeasible) as error:
                 cheapest(rows, limits=limits, **arguments)  # type: ignore[arg-type]
@@ -483,13 +596,21 @@ def test_several_limits_and_groups() -> None:
     for seed in range(20):
         rows, groups = grouped_rows(seed)
         use = {(row.layer, row.option): float(rng.randint(0, 9)) for row in rows}
-        plans = [p for p in itertools.product(*by_layer(rows)) if share({r.layer: r.option for r in p}, groups)]
-        limit = Limit(name="operations", most=sum(use[r.layer, r.option] for r in rng.choice(plans)), use=use)
+        plans = [
+            p
+            for p in itertools.product(*by_layer(rows))
+            if share({r.layer: r.option for r in p}, groups)
+        ]
+        limit = Limit(
+            name="operations", most=sum(use[r.layer, r.option] for r in rng.choice(plans)), use=use
+        )
         met = [p for p in plans if used(limit, p) <= limit.most]
         max_bytes = sum(row.bytes for row in rng.choice(met))
         choices = cheapest(rows, max_bytes=max_bytes, limits=[limit], same_option=groups)
         assert share(choices, groups)
-        best = min(sum(Fraction(r.price) for r in p) for p in met if sum(r.bytes for r in p) <= max_bytes)
+        best = min(
+            sum(Fraction(r.price) for r in p) for p in met if sum(r.bytes for r in p) <= max_bytes
+        )
         assert float(value(rows, choices)[1]) == pytest.approx(float(best), abs=1e-14)
 
 
@@ -511,27 +632,44 @@ def test_infeasible_names_every_limit_that_could_be_raised() -> None:
         r"max_bytes from 120 to 125 \(by 5\), or add other options"
     )
     with pytest.raises(Infeasible, match=message):
-        cheapest(rows, max_bytes=120, fixed_bytes=100, limits=[Limit(name="time", most=5.0, use=slow)])
+        cheapest(
+            rows, max_bytes=120, fixed_bytes=100, limits=[Limit(name="time", most=5.0, use=slow)]
+        )
     with pytest.raises(Infeasible, match=r"max_loss from 1 to 1.25"):
         small_only = {**slow, ("a", "large"): 9.0}
         cheapest(rows, max_loss=1.0, limits=[Limit(name="time", most=8.5, use=small_only)])
-    with pytest.raises(Infeasible, match=r"raise max_loss from 0.5 to 1.25 \(by 0.75\) or max_bytes from 24 to 25"):
+    with pytest.raises(
+        Infeasible, match=r"raise max_loss from 0.5 to 1.25 \(by 0.75\) or max_bytes from 24 to 25"
+    ):
         cheapest(rows, max_loss=0.5, max_bytes=24, limits=[Limit(name="time", most=9.0, use=slow)])
     # Three options of which each meets one of three limits: no single limit is the one to raise.
-    rows = [Choice(layer="a", option=o, bytes=b, price=0.0) for o, b in (("x", 9), ("y", 9), ("z", 1))]
-    limits = [
-        Limit(name=f"no {o}", most=1.0, use={("a", r.option): float(r.option != o) * 9 for r in rows}) for o in "xy"
+    rows = [
+        Choice(layer="a", option=o, bytes=b, price=0.0) for o, b in (("x", 9), ("y", 9), ("z", 1))
     ]
-    with pytest.raises(Infeasible, match="no plan meets no x, no y, max_bytes together, nor all of them but one"):
+    limits = [
+        Limit(
+            name=f"no {o}", most=1.0, use={("a", r.option): float(r.option != o) * 9 for r in rows}
+        )
+        for o in "xy"
+    ]
+    with pytest.raises(
+        Infeasible, match="no plan meets no x, no y, max_bytes together, nor all of them but one"
+    ):
         cheapest(rows, max_bytes=1, limits=limits)
 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_what_infeasible_says_equals_brute_force(seed: int) -> None:
-    """Several limits that no plan meets: which are out of reach alone, and else how far each alone must be raised."""
+    """Several limits that no plan meets: which are out of reach alone, and else how far each alone
+    must be raised."""
     rng = random.Random(seed)
     rows = [
-        Choice(layer=f"l{layer}", option=f"o{option}", bytes=rng.randint(1, 9), price=float(rng.randint(0, 9)))
+        Choice(
+            layer=f"l{layer}",
+            option=f"o{option}",
+            bytes=rng.randint(1, 9),
+            price=float(rng.randint(0, 9)),
+        )
         for layer in range(rng.randint(1, 4))
         for option in range(rng.randint(2, 4))
     ]
@@ -572,7 +710,12 @@ def test_what_infeasible_says_equals_brute_force(seed: int) -> None:
 
 
 def test_a_limit_counts_what_a_plan_uses() -> None:
-    limit = Limit(name="bits", most=4.25, use={("a", "x"): 30.0, ("b", "x"): 4.0, ("b", "y"): 4.0 + 2**-40}, per=8)
+    limit = Limit(
+        name="bits",
+        most=4.25,
+        use={("a", "x"): 30.0, ("b", "x"): 4.0, ("b", "y"): 4.0 + 2**-40},
+        per=8,
+    )
     assert limit.used({"a": "x", "b": "x"}) == 4.25
     assert limit.used({"a": "x", "b": "y"}) == 4.25 + 2**-43 > limit.most
     for seed in range(20):
@@ -583,10 +726,14 @@ def test_a_limit_counts_what_a_plan_uses() -> None:
         told = float(str(error.value).split("at least ")[1].split()[0].replace(",", ""))
         assert odd <= told <= odd * 1.00001, "a limit that is raised to what is printed can be met"
     thirds = Limit(name="time", most=1 / 3, use={("a", "x"): 1.0}, per=3)
-    assert cheapest([Choice(layer="a", option="x", bytes=1, price=0.0)], limits=[thirds]) == {"a": "x"}
+    assert cheapest([Choice(layer="a", option="x", bytes=1, price=0.0)], limits=[thirds]) == {
+        "a": "x"
+    }
     assert Fraction(1 / 3) < Fraction(1, 3), "met as a rounded number only"
     assert Limit.from_dict(json.loads(json.dumps(limit.to_dict()))) == limit
-    rows = [Choice(layer=layer, option=o, bytes=1, price=-float(o == "y")) for layer, o in limit.use]
+    rows = [
+        Choice(layer=layer, option=o, bytes=1, price=-float(o == "y")) for layer, o in limit.use
+    ]
     assert cheapest(rows, limits=[limit]) == {"a": "x", "b": "x"}
 
 
@@ -606,12 +753,21 @@ def test_a_plan_under_several_limits_that_is_not_proven_says_how_much_better_one
 
     monkeypatch.setattr(knapsack, "milp", stopped)
     limit = Limit(name="time", most=4.0, use=use)
-    with pytest.warns(RuntimeWarning, match=r"not proven.*node limit.*gain at most [0-9.e-]+ of its") as caught:
+    with pytest.warns(
+        RuntimeWarning, match=r"not proven.*node limit.*gain at most [0-9.e-]+ of its"
+    ) as caught:
         choices = cheapest(rows, max_bytes=150_000, limits=[limit])
     share_of = float(str(caught[0].message).split("at most ")[1].split()[0])
     price = value(rows, choices)[1]
-    met = [p for p in plans if used(limit, tuple(p)) <= limit.most and sum(row.bytes for row in p) <= 150_000]
-    assert met and all(float(sum(Fraction(r.price) for r in p)) >= float(price) * (1 - 1.01 * share_of) for p in met)
+    met = [
+        p
+        for p in plans
+        if used(limit, tuple(p)) <= limit.most and sum(row.bytes for row in p) <= 150_000
+    ]
+    assert met and all(
+        float(sum(Fraction(r.price) for r in p)) >= float(price) * (1 - 1.01 * share_of)
+        for p in met
+    )
 
 
 @pytest.mark.parametrize(
@@ -619,17 +775,29 @@ def test_a_plan_under_several_limits_that_is_not_proven_says_how_much_better_one
     [
         (lambda use: Limit(name="time", most=math.nan, use=use), "most=nan"),
         (lambda use: Limit(name="time", most=1.0, use=use, per=0.0), "per=0"),
-        (lambda use: Limit(name="time", most=1.0, use={**use, ("layer0", "keep"): math.inf}), "layer0.*inf"),
-        (lambda use: Limit(name="time", most=1e9, use=dict(list(use.items())[:-1])), "'layer2', option 'keep'"),
+        (
+            lambda use: Limit(name="time", most=1.0, use={**use, ("layer0", "keep"): math.inf}),
+            "layer0.*inf",
+        ),
+        (
+            lambda use: Limit(name="time", most=1e9, use=dict(list(use.items())[:-1])),
+            "'layer2', option 'keep'",
+        ),
     ],
 )
-def test_malformed_limits_are_named(make: Callable[[dict[tuple[str, str], float]], Limit], message: str) -> None:
+def test_malformed_limits_are_named(
+    make: Callable[[dict[tuple[str, str], float]], Limit], message: str
+) -> None:
     rows = ladder(3)
     with pytest.raises(ValueError, match=message):
-        cheapest(rows, max_bytes=10**9, limits=[make({(row.layer, row.option): 1.0 for row in rows})])
+        cheapest(
+            rows, max_bytes=10**9, limits=[make({(row.layer, row.option): 1.0 for row in rows})]
+        )
 
 
-def test_a_failing_solver_is_reported_and_the_plan_stays_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_solver_is_reported_and_the_plan_stays_valid(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rows = random_rows(3, layers=5)
     plans = every_plan(rows)
     monkeypatch.setattr(knapsack, "_MAX_STATES", 0)
@@ -645,7 +813,8 @@ def test_a_failing_solver_is_reported_and_the_plan_stays_valid(monkeypatch: pyte
 
 
 def test_a_proposal_over_the_limit_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A solver that ignores the limit and proposes the heaviest plans: its proposals must be checked and refused.
+    # A solver that ignores the limit and proposes the heaviest plans: its proposals must be checked
+    # and refused.
     honest = knapsack.milp
     refused = 0
 
@@ -653,7 +822,13 @@ def test_a_proposal_over_the_limit_is_cut_off(monkeypatch: pytest.MonkeyPatch) -
         nonlocal refused
         refused += len(constraints) > 2
         blind = [knapsack.LinearConstraint(constraints[0].A, -math.inf, math.inf), *constraints[1:]]
-        return honest(-constraints[0].A[0], integrality=integrality, bounds=bounds, constraints=blind, options=options)
+        return honest(
+            -constraints[0].A[0],
+            integrality=integrality,
+            bounds=bounds,
+            constraints=blind,
+            options=options,
+        )
 
     monkeypatch.setattr(knapsack, "_MAX_STATES", 0)
     monkeypatch.setattr(knapsack, "milp", careless)
@@ -694,9 +869,14 @@ def test_frontier_is_nested_and_thinning_keeps_both_ends() -> None:
     sizes = {(row.layer, row.option): row.bytes for row in rows}
     path = frontier(rows, points=1000)
     for before, after in itertools.pairwise(path):
-        changed = [layer for layer in before.choices if before.choices[layer] != after.choices[layer]]
+        changed = [
+            layer for layer in before.choices if before.choices[layer] != after.choices[layer]
+        ]
         assert len(changed) == 1
-        assert sizes[changed[0], before.choices[changed[0]]] < sizes[changed[0], after.choices[changed[0]]]
+        assert (
+            sizes[changed[0], before.choices[changed[0]]]
+            < sizes[changed[0], after.choices[changed[0]]]
+        )
     for count in (2, 3, 33):
         thin = frontier(rows, points=count)
         assert len(thin) == count and thin[0] == path[0] and thin[-1] == path[-1]

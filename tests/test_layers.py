@@ -1,4 +1,5 @@
-"""Layers as matrices: reading, writing, and inputs as rows, against the modules' own forward pass."""
+"""Layers as matrices: reading, writing, and inputs as rows, against the modules' own forward
+pass."""
 
 from __future__ import annotations
 
@@ -33,11 +34,19 @@ def test_convolution_is_its_matrix_times_its_rows(conv):
     rows = layer.rows(conv, x)
     weight = layer.as_matrix(conv.weight).reshape(layer.groups, -1, layer.shape[1])
     output = torch.einsum("goi,gni->gno", weight, rows)
-    own = (conv(x) - conv.bias.reshape(1, -1, *[1] * (x.ndim - 2))).movedim(1, -1).reshape(-1, conv.out_channels)
-    torch.testing.assert_close(output.movedim(0, 1).reshape(-1, conv.out_channels), own, rtol=1e-4, atol=1e-5)
+    own = (
+        (conv(x) - conv.bias.reshape(1, -1, *[1] * (x.ndim - 2)))
+        .movedim(1, -1)
+        .reshape(-1, conv.out_channels)
+    )
+    torch.testing.assert_close(
+        output.movedim(0, 1).reshape(-1, conv.out_channels), own, rtol=1e-4, atol=1e-5
+    )
 
 
-@pytest.mark.parametrize("module", [nn.Linear(5, 3), Conv1D(3, 5), nn.Embedding(7, 4), *CONVOLUTIONS[:2]], ids=str)
+@pytest.mark.parametrize(
+    "module", [nn.Linear(5, 3), Conv1D(3, 5), nn.Embedding(7, 4), *CONVOLUTIONS[:2]], ids=str
+)
 def test_writing_a_matrix_reads_back(module):
     layer = find_layers(nn.Sequential(module))["0"]
     matrix = torch.randn(layer.shape)
@@ -50,7 +59,13 @@ def test_writing_a_matrix_reads_back(module):
 
 
 def test_tied_weights_are_one_layer():
-    config = LlamaConfig(vocab_size=10, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    config = LlamaConfig(
+        vocab_size=10,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
     config.tie_word_embeddings = True
     layers = find_layers(LlamaForCausalLM(config))
     assert layers["model.embed_tokens"].aliases == ("lm_head",)
@@ -69,7 +84,9 @@ def test_transformers_conv1d_is_found_as_out_by_in():
 
 def test_a_glob_without_a_match_names_the_nearest_layer():
     model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "decoder": nn.Linear(2, 2)})
-    with pytest.raises(ValueError, match=r"'encodr' matches none of the 2 .* nearest layer is 'encoder'"):
+    with pytest.raises(
+        ValueError, match=r"'encodr' matches none of the 2 .* nearest layer is 'encoder'"
+    ):
         find_layers(model, ["decoder", "encodr"])
     with pytest.raises(ValueError, match="no compressible layers"):
         find_layers(nn.ReLU())

@@ -1,4 +1,5 @@
-"""Prices against closed forms: the draws behind them, the shrinkage, and predictions of plans with their errors."""
+"""Prices against closed forms: the draws behind them, the shrinkage, and predictions of plans with
+their errors."""
 
 from __future__ import annotations
 
@@ -21,7 +22,10 @@ def measured(along: torch.Tensor, diagonal: torch.Tensor) -> FisherPass:
     names = [f"layer{i}" for i in range(along.shape[1])]
     return FisherPass(
         count=torch.ones(len(along), dtype=torch.float64),
-        along={n: (2 * along[:, i : i + 1]).sqrt()[:, :, None] * signs[:, i, None, None] for i, n in enumerate(names)},
+        along={
+            n: (2 * along[:, i : i + 1]).sqrt()[:, :, None] * signs[:, i, None, None]
+            for i, n in enumerate(names)
+        },
         diagonals={n: diagonal[:, i : i + 1] for i, n in enumerate(names)},
         traces={n: torch.ones(len(along), dtype=torch.float64) for n in names},
         diagonal={n: torch.ones(1, 1) for n in names},
@@ -32,20 +36,33 @@ def measured(along: torch.Tensor, diagonal: torch.Tensor) -> FisherPass:
 
 def ledger_of(along: torch.Tensor, diagonal: torch.Tensor) -> Ledger:
     found = measured(along, diagonal)
-    return build_ledger(found, {n: {"o": 1} for n in found.along}, changed={n: ["o"] for n in found.along}, unit="nats")
+    return build_ledger(
+        found,
+        {n: {"o": 1} for n in found.along},
+        changed={n: ["o"] for n in found.along},
+        unit="nats",
+    )
 
 
 def simulated(generator: torch.Generator, *, spread: float, layers: int = 60, items: int = 40):
     """True prices around a known diagonal, seen through one squared normal per item."""
     diagonal = torch.rand(layers, generator=generator, dtype=torch.float64) + 0.5
-    true = diagonal * (1.2 + spread * torch.randn(layers, generator=generator, dtype=torch.float64)).clamp_min(0.1)
+    true = diagonal * (
+        1.2 + spread * torch.randn(layers, generator=generator, dtype=torch.float64)
+    ).clamp_min(0.1)
     noise = torch.randn(items, layers, generator=generator, dtype=torch.float64) ** 2
     return true, true * noise, diagonal.expand(items, layers)
 
 
 def test_what_signs_back_propagate_has_the_covariance_of_the_softmax():
-    logits = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    generator, draws, total = torch.Generator().manual_seed(0), 8000, torch.zeros(8, 8, dtype=torch.float64)
+    logits = torch.randn(
+        2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    ).requires_grad_()
+    generator, draws, total = (
+        torch.Generator().manual_seed(0),
+        8000,
+        torch.zeros(8, 8, dtype=torch.float64),
+    )
     positions = Positions(logits=logits, labels=None, item=torch.arange(2), items=2)
     for _ in range(draws):
         (g,) = torch.autograd.grad(signed_loss(positions, generator), logits)
@@ -56,12 +73,17 @@ def test_what_signs_back_propagate_has_the_covariance_of_the_softmax():
 
 
 def test_signs_vary_less_than_labels_where_a_class_is_rare():
-    """One position, p = (.98, .02): a label gives (u₁ − u₂)² p₂² or p₁², signs almost always p₁p₂ times that."""
-    logits = torch.tensor([[math.log(0.98), math.log(0.02)]], dtype=torch.float64, requires_grad=True)
+    """One position, p = (.98, .02): a label gives (u₁ − u₂)² p₂² or p₁², signs almost always p₁p₂
+    times that."""
+    logits = torch.tensor(
+        [[math.log(0.98), math.log(0.02)]], dtype=torch.float64, requires_grad=True
+    )
     positions = Positions(logits=logits, labels=None, item=torch.arange(1), items=1)
     squares = []
     for seed in range(200):
-        (g,) = torch.autograd.grad(signed_loss(positions, torch.Generator().manual_seed(seed)), logits)
+        (g,) = torch.autograd.grad(
+            signed_loss(positions, torch.Generator().manual_seed(seed)), logits
+        )
         squares.append(float(g[0, 0] ** 2))
     values = torch.tensor(squares, dtype=torch.float64)
     labels = math.sqrt(0.98 * 0.02**4 + 0.02 * 0.98**4 - (0.98 * 0.02) ** 2)
@@ -75,7 +97,9 @@ def test_shrinking_lowers_the_error_whether_ratios_scatter_little_or_much():
         before = after = 0.0
         for _ in range(20):
             true, along, diagonal = simulated(generator, spread=spread)
-            priced = torch.tensor([row.price for row in ledger_of(along, diagonal).rows], dtype=torch.float64)
+            priced = torch.tensor(
+                [row.price for row in ledger_of(along, diagonal).rows], dtype=torch.float64
+            )
             before += float((along.mean(0) - true).square().sum())
             after += float((priced - true).square().sum())
         assert after < gain * before, f"spread {spread}: {after / before}"
@@ -112,31 +136,46 @@ def test_few_layers_and_changes_of_nothing_keep_the_measured_price():
     diagonal[:, 2] = 0.0
     for i, row in enumerate(ledger_of(along, diagonal).rows):
         expected = ratio_estimate(along[:, i], torch.ones(len(along), dtype=torch.float64))
-        assert (row.price, row.stderr) == pytest.approx((expected.value, expected.stderr)) and row.model_stderr == 0.0
+        assert (row.price, row.stderr) == pytest.approx(
+            (expected.value, expected.stderr)
+        ) and row.model_stderr == 0.0
     _, along, diagonal = simulated(torch.Generator().manual_seed(3), spread=0.1, layers=20)
     along[:, 2], diagonal = 0.0, diagonal.clone()
     diagonal[:, 2] = 0.0
     ledger = ledger_of(along, diagonal)
-    assert ledger.rows[2].price == 0.0 and all(math.isfinite(r.price) and r.stderr > 0 for r in ledger.rows[3:])
+    assert ledger.rows[2].price == 0.0 and all(
+        math.isfinite(r.price) and r.stderr > 0 for r in ledger.rows[3:]
+    )
 
 
 def test_pairs_of_layers_count_as_far_as_they_are_no_noise():
-    """A plan of two layers against the exact Fisher of both together, and layers that have nothing to do with each
-    other."""
+    """A plan of two layers against the exact Fisher of both together, and layers that have nothing
+    to do with each other."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, 3, bias=False)).double()
+    model = nn.Sequential(
+        nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, 3, bias=False)
+    ).double()
     items = [(torch.randn(1, 3, dtype=torch.float64), torch.tensor([0])) for _ in range(4)]
     layers = find_layers(model)
     deltas = {n: torch.randn(layer.shape, dtype=torch.float64) for n, layer in layers.items()}
     found = fisher_pass(
-        model, Classification(), items, layers, {n: [Change.of(d)] for n, d in deltas.items()}, labels=1500
+        model,
+        Classification(),
+        items,
+        layers,
+        {n: [Change.of(d)] for n, d in deltas.items()},
+        labels=1500,
     )
-    ledger = build_ledger(found, {n: {"o": 1} for n in layers}, changed={n: ["o"] for n in layers}, unit="nats")
+    ledger = build_ledger(
+        found, {n: {"o": 1} for n in layers}, changed={n: ["o"] for n in layers}, unit="nats"
+    )
     exact = apart = 0.0
     for x, _ in items:
         log_p = model(x)[0].log_softmax(0)
         for value in log_p:
-            grads = torch.autograd.grad(value, [layer.weight for layer in layers.values()], retain_graph=True)
+            grads = torch.autograd.grad(
+                value, [layer.weight for layer in layers.values()], retain_graph=True
+            )
             parts = [float((g * d).sum()) for g, d in zip(grads, deltas.values(), strict=True)]
             exact += 0.5 * float(value.exp()) * sum(parts) ** 2 / len(items)
             apart += 0.5 * float(value.exp()) * sum(p**2 for p in parts) / len(items)
@@ -146,7 +185,12 @@ def test_pairs_of_layers_count_as_far_as_they_are_no_noise():
     assert ledger.predict(plan).value == pytest.approx(exact, rel=0.06)
     assert Ledger.from_dict(ledger.to_dict()).predict(plan) == ledger.predict(plan)
     quadratic = ledger.quadratic()
-    assert quadratic is not None and quadratic.value(plan) == pytest.approx(ledger.predict(plan).value, rel=1e-9)
-    assert replace(ledger, kept=0.0).quadratic() is None and replace(ledger, along=None).quadratic() is None
+    assert quadratic is not None and quadratic.value(plan) == pytest.approx(
+        ledger.predict(plan).value, rel=1e-9
+    )
+    assert (
+        replace(ledger, kept=0.0).quadratic() is None
+        and replace(ledger, along=None).quadratic() is None
+    )
     _, along, diagonal = simulated(torch.Generator().manual_seed(5), spread=0.2)
     assert ledger_of(along, diagonal).kept < 0.1

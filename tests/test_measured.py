@@ -1,4 +1,5 @@
-"""Measured prices against torch's own divergence, and where they take the place of quadratic ones."""
+"""Measured prices against torch's own divergence, and where they take the place of quadratic
+ones."""
 
 from __future__ import annotations
 
@@ -34,7 +35,11 @@ class Net(nn.Module):
 
 
 def kl(before: torch.Tensor, after: torch.Tensor) -> float:
-    return float(nn.functional.kl_div(after.log_softmax(-1), before.log_softmax(-1), log_target=True, reduction="sum"))
+    return float(
+        nn.functional.kl_div(
+            after.log_softmax(-1), before.log_softmax(-1), log_target=True, reduction="sum"
+        )
+    )
 
 
 def test_each_change_alone_is_measured_and_the_weights_come_back():
@@ -43,7 +48,9 @@ def test_each_change_alone_is_measured_and_the_weights_come_back():
     model.norm.running_var.uniform_(0.5, 2)
     items = [(torch.randn(1, 1, 4, 4, dtype=torch.float64), torch.tensor([i])) for i in range(3)]
     layers = find_layers(model)
-    changed = [(n, torch.randn(layers[n].shape, dtype=torch.float64)) for n in ("conv", "fc", "conv")]
+    changed = [
+        (n, torch.randn(layers[n].shape, dtype=torch.float64)) for n in ("conv", "fc", "conv")
+    ]
     before = {k: v.clone() for k, v in model.state_dict().items()}
     found = divergences(model, Classification(), items, layers, changed)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and model.training
@@ -90,7 +97,9 @@ def test_an_item_that_fails_leaves_the_weights_as_they_were():
     assert torch.equal(model[0].weight, before)
 
 
-def priced(measure_above: float | None, *, agreed: float = ledger_room.AGREED, **arguments) -> Ledger:
+def priced(
+    measure_above: float | None, *, agreed: float = ledger_room.AGREED, **arguments
+) -> Ledger:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 6))
     with torch.no_grad():
@@ -115,14 +124,24 @@ def test_the_highest_prices_are_measured_until_they_agree(monkeypatch):
     seen = {(r.layer, r.option): r for r in priced(0.0, agreed=-9.0).rows}  # never content
     assert all(r.measured for r in seen.values())
     ratios = [
-        sum(seen[r.layer, r.option].price for r in quadratic[k : k + 2]) / sum(r.price for r in quadratic[k : k + 2])
+        sum(seen[r.layer, r.option].price for r in quadratic[k : k + 2])
+        / sum(r.price for r in quadratic[k : k + 2])
         for k in range(0, 6, 2)
     ]
     noise = [math.hypot(*(r.stderr for r in quadratic[k : k + 2])) for k in range(0, 6, 2)]
-    off = [abs(1 - ratio) * sum(r.price for r in quadratic[2 * k : 2 * k + 2]) for k, ratio in enumerate(ratios)]
-    costs = [sum(seen[r.layer, r.option].price for r in quadratic[k : k + 2]) for k in range(0, 6, 2)]
-    errors = [(o - n) / c for o, n, c in zip(off, noise, costs, strict=True)]  # beyond the noise, relative
-    assert errors[0] > max(0.1, errors[1] + 0.05), "the larger the change, the worse is the quadratic model"
+    off = [
+        abs(1 - ratio) * sum(r.price for r in quadratic[2 * k : 2 * k + 2])
+        for k, ratio in enumerate(ratios)
+    ]
+    costs = [
+        sum(seen[r.layer, r.option].price for r in quadratic[k : k + 2]) for k in range(0, 6, 2)
+    ]
+    errors = [
+        (o - n) / c for o, n, c in zip(off, noise, costs, strict=True)
+    ]  # beyond the noise, relative
+    assert errors[0] > max(0.1, errors[1] + 0.05), (
+        "the larger the change, the worse is the quadratic model"
+    )
     for agreed, blocks in ((errors[0] + 0.01, 1), (errors[0] - 0.01, 2)):
         ledger = priced(0.0, agreed=agreed)
         expected = {(r.layer, r.option) for r in quadratic[: 2 * blocks]}
@@ -130,7 +149,9 @@ def test_the_highest_prices_are_measured_until_they_agree(monkeypatch):
         for row in ledger.rows:
             pair = row.layer, row.option
             assert row == (
-                seen[pair] if pair in expected else next(r for r in quadratic if (r.layer, r.option) == pair)
+                seen[pair]
+                if pair in expected
+                else next(r for r in quadratic if (r.layer, r.option) == pair)
             )
     assert all(row.model_stderr == 0 and row.stderr > 0 for row in seen.values())
     only = priced(quadratic[3].price, agreed=-9.0)
@@ -143,7 +164,9 @@ def test_the_highest_prices_are_measured_until_they_agree(monkeypatch):
 def test_the_measured_price_is_the_loss_of_the_model_with_that_change(monkeypatch):
     jobs: list = []
     real = stages._measured
-    monkeypatch.setattr(stages, "_measured", lambda job, *a: jobs.append((job, a[1])) or real(job, *a))
+    monkeypatch.setattr(
+        stages, "_measured", lambda job, *a: jobs.append((job, a[1])) or real(job, *a)
+    )
 
     def look(*arguments, **named):
         (job, candidates) = jobs[-1]
@@ -167,7 +190,9 @@ def test_the_measured_price_is_the_loss_of_the_model_with_that_change(monkeypatc
 
 def test_what_a_measured_row_does_with_others_grows_with_the_root_of_its_price():
     ledger = priced(None)
-    first, second = (next(r for r in ledger.rows if r.layer == n and "prune" in r.option) for n in ("0", "2"))
+    first, second = (
+        next(r for r in ledger.rows if r.layer == n and "prune" in r.option) for n in ("0", "2")
+    )
     sums = ledger.sums[:, list(ledger.rows).index(first)] * 4
     changed = replace(ledger, kept=1.0).with_measured({(first.layer, first.option): sums})
     plan = {r.layer: r.option for r in (first, second)}
@@ -185,18 +210,24 @@ def test_of_very_many_the_highest_are_measured_and_a_note_says_so(monkeypatch):
     monkeypatch.setattr(ledger_room, "MEASURED_TOGETHER", 2)
     notes: list = []
     real = stages._measured
-    monkeypatch.setattr(stages, "_measured", lambda job, *a: (real(job, *a), notes.append(list(job.notes)))[0])
+    monkeypatch.setattr(
+        stages, "_measured", lambda job, *a: (real(job, *a), notes.append(list(job.notes)))[0]
+    )
     ledger = priced(0.0, agreed=-9.0)
     assert {(r.layer, r.option) for r in ledger.rows if r.measured} == {
         (r.layer, r.option) for r in by_price(priced(None))[:3]
     }
-    assert any("the 3 highest prices were measured, and the last of them" in note for note in notes[0])
+    assert any(
+        "the 3 highest prices were measured, and the last of them" in note for note in notes[0]
+    )
 
 
 def test_a_change_that_breaks_the_model_is_priced_out_of_reach_and_noted(monkeypatch):
     notes: list = []
     real, whole = stages._measured, divergences
-    monkeypatch.setattr(stages, "_measured", lambda job, *a: (real(job, *a), notes.append(list(job.notes)))[0])
+    monkeypatch.setattr(
+        stages, "_measured", lambda job, *a: (real(job, *a), notes.append(list(job.notes)))[0]
+    )
 
     def overflowing(*arguments):
         sums = whole(*arguments)
@@ -206,9 +237,13 @@ def test_a_change_that_breaks_the_model_is_priced_out_of_reach_and_noted(monkeyp
     monkeypatch.setattr(stages, "divergences", overflowing)
     monkeypatch.setattr(ledger_room, "MEASURED_TOGETHER", 2)
     ledger, quadratic = priced(0.0), priced(None)
-    assert all(r.measured and r.price == pytest.approx(BROKEN) for r in ledger.rows), "none of them agrees"
+    assert all(r.measured and r.price == pytest.approx(BROKEN) for r in ledger.rows), (
+        "none of them agrees"
+    )
     for row in quadratic.rows:
-        assert any(f"layer {row.layer}: with option {row.option} alone" in note for note in notes[0])
+        assert any(
+            f"layer {row.layer}: with option {row.option} alone" in note for note in notes[0]
+        )
 
 
 class Divided(nn.Module):
@@ -236,8 +271,18 @@ def test_a_plan_that_breaks_the_model_is_not_chosen(measure_above):
     broken = cp.Prune(sparsity=0.98)
     settings = cp.Settings(measure_above=measure_above)
     budget = cp.Budget("loss", max_drop=0.05)
-    result = cp.compress(net, data, options=[cp.Quantize(bits=8), broken], budget=budget, layers="b", settings=settings)
-    assert result.plan.choices == {"b": cp.Quantize(bits=8).key} and result.verdict.status == "CERTIFIED"
+    result = cp.compress(
+        net,
+        data,
+        options=[cp.Quantize(bits=8), broken],
+        budget=budget,
+        layers="b",
+        settings=settings,
+    )
+    assert (
+        result.plan.choices == {"b": cp.Quantize(bits=8).key}
+        and result.verdict.status == "CERTIFIED"
+    )
     tried = [t for t in result.trials if t["choices"] == {"b": broken.key}]
     assert all(t["chance"] < 0.01 and t["measured"] > 10 for t in tried)
     assert tried or measure_above is not None, "only a measured price tells before a plan is tried"
@@ -246,8 +291,16 @@ def test_a_plan_that_breaks_the_model_is_not_chosen(measure_above):
     assert only.plan.choices == {"b": "keep"}
     splits = split_items(data, seed=0)
     worthless = as_split([(x * math.nan, y) for x, y in splits.select.items])
-    with pytest.raises(ValueError, match="uncompressed model's loss is no finite number for 64 of 64 items"):
-        cp.compress(net, replace(splits, select=worthless), options=[broken], budget=budget, settings=settings)
+    with pytest.raises(
+        ValueError, match="uncompressed model's loss is no finite number for 64 of 64 items"
+    ):
+        cp.compress(
+            net,
+            replace(splits, select=worthless),
+            options=[broken],
+            budget=budget,
+            settings=settings,
+        )
 
 
 @pytest.mark.parametrize("wrong", [-0.1, float("nan")])
@@ -266,7 +319,10 @@ def test_a_run_measures_once_and_its_report_says_which(tmp_path, monkeypatch):
     result = pipeline.run(path, tmp_path / "out", progress=False)
     rows = result.record["ledger"]["rows"]
     assert 0 < sum(r["measured"] for r in rows) < len(rows)
-    assert "were measured: the loss of that change alone" in (result.folder / "report.html").read_text()
+    assert (
+        "were measured: the loss of that change alone"
+        in (result.folder / "report.html").read_text()
+    )
     assert "measure prices" in {s["name"] for s in result.record["stages"]}
     monkeypatch.setattr(stages, "divergences", None)  # a second time would fail
     (result.folder / "report.json").unlink()

@@ -6,7 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import curvprune as cp
 from curvprune.objective import (
@@ -97,7 +103,13 @@ def evaluate_identity(model, logits, labels):
 def test_sequence_classification_of_transformers():
     torch.manual_seed(0)
     model = BertForSequenceClassification(
-        BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+        BertConfig(
+            vocab_size=40,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+        )
     ).eval()
     batch = {
         "input_ids": tokens(3, 5),
@@ -135,7 +147,10 @@ def test_label_free_of_sentence_embeddings(tmp_path):
         vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
         initializer_range=0.5,
     )  # fmt: skip
-    encoder, batch = BertModel(config).eval(), {"input_ids": tokens(3, 5), "attention_mask": torch.ones(3, 5)}
+    encoder, batch = (
+        BertModel(config).eval(),
+        {"input_ids": tokens(3, 5), "attention_mask": torch.ones(3, 5)},
+    )
     batch["attention_mask"][1, 3:] = 0
     anchors = F.normalize(torch.randn(7, 16), dim=-1)
 
@@ -151,7 +166,10 @@ def test_label_free_of_sentence_embeddings(tmp_path):
     measured = evaluate(cp.load(tmp_path), [batch], objective)
 
     def embedded(model):  # one sentence at a time, without padding
-        rows = (ids[keep.bool()][None] for ids, keep in zip(batch["input_ids"], batch["attention_mask"], strict=True))
+        rows = (
+            ids[keep.bool()][None]
+            for ids, keep in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        )
         return torch.cat([model(input_ids=row).last_hidden_state.sum(1) for row in rows]).double()
 
     p, q = (
@@ -169,8 +187,12 @@ def test_label_free_of_sentence_embeddings(tmp_path):
 
 def test_sampled_labels_follow_the_model_and_the_seed():
     logits = torch.tensor([0.0, 1.0, 2.0, -30.0]).repeat(20_000, 1)
-    positions = Classification().positions(logits, (logits, torch.zeros(len(logits), dtype=torch.long)))
-    losses = [float(sampled_losses(positions, torch.Generator().manual_seed(s)).sum()) for s in (0, 0, 1)]
+    positions = Classification().positions(
+        logits, (logits, torch.zeros(len(logits), dtype=torch.long))
+    )
+    losses = [
+        float(sampled_losses(positions, torch.Generator().manual_seed(s)).sum()) for s in (0, 0, 1)
+    ]
     assert losses[0] == losses[1] != losses[2]
     p = logits[0].double().softmax(0)
     entropy = float(-(p * p.log()).sum())
@@ -182,12 +204,18 @@ def test_half_precision_logits_are_compared_in_float32():
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
     labels = torch.tensor([1, 2, 3, 4])
     result = evaluate_identity(nn.Identity(), logits, labels)
-    torch.testing.assert_close(result.loss, F.cross_entropy(logits.float(), labels, reduction="none").double())
+    torch.testing.assert_close(
+        result.loss, F.cross_entropy(logits.float(), labels, reduction="none").double()
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("perplexity", "expected auto, causal-lm"), ("causal-lm", None), ("auto", "cannot tell what its loss is")],
+    [
+        ("perplexity", "expected auto, causal-lm"),
+        ("causal-lm", None),
+        ("auto", "cannot tell what its loss is"),
+    ],
 )
 def test_objectives_that_cannot_be_told(name, message):
     class TokenModel(nn.Module):
@@ -208,7 +236,9 @@ def test_objectives_that_cannot_be_told(name, message):
 
 def test_bad_batches_say_what_is_wrong(llama):
     with pytest.raises(ValueError, match=r"labels \(3,\) do not match logits \(2, 4\)"):
-        Classification().positions(torch.zeros(2, 4), (torch.zeros(2, 4), torch.zeros(3, dtype=torch.long)))
+        Classification().positions(
+            torch.zeros(2, 4), (torch.zeros(2, 4), torch.zeros(3, dtype=torch.long))
+        )
     with pytest.raises(ValueError, match="no labels"):
         Classification().loss(nn.Linear(3, 2), {"input": torch.zeros(1, 3)})
     with pytest.raises(ValueError, match="data is empty"):

@@ -1,4 +1,5 @@
-"""Every operator against a dense matrix that NumPy builds from its definition, through one contract test."""
+"""Every operator against a dense matrix that NumPy builds from its definition, through one contract
+test."""
 
 from __future__ import annotations
 
@@ -76,7 +77,10 @@ def cases() -> dict[str, tuple[Operator, np.ndarray]]:
         "sum": (2.0 * dense - diagonal, 2 * m - np.diag(spread)),
         "sum with a function": (dense + free * 0.5, 1.5 * m),
         "damped": (diagonal.damped(0.3), np.diag(spread) + 0.3 * np.eye(7)),
-        "scaled sum of damped": ((dense.damped(1.0) + diagonal) * -2.0, -2 * (m + np.eye(7) + np.diag(spread))),
+        "scaled sum of damped": (
+            (dense.damped(1.0) + diagonal) * -2.0,
+            -2 * (m + np.eye(7) + np.diag(spread)),
+        ),
         "function of one number": (
             Function(lambda v: 3 * v, ParamSpace(shapes={"x": ()}), dtype=torch.float64),
             np.array([[3.0]]),
@@ -97,7 +101,9 @@ def test_an_operator_keeps_its_contract(name: str) -> None:
     np.testing.assert_allclose((op @ tensor(block)).numpy(), dense @ block, atol=1e-12)
     assert (op @ tensor(block[:, :0])).shape == (n, 0)
     np.testing.assert_allclose(float(op.quad(tensor(v))), v @ dense @ v, atol=1e-11)
-    np.testing.assert_allclose(op.quad(tensor(block)).numpy(), np.diag(block.T @ dense @ block), atol=1e-11)
+    np.testing.assert_allclose(
+        op.quad(tensor(block)).numpy(), np.diag(block.T @ dense @ block), atol=1e-11
+    )
     # a column of a larger block is not contiguous
     np.testing.assert_allclose((op @ tensor(block)[:, 2]).numpy(), dense @ block[:, 2], atol=1e-12)
 
@@ -122,7 +128,9 @@ def test_an_operator_keeps_its_contract(name: str) -> None:
     with pytest.raises(ValueError, match="'nowhere' is not in this space"):
         op.restrict(["nowhere"])
 
-    np.testing.assert_allclose((op.damped(0.7) @ tensor(v)).numpy(), dense @ v + 0.7 * v, atol=1e-12)
+    np.testing.assert_allclose(
+        (op.damped(0.7) @ tensor(v)).numpy(), dense @ v + 0.7 * v, atol=1e-12
+    )
     np.testing.assert_allclose((-op @ tensor(v)).numpy(), -dense @ v, atol=1e-12)
     if op.psd:
         assert np.linalg.eigvalsh(dense).min() >= -1e-12
@@ -130,7 +138,9 @@ def test_an_operator_keeps_its_contract(name: str) -> None:
     if not any(word in name for word in ("sum", "function")):
         damping = 3 + np.abs(dense).sum()
         solved = op.damped(damping).solve(tensor(block)).numpy()
-        np.testing.assert_allclose(solved, np.linalg.solve(dense + damping * np.eye(n), block), atol=1e-12)
+        np.testing.assert_allclose(
+            solved, np.linalg.solve(dense + damping * np.eye(n), block), atol=1e-12
+        )
 
     exported = op.to_scipy()
     assert exported.shape == (n, n) and exported.dtype == np.float64
@@ -151,9 +161,9 @@ def test_restricting_a_block_diagonal_splits_its_blocks() -> None:
     assert list(part.space.shapes) == ["b", "conv"]  # the order of the space, not of the request
     assert isinstance(part, BlockDiagonal)
     np.testing.assert_allclose(part.to_dense().numpy(), dense[4:, 4:], atol=1e-12)
-    assert isinstance(op.restrict(["a"]), BlockDiagonal) and op.restrict(["a"]).trace() == pytest.approx(
-        np.trace(dense[:4, :4])
-    )
+    assert isinstance(op.restrict(["a"]), BlockDiagonal) and op.restrict(
+        ["a"]
+    ).trace() == pytest.approx(np.trace(dense[:4, :4]))
 
 
 def test_what_is_known_to_be_psd() -> None:
@@ -163,7 +173,9 @@ def test_what_is_known_to_be_psd() -> None:
     assert (positive * 2.0).psd and not (positive * -1.0).psd
     assert positive.damped(0.1).psd and not positive.damped(-0.1).psd
     assert not (positive + negative).psd and not (positive - positive).psd
-    assert not BlockDiagonal({"p": positive, "n": Diagonal(-torch.ones(2), ParamSpace(shapes={"y": (2,)}))}).psd
+    assert not BlockDiagonal(
+        {"p": positive, "n": Diagonal(-torch.ones(2), ParamSpace(shapes={"y": (2,)}))}
+    ).psd
 
 
 def test_sums_are_flat_and_solve_through_their_only_part() -> None:
@@ -171,7 +183,9 @@ def test_sums_are_flat_and_solve_through_their_only_part() -> None:
     op = (Dense(tensor(m)) * 2.0).damped(0.5) * 3.0
     assert isinstance(op, Sum) and len(op.parts) == 1 and op.shift == 1.5
     v = RNG.standard_normal(4)
-    np.testing.assert_allclose(op.solve(tensor(v)).numpy(), np.linalg.solve(6 * m + 1.5 * np.eye(4), v), atol=1e-12)
+    np.testing.assert_allclose(
+        op.solve(tensor(v)).numpy(), np.linalg.solve(6 * m + 1.5 * np.eye(4), v), atol=1e-12
+    )
     with pytest.raises(NoClosedForm, match="iterative"):
         (op + op).solve(tensor(v))
     with pytest.raises(ValueError, match=r"singular to working precision.*damped"):
@@ -207,7 +221,9 @@ def test_a_space_flattens_and_splits() -> None:
 
 def test_spaces_say_what_does_not_fit() -> None:
     space = ParamSpace(shapes={"w": (2, 3), "b": (2,)})
-    with pytest.raises(ValueError, match=r"'w': expected shape \(2, 3\) or \(2, 3, 'k'\), got \(3, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"'w': expected shape \(2, 3\) or \(2, 3, 'k'\), got \(3, 2\)"
+    ):
         space.flatten({"w": torch.zeros(3, 2), "b": torch.zeros(2)})
     with pytest.raises(ValueError, match="no tensor for parameter 'b'"):
         space.flatten({"w": torch.zeros(2, 3)})

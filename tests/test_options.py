@@ -28,7 +28,12 @@ from curvprune.solve import solve
 OPTIONS = [
     Keep(),
     Cast(dtype="bfloat16"),
-    *[Quantize(bits=b, group_size=g, symmetric=s) for b in BITS for g in (None, 8, 7) for s in (True, False)],
+    *[
+        Quantize(bits=b, group_size=g, symmetric=s)
+        for b in BITS
+        for g in (None, 8, 7)
+        for s in (True, False)
+    ],
     Prune(sparsity=0.25),
     Prune(sparsity=1 / 3),
     Prune(pattern="2:4"),
@@ -56,7 +61,11 @@ def test_bytes_are_those_of_the_tensors_on_disk(option, shape):
     layer = find_layers(model)["0"]
     x = torch.randn(100, shape[1])
     solved = solve(layer.weight.detach(), [option], x.t() @ x / 100, layer="0")[0]
-    forms = ["dense", *(["packed"] if quantizer_of(option) else []), *(["sparse"] if pruner_of(option) else [])]
+    forms = [
+        "dense",
+        *(["packed"] if quantizer_of(option) else []),
+        *(["sparse"] if pruner_of(option) else []),
+    ]
     for form in forms:
         tensors = stored_tensors(layer, solved, form=form)
         on_disk = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -84,7 +93,10 @@ def test_yaml_forms(value, option):
     [
         ({"quantize": {"bits": 9}}, r"bits=9 is not offered; .*nearest: 8"),
         ({"quantize": {"bits": 0}}, r"bits=0 is not offered; .*nearest: 1"),
-        ({"prune": {"sparsity": 0.5}, "quantize": {"bits": 1}}, r"bits=1 has two values .*nearest: 2"),
+        (
+            {"prune": {"sparsity": 0.5}, "quantize": {"bits": 1}},
+            r"bits=1 has two values .*nearest: 2",
+        ),
         ({"quantize": {"bits": 4, "groupsize": 64}}, "expected a mapping with keys from"),
         ({"quantize": {"bits": 4, "group_size": 0}}, "positive integer"),
         ({"quantize": {"bits": True}}, "not offered"),
@@ -109,11 +121,15 @@ def test_options_that_do_not_fit_name_layer_and_nearest_value():
         match=r"layer a\.b: group_size=64 does not divide its 96 inputs.*transformers.*nearest that does: 48.*portable",
     ):
         check_fits(Quantize(bits=4, group_size=64), "a.b", (10, 96), reader="transformers")
-    with pytest.raises(ValueError, match=r"layer x: pattern 2:4 needs a multiple of 4 inputs.*sparsity: 0.5"):
+    with pytest.raises(
+        ValueError, match=r"layer x: pattern 2:4 needs a multiple of 4 inputs.*sparsity: 0.5"
+    ):
         check_fits(Prune(pattern="2:4"), "x", (10, 30))
     check_fits(Quantize(bits=4, group_size=32), "a.b", (10, 96), reader="transformers")
     check_fits(Quantize(bits=4, group_size=64), "a.b", (10, 96))
-    check_fits(Quantize(bits=1, group_size=64), "a.b", (10, 96), reader="transformers")  # stored dense
+    check_fits(
+        Quantize(bits=1, group_size=64), "a.b", (10, 96), reader="transformers"
+    )  # stored dense
 
 
 @pytest.mark.parametrize(
@@ -123,7 +139,10 @@ def test_options_that_do_not_fit_name_layer_and_nearest_value():
         (Quantize(bits=1), "2, 4 or 8 bits, not 1; nearest: 2"),
         (Quantize(bits=7), "nearest: 8"),
         (Quantize(bits=2, symmetric=False), "4 or 8 bits with zero points, not 2; nearest: 4"),
-        (Quantize(bits=4, group_size=16), "groups of 32, 64 or 128 .*nearest that divides its 96 inputs: 32"),
+        (
+            Quantize(bits=4, group_size=16),
+            "groups of 32, 64 or 128 .*nearest that divides its 96 inputs: 32",
+        ),
         (Quantize(bits=4, group_size=64), "group_size=64 does not divide its 96 inputs, .*engines"),
         (PruneQuantize(prune=Prune(sparsity=0.5), quantize=Quantize(bits=6)), "not 6; nearest: 8"),
     ],
@@ -131,5 +150,10 @@ def test_options_that_do_not_fit_name_layer_and_nearest_value():
 def test_options_without_kernels_in_engines_name_the_nearest_that_has_one(option, message):
     with pytest.raises(ValueError, match=message):
         check_fits(option, "a", (10, 96), reader="engines")
-    for fine in (Quantize(bits=4, group_size=32), Quantize(bits=8, symmetric=False), Quantize(bits=2), Keep()):
+    for fine in (
+        Quantize(bits=4, group_size=32),
+        Quantize(bits=8, symmetric=False),
+        Quantize(bits=2),
+        Keep(),
+    ):
         check_fits(fine, "a", (10, 96), reader="engines")

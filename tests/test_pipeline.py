@@ -41,12 +41,19 @@ def finished(recipe, tmp_path_factory) -> pipeline.RunResult:
 
 @pytest.fixture(scope="module")
 def analysed(recipe, tmp_path_factory) -> Path:
-    return pipeline.analyze(recipe, tmp_path_factory.mktemp("analysed") / "out", progress=False).folder
+    return pipeline.analyze(
+        recipe, tmp_path_factory.mktemp("analysed") / "out", progress=False
+    ).folder
 
 
 def contents(folder: Path) -> dict[str, str]:
     """Hashes of everything that must not depend on interruptions."""
-    files = [folder / "plan.json", folder / "verdict.json", folder / "ledger.json", folder / "analysis.json"]
+    files = [
+        folder / "plan.json",
+        folder / "verdict.json",
+        folder / "ledger.json",
+        folder / "analysis.json",
+    ]
     files += sorted((folder / "model").rglob("*"))
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
@@ -55,9 +62,20 @@ def test_a_run_leaves_its_files_and_a_certified_smaller_model(finished):
     folder, record = finished.folder, finished.record
     assert finished.exit_code == 0 and record["verdict"]["status"] == "CERTIFIED"
     assert record["verdict"]["bound"] <= 0.2
-    for name in ("recipe.lock.yaml", "analysis.json", "ledger.json", "plan.json", "verdict.json", "report.html"):
+    for name in (
+        "recipe.lock.yaml",
+        "analysis.json",
+        "ledger.json",
+        "plan.json",
+        "verdict.json",
+        "report.html",
+    ):
         assert (folder / name).stat().st_size > 0, name
-    assert record["size"]["after_bytes"] == (folder / "model" / WEIGHTS).stat().st_size < record["size"]["before_bytes"]
+    assert (
+        record["size"]["after_bytes"]
+        == (folder / "model" / WEIGHTS).stat().st_size
+        < record["size"]["before_bytes"]
+    )
     plan = json.loads((folder / "plan.json").read_text())
     stored = sum(size for _, size in tensor_names(folder / "model").values())
     assert plan["bytes"] == stored
@@ -74,7 +92,10 @@ def test_the_verdict_is_the_loss_of_the_saved_model(recipe, finished):
 
     job, _ = pipeline.prepare(cp_recipe(recipe), None, progress=False)
     verdict = json.loads((finished.folder / "verdict.json").read_text())
-    for source, key in ((finished.folder / "model", "compressed"), (recipe.parent / "tiny", "baseline")):
+    for source, key in (
+        (finished.folder / "model", "compressed"),
+        (recipe.parent / "tiny", "baseline"),
+    ):
         model = AutoModelForCausalLM.from_pretrained(source).eval()
         total = count = 0.0
         for item in job.splits.certify.items:
@@ -86,10 +107,14 @@ def test_the_verdict_is_the_loss_of_the_saved_model(recipe, finished):
 
 
 def test_the_items_on_record_are_those_of_the_verdict(recipe, finished):
-    """Their weighted mean is the verdict's drop, and each is transformers' own loss of that item."""
+    """Their weighted mean is the verdict's drop, and each is transformers' own loss of that
+    item."""
     from transformers import AutoModelForCausalLM
 
-    verdict, items = finished.record["verdict"], json.loads((finished.folder / "report.json").read_text())["items"]
+    verdict, items = (
+        finished.record["verdict"],
+        json.loads((finished.folder / "report.json").read_text())["items"],
+    )
     columns = list(zip(*(items[k] for k in ("count", "before", "after")), strict=True))
     tokens = sum(count for count, _, _ in columns)
     drop = sum(count * (after - before) for count, before, after in columns) / tokens
@@ -97,13 +122,17 @@ def test_the_items_on_record_are_those_of_the_verdict(recipe, finished):
     assert len(columns) == verdict["items"] and "right_before" not in items
     certify = pipeline.prepare(cp_recipe(recipe), None, progress=False)[0].splits.certify
     assert [items["documents"][k] for k in items["document"]] == list(certify.documents)
-    assert items["index"] == list(range(len(certify.items))) and len(set(items["documents"])) == len(items["documents"])
+    assert items["index"] == list(range(len(certify.items))) and len(
+        set(items["documents"])
+    ) == len(items["documents"])
     for source, key in ((finished.folder / "model", "after"), (recipe.parent / "tiny", "before")):
         model = AutoModelForCausalLM.from_pretrained(source).eval()
         for item, count, found in zip(certify.items, items["count"], items[key], strict=True):
             with torch.no_grad():
                 expected = float(model(input_ids=item["input_ids"], labels=item["input_ids"]).loss)
-            assert count == item["input_ids"].shape[1] - 1 and found == pytest.approx(expected, abs=1e-5)
+            assert count == item["input_ids"].shape[1] - 1 and found == pytest.approx(
+                expected, abs=1e-5
+            )
     assert "Items that changed" in (finished.folder / "report.html").read_text()
 
 
@@ -113,11 +142,16 @@ def test_the_items_on_record_are_of_the_model_that_ships(recipe, finished, tmp_p
 
     def longer(job, bench, best):
         other = {n: job.options[n][-1].key for n in best["choices"]}
-        return [*sequence(job, bench, best), cp.stages._apply_and_write(job, bench, "bolder", other)]
+        return [
+            *sequence(job, bench, best),
+            cp.stages._apply_and_write(job, bench, "bolder", other),
+        ]
 
     def failing(job, folder, path, title, budget):
         verdict, columns = verdict_of(job, folder, path, title, budget)
-        return (dataclasses.replace(verdict, status="INCONCLUSIVE") if "bolder" in title else verdict), columns
+        return (
+            dataclasses.replace(verdict, status="INCONCLUSIVE") if "bolder" in title else verdict
+        ), columns
 
     monkeypatch.setattr(cp.stages, "_fixed_sequence", longer)
     monkeypatch.setattr(cp.stages, "_verdict_of", failing)
@@ -131,23 +165,33 @@ def test_the_items_on_record_are_of_the_model_that_ships(recipe, finished, tmp_p
 
 @pytest.fixture
 def sequence(recipe, monkeypatch):
-    """The plans that would be certified, if the drops of applied models were ``drop`` times their predicted loss."""
+    """The plans that would be certified, if the drops of applied models were ``drop`` times their
+    predicted loss."""
     job, _ = pipeline.prepare(cp_recipe(recipe), None, progress=False)
 
     def found(attempts: int, *, drop: float, of_bolder: float, priced: int = 99):
-        # A ladder: prices grow by a tenth from layer to layer. Only the first ``priced`` layers have any.
+        # A ladder: prices grow by a tenth from layer to layer. Only the first ``priced`` layers
+        # have any.
         prices = {
             (n, o.key): step * 1.1**i if i < priced else 0.0
             for i, (n, options) in enumerate(job.options.items())
             for o, step in zip(reversed(options), (0.0, 0.001, 0.004), strict=False)
         }
         rows = [
-            cp.ledger.Row(layer=n, option=o.key, bytes=job.layer_bytes(n, o), price=prices[n, o.key], stderr=0.0)
+            cp.ledger.Row(
+                layer=n,
+                option=o.key,
+                bytes=job.layer_bytes(n, o),
+                price=prices[n, o.key],
+                stderr=0.0,
+            )
             for n, options in job.options.items()
             for o in options
         ]
         zeros = np.zeros((2, len(rows)))
-        job.ledger = cp.ledger.Ledger(rows=tuple(rows), sums=zeros, count=np.ones(2), unit="nats", labels=1)
+        job.ledger = cp.ledger.Ledger(
+            rows=tuple(rows), sums=zeros, count=np.ones(2), unit="nats", labels=1
+        )
         job.settings = dataclasses.replace(job.settings, attempts=attempts)
 
         def applied(job, bench, name, choices):
@@ -159,10 +203,14 @@ def sequence(recipe, monkeypatch):
                 "chance": chance, "metric_drop": lost, "metric_stderr": stderr, "metric_bound": lost + 2 * stderr,
             }  # fmt: skip
             tried = cp.sequence.Tried(record, None)
-            return cp.stages._Applied(record=record, before=None, folder=Path("."), solved={}, tried=tried)
+            return cp.stages._Applied(
+                record=record, before=None, folder=Path("."), solved={}, tried=tried
+            )
 
         monkeypatch.setattr(cp.stages, "_apply_and_write", applied)
-        nothing = cp.objective.ItemResults(**dict.fromkeys(("loss", "count", "correct"), torch.ones(1).double()))
+        nothing = cp.objective.ItemResults(
+            **dict.fromkeys(("loss", "count", "correct"), torch.ones(1).double())
+        )
         bench = cp.selection.Bench(job, lambda n: [], nothing, nothing)
         choices = cp.knapsack.cheapest(rows, max_loss=0.01, **job.within)
         chosen = cp.stages._fixed_sequence(job, bench, {"name": "plan", "choices": choices})
@@ -199,9 +247,12 @@ def test_a_plan_that_was_too_bold_is_followed_by_one_on_the_way_to_it(sequence):
     _, plans, trials = sequence(3, drop=4.0, of_bolder=40.0)
     assert [t["name"] for t in trials] == ["plan", "plan, bolder", "plan, bolder 2"]
     first, bold, between = trials
-    assert [p["name"] for p in plans] == ["plan, bolder 2", "plan, bolder"], "nothing before a sure one"
+    assert [p["name"] for p in plans] == ["plan, bolder 2", "plan, bolder"], (
+        "nothing before a sure one"
+    )
     assert first["chance"] >= between["chance"] > cp.sequence.SURE > 0.01 > bold["chance"]
-    # Nothing beyond what the two have shown: what is nearer to the second is expected to lose as it did.
+    # Nothing beyond what the two have shown: what is nearer to the second is expected to lose as it
+    # did.
     assert between["expected"] < (first["expected"] * bold["expected"]) ** 0.5
     _, _, trials = sequence(4, drop=4.0, of_bolder=40.0, priced=4)
     plans = [tuple(sorted(t["choices"].items())) for t in trials]
@@ -220,11 +271,16 @@ def test_a_plan_that_is_not_safe_is_preceded_by_a_more_cautious_one(sequence):
 def test_items_in_which_nothing_counts_are_left_out():
     def results(loss, count, correct):
         values = {"loss": loss, "count": count, "correct": correct}
-        return cp.objective.ItemResults(**{k: torch.tensor(v, dtype=torch.float64) for k, v in values.items()})
+        return cp.objective.ItemResults(
+            **{k: torch.tensor(v, dtype=torch.float64) for k, v in values.items()}
+        )
 
     split = cp.data.Split(items=({}, {}, {}, {}), documents=("b", "a", "a", "b"))
     count, one = [2.0, 0, 3, 1], [1.0, 0, 1, 1]
-    before, after = results([1.0, 0, 6, 2], count, [1.0, 0, 2, 1]), results([3.0, 0, 3, 2], count, [0.0, 0, 3, 1])
+    before, after = (
+        results([1.0, 0, 6, 2], count, [1.0, 0, 2, 1]),
+        results([3.0, 0, 3, 2], count, [0.0, 0, 3, 1]),
+    )
     assert cp.selection.item_columns(before, after, split) == {
         "documents": ["b", "a"], "document": [0, 1, 0], "index": [0, 2, 3], "count": [2, 3, 1],
         "before": [0.5, 2.0, 2.0], "after": [1.5, 1.0, 2.0],
@@ -240,8 +296,12 @@ def cp_recipe(path: Path):
     return load_recipe(path)
 
 
-def test_a_second_run_returns_at_once_and_another_recipe_is_refused(recipe, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.hf, "load_model", lambda *a, **k: pytest.fail("the model must not be loaded again"))
+def test_a_second_run_returns_at_once_and_another_recipe_is_refused(
+    recipe, finished, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        pipeline.hf, "load_model", lambda *a, **k: pytest.fail("the model must not be loaded again")
+    )
     again = pipeline.run(recipe, finished.folder, progress=False)
     assert again.record == finished.record and again.exit_code == 0
     monkeypatch.undo()
@@ -276,7 +336,8 @@ def test_ten_kills_at_random_moments_change_nothing(recipe, finished, tmp_path):
 
 
 def test_finished_stages_and_layers_are_not_repeated(recipe, finished, tmp_path, monkeypatch):
-    """Take the end of a finished run away and run again: nothing before it may be computed a second time."""
+    """Take the end of a finished run away and run again: nothing before it may be computed a second
+    time."""
     import shutil
 
     out = tmp_path / "out"
@@ -286,7 +347,9 @@ def test_finished_stages_and_layers_are_not_repeated(recipe, finished, tmp_path,
     removed.unlink()
     solved = []
     real = cp.stages.solve_layer
-    monkeypatch.setattr(cp.stages, "solve_layer", lambda layer, *a: solved.append(layer.name) or real(layer, *a))
+    monkeypatch.setattr(
+        cp.stages, "solve_layer", lambda layer, *a: solved.append(layer.name) or real(layer, *a)
+    )
     monkeypatch.setattr(cp.selection, "evaluate", lambda *a: pytest.fail("evaluated again"))
     again = pipeline.run(recipe, out, progress=False)
     casts = "model.embed_tokens"  # stored as a rule, not as tensors: reading it is solving it
@@ -296,7 +359,9 @@ def test_finished_stages_and_layers_are_not_repeated(recipe, finished, tmp_path,
 
 
 def test_max_bytes_gives_the_best_model_of_that_size(recipe, tmp_path):
-    text = recipe.read_text().replace("budget: {metric: loss, max_drop: 0.2}", "budget: {max_bytes: 45000}")
+    text = recipe.read_text().replace(
+        "budget: {metric: loss, max_drop: 0.2}", "budget: {max_bytes: 45000}"
+    )
     path = tmp_path / "bytes.yaml"
     path.write_text(text)
     result = pipeline.run(path, tmp_path / "out", progress=False)
@@ -306,7 +371,9 @@ def test_max_bytes_gives_the_best_model_of_that_size(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("budget", ["max_drop: 0.2", "max_bytes: 45000"])
-def test_layers_that_serving_engines_fuse_get_the_same_option_everywhere(recipe, tmp_path, monkeypatch, budget):
+def test_layers_that_serving_engines_fuse_get_the_same_option_everywhere(
+    recipe, tmp_path, monkeypatch, budget
+):
     path = tmp_path / "fused.yaml"
     path.write_text(recipe.read_text().replace("max_drop: 0.2", budget) + "same_option: fused\n")
     plans = []
@@ -326,7 +393,9 @@ def test_layers_that_serving_engines_fuse_get_the_same_option_everywhere(recipe,
     assert len(plans) >= 4
     for choices in plans:
         assert all(len({choices[name] for name in group}) == 1 for group in groups), choices
-    assert any(len(set(choices.values())) > 2 for choices in plans), "uniform plans would share by themselves"
+    assert any(len(set(choices.values())) > 2 for choices in plans), (
+        "uniform plans would share by themselves"
+    )
     reasons = {entry["name"]: entry["reason"] for entry in shipped["layers"]}
     assert reasons[groups[0][0]].startswith("shared with k_proj, v_proj, together: int")
     assert "shared" not in reasons["model.layers.0.mlp.down_proj"]
@@ -343,24 +412,41 @@ def test_another_budget_reuses_what_was_solved(recipe, finished, tmp_path, monke
     before = contents(finished.folder)
     other = tmp_path / "other.yaml"
     other.write_text(
-        recipe.read_text().replace("max_drop: 0.2", "max_drop: 0.05").replace("title: Tiny", "title: Other")
+        recipe.read_text()
+        .replace("max_drop: 0.2", "max_drop: 0.05")
+        .replace("title: Tiny", "title: Other")
     )
     fresh = pipeline.run(other, tmp_path / "fresh", progress=False)
     written, write = [], cp.stages._write_solved
     monkeypatch.setattr(
-        cp.stages, "_write_solved", lambda s, name, solved: written.append(name) or write(s, name, solved)
+        cp.stages,
+        "_write_solved",
+        lambda s, name, solved: written.append(name) or write(s, name, solved),
     )
     result = CliRunner().invoke(
-        app, ["run", str(other), "--out", str(tmp_path / "out"), "--reuse", str(finished.folder), "--quiet"]
+        app,
+        [
+            "run",
+            str(other),
+            "--out",
+            str(tmp_path / "out"),
+            "--reuse",
+            str(finished.folder),
+            "--quiet",
+        ],
     )
     assert result.exit_code == fresh.exit_code, result.output
     assert contents(tmp_path / "out") == contents(fresh.folder), "as if nothing had been reused"
     assert written and all(name.startswith("applied/") for name in written)
-    stages = {s["name"]: s for s in json.loads((tmp_path / "out" / "report.json").read_text())["stages"]}
+    stages = {
+        s["name"]: s for s in json.loads((tmp_path / "out" / "report.json").read_text())["stages"]
+    }
     assert stages["solve options"]["resumed"] and stages["price options"]["resumed"]
     shutil.rmtree(tmp_path / "fresh")
     again = pipeline.run(recipe, tmp_path / "third", progress=False, reuse=tmp_path / "out")
-    assert contents(again.folder) == before == contents(finished.folder), "also from a run that has reused"
+    assert contents(again.folder) == before == contents(finished.folder), (
+        "also from a run that has reused"
+    )
 
 
 def test_an_interrupted_copy_of_another_run_leaves_nothing(recipe, finished, tmp_path, monkeypatch):
@@ -376,7 +462,9 @@ def test_an_interrupted_copy_of_another_run_leaves_nothing(recipe, finished, tmp
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(recipe, out, progress=False, reuse=finished.folder)
     assert not (out / "state").exists() and not (out / "recipe.lock.yaml").exists()
-    monkeypatch.setattr(pipeline.os, "link", lambda source, target: (_ for _ in ()).throw(OSError("another device")))
+    monkeypatch.setattr(
+        pipeline.os, "link", lambda source, target: (_ for _ in ()).throw(OSError("another device"))
+    )
     pipeline.run(recipe, out, progress=False, reuse=finished.folder)
     assert contents(out) == contents(finished.folder) and not (out / ".state.new").exists()
 
@@ -391,11 +479,17 @@ def test_a_run_killed_while_it_takes_another_over_goes_on(recipe, finished, tmp_
         out = tmp_path / f"out{number}"
         with monkeypatch.context() as patch:
             if point == "after the lock":
-                patch.setattr(Path, "rename", lambda p, to: killed() if p.name == ".state.new" else rename(p, to))
+                patch.setattr(
+                    Path,
+                    "rename",
+                    lambda p, to: killed() if p.name == ".state.new" else rename(p, to),
+                )
             else:
                 name = "inputs.json" if point == "inputs" else "recipe.lock.yaml"
                 patch.setattr(
-                    pipeline.State, "write_text", lambda s, n, t, of=name: killed() if n == of else write(s, n, t)
+                    pipeline.State,
+                    "write_text",
+                    lambda s, n, t, of=name: killed() if n == of else write(s, n, t),
                 )
             with pytest.raises(KeyboardInterrupt):
                 pipeline.run(recipe, out, progress=False, reuse=finished.folder)
@@ -439,7 +533,11 @@ def test_a_select_split_of_few_documents_is_told(recipe, tmp_path, texts):
     job, _ = pipeline.prepare(cp_recipe(path), None, progress=False)
     documents = len(set(job.splits.select.documents))
     assert (documents < 8) == (texts == 16)
-    told = [n for n in job.notes if n.startswith(f"the select split has items of {documents} documents only")]
+    told = [
+        n
+        for n in job.notes
+        if n.startswith(f"the select split has items of {documents} documents only")
+    ]
     assert len(told) == (texts == 16)
 
 
@@ -449,7 +547,8 @@ def test_items_set_aside_for_no_recovery_are_told(recipe, tmp_path):
     job, _ = pipeline.prepare(cp_recipe(path), None, progress=False)
     assert job.splits.recover is not None and (items := len(job.splits.recover.items)) >= 6
     assert [n for n in job.notes if "set aside" in n] == [
-        f"data: recover: {items} items are set aside and nothing trains on them: there is no recover section"
+        f"data: recover: {items} items are set aside and nothing trains on them: there is no "
+        "recover section"
     ]
 
 
@@ -464,9 +563,13 @@ def test_a_run_that_does_not_fit_is_not_reused(recipe, finished, tmp_path, monke
     ):
         path = tmp_path / "changed.yaml"
         path.write_text(recipe.read_text().replace(old, new))
-        with pytest.raises(RecipeError, match=f"{key} is not that of the run in .* may differ") as caught:
+        with pytest.raises(
+            RecipeError, match=f"{key} is not that of the run in .* may differ"
+        ) as caught:
             pipeline.run(path, out, progress=False, reuse=finished.folder)
-        assert caught.value.line == 1 + [line.split(":")[0] for line in path.read_text().splitlines()].index(key)
+        assert caught.value.line == 1 + [
+            line.split(":")[0] for line in path.read_text().splitlines()
+        ].index(key)
     claimed = pipeline.hf.model_sha256
     monkeypatch.setattr(pipeline.hf, "model_sha256", lambda model: claimed(model)[::-1])
     with pytest.raises(RecipeError, match="another model_sha256, whose results would not fit"):
@@ -475,7 +578,11 @@ def test_a_run_that_does_not_fit_is_not_reused(recipe, finished, tmp_path, monke
 
 
 def test_a_uniform_recipe_needs_no_budget(recipe, tmp_path):
-    lines = [line for line in recipe.read_text().splitlines() if "bits: 2" not in line and "bits: 3" not in line]
+    lines = [
+        line
+        for line in recipe.read_text().splitlines()
+        if "bits: 2" not in line and "bits: 3" not in line
+    ]
     path = tmp_path / "uniform.yaml"
     path.write_text("\n".join(line for line in lines if not line.startswith("budget")))
     result = pipeline.run(path, tmp_path / "out", progress=False)
@@ -485,7 +592,9 @@ def test_a_uniform_recipe_needs_no_budget(recipe, tmp_path):
 
 
 def test_a_violated_budget_exits_with_one(recipe, tmp_path):
-    text = recipe.read_text().replace("max_drop: 0.2", "max_drop: 1.0e-7") + "objective: label-free\n"
+    text = (
+        recipe.read_text().replace("max_drop: 0.2", "max_drop: 1.0e-7") + "objective: label-free\n"
+    )
     text = text.replace("      - quantize: {bits: 8}\n", "")
     path = tmp_path / "strict.yaml"
     path.write_text(text)
@@ -503,7 +612,12 @@ def test_a_violated_budget_exits_with_one(recipe, tmp_path):
         ("model.layers.*", "model.layer.*", "model.layer.*", "model.layers.0"),
         ("group_size: 16}", "group_size: 20}", "group_size: 20", r"32 inputs"),
         ("certify: 16", "certify: 4000", None, "certify"),
-        ("max_drop: 0.2", "max_bytes: 100", "max_bytes: 100", "budget.max_bytes: max_bytes: at least"),
+        (
+            "max_drop: 0.2",
+            "max_bytes: 100",
+            "max_bytes: 100",
+            "budget.max_bytes: max_bytes: at least",
+        ),
         (
             "seed: 0",
             'same_option: [["*.q_proj", "*.v_prj"]]',
@@ -530,21 +644,31 @@ def test_bad_recipes_end_with_exit_code_two_and_a_line(recipe, tmp_path, old, ne
 
 @pytest.mark.parametrize("command", ["check", "run"])
 def test_text_that_the_model_cannot_read_is_bad_input(recipe, tmp_path, command):
-    """Not a traceback with the exit code of a violated budget: the line of the data, before anything is computed."""
+    """Not a traceback with the exit code of a violated budget: the line of the data, before
+    anything is computed."""
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
     path, folder = tmp_path / "recipe.yaml", tmp_path / "model"
     source = re.search(r"path: ([^,}]+)", recipe.read_text())
     assert source is not None
     tokenizer = AutoTokenizer.from_pretrained(source[1])
-    for words, positions, message in ((256, 16, "the model fails on an item of shape"), (40, 64, "has 40 rows")):
+    for words, positions, message in (
+        (256, 16, "the model fails on an item of shape"),
+        (40, 64, "has 40 rows"),
+    ):
         config = GPT2Config(vocab_size=words, n_embd=16, n_head=2, n_layer=1, n_positions=positions)
         GPT2LMHeadModel(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        text = recipe.read_text().replace(source[1], str(folder)).replace("model.layers.*", "transformer.h.*")
+        text = (
+            recipe.read_text()
+            .replace(source[1], str(folder))
+            .replace("model.layers.*", "transformer.h.*")
+        )
         text = text.replace("model.embed_tokens", "transformer.wte")
         path.write_text(text)
-        arguments = [command, str(path)] + (["--out", str(tmp_path / "out")] if command == "run" else [])
+        arguments = [command, str(path)] + (
+            ["--out", str(tmp_path / "out")] if command == "run" else []
+        )
         result = CliRunner().invoke(app, arguments)
         line = 1 + text.splitlines().index("data:")
         assert result.exit_code == 2 and message in result.output.replace("\n", " ")
@@ -557,7 +681,9 @@ def test_a_single_document_to_judge_by_is_bad_input(recipe, tmp_path):
     for i, file in enumerate(files):
         file.write_text(" ".join(f"Sentence {j} of {i} says {i * j % 97}." for j in range(100)))
     path = tmp_path / "recipe.yaml"
-    path.write_text(re.sub(r"files: \[.*\]", f"files: [{', '.join(map(str, files))}]", recipe.read_text()))
+    path.write_text(
+        re.sub(r"files: \[.*\]", f"files: [{', '.join(map(str, files))}]", recipe.read_text())
+    )
     with pytest.raises(RecipeError, match="split has items of 1 document only"):
         pipeline.prepare(cp_recipe(path), None, progress=False)
 
@@ -602,29 +728,65 @@ def test_an_interrupted_analysis_loses_one_layer(recipe, analysed, tmp_path, mon
 
 @pytest.mark.slow
 def test_processes_share_an_analysis(recipe, analysed, tmp_path):
-    """Two processes under torchrun: the same ledger and the same curvature as one, and `run` goes on from there."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = ["-m", "curvprune", "analyze", str(recipe), "--quiet", "--out", str(tmp_path / "two")]
-    ended = subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=300, check=False)
+    """Two processes under torchrun: the same ledger and the same curvature as one, and `run` goes
+    on from there."""
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    arguments = [
+        "-m",
+        "curvprune",
+        "analyze",
+        str(recipe),
+        "--quiet",
+        "--out",
+        str(tmp_path / "two"),
+    ]
+    ended = subprocess.run(
+        [*launcher, *arguments], capture_output=True, text=True, timeout=300, check=False
+    )
     assert ended.returncode == 0, ended.stderr[-2000:]
-    assert ended.stdout.replace("\n", "").count("analysis.json") == 1  # one of them reports; long paths are wrapped
-    one, two = (json.loads((folder / "analysis.json").read_text()) for folder in (analysed, tmp_path / "two"))
+    assert (
+        ended.stdout.replace("\n", "").count("analysis.json") == 1
+    )  # one of them reports; long paths are wrapped
+    one, two = (
+        json.loads((folder / "analysis.json").read_text())
+        for folder in (analysed, tmp_path / "two")
+    )
     assert numbers(two["fisher"]) == pytest.approx(numbers(one["fisher"]), rel=1e-6)
-    traces = [{n: c["trace"]["value"] for n, c in record["layers"].items()} for record in (one, two)]
+    traces = [
+        {n: c["trace"]["value"] for n, c in record["layers"].items()} for record in (one, two)
+    ]
     assert traces[1] == pytest.approx(traces[0], rel=1e-5, abs=1e-7)
     assert two["diagnosis"]["lambda_max"] == pytest.approx(one["diagnosis"]["lambda_max"], rel=1e-6)
-    one, two = (json.loads((folder / "ledger.json").read_text()) for folder in (analysed, tmp_path / "two"))
+    one, two = (
+        json.loads((folder / "ledger.json").read_text()) for folder in (analysed, tmp_path / "two")
+    )
     assert numbers(two) == pytest.approx(numbers(one), rel=1e-6)
-    solved = [{f.name: f.read_bytes() for f in (d / "state/solved").iterdir()} for d in (analysed, tmp_path / "two")]
+    solved = [
+        {f.name: f.read_bytes() for f in (d / "state/solved").iterdir()}
+        for d in (analysed, tmp_path / "two")
+    ]
     assert solved[0] == solved[1]
 
 
 def numbers(record, path="") -> dict[str, float]:
     """The numbers of a JSON record by their paths."""
     if isinstance(record, dict):
-        return {k: v for key, value in record.items() for k, v in numbers(value, f"{path}/{key}").items()}
+        return {
+            k: v
+            for key, value in record.items()
+            for k, v in numbers(value, f"{path}/{key}").items()
+        }
     if isinstance(record, list):
-        return {k: v for i, value in enumerate(record) for k, v in numbers(value, f"{path}/{i}").items()}
+        return {
+            k: v for i, value in enumerate(record) for k, v in numbers(value, f"{path}/{i}").items()
+        }
     return {path: record} if isinstance(record, (int, float)) else {}
 
 
@@ -637,7 +799,12 @@ def test_check_lists_layers_and_estimates(recipe):
 
 def test_check_tells_whether_the_certify_split_can_decide(recipe, tmp_path):
     enough = pipeline.check(recipe)
-    assert enough.power is not None and enough.power.items == 16 and enough.power.chance > 0.8 and not enough.warnings
+    assert (
+        enough.power is not None
+        and enough.power.items == 16
+        and enough.power.chance > 0.8
+        and not enough.warnings
+    )
     assert enough.power.disagreement is None and enough.power.needed <= 16
     path = tmp_path / "strict.yaml"
     path.write_text(recipe.read_text().replace("max_drop: 0.2", "max_drop: 0.0005"))
@@ -646,21 +813,40 @@ def test_check_tells_whether_the_certify_split_can_decide(recipe, tmp_path):
     assert f"write certify: {strict.power.needed} or more" in strict.warnings[0]
     shown = CliRunner().invoke(app, ["check", str(path)])
     assert shown.exit_code == 0 and "is unlikely to decide max_drop: 0.0005" in shown.output
-    path.write_text(recipe.read_text().replace("{metric: loss, max_drop: 0.2}", "{max_bytes: 100000000}"))
+    path.write_text(
+        recipe.read_text().replace("{metric: loss, max_drop: 0.2}", "{max_bytes: 100000000}")
+    )
     assert pipeline.check(path).power is None
 
 
 @pytest.mark.parametrize(
     ("portable", "group_size", "complaint"),
     [
-        ("engines", 32, "option int3-g32-asym: serving engines have kernels for 4 or 8 bits with zero points, not 3"),
-        ("true", 24, "group_size=24 does not divide its 32 inputs, and transformers cannot read a shorter last group"),
+        (
+            "engines",
+            32,
+            "option int3-g32-asym: serving engines have kernels for 4 or 8 bits with zero points, "
+            "not 3",
+        ),
+        (
+            "true",
+            24,
+            "group_size=24 does not divide its 32 inputs, and transformers cannot read a shorter "
+            "last group",
+        ),
         ("false", 24, None),
     ],
 )
-def test_check_refuses_what_the_readers_of_the_artifact_cannot_read(recipe, tmp_path, portable, group_size, complaint):
-    path, text = tmp_path / "recipe.yaml", recipe.read_text().replace("bits: 2, group_size: 16", "bits: 2")
-    path.write_text(text.replace("group_size: 16", f"group_size: {group_size}") + f"portable: {portable}\n")
+def test_check_refuses_what_the_readers_of_the_artifact_cannot_read(
+    recipe, tmp_path, portable, group_size, complaint
+):
+    path, text = (
+        tmp_path / "recipe.yaml",
+        recipe.read_text().replace("bits: 2, group_size: 16", "bits: 2"),
+    )
+    path.write_text(
+        text.replace("group_size: 16", f"group_size: {group_size}") + f"portable: {portable}\n"
+    )
     result = CliRunner().invoke(app, ["check", str(path)])
     output = " ".join(result.output.split())
     if complaint is None:
@@ -681,9 +867,14 @@ def test_the_report_can_be_rebuilt(finished):
 
 
 def test_two_runs_are_compared_on_their_items(recipe, finished, tmp_path):
-    """The paired difference is that of the two verdicts, and its error that of the whole documents' differences."""
+    """The paired difference is that of the two verdicts, and its error that of the whole documents'
+    differences."""
     other = tmp_path / "bytes.yaml"
-    other.write_text(recipe.read_text().replace("budget: {metric: loss, max_drop: 0.2}", "budget: {max_bytes: 45000}"))
+    other.write_text(
+        recipe.read_text().replace(
+            "budget: {metric: loss, max_drop: 0.2}", "budget: {max_bytes: 45000}"
+        )
+    )
     there = pipeline.run(other, tmp_path / "there", progress=False).record
     here = tmp_path / "here"
     here.mkdir()
@@ -697,7 +888,8 @@ def test_two_runs_are_compared_on_their_items(recipe, finished, tmp_path):
     count, document = np.array(ours["count"], dtype=float), np.array(ours["document"])
     difference = (np.array(ours["after"]) - np.array(theirs["after"])) * count
     left_out = [  # the difference without each document
-        difference[document != k].sum() / count[document != k].sum() for k in range(len(ours["documents"]))
+        difference[document != k].sum() / count[document != k].sum()
+        for k in range(len(ours["documents"]))
     ]
     m = len(left_out)
     assert 1 < m < len(document) == 16
@@ -709,7 +901,9 @@ def test_a_run_never_overwrites_the_model_it_reads(recipe):
     source = recipe.parent / "tiny"
     before = {f.name: f.read_bytes() for f in source.iterdir()}
     for out in (source, recipe.parent):
-        with pytest.raises(RecipeError, match=r"recipe\.yaml:2: model\.path: .*lies inside the run folder"):
+        with pytest.raises(
+            RecipeError, match=r"recipe\.yaml:2: model\.path: .*lies inside the run folder"
+        ):
             pipeline.run(recipe, out, progress=False)
     assert {f.name: f.read_bytes() for f in source.iterdir()} == before
 
@@ -724,21 +918,28 @@ def test_models_that_must_not_be_compressed_are_refused(recipe, finished, tmp_pa
     tensors = load_file(broken / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    cases = ((broken, "lacks 'model.layers.1.mlp.up_proj.weight'"), (finished.folder / "model", "already quantized"))
+    cases = (
+        (broken, "lacks 'model.layers.1.mlp.up_proj.weight'"),
+        (finished.folder / "model", "already quantized"),
+    )
     for source, message in cases:
         path = tmp_path / f"{source.name}.yaml"
         path.write_text(recipe.read_text().replace(str(recipe.parent / "tiny"), str(source)))
-        result = CliRunner().invoke(app, ["run", str(path), "--out", str(tmp_path / "out"), "--quiet"])
+        result = CliRunner().invoke(
+            app, ["run", str(path), "--out", str(tmp_path / "out"), "--quiet"]
+        )
         assert result.exit_code == 2 and message in " ".join(result.output.split())
 
 
 def test_an_out_that_is_a_file_is_bad_input(recipe, tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    result = CliRunner().invoke(app, ["run", str(recipe), "--out", str(tmp_path / "file"), "--quiet"])
+    result = CliRunner().invoke(
+        app, ["run", str(recipe), "--out", str(tmp_path / "file"), "--quiet"]
+    )
     assert result.exit_code == 2 and "error:" in result.output and "Traceback" not in result.output
 
 
-# ------------------------------------------------------------------------------------------------------- removing units
+# ----------------------------------------------------------------------------------- removing units
 
 
 def with_structured(recipe: Path, folder: Path, section: str) -> Path:
@@ -761,21 +962,31 @@ def test_units_are_removed_first_and_the_verdict_is_against_the_original(smaller
 
     path, result = smaller
     record, folder = result.record, result.folder
-    theirs = AutoModelForCausalLM.from_pretrained(folder / "model").eval()  # one width: a plain config describes it
-    assert theirs.config.intermediate_size == 32 and theirs.model.layers[0].mlp.up_proj.out_features == 32
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder / "model"
+    ).eval()  # one width: a plain config describes it
+    assert (
+        theirs.config.intermediate_size == 32
+        and theirs.model.layers[0].mlp.up_proj.out_features == 32
+    )
     assert {c["left"] for c in record["structured"]["cuts"].values()} == {32}
     before, after = record["structured"]["parameters"]
     assert before - after == 2 * 3 * 16 * 32 and before == record["size"]["parameters"]
     # The drop, computed here from the two models and the certify split.
     job, _ = pipeline.prepare(pipeline.load_recipe(path), None, progress=False)
     losses = [
-        sum(float(r.loss.sum()) for r in [evaluate(m, job.splits.certify.batches(4), job.objective)])
+        sum(
+            float(r.loss.sum()) for r in [evaluate(m, job.splits.certify.batches(4), job.objective)]
+        )
         for m in (job.model, theirs)
     ]
     count = float(evaluate(theirs, job.splits.certify.batches(4), job.objective).count.sum())
     assert record["verdict"]["drop"] == pytest.approx((losses[1] - losses[0]) / count, abs=1e-5)
     # What the units alone cost on select, and that a trial counts it too.
-    smaller_model, select = cp.load(folder / "state" / "structured" / "model"), job.splits.select.batches
+    smaller_model, select = (
+        cp.load(folder / "state" / "structured" / "model"),
+        job.splits.select.batches,
+    )
     first, second = (evaluate(m, select(4), job.objective) for m in (job.model, smaller_model))
     alone = float((second.loss.sum() - first.loss.sum()) / first.count.sum())
     (note,) = (note for note in record["notes"] if "the removed units alone cost" in note)
@@ -792,7 +1003,9 @@ def test_units_are_removed_first_and_the_verdict_is_against_the_original(smaller
 
 def test_a_killed_run_reads_the_smaller_model_again(smaller, tmp_path, monkeypatch):
     path, result = smaller
-    shutil.copytree(result.folder / "state" / "structured", tmp_path / "out" / "state" / "structured")
+    shutil.copytree(
+        result.folder / "state" / "structured", tmp_path / "out" / "state" / "structured"
+    )
     for name in (pipeline.INPUTS, pipeline.LOCK):
         shutil.copy(result.folder / name, tmp_path / "out" / name)
 
@@ -806,10 +1019,13 @@ def test_a_killed_run_reads_the_smaller_model_again(smaller, tmp_path, monkeypat
 
 
 def test_shapes_that_no_config_describes_are_stored_for_our_loader(recipe, tmp_path):
-    """Without ``uniform``: the folder is not portable, whatever the recipe says, and the bytes are those on disk."""
+    """Without ``uniform``: the folder is not portable, whatever the recipe says, and the bytes are
+    those on disk."""
     pytest.importorskip("torch_pruning")
     path = with_structured(recipe, tmp_path, "{share: 0.15, kinds: mlp, of: parameters}")
-    text = path.read_text().replace("budget: {metric: loss, max_drop: 0.2}", "budget: {max_bytes: 40000}")
+    text = path.read_text().replace(
+        "budget: {metric: loss, max_drop: 0.2}", "budget: {max_bytes: 40000}"
+    )
     path.write_text(text)
     result = pipeline.run(path, tmp_path / "out", progress=False)
     model = cp.load(result.folder / "model")
@@ -818,7 +1034,9 @@ def test_shapes_that_no_config_describes_are_stored_for_our_loader(recipe, tmp_p
     on_disk = tensor_names(result.folder / "model")
     assert widths != {48} and plan["bytes"] == sum(size for _, size in on_disk.values())
     foreign = (result.folder / "model" / "packed.safetensors").is_file()
-    assert foreign == any("from_pretrained does not: LlamaConfig" in note for note in result.record["notes"])
+    assert foreign == any(
+        "from_pretrained does not: LlamaConfig" in note for note in result.record["notes"]
+    )
     assert foreign or len(widths) == 1
     before, after = result.record["structured"]["parameters"]
     assert after <= 0.85 * before and sum(p.numel() for p in model.parameters()) == after
@@ -832,12 +1050,18 @@ def test_units_for_a_latency_are_stored_with_what_was_measured(recipe, tmp_path,
 
     monkeypatch.setattr(latency, "seconds", by_size)
     path = with_structured(recipe, tmp_path, "{share: 0.15, kinds: mlp, of: latency, batch: 2}")
-    path.write_text(path.read_text().replace("budget: {metric: loss, max_drop: 0.2}", "budget: {max_bytes: 40000}"))
+    path.write_text(
+        path.read_text().replace(
+            "budget: {metric: loss, max_drop: 0.2}", "budget: {max_bytes: 40000}"
+        )
+    )
     out = tmp_path / "out"
     result = pipeline.run(path, out, progress=False)
     record = result.record["structured"]
     before, after = record["latency_seconds"]
-    assert [before, after] == pytest.approx([1e-6 * size for size in record["parameters"]]) and after <= 0.85 * before
+    assert [before, after] == pytest.approx(
+        [1e-6 * size for size in record["parameters"]]
+    ) and after <= 0.85 * before
     assert any("latency of a batch of 2" in note for note in result.record["notes"])
 
     def never(*_: object) -> None:
@@ -882,24 +1106,60 @@ def test_check_lists_what_can_be_removed(recipe, tmp_path):
     result = CliRunner().invoke(app, ["check", str(path)])
     assert result.exit_code == 0, result.output
     output = " ".join(result.output.split())
-    assert "units that can be removed first, mlp: 2 × 48 to 16 units" in output and "remove units" in output
+    assert (
+        "units that can be removed first, mlp: 2 × 48 to 16 units" in output
+        and "remove units" in output
+    )
 
 
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ("{share: 1.5}", r"recipe.yaml:\d+: structured.share: 1.5 is not valid; expected a number strictly between"),
+        (
+            "{share: 1.5}",
+            r"recipe.yaml:\d+: structured.share: 1.5 is not valid; expected a number strictly between",
+        ),
         ("{share: {mlp: yes}}", r"recipe.yaml:\d+: structured.share.mlp: true is not valid"),
-        ("{share: {mpl: 0.3}}", r"recipe.yaml:\d+: structured: structured: kinds \('mpl',\): expected some of"),
-        ("{share: 0.3, kinds: [channels]}", r"recipe.yaml:\d+: structured: no prunable channels in LlamaForCausalLM"),
-        ("{share: 0.99}", r"recipe.yaml:\d+: structured: structured=0.99: at most 0\.\d+ of the macs can be removed"),
-        ("{share: {mlp: 0.3}, of: latency}", r"recipe.yaml:\d+: structured: .* of='latency' needs one, such as 0.2"),
-        ("{share: 0.3, of: latency, batch: 0}", r"recipe.yaml:\d+: structured.batch: 0 is not valid; .*nearest: 1"),
-        ("{share: 0.3, kind: mlp}", r"recipe.yaml:\d+: structured.kind: unknown key; .*nearest: kinds"),
-        ("{share: {mlp: 0.3}, kinds: mlp}", r"recipe.yaml:\d+: structured.kinds: share names the kinds already"),
-        ("{kinds: mlp}", r"recipe.yaml:\d+: structured: share is missing; expected share: the share of the work"),
-        ("{share: 0.3, kinds: 3}", r"recipe.yaml:\d+: structured.kinds: 3 is not valid; expected some of mlp"),
-        ("{share: 0.3, round_to: 0}", r"recipe.yaml:\d+: structured.round_to: 0 is not valid; .*nearest: 1"),
+        (
+            "{share: {mpl: 0.3}}",
+            r"recipe.yaml:\d+: structured: structured: kinds \('mpl',\): expected some of",
+        ),
+        (
+            "{share: 0.3, kinds: [channels]}",
+            r"recipe.yaml:\d+: structured: no prunable channels in LlamaForCausalLM",
+        ),
+        (
+            "{share: 0.99}",
+            r"recipe.yaml:\d+: structured: structured=0.99: at most 0\.\d+ of the macs can be removed",
+        ),
+        (
+            "{share: {mlp: 0.3}, of: latency}",
+            r"recipe.yaml:\d+: structured: .* of='latency' needs one, such as 0.2",
+        ),
+        (
+            "{share: 0.3, of: latency, batch: 0}",
+            r"recipe.yaml:\d+: structured.batch: 0 is not valid; .*nearest: 1",
+        ),
+        (
+            "{share: 0.3, kind: mlp}",
+            r"recipe.yaml:\d+: structured.kind: unknown key; .*nearest: kinds",
+        ),
+        (
+            "{share: {mlp: 0.3}, kinds: mlp}",
+            r"recipe.yaml:\d+: structured.kinds: share names the kinds already",
+        ),
+        (
+            "{kinds: mlp}",
+            r"recipe.yaml:\d+: structured: share is missing; expected share: the share of the work",
+        ),
+        (
+            "{share: 0.3, kinds: 3}",
+            r"recipe.yaml:\d+: structured.kinds: 3 is not valid; expected some of mlp",
+        ),
+        (
+            "{share: 0.3, round_to: 0}",
+            r"recipe.yaml:\d+: structured.round_to: 0 is not valid; .*nearest: 1",
+        ),
     ],
 )
 def test_bad_sections_are_refused_with_their_line(recipe, tmp_path, section, message):
@@ -910,17 +1170,23 @@ def test_bad_sections_are_refused_with_their_line(recipe, tmp_path, section, mes
 
 @pytest.mark.parametrize("documents", [(4, 15), (8, 30)])
 def test_the_chance_that_select_sees_is_that_of_certify(recipe, documents):
-    """Against simulation: losses of documents, the same in both splits, and how often the test on certify says yes."""
+    """Against simulation: losses of documents, the same in both splits, and how often the test on
+    certify says yes."""
     job, _ = pipeline.prepare(cp_recipe(recipe), None, progress=False)
     splits = [
-        cp.data.Split(items=({},) * (6 * n), documents=tuple(str(i // 6) for i in range(6 * n))) for n in documents
+        cp.data.Split(items=({},) * (6 * n), documents=tuple(str(i // 6) for i in range(6 * n)))
+        for n in documents
     ]
     job.splits = dataclasses.replace(job.splits, select=splits[0], certify=splits[1])
     rng = np.random.default_rng(0)
 
     def verdict(split, drop):
         count = torch.ones(len(split.items), dtype=torch.float64)
-        losses = drop + np.repeat(rng.normal(size=len(count) // 6) * 0.03, 6) + rng.normal(size=len(count)) * 0.02
+        losses = (
+            drop
+            + np.repeat(rng.normal(size=len(count) // 6) * 0.03, 6)
+            + rng.normal(size=len(count)) * 0.02
+        )
         before, after = (
             cp.objective.ItemResults(loss=torch.tensor(x).double(), count=count, correct=count)
             for x in (np.zeros(len(count)), losses)

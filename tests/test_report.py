@@ -1,4 +1,5 @@
-"""The report: true to the record, safe against what the record contains, readable when half of it is missing."""
+"""The report: true to the record, safe against what the record contains, readable when half of it
+is missing."""
 
 from __future__ import annotations
 
@@ -15,7 +16,21 @@ import pytest
 
 from curvprune.report import build, charts, curvature, figures, sections, summary
 
-VOID = {"meta", "link", "input", "br", "hr", "img", "base", "col", "area", "source", "track", "wbr", "embed"}
+VOID = {
+    "meta",
+    "link",
+    "input",
+    "br",
+    "hr",
+    "img",
+    "base",
+    "col",
+    "area",
+    "source",
+    "track",
+    "wbr",
+    "embed",
+}
 KINDS = {
     "self_attn.q_proj": (576, 576),
     "self_attn.k_proj": (192, 576),
@@ -51,17 +66,19 @@ options:
 # source: https://huggingface.co/HuggingFaceTB/SmolLM2-135M
 """
 HOSTILE = (
-    "\"'></pre></title></style><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>"
+    "\"'></pre></title></style><script>alert(1)</script><img src=http://evil.example/x "
+    "onerror=alert(2)>"
     "\x00\x1b[31m\ud800{{ 7*7 }}"
 )
 
 
 def synthetic_record(*, blocks: int = 30, seed: int = 0) -> dict[str, Any]:
-    """A run like a 135 M parameter causal language model's: ``7 blocks + 1`` layers, six options each."""
+    """A run like a 135 M parameter causal language model's: ``7 blocks + 1`` layers, six options
+    each."""
     rng = random.Random(seed)
-    names = {f"model.layers.{b}.{kind}": shape for b in range(blocks) for kind, shape in KINDS.items()} | {
-        "lm_head": (49152, 576)
-    }
+    names = {
+        f"model.layers.{b}.{kind}": shape for b in range(blocks) for kind, shape in KINDS.items()
+    } | {"lm_head": (49152, 576)}
     layers: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     analysis: dict[str, Any] = {}
@@ -105,7 +122,9 @@ def synthetic_record(*, blocks: int = 30, seed: int = 0) -> dict[str, Any]:
             if name == "lm_head" or weight > 6
             else "int4-g64-asym"
             if weight > 1.4
-            else rng.choice(["int3-g64-asym", "int4-g64-asym", "int3-g64-asym", "prune0.5+int4-g64-sym"])
+            else rng.choice(
+                ["int3-g64-asym", "int4-g64-asym", "int3-g64-asym", "prune0.5+int4-g64-sym"]
+            )
         )
         layers.append(
             {
@@ -152,7 +171,9 @@ def synthetic_record(*, blocks: int = 30, seed: int = 0) -> dict[str, Any]:
             "method": "paired, one-sided t over clusters (documents)",
         }
 
-    def trial(name: str, kind: str, share: float, predicted: float, measured: float, note: str = "") -> dict[str, Any]:
+    def trial(
+        name: str, kind: str, share: float, predicted: float, measured: float, note: str = ""
+    ) -> dict[str, Any]:
         return {
             "name": name,
             "kind": kind,
@@ -181,7 +202,10 @@ def synthetic_record(*, blocks: int = 30, seed: int = 0) -> dict[str, Any]:
         "objective": "causal-lm",
         "unit": "nats/token",
         "verdict": certified,
-        "attempts": [verdict(0.008112, 0.00143, "CERTIFIED") | {"plan": "plan-2"}, certified | {"plan": "plan-3"}],
+        "attempts": [
+            verdict(0.008112, 0.00143, "CERTIFIED") | {"plan": "plan-2"},
+            certified | {"plan": "plan-3"},
+        ],
         "items": {
             "documents": [f"topic {k}" for k in range(9)],
             "document": [k % 9 for k in range(48)],
@@ -206,7 +230,14 @@ def synthetic_record(*, blocks: int = 30, seed: int = 0) -> dict[str, Any]:
             "rows": rows,
         },
         "trials": [
-            trial("plan-1", "plan", 0.86, 0.0271, 0.0312, "over budget on select: re-planned with the measured loss"),
+            trial(
+                "plan-1",
+                "plan",
+                0.86,
+                0.0271,
+                0.0312,
+                "over budget on select: re-planned with the measured loss",
+            ),
             trial("plan-2", "plan", 1.12, 0.00795, 0.0083),
             trial("plan-3", "plan", 1.0, 0.01312, 0.0143),
             trial("uniform int4-g64-asym", "control", 1.07, 0.0214, 0.0231),
@@ -308,13 +339,21 @@ def small() -> dict[str, Any]:
 
 def paths(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Every place in a nested record."""
-    keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    keys = (
+        value.keys()
+        if isinstance(value, dict)
+        else range(len(value))
+        if isinstance(value, list)
+        else ()
+    )
     for key in keys:
         yield (*at, key)
         yield from paths(value[key], (*at, key))
 
 
-def replaced(record: dict[str, Any], path: tuple[Any, ...], value: Any, *, delete: bool = False) -> dict[str, Any]:
+def replaced(
+    record: dict[str, Any], path: tuple[Any, ...], value: Any, *, delete: bool = False
+) -> dict[str, Any]:
     changed = copy.deepcopy(record)
     parent: Any = changed
     for key in path[:-1]:
@@ -339,13 +378,16 @@ def visible(text: str) -> str:
     return re.sub(r"<(style|script)>.*?</\1>", "", text, flags=re.S)
 
 
-# --- the page as a file ---------------------------------------------------------------------------------------------
+# --- the page as a file
+# ---------------------------------------------------------------------------------------------
 
 
 def test_parses_with_every_section(page: Page) -> None:
     anchors = {a["href"] for t, a in page.tags if t == "a" and "href" in a}
     assert len(anchors) == 10
-    assert {a.removeprefix("#") for a in anchors if a} <= {a["id"] for _, a in page.tags if "id" in a}
+    assert {a.removeprefix("#") for a in anchors if a} <= {
+        a["id"] for _, a in page.tags if "id" in a
+    }
     assert "not available" not in page.words
 
 
@@ -371,7 +413,9 @@ def test_script_matches_the_hash_that_the_policy_allows(record: dict[str, Any]) 
     policy = next(a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv"))
     script = "".join(page.script)
     assert len(script) > 100
-    assert f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in (policy or "")
+    assert f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in (
+        policy or ""
+    )
 
 
 def test_same_record_same_bytes_and_record_untouched(small: dict[str, Any]) -> None:
@@ -390,13 +434,17 @@ def test_readable_in_dark_and_on_paper(record: dict[str, Any]) -> None:
     dark = dark[: dark.index("* { box-sizing")]
     paper = css[1][css[1].index("@media print") :]
     for variable in used:
-        assert f"{variable}:" in light and f"{variable}:" in dark and f"{variable}:" in paper, variable
+        assert f"{variable}:" in light and f"{variable}:" in dark and f"{variable}:" in paper, (
+            variable
+        )
     ink, ground = (re.search(rf"{v}: (#\w+)", dark) for v in ("--ink", "--page"))
     assert ink is not None and ground is not None and contrast(ink[1], ground[1]) > 7
     for name in ("--soft", "--good", "--bad", "--open", "--blue"):
         for theme in (light, dark):
             colour, panel = (re.search(rf"{v}: (#\w+)", theme) for v in (name, "--panel"))
-            assert colour is not None and panel is not None and contrast(colour[1], panel[1]) >= 4.5, name
+            assert (
+                colour is not None and panel is not None and contrast(colour[1], panel[1]) >= 4.5
+            ), name
 
 
 def contrast(a: str, b: str) -> float:
@@ -404,14 +452,17 @@ def contrast(a: str, b: str) -> float:
 
     def luminance(colour: str) -> float:
         channels = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
-        red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+        red, green, blue = (
+            c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels
+        )
         return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
     high, low = sorted((luminance(a), luminance(b)), reverse=True)
     return (high + 0.05) / (low + 0.05)
 
 
-# --- safety ---------------------------------------------------------------------------------------------------------
+# --- safety
+# ---------------------------------------------------------------------------------------------------------
 
 
 def hostile(record: dict[str, Any]) -> dict[str, Any]:
@@ -434,11 +485,25 @@ def test_everything_is_escaped(small: dict[str, Any]) -> None:
     small["layers"][0]["name"] = "<script>alert(1)</script>"
     small["recipe"] = "a: </pre><script>alert(2)</script>"
     plain = parsed(small)
-    assert "<script>alert(1)</script>" in plain.words and "</pre><script>alert(2)</script>" in plain.words
-    for page in (plain, parsed(hostile(small)), parsed(hostile(small) | {"verdict": small["verdict"]})):
+    assert (
+        "<script>alert(1)</script>" in plain.words
+        and "</pre><script>alert(2)</script>" in plain.words
+    )
+    for page in (
+        plain,
+        parsed(hostile(small)),
+        parsed(hostile(small) | {"verdict": small["verdict"]}),
+    ):
         assert [t for t, _ in page.tags].count("script") == 1
-        assert {t for t, _ in page.tags}.isdisjoint({"img", "iframe", "object", "embed", "form", "link"})
-        assert not [a for _, attrs in page.tags for a in attrs if a.startswith("on") or a in ("src", "xlink:href")]
+        assert {t for t, _ in page.tags}.isdisjoint(
+            {"img", "iframe", "object", "embed", "form", "link"}
+        )
+        assert not [
+            a
+            for _, attrs in page.tags
+            for a in attrs
+            if a.startswith("on") or a in ("src", "xlink:href")
+        ]
         assert all(h.startswith("#") for h in page.attributes("a", "href"))
         assert "alert" not in "".join(page.script)
 
@@ -460,7 +525,8 @@ def test_summary_cannot_be_forged(small: dict[str, Any]) -> None:
     assert not set(text) & {"\x1b", "\r", "\u202e"}
 
 
-# --- whatever is missing --------------------------------------------------------------------------------------------
+# --- whatever is missing
+# --------------------------------------------------------------------------------------------
 
 SECTION_OF = {
     "attempts": "'attempts'",
@@ -484,15 +550,35 @@ def test_missing_key_is_named(small: dict[str, Any], key: str, how: str) -> None
     page = parsed(replaced(small, (key,), None, delete=how == "deleted"))
     assert re.search(rf"not available: [^.]*{SECTION_OF[key]}", page.words), page.words[:2000]
     others = [k for k in SECTION_OF if k != key]
-    assert not [k for k in others if re.search(rf"not available: the record has no {SECTION_OF[k]}", page.words)]
+    assert not [
+        k
+        for k in others
+        if re.search(rf"not available: the record has no {SECTION_OF[k]}", page.words)
+    ]
 
 
 def test_missing_section_says_how_far_the_run_came() -> None:
-    page = parsed({"title": "t", "stages": [{"name": "curvature", "seconds": 3.0, "resumed": False}]})
+    page = parsed(
+        {"title": "t", "stages": [{"name": "curvature", "seconds": 3.0, "resumed": False}]}
+    )
     assert "the last stage on record is 'curvature'" in page.words
 
 
-WRONG: list[Any] = [None, float("nan"), float("inf"), "words", -1, 0, True, [], {}, [1], 10**400, 5e-324, 1e300]
+WRONG: list[Any] = [
+    None,
+    float("nan"),
+    float("inf"),
+    "words",
+    -1,
+    0,
+    True,
+    [],
+    {},
+    [1],
+    10**400,
+    5e-324,
+    1e300,
+]
 
 
 @pytest.fixture(scope="module")
@@ -510,13 +596,15 @@ def tiny() -> dict[str, Any]:
 @pytest.mark.parametrize("shift", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2))])
 def test_wrong_values_render_anywhere(tiny: dict[str, Any], shift: int) -> None:
     for k, path in enumerate(paths(tiny)):
-        # Whole sections get every wrong value over the three shifts, the places inside them one each.
+        # Whole sections get every wrong value over the three shifts, the places inside them one
+        # each.
         values = WRONG[shift::3] if len(path) == 1 else [WRONG[(5 * k + shift) % len(WRONG)]]
         for value in values:
             changed = replaced(tiny, path, value)
             text = visible(build(changed))
             assert not re.search(
-                r"(?<![\w-])(nan|inf|-inf|None|Undefined)(?![\w-])", text.replace("None on record", "")
+                r"(?<![\w-])(nan|inf|-inf|None|Undefined)(?![\w-])",
+                text.replace("None on record", ""),
             ), (path, value)
             summary(changed)
 
@@ -551,14 +639,24 @@ def test_no_budget_and_not_finished_are_told_apart(small: dict[str, Any]) -> Non
     assert "STATUS MISSING" in parsed(small | {"verdict": {"drop": 0.1}}).words
     for status in ("MAYBE", None):
         page = parsed(
-            small | {"verdict": {"status": status, "drop": 0.1, "bound": 0.2, "max_drop": 0.3, "confidence": 0.95}}
+            small
+            | {
+                "verdict": {
+                    "status": status,
+                    "drop": 0.1,
+                    "bound": 0.2,
+                    "max_drop": 0.3,
+                    "confidence": 0.95,
+                }
+            }
         )
         assert "nothing is claimed" in page.words and "at most" not in page.words
     del small["verdict"]
     assert "NOT FINISHED" in parsed(small).words
 
 
-# --- the verdict ----------------------------------------------------------------------------------------------------
+# --- the verdict
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_banner_shows_the_records_own_numbers(page: Page, record: dict[str, Any]) -> None:
@@ -569,11 +667,15 @@ def test_banner_shows_the_records_own_numbers(page: Page, record: dict[str, Any]
         number = float(text.split("\N{NO-BREAK SPACE}")[0].replace(",", ""))
         decimals = len(text.split("\N{NO-BREAK SPACE}")[0].partition(".")[2])
         # A bound is rounded up, so it may be off by a whole last digit.
-        assert abs(number - verdict[key]) <= (1.0 if key == "bound" else 0.5) * 10.0**-decimals * 1.0001, key
+        assert (
+            abs(number - verdict[key])
+            <= (1.0 if key == "bound" else 0.5) * 10.0**-decimals * 1.0001
+        ), key
     assert "0.0147 \N{PLUS-MINUS SIGN} 0.0019" in page.words
     assert "upper bound, 95 %" in page.words
     assert (
-        "With 95 % confidence the compressed model's loss is at most 0.0178 nats/token above the uncompressed one's on "
+        "With 95 % confidence the compressed model's loss is at most 0.0178 nats/token above the "
+        "uncompressed one's on "
         "data like the certify split, which no earlier step touched."
     ) in page.words
 
@@ -599,10 +701,16 @@ def test_accuracy_is_in_percentage_points(small: dict[str, Any]) -> None:
 
 def test_violated_and_inconclusive_say_what_to_do(small: dict[str, Any]) -> None:
     verdict = small["verdict"]
-    bad = parsed(small | {"verdict": verdict | {"status": "VIOLATED", "drop": 0.041, "bound": 0.0441}})
-    assert "loss is more than 0.02 nats/token above" in bad.words and "Offer milder options" in bad.words
+    bad = parsed(
+        small | {"verdict": verdict | {"status": "VIOLATED", "drop": 0.041, "bound": 0.0441}}
+    )
+    assert (
+        "loss is more than 0.02 nats/token above" in bad.words
+        and "Offer milder options" in bad.words
+    )
     open_ = small | {
-        "verdict": verdict | {"status": "INCONCLUSIVE", "stderr": 0.0052, "bound": 0.023266, "needed": 203_456}
+        "verdict": verdict
+        | {"status": "INCONCLUSIVE", "stderr": 0.0052, "bound": 0.023266, "needed": 203_456}
     }
     page = parsed(open_)
     assert "About 203,456 items, 138,048 more than the 65,408 used" in page.words
@@ -615,9 +723,14 @@ def test_without_a_budget_the_measurement_is_shown_and_not_judged(small: dict[st
     page = parsed(small | {"verdict": None, "attempts": [], "budget": None, "measured": measured})
     banner = page.words[: page.words.index("Attempts on the certify split")]
     assert "NO ACCURACY BUDGET ASKED" in banner and "VIOLATED" not in banner
-    assert "a drop of 0.0147 \N{PLUS-MINUS SIGN} 0.0019 nats/token; the 95 % one-sided bound is 0.0178." in banner
+    assert (
+        "a drop of 0.0147 \N{PLUS-MINUS SIGN} 0.0019 nats/token; the 95 % one-sided bound is 0.0178."
+        in banner
+    )
     assert dict(page.data)[measured["drop"]].startswith("0.0147") and 77.0 not in dict(page.data)
-    assert 'class="budget"' not in str(sections.verdict_chart(small | {"verdict": None, "measured": measured}))
+    assert 'class="budget"' not in str(
+        sections.verdict_chart(small | {"verdict": None, "measured": measured})
+    )
 
 
 def test_ratio_is_read_either_way_round(small: dict[str, Any]) -> None:
@@ -629,7 +742,10 @@ def test_ratio_is_read_either_way_round(small: dict[str, Any]) -> None:
 
 
 def test_a_gain_is_not_called_a_loss(small: dict[str, Any]) -> None:
-    page = parsed(small | {"verdict": small["verdict"] | {"drop": -0.0123, "stderr": 0.0011, "bound": -0.01049}})
+    page = parsed(
+        small
+        | {"verdict": small["verdict"] | {"drop": -0.0123, "stderr": 0.0011, "bound": -0.01049}}
+    )
     assert "loss is at least 0.0104 nats/token below the uncompressed one's" in page.words
 
 
@@ -645,18 +761,25 @@ def test_a_gain_is_not_called_a_loss(small: dict[str, Any]) -> None:
         (0.020001, 0.02, 4, "0.0201"),
     ],
 )
-def test_bounds_round_away_from_the_claim(bound: float, budget: float | None, decimals: int, expected: str) -> None:
+def test_bounds_round_away_from_the_claim(
+    bound: float, budget: float | None, decimals: int, expected: str
+) -> None:
     assert figures.at_most(bound, budget, decimals) == expected.replace("-", "\N{MINUS SIGN}")
 
 
 def test_attempts_are_listed_in_order(page: Page) -> None:
-    table = page.words[page.words.index("Attempts on the certify split") : page.words.index("weights before")]
+    table = page.words[
+        page.words.index("Attempts on the certify split") : page.words.index("weights before")
+    ]
     assert table.index("plan-2") < table.index("plan-3")
     assert "0.0081 \N{PLUS-MINUS SIGN} 0.0014" in table
 
 
 def test_limits_corrected_prices_and_a_control_that_won_are_shown(small: dict[str, Any]) -> None:
-    limits = [{"name": "max_bits", "most": 4.25, "used": 4.2}, {"name": "ms", "most": 1e6, "used": 987654.0}]
+    limits = [
+        {"name": "max_bits", "most": 4.25, "used": 4.2},
+        {"name": "ms", "most": 1e6, "used": 987654.0},
+    ]
     trials = [dict(trial) for trial in small["trials"]]
     assert "expected" not in [c.label for c in sections.trials_table(small).columns]
     trials[0]["expected"], trials[-1]["beats_plan"] = 0.0301, True
@@ -669,7 +792,8 @@ def test_limits_corrected_prices_and_a_control_that_won_are_shown(small: dict[st
     assert "within:" not in summary(small) and "beats the plan" not in parsed(small).words
 
 
-# --- notes ----------------------------------------------------------------------------------------------------------
+# --- notes
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_no_note_is_hidden(page: Page, record: dict[str, Any]) -> None:
@@ -694,7 +818,9 @@ def test_contradictions_are_reported(small: dict[str, Any]) -> None:
         },
         "more than the 1,000 B of all weights": {"size": {"after_bytes": 1000}},
         "fits neither before/after": {"size": small["size"] | {"ratio": 9.0}},
-        "more of max_bits than the budget": {"limits": [{"name": "max_bits", "most": 4.0, "used": 4.5}]},
+        "more of max_bits than the budget": {
+            "limits": [{"name": "max_bits", "most": 4.0, "used": 4.5}]
+        },
     }
     assert sections.inconsistencies(small) == []
     for text, change in cases.items():
@@ -708,7 +834,8 @@ def test_contradictions_are_reported(small: dict[str, Any]) -> None:
         assert all(line in banner and line in notes for line in found)
 
 
-# --- numbers --------------------------------------------------------------------------------------------------------
+# --- numbers
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -728,10 +855,14 @@ def test_contradictions_are_reported(small: dict[str, Any]) -> None:
     ],
 )
 def test_value_and_error_share_their_last_digit(value: Any, stderr: Any, expected: str) -> None:
-    text = figures.plus_minus(value, stderr).replace("\N{NO-BREAK SPACE}", " ").replace("\N{PLUS-MINUS SIGN}", "~")
-    text = text.replace("\N{MULTIPLICATION SIGN}10\N{SUPERSCRIPT MINUS}\N{SUPERSCRIPT SIX}", "x10^-6").replace(
-        "\N{MINUS SIGN}", "-"
+    text = (
+        figures.plus_minus(value, stderr)
+        .replace("\N{NO-BREAK SPACE}", " ")
+        .replace("\N{PLUS-MINUS SIGN}", "~")
     )
+    text = text.replace(
+        "\N{MULTIPLICATION SIGN}10\N{SUPERSCRIPT MINUS}\N{SUPERSCRIPT SIX}", "x10^-6"
+    ).replace("\N{MINUS SIGN}", "-")
     assert text == expected
 
 
@@ -761,7 +892,8 @@ def test_units(function: Any, value: Any, expected: str) -> None:
     assert function(value).replace("\N{NO-BREAK SPACE}", " ") == expected
 
 
-# --- charts ---------------------------------------------------------------------------------------------------------
+# --- charts
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_stacked_bar_adds_up_to_the_weights(record: dict[str, Any]) -> None:
@@ -771,12 +903,16 @@ def test_stacked_bar_adds_up_to_the_weights(record: dict[str, Any]) -> None:
     before, after = sum(w for y, w in bars if y == first), sum(w for y, w in bars if y == second)
     assert before / after == pytest.approx(record["size"]["ratio"], rel=2e-3)
     titles = [
-        m for m in re.findall(r"<title>(.*?)</title>", str(sections.size_chart(record))) if "everything else" in m
+        m
+        for m in re.findall(r"<title>(.*?)</title>", str(sections.size_chart(record)))
+        if "everything else" in m
     ]
     assert titles == ["everything else: 250.0\N{NO-BREAK SPACE}kB"]
 
 
-@pytest.mark.parametrize("values", [(0.5, 2.0), (1e-6, 0.3), (-0.002, 5.0)], ids=["linear", "log", "asinh"])
+@pytest.mark.parametrize(
+    "values", [(0.5, 2.0), (1e-6, 0.3), (-0.002, 5.0)], ids=["linear", "log", "asinh"]
+)
 def test_scatter_puts_equal_numbers_on_the_identity_line(values: tuple[float, float]) -> None:
     points = [
         charts.Point(
@@ -796,7 +932,9 @@ def test_scatter_puts_equal_numbers_on_the_identity_line(values: tuple[float, fl
     line = next(a for t, a in page.tags if t == "line" and a.get("class") == "identity")
     x1, y1, x2, y2 = (float(line[k] or 0) for k in ("x1", "y1", "x2", "y2"))
     dots = [
-        (float(a["cx"] or 0), float(a["cy"] or 0)) for t, a in page.tags if t == "circle" and a.get("class") == "plan"
+        (float(a["cx"] or 0), float(a["cy"] or 0))
+        for t, a in page.tags
+        if t == "circle" and a.get("class") == "plan"
     ]
     assert len(dots) == 2
     for cx, cy in dots:
@@ -806,7 +944,9 @@ def test_scatter_puts_equal_numbers_on_the_identity_line(values: tuple[float, fl
 
 def test_scales() -> None:
     log = charts.Scale(kind="log", low=1e-4, high=1.0, start=0, stop=100)
-    assert [log(v) for v in (1e-4, 1e-3, 1e-2, 1.0, 50.0, -1.0)] == pytest.approx([0, 25, 50, 100, 100, 0])
+    assert [log(v) for v in (1e-4, 1e-3, 1e-2, 1.0, 50.0, -1.0)] == pytest.approx(
+        [0, 25, 50, 100, 100, 0]
+    )
     assert log.ticks() == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1, 1.0])
     linear = charts.Scale(kind="linear", low=-0.012, high=0.031, start=0, stop=43)
     assert linear.ticks(about=5) == pytest.approx([-0.01, 0, 0.01, 0.02, 0.03])
@@ -822,8 +962,12 @@ def test_trials_are_told_apart_by_shape_and_colour(record: dict[str, Any]) -> No
     looks = [families[n] for n in ("plan", "uniform", "reversed", "applied")]
     assert len({s for s, _ in looks}) == len({c for _, c in looks}) == 4
     for trials in (record["trials"], record["trials"][::-1]):
-        assert [p.name for p in sections.trial_points({"trials": trials}) if p.chosen] == ["applied plan-3"]
-    assert [p.name for p in sections.trial_points({"trials": record["trials"][:-1]}) if p.chosen] == ["plan-3"]
+        assert [p.name for p in sections.trial_points({"trials": trials}) if p.chosen] == [
+            "applied plan-3"
+        ]
+    assert [
+        p.name for p in sections.trial_points({"trials": record["trials"][:-1]}) if p.chosen
+    ] == ["plan-3"]
     assert str(charts.scatter(points, unit="nats")).count('class="ring"') == 1
 
 
@@ -836,9 +980,12 @@ def test_chosen_is_the_last_certified_attempt(small: dict[str, Any]) -> None:
         ([first | {"status": "VIOLATED"}, second], "plan-2, applied"),
     ]
     for attempts, expected in cases:
-        points = sections.trial_points({"trials": [*small["trials"][:-1], *applied], "attempts": attempts})
+        points = sections.trial_points(
+            {"trials": [*small["trials"][:-1], *applied], "attempts": attempts}
+        )
         assert [p.name for p in points if p.chosen] == [expected]
-    # One attempt, and a bolder applied model that select rejected: the attempt says which of the two it was.
+    # One attempt, and a bolder applied model that select rejected: the attempt says which of the
+    # two it was.
     only = first | {"plan": "plan-2, applied"}
     for trials in (applied, applied[::-1]):
         points = sections.trial_points({"trials": trials, "attempts": [only]})
@@ -851,7 +998,9 @@ def test_trial_chance_and_accuracy_are_shown_where_recorded(small: dict[str, Any
     assert "chance" in heads and "accuracy drop" not in heads
     small["verdict"] |= {"metric": "accuracy"}
     table = sections.trials_table(small)
-    shown = dict(zip([c.label for c in table.columns], [c.text for c in table.rows[0]], strict=True))
+    shown = dict(
+        zip([c.label for c in table.columns], [c.text for c in table.rows[0]], strict=True)
+    )
     assert shown["chance"] == "0.91" and shown["accuracy drop"] == "1.23\N{NO-BREAK SPACE}pp"
 
 
@@ -884,7 +1033,9 @@ def test_frontier_marks_budget_and_chosen_plan(record: dict[str, Any]) -> None:
     line = next(a for t, a in Page(chart).tags if t == "line" and a.get("class") == "budget")
     assert line["y1"] == line["y2"]
     sized = str(
-        sections.frontier_chart(record | {"verdict": None, "budget": {"max_bytes": 40_000_000, "max_drop": None}})
+        sections.frontier_chart(
+            record | {"verdict": None, "budget": {"max_bytes": 40_000_000, "max_drop": None}}
+        )
     )
     line = next(a for t, a in Page(sized).tags if t == "line" and a.get("class") == "budget")
     assert line["x1"] == line["x2"]
@@ -897,16 +1048,26 @@ def test_heat_map_has_every_price_once(record: dict[str, Any]) -> None:
     assert sum(t.endswith(", chosen") for t in titles) == 211
     assert stem == "model.layers."
     row = record["ledger"]["rows"][4]
-    assert f"{row['layer']}, {row['option']}: {figures.plus_minus(row['price'], row['stderr'])} nats/token" in titles
+    assert (
+        f"{row['layer']}, {row['option']}: {figures.plus_minus(row['price'], row['stderr'])} "
+        "nats/token" in titles
+    )
     assert str(chart).count('class="row"') == 211
 
 
 def test_heat_map_colours_are_logarithmic_and_ordered() -> None:
-    cells = {(f"l{k}", "o"): (10.0**-k, 1e-9) for k in range(5)} | {("l5", "o"): (0.0, 0.0), ("l6", "o"): (-1e-3, 1e-3)}
+    cells = {(f"l{k}", "o"): (10.0**-k, 1e-9) for k in range(5)} | {
+        ("l5", "o"): (0.0, 0.0),
+        ("l6", "o"): (-1e-3, 1e-3),
+    }
     names = [f"l{k}" for k in range(7)]
-    chart = charts.heat_map(charts.HeatMap(layers=names, labels=names, options=["o"], cells=cells), unit="nats")
+    chart = charts.heat_map(
+        charts.HeatMap(layers=names, labels=names, options=["o"], cells=cells), unit="nats"
+    )
     rects = [
-        a for t, a in Page(str(chart)).tags if t == "rect" and "cell" in (a.get("class") or "") and a["x"] != "498"
+        a
+        for t, a in Page(str(chart)).tags
+        if t == "rect" and "cell" in (a.get("class") or "") and a["x"] != "498"
     ]
     fills = [a.get("fill") for a in rects][:7]
     assert fills[:5] == [charts.heat_colour(1 - k / 4) for k in range(5)]
@@ -937,7 +1098,9 @@ def test_options_table_sums(record: dict[str, Any]) -> None:
     assert foot[6].sort == pytest.approx(sum(x["price"] for x in record["layers"]))
 
 
-def test_curvature_chart_draws_each_layer_and_names_the_matrix(page: Page, small: dict[str, Any]) -> None:
+def test_curvature_chart_draws_each_layer_and_names_the_matrix(
+    page: Page, small: dict[str, Any]
+) -> None:
     assert "Matrix: Fisher (labels sampled from the model)." in page.words
     name, other = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
     small["analysis"]["layers"][name]["trace"] = {"value": -0.2, "stderr": 0.3}
@@ -949,7 +1112,11 @@ def test_curvature_chart_draws_each_layer_and_names_the_matrix(page: Page, small
 
 
 def test_provenance_shows_every_hash(page: Page, record: dict[str, Any]) -> None:
-    for value in (*record["provenance"]["data_sha256"].values(), record["provenance"]["model_sha256"], "2.13.0"):
+    for value in (
+        *record["provenance"]["data_sha256"].values(),
+        record["provenance"]["model_sha256"],
+        "2.13.0",
+    ):
         assert value in page.words
     assert "https://huggingface.co/HuggingFaceTB/SmolLM2-135M" in page.words
 

@@ -1,4 +1,5 @@
-"""Two runs side by side: differences and paired errors worked out by hand, and what must not be compared."""
+"""Two runs side by side: differences and paired errors worked out by hand, and what must not be
+compared."""
 
 from __future__ import annotations
 
@@ -16,7 +17,17 @@ from curvprune import pipeline
 from curvprune.cli import app
 from curvprune.report import build, comparison, sections
 
-from .test_report import HOSTILE, WRONG, Page, hostile, parsed, paths, replaced, synthetic_record, visible
+from .test_report import (
+    HOSTILE,
+    WRONG,
+    Page,
+    hostile,
+    parsed,
+    paths,
+    replaced,
+    synthetic_record,
+    visible,
+)
 
 NOT_A_NUMBER = re.compile(r"(?<![\w-])(nan|inf|-inf|None|Undefined)(?![\w-])")
 
@@ -43,7 +54,8 @@ def a_run(after: list[float], right: list[int], documents: list[int]) -> dict[st
 
 
 def two_runs(documents: list[int]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The first one's losses are 1, 2, 3 and 6 higher; it is wrong on the first two items, the second on the last."""
+    """The first one's losses are 1, 2, 3 and 6 higher; it is wrong on the first two items, the
+    second on the last."""
     there = a_run([1.0, 0.5, 2.0, 0.25], [1, 1, 1, 0], documents)
     return a_run([2.0, 2.5, 5.0, 6.25], [0, 0, 1, 1], documents), there
 
@@ -69,17 +81,22 @@ def sorted_by(path: Path, table: str) -> list[float]:
     """The raw numbers behind the cells of a table."""
     text = path.read_text()
     return [
-        float(v) for v in re.findall(r'data-v="([^"]+)"', text[text.index(f'id="t-{table}"') :].split("</table>")[0])
+        float(v)
+        for v in re.findall(
+            r'data-v="([^"]+)"', text[text.index(f'id="t-{table}"') :].split("</table>")[0]
+        )
     ]
 
 
 @pytest.mark.parametrize(
     ("documents", "loss_error", "accuracy_error"),
     [
-        # Independent: sqrt(sum((d - 3)^2) / (3 * 4)), d = 1, 2, 3, 6; accuracy: sqrt((3/4 - 1/16) / 4).
+        # Independent: sqrt(sum((d - 3)^2) / (3 * 4)), d = 1, 2, 3, 6; accuracy: sqrt((3/4 - 1/16) /
+        # 4).
         ([0, 1, 2, 3], math.sqrt(14 / 12), math.sqrt(0.6875 / 4)),
-        # The first two items of one document, leave one out: 2/3 ((-3/2)^2 + 0 + (3/3)^2). Accuracy: the differences
-        # 1 + 1, 0 and -1 around 1/4 leave 3/2, -1/4 and -5/4: 2/3 ((3/4)^2 + (1/12)^2 + (5/12)^2).
+        # The first two items of one document, leave one out: 2/3 ((-3/2)^2 + 0 + (3/3)^2).
+        # Accuracy: the differences 1 + 1, 0 and -1 around 1/4 leave 3/2, -1/4 and -5/4: 2/3
+        # ((3/4)^2 + (1/12)^2 + (5/12)^2).
         ([0, 0, 2, 3], math.sqrt(2 / 3 * 3.25), math.sqrt(2 / 3 * (9 / 16 + 1 / 144 + 25 / 144))),
     ],
     ids=["independent", "clustered"],
@@ -91,7 +108,14 @@ def test_the_difference_on_the_same_items_is_paired(
     loss, accuracy = (3.0, loss_error), (0.25, accuracy_error)
     numbers = sorted_by(tmp_path / "ours" / "report.html", "paired")
     clusters = [3.0] if documents[1] == 0 else []
-    expected = [3.9375, 0.9375, loss[0], loss[0] / loss[1], 4, *clusters]  # means of the losses, difference, z, items
+    expected = [
+        3.9375,
+        0.9375,
+        loss[0],
+        loss[0] / loss[1],
+        4,
+        *clusters,
+    ]  # means of the losses, difference, z, items
     expected += [50, 75, accuracy[0], accuracy[0] / accuracy[1], 4, *clusters]
     assert numbers == pytest.approx(expected, abs=1e-9)
     words = section(page)
@@ -99,7 +123,11 @@ def test_the_difference_on_the_same_items_is_paired(
     # Largest change first: losses 0.5 to 2.5 and 1.0 to 2.0.
     text = (tmp_path / "ours" / "report.html").read_text()
     flips = text[text.index('id="t-right-in-one"') :].split("</table>")[0]
-    assert re.findall(r'<td class="n" data-v="(\d)\.0">\1</td><td class="mono">', flips) == ["1", "0", "3"]
+    assert re.findall(r'<td class="n" data-v="(\d)\.0">\1</td><td class="mono">', flips) == [
+        "1",
+        "0",
+        "3",
+    ]
     losses = re.findall(r'data-v="([^"]+)"', flips.split("</tr>")[1])
     assert losses == ["1.0", "0.5", "2.5", "2.0"]  # item, there, here, rise
 
@@ -120,12 +148,18 @@ def test_figures_stand_side_by_side() -> None:
     assert differences["weights"] == -2500 and differences["time"] == pytest.approx(-30)
     assert differences["predicted loss (nats/token)"] == pytest.approx(0.01)
     assert str(rows["weights"][3].text) == "\N{MINUS SIGN}2.500\N{NO-BREAK SPACE}kB"
-    assert str(rows["items"][3].text) == "0" and str(rows["drop (loss, nats/token)"][3].text) == "+0.00400"
+    assert (
+        str(rows["items"][3].text) == "0"
+        and str(rows["drop (loss, nats/token)"][3].text) == "+0.00400"
+    )
     units = rows["predicted cost of the removed units (nats/token)"]
     assert str(units[2].text) == "n/a" and units[3].sort is None
     # Another metric is another quantity: no difference is formed.
     there["verdict"] |= {"metric": "accuracy", "unit": "fraction"}
-    labels = {str(r[0].text): r[3].sort for r in comparison.figures(here | {"against": {"record": there}}).rows}
+    labels = {
+        str(r[0].text): r[3].sort
+        for r in comparison.figures(here | {"against": {"record": there}}).rows
+    }
     assert labels["drop (loss, nats/token)"] is labels["drop (accuracy, percentage points)"] is None
 
 
@@ -140,7 +174,12 @@ def test_layers_recipes_and_provenance_that_differ() -> None:
     there["provenance"]["torch"] = "2.6.0"
     record = here | {"against": {"name": "b", "record": there, "unpaired": "the moon is full"}}
     found = comparison.layers(record)
-    assert [str(c.text) for c in column(found["table"], "layer")] == [first, third, gone, "only.there"]
+    assert [str(c.text) for c in column(found["table"], "layer")] == [
+        first,
+        third,
+        gone,
+        "only.there",
+    ]
     assert [str(c.text) for c in column(found["table"], "option there")] == [
         "int2-g64-asym", "no such layer", "no such layer", there["layers"][2]["option"],
     ]  # fmt: skip
@@ -148,14 +187,21 @@ def test_layers_recipes_and_provenance_that_differ() -> None:
     assert [c.sort for c in column(found["table"], "bytes here")] == [
         *(here["layers"][k]["bytes"] for k in (0, 2, 3)), None,
     ]  # fmt: skip
-    assert found["only"] == (2, 1) and found["same"] == 5 and found["reshaped"] == 1 and second not in str(found)
+    assert (
+        found["only"] == (2, 1)
+        and found["same"] == 5
+        and found["reshaped"] == 1
+        and second not in str(found)
+    )
     page = parsed(record)
     words = section(page)
     same = "5 layers got the same option in both runs, 1 of them with another shape; 2 exist here only; 1 exists there"
     assert same in words
     assert "no paired difference: the moon is full" in words
     assert "- max_drop: <i>0.03</i> + max_drop: 0.02" in words
-    assert [[str(c.text) for c in row] for row in comparison.provenance(record).rows] == [["torch", "2.13.0", "2.6.0"]]
+    assert [[str(c.text) for c in row] for row in comparison.provenance(record).rows] == [
+        ["torch", "2.13.0", "2.6.0"]
+    ]
     assert "11 Compared with b" in page.words and "#against" in page.attributes("a", "href")
 
 
@@ -163,13 +209,23 @@ def test_layers_recipes_and_provenance_that_differ() -> None:
     ("path", "value", "reason"),
     [
         (("items",), None, "the other run has no results of single items on record"),
-        (("provenance", "data_sha256", "certify"), "00" * 32, "not measured on the same certify split"),
+        (
+            ("provenance", "data_sha256", "certify"),
+            "00" * 32,
+            "not measured on the same certify split",
+        ),
         (("provenance",), None, "not measured on the same certify split"),
         (("items", "index"), [0, 1, 2, 4], "other items or positions of the certify split counted"),
-        (("objective",), "label-free", "the losses differ in kind: classification here, label-free there"),
+        (
+            ("objective",),
+            "label-free",
+            "the losses differ in kind: classification here, label-free there",
+        ),
     ],
 )
-def test_without_the_same_items_there_is_no_paired_number(tmp_path: Path, path: Any, value: Any, reason: str) -> None:
+def test_without_the_same_items_there_is_no_paired_number(
+    tmp_path: Path, path: Any, value: Any, reason: str
+) -> None:
     here, there = two_runs([0, 1, 2, 3])
     words = section(compared(tmp_path, here, replaced(there, path, value)))
     assert reason in words and "how much worse here" not in words and "right here only" not in words
@@ -189,7 +245,10 @@ def test_a_comparison_is_not_stored(tmp_path: Path) -> None:
     plain = pipeline.rebuild_report(ours).read_text()
     runner = CliRunner()
     assert runner.invoke(app, ["report", str(ours), "--against", str(theirs)]).exit_code == 0
-    assert "Compared with" in (ours / "report.html").read_text() and not (theirs / "report.html").exists()
+    assert (
+        "Compared with" in (ours / "report.html").read_text()
+        and not (theirs / "report.html").exists()
+    )
     assert before == ((ours / "report.json").read_bytes(), (theirs / "report.json").read_bytes())
     assert runner.invoke(app, ["report", str(ours)]).exit_code == 0
     assert (ours / "report.html").read_text() == plain and "Compared with" not in plain
@@ -206,7 +265,9 @@ def test_a_run_against_itself_differs_in_nothing(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
     ours = written(tmp_path / "ours", two_runs([0, 1, 2, 3])[0])
-    with pytest.raises(ValueError, match=r"nowhere has no report\.json: run `curvprune run RECIPE --out .*nowhere`"):
+    with pytest.raises(
+        ValueError, match=r"nowhere has no report\.json: run `curvprune run RECIPE --out .*nowhere`"
+    ):
         pipeline.rebuild_report(ours, against=tmp_path / "nowhere")
     result = CliRunner().invoke(app, ["report", str(ours), "--against", str(tmp_path / "nowhere")])
     assert result.exit_code == 2 and "nowhere has no report.json" in " ".join(result.output.split())
@@ -216,11 +277,35 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def both() -> dict[str, Any]:
     here, there = two_runs([0, 1, 2, 3])
-    paired = {"loss": {"metric": "loss", "unit": "nats", "drop": 1.0, "stderr": 0.5, "items": 4, "compressed": 2.0}}
-    keep = ("layers", "verdict", "size", "items", "recipe", "provenance", "trials", "objective", "unit", "stages")
+    paired = {
+        "loss": {
+            "metric": "loss",
+            "unit": "nats",
+            "drop": 1.0,
+            "stderr": 0.5,
+            "items": 4,
+            "compressed": 2.0,
+        }
+    }
+    keep = (
+        "layers",
+        "verdict",
+        "size",
+        "items",
+        "recipe",
+        "provenance",
+        "trials",
+        "objective",
+        "unit",
+        "stages",
+    )
     here, there = ({k: run[k] for k in keep} for run in (here, there))
     for run in (here, there):
-        run["layers"], run["trials"], run["stages"] = run["layers"][:2], run["trials"][-1:], run["stages"][:1]
+        run["layers"], run["trials"], run["stages"] = (
+            run["layers"][:2],
+            run["trials"][-1:],
+            run["stages"][:1],
+        )
     return here | {"against": {"name": "b", "record": there, "paired": paired}}
 
 
@@ -238,8 +323,15 @@ def test_wrong_values_render_anywhere(both: dict[str, Any]) -> None:
 def test_the_other_run_is_escaped(both: dict[str, Any]) -> None:
     poisoned = copy.deepcopy(both)
     other = synthetic_record(blocks=1)
-    poisoned["against"] |= {"name": HOSTILE, "record": hostile(other), "unpaired": HOSTILE, "paired": {}}
+    poisoned["against"] |= {
+        "name": HOSTILE,
+        "record": hostile(other),
+        "unpaired": HOSTILE,
+        "paired": {},
+    }
     page = parsed(poisoned)
     assert [t for t, _ in page.tags].count("script") == 1
-    assert {t for t, _ in page.tags}.isdisjoint({"img", "iframe"}) and "alert" not in "".join(page.script)
+    assert {t for t, _ in page.tags}.isdisjoint({"img", "iframe"}) and "alert" not in "".join(
+        page.script
+    )
     assert section(page).count("http://evil.example") > 5

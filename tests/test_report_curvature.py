@@ -1,4 +1,5 @@
-"""The report's section on curvature: signs and order kept by the charts, every part optional, nothing unescaped."""
+"""The report's section on curvature: signs and order kept by the charts, every part optional,
+nothing unescaped."""
 
 from __future__ import annotations
 
@@ -21,9 +22,13 @@ def bump(x: float, at: float, width: float) -> float:
 
 
 def density(points: int = 400) -> dict[str, Any]:
-    """A bulk at zero, a negative shoulder and an outlier three decades away with a millionth of the mass."""
+    """A bulk at zero, a negative shoulder and an outlier three decades away with a millionth of the
+    mass."""
     grid = [1e-3 * math.sinh(-7 + 19 * k / (points - 1)) for k in range(points)]
-    heights = [0.9 * bump(x, 0, 0.004) + 0.1 * bump(x, -0.05, 0.03) + 1e-6 * bump(x, 40.0, 1.0) for x in grid]
+    heights = [
+        0.9 * bump(x, 0, 0.004) + 0.1 * bump(x, -0.05, 0.03) + 1e-6 * bump(x, 40.0, 1.0)
+        for x in grid
+    ]
     return {"grid": grid, "density": heights, "num_products": 80}
 
 
@@ -42,11 +47,14 @@ def pairs(*values: float) -> dict[str, Any]:
     }
 
 
-def layer(trace: float, *, exact: bool = False, converged: bool = True, other: float | None = None) -> dict[str, Any]:
+def layer(
+    trace: float, *, exact: bool = False, converged: bool = True, other: float | None = None
+) -> dict[str, Any]:
     return {
         "parameters": 600,
         "shape": [20, 30],
-        "trace": estimate(trace, 0.1) | {"num_products": 32, "converged": converged, "method": "joint probes"},
+        "trace": estimate(trace, 0.1)
+        | {"num_products": 32, "converged": converged, "method": "joint probes"},
         "diagonal": {"mean": trace / 600, "max": 1.0, "q50": -0.01, "q99": 0.5},
         "gauss_newton_trace": None if other is None else estimate(other, 0.2),
         "exact": exact,
@@ -77,7 +85,8 @@ def record() -> dict[str, Any]:
                 "gradient_norm": 0.3,
                 "trace": estimate(872.3, 4.0),
                 "eigenvalues": pairs(40.0, 7.0, -0.2),
-                "density": density() | {"nodes": [[-0.2, 0.0, 40.0], [-0.1, 0.01, 39.9]], "weights": [[0.1, 0.8, 0.1]]},
+                "density": density()
+                | {"nodes": [[-0.2, 0.0, 40.0], [-0.1, 0.01, 39.9]], "weights": [[0.1, 0.8, 0.1]]},
             },
             "diagnosis": {
                 "lambda_max": 40.0,
@@ -92,14 +101,17 @@ def record() -> dict[str, Any]:
                 "relative_gradient": 0.02,
                 "kind": "saddle",
                 "text": ["This point is a saddle.", "Steps above 0.05 diverge."],
-                "disagreements": [{"layer": "a.first", "hessian": -40.0, "gauss_newton": 60.0, "ratio": -1.5}],
+                "disagreements": [
+                    {"layer": "a.first", "hessian": -40.0, "gauss_newton": 60.0, "ratio": -1.5}
+                ],
             },
         },
     }
 
 
 def section(page: Page) -> str:
-    """The words of the section; its head, unlike the entry in the contents, has no space after the number."""
+    """The words of the section; its head, unlike the entry in the contents, has no space after the
+    number."""
     return page.words[page.words.index("7Curvature") : page.words.index("8Time and memory")]
 
 
@@ -120,7 +132,11 @@ def marks(chart: object, class_: str) -> list[tuple[float, float]]:
 
 def line(chart: object, class_: str, *, across: bool) -> float:
     same, other = ("y1", "y2") if across else ("x1", "x2")
-    lines = [a for t, a in Page(str(chart)).tags if t == "line" and a.get("class") == class_ and a[same] == a[other]]
+    lines = [
+        a
+        for t, a in Page(str(chart)).tags
+        if t == "line" and a.get("class") == class_ and a[same] == a[other]
+    ]
     return float(lines[0][same] or 0)
 
 
@@ -164,15 +180,32 @@ def test_spectral_axis_keeps_order_and_sign_and_shows_bulk_and_outlier() -> None
 def test_negative_density_is_left_of_zero_and_in_its_own_colour(record: dict[str, Any]) -> None:
     chart = curvature.spectrum(record)["chart"]
     zero = line(chart, "zero", across=False)
-    halves = {a["class"]: a["points"] or "" for t, a in Page(str(chart)).tags if t == "polygon" and a.get("points")}
-    xs = {c: [float(p.split(",")[0]) for p in halves[c].split()] for c in ("density", "density negative")}
+    halves = {
+        a["class"]: a["points"] or ""
+        for t, a in Page(str(chart)).tags
+        if t == "polygon" and a.get("points")
+    }
+    xs = {
+        c: [float(p.split(",")[0]) for p in halves[c].split()]
+        for c in ("density", "density negative")
+    }
     assert max(xs["density negative"]) <= zero + 0.1 and min(xs["density"]) >= zero - 0.1
     assert len([t for t, a in Page(str(chart)).tags if a.get("class") == "rug"]) == 2
     eigenvalues = [x for x, _ in marks(chart, "eigenvalue")]
-    assert eigenvalues == sorted(eigenvalues, reverse=True) and eigenvalues[-1] < zero < eigenvalues[0]
+    assert (
+        eigenvalues == sorted(eigenvalues, reverse=True) and eigenvalues[-1] < zero < eigenvalues[0]
+    )
     # The outlier's bump rises above the axis although it is a millionth of the mass.
-    curve = next(a["points"] or "" for t, a in Page(str(chart)).tags if t == "polyline" and a["class"] == "spectrum")
-    heights = [float(p.split(",")[1]) for p in curve.split() if abs(float(p.split(",")[0]) - eigenvalues[0]) < 15]
+    curve = next(
+        a["points"] or ""
+        for t, a in Page(str(chart)).tags
+        if t == "polyline" and a["class"] == "spectrum"
+    )
+    heights = [
+        float(p.split(",")[1])
+        for p in curve.split()
+        if abs(float(p.split(",")[0]) - eigenvalues[0]) < 15
+    ]
     assert max(heights) - min(heights) > 10
 
 
@@ -184,7 +217,9 @@ def test_traces_keep_order_and_sign(record: dict[str, Any]) -> None:
     assert ys[-40.0] > zero > ys[0.3] > ys[12.0] > ys[900.0]
     assert len(marks(chart, "gauss-newton")) == 2 and len(marks(chart, "hollow")) == 1
     assert len(marks(chart, "apart")) == 1
-    exact = [a for t, a in Page(str(chart)).tags if t == "polygon" and a.get("class") == "point own"]
+    exact = [
+        a for t, a in Page(str(chart)).tags if t == "polygon" and a.get("class") == "point own"
+    ]
     assert len(exact) == 1
     whiskers = str(chart).count('class="whisker"')
     record["analysis"]["layers"]["a.first"]["trace"]["stderr"] = None
@@ -199,10 +234,17 @@ def test_eigenvalue_table_names_matrix_place_and_state(record: dict[str, Any]) -
     assert [r[0] for r in rows] == ["whole model", "a.first", "a.second", "a.third"]
     assert {r[1] for r in rows} == {"Hessian"} and shown["without"] == "a.fourth"
     assert (shown["table"].rows[0][2].sort, shown["table"].rows[0][4].sort) == (40.0, -0.2)
-    assert [r[7] for r in rows] == ["yes", "yes", "yes", "no"] and [r[8] for r in rows] == ["", "no", "yes", "no"]
+    assert [r[7] for r in rows] == ["yes", "yes", "yes", "no"] and [r[8] for r in rows] == [
+        "",
+        "no",
+        "yes",
+        "no",
+    ]
     assert len(shown["every"].rows) == 9
     heads = [c.label for c in curvature.traces(record)["table"].columns]
-    assert any(h.startswith("Hessian trace") for h in heads) and any(h.startswith("Gauss-Newton trace") for h in heads)
+    assert any(h.startswith("Hessian trace") for h in heads) and any(
+        h.startswith("Gauss-Newton trace") for h in heads
+    )
 
 
 def test_disagreements_and_notes_are_listed(record: dict[str, Any]) -> None:
@@ -214,7 +256,12 @@ def test_disagreements_and_notes_are_listed(record: dict[str, Any]) -> None:
 
 
 def test_old_form_is_not_called_incomplete(record: dict[str, Any]) -> None:
-    plain = {"trace": estimate(2.0, 0.1), "parameters": 6, "shape": [2, 3], "diagonal": {"mean": 0.3}}
+    plain = {
+        "trace": estimate(2.0, 0.1),
+        "parameters": 6,
+        "shape": [2, 3],
+        "diagonal": {"mean": 0.3},
+    }
     record["analysis"] = {"matrix": "Fisher", "layers": {"a.x": plain, "b.x": plain, "c.x": plain}}
     words = section(parsed(record))
     assert "one of traces" in words and "not available" not in words
@@ -233,7 +280,9 @@ def test_old_form_is_not_called_incomplete(record: dict[str, Any]) -> None:
     ],
 )
 @pytest.mark.parametrize("delete", [True, False])
-def test_absent_part_is_named(record: dict[str, Any], path: tuple[str, ...], says: str, delete: bool) -> None:
+def test_absent_part_is_named(
+    record: dict[str, Any], path: tuple[str, ...], says: str, delete: bool
+) -> None:
     words = section(parsed(replaced(record, ("analysis", *path), None, delete=delete)))
     assert re.search(rf"not available: [^.]*{says}", words)
 
@@ -253,7 +302,9 @@ def test_no_wrong_value_crashes_or_is_printed_as_a_number(record: dict[str, Any]
             build(replaced(record, ("analysis", *path), None, delete=True))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300, -1e300, 0.0, 5e-324])
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), -float("inf"), 1e300, -1e300, 0.0, 5e-324]
+)
 def test_every_number_the_same(record: dict[str, Any], value: float) -> None:
     changed = copy.deepcopy(record)
     for path in paths(record):
@@ -274,7 +325,9 @@ def test_hostile_names_are_escaped(record: dict[str, Any]) -> None:
     analysis |= {"matrix": HOSTILE, "notes": [HOSTILE], "unit": HOSTILE}
     page = parsed(record)
     assert [t for t, _ in page.tags].count("script") == 1
-    assert {t for t, _ in page.tags}.isdisjoint({"img", "iframe", "object", "embed", "form", "link"})
+    assert {t for t, _ in page.tags}.isdisjoint(
+        {"img", "iframe", "object", "embed", "form", "link"}
+    )
     text = build(record)
     assert "\x1b" not in text and "\x00" not in text and "\x1b" not in summary(record)
     text.encode("utf-8")
@@ -282,7 +335,12 @@ def test_hostile_names_are_escaped(record: dict[str, Any]) -> None:
 
 def test_summary_has_the_diagnosis(record: dict[str, Any]) -> None:
     text = summary(record).replace("\N{NO-BREAK SPACE}", " ")
-    for part in ("λmax 40.00", "SGD step 0.0500", "kind of point: saddle", "3.10 \N{PLUS-MINUS SIGN} 0.40 % negative"):
+    for part in (
+        "λmax 40.00",
+        "SGD step 0.0500",
+        "kind of point: saddle",
+        "3.10 \N{PLUS-MINUS SIGN} 0.40 % negative",
+    ):
         assert part in text
     assert "This point is a saddle." in text and "traces disagree in a.first" in text
     record["analysis"]["diagnosis"] = None

@@ -1,4 +1,5 @@
-"""The report's items that changed: counts and shares worked out by hand, caps that say what they leave out."""
+"""The report's items that changed: counts and shares worked out by hand, caps that say what they
+leave out."""
 
 from __future__ import annotations
 
@@ -9,13 +10,24 @@ import pytest
 
 from curvprune.report import build, items, sections
 
-from .test_report import HOSTILE, WRONG, Page, hostile, parsed, paths, replaced, synthetic_record, visible
+from .test_report import (
+    HOSTILE,
+    WRONG,
+    Page,
+    hostile,
+    parsed,
+    paths,
+    replaced,
+    synthetic_record,
+    visible,
+)
 
 NOT_A_NUMBER = re.compile(r"(?<![\w-])(nan|inf|-inf|None|Undefined)(?![\w-])")
 
 
 def languages() -> dict[str, Any]:
-    """Five items of two documents; rises 0.5, -0.25, 0, 1, 0.125 over 4, 8, 2, 1 and 8 positions."""
+    """Five items of two documents; rises 0.5, -0.25, 0, 1, 0.125 over 4, 8, 2, 1 and 8
+    positions."""
     return {
         "documents": ["first", "second"],
         "document": [0, 0, 1, 1, 1],
@@ -58,7 +70,9 @@ def record() -> dict[str, Any]:
 
 def test_losses_are_ranked_per_position_and_weighed_by_positions(record: dict[str, Any]) -> None:
     shown = items.changed(record | {"items": languages()})
-    assert column(shown["rises"], "item") == ["4", "0", "5"] and column(shown["falls"], "item") == ["1"]
+    assert column(shown["rises"], "item") == ["4", "0", "5"] and column(shown["falls"], "item") == [
+        "1"
+    ]
     assert column(shown["rises"], "rise") == ["1.00", "0.500", "0.125"]
     assert column(shown["rises"], "positions") == ["1", "4", "8"] and shown["flips"] is None
     facts = {fact.label: fact.value for fact in shown["facts"]}
@@ -71,7 +85,11 @@ def test_losses_are_ranked_per_position_and_weighed_by_positions(record: dict[st
     assert [row[3].sort for row in table.rows] == pytest.approx([(2 + 1.5 + 16) / 11, 32 / 12])
     assert column(table, "positions") == ["11", "12"] and column(table, "items") == ["3", "2"]
     words = section(record | {"items": languages()})
-    assert "got worse3of 5" in words and "got better1items" in words and "worst 5 %50 %of the total rise" in words
+    assert (
+        "got worse3of 5" in words
+        and "got better1items" in words
+        and "worst 5 %50 %of the total rise" in words
+    )
 
 
 def test_flipped_items_are_counted_and_listed(record: dict[str, Any]) -> None:
@@ -92,7 +110,11 @@ def test_a_cap_says_what_it_leaves_out(record: dict[str, Any]) -> None:
     found["after"][6:56] = [0.5 + 0.01 * k for k in range(50)]
     table, left_out = items.changed(record | {"items": found})["flips"]
     assert len(table.rows) == 22 and left_out == 32
-    assert column(table, "change").count("right → wrong") == 20 and column(table, "item")[:3] == ["3", "1", "55"]
+    assert column(table, "change").count("right → wrong") == 20 and column(table, "item")[:3] == [
+        "3",
+        "1",
+        "55",
+    ]
     words = section(record | {"items": found})
     assert "right → wrong52items" in words and "32 more are left out here" in words
     many = languages()
@@ -108,7 +130,9 @@ def test_a_cap_says_what_it_leaves_out(record: dict[str, Any]) -> None:
 def test_nothing_changed_is_said(record: dict[str, Any]) -> None:
     same = images() | {"after": images()["before"], "right_after": images()["right_before"]}
     words = section(record | {"items": same})
-    assert "No item got worse." in words and "No item got better." in words and "worst 5 %n/a" in words
+    assert (
+        "No item got worse." in words and "No item got better." in words and "worst 5 %n/a" in words
+    )
     assert items.changed(record | {"items": same})["flips"][0].rows == []
 
 

@@ -31,9 +31,15 @@ def record() -> dict[str, Any]:
 
 def test_totals_by_kind_and_every_cut(record: dict[str, Any]) -> None:
     shown = removed.removed(record)
-    kinds = [[c.sort if c.sort is not None else str(c.text) for c in row[:6]] for row in shown["kinds"].rows]
+    kinds = [
+        [c.sort if c.sort is not None else str(c.text) for c in row[:6]]
+        for row in shown["kinds"].rows
+    ]
     assert kinds == [["mlp", 2, 80, 40, 40, 0.5], ["heads", 1, 4, 4, 0, 1.0]]
-    cuts = [[c.sort if c.sort is not None else str(c.text) for c in row[:6]] for row in shown["cuts"].rows]
+    cuts = [
+        [c.sort if c.sort is not None else str(c.text) for c in row[:6]]
+        for row in shown["cuts"].rows
+    ]
     assert cuts == [
         ["a.mlp", "mlp", 40, 30, 10, 0.75],
         ["b.mlp", "mlp", 40, 10, 30, 0.25],
@@ -42,7 +48,11 @@ def test_totals_by_kind_and_every_cut(record: dict[str, Any]) -> None:
     assert 'width="30"' in str(shown["cuts"].rows[1][6].text)  # a quarter of 120
     words = parsed(record).words
     section = words[words.index("Removed units") : words.index("Predicted against measured")]
-    for text in ("1,250\N{MINUS SIGN}37.5 %", "700\N{MINUS SIGN}12.5 %", "0.0123 \N{PLUS-MINUS SIGN} 0.0021nats/token"):
+    for text in (
+        "1,250\N{MINUS SIGN}37.5 %",
+        "700\N{MINUS SIGN}12.5 %",
+        "0.0123 \N{PLUS-MINUS SIGN} 0.0021nats/token",
+    ):
         assert text in section, text
 
 
@@ -64,16 +74,24 @@ def test_wrong_values_render_anywhere(record: dict[str, Any]) -> None:
         for value in WRONG if len(path) < 3 else [WRONG[k % len(WRONG)]]:
             changed = replaced(bare, path, value)
             text = visible(build(changed)).replace("None on record", "")
-            assert not re.search(r"(?<![\w-])(nan|inf|-inf|None|Undefined)(?![\w-])", text), (path, value)
+            assert not re.search(r"(?<![\w-])(nan|inf|-inf|None|Undefined)(?![\w-])", text), (
+                path,
+                value,
+            )
             summary(changed)
         if isinstance(path[-1], str):
             summary(replaced(bare, path, None, delete=True))
             build(replaced(bare, path, None, delete=True))
-    assert "not available: 'structured' has no cut with units" in parsed({"structured": {"cuts": {}}}).words
+    assert (
+        "not available: 'structured' has no cut with units"
+        in parsed({"structured": {"cuts": {}}}).words
+    )
 
 
 def test_cuts_are_escaped(record: dict[str, Any]) -> None:
     record["structured"]["cuts"][HOSTILE] = {"kind": HOSTILE, "left": 1, "of": 2}
     page = parsed(record)
-    assert [t for t, _ in page.tags].count("script") == 1 and [t for t, _ in page.tags].count("img") == 0
+    assert [t for t, _ in page.tags].count("script") == 1 and [t for t, _ in page.tags].count(
+        "img"
+    ) == 0
     assert "\n" not in removed.line(record).strip() and "\x1b" not in summary(record)

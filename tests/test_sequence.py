@@ -1,4 +1,5 @@
-"""Which plans go to the certificate: expected bytes against simulation, chances against closed forms."""
+"""Which plans go to the certificate: expected bytes against simulation, chances against closed
+forms."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from curvprune.sequence import Tried, chance_of, expected_saving, next_plan, to_
 
 
 def shipped(plans: list[tuple[int, float]], luck: float) -> int | None:
-    """What ships if plans with a chance above ``luck`` pass: tested in turn, up to the first that does not."""
+    """What ships if plans with a chance above ``luck`` pass: tested in turn, up to the first that
+    does not."""
     last = None
     for i in to_test(plans):
         size, chance = plans[i]
@@ -34,7 +36,8 @@ def shipped(plans: list[tuple[int, float]], luck: float) -> int | None:
 def test_the_expected_saving_is_the_mean_of_what_ships(seed):
     rng = np.random.default_rng(seed)
     plans = [
-        (int(size), float(chance)) for size, chance in zip(rng.integers(10, 99, 5), rng.uniform(size=5), strict=True)
+        (int(size), float(chance))
+        for size, chance in zip(rng.integers(10, 99, 5), rng.uniform(size=5), strict=True)
     ]
     lucks = (np.arange(20_000) + 0.5) / 20_000
     saved = [120 - size if (size := shipped(plans, luck)) is not None else 0 for luck in lucks]
@@ -46,7 +49,8 @@ def test_no_other_choice_of_plans_to_test_saves_more(seed):
     """Brute force over every subset, tested from the largest to the smallest."""
     rng = np.random.default_rng(100 + seed)
     plans = [
-        (int(size), float(chance)) for size, chance in zip(rng.integers(10, 99, 5), rng.uniform(size=5), strict=True)
+        (int(size), float(chance))
+        for size, chance in zip(rng.integers(10, 99, 5), rng.uniform(size=5), strict=True)
     ]
 
     def saving(subset: list[tuple[int, float]]) -> float:
@@ -62,8 +66,12 @@ def test_no_other_choice_of_plans_to_test_saves_more(seed):
 
 def test_a_plan_beside_a_smaller_and_likelier_one_is_not_tested():
     assert to_test([(90, 0.99), (80, 0.7), (70, 0.8), (60, 0.1)]) == [0, 2, 3]
-    assert to_test([(80, 0.9), (90, 0.9)]) == [1, 0], "as likely: what select cannot tell apart is tested all the same"
-    assert to_test([(70, 0.2), (80, 0.9995), (90, 1.0)]) == [1, 0], "nothing before what is as good as sure"
+    assert to_test([(80, 0.9), (90, 0.9)]) == [1, 0], (
+        "as likely: what select cannot tell apart is tested all the same"
+    )
+    assert to_test([(70, 0.2), (80, 0.9995), (90, 1.0)]) == [1, 0], (
+        "nothing before what is as good as sure"
+    )
     assert to_test([(80, 0.9), (80, 0.5)]) == [0], "of one size the likelier one"
     assert to_test([(80, 0.0)]) == [0]
 
@@ -73,10 +81,18 @@ SIZES, PRICES = (8, 6, 4, 2), (0.001, 0.002, 0.004, 0.008)
 
 
 def job_of(
-    max_drop: float = 0.1, within: dict[str, object] | None = None, documents: tuple[int, int] = (30, 30)
+    max_drop: float = 0.1,
+    within: dict[str, object] | None = None,
+    documents: tuple[int, int] = (30, 30),
 ) -> Any:
     rows = [
-        Row(layer=f"layer {i}", option=f"{k}", bytes=1000 * size, price=price * (1 + i / 10), stderr=0.0)
+        Row(
+            layer=f"layer {i}",
+            option=f"{k}",
+            bytes=1000 * size,
+            price=price * (1 + i / 10),
+            stderr=0.0,
+        )
         for i in range(4)
         for k, (size, price) in enumerate(zip(SIZES, PRICES, strict=True))
     ]
@@ -94,7 +110,9 @@ def job_of(
     )
 
 
-def record(job: Any, picks: str, drop: float, stderr: float, reach: float | None = None) -> dict[str, object]:
+def record(
+    job: Any, picks: str, drop: float, stderr: float, reach: float | None = None
+) -> dict[str, object]:
     choices = {f"layer {i}": pick for i, pick in enumerate(picks)}
     bound = drop + (2 * stderr if reach is None else reach)
     return {
@@ -111,11 +129,14 @@ def test_the_chance_of_a_plan_comes_from_the_nearest_applied_one():
         f = expected / near["expected"]
         drop, stderr = f * near["metric_drop"], f * near["metric_stderr"]
         chance = chance_of(job, expected, tried)
-        assert chance == pytest.approx(chance_at(job, drop, stderr, drop + 2 * stderr)) and 0.2 < chance < 0.8
+        assert (
+            chance == pytest.approx(chance_at(job, drop, stderr, drop + 2 * stderr))
+            and 0.2 < chance < 0.8
+        )
     lucky = Tried(record(job, "0000", -0.002, 0.01), None)
-    assert chance_of(job, 8 * small["expected"], [lucky]) == pytest.approx(chance_at(job, -0.002, 0.08, 0.158)), (
-        "what measured better than nothing does not get better by being bolder"
-    )
+    assert chance_of(job, 8 * small["expected"], [lucky]) == pytest.approx(
+        chance_at(job, -0.002, 0.08, 0.158)
+    ), "what measured better than nothing does not get better by being bolder"
 
 
 def test_a_bound_comes_nearer_with_the_root_of_the_documents_and_what_skewness_adds_in_proportion():
@@ -123,7 +144,9 @@ def test_a_bound_comes_nearer_with_the_root_of_the_documents_and_what_skewness_a
     t9, t36 = stats.t.ppf(0.95, 8), stats.t.ppf(0.95, 35)
     reach = t36 * stderr / 2 + skewed / 4
     margin, spread = 0.1 - drop - reach, np.hypot(stderr, stderr / 2)
-    assert chance_at(job, drop, stderr, drop + t9 * stderr + skewed) == pytest.approx(stats.norm.cdf(margin / spread))
+    assert chance_at(job, drop, stderr, drop + t9 * stderr + skewed) == pytest.approx(
+        stats.norm.cdf(margin / spread)
+    )
     reach = 0.8 * t36 * stderr / 2  # a bound that is nearer than normal losses would have it
     chance = stats.norm.cdf((0.1 - drop - reach) / spread)
     assert chance_at(job, drop, stderr, drop + 0.8 * t9 * stderr) == pytest.approx(chance)
@@ -133,8 +156,12 @@ def test_a_more_cautious_plan_is_larger():
     job = job_of()
     found = stages._more_cautious(job, {"expected": 0.04, "bytes": 9_000})
     assert found is not None and job.bytes_of(found) > 9_000 and job.expected(found) <= 0.6 * 0.04
-    assert stages._more_cautious(job, {"expected": 1.0, "bytes": 8_000}) is None, "the smallest plan itself"
-    assert stages._more_cautious(job, {"expected": 0.004, "bytes": 30_000}) is None, "none loses so little"
+    assert stages._more_cautious(job, {"expected": 1.0, "bytes": 8_000}) is None, (
+        "the smallest plan itself"
+    )
+    assert stages._more_cautious(job, {"expected": 0.004, "bytes": 30_000}) is None, (
+        "none loses so little"
+    )
 
 
 def test_what_a_recovery_gave_back_grows_more_slowly_than_the_loss():
@@ -144,7 +171,9 @@ def test_what_a_recovery_gave_back_grows_more_slowly_than_the_loss():
     assert chance_of(job, after["expected"], tried) == pytest.approx(after["chance"])
     drop = 2 * 0.06 - 2**sequence.RECOVERED * 0.04
     assert drop > 2 * 0.02
-    assert chance_of(job, 2 * after["expected"], tried) == pytest.approx(chance_at(job, drop, 0.006, drop + 0.012))
+    assert chance_of(job, 2 * after["expected"], tried) == pytest.approx(
+        chance_at(job, drop, 0.006, drop + 0.012)
+    )
 
 
 def test_a_plan_without_a_bound_promises_nothing():
@@ -156,7 +185,10 @@ def test_a_plan_without_a_bound_promises_nothing():
 
 def test_the_next_plan_saves_most_of_all_plans():
     job = job_of(max_drop=0.05)
-    tried = [Tried(record(job, "0000", 0.012, 0.002), None), Tried(record(job, "3333", 0.2, 0.02), None)]
+    tried = [
+        Tried(record(job, "0000", 0.012, 0.002), None),
+        Tried(record(job, "3333", 0.2, 0.02), None),
+    ]
     best = next_plan(job, tried)
     assert best is not None
 

@@ -1,4 +1,5 @@
-"""Solvers against exhaustive search, textbook inverse updates, closed forms and compressed-tensors."""
+"""Solvers against exhaustive search, textbook inverse updates, closed forms and
+compressed-tensors."""
 
 from __future__ import annotations
 
@@ -14,8 +15,26 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize as peer
 from torch import Tensor
 
 import curvprune.solve as solve_room
-from curvprune.options import Cast, Keep, Option, Prune, PruneQuantize, Quantize, pruner_of, quantizer_of
-from curvprune.solve import DRIFT, RIDGE, Solved, dequantize, quantize_to_grid, search_grid, solve, support
+from curvprune.options import (
+    Cast,
+    Keep,
+    Option,
+    Prune,
+    PruneQuantize,
+    Quantize,
+    pruner_of,
+    quantizer_of,
+)
+from curvprune.solve import (
+    DRIFT,
+    RIDGE,
+    Solved,
+    dequantize,
+    quantize_to_grid,
+    search_grid,
+    solve,
+    support,
+)
 from curvprune.solve.grids import COARSE, FINE, MIN_SCALE, ZERO_SHIFT_BITS, code_range
 from curvprune.solve.sweep import column_order, factor
 
@@ -67,8 +86,13 @@ def nearest(s: Solved, column: int, values: Tensor) -> Tensor:
 
 
 def textbook(W: Tensor, H: Tensor, s: Solved, order: Tensor, drop: Tensor) -> Tensor:
-    """Optimal brain surgeon in a fixed order: the inverse Hessian of the columns left, updated explicitly (float64)."""
-    W, inverse, drop = W.double()[:, order].clone(), torch.linalg.inv(H.double()[order][:, order]), drop[:, order]
+    """Optimal brain surgeon in a fixed order: the inverse Hessian of the columns left, updated
+    explicitly (float64)."""
+    W, inverse, drop = (
+        W.double()[:, order].clone(),
+        torch.linalg.inv(H.double()[order][:, order]),
+        drop[:, order],
+    )
     for j in range(len(order)):
         q = torch.where(drop[:, j], 0.0, nearest(s, int(order[j]), W[:, j]))
         change = (W[:, j] - q) / inverse[j, j]
@@ -99,7 +123,9 @@ PRUNERS: list[Prune | PruneQuantize] = [
     Prune(sparsity=0.3),
     Prune(pattern="2:4"),
     Prune(pattern="3:5"),
-    PruneQuantize(prune=Prune(sparsity=0.6), quantize=Quantize(bits=3, group_size=10, symmetric=False)),
+    PruneQuantize(
+        prune=Prune(sparsity=0.6), quantize=Quantize(bits=3, group_size=10, symmetric=False)
+    ),
     PruneQuantize(prune=Prune(pattern="2:4"), quantize=Quantize(bits=4)),
 ]
 
@@ -122,7 +148,10 @@ def test_diagonal_second_moment_reaches_the_exhaustive_optimum() -> None:
     W, A = weight(1, 4), torch.diag(torch.tensor([1.0, 3.0, 0.2, 2.0], dtype=torch.float64))
     (s,) = solve(W, [Quantize(bits=2, symmetric=False)], A, layer="x")
     grid = [points(s, j)[0].tolist() for j in range(4)]
-    best = min(output_error(torch.tensor([values], dtype=torch.float64), W, A) for values in itertools.product(*grid))
+    best = min(
+        output_error(torch.tensor([values], dtype=torch.float64), W, A)
+        for values in itertools.product(*grid)
+    )
     assert math.isclose(output_error(s.weight, W, A), best, rel_tol=1e-12)
 
 
@@ -189,7 +218,9 @@ def test_pruning_one_weight_is_the_surgeons_solution(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     "option", [Prune(sparsity=0.5), Prune(sparsity=0.7), Prune(pattern="2:4"), Prune(pattern="3:5")]
 )
-def test_the_refit_is_least_squares_on_the_support(monkeypatch: pytest.MonkeyPatch, option: Prune) -> None:
+def test_the_refit_is_least_squares_on_the_support(
+    monkeypatch: pytest.MonkeyPatch, option: Prune
+) -> None:
     W, A = weight(6, 20), second_moment(20)
     H = damped(A)
     (rough,) = solve(W, [option], A, layer="x", damping=DAMPING)
@@ -208,10 +239,14 @@ def sparse_gpt(W: Tensor, H: Tensor, prune: Prune) -> Tensor:
     drop = torch.zeros(W.shape, dtype=torch.bool)
     for j in range(width):
         if prune.sparsity is not None and j == 0:
-            drop.view(-1)[(W**2 / pivots).flatten().argsort()[: round(prune.sparsity * W.numel())]] = True
+            drop.view(-1)[
+                (W**2 / pivots).flatten().argsort()[: round(prune.sparsity * W.numel())]
+            ] = True
         if prune.nm is not None and j % prune.nm[1] == 0:
             group = slice(j, j + prune.nm[1])
-            ranked = (W[:, group] ** 2 / pivots[group]).argsort(dim=1)[:, : prune.nm[1] - prune.nm[0]]
+            ranked = (W[:, group] ** 2 / pivots[group]).argsort(dim=1)[
+                :, : prune.nm[1] - prune.nm[0]
+            ]
             drop[:, group] = drop[:, group].scatter(1, ranked, True)
         change = torch.where(drop[:, j], W[:, j], 0.0) / inverse[j, j]
         W[:, j:] -= change[:, None] * inverse[j, j:]
@@ -220,10 +255,12 @@ def sparse_gpt(W: Tensor, H: Tensor, prune: Prune) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "option", [Prune(sparsity=0.5), Prune(sparsity=0.75), Prune(pattern="2:4"), Prune(pattern="1:4")]
+    "option",
+    [Prune(sparsity=0.5), Prune(sparsity=0.75), Prune(pattern="2:4"), Prune(pattern="1:4")],
 )
 def test_the_support_is_close_to_the_best_one(option: Prune) -> None:
-    """All supports of one row of eight weights, over forty problems: on average near the best, far below SparseGPT."""
+    """All supports of one row of eight weights, over forty problems: on average near the best, far
+    below SparseGPT."""
     supports = torch.tensor(list(itertools.product([False, True], repeat=8)))
     if option.nm is None:
         assert option.sparsity is not None
@@ -300,7 +337,8 @@ def test_pruned_and_rounded_weights_lie_on_the_grid() -> None:
 def literal_search(
     w: Tensor, a: Tensor, bits: int, symmetric: bool
 ) -> tuple[float, float, Callable[[float, float], float]]:
-    """The documented candidates for one group, one after another: scale, error, and the error of any grid."""
+    """The documented candidates for one group, one after another: scale, error, and the error of
+    any grid."""
     low, high = code_range(bits)
     top, bottom = max(float(w.max()), 0.0), min(float(w.min()), 0.0)
     whole = max(top / high, bottom / low) if symmetric else (top - bottom) / (high - low)
@@ -345,7 +383,9 @@ def literal_search(
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_grid_search_finds_the_best_candidate(bits: int, symmetric: bool) -> None:
     W, a = weight(5, 24, seed=bits), second_moment(24).diagonal()
-    scale, zero = search_grid(W.T.contiguous(), bits=bits, group_size=8, symmetric=symmetric, importance=a)
+    scale, zero = search_grid(
+        W.T.contiguous(), bits=bits, group_size=8, symmetric=symmetric, importance=a
+    )
     low, high = code_range(bits)
     for row, group in itertools.product(range(5), range(3)):
         w = W[row, 8 * group : 8 * group + 8]
@@ -363,23 +403,36 @@ def test_grid_search_finds_the_best_candidate(bits: int, symmetric: bool) -> Non
 
 def test_grid_search_is_close_to_an_exhaustive_one() -> None:
     W, a = weight(20, 16), second_moment(16).diagonal()
-    for bits, symmetric, slack in ((2, False, 1.12), (2, True, 1.02), (4, False, 1.12), (4, True, 1.08)):
+    for bits, symmetric, slack in (
+        (2, False, 1.12),
+        (2, True, 1.02),
+        (4, False, 1.12),
+        (4, True, 1.08),
+    ):
         scale, zero = search_grid(W.T.contiguous(), bits=bits, symmetric=symmetric, importance=a)
         low, high = code_range(bits)
-        s = W.abs().amax(dim=1, keepdim=True) * torch.linspace(0.01, 2, 800, dtype=torch.float64) * 2 / (high - low)
+        s = (
+            W.abs().amax(dim=1, keepdim=True)
+            * torch.linspace(0.01, 2, 800, dtype=torch.float64)
+            * 2
+            / (high - low)
+        )
         s = s[..., None].half().double()
         best = torch.full((20,), math.inf, dtype=torch.float64)
         for z in [0] if symmetric else range(low, high + 1):
             q = ((W[:, None] / s + z).round().clamp(low, high) - z) * s
             best = torch.minimum(best, ((q - W[:, None]) ** 2 @ a).amin(dim=1))
         codes = quantize_to_grid(W, scale.T, None if zero is None else zero.T, bits=bits)
-        found = (dequantize(codes, scale.T, None if zero is None else zero.T, dtype=torch.float64) - W) ** 2 @ a
+        found = (
+            dequantize(codes, scale.T, None if zero is None else zero.T, dtype=torch.float64) - W
+        ) ** 2 @ a
         assert bool((found >= best * (1 - 1e-2)).all())
         assert float(found.sum()) <= slack * float(best.sum())
 
 
 def two_values_by_brute_force(w: Tensor, a: Tensor, symmetric: bool) -> float:
-    """The least error of two values for a group: every way to deal its members out to them, each value at its best."""
+    """The least error of two values for a group: every way to deal its members out to them, each
+    value at its best."""
     least = math.inf
     for sides in itertools.product((-1.0, 1.0), repeat=len(w)):
         side = torch.tensor(sides, dtype=torch.float64)
@@ -398,7 +451,9 @@ def two_values_by_brute_force(w: Tensor, a: Tensor, symmetric: bool) -> float:
 @pytest.mark.parametrize("offset", [0.0, 0.3])
 def test_one_bit_is_optimal(symmetric: bool, offset: float) -> None:
     W, a = weight(6, 21) + offset, second_moment(21).diagonal()
-    scale, zero = search_grid(W.T.contiguous(), bits=1, group_size=8, symmetric=symmetric, importance=a)
+    scale, zero = search_grid(
+        W.T.contiguous(), bits=1, group_size=8, symmetric=symmetric, importance=a
+    )
     assert zero is not None and scale.dtype == zero.dtype == torch.float16
     codes = quantize_to_grid(W, scale.T, zero.T, bits=1, group_size=8)
     assert set(codes.unique().tolist()) <= {-1, 0}
@@ -418,9 +473,13 @@ def test_one_bit_of_degenerate_groups() -> None:
     a = torch.tensor([1.0, 0, 2, 0, 0, 3], dtype=torch.float64)
     for importance in (None, a, torch.zeros_like(a)):
         scale, zero = search_grid(W.T.contiguous(), bits=1, symmetric=False, importance=importance)
-        assert zero is not None and bool(scale.isfinite().all() and zero.isfinite().all() and (scale > 0).all())
+        assert zero is not None and bool(
+            scale.isfinite().all() and zero.isfinite().all() and (scale > 0).all()
+        )
         codes = quantize_to_grid(W, scale.T, zero.T, bits=1)
-        torch.testing.assert_close(dequantize(codes, scale.T, zero.T, dtype=torch.float64), W, rtol=2**-10, atol=2**-24)
+        torch.testing.assert_close(
+            dequantize(codes, scale.T, zero.T, dtype=torch.float64), W, rtol=2**-10, atol=2**-24
+        )
         scale, _ = search_grid(W.T.contiguous(), bits=1, importance=importance)
         assert bool((scale > 0).all())
 
@@ -429,17 +488,23 @@ def test_one_bit_of_degenerate_groups() -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_shorter_last_group_is_searched_like_any_other(bits: int, symmetric: bool) -> None:
     W, a = weight(5, 27), second_moment(27).diagonal()
-    scale, zero = search_grid(W.T.contiguous(), bits=bits, group_size=8, symmetric=symmetric, importance=a)
+    scale, zero = search_grid(
+        W.T.contiguous(), bits=bits, group_size=8, symmetric=symmetric, importance=a
+    )
     assert scale.shape == (4, 5)
     for group in range(4):
         part = slice(8 * group, 8 * group + 8)
-        alone = search_grid(W[:, part].T.contiguous(), bits=bits, symmetric=symmetric, importance=a[part])
+        alone = search_grid(
+            W[:, part].T.contiguous(), bits=bits, symmetric=symmetric, importance=a[part]
+        )
         assert torch.equal(scale[group], alone[0][0])
         assert zero is None if alone[1] is None else torch.equal(zero[group], alone[1][0])
 
 
 @pytest.mark.parametrize("chunk", [1, 37, 10_000])
-def test_grid_search_does_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+def test_grid_search_does_not_depend_on_the_chunks(
+    monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
     Wt, a = weight(50, 24).T.contiguous(), second_moment(24).diagonal()
     expected = search_grid(Wt, bits=3, group_size=6, symmetric=False, importance=a)
     monkeypatch.setattr("curvprune.solve.grids.CHUNK", chunk)
@@ -467,7 +532,11 @@ def test_degenerate_groups(dtype: torch.dtype, with_inputs: bool) -> None:
     for s in solve(W, options, A, layer="x"):
         q = quantizer_of(s.option)
         assert q is not None and s.scale is not None and s.codes is not None
-        assert bool(s.weight.isfinite().all()) and bool(s.scale.isfinite().all()) and bool((s.scale > 0).all())
+        assert (
+            bool(s.weight.isfinite().all())
+            and bool(s.scale.isfinite().all())
+            and bool((s.scale > 0).all())
+        )
         assert bool((s.weight[0] == 0).all())
         if q.group_size == 5:
             assert bool((s.weight[1, 5:10] == 0).all())
@@ -502,7 +571,9 @@ def test_dead_inputs_are_rounded_to_nearest(damping: float) -> None:
     W, A = weight(5, 20), second_moment(20)
     A[:, [3, 11]] = 0
     A[[3, 11]] = 0
-    s, p = solve(W, [Quantize(bits=4, group_size=5), Prune(sparsity=0.1)], A, layer="x", damping=damping)
+    s, p = solve(
+        W, [Quantize(bits=4, group_size=5), Prune(sparsity=0.1)], A, layer="x", damping=damping
+    )
     assert s.damping == damping and s.notes == ()
     for j in (3, 11):
         assert torch.equal(s.weight[:, j], nearest(s, j, W[:, j]))
@@ -512,13 +583,22 @@ def test_dead_inputs_are_rounded_to_nearest(damping: float) -> None:
 
 BAD = [
     (lambda W, A: (W, [Quantize(bits=4)], torch.zeros_like(A)), "layer mlp.up.*received no inputs"),
-    (lambda W, A: (W, [Quantize(bits=4)], A * math.nan), "layer mlp.up.*NaN or infinite.*calibrate"),
+    (
+        lambda W, A: (W, [Quantize(bits=4)], A * math.nan),
+        "layer mlp.up.*NaN or infinite.*calibrate",
+    ),
     (lambda W, A: (W, [Quantize(bits=4)], A[:4, :4]), r"layer mlp.up.*12 inputs.*\(4, 4\)"),
-    (lambda W, A: (W, [Quantize(bits=4)], -A), "layer mlp.up.*not positive definite.*more or other data.*leave"),
+    (
+        lambda W, A: (W, [Quantize(bits=4)], -A),
+        "layer mlp.up.*not positive definite.*more or other data.*leave",
+    ),
     (lambda W, A: (W / 0, [Quantize(bits=4)], A), "layer mlp.up.*weight holds NaN"),
     (lambda W, A: (W[0], [Quantize(bits=4)], A), r"layer mlp.up.*\(out, in\).*\(12,\)"),
     (lambda W, A: (W, [Prune(pattern="2:5")], A), "layer mlp.up.*multiple of 5"),
-    (lambda W, A: (W * 1e8, [Cast(dtype="float16")], A), "layer mlp.up.*overflow float16.*bfloat16"),
+    (
+        lambda W, A: (W * 1e8, [Cast(dtype="float16")], A),
+        "layer mlp.up.*overflow float16.*bfloat16",
+    ),
 ]
 
 
@@ -534,7 +614,9 @@ def test_negative_damping_is_refused() -> None:
         solve(weight(3, 12), [Keep()], None, layer="x", damping=-1)
 
 
-@pytest.mark.parametrize("option", [*QUANTIZERS, Quantize(bits=7, group_size=8), PRUNERS[4], PRUNERS[5]])
+@pytest.mark.parametrize(
+    "option", [*QUANTIZERS, Quantize(bits=7, group_size=8), PRUNERS[4], PRUNERS[5]]
+)
 def test_compressed_tensors_reads_the_same_weight(option: Quantize | PruneQuantize) -> None:
     W, A = weight(6, 40, dtype=torch.float32), second_moment(40, dtype=torch.float32)
     (s,) = solve(W, [option], A, layer="x")
@@ -544,7 +626,9 @@ def test_compressed_tensors_reads_the_same_weight(option: Quantize | PruneQuanti
     codes = unpack_from_int32(packed, q.bits, s.codes.shape)
     zero = None
     if s.zero is not None:
-        zero = unpack_from_int32(pack_to_int32(s.zero, q.bits, packed_dim=0), q.bits, s.zero.shape, packed_dim=0)
+        zero = unpack_from_int32(
+            pack_to_int32(s.zero, q.bits, packed_dim=0), q.bits, s.zero.shape, packed_dim=0
+        )
     args = QuantizationArgs(
         num_bits=q.bits,
         type="int",
@@ -555,7 +639,9 @@ def test_compressed_tensors_reads_the_same_weight(option: Quantize | PruneQuanti
     assert torch.equal(peer_dequantize(codes, s.scale.float(), zero, args), s.weight)
     assert torch.equal(dequantize(s.codes, s.scale, s.zero, q.group_size), s.weight)
     # Stored values are grid points: rounding them again changes nothing.
-    assert torch.equal(quantize_to_grid(s.weight, s.scale, s.zero, bits=q.bits, group_size=q.group_size), s.codes)
+    assert torch.equal(
+        quantize_to_grid(s.weight, s.scale, s.zero, bits=q.bits, group_size=q.group_size), s.codes
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -572,9 +658,13 @@ def test_dtypes(dtype: torch.dtype) -> None:
     assert all(s.weight.dtype == compute for s in (keep, cast, rounded, pruned))
     assert torch.equal(keep.weight, W.to(compute))
     assert torch.equal(cast.weight, W.to(torch.bfloat16).to(compute))
-    assert torch.equal(pruned.weight, pruned.weight.to(dtype).to(compute)), "stored in the dtype of W"
+    assert torch.equal(pruned.weight, pruned.weight.to(dtype).to(compute)), (
+        "stored in the dtype of W"
+    )
     assert output_error(rounded.weight, W, A) < 1e-3 * output_error(torch.zeros_like(W), W, A)
-    assert rounded.scale is not None and rounded.scale.dtype == (dtype if dtype == torch.bfloat16 else torch.float16)
+    assert rounded.scale is not None and rounded.scale.dtype == (
+        dtype if dtype == torch.bfloat16 else torch.float16
+    )
 
 
 def test_options_and_chunks_do_not_influence_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -599,12 +689,18 @@ def test_options_and_chunks_do_not_influence_each_other(monkeypatch: pytest.Monk
         assert s.option is option
         torch.testing.assert_close(s.weight, alone.weight, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(s.weight, c.weight, rtol=1e-9, atol=1e-12)
-    assert torch.equal(W, before[0]) and torch.equal(A, before[1]) and torch.equal(torch.get_rng_state(), before[2])
+    assert (
+        torch.equal(W, before[0])
+        and torch.equal(A, before[1])
+        and torch.equal(torch.get_rng_state(), before[2])
+    )
 
 
 def test_without_inputs_rounds_to_nearest_and_prunes_by_magnitude() -> None:
     W = weight(6, 20)
-    rounded, pruned, both = solve(W, [QUANTIZERS[0], Prune(sparsity=0.4), PRUNERS[4]], None, layer="x")
+    rounded, pruned, both = solve(
+        W, [QUANTIZERS[0], Prune(sparsity=0.4), PRUNERS[4]], None, layer="x"
+    )
     uneven = solve(W, UNEVEN, None, layer="x")
     for j in range(20):
         for s in (rounded, *uneven):
@@ -617,7 +713,9 @@ def test_without_inputs_rounds_to_nearest_and_prunes_by_magnitude() -> None:
         )
     cut = W.abs().flatten().sort().values[round(0.4 * W.numel())]
     assert torch.equal(pruned.weight, torch.where(W.abs() >= cut, W, 0.0))
-    assert bool((both.weight[W.abs() < W.abs().flatten().sort().values[round(0.6 * W.numel())]] == 0).all())
+    assert bool(
+        (both.weight[W.abs() < W.abs().flatten().sort().values[round(0.6 * W.numel())]] == 0).all()
+    )
     assert rounded.damping == 0
 
 
@@ -632,19 +730,26 @@ def test_compensation_beats_rounding_on_correlated_inputs(option: Quantize) -> N
 
 
 def test_the_drift_moves_the_target_towards_what_undoes_it():
-    """At 8 bits rounding is nearly exact, so what comes out is the moved weight: DRIFT of the way to the solution of
-    ``min E|V x - W x~|^2 + ridge |V - W|^2``, found here as least squares on the inputs themselves."""
+    """At 8 bits rounding is nearly exact, so what comes out is the moved weight: DRIFT of the way
+    to the solution of ``min E|V x - W x~|^2 + ridge |V - W|^2``, found here as least squares on the
+    inputs themselves."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 12, generator=generator, dtype=torch.float64)
     original = x @ (torch.eye(12) + 0.2 * torch.randn(12, 12, generator=generator)).double() + 0.1
     W = torch.randn(5, 12, generator=generator, dtype=torch.float64)
     A, D = x.T @ x / 400, (original - x).T @ x / 400
     ridge = (RIDGE * float(A.diagonal().mean()) * 400) ** 0.5 * torch.eye(12, dtype=torch.float64)
-    best = torch.linalg.lstsq(torch.cat([x, ridge]), torch.cat([original @ W.T, ridge @ W.T])).solution.T
+    best = torch.linalg.lstsq(
+        torch.cat([x, ridge]), torch.cat([original @ W.T, ridge @ W.T])
+    ).solution.T
     options = [Quantize(bits=8, group_size=4), Prune(sparsity=0.5), Keep()]
     moved = solve(W, options, A, layer="a", damping=1e-9, drift=D)
     target = W + DRIFT * (best - W)
-    assert float((moved[0].weight - target).abs().max()) < 0.02 < float((moved[0].weight - W).abs().max())
+    assert (
+        float((moved[0].weight - target).abs().max())
+        < 0.02
+        < float((moved[0].weight - W).abs().max())
+    )
     assert torch.equal(moved[2].weight, W)
     # Pruning with the drift comes closer to the original outputs than without.
     still = solve(W, options, A, layer="a", damping=1e-9)

@@ -1,4 +1,5 @@
-"""Sparse storage: bytes against a reader of our own, every kind of layer in a fresh process, in memory, damage."""
+"""Sparse storage: bytes against a reader of our own, every kind of layer in a fresh process, in
+memory, damage."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ SPARSE = [
     cp.PruneCast(prune=cp.Prune(pattern="2:4"), cast=cp.Cast(dtype="bfloat16")),
     cp.PruneQuantize(prune=HALF, quantize=cp.Quantize(bits=4, group_size=7)),
     cp.PruneQuantize(prune=HALF, quantize=cp.Quantize(bits=5, symmetric=False)),
-    cp.PruneQuantize(prune=cp.Prune(pattern="1:4"), quantize=cp.Quantize(bits=2, group_size=16, symmetric=False)),
+    cp.PruneQuantize(
+        prune=cp.Prune(pattern="1:4"), quantize=cp.Quantize(bits=2, group_size=16, symmetric=False)
+    ),
     cp.PruneQuantize(prune=cp.Prune(sparsity=0.8), quantize=cp.Quantize(bits=8)),
 ]
 
@@ -62,14 +65,21 @@ def expand(tensors: dict, name: str, bits: int | None, group_size: int | None) -
     else:
         words = [w & 0xFFFFFFFF for w in tensors[f"{name}.weight_packed"].tolist()]
         stream = sum(word << (32 * i) for i, word in enumerate(words))
-        values = iter([((stream >> (bits * i)) & ((1 << bits) - 1)) - (1 << (bits - 1)) for i in range(sum(kept))])
+        values = iter(
+            [
+                ((stream >> (bits * i)) & ((1 << bits) - 1)) - (1 << (bits - 1))
+                for i in range(sum(kept))
+            ]
+        )
     for place in np.flatnonzero(kept):
         row, column = divmod(int(place), width)
         value = next(values)
         if bits is not None:
             group = 0 if group_size is None else column // group_size
             if f"{name}.weight_zero_point" in tensors:
-                words = [w & 0xFFFFFFFF for w in tensors[f"{name}.weight_zero_point"][:, group].tolist()]
+                words = [
+                    w & 0xFFFFFFFF for w in tensors[f"{name}.weight_zero_point"][:, group].tolist()
+                ]
                 stream = sum(word << (32 * i) for i, word in enumerate(words))
                 value -= ((stream >> (bits * row)) & ((1 << bits) - 1)) - (1 << (bits - 1))
             value *= float(tensors[f"{name}.weight_scale"][row, group])
@@ -93,7 +103,8 @@ def test_another_reader_finds_the_solved_weights_in_the_bytes_that_were_promised
 
 
 def test_how_many_weights_are_kept_is_known_before_anything_is_solved():
-    """Of each group of a grouped convolution or each expert its own share, by the rounding of Python's ``round``."""
+    """Of each group of a grouped convolution or each expert its own share, by the rounding of
+    Python's ``round``."""
     assert kept_weights(HALF, (5, 5)) == 25 - 12
     assert kept_weights(HALF, (10, 5), groups=2) == 2 * (25 - 12)
     assert kept_weights(cp.Prune(pattern="3:8"), (7, 16)) == 42
@@ -102,7 +113,9 @@ def test_how_many_weights_are_kept_is_known_before_anything_is_solved():
     layer = find_layers(conv)["0"]
     x = torch.randn(3, 60, 18)
     for sparsity in (0.5, 0.17, 1 / 3, 0.99):
-        solved = solve_layer(layer, [cp.Prune(sparsity=sparsity)], Moments(x.transpose(1, 2) @ x))[0]
+        solved = solve_layer(layer, [cp.Prune(sparsity=sparsity)], Moments(x.transpose(1, 2) @ x))[
+            0
+        ]
         assert int((solved.weight != 0).sum()) == kept_weights(solved.option, layer.shape, groups=3)
 
 
@@ -113,13 +126,26 @@ def models() -> dict[str, tuple[nn.Module, dict]]:
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4,
     )  # fmt: skip
-    gpt2 = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
-    convnext = ConvNextConfig(hidden_sizes=[16, 32], depths=[1, 1], num_stages=2, num_labels=5, image_size=32)
+    gpt2 = GPT2Config(
+        vocab_size=64,
+        n_embd=32,
+        n_layer=1,
+        n_head=2,
+        n_positions=16,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    convnext = ConvNextConfig(
+        hidden_sizes=[16, 32], depths=[1, 1], num_stages=2, num_labels=5, image_size=32
+    )
     return {
         "tied llama": (tiny.llama(), {"input_ids": torch.randint(0, 256, (2, 8))}),
         "gpt2": (GPT2LMHeadModel(gpt2), ids),
         "mixtral": (MixtralForCausalLM(mixtral), ids),
-        "convnext": (ConvNextForImageClassification(convnext), {"pixel_values": torch.randn(2, 3, 32, 32)}),
+        "convnext": (
+            ConvNextForImageClassification(convnext),
+            {"pixel_values": torch.randn(2, 3, 32, 32)},
+        ),
     }
 
 
@@ -138,7 +164,8 @@ for folder in json.load(open(sys.argv[1])):
 
 
 def test_every_kind_of_layer_comes_back_in_a_fresh_process(tmp_path):
-    """Linear, tied embeddings, Conv1D, stacked experts, grouped and depthwise convolutions; every kind of option."""
+    """Linear, tied embeddings, Conv1D, stacked experts, grouped and depthwise convolutions; every
+    kind of option."""
     options = [
         HALF,
         cp.PruneCast(prune=HALF, cast=cp.Cast(dtype="float16")),
@@ -152,10 +179,17 @@ def test_every_kind_of_layer_comes_back_in_a_fresh_process(tmp_path):
         folder = str(tmp_path / name)
         write_model(Path(folder), model, solved, {}, portable=False)
         on_disk = artifact.tensor_names(Path(folder))
-        promised = sum(artifact.layer_bytes(model, layers[n], s.option, portable=False) for n, s in solved.items())
-        assert sum(size for _, size in on_disk.values()) == promised + artifact.other_bytes(model, layers), folder
+        promised = sum(
+            artifact.layer_bytes(model, layers[n], s.option, portable=False)
+            for n, s in solved.items()
+        )
+        assert sum(size for _, size in on_disk.values()) == promised + artifact.other_bytes(
+            model, layers
+        ), folder
         assert sum(n.endswith(".weight_bitmask") for n in on_disk) > 0.8 * len(layers), folder
-        header = artifact.weights_file(Path(folder)).stat().st_size - sum(size for _, size in on_disk.values())
+        header = artifact.weights_file(Path(folder)).stat().st_size - sum(
+            size for _, size in on_disk.values()
+        )
         assert header <= artifact.header_bytes(model, layers), folder
         save_file({k: v.contiguous() for k, v in batch.items()}, folder + ".batch")
         with torch.no_grad():
@@ -163,13 +197,18 @@ def test_every_kind_of_layer_comes_back_in_a_fresh_process(tmp_path):
         folders.append(folder)
     (tmp_path / "folders.json").write_text(json.dumps(folders))
     ended = subprocess.run(
-        [sys.executable, "-c", READ, str(tmp_path / "folders.json")], capture_output=True, text=True, check=False
+        [sys.executable, "-c", READ, str(tmp_path / "folders.json")],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
     for folder in folders:
         for packed in (False, True):
             logits = load_file(f"{folder}.{packed}")["logits"]
-            torch.testing.assert_close(logits, expected[folder], rtol=0, atol=0, msg=f"{folder}, packed={packed}")
+            torch.testing.assert_close(
+                logits, expected[folder], rtol=0, atol=0, msg=f"{folder}, packed={packed}"
+            )
 
 
 def held(model: nn.Module) -> int:
@@ -182,7 +221,10 @@ def held(model: nn.Module) -> int:
 @pytest.mark.parametrize(
     ("option", "share"),
     [
-        (cp.PruneCast(prune=HALF, cast=cp.Cast(dtype="float16")), 0.35),  # (1 + 8) / 32 bits, and what is not pruned
+        (
+            cp.PruneCast(prune=HALF, cast=cp.Cast(dtype="float16")),
+            0.35,
+        ),  # (1 + 8) / 32 bits, and what is not pruned
         (cp.PruneQuantize(prune=HALF, quantize=cp.Quantize(bits=4)), 0.15),  # (1 + 2) / 32 bits
     ],
     ids=lambda x: getattr(x, "key", ""),
@@ -224,16 +266,24 @@ def test_the_smaller_form_is_taken_and_known_beforehand():
     form = lambda o: artifact.form_of(model, layer, o, portable=False)  # noqa: E731
     # One bit a weight and two int64 of shape, against what the pruned weights would take.
     assert form(cp.Prune(sparsity=0.02)) == "dense" and form(cp.Prune(sparsity=0.05)) == "sparse"
-    assert form(cp.PruneCast(prune=cp.Prune(sparsity=0.05), cast=cp.Cast(dtype="float16"))) == "dense"
+    assert (
+        form(cp.PruneCast(prune=cp.Prune(sparsity=0.05), cast=cp.Cast(dtype="float16"))) == "dense"
+    )
     assert form(cp.PruneQuantize(prune=HALF, quantize=cp.Quantize(bits=2))) == "packed"
     assert form(cp.PruneQuantize(prune=HALF, quantize=cp.Quantize(bits=3))) == "sparse"
     assert artifact.form_of(model, layer, HALF) == "dense"
-    assert artifact.form_of(model, layer, cp.PruneQuantize(prune=HALF, quantize=cp.Quantize(bits=4))) == "packed"
-    assert artifact.form_of(nn.Sequential(nn.Linear(2, 2)), layer, HALF) == "sparse"  # no other reader to think of
+    assert (
+        artifact.form_of(model, layer, cp.PruneQuantize(prune=HALF, quantize=cp.Quantize(bits=4)))
+        == "packed"
+    )
+    assert (
+        artifact.form_of(nn.Sequential(nn.Linear(2, 2)), layer, HALF) == "sparse"
+    )  # no other reader to think of
 
 
 def test_zeros_that_were_there_before_are_stored_as_if_they_were_not(tmp_path):
-    """A weight of zeros, and values that a narrower type rounds to zero: the size stays what the ledger said."""
+    """A weight of zeros, and values that a narrower type rounds to zero: the size stays what the
+    ledger said."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
     with torch.no_grad():
@@ -252,16 +302,23 @@ def test_zeros_that_were_there_before_are_stored_as_if_they_were_not(tmp_path):
 
 def test_a_budget_chooses_among_sparse_and_packed_layers_by_bytes_on_disk(tmp_path):
     model = tiny.llama(tied=False)
-    data = [{"input_ids": torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(i))} for i in range(30)]
+    data = [
+        {"input_ids": torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(i))}
+        for i in range(30)
+    ]
     options = [
         HALF,
         cp.PruneCast(prune=HALF, cast=cp.Cast(dtype="float16")),
         cp.PruneQuantize(prune=cp.Prune(pattern="2:4"), quantize=cp.Quantize(bits=4)),
         cp.Quantize(bits=2),
     ]
-    result = cp.compress(model, data, options=options, budget=cp.Budget(max_bytes=50_000), settings=OURS)
+    result = cp.compress(
+        model, data, options=options, budget=cp.Budget(max_bytes=50_000), settings=OURS
+    )
     result.save(tmp_path)
-    forms = {e["form"] for e in json.loads((tmp_path / artifact.MANIFEST).read_text())["layers"].values()}
+    forms = {
+        e["form"] for e in json.loads((tmp_path / artifact.MANIFEST).read_text())["layers"].values()
+    }
     assert {"sparse", "packed"} <= forms
     on_disk = artifact.tensor_names(tmp_path)
     assert sum(size for _, size in on_disk.values()) == result.plan.bytes
@@ -270,7 +327,9 @@ def test_a_budget_chooses_among_sparse_and_packed_layers_by_bytes_on_disk(tmp_pa
         mine = sum(size for n, (_, size) in on_disk.items() if n.startswith(f"{name}.weight"))
         assert mine == result.ledger.layer_rows(name)[key].bytes, (name, key)
     with torch.no_grad():
-        assert torch.equal(cp.load(tmp_path)(**data[0]).logits, result.model.eval()(**data[0]).logits)
+        assert torch.equal(
+            cp.load(tmp_path)(**data[0]).logits, result.model.eval()(**data[0]).logits
+        )
 
 
 def test_a_portable_artifact_says_what_its_zeros_cost(tmp_path):
@@ -279,8 +338,13 @@ def test_a_portable_artifact_says_what_its_zeros_cost(tmp_path):
     portable = cp.prune(model, [batch], sparsity=0.5)
     numel = sum(layer.numel for layer in find_layers(model).values())
     assert len(portable.plan.notes) == 1
-    assert f"zeros of {len(find_layers(model))} pruned layer(s) are stored" in portable.plan.notes[0]
-    assert f"{4 * numel / 1e6:.1f} MB" in portable.plan.notes[0] and "portable: false" in portable.plan.notes[0]
+    assert (
+        f"zeros of {len(find_layers(model))} pruned layer(s) are stored" in portable.plan.notes[0]
+    )
+    assert (
+        f"{4 * numel / 1e6:.1f} MB" in portable.plan.notes[0]
+        and "portable: false" in portable.plan.notes[0]
+    )
     portable.save(tmp_path / "portable")
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "portable").eval()
     assert torch.equal(theirs(**batch).logits, portable.model.eval()(**batch).logits)
@@ -300,8 +364,16 @@ def test_what_is_kept_may_be_cast_in_a_portable_artifact_too(tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     with torch.no_grad():
         assert torch.equal(theirs(**batch).logits, result.model.eval()(**batch).logits)
-    with pytest.raises(ValueError, match=r"layer 0: option prune0\.5\+float16: weights overflow float16; cast to bfl"):
-        cp.prune(nn.Sequential(huge()), [(torch.randn(4, 4), torch.zeros(4).long())], sparsity=0.5, dtype="float16")
+    with pytest.raises(
+        ValueError,
+        match=r"layer 0: option prune0\.5\+float16: weights overflow float16; cast to bfl",
+    ):
+        cp.prune(
+            nn.Sequential(huge()),
+            [(torch.randn(4, 4), torch.zeros(4).long())],
+            sparsity=0.5,
+            dtype="float16",
+        )
     with pytest.raises(ValueError, match="unknown dtype 'int8'; choose float16 or bfloat16"):
         cp.prune(model, [batch], sparsity=0.5, dtype="int8")
     with pytest.raises(ValueError, match="structured goes without"):
@@ -330,7 +402,10 @@ def test_damage_is_found_and_named(option, tmp_path):
     mask = whole["0.weight_bitmask"]
     flipped = mask.clone()
     flipped[2] ^= 4
-    broken(r": its bitmask keeps (29|31) weights, not what prune0\.5.* keeps; the file is damaged", bitmask=flipped)
+    broken(
+        r": its bitmask keeps (29|31) weights, not what prune0\.5.* keeps; the file is damaged",
+        bitmask=flipped,
+    )
     spare = mask.clone()
     lowest = int(mask[2]) & -int(mask[2])
     spare[2] ^= lowest
@@ -350,7 +425,9 @@ def test_damage_is_found_and_named(option, tmp_path):
 def test_a_solution_with_too_few_zeros_is_not_written():
     layer = find_layers(nn.Sequential(nn.Linear(4, 4)))["0"]
     solved = Solved(option=HALF, weight=torch.ones(4, 4))
-    with pytest.raises(ValueError, match=r"layer 0: 16 of 16 weights are not zero, but option prune0\.5 keeps 8"):
+    with pytest.raises(
+        ValueError, match=r"layer 0: 16 of 16 weights are not zero, but option prune0\.5 keeps 8"
+    ):
         artifact.stored_tensors(layer, solved, form="sparse")
 
 
@@ -362,7 +439,9 @@ def test_dense_export_is_an_ordinary_model(portable, tmp_path):
     batch = {"input_ids": torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(0))}
     result = cp.prune(model, [batch], sparsity=0.5, settings=cp.Settings(portable=portable))
     result.save(tmp_path / "sparse", tokenizer=tiny.byte_tokenizer())
-    ended = CliRunner().invoke(app, ["export", str(tmp_path / "sparse"), str(tmp_path / "dense"), "--format", "dense"])
+    ended = CliRunner().invoke(
+        app, ["export", str(tmp_path / "sparse"), str(tmp_path / "dense"), "--format", "dense"]
+    )
     assert ended.exit_code == 0, ended.output
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
     with torch.no_grad():
@@ -378,7 +457,10 @@ def test_dense_export_is_an_ordinary_model(portable, tmp_path):
 def test_shapes_that_no_config_describes_are_not_exported(tmp_path):
     pytest.importorskip("torch_pruning")
     model = tiny.llama()
-    data = [{"input_ids": torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(i))} for i in range(3)]
+    data = [
+        {"input_ids": torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(i))}
+        for i in range(3)
+    ]
     result = cp.prune(model, data, structured=0.2)
     assert not result.portable
     with pytest.raises(ValueError, match=r"no config describes its shapes.*uniform=True"):
@@ -389,13 +471,21 @@ def test_gptq_export_reads_a_sparse_artifact(tmp_path):
     """The same checkpoint from a sparse and from a packed artifact."""
     model = tiny.llama(tied=False, hidden=64)
     batch = {"input_ids": torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(0))}
-    option = cp.PruneQuantize(prune=HALF, quantize=cp.Quantize(bits=4, group_size=16, symmetric=False))
+    option = cp.PruneQuantize(
+        prune=HALF, quantize=cp.Quantize(bits=4, group_size=16, symmetric=False)
+    )
     written = []
     for portable in (True, False):
         result = cp.compress(
-            model, [batch], options=[option], layers="model.layers.*", settings=cp.Settings(portable=portable)
+            model,
+            [batch],
+            options=[option],
+            layers="model.layers.*",
+            settings=cp.Settings(portable=portable),
         )
         folder = result.save(tmp_path / f"{portable}")
-        written.append(load_file(cp.export_gptq(folder, tmp_path / f"gptq {portable}") / "model.safetensors"))
+        written.append(
+            load_file(cp.export_gptq(folder, tmp_path / f"gptq {portable}") / "model.safetensors")
+        )
     assert written[0].keys() == written[1].keys()
     assert all(torch.equal(written[0][name], written[1][name]) for name in written[0])

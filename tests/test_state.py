@@ -43,4 +43,7 @@ def test_the_log_knows_what_was_resumed():
         advance(3)
     with log.stage("second", 3, done=2):
         pass
-    assert [(entry["name"], entry["resumed"]) for entry in log.log] == [("first", False), ("second", True)]
+    assert [(entry["name"], entry["resumed"]) for entry in log.log] == [
+        ("first", False),
+        ("second", True),
+    ]

@@ -1,4 +1,5 @@
-"""Structured pruning: the algebra against least squares and exhaustive search, the surgery against zeroed columns."""
+"""Structured pruning: the algebra against least squares and exhaustive search, the surgery against
+zeroed columns."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ from curvprune.objective import Classification, evaluate, make_objective
 from curvprune.solve.structured import Reader, compensate, removal_order
 from curvprune.structured import Structured, Work, choose_widths
 
-# -------------------------------------------------------------------------------------------------------------- algebra
+# ------------------------------------------------------------------------------------------ algebra
 
 
 def problem(seed: int, *, out: int = 5, units: int = 6, k: int = 2, constant: bool = False):
@@ -52,10 +53,16 @@ def test_compensation_is_least_squares_on_the_inputs_that_stay(constant):
     x, W, A, columns = problem(0, constant=constant)
     keep = columns[[0, 2, 3, 5]].flatten()
     smaller, shift = compensate(W, A, keep, name="w", damping=0.0)
-    kept = torch.cat([x[:, keep], torch.ones(200, 1, dtype=torch.float64)], 1) if constant else x[:, keep]
+    kept = (
+        torch.cat([x[:, keep], torch.ones(200, 1, dtype=torch.float64)], 1)
+        if constant
+        else x[:, keep]
+    )
     expected = torch.linalg.lstsq(kept, x @ W.T).solution.T
     torch.testing.assert_close(smaller[:, keep], expected[:, : len(keep)])
-    torch.testing.assert_close(shift, expected[:, -1] if constant else torch.zeros(5, dtype=torch.float64))
+    torch.testing.assert_close(
+        shift, expected[:, -1] if constant else torch.zeros(5, dtype=torch.float64)
+    )
     gone = torch.ones(12, dtype=torch.bool)
     gone[keep] = False
     assert not smaller[:, gone].any()
@@ -63,7 +70,9 @@ def test_compensation_is_least_squares_on_the_inputs_that_stay(constant):
 
 def test_drift_is_undone_by_the_asked_share():
     x, W, A, _ = problem(1)
-    original = x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    original = x + 0.3 * torch.randn(
+        x.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64
+    )
     D = (original - x).T @ x / 200
     for share in (0.0, 0.5, 1.0):
         solved, _ = compensate(W, A, torch.arange(12), name="w", drift=D, share=share, damping=0.0)
@@ -72,7 +81,8 @@ def test_drift_is_undone_by_the_asked_share():
 
 
 def loss_of(readers, kept, rows):
-    """Brute force: the row-weighted error of several readers with only the units ``kept``, everything refitted."""
+    """Brute force: the row-weighted error of several readers with only the units ``kept``,
+    everything refitted."""
     total = 0.0
     for (x, W, _, columns), weight in zip(readers, rows, strict=True):
         K = columns[list(kept)].flatten()
@@ -86,7 +96,8 @@ def test_every_greedy_step_removes_the_unit_that_costs_least(seed):
     parts = [problem(seed), problem(seed + 100, out=3)]
     rows = [torch.rand(5, dtype=torch.float64) + 0.1, torch.rand(3, dtype=torch.float64) + 0.1]
     readers = [
-        Reader(weight=W, second=A, columns=c, rows=r, name="w") for (_, W, A, c), r in zip(parts, rows, strict=True)
+        Reader(weight=W, second=A, columns=c, rows=r, name="w")
+        for (_, W, A, c), r in zip(parts, rows, strict=True)
     ]
     order = removal_order(readers, until=1, damping=0.0)
     left = set(range(6))
@@ -104,7 +115,9 @@ def test_the_greedy_choice_is_near_the_best_of_all():
         part = problem(seed, units=6, k=1)
         rows = [torch.ones(5, dtype=torch.float64)]
         order = removal_order(
-            [Reader(weight=part[1], second=part[2], columns=part[3], rows=rows[0], name="w")], until=3, damping=0.0
+            [Reader(weight=part[1], second=part[2], columns=part[3], rows=rows[0], name="w")],
+            until=3,
+            damping=0.0,
         )
         best = min(loss_of([part], kept, rows) for kept in itertools.combinations(range(6), 3))
         ratios.append(loss_of([part], set(range(6)) - set(order), rows) / best)
@@ -117,11 +130,12 @@ def test_a_singular_moment_is_named():
         compensate(torch.ones(2, 3), torch.zeros(3, 3), torch.arange(2), name="blocks.3")
 
 
-# --------------------------------------------------------------------------------------------------------------- models
+# ------------------------------------------------------------------------------------------- models
 
 
 class Residual(nn.Module):
-    """A residual stream of 8 channels with BatchNorm, a depthwise convolution and a linear head behind a flatten."""
+    """A residual stream of 8 channels with BatchNorm, a depthwise convolution and a linear head
+    behind a flatten."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,7 +168,10 @@ def vit():
         image_size=8, patch_size=4, num_channels=1, hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=32, num_labels=3, initializer_range=0.2,
     )  # fmt: skip
-    data = [{"pixel_values": torch.randn(8, 1, 8, 8), "labels": torch.randint(0, 3, (8,))} for _ in range(3)]
+    data = [
+        {"pixel_values": torch.randn(8, 1, 8, 8), "labels": torch.randint(0, 3, (8,))}
+        for _ in range(3)
+    ]
     return ViTForImageClassification(config).eval(), data
 
 
@@ -179,7 +196,9 @@ def llama(**changes):
         vocab_size=64, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=8, head_dim=4,
         **{"num_key_value_heads": 4, "initializer_range": 0.2, "tie_word_embeddings": True, **changes},
     )  # fmt: skip
-    return LlamaForCausalLM(config).eval(), [{"input_ids": torch.randint(0, 64, (8, 12))} for _ in range(3)]
+    return LlamaForCausalLM(config).eval(), [
+        {"input_ids": torch.randint(0, 64, (8, 12))} for _ in range(3)
+    ]
 
 
 def gpt2(**changes):
@@ -211,16 +230,26 @@ def logits(model: nn.Module, batch) -> torch.Tensor:
 
 EXPECTED = {
     "cnn": {"stem": ("channels", 8), "conv1": ("channels", 12), "hidden": ("mlp", 20)},
-    "vit": {f"vit.layers.{i}.{n}": c for i in (0, 1) for n, c in (("attention", ("heads", 4)), ("mlp", ("mlp", 32)))},
+    "vit": {
+        f"vit.layers.{i}.{n}": c
+        for i in (0, 1)
+        for n, c in (("attention", ("heads", 4)), ("mlp", ("mlp", 32)))
+    },
     "bert": {
         **{f"bert.encoder.layer.{i}.attention": ("heads", 4) for i in (0, 1)},
         **{f"bert.encoder.layer.{i}": ("mlp", 32) for i in (0, 1)},
         "bert.pooler.dense": ("mlp", 24),
     },
     "llama": {
-        f"model.layers.{i}.{n}": c for i in (0, 1) for n, c in (("self_attn", ("heads", 4)), ("mlp", ("mlp", 32)))
+        f"model.layers.{i}.{n}": c
+        for i in (0, 1)
+        for n, c in (("self_attn", ("heads", 4)), ("mlp", ("mlp", 32)))
     },
-    "gpt2": {f"transformer.h.{i}.{n}": c for i in (0, 1) for n, c in (("attn", ("heads", 4)), ("mlp", ("mlp", 96)))},
+    "gpt2": {
+        f"transformer.h.{i}.{n}": c
+        for i in (0, 1)
+        for n, c in (("attn", ("heads", 4)), ("mlp", ("mlp", 96)))
+    },
 }
 
 
@@ -231,13 +260,17 @@ def test_surgery_leaves_what_zeroed_columns_leave(kind):
     cuts = {n: c for n, c in found.cuts.items() if c.kind != "blocks"}
     assert {n: (c.kind, c.units) for n, c in cuts.items()} == EXPECTED[kind]
     g = torch.Generator().manual_seed(1)
-    removed = {n: torch.randperm(c.units, generator=g)[: c.units // 2].tolist() for n, c in cuts.items()}
+    removed = {
+        n: torch.randperm(c.units, generator=g)[: c.units // 2].tolist() for n, c in cuts.items()
+    }
     work = Work(model, objective, data[0], cuts)
     silenced = copy.deepcopy(model)
     silence_(find_layers(silenced), cuts, removed)
     smaller = copy.deepcopy(silenced)
     remove_(smaller, cuts, removed)
-    torch.testing.assert_close(logits(smaller, data[1]), logits(silenced, data[1]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        logits(smaller, data[1]), logits(silenced, data[1]), rtol=1e-4, atol=1e-5
+    )
     assert not torch.allclose(logits(smaller, data[1]), logits(model, data[1]), rtol=1e-2)
     left = {n: c.units - len(removed[n]) for n, c in cuts.items()}
     for tried, share in ((model, {}), (smaller, left)):
@@ -248,7 +281,8 @@ def test_surgery_leaves_what_zeroed_columns_leave(kind):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_gpt2_without_units_is_gpt2_whose_projections_have_zero_rows(attention):
-    """By the layout of the class: Conv1D's weight is (in, out), and c_attn puts out queries, keys, values in turn."""
+    """By the layout of the class: Conv1D's weight is (in, out), and c_attn puts out queries, keys,
+    values in turn."""
     model, data, objective = make("gpt2", attn_implementation=attention, n_inner=40)
     cuts = find_cuts(model, objective, data[0]).cuts
     heads, units = {0: [1, 2], 1: [3]}, {0: [0, 7, 39], 1: [5]}
@@ -260,16 +294,24 @@ def test_gpt2_without_units_is_gpt2_whose_projections_have_zero_rows(attention):
             block.mlp.c_proj.weight[units[i]] = 0
         removed |= {f"transformer.h.{i}.attn": heads[i], f"transformer.h.{i}.mlp": units[i]}
     remove_(smaller, cuts, removed)
-    torch.testing.assert_close(logits(smaller, data[1]), logits(zeroed, data[1]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        logits(smaller, data[1]), logits(zeroed, data[1]), rtol=1e-4, atol=1e-5
+    )
     for i, block in enumerate(smaller.transformer.h):
         left = [h for h in range(4) if h not in heads[i]]
         whole = model.transformer.h[i].attn.c_attn
-        assert torch.equal(block.attn.c_attn.weight, whole.weight.view(24, 3, 4, 6)[:, :, left].flatten(1))
+        assert torch.equal(
+            block.attn.c_attn.weight, whole.weight.view(24, 3, 4, 6)[:, :, left].flatten(1)
+        )
         assert torch.equal(block.attn.c_attn.bias, whole.bias.view(3, 4, 6)[:, left].flatten())
         assert (block.mlp.c_fc.nf, block.mlp.c_proj.nx) == (40 - len(units[i]), 40 - len(units[i]))
 
 
-CASES = {f"{kind}-{u}": (kind, {"structured": 0.3, "uniform": u}) for kind in MODELS for u in (True, False)}
+CASES = {
+    f"{kind}-{u}": (kind, {"structured": 0.3, "uniform": u})
+    for kind in MODELS
+    for u in (True, False)
+}
 CASES |= {
     f"{kind}-{of}": (kind, {"structured": {of: 0.5}, "uniform": True})
     for kind in ("bert", "gpt2", "vit")
@@ -286,7 +328,9 @@ def reloaded(tmp_path_factory):
         model, data, _ = make(kind)
         before = {n: t.clone() for n, t in model.state_dict().items()}
         result = cp.prune(model, data, **asked)
-        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()), "the input model is untouched"
+        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()), (
+            "the input model is untouched"
+        )
         folder = result.save(root / case)
         torch.save(data[0], root / f"{case}.data")
         results[case] = result, folder, logits(result.model, data[0]), data[0]
@@ -312,30 +356,42 @@ def test_pruned_saved_and_reloaded_in_a_fresh_process(reloaded, kind, uniform):
     result, folder, expected, batch = results[f"{kind}-{uniform}"]
     assert result.macs[0] <= 0.7 * result.macs[1]
     assert result.parameters[0] == sum(p.numel() for p in result.model.parameters())
-    torch.testing.assert_close(torch.load(root / f"{kind}-{uniform}.logits", weights_only=True), expected)
-    whole = all(left == of for n, (left, of) in result.cuts.items() if EXPECTED[kind][n][0] == "heads")
+    torch.testing.assert_close(
+        torch.load(root / f"{kind}-{uniform}.logits", weights_only=True), expected
+    )
+    whole = all(
+        left == of for n, (left, of) in result.cuts.items() if EXPECTED[kind][n][0] == "heads"
+    )
     assert result.portable == (uniform and (kind in ("vit", "llama") or (kind == "gpt2" and whole)))
     if result.portable:
         plain = type(result.model).from_pretrained(folder)
         torch.testing.assert_close(logits(plain, batch), expected)
-        sizes = {p.shape for n, p in plain.named_parameters() if n.endswith(("up_proj.weight", "fc1.weight"))}
+        sizes = {
+            p.shape
+            for n, p in plain.named_parameters()
+            if n.endswith(("up_proj.weight", "fc1.weight"))
+        }
         assert len(sizes) <= 1
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "vit"])
 @pytest.mark.parametrize("of", ["heads", "mlp"])
 def test_what_a_config_cannot_say_is_for_load_alone_and_a_note_tells(reloaded, kind, of):
-    """BERT and GPT-2 divide their hidden size by the number of heads, so that no config has fewer of the same size;
-    ViT's has a head_dim."""
+    """BERT and GPT-2 divide their hidden size by the number of heads, so that no config has fewer
+    of the same size; ViT's has a head_dim."""
     root, results = reloaded
     result, folder, expected, batch = results[f"{kind}-{of}"]
     units = {n: c for n, c in result.cuts.items() if EXPECTED[kind][n][0] == of}
     assert len(units) == 2 and all(2 * left == before for left, before in units.values())
-    torch.testing.assert_close(torch.load(root / f"{kind}-{of}.logits", weights_only=True), expected)
+    torch.testing.assert_close(
+        torch.load(root / f"{kind}-{of}.logits", weights_only=True), expected
+    )
     told = [n for n in result.notes if "from_pretrained does not" in n]
     assert result.portable == (of == "mlp" or kind == "vit") == (not told)
     if result.portable:
-        torch.testing.assert_close(logits(type(result.model).from_pretrained(folder), batch), expected)
+        torch.testing.assert_close(
+            logits(type(result.model).from_pretrained(folder), batch), expected
+        )
     else:
         assert told[0].endswith(f"{type(result.model.config).__name__} cannot say heads 2 (of 4)")
         with pytest.raises(OSError, match=r"no file named model\.safetensors"):
@@ -350,18 +406,23 @@ def test_whole_blocks_leave_and_plain_transformers_reads_the_rest(tmp_path, kind
     blocks = model.get_submodule(gone.rpartition(".")[0])
     other = blocks[1 - int(gone[-1])]
     (left,) = result.model.get_submodule(gone.rpartition(".")[0])
-    assert all(torch.equal(a, b) for a, b in zip(left.parameters(), other.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(left.parameters(), other.parameters(), strict=True)
+    )
     blocks[int(gone[-1])].register_forward_hook(
         lambda m, args, y: args[0] if isinstance(y, torch.Tensor) else (args[0],)
     )
     torch.testing.assert_close(logits(result.model, data[0]), logits(model, data[0]))
-    assert result.portable and result.parameters[0] == sum(p.numel() for p in result.model.parameters())
+    assert result.portable and result.parameters[0] == sum(
+        p.numel() for p in result.model.parameters()
+    )
     plain = type(model).from_pretrained(result.save(tmp_path))
     torch.testing.assert_close(logits(plain, data[0]), logits(result.model, data[0]))
 
 
 def test_blocks_whose_place_is_in_a_number_of_theirs_are_for_load_alone(tmp_path):
-    """GPT-2 can divide the scores of a block by its place: the second block would divide by one as the first."""
+    """GPT-2 can divide the scores of a block by its place: the second block would divide by one as
+    the first."""
     model, data, _ = make("gpt2", scale_attn_by_inverse_layer_idx=True)
     with torch.no_grad():
         for layer in (model.transformer.h[0].attn.c_proj, model.transformer.h[0].mlp.c_proj):
@@ -370,7 +431,9 @@ def test_blocks_whose_place_is_in_a_number_of_theirs_are_for_load_alone(tmp_path
     result = cp.prune(model, data, structured={"blocks": 0.5})
     assert result.cuts["transformer.h.0 whole"] == (0, 1)
     assert not result.portable and "cannot say what is left of the blocks" in result.notes[-1]
-    torch.testing.assert_close(logits(cp.load(result.save(tmp_path)), data[0]), logits(result.model, data[0]))
+    torch.testing.assert_close(
+        logits(cp.load(result.save(tmp_path)), data[0]), logits(result.model, data[0])
+    )
 
 
 def test_blocks_of_what_was_pruned_are_removed_and_loaded_and_saved_again(tmp_path):
@@ -381,7 +444,9 @@ def test_blocks_of_what_was_pruned_are_removed_and_loaded_and_saved_again(tmp_pa
     torch.testing.assert_close(logits(loaded, data[0]), logits(result.model, data[0]))
     assert len(loaded.model.layers) == loaded.config.num_hidden_layers == 1
     again = cp.quantize(loaded, data, bits=8)
-    torch.testing.assert_close(logits(cp.load(again.save(tmp_path / "two")), data[0]), logits(again.model, data[0]))
+    torch.testing.assert_close(
+        logits(cp.load(again.save(tmp_path / "two")), data[0]), logits(again.model, data[0])
+    )
 
 
 @pytest.mark.parametrize("kind, units", [("llama", 32), ("gpt2", 96)])
@@ -396,7 +461,12 @@ def test_choice_and_compensation_each_lower_the_loss(kind, units):
     largest = {}
     for name, cut in cuts.items():
         layer = find_layers(model)[cut.reads[0].module]
-        largest[name] = layer.as_matrix(layer.weight).norm(dim=0).topk(units // 2, largest=False).indices.tolist()
+        largest[name] = (
+            layer.as_matrix(layer.weight)
+            .norm(dim=0)
+            .topk(units // 2, largest=False)
+            .indices.tolist()
+        )
     reference = cp.LabelFree(model, per_token=True)
     losses = {}
     for how, removed in (("largest", largest), ("uncompensated", ours.removed)):
@@ -428,7 +498,9 @@ def test_the_choice_of_widths_is_the_best_of_all():
         prices = {n: torch.rand(3, generator=g).sort().values.tolist() for n in cuts}
         prices = {n: [0.0, p[1], p[1] + p[2]] for n, p in prices.items()}
         for share in (0.2, 0.5):
-            chosen = choose_widths(cuts, widths, prices, partial(work, "macs"), Structured(share=share))
+            chosen = choose_widths(
+                cuts, widths, prices, partial(work, "macs"), Structured(share=share)
+            )
             limit = (1 - share) * work("macs", {})
             assert work("macs", chosen) <= limit
             paid = sum(prices[n][widths[n].index(w)] for n, w in chosen.items())
@@ -457,7 +529,7 @@ def test_a_budget_certifies():
     assert result.verdict is not None and result.verdict.status == "CERTIFIED"
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 class Fixed(nn.Module):
@@ -499,9 +571,15 @@ class Mixed(nn.Module):
     [
         (Fixed(), r"one: .*fails at `return self\.two\(self\.one\(x\)\.reshape\(-1, 2, 3\)"),
         (Mixed(), r"computes something else"),
-        (Hidden(), r"cannot trace Hidden: `detach` leaves autograd's graph, in `return torch\.tensor\(self\.one"),
+        (
+            Hidden(),
+            r"cannot trace Hidden: `detach` leaves autograd's graph, in `return torch\.tensor\(self\.one",
+        ),
         (nn.Sequential(nn.Linear(4, 2)), r"no prunable .* in Sequential"),
-        (nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2)), r"0: its dimension passes LayerNorm \(1\)"),
+        (
+            nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2)),
+            r"0: its dimension passes LayerNorm \(1\)",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_cut_says_where(model, message):
@@ -546,7 +624,9 @@ def test_what_was_pruned_can_be_pruned_and_quantized_and_saved(tmp_path, kind):
     result = cp.quantize(second, data, bits=8, layers=["hidden", "head"] if kind == "cnn" else "*")
     folder = result.save(tmp_path / "out")
     extra = {"model": Residual()} if kind == "cnn" else {}
-    torch.testing.assert_close(logits(cp.load(folder, **extra), data[0]), logits(result.model, data[0]))
+    torch.testing.assert_close(
+        logits(cp.load(folder, **extra), data[0]), logits(result.model, data[0])
+    )
 
 
 def test_a_folder_is_not_loaded_into_another_architecture(tmp_path):
@@ -563,15 +643,22 @@ def test_prices_are_half_the_fisher_along_the_compensated_change(dense):
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.3)
     x, y = torch.randn(40, 4, dtype=torch.float64), torch.zeros(40, dtype=torch.long)
-    split = cp.Split(items=tuple((x[i : i + 1], y[i : i + 1]) for i in range(40)), documents=tuple(map(str, range(40))))
+    split = cp.Split(
+        items=tuple((x[i : i + 1], y[i : i + 1]) for i in range(40)),
+        documents=tuple(map(str, range(40))),
+    )
     objective = cp.Classification()
     asked = Structured(share=0.3, widths=4)
     found = find_cuts(net, objective, split.items[0])
     ((name, cut),) = found.cuts.items()
     widths = {name: structured._widths(cut, asked)}
-    plans = structured._solve_widths(net, objective, split, found, widths, asked, seed=0, batch_size=8)
+    plans = structured._solve_widths(
+        net, objective, split, found, widths, asked, seed=0, batch_size=8
+    )
     work = Work(net, objective, split.items[0], found.cuts)
-    ledger = structured._prices(net, objective, split, found.cuts, find_layers(net), plans, work, labels=100, seed=0)
+    ledger = structured._prices(
+        net, objective, split, found.cuts, find_layers(net), plans, work, labels=100, seed=0
+    )
     with torch.no_grad():
         hidden, p = net[:2](x), net(x).softmax(1)
     for width, change in zip(widths[name][1:], plans[name].changes["2"], strict=True):
@@ -581,7 +668,7 @@ def test_prices_are_half_the_fisher_along_the_compensated_change(dense):
         assert ledger.layer_rows(name)[str(width)].price == pytest.approx(float(exact), rel=0.1)
 
 
-# -------------------------------------------------------------------------------------------------------------- latency
+# ------------------------------------------------------------------------------------------ latency
 
 
 def steps(module: nn.Module) -> float:
@@ -616,7 +703,9 @@ def timed_widths(kind: str, **asked):
     model, data, objective = make(kind)
     items = as_split(data)
     splits = cp.Splits(calibrate=items, price=items, select=items, certify=items)
-    return model, structured.offered_widths(model, objective, splits, Structured(of="latency", **asked))
+    return model, structured.offered_widths(
+        model, objective, splits, Structured(of="latency", **asked)
+    )
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -635,11 +724,16 @@ def test_predicted_latency_is_that_of_the_smaller_model_and_alike_parts_are_time
     assert len(clock) == asked, "no width is timed twice"
     if kind in ("vit", "llama", "gpt2"):
         assert len(cost._given) == 2, "blocks look alike"
-    assert len({repr(m) for m in clock[2 : 2 + len(cost._given)]}) == len(cost._given) < len(cost._parts)
+    assert (
+        len({repr(m) for m in clock[2 : 2 + len(cost._given)]})
+        == len(cost._given)
+        < len(cost._parts)
+    )
 
 
 def test_layers_between_two_cuts_are_timed_whichever_kind_they_are(clock):
-    """The middle one of three Conv1D loses outputs and inputs, and gets inputs as narrow as it has become."""
+    """The middle one of three Conv1D loses outputs and inputs, and gets inputs as narrow as it has
+    become."""
     torch.manual_seed(0)
     model = nn.Sequential(Conv1D(16, 4), nn.ReLU(), Conv1D(24, 16), nn.ReLU(), Conv1D(3, 24)).eval()
     batch = (torch.randn(5, 4), torch.randint(0, 3, (5,)))
@@ -657,7 +751,9 @@ class Again(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = (nn.Sequential(nn.Linear(8, n), nn.ReLU(), nn.Linear(n, 8)) for n in (32, 48))
+        self.first, self.second = (
+            nn.Sequential(nn.Linear(8, n), nn.ReLU(), nn.Linear(n, 8)) for n in (32, 48)
+        )
         self.head = nn.Linear(8, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -666,15 +762,20 @@ class Again(nn.Module):
         return self.head(x)
 
 
-def test_parts_that_are_called_again_count_again_and_the_sum_is_that_of_the_whole_model(monkeypatch):
-    """A made-up clock by which the whole model takes half as long again as its parts, at any width."""
+def test_parts_that_are_called_again_count_again_and_the_sum_is_that_of_the_whole_model(
+    monkeypatch,
+):
+    """A made-up clock by which the whole model takes half as long again as its parts, at any
+    width."""
 
     def exact(module: nn.Module) -> float:
         if not isinstance(module, Again):
             return steps(module)
         return 1.5 * (1.0 + 2 * steps(module.first) + steps(module.second))
 
-    monkeypatch.setattr(latency, "seconds", lambda runs, enough: [exact(run.module) for run in runs])
+    monkeypatch.setattr(
+        latency, "seconds", lambda runs, enough: [exact(run.module) for run in runs]
+    )
     torch.manual_seed(0)
     model, batch = Again().eval(), (torch.randn(2, 8), torch.tensor([0, 1]))
     found = find_cuts(model, Classification(), batch)
@@ -692,21 +793,31 @@ def test_the_widths_for_a_latency_are_the_cheapest_of_all(clock, kind):
     _, (found, _, widths, cost) = timed_widths(kind, share=0.3, widths=3)
     g = torch.Generator().manual_seed(0)
     for _ in range(5):
-        prices = {n: [0.0, *torch.rand(len(w) - 1, generator=g).cumsum(0).tolist()] for n, w in widths.items()}
-        chosen = structured._reaching(found.cuts, widths, prices, cost, Structured(share=0.3, of="latency"))
+        prices = {
+            n: [0.0, *torch.rand(len(w) - 1, generator=g).cumsum(0).tolist()]
+            for n, w in widths.items()
+        }
+        chosen = structured._reaching(
+            found.cuts, widths, prices, cost, Structured(share=0.3, of="latency")
+        )
         assert cost(chosen) <= 0.7 * cost({})
         paid = total(prices, widths, chosen)
-        every = (dict(zip(widths, plan, strict=True)) for plan in itertools.product(*widths.values()))
+        every = (
+            dict(zip(widths, plan, strict=True)) for plan in itertools.product(*widths.values())
+        )
         best = min(total(prices, widths, plan) for plan in every if cost(plan) <= 0.7 * cost({}))
         assert paid <= best * (1 + 1e-9) if kind == "llama" else paid <= 1.25 * best
 
 
 @pytest.mark.parametrize("factor", [0.6, 1.5])
 def test_the_choice_is_made_again_by_what_was_measured(clock, factor):
-    """A table that promises too much, and one that promises too little: what is measured decides."""
+    """A table that promises too much, and one that promises too little: what is measured
+    decides."""
     _, (found, _, widths, cost) = timed_widths("llama", share=0.2)
     g = torch.Generator().manual_seed(0)
-    prices = {n: [0.0, *torch.rand(len(w) - 1, generator=g).cumsum(0).tolist()] for n, w in widths.items()}
+    prices = {
+        n: [0.0, *torch.rand(len(w) - 1, generator=g).cumsum(0).tolist()] for n, w in widths.items()
+    }
     asked = Structured(share=0.2, of="latency")
     right = structured._reaching(found.cuts, widths, prices, cost, asked)
     cost._scale *= factor
@@ -721,7 +832,9 @@ def test_units_are_removed_for_a_latency(clock, kind, uniform):
     model, data, _ = make(kind)
     result = cp.prune(model, data, structured=0.2, of="latency", uniform=uniform, batch=2)
     after, before = result.latency
-    assert (after, before) == pytest.approx((steps(result.model), steps(model))) and after <= 0.8 * before
+    assert (after, before) == pytest.approx(
+        (steps(result.model), steps(model))
+    ) and after <= 0.8 * before
     (note,) = (n for n in result.notes if "latency" in n)
     assert "a batch of 2: 20.0% less was asked" in note and "misses" not in note
     assert result.portable == uniform
@@ -730,18 +843,25 @@ def test_units_are_removed_for_a_latency(clock, kind, uniform):
 def test_blocks_are_removed_for_a_latency(clock):
     model, data, _ = make("vit")
     result = cp.prune(model, data, structured=0.3, of="latency", kinds=("blocks",))
-    assert sorted(result.cuts.values()) == [(0, 1), (1, 1)] and result.latency[0] <= 0.7 * result.latency[1]
+    assert (
+        sorted(result.cuts.values()) == [(0, 1), (1, 1)]
+        and result.latency[0] <= 0.7 * result.latency[1]
+    )
 
 
 def test_a_last_measurement_that_misses_is_told(clock, monkeypatch):
     model, data, _ = make("vit")
     monkeypatch.setattr(latency.Latency, "beside", lambda self, smaller: (1.0, 0.9))
     result = cp.prune(model, data, structured=0.2, of="latency")
-    assert result.latency == (0.9, 1.0) and any("this measurement misses what was asked" in n for n in result.notes)
+    assert result.latency == (0.9, 1.0) and any(
+        "this measurement misses what was asked" in n for n in result.notes
+    )
 
 
 def test_the_clock_gives_times():
     model, data, objective = make("vit")
-    runs = [latency.Run(module=model, call=lambda: objective.logits(model, data[0])) for _ in range(2)]
+    runs = [
+        latency.Run(module=model, call=lambda: objective.logits(model, data[0])) for _ in range(2)
+    ]
     taken = latency.seconds(runs, 0.0)
     assert len(taken) == 2 and all(math.isfinite(t) and t > 0 for t in taken)

@@ -1,4 +1,5 @@
-"""Multiply-adds against torch's own counter of floating-point operations, and the limits that are made of them."""
+"""Multiply-adds against torch's own counter of floating-point operations, and the limits that are
+made of them."""
 
 from __future__ import annotations
 
@@ -48,7 +49,9 @@ def test_convolutions_multiply_once_for_each_place_and_call():
     model = Convolutions()
     x = torch.randn(6, 3, 12, 10)
     layers = find_layers(model)
-    macs = multiply_adds(model, Classification(), [(x[:4], torch.zeros(4)), (x[4:], torch.zeros(2))], layers)
+    macs = multiply_adds(
+        model, Classification(), [(x[:4], torch.zeros(4)), (x[4:], torch.zeros(2))], layers
+    )
     expected = counted(model, lambda: model(x))
     assert set(macs) == {"first", "grouped", "line", "head"}
     assert macs == {name: expected[name] / 6 for name in macs}
@@ -70,7 +73,10 @@ def test_a_language_model_is_counted_per_token_without_padding(tied):
         assert whole["model.embed_tokens"] == 0, "a look-up multiplies nothing"
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
-    assert multiply_adds(model, CausalLM(), [{"input_ids": ids, "attention_mask": mask}], layers) == whole
+    assert (
+        multiply_adds(model, CausalLM(), [{"input_ids": ids, "attention_mask": mask}], layers)
+        == whole
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*belong to no Linear")
@@ -89,23 +95,45 @@ def test_experts_multiply_the_tokens_that_the_router_sends_them():
 
 def test_zeros_lower_the_work_only_where_hardware_skips_them():
     assert macs_left(cp.Prune(pattern="2:4")) == 0.5
-    assert macs_left(cp.PruneQuantize(prune=cp.Prune(pattern="2:4"), quantize=cp.Quantize(bits=4))) == 0.5
-    for option in (cp.Prune(sparsity=0.9), cp.Prune(pattern="1:8"), cp.Quantize(bits=2), cp.Cast(dtype="float16")):
+    assert (
+        macs_left(cp.PruneQuantize(prune=cp.Prune(pattern="2:4"), quantize=cp.Quantize(bits=4)))
+        == 0.5
+    )
+    for option in (
+        cp.Prune(sparsity=0.9),
+        cp.Prune(pattern="1:8"),
+        cp.Quantize(bits=2),
+        cp.Cast(dtype="float16"),
+    ):
         assert macs_left(option) == 1.0
 
 
 def test_the_limits_of_a_budget_in_closed_form():
     work = {"a": Work(weights=10, bits=32, macs=100.0), "b": Work(weights=30, bits=16, macs=7.0)}
-    keys = ("keep", "float16", "int4-g64-sym", "prune2:4+int3-pc-sym", "prune0.5", "prune2:4+float16")
+    keys = (
+        "keep",
+        "float16",
+        "int4-g64-sym",
+        "prune2:4+int3-pc-sym",
+        "prune0.5",
+        "prune2:4+float16",
+    )
     rows = [
         Choice(layer=layer, option=key, bytes=number + 3, price=0.0)
         for layer in work
         for number, key in enumerate(keys)
     ]
     own = cp.Limit(name="ms", most=2.0, use={(row.layer, row.option): 1.0 for row in rows})
-    bits, macs, bops, last = limits_of(Budget(max_bits=4, max_macs=150, max_bops=1e4, limits=[own]), rows, work)
+    bits, macs, bops, last = limits_of(
+        Budget(max_bits=4, max_macs=150, max_bops=1e4, limits=[own]), rows, work
+    )
     plan = {"a": "float16", "b": "int4-g64-sym"}
-    assert [limit.name for limit in (bits, macs, bops, last)] == ["max_bits", "max_macs", "max_bops", "ms"]
+    assert [limit.name for limit in (bits, macs, bops, last)] == [
+        "max_bits",
+        "max_macs",
+        "max_bops",
+        "ms",
+    ]
     assert bits.used(plan) == 8 * (4 + 5) / 40
     assert macs.used(plan) == 107 and bops.used(plan) == 100 * 16 * 32 + 7 * 4 * 16
     assert bops.used({"a": "prune2:4+float16", "b": "keep"}) == 50 * 16 * 32 + 7 * 16 * 16

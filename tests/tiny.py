@@ -18,7 +18,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def llama(*, tied: bool = True, hidden: int = 32, layers: int = 2, seed: int = 0) -> LlamaForCausalLM:
+def llama(
+    *, tied: bool = True, hidden: int = 32, layers: int = 2, seed: int = 0
+) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=hidden,
@@ -40,7 +42,9 @@ def write_texts(folder: Path, documents: int = 24) -> list[Path]:
     paths = []
     for i in range(documents):
         path = folder / f"document{i}.txt"
-        path.write_text(" ".join(f"Sentence {j} of text {i} says {i * j % 97}." for j in range(4 + i % 5)))
+        path.write_text(
+            " ".join(f"Sentence {j} of text {i} says {i * j % 97}." for j in range(4 + i % 5))
+        )
         paths.append(path)
     return paths
 

@@ -1,8 +1,10 @@
-"""Trace, diagonal, extreme eigenpairs and spectral density of any symmetric operator, from products alone.
+"""Trace, diagonal, extreme eigenpairs and spectral density of any symmetric operator, from products
+alone.
 
-Every estimate says how far off it may be and whether it met what was asked. Products are the expensive part (passes
-over the data), so Lanczos tests convergence after each of them, and a sketch that grows keeps those it has. All
-randomness is drawn on the CPU from the caller's generator: the same seed gives the same probes on every device.
+Every estimate says how far off it may be and whether it met what was asked. Products are the
+expensive part (passes over the data), so Lanczos tests convergence after each of them, and a sketch
+that grows keeps those it has. All randomness is drawn on the CPU from the caller's generator: the
+same seed gives the same probes on every device.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class Estimate:
     Attributes:
         value: in the operator's unit.
         stderr: standard error; 0 for an exact value.
-        num_items: independent (or leave-one-out) samples behind the standard error; 0 for an exact value.
+        num_items: independent (or leave-one-out) samples behind the standard error; 0 for an exact
+            value.
         num_products: operator–vector products spent.
         converged: whether the accuracy asked for was met, with enough samples to believe it.
     """
@@ -65,10 +68,12 @@ class EigenPairs:
     """Extreme eigenpairs.
 
     Attributes:
-        values: eigenvalues, the wanted end first (``BE``: k largest, descending, then k smallest, ascending).
+        values: eigenvalues, the wanted end first (``BE``: k largest, descending, then k smallest,
+            ascending).
         vectors: orthonormal columns.
         residuals: ``‖A v − λ v‖``; an eigenvalue lies within it.
-        errors: estimated error of each value: the smaller of the residual and ``residual² / gap`` (Kato–Temple).
+        errors: estimated error of each value: the smaller of the residual and ``residual² / gap``
+            (Kato–Temple).
         num_products: operator–vector products spent.
         converged: every error is within ``tol · |λ|`` or at rounding level.
     """
@@ -100,40 +105,50 @@ class SpectralDensity:
     num_products: int
 
     def mass(self, lower: float, upper: float) -> Estimate:
-        """Share of the eigenvalues in ``[lower, upper]``: mean over runs and its standard error over runs.
+        """Share of the eigenvalues in ``[lower, upper]``: mean over runs and its standard error
+        over runs.
 
-        The error bar covers the random starts, not the quadrature: a node stands for all eigenvalues around it, so a
-        boundary inside a cluster is decided by where the nodes fall.
+        The error bar covers the random starts, not the quadrature: a node stands for all
+        eigenvalues around it, so a boundary inside a cluster is decided by where the nodes fall.
         """
         inside = (self.nodes >= lower) & (self.nodes <= upper)
         return self._over_runs((self.weights * inside).sum(1))
 
     def trace(self, dim: int) -> Estimate:
-        """``dim · Σ weight · node``, tr A of an operator of that dimension: mean over runs and its standard error."""
+        """``dim · Σ weight · node``, tr A of an operator of that dimension: mean over runs and its
+        standard error."""
         return self._over_runs(dim * (self.weights * self.nodes).sum(1))
 
     def effective_rank(self, dim: int) -> Estimate:
-        """``(Σ|λ|)² / Σλ²``, the number of directions that carry the curvature: r for r equal eigenvalues and zeros.
+        """``(Σ|λ|)² / Σλ²``, the number of directions that carry the curvature: r for r equal
+        eigenvalues and zeros.
 
-        A ratio of means over runs, ``dim · (mean Σ w|θ|)² / mean Σ wθ²``, with its jackknife standard error over runs;
-        0 for the zero operator.
+        A ratio of means over runs, ``dim · (mean Σ w|θ|)² / mean Σ wθ²``, with its jackknife
+        standard error over runs; 0 for the zero operator.
         """
         runs = len(self.nodes)
-        first, second = (self.weights * self.nodes.abs()).sum(1), (self.weights * self.nodes**2).sum(1)
+        first, second = (
+            (self.weights * self.nodes.abs()).sum(1),
+            (self.weights * self.nodes**2).sum(1),
+        )
 
         def ratio(a: Tensor, b: Tensor) -> Tensor:
             return dim * a**2 / b.clamp_min(torch.finfo(torch.float64).tiny)
 
         value = float(ratio(first.mean(), second.mean()))
         if runs < 2:
-            return Estimate(value=value, stderr=math.inf, num_items=runs, num_products=self.num_products)
+            return Estimate(
+                value=value, stderr=math.inf, num_items=runs, num_products=self.num_products
+            )
         without = ratio((first.sum() - first) / (runs - 1), (second.sum() - second) / (runs - 1))
         stderr = float(((runs - 1) * without.var(correction=0)).sqrt())
         return Estimate(value=value, stderr=stderr, num_items=runs, num_products=self.num_products)
 
     def _over_runs(self, samples: Tensor) -> Estimate:
         value, stderr = _mean_and_stderr(samples)
-        return Estimate(value=value, stderr=stderr, num_items=len(samples), num_products=self.num_products)
+        return Estimate(
+            value=value, stderr=stderr, num_items=len(samples), num_products=self.num_products
+        )
 
 
 def trace(
@@ -146,24 +161,31 @@ def trace(
 ) -> Estimate:
     """tr A from products, to a standard error of ``rtol · |tr A|``, in the operator's unit.
 
-    - ``hutchinson``: mean of ``zᵀAz`` over Rademacher z. Variance ``2 Σ_{i≠j} A_ij²``: exact for a diagonal A.
-    - ``hutch++``: exact on the range Q of a sketch, Hutchinson on what is left, ``tr QᵀAQ + mean gᵀ(I−QQᵀ)A(I−QQᵀ)g``;
-      the standard error is the second part's. The sketch stops growing when probes would lower the error faster.
-    - ``xtrace``: leave-one-out over the sketch's own columns, with residuals normalised on the sphere; the standard
-      error is the leave-one-out one, whose samples share most of their sketch: measured, it is too small by up to a
-      third (two standard errors covered 80 to 93 % of 300 seeds). Best for fast decay.
+    - ``hutchinson``: mean of ``zᵀAz`` over Rademacher z. Variance ``2 Σ_{i≠j} A_ij²``: exact for a
+    diagonal A.
+    - ``hutch++``: exact on the range Q of a sketch, Hutchinson on what is left, ``tr QᵀAQ + mean
+      gᵀ(I−QQᵀ)A(I−QQᵀ)g``; the standard error is the second part's. The sketch stops growing when
+      probes would lower the error faster.
+    - ``xtrace``: leave-one-out over the sketch's own columns, with residuals normalised on the
+      sphere; the standard error is the leave-one-out one, whose samples share most of their sketch:
+      measured, it is too small by up to a third (two standard errors covered 80 to 93 % of 300
+      seeds). Best for fast decay.
 
-    Products go in growing rounds, and a larger sketch keeps those of the smaller one. ``converged`` asks for at least 8
-    samples and for the 90 % upper bound of the standard error (χ²) to be within the tolerance, so that a few probes
-    that agree by luck do not end the search. Where n products are about what the next round would take, and fit into
-    ``max_products``, the diagonal is read off exactly: standard error 0.
+    Products go in growing rounds, and a larger sketch keeps those of the smaller one. ``converged``
+    asks for at least 8 samples and for the 90 % upper bound of the standard error (χ²) to be within
+    the tolerance, so that a few probes that agree by luck do not end the search. Where n products
+    are about what the next round would take, and fit into ``max_products``, the diagonal is read
+    off exactly: standard error 0.
 
-    Memory: blocks of probes for Hutchinson; Hutch++ and XTrace keep a sketch of at most ``max_products / 2`` vectors.
+    Memory: blocks of probes for Hutchinson; Hutch++ and XTrace keep a sketch of at most
+    ``max_products / 2`` vectors.
 
     Raises:
-        ValueError: ``rtol`` ≤ 0, an unknown method, fewer products than two samples need, a generator not on the CPU.
+        ValueError: ``rtol`` ≤ 0, an unknown method, fewer products than two samples need, a
+            generator not on the CPU.
 
-    Source: Hutchinson 1989; Meyer, Musco, Musco & Woodruff 2021, "Hutch++", Alg. 1; Epperly, Tropp & Webber 2024,
+    Source: Hutchinson 1989; Meyer, Musco, Musco & Woodruff 2021, "Hutch++", Alg. 1; Epperly, Tropp
+    & Webber 2024,
     "XTrace: making the most of every sample in stochastic trace estimation".
     """
     _check_choice("method", method, get_args(TraceMethod))
@@ -185,18 +207,18 @@ def diagonal(
 ) -> DiagonalEstimate:
     """diag A from products, until ``‖stderr‖ ≤ rtol · ‖values‖``, in the operator's unit.
 
-    - ``hutchinson``: mean of ``z ⊙ Az`` over Rademacher z; entry i has variance ``Σ_{j≠i} A_ij²``. Memory: three
-      vectors and a block of probes.
-    - ``xdiag``: leave-one-out over a sketch, for fast decay; half the products build the sketch. Memory: two sketches
-      and their signs.
+    - ``hutchinson``: mean of ``z ⊙ Az`` over Rademacher z; entry i has variance ``Σ_{j≠i} A_ij²``.
+      Memory: three vectors and a block of probes.
+    - ``xdiag``: leave-one-out over a sketch, for fast decay; half the products build the sketch.
+      Memory: two sketches and their signs.
 
     Rounds, ``converged`` and the exact way out are those of :func:`trace`.
 
     Raises:
         ValueError: as :func:`trace`.
 
-    Source: Bekas, Kokiopoulou & Saad 2007, "An estimator for the diagonal of a matrix"; Epperly, Tropp & Webber 2024,
-    "XTrace" (XDiag).
+    Source: Bekas, Kokiopoulou & Saad 2007, "An estimator for the diagonal of a matrix"; Epperly,
+    Tropp & Webber 2024, "XTrace" (XDiag).
     """
     _check_choice("method", method, get_args(DiagonalMethod))
     needed, first_round = {"hutchinson": (2, 8), "xdiag": (4, 16)}[method]
@@ -221,32 +243,36 @@ def eigenpairs(
 ) -> EigenPairs:
     """Extreme eigenpairs, until every eigenvalue's estimated error is within ``tol · |λ|``.
 
-    ``which``: ``LM`` largest magnitude, ``LA`` largest, ``SA`` smallest, ``BE`` k largest and k smallest. The error of
-    a value is estimated as ``min(r, r²/gap)`` with its residual r and the gap to the nearest other Ritz value, which
-    counts at its value ± its own residual. An error at rounding level of the largest value is always accepted. At least
-    6 products are made, and what the values still have to go, by their last two steps, must be less than
-    the tolerance, before a result is believed, unless the space is exhausted sooner. The errors say how close each
-    value is to an eigenvalue; that none is skipped rests on the start's share in every wanted eigenvector.
+    ``which``: ``LM`` largest magnitude, ``LA`` largest, ``SA`` smallest, ``BE`` k largest and k
+    smallest. The error of a value is estimated as ``min(r, r²/gap)`` with its residual r and the
+    gap to the nearest other Ritz value, which counts at its value ± its own residual. An error at
+    rounding level of the largest value is always accepted. At least 6 products are made, and what
+    the values still have to go, by their last two steps, must be less than the tolerance, before a
+    result is believed, unless the space is exhausted sooner. The errors say how close each value is
+    to an eigenvalue; that none is skipped rests on the start's share in every wanted eigenvector.
 
-    - ``lanczos``: one product a step, full reorthogonalisation, convergence tested after each product. At ``max_basis``
-      vectors it restarts with the best Ritz vectors (thick restart). At an invariant subspace it goes on with a random
-      vector orthogonal to it, until no eigenvalue of the rest can be missing. Before that, a single starting vector
-      sees one copy of a repeated eigenvalue; where multiplicities matter, use ``lobpcg``.
-      Memory: a basis of ``max_basis`` vectors, of up to ``max_products`` if None, and k vectors at the end.
-    - ``lobpcg``: a block of k vectors (2k for both ends; ``LM`` looks at both), each of which costs one product an
-      iteration until it has converged. Finds up to k copies of a repeated eigenvalue. Memory: six blocks.
+    - ``lanczos``: one product a step, full reorthogonalisation, convergence tested after each
+      product. At ``max_basis`` vectors it restarts with the best Ritz vectors (thick restart). At
+      an invariant subspace it goes on with a random vector orthogonal to it, until no eigenvalue of
+      the rest can be missing. Before that, a single starting vector sees one copy of a repeated
+      eigenvalue; where multiplicities matter, use ``lobpcg``. Memory: a basis of ``max_basis``
+      vectors, of up to ``max_products`` if None, and k vectors at the end.
+    - ``lobpcg``: a block of k vectors (2k for both ends; ``LM`` looks at both), each of which costs
+      one product an iteration until it has converged. Finds up to k copies of a repeated
+      eigenvalue. Memory: six blocks.
 
     Args:
         start: first vector, used as it is; the rest of a block is random.
 
     Raises:
-        ValueError: k outside 1…n (n/2 for ``BE``), ``tol`` ≤ 0, an unknown name, ``max_products`` or ``max_basis`` too
-            small for k, ``max_basis`` with ``lobpcg``, a zero ``start``, a dtype other than float32 and float64.
+        ValueError: k outside 1…n (n/2 for ``BE``), ``tol`` ≤ 0, an unknown name, ``max_products``
+            or ``max_basis`` too small for k, ``max_basis`` with ``lobpcg``, a zero ``start``, a
+            dtype other than float32 and float64.
         FloatingPointError: a product with non-finite numbers.
 
-    Source: Golub & Van Loan 2013, §10.1–10.3; Wu & Simon 2000, "Thick-restart Lanczos method for large symmetric
-    eigenvalue problems"; Parlett 1998, "The symmetric eigenvalue problem" ("twice is enough", Kato–Temple bounds);
-    Knyazev 2001, "Toward the optimal preconditioned eigensolver".
+    Source: Golub & Van Loan 2013, §10.1–10.3; Wu & Simon 2000, "Thick-restart Lanczos method for
+    large symmetric eigenvalue problems"; Parlett 1998, "The symmetric eigenvalue problem" ("twice
+    is enough", Kato–Temple bounds); Knyazev 2001, "Toward the optimal preconditioned eigensolver".
     """
     _check_choice("which", which, get_args(Which))
     _check_choice("method", method, get_args(EigenMethod))
@@ -259,20 +285,26 @@ def eigenpairs(
         raise ValueError(f"tol must be positive, got {tol}")
     block = total if which != "LM" or method == "lanczos" else min(2 * k, n)
     if max_products < block:
-        raise ValueError(f"max_products={max_products} is too small for a {method} run on {block} vectors")
+        raise ValueError(
+            f"max_products={max_products} is too small for a {method} run on {block} vectors"
+        )
     if start is not None:
         op._check(start)
         if not 0 < float(torch.linalg.vector_norm(start)) < math.inf:
             raise ValueError("start must be a finite vector that is not zero")
     if method == "lobpcg":
         if max_basis is not None:
-            raise ValueError("max_basis belongs to lanczos; lobpcg keeps three blocks of its block size")
+            raise ValueError(
+                "max_basis belongs to lanczos; lobpcg keeps three blocks of its block size"
+            )
         return _lobpcg(op, k, block, which, tol, max_products, generator, start)
     if max_basis is not None and max_basis < min(n, total + 3):
         raise ValueError(
             f"max_basis={max_basis} is too small for {total} eigenpairs; pass at least {min(n, total + 3)}"
         )
-    return _lanczos(op, k, which, tol, max_products, min(max_basis or n, max_products, n), generator, start)
+    return _lanczos(
+        op, k, which, tol, max_products, min(max_basis or n, max_products, n), generator, start
+    )
 
 
 def density(
@@ -286,24 +318,31 @@ def density(
 ) -> SpectralDensity:
     """The spectral density by stochastic Lanczos quadrature.
 
-    Each run starts from a vector uniform on the sphere and makes ``steps`` Lanczos steps with full reorthogonalisation;
-    the eigenvalues of its tridiagonal matrix are Gauss nodes and the squared first components of the eigenvectors their
-    weights. A run has mean ``tr f(A) / n`` for every polynomial f of degree below ``2·steps``. ``density`` puts a
-    Gaussian of width ``sigma ·`` (range of the nodes) at every node; ``nodes`` and ``weights`` are unsmoothed.
+    Each run starts from a vector uniform on the sphere and makes ``steps`` Lanczos steps with full
+    reorthogonalisation; the eigenvalues of its tridiagonal matrix are Gauss nodes and the squared
+    first components of the eigenvectors their weights. A run has mean ``tr f(A) / n`` for every
+    polynomial f of degree below ``2·steps``. ``density`` puts a Gaussian of width ``sigma ·``
+    (range of the nodes) at every node; ``nodes`` and ``weights`` are unsmoothed.
 
-    Cost: ``runs · steps`` products (fewer where a run meets an invariant subspace). Memory: ``steps`` vectors.
+    Cost: ``runs · steps`` products (fewer where a run meets an invariant subspace). Memory:
+    ``steps`` vectors.
 
     Raises:
-        ValueError: a count below 1, ``points`` below 2, ``sigma`` ≤ 0, a dtype other than float32 and float64.
+        ValueError: a count below 1, ``points`` below 2, ``sigma`` ≤ 0, a dtype other than float32
+            and float64.
         FloatingPointError: a product with non-finite numbers.
 
-    Source: Golub & Meurant 2010, "Matrices, moments and quadrature", §6; Ghorbani, Krishnan & Xiao 2019, Alg. 1;
-    Ubaru, Chen & Saad 2017, "Fast estimation of tr f(A) via stochastic Lanczos quadrature".
+    Source: Golub & Meurant 2010, "Matrices, moments and quadrature", §6; Ghorbani, Krishnan & Xiao
+    2019, Alg. 1; Ubaru, Chen & Saad 2017, "Fast estimation of tr f(A) via stochastic Lanczos
+    quadrature".
     """
     _check_generator(generator)
     _check_dtype(op)
     if runs < 1 or steps < 1 or points < 2 or not sigma > 0:
-        raise ValueError(f"runs and steps must be ≥ 1, points ≥ 2, sigma > 0; got {runs}, {steps}, {points}, {sigma}")
+        raise ValueError(
+            f"runs and steps must be ≥ 1, points ≥ 2, sigma > 0; got {runs}, {steps}, {points}, "
+            f"{sigma}"
+        )
     n = op.space.dim
     steps = min(steps, n)
     nodes, weights = np.zeros((runs, steps)), np.zeros((runs, steps))
@@ -340,7 +379,7 @@ def density(
     )
 
 
-# ---------------------------------------------------------------------------------------------------- arguments
+# ---------------------------------------------------------------------------------------- arguments
 
 
 def _check_choice(what: str, given: str, valid: Sequence[str]) -> None:
@@ -351,7 +390,8 @@ def _check_choice(what: str, given: str, valid: Sequence[str]) -> None:
 def _check_generator(generator: torch.Generator) -> None:
     if generator.device.type != "cpu":
         raise ValueError(
-            f"pass a CPU generator (got one on {generator.device}): its draws are the same on every device"
+            f"pass a CPU generator (got one on {generator.device}): its draws are the same on "
+            "every device"
         )
 
 
@@ -361,7 +401,12 @@ def _check_dtype(op: Operator) -> None:
 
 
 def _check_budget(
-    op: Operator, rtol: float, max_products: int, needed: int, method: str, generator: torch.Generator
+    op: Operator,
+    rtol: float,
+    max_products: int,
+    needed: int,
+    method: str,
+    generator: torch.Generator,
 ) -> None:
     _check_generator(generator)
     _check_dtype(op)
@@ -370,15 +415,17 @@ def _check_budget(
     if op.space.dim < 1:
         raise ValueError("the operator's space has dimension 0")
     if max_products < (least := min(needed, op.space.dim)):
-        raise ValueError(f"max_products={max_products} is too small: {method} needs at least {least}")
+        raise ValueError(
+            f"max_products={max_products} is too small: {method} needs at least {least}"
+        )
 
 
-# ---------------------------------------------------------------------------------------------------- random draws
+# ------------------------------------------------------------------------------------- random draws
 
 
 def signs(op: Operator, count: int, generator: torch.Generator) -> Tensor:
-    """Rademacher vectors as int8 ``(n, count)`` on the CPU, eight signs a byte, one vector after the other: the draw
-    does not depend on how probes are grouped into blocks."""
+    """Rademacher vectors as int8 ``(n, count)`` on the CPU, eight signs a byte, one vector after
+    the other: the draw does not depend on how probes are grouped into blocks."""
     n = op.space.dim
     result = torch.empty(n, count, dtype=torch.int8)
     shifts = torch.arange(8, dtype=torch.uint8)
@@ -390,8 +437,11 @@ def signs(op: Operator, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _gaussian(op: Operator, count: int, generator: torch.Generator) -> Tensor:
-    """Standard normal ``(n, count)``, drawn in float32 whatever the operator's dtype, one vector after the other."""
-    columns = [torch.randn(op.space.dim, dtype=torch.float32, generator=generator) for _ in range(count)]
+    """Standard normal ``(n, count)``, drawn in float32 whatever the operator's dtype, one vector
+    after the other."""
+    columns = [
+        torch.randn(op.space.dim, dtype=torch.float32, generator=generator) for _ in range(count)
+    ]
     empty = torch.zeros(op.space.dim, 0)
     return (torch.stack(columns, 1) if columns else empty).to(device=op.device, dtype=op.dtype)
 
@@ -406,7 +456,7 @@ def _blocks(op: Operator, count: int) -> list[int]:
     return [min(size, count - start) for start in range(0, count, size)]
 
 
-# ---------------------------------------------------------------------------------------------------- error bars
+# --------------------------------------------------------------------------------------- error bars
 
 
 def _mean_and_stderr(samples: Tensor) -> tuple[float, float]:
@@ -421,7 +471,8 @@ def _mean_and_stderr(samples: Tensor) -> tuple[float, float]:
 
 
 def believable(stderr: float, count: int) -> float:
-    """90 % upper confidence bound of a standard error from ``count`` samples; infinite for fewer than 8."""
+    """90 % upper confidence bound of a standard error from ``count`` samples; infinite for fewer
+    than 8."""
     if count < _ENOUGH:
         return math.inf
     return stderr * math.sqrt((count - 1) / float(chdtri(count - 1, 0.9)))
@@ -429,12 +480,15 @@ def believable(stderr: float, count: int) -> float:
 
 def _met(stderr: float, size: float, count: int, rtol: float) -> bool:
     if not math.isfinite(size):
-        raise FloatingPointError("a product of the operator is not finite; run the model in float32 or bfloat16")
+        raise FloatingPointError(
+            "a product of the operator is not finite; run the model in float32 or bfloat16"
+        )
     return count >= _ENOUGH and believable(stderr, count) <= rtol * abs(size)
 
 
 def _more(stderr: float, size: float, count: int, rtol: float) -> int:
-    """Samples to add: what a standard error falling with the square root asks for, from half to all of ``count``."""
+    """Samples to add: what a standard error falling with the square root asks for, from half to all
+    of ``count``."""
     if count < _ENOUGH:
         return _ENOUGH - count
     ratio = believable(stderr, count) / (rtol * abs(size)) if size else math.inf
@@ -455,20 +509,27 @@ def _exact_diagonal(op: Operator) -> Tensor:
 
 def _exact_trace(op: Operator, spent: int) -> Estimate:
     value = float(_exact_diagonal(op).double().sum())
-    return Estimate(value=value, stderr=0.0, num_items=0, num_products=spent + op.space.dim, converged=True)
+    return Estimate(
+        value=value, stderr=0.0, num_items=0, num_products=spent + op.space.dim, converged=True
+    )
 
 
 def _exact_diagonal_estimate(op: Operator, spent: int) -> DiagonalEstimate:
     values = _exact_diagonal(op)
     return DiagonalEstimate(
-        values=values, stderr=torch.zeros_like(values), num_products=spent + op.space.dim, converged=True
+        values=values,
+        stderr=torch.zeros_like(values),
+        num_products=spent + op.space.dim,
+        converged=True,
     )
 
 
-# ---------------------------------------------------------------------------------------------------- trace
+# -------------------------------------------------------------------------------------------- trace
 
 
-def _hutchinson(op: Operator, rtol: float, max_products: int, generator: torch.Generator) -> Estimate:
+def _hutchinson(
+    op: Operator, rtol: float, max_products: int, generator: torch.Generator
+) -> Estimate:
     n, samples, add = op.space.dim, torch.zeros(0, dtype=torch.float64), _ENOUGH
     value, stderr = 0.0, math.inf
     while True:
@@ -480,14 +541,17 @@ def _hutchinson(op: Operator, rtol: float, max_products: int, generator: torch.G
         met = _met(stderr, value, len(samples), rtol)
         if met or len(samples) == max_products:
             count = len(samples)
-            return Estimate(value=value, stderr=stderr, num_items=count, num_products=count, converged=met)
+            return Estimate(
+                value=value, stderr=stderr, num_items=count, num_products=count, converged=met
+            )
         add = _more(stderr, value, len(samples), rtol)
         if add >= n and len(samples) + n <= max_products:
             return _exact_trace(op, len(samples))
 
 
 class _Sketch:
-    """An orthonormal basis Q of the range of ``A Ω``, with ``H = QᵀAQ``; it grows and keeps what it has."""
+    """An orthonormal basis Q of the range of ``A Ω``, with ``H = QᵀAQ``; it grows and keeps what it
+    has."""
 
     def __init__(self, op: Operator) -> None:
         self.op, self.products, self.scale = op, 0, 0.0
@@ -514,22 +578,28 @@ class _Sketch:
 
 
 def _complement(basis: Tensor, block: Tensor, floor: float) -> Tensor:
-    """Orthonormal columns that span the part of ``block`` outside ``basis``; directions shorter than ``floor`` are
-    rounding error and are dropped."""
+    """Orthonormal columns that span the part of ``block`` outside ``basis``; directions shorter
+    than ``floor`` are rounding error and are dropped."""
     block = block[:, : basis.shape[0] - basis.shape[1]]
     for _ in range(2):
         block = block - basis @ (basis.mT @ block)
     q, r = torch.linalg.qr(block)
     q = q[:, r.diagonal().abs() > floor]
-    # What survives a cancellation may have lost its orthogonality: project once more, and drop what that shortens.
+    # What survives a cancellation may have lost its orthogonality: project once more, and drop what
+    # that shortens.
     q, r = torch.linalg.qr(q - basis @ (basis.mT @ q))
     return q[:, r.diagonal().abs() > 0.5]
 
 
-def _hutch_plus_plus(op: Operator, rtol: float, max_products: int, generator: torch.Generator) -> Estimate:
+def _hutch_plus_plus(
+    op: Operator, rtol: float, max_products: int, generator: torch.Generator
+) -> Estimate:
     n, sketch = op.space.dim, _Sketch(op)
-    probes = torch.zeros(n, 0, dtype=torch.int8)  # kept, a byte a sign, because a larger Q needs Qᵀg and (AQ)ᵀg again
-    # For each probe g and each column q: qᵀg and qᵀAg; and gᵀAg. They give gᵀ(I−QQᵀ)A(I−QQᵀ)g for every later Q.
+    probes = torch.zeros(
+        n, 0, dtype=torch.int8
+    )  # kept, a byte a sign, because a larger Q needs Qᵀg and (AQ)ᵀg again
+    # For each probe g and each column q: qᵀg and qᵀAg; and gᵀAg. They give gᵀ(I−QQᵀ)A(I−QQᵀ)g for
+    # every later Q.
     along, across = torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64)
     energy = torch.zeros(0, dtype=torch.float64)
 
@@ -574,7 +644,13 @@ def _hutch_plus_plus(op: Operator, rtol: float, max_products: int, generator: to
         met = _met(stderr, value, probes.shape[1], rtol)
         left = max_products - spent()
         if met or left < 1:
-            return Estimate(value=value, stderr=stderr, num_items=probes.shape[1], num_products=spent(), converged=met)
+            return Estimate(
+                value=value,
+                stderr=stderr,
+                num_items=probes.shape[1],
+                num_products=spent(),
+                converged=met,
+            )
         columns = min(math.ceil(sketch.q.shape[1] / 2), left // 2, (n - sketch.q.shape[1]) // 2)
         add = _more(stderr, value, probes.shape[1], rtol)
         if (2 * columns if sketching and columns else add) >= n // 2 and n <= left:
@@ -583,7 +659,8 @@ def _hutch_plus_plus(op: Operator, rtol: float, max_products: int, generator: to
             before = stderr
             grow(columns)
             value, stderr = result()
-            # The same products spent on probes would have taken the variance down by m / (m + 2·columns).
+            # The same products spent on probes would have taken the variance down by m / (m +
+            # 2·columns).
             sketching = stderr**2 * (probes.shape[1] + 2 * columns) < before**2 * probes.shape[1]
             if _met(stderr, value, probes.shape[1], rtol):
                 continue
@@ -593,8 +670,9 @@ def _hutch_plus_plus(op: Operator, rtol: float, max_products: int, generator: to
 
 
 def _leave_one_out(r: Tensor, rounding: float) -> Tensor:
-    """``S [q, m]`` for coordinates ``R [q, m]`` of the sketch in Q: column i is the unit vector of span(R) orthogonal
-    to all other columns of R, or zero where column i lies in the span of the others (a rank-deficient sketch)."""
+    """``S [q, m]`` for coordinates ``R [q, m]`` of the sketch in Q: column i is the unit vector of
+    span(R) orthogonal to all other columns of R, or zero where column i lies in the span of the
+    others (a rank-deficient sketch)."""
     lengths = torch.linalg.vector_norm(r, dim=0)
     scaled = r / torch.where(lengths > 0, lengths, 1.0)
     q, m = r.shape
@@ -624,7 +702,8 @@ def _xtrace(op: Operator, rtol: float, max_products: int, generator: torch.Gener
         omega = _gaussian(op, add, generator)
         y, az = sketch.grow(omega)
         new = sketch.q[:, old:]
-        # Qᵀ A Ω of old columns Ω in new directions of Q: zero but for rounding, as AΩ lies in the old span.
+        # Qᵀ A Ω of old columns Ω in new directions of Q: zero but for rounding, as AΩ lies in the
+        # old span.
         r = _grown(r, _float64(az.mT @ omegas), _float64(sketch.q.mT @ y))
         w = _grown(w, _float64(new.mT @ omegas), _float64(sketch.q.mT @ omega))
         norms = torch.cat([norms, (omega**2).sum(0, dtype=torch.float64).cpu()])
@@ -634,23 +713,35 @@ def _xtrace(op: Operator, rtol: float, max_products: int, generator: torch.Gener
         add = max(4, m // 2)
         left = max_products - sketch.products
         if met or left < 2:
-            return Estimate(value=value, stderr=stderr, num_items=m, num_products=sketch.products, converged=met)
+            return Estimate(
+                value=value, stderr=stderr, num_items=m, num_products=sketch.products, converged=met
+            )
         if 2 * min(add, left // 2) + sketch.q.shape[1] >= n:
             if n <= left:
                 return _exact_trace(op, sketch.products)
             if m + 1 >= n:
-                return Estimate(value=value, stderr=stderr, num_items=m, num_products=sketch.products, converged=met)
+                return Estimate(
+                    value=value,
+                    stderr=stderr,
+                    num_items=m,
+                    num_products=sketch.products,
+                    converged=met,
+                )
             add = min(add, n - 1 - m)
 
 
-def _xtrace_samples(r: Tensor, w: Tensor, h: Tensor, norms: Tensor, n: int, rounding: float) -> Tensor:
-    """The m leave-one-out estimates ``tr Q_iᵀAQ_i + c_i vᵀAv``, ``v = (I − Q_i Q_iᵀ) ω_i``, from small matrices."""
+def _xtrace_samples(
+    r: Tensor, w: Tensor, h: Tensor, norms: Tensor, n: int, rounding: float
+) -> Tensor:
+    """The m leave-one-out estimates ``tr Q_iᵀAQ_i + c_i vᵀAv``, ``v = (I − Q_i Q_iᵀ) ω_i``, from
+    small matrices."""
     s = _leave_one_out(r, rounding)
     along = (s * w).sum(0)
     u = w - s * along  # coordinates of Q_i Q_iᵀ ω_i
     energy = (w * r).sum(0) - 2 * (u * r).sum(0) + (u * (h @ u)).sum(0)
     length = norms - (w**2).sum(0) + along**2
-    # v is uniform on directions of a space of this dimension: fixing its length takes the length's variance out.
+    # v is uniform on directions of a space of this dimension: fixing its length takes the length's
+    # variance out.
     free = n - len(h) + (s**2).sum(0)
     rest = torch.where((free > 0.5) & (length > rounding * norms), free * energy / length, 0.0)
     return h.trace() - (s * (h @ s)).sum(0) + rest
@@ -661,10 +752,12 @@ def _grown(old: Tensor, below: Tensor, right: Tensor) -> Tensor:
     return torch.cat([torch.cat([old, below]), right], 1)
 
 
-# ---------------------------------------------------------------------------------------------------- diagonal
+# ----------------------------------------------------------------------------------------- diagonal
 
 
-def _hutchinson_diagonal(op: Operator, rtol: float, max_products: int, generator: torch.Generator) -> DiagonalEstimate:
+def _hutchinson_diagonal(
+    op: Operator, rtol: float, max_products: int, generator: torch.Generator
+) -> DiagonalEstimate:
     n, count, add = op.space.dim, 0, _ENOUGH
     mean = torch.zeros(n, dtype=op.dtype, device=op.device)
     spread = torch.zeros_like(mean)
@@ -687,7 +780,9 @@ def _hutchinson_diagonal(op: Operator, rtol: float, max_products: int, generator
             return _exact_diagonal_estimate(op, count)
 
 
-def _xdiag(op: Operator, rtol: float, max_products: int, generator: torch.Generator) -> DiagonalEstimate:
+def _xdiag(
+    op: Operator, rtol: float, max_products: int, generator: torch.Generator
+) -> DiagonalEstimate:
     n, sketch, add = op.space.dim, _Sketch(op), _ENOUGH
     omegas = torch.zeros(n, 0, dtype=torch.int8)
     az = torch.zeros(n, 0, dtype=op.dtype, device=op.device)  # A Q
@@ -706,17 +801,24 @@ def _xdiag(op: Operator, rtol: float, max_products: int, generator: torch.Genera
         left = max_products - sketch.products
         add = max(4, m // 2)
         if met or left < 2:
-            return DiagonalEstimate(values=values, stderr=stderr, num_products=sketch.products, converged=met)
+            return DiagonalEstimate(
+                values=values, stderr=stderr, num_products=sketch.products, converged=met
+            )
         if 2 * min(add, left // 2) + sketch.q.shape[1] >= n:
             if n <= left:
                 return _exact_diagonal_estimate(op, sketch.products)
             if m + 1 >= n:
-                return DiagonalEstimate(values=values, stderr=stderr, num_products=sketch.products, converged=met)
+                return DiagonalEstimate(
+                    values=values, stderr=stderr, num_products=sketch.products, converged=met
+                )
             add = min(add, n - 1 - m)
 
 
-def _xdiag_values(q: Tensor, az: Tensor, s: Tensor, r: Tensor, omegas: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard error of ``diag(Q_i Q_iᵀ A) + ω_i ⊙ (I − Q_i Q_iᵀ) A ω_i`` over the m left-out columns."""
+def _xdiag_values(
+    q: Tensor, az: Tensor, s: Tensor, r: Tensor, omegas: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard error of ``diag(Q_i Q_iᵀ A) + ω_i ⊙ (I − Q_i Q_iᵀ) A ω_i`` over the m
+    left-out columns."""
     common = (q * az).sum(1)
     mean, spread = torch.zeros_like(common), torch.zeros_like(common)
     m = omegas.shape[1]
@@ -732,7 +834,7 @@ def _xdiag_values(q: Tensor, az: Tensor, s: Tensor, r: Tensor, omegas: Tensor) -
     return common + mean, (spread.clamp_min(0) / (m * (m - 1))).sqrt()
 
 
-# ---------------------------------------------------------------------------------------------------- Lanczos
+# ------------------------------------------------------------------------------------------ Lanczos
 
 
 class _Basis:
@@ -758,7 +860,11 @@ class _Basis:
         return self.chunks[i // self.chunk][i % self.chunk]
 
     def _filled(self) -> list[Tensor]:
-        return [c[: self.size - i * self.chunk] for i, c in enumerate(self.chunks) if i * self.chunk < self.size]
+        return [
+            c[: self.size - i * self.chunk]
+            for i, c in enumerate(self.chunks)
+            if i * self.chunk < self.size
+        ]
 
     def dot(self, w: Tensor) -> Tensor:
         return torch.cat([c @ w for c in self._filled()])
@@ -770,15 +876,22 @@ class _Basis:
 
     def combine(self, s: np.ndarray) -> Tensor:
         """``(n, k)``: the linear combinations given by the columns of ``s [size, k]``."""
-        coefficients = torch.from_numpy(np.ascontiguousarray(s)).to(device=self.op.device, dtype=self.op.dtype)
-        result = torch.zeros(self.op.space.dim, s.shape[1], dtype=self.op.dtype, device=self.op.device)
+        coefficients = torch.from_numpy(np.ascontiguousarray(s)).to(
+            device=self.op.device, dtype=self.op.dtype
+        )
+        result = torch.zeros(
+            self.op.space.dim, s.shape[1], dtype=self.op.dtype, device=self.op.device
+        )
         for c, part in zip(self._filled(), coefficients.split(self.chunk), strict=True):
             result.addmm_(c.mT, part)
         return result
 
     def rotate_(self, s: np.ndarray) -> None:
-        """Replaces the vectors by the combinations in ``s``'s columns, in place, a stripe of coordinates at a time."""
-        coefficients = torch.from_numpy(np.ascontiguousarray(s.T)).to(device=self.op.device, dtype=self.op.dtype)
+        """Replaces the vectors by the combinations in ``s``'s columns, in place, a stripe of
+        coordinates at a time."""
+        coefficients = torch.from_numpy(np.ascontiguousarray(s.T)).to(
+            device=self.op.device, dtype=self.op.dtype
+        )
         stripe = max(1, _BLOCK_NUMBERS // 8 // max(1, self.size))
         for start in range(0, self.op.space.dim, stripe):
             old = torch.cat([c[:, start : start + stripe] for c in self._filled()])
@@ -789,13 +902,18 @@ class _Basis:
         self.size = s.shape[1]
 
 
-def _lanczos_step(op: Operator, basis: _Basis, t: np.ndarray, j: int) -> tuple[Tensor, float, float]:
-    """One product with basis vector j, the last one. Fills ``t[j, j]``; returns the remainder orthogonal to the basis,
-    its norm β, and the size of A as seen so far. Row j of ``t`` must hold the couplings to earlier vectors."""
+def _lanczos_step(
+    op: Operator, basis: _Basis, t: np.ndarray, j: int
+) -> tuple[Tensor, float, float]:
+    """One product with basis vector j, the last one. Fills ``t[j, j]``; returns the remainder
+    orthogonal to the basis, its norm β, and the size of A as seen so far. Row j of ``t`` must hold
+    the couplings to earlier vectors."""
     w = op @ basis[j]
     scale = float(torch.linalg.vector_norm(w))
     if not math.isfinite(scale):
-        raise FloatingPointError("a product of the operator is not finite; run the model in float32 or bfloat16")
+        raise FloatingPointError(
+            "a product of the operator is not finite; run the model in float32 or bfloat16"
+        )
     for i in np.flatnonzero(t[j, :j]):
         w = w - float(t[j, i]) * basis[int(i)]
     t[j, j] = float(torch.dot(basis[j], w))
@@ -803,7 +921,9 @@ def _lanczos_step(op: Operator, basis: _Basis, t: np.ndarray, j: int) -> tuple[T
     before = float(torch.linalg.vector_norm(w))
     basis.subtract_(w, basis.dot(w))
     beta = float(torch.linalg.vector_norm(w))
-    if beta < before / math.sqrt(2):  # Kahan–Parlett: a shortened vector has kept its rounding errors
+    if beta < before / math.sqrt(
+        2
+    ):  # Kahan–Parlett: a shortened vector has kept its rounding errors
         basis.subtract_(w, basis.dot(w))
         beta = float(torch.linalg.vector_norm(w))
     return w, beta, max(scale, float(np.abs(t).max()))
@@ -838,10 +958,12 @@ def _lanczos(
     first = start if start is not None else _gaussian(op, 1, generator)[:, 0]
     basis.append(first / torch.linalg.vector_norm(first))
     t = np.zeros((max_basis + 1, max_basis + 1))
-    # Vectors before ``active`` span an invariant subspace: its Ritz pairs are exact and T is block diagonal there.
+    # Vectors before ``active`` span an invariant subspace: its Ritz pairs are exact and T is block
+    # diagonal there.
     active = 0
     locked = np.zeros(0), np.zeros((0, 0)), np.zeros(0)
-    # A given start may lie in an invariant subspace that misses the wanted end; a random one does not.
+    # A given start may lie in an invariant subspace that misses the wanted end; a random one does
+    # not.
     unproven = start is not None
     products = 0
     before = moved = np.zeros(0)
@@ -858,14 +980,16 @@ def _lanczos(
         invariant = complete or beta <= _negligible(op) * max(scale, float(np.abs(theta).max()))
         wanted = _wanted(theta, k, which)
         met = len(wanted) > 0 and _all_met(theta, errors, wanted, tol, op)
-        # At the edge of a dense spectrum r²/gap is too good: the values must also have stopped moving.
+        # At the edge of a dense spectrum r²/gap is too good: the values must also have stopped
+        # moving.
         moved, last = _moved(theta[wanted], before), moved
         before = theta[wanted]
         if met and not complete:
             still = bool((_still_to_go(moved, last) <= _tolerance(theta, tol, op)[wanted]).all())
             met = not unproven if invariant else products >= _STEPS and still
-            # No eigenvalue of what is not yet spanned exceeds the best of the running block (a random start in what the
-            # locked vectors leave): nothing is missing once that best is no better than the last one wanted.
+            # No eigenvalue of what is not yet spanned exceeds the best of the running block (a
+            # random start in what the locked vectors leave): nothing is missing once that best is
+            # no better than the last one wanted.
             if invariant or active:
                 met = met and _nothing_missing(theta, errors, wanted, active, k, which, tol, op)
         old = len(locked[0])
@@ -879,8 +1003,11 @@ def _lanczos(
             active = j + 1
             unproven = False
         if j + 1 == max_basis:
-            # Keep room for a few steps; the wanted pairs come first, then their neighbours, which speed up convergence.
-            keep = max(min((max_basis + 1) // 2, max_basis - 2), min(_count(k, which) + 1, max_basis - 2))
+            # Keep room for a few steps; the wanted pairs come first, then their neighbours, which
+            # speed up convergence.
+            keep = max(
+                min((max_basis + 1) // 2, max_basis - 2), min(_count(k, which) + 1, max_basis - 2)
+            )
             order = _by_interest(theta, which)[:keep]
             if not invariant and not (order >= old).any():
                 # The running block must go on from somewhere: its best vector takes the last place.
@@ -929,11 +1056,15 @@ def _wanted(theta: np.ndarray, k: int, which: Which) -> np.ndarray:
 def _by_interest(theta: np.ndarray, which: Which) -> np.ndarray:
     """All indices, the most wanted first, the ends in turn."""
     orders = [np.argsort(-scores, kind="stable") for scores in _sides(theta, which)]
-    return np.array(list(dict.fromkeys(int(i) for turn in zip(*orders, strict=True) for i in turn)), dtype=np.int64)
+    return np.array(
+        list(dict.fromkeys(int(i) for turn in zip(*orders, strict=True) for i in turn)),
+        dtype=np.int64,
+    )
 
 
 def _kato_temple(theta: np.ndarray, residuals: np.ndarray) -> np.ndarray:
-    """``min(r, r²/gap)``; a neighbour counts at its value less its own residual; without a neighbour the bound is r."""
+    """``min(r, r²/gap)``; a neighbour counts at its value less its own residual; without a
+    neighbour the bound is r."""
     if len(theta) < 2:
         return residuals.copy()
     gaps = np.abs(theta[:, None] - theta[None, :]) - residuals[None, :]
@@ -948,7 +1079,9 @@ def _tolerance(theta: np.ndarray, tol: float, op: Operator) -> np.ndarray:
     return np.maximum(tol * np.abs(theta), _rounding(op) * np.abs(theta).max())
 
 
-def _all_met(theta: np.ndarray, errors: np.ndarray, wanted: np.ndarray, tol: float, op: Operator) -> bool:
+def _all_met(
+    theta: np.ndarray, errors: np.ndarray, wanted: np.ndarray, tol: float, op: Operator
+) -> bool:
     return bool((errors <= _tolerance(theta, tol, op))[wanted].all())
 
 
@@ -958,7 +1091,8 @@ def _moved(values: np.ndarray, before: np.ndarray) -> np.ndarray:
 
 
 def _still_to_go(moved: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """The sum of the steps to come if they go on shrinking by the ratio of the last two (Aitken), at most the last."""
+    """The sum of the steps to come if they go on shrinking by the ratio of the last two (Aitken),
+    at most the last."""
     if len(moved) != len(last):
         return moved
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -975,7 +1109,8 @@ def _nothing_missing(
     tol: float,
     op: Operator,
 ) -> bool:
-    """Whether the running block's best value has converged and is no better than the last wanted one, at each end."""
+    """Whether the running block's best value has converged and is no better than the last wanted
+    one, at each end."""
     allowed = _tolerance(theta, tol, op)
     for side, scores in enumerate(_sides(theta, which)):
         best = active + int(np.argmax(scores[active:]))
@@ -996,7 +1131,9 @@ def _pairs(
     converged: bool,
 ) -> EigenPairs:
     def tensor(x: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(x[wanted])).to(device=vectors.device, dtype=vectors.dtype)
+        return torch.from_numpy(np.ascontiguousarray(x[wanted])).to(
+            device=vectors.device, dtype=vectors.dtype
+        )
 
     vectors = vectors / torch.linalg.vector_norm(vectors, dim=0)
     return EigenPairs(
@@ -1009,7 +1146,7 @@ def _pairs(
     )
 
 
-# ---------------------------------------------------------------------------------------------------- LOBPCG
+# ------------------------------------------------------------------------------------------- LOBPCG
 
 
 def _lobpcg(
@@ -1022,7 +1159,8 @@ def _lobpcg(
     generator: torch.Generator,
     start: Tensor | None,
 ) -> EigenPairs:
-    """Rayleigh–Ritz on ``[X, P, R]`` in an orthonormal basis; its image under A is carried along, not recomputed."""
+    """Rayleigh–Ritz on ``[X, P, R]`` in an orthonormal basis; its image under A is carried along,
+    not recomputed."""
     n = op.space.dim
     # LM looks at both ends, then takes the largest magnitudes of what it found.
     sides: Which = "BE" if which == "LM" and block > k else which
@@ -1045,7 +1183,9 @@ def _lobpcg(
         if met or left < 1 or basis.shape[1] == n:
             chosen = wanted if len(wanted) else _best(theta, k, which)
             vectors = basis @ _as(c[:, chosen], op)
-            return _pairs(theta, residuals, errors, chosen, vectors, products, met or basis.shape[1] == n)
+            return _pairs(
+                theta, residuals, errors, chosen, vectors, products, met or basis.shape[1] == n
+            )
         coefficients = c[:, selected]
         direction = coefficients.copy()
         direction[:rank] = 0  # P: what this step added to X
@@ -1070,7 +1210,8 @@ def _lobpcg(
         rest = rest[:, lengths > floor] / lengths[lengths > floor]
         new = _complement(basis, rest, _rounding(op))
         if new.shape[1] == 0:
-            # Every residual is rounding error, so X spans an invariant subspace: only chance leads out of it.
+            # Every residual is rounding error, so X spans an invariant subspace: only chance leads
+            # out of it.
             new = _complement(basis, _gaussian(op, min(len(columns), left), generator), 0.0)
         added = op @ new
         products += new.shape[1]
@@ -1081,16 +1222,20 @@ def _rayleigh_ritz(basis: Tensor, image: Tensor) -> tuple[np.ndarray, np.ndarray
     """Ritz values, their coordinates and the norms of their residuals."""
     h = _float64(basis.mT @ image)
     if not bool(torch.isfinite(h).all()):
-        raise FloatingPointError("a product of the operator is not finite; run the model in float32 or bfloat16")
+        raise FloatingPointError(
+            "a product of the operator is not finite; run the model in float32 or bfloat16"
+        )
     theta, c = np.linalg.eigh(((h + h.mT) / 2).numpy())
     residuals = np.empty(len(theta))
     for i in range(len(theta)):
         coordinates = torch.from_numpy(c[:, i].copy()).to(device=basis.device, dtype=basis.dtype)
-        residuals[i] = float(torch.linalg.vector_norm(image @ coordinates - theta[i] * (basis @ coordinates)))
+        residuals[i] = float(
+            torch.linalg.vector_norm(image @ coordinates - theta[i] * (basis @ coordinates))
+        )
     return theta, c, residuals
 
 
-# ---------------------------------------------------------------------------------------------------- numbers
+# ------------------------------------------------------------------------------------------ numbers
 
 
 def _rounding(op: Operator) -> float:
@@ -1099,8 +1244,9 @@ def _rounding(op: Operator) -> float:
 
 
 def _negligible(op: Operator) -> float:
-    """Relative size of a remainder that ends a Krylov space. Small remainders before it magnify rounding errors, so
-    this lies above them; leaving such a coupling out moves a Ritz value by its square."""
+    """Relative size of a remainder that ends a Krylov space. Small remainders before it magnify
+    rounding errors, so this lies above them; leaving such a coupling out moves a Ritz value by its
+    square."""
     return max(_rounding(op), torch.finfo(op.dtype).eps ** 0.7)
 
 

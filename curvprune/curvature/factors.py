@@ -1,17 +1,21 @@
-"""First-order curvature of every layer from the per-item factors of its gradient: inputs X and output gradients G.
+"""First-order curvature of every layer from the per-item factors of its gradient: inputs X and
+output gradients G.
 
-A layer computes ``s = x Wᵀ``, so the gradient of item b is ``Gᵦᵀ Xᵦ`` and no pass over single items is needed:
+A layer computes ``s = x Wᵀ``, so the gradient of item b is ``Gᵦᵀ Xᵦ`` and no pass over single items
+is needed:
 
     Fisher                  labels drawn from the model, one backward pass per label for all layers at once
     exact Gauss–Newton      one backward pass per column of a square root of the softmax's Hessian (classes − 1 of them)
     K-FAC, EKFAC            E[x xᵀ] and E[g gᵀ] from one such pass; scales in their eigenbasis from a second one
 
-Where the path from a layer's output to the logits is piecewise linear (ReLU, pooling, BatchNorm in evaluation mode) the
-layer's block of the **Hessian** equals its Gauss–Newton block wherever it exists, so the block's diagonal, trace and
-spectrum are exact from first-order passes. Whether it is, is read off the autograd graph.
+Where the path from a layer's output to the logits is piecewise linear (ReLU, pooling, BatchNorm in
+evaluation mode) the layer's block of the **Hessian** equals its Gauss–Newton block wherever it
+exists, so the block's diagonal, trace and spectrum are exact from first-order passes. Whether it
+is, is read off the autograd graph.
 
-Sources: Dangel, Kunstner & Hennig 2020 (BackPACK), §2; Martens & Grosse 2015 (K-FAC); George et al. 2018 (EKFAC);
-Botev et al. 2017, "Practical Gauss-Newton optimisation for deep learning", §2 (piecewise linear transfer functions).
+Sources: Dangel, Kunstner & Hennig 2020 (BackPACK), §2; Martens & Grosse 2015 (K-FAC); George et al.
+2018 (EKFAC); Botev et al. 2017, "Practical Gauss-Newton optimisation for deep learning", §2
+(piecewise linear transfer functions).
 """
 
 from __future__ import annotations
@@ -40,12 +44,13 @@ MAX_COLUMNS = 128  # classes − 1 above which exact columns are not attempted
 ITEMS = 16  # items of one forward pass whose columns are propagated together
 
 
-# ---------------------------------------------------------------------------------------------------- one forward pass
+# --------------------------------------------------------------------------------- one forward pass
 
 
 @dataclass(slots=True)
 class Call:
-    """One call of a layer: its module and input, its output's shape, and the edge that carries the gradient there."""
+    """One call of a layer: its module and input, its output's shape, and the edge that carries the
+    gradient there."""
 
     module: nn.Module
     x: Tensor
@@ -55,7 +60,8 @@ class Call:
 
 @dataclass(slots=True)
 class Capture:
-    """A batch after its forward pass: logits on the graph, and for every layer its calls and the uses of its weight."""
+    """A batch after its forward pass: logits on the graph, and for every layer its calls and the
+    uses of its weight."""
 
     layers: Mapping[str, Layer]
     items: int
@@ -63,42 +69,58 @@ class Capture:
     calls: dict[str, list[Call]]
     uses: dict[str, int]
 
-    def rows(self, name: str, items: slice = slice(None)) -> Float[Tensor, "groups items places in"]:
+    def rows(
+        self, name: str, items: slice = slice(None)
+    ) -> Float[Tensor, "groups items places in"]:
         """The rows that multiply the layer's matrix, per item."""
         layer, call = self.layers[name], self.calls[name][0]
         x = call.x.unflatten(0, (self.items, -1))[items]
         rows = layer.rows(call.module, x.flatten(0, 1))
         return rows.unflatten(1, (len(x), -1))
 
-    def gradients(self, name: str, g: Tensor, items: slice = slice(None)) -> Float[Tensor, "groups items places out"]:
+    def gradients(
+        self, name: str, g: Tensor, items: slice = slice(None)
+    ) -> Float[Tensor, "groups items places out"]:
         """A gradient laid out like the layer's output, as rows per item."""
         layer = self.layers[name]
         g = g.unflatten(0, (self.items, -1))[items]
         if layer.kind != "conv":
             return g.reshape(1, len(g), -1, layer.shape[0])
         g = g.flatten(3).transpose(2, 3)  # (items, per item, places, out)
-        return g.reshape(len(g), -1, layer.groups, layer.shape[0] // layer.groups).permute(2, 0, 1, 3)
+        return g.reshape(len(g), -1, layer.groups, layer.shape[0] // layer.groups).permute(
+            2, 0, 1, 3
+        )
 
     def chunks(self, name: str, columns: int = 1) -> Iterator[slice]:
-        """Slices of items whose per-item matrices (``columns`` of each) and rows fit into `ELEMENTS`."""
+        """Slices of items whose per-item matrices (``columns`` of each) and rows fit into
+        `ELEMENTS`."""
         layer, call = self.layers[name], self.calls[name][0]
         places = call.shape.numel() // (self.items * layer.shape[0])
-        size = max(1, ELEMENTS // max(columns * layer.numel, places * layer.shape[1] * layer.groups))
+        size = max(
+            1, ELEMENTS // max(columns * layer.numel, places * layer.shape[1] * layer.groups)
+        )
         for start in range(0, self.items, size):
             yield slice(start, min(start + size, self.items))
 
-    def matrices(self, name: str, g: Sequence[Tensor], items: slice) -> Float[Tensor, "items columns out in"]:
+    def matrices(
+        self, name: str, g: Sequence[Tensor], items: slice
+    ) -> Float[Tensor, "items columns out in"]:
         """``Gᵀ X`` of each item for each of several backward passes."""
         layer = self.layers[name]
         if layer.kind == "embedding":
             return self._embedding(name, g, items)
         x = self.rows(name, items)
-        rows = torch.stack([self.gradients(name, c, items) for c in g], 2)  # (groups, items, columns, places, out)
+        rows = torch.stack(
+            [self.gradients(name, c, items) for c in g], 2
+        )  # (groups, items, columns, places, out)
         groups, count, columns, places, width = rows.shape
-        # All columns share the rows: one product with columns·out on a side is faster than one for each column.
+        # All columns share the rows: one product with columns·out on a side is faster than one for
+        # each column.
         left = rows.permute(0, 1, 2, 4, 3).reshape(groups, count, columns * width, places)
         products = (left @ x.to(left.dtype)).reshape(groups, count, columns, width, -1)
-        return products.permute(1, 2, 0, 3, 4).reshape(count, columns, layer.shape[0], layer.shape[1])
+        return products.permute(1, 2, 0, 3, 4).reshape(
+            count, columns, layer.shape[0], layer.shape[1]
+        )
 
     def _embedding(self, name: str, g: Sequence[Tensor], items: slice) -> Tensor:
         layer, call = self.layers[name], self.calls[name][0]
@@ -115,7 +137,8 @@ class Capture:
 
 
 class _WeightUses(TorchFunctionMode):
-    """Counts the torch functions that receive a weight: a use outside the layer's own module must not go unseen."""
+    """Counts the torch functions that receive a weight: a use outside the layer's own module must
+    not go unseen."""
 
     def __init__(self, weights: Mapping[int, str]) -> None:
         super().__init__()
@@ -123,7 +146,11 @@ class _WeightUses(TorchFunctionMode):
         self.count = dict.fromkeys(weights.values(), 0)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") not in ("__get__", "__set__", "detach"):  # reading .dtype is no use
+        if getattr(func, "__name__", "") not in (
+            "__get__",
+            "__set__",
+            "detach",
+        ):  # reading .dtype is no use
             for value in (*args, *(kwargs or {}).values()):
                 if isinstance(value, Tensor) and (name := self.weights.get(id(value))) is not None:
                     self.count[name] += 1
@@ -143,8 +170,11 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(flag)
 
 
-def capture(model: nn.Module, objective: Objective, batch: Batch, layers: Mapping[str, Layer]) -> Capture:
-    """Run one forward pass in evaluation mode. The model comes back as it was, also after an error."""
+def capture(
+    model: nn.Module, objective: Objective, batch: Batch, layers: Mapping[str, Layer]
+) -> Capture:
+    """Run one forward pass in evaluation mode. The model comes back as it was, also after an
+    error."""
     calls: dict[str, list[Call]] = {n: [] for n in layers}
 
     def take(name: str) -> Callable[..., Tensor]:
@@ -153,7 +183,9 @@ def capture(model: nn.Module, objective: Objective, batch: Batch, layers: Mappin
             if not output.requires_grad:
                 bare = output.detach().requires_grad_()
                 output = bare.clone()  # a leaf may not be changed in place by what follows
-            calls[name].append(Call(module, inputs[0].detach(), bare.shape, get_gradient_edge(bare)))
+            calls[name].append(
+                Call(module, inputs[0].detach(), bare.shape, get_gradient_edge(bare))
+            )
             return output
 
         return hook
@@ -179,19 +211,25 @@ def _wide(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
-def _backward(taken: Capture, names: Sequence[str], outputs: Tensor, seed: Tensor | None, retain: bool) -> list[Tensor]:
+def _backward(
+    taken: Capture, names: Sequence[str], outputs: Tensor, seed: Tensor | None, retain: bool
+) -> list[Tensor]:
     """Gradients at the outputs of the layers, in at least float32."""
     if experts := [n for n in names if taken.layers[n].kind == "experts"]:
-        raise ValueError(f"layer {experts[0]}: stacked experts have no factors per item; leave it out")
+        raise ValueError(
+            f"layer {experts[0]}: stacked experts have no factors per item; leave it out"
+        )
     edges = [taken.calls[n][0].edge for n in names]
     gradients = torch.autograd.grad(outputs, edges, seed, retain_graph=retain, allow_unused=True)
     for name, g in zip(names, gradients, strict=True):
         if g is None:
-            raise ValueError(f"layer {name} received no gradient: it is not on the way to the loss; leave it out")
+            raise ValueError(
+                f"layer {name} received no gradient: it is not on the way to the loss; leave it out"
+            )
     return [g.to(_wide(g)) for g in gradients]
 
 
-# ------------------------------------------------------------------------------------------ what the factors hold for
+# ------------------------------------------------------------------------ what the factors hold for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,12 +237,14 @@ class Structure:
     """Which layers the factors describe.
 
     Attributes:
-        factored: layers called once, whose weight is used nowhere else and whose rows belong to one item each.
+        factored: layers called once, whose weight is used nowhere else and whose rows belong to one
+            item each.
         piecewise_linear: factored layers whose path to the logits is piecewise linear.
-        heads: piecewise linear layers whose output is the logits, for any number of positions and classes.
+        heads: piecewise linear layers whose output is the logits, for any number of positions and
+            classes.
         reasons: layer → why it is not factored.
-        exact: every item has at most one prediction (logits ``(items, classes)``) and few enough classes for exact
-            Gauss–Newton columns.
+        exact: every item has at most one prediction (logits ``(items, classes)``) and few enough
+            classes for exact Gauss–Newton columns.
     """
 
     factored: tuple[str, ...]
@@ -215,9 +255,14 @@ class Structure:
 
 
 def structure(
-    model: nn.Module, objective: Objective, batch: Batch, layers: Mapping[str, Layer], taken: Capture | None = None
+    model: nn.Module,
+    objective: Objective,
+    batch: Batch,
+    layers: Mapping[str, Layer],
+    taken: Capture | None = None,
 ) -> Structure:
-    """Read the structure off a forward pass of several items (``taken``, or one of the first two) and one of the first.
+    """Read the structure off a forward pass of several items (``taken``, or one of the first two)
+    and one of the first.
 
     Raises ``ValueError`` for a model that is not deterministic, naming the module.
     """
@@ -234,10 +279,15 @@ def structure(
         if layer.kind == "experts":
             reasons[name] = "a router decides which items' rows an expert sees"
         elif len(calls) != 1 or uses != 1:
-            reasons[name] = f"its weight is used {max(uses, len(calls))} times, {len(calls)} of them by calling it"
+            reasons[name] = (
+                f"its weight is used {max(uses, len(calls))} times, {len(calls)} of them by "
+                "calling it"
+            )
         elif len(calls[0].x) % pair.items or not _rows_belong(single.calls[name][0].x, calls[0].x):
             reasons[name] = "the first dimension of its input does not count items"
-        elif getattr(layer.module, "max_norm", None) is not None or getattr(layer.module, "scale_grad_by_freq", False):
+        elif getattr(layer.module, "max_norm", None) is not None or getattr(
+            layer.module, "scale_grad_by_freq", False
+        ):
             reasons[name] = "an embedding with max_norm or scale_grad_by_freq is not linear"
     factored = tuple(n for n in layers if n not in reasons)
     nonlinear = _nonlinear(pair, factored)
@@ -272,12 +322,25 @@ def _rows_belong(single: Tensor, pair: Tensor) -> bool:
         return False
     if not single.is_floating_point():
         return bool((first == single).all())
-    return torch.allclose(first.float(), single.float(), rtol=1e-2, atol=1e-3 * float(single.abs().max()) + 1e-8)
+    return torch.allclose(
+        first.float(), single.float(), rtol=1e-2, atol=1e-3 * float(single.abs().max()) + 1e-8
+    )
 
 
 # Backward nodes of functions that are piecewise linear in their inputs together ...
 _LINEAR = {
-    *("Relu", "LeakyRelu", "Threshold", "Hardtanh", "Abs", "Clamp", "ClampMin", "ClampMax", "Maximum", "Minimum"),
+    *(
+        "Relu",
+        "LeakyRelu",
+        "Threshold",
+        "Hardtanh",
+        "Abs",
+        "Clamp",
+        "ClampMin",
+        "ClampMax",
+        "Maximum",
+        "Minimum",
+    ),
     *(
         "MaxPool2DWithIndices",
         "MaxPool3DWithIndices",
@@ -289,9 +352,42 @@ _LINEAR = {
         "Max1",
         "Min1",
     ),
-    *("AvgPool2D", "AvgPool3D", "AdaptiveAvgPool2D", "MkldnnAdaptiveAvgPool2D", "Mean", "Sum", "Add", "Sub", "Neg"),
-    *("View", "UnsafeView", "ReshapeAlias", "T", "Transpose", "Permute", "Squeeze", "Unsqueeze", "Expand", "Clone"),
-    *("ToCopy", "Cat", "Stack", "Slice", "Select", "Index", "Split", "SplitWithSizes", "Unbind", "Alias", "AsStrided"),
+    *(
+        "AvgPool2D",
+        "AvgPool3D",
+        "AdaptiveAvgPool2D",
+        "MkldnnAdaptiveAvgPool2D",
+        "Mean",
+        "Sum",
+        "Add",
+        "Sub",
+        "Neg",
+    ),
+    *(
+        "View",
+        "UnsafeView",
+        "ReshapeAlias",
+        "T",
+        "Transpose",
+        "Permute",
+        "Squeeze",
+        "Unsqueeze",
+        "Expand",
+        "Clone",
+    ),
+    *(
+        "ToCopy",
+        "Cat",
+        "Stack",
+        "Slice",
+        "Select",
+        "Index",
+        "Split",
+        "SplitWithSizes",
+        "Unbind",
+        "Alias",
+        "AsStrided",
+    ),
     *(
         "ConstantPadNd",
         "ReflectionPad2D",
@@ -301,7 +397,16 @@ _LINEAR = {
         "Flip",
         "Roll",
     ),
-    *("Where", "MaskedFill", "Gather", "Repeat", "AccumulateGrad", "IndexSelect", "Unfold", "PixelShuffle"),
+    *(
+        "Where",
+        "MaskedFill",
+        "Gather",
+        "Repeat",
+        "AccumulateGrad",
+        "IndexSelect",
+        "Unfold",
+        "PixelShuffle",
+    ),
 }
 # ... and of products, linear in each factor: quadratic where two factors depend on one layer.
 _PRODUCTS = {"Convolution", "Addmm", "Mm", "Bmm", "Baddbmm", "Mul", "PreluKernel"}
@@ -309,7 +414,8 @@ _BATCH_NORMS = {"NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"}
 
 
 def _nonlinear(taken: Capture, names: Sequence[str]) -> set[str]:
-    """Layers on whose way to the logits the autograd graph has a node that is not piecewise linear in them."""
+    """Layers on whose way to the logits the autograd graph has a node that is not piecewise linear
+    in them."""
     bits = {taken.calls[n][0].edge.node: 1 << i for i, n in enumerate(names)}
     masks: dict[Any, int] = {}
     crooked = 0
@@ -334,7 +440,9 @@ def _nonlinear(taken: Capture, names: Sequence[str]) -> set[str]:
                 for other in below[:i]:
                     crooked |= m & other
         elif kind == "Div":
-            numerator, denominator = (masks.get(n, 0) | bits.get(n, 0) for n, _ in node.next_functions[:2])
+            numerator, denominator = (
+                masks.get(n, 0) | bits.get(n, 0) for n, _ in node.next_functions[:2]
+            )
             crooked |= denominator | (numerator & denominator)
         elif kind in _BATCH_NORMS:
             crooked |= mask if node._saved_training else 0
@@ -343,12 +451,13 @@ def _nonlinear(taken: Capture, names: Sequence[str]) -> set[str]:
     return {n for i, n in enumerate(names) if crooked >> i & 1}
 
 
-# ---------------------------------------------------------------------------------------------------------- Fisher
+# ------------------------------------------------------------------------------------------- Fisher
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Moments:
-    """First-order curvature of the layers: sums over items, to be divided by the number of positions.
+    """First-order curvature of the layers: sums over items, to be divided by the number of
+    positions.
 
     Attributes:
         count: positions of each item, ``(items,)``.
@@ -375,11 +484,16 @@ class _Sums:
         """Take in the per-item gradients of one or several backward passes."""
         layer = self.layers[name]
         per_item = []
-        one_place = layer.kind != "embedding" and taken.calls[name][0].shape.numel() == taken.items * layer.shape[0]
+        one_place = (
+            layer.kind != "embedding"
+            and taken.calls[name][0].shape.numel() == taken.items * layer.shape[0]
+        )
         for items in taken.chunks(name, len(g)):
             if one_place and layer.groups == 1:
                 x = taken.rows(name, items)[0, :, 0].to(_wide(g[0])).square()
-                outer = torch.stack([taken.gradients(name, c, items)[0, :, 0].square() for c in g]).sum(0)
+                outer = torch.stack(
+                    [taken.gradients(name, c, items)[0, :, 0].square() for c in g]
+                ).sum(0)
                 per_item.append(outer.sum(1).double() * x.sum(1).double())
                 if self.diagonal:
                     self.diagonal[name].addmm_(outer.t(), x, alpha=scale)
@@ -402,9 +516,14 @@ class _Sums:
             if not bool(torch.isfinite(trace).all()):
                 item = int((~torch.isfinite(trace)).nonzero()[0])
                 raise FloatingPointError(
-                    f"layer {name}: the gradient of item {item} is not finite; run the model in float32 or bfloat16"
+                    f"layer {name}: the gradient of item {item} is not finite; run the model in "
+                    "float32 or bfloat16"
                 )
-        return Moments(count=count, traces=traces, diagonal={n: all_sum(d) / total for n, d in self.diagonal.items()})
+        return Moments(
+            count=count,
+            traces=traces,
+            diagonal={n: all_sum(d) / total for n, d in self.diagonal.items()},
+        )
 
 
 def _count(positions: Positions) -> Tensor:
@@ -426,21 +545,26 @@ def fisher_moments(
     empirical: bool = False,
     first: Capture | None = None,
 ) -> Moments:
-    """Trace and diagonal of the true Fisher for factored layers, labels drawn from the model; with ``empirical``, of
-    the empirical Fisher (per item) from the data's own labels.
+    """Trace and diagonal of the true Fisher for factored layers, labels drawn from the model; with
+    ``empirical``, of the empirical Fisher (per item) from the data's own labels.
 
-    Cost: one forward and ``labels`` backward passes over the data for all layers at once, about one gradient together;
-    ``first`` is the first batch's forward pass, if it has been made.
+    Cost: one forward and ``labels`` backward passes over the data for all layers at once, about one
+    gradient together; ``first`` is the first batch's forward pass, if it has been made.
     """
     sums = _Sums(layers, diagonal)
     for number, batch in my_share(list(enumerate(batches))):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
-        taken = first if first is not None and number == 0 else capture(model, objective, batch, layers)
+        taken = (
+            first if first is not None and number == 0 else capture(model, objective, batch, layers)
+        )
         first = None
         with torch.enable_grad():
             positions = objective.positions(taken.logits, batch)
             sums.counts.append(_count(positions))
-            partial = {n: torch.zeros(taken.items, dtype=torch.float64, device=taken.logits.device) for n in layers}
+            partial = {
+                n: torch.zeros(taken.items, dtype=torch.float64, device=taken.logits.device)
+                for n in layers
+            }
             passes = 1 if empirical else labels
             for s in range(passes):
                 if empirical:
@@ -464,9 +588,9 @@ def head_moments(
     *,
     diagonal: bool = True,
 ) -> Moments:
-    """Exact block of a layer whose output is the logits, ``Σ (diag p − p pᵀ) ⊗ x xᵀ``: trace ``Σ (1 − Σp²)‖x‖²`` and
-    diagonal ``Σ p(1 − p) x²``, whatever the number of positions and classes. Cost: one forward pass, and one product
-    of the size of the layer's own."""
+    """Exact block of a layer whose output is the logits, ``Σ (diag p − p pᵀ) ⊗ x xᵀ``: trace ``Σ (1
+    − Σp²)‖x‖²`` and diagonal ``Σ p(1 − p) x²``, whatever the number of positions and classes. Cost:
+    one forward pass, and one product of the size of the layer's own."""
     sums = _Sums(layers, diagonal)
     for batch in my_share(batches):
         taken = capture(model, objective, batch, layers)
@@ -475,8 +599,11 @@ def head_moments(
             sums.counts.append(_count(positions))
             for name in layers:
                 x = taken.calls[name][0].x
-                # The rows of the input are those of the logits, so the objective picks the ones that count.
-                rows = objective.positions(x.view(*taken.logits.shape[:-1], x.shape[-1]), batch).logits
+                # The rows of the input are those of the logits, so the objective picks the ones
+                # that count.
+                rows = objective.positions(
+                    x.view(*taken.logits.shape[:-1], x.shape[-1]), batch
+                ).logits
                 per_item = torch.zeros(taken.items, dtype=torch.float64, device=rows.device)
                 for start in range(0, len(rows), ITEMS * MAX_COLUMNS):
                     part = slice(start, start + ITEMS * MAX_COLUMNS)
@@ -494,13 +621,17 @@ def head_moments(
     return sums.result()
 
 
-# ------------------------------------------------------------------------------------------------ exact Gauss–Newton
+# ------------------------------------------------------------------------------- exact Gauss–Newton
 
 
-def softmax_columns(logits: Float[Tensor, "items classes"]) -> tuple[Float[Tensor, "columns items classes"], Tensor]:
-    """Columns ``c`` with ``Σ c cᵀ = diag(p) − p pᵀ`` for each item, the largest first, and how many of them matter.
+def softmax_columns(
+    logits: Float[Tensor, "items classes"],
+) -> tuple[Float[Tensor, "columns items classes"], Tensor]:
+    """Columns ``c`` with ``Σ c cᵀ = diag(p) − p pᵀ`` for each item, the largest first, and how many
+    of them matter.
 
-    The rank is at most classes − 1; columns shorter than the rounding error of the longest are counted out.
+    The rank is at most classes − 1; columns shorter than the rounding error of the longest are
+    counted out.
     """
     p = logits.double().softmax(-1)
     matrix = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
@@ -515,14 +646,15 @@ def softmax_columns(logits: Float[Tensor, "items classes"]) -> tuple[Float[Tenso
 def _ordered(
     model: nn.Module, objective: Objective, batches: Sequence[Batch]
 ) -> Iterator[tuple[Batch, Tensor, Tensor, Tensor]]:
-    """Small batches with their columns; items of similar rank go together, so that few columns are propagated for
-    items whose prediction is certain."""
+    """Small batches with their columns; items of similar rank go together, so that few columns are
+    propagated for items whose prediction is certain."""
     for batch in batches:
         with torch.no_grad(), evaluating(model):
             logits = objective.logits(model, batch)
         if logits.ndim != 2 or logits.shape[-1] - 1 > MAX_COLUMNS:
             raise ValueError(
-                f"exact Gauss–Newton columns need logits (items, up to {MAX_COLUMNS + 1} classes), got "
+                f"exact Gauss–Newton columns need logits (items, up to {MAX_COLUMNS + 1} "
+                "classes), got "
                 f"{tuple(logits.shape)}; use the Fisher from sampled labels"
             )
         positions = objective.positions(logits, batch)
@@ -554,7 +686,8 @@ def _pick(batch: Batch, items: Tensor) -> Batch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GaussNewton:
-    """Exact Gauss–Newton blocks: `Moments`, and for each layer its extreme eigenpairs where they were asked for."""
+    """Exact Gauss–Newton blocks: `Moments`, and for each layer its extreme eigenpairs where they
+    were asked for."""
 
     moments: Moments
     eigenpairs: dict[str, EigenPairs]
@@ -571,15 +704,17 @@ def exact_gauss_newton(
     diagonal: bool = True,
     eigenvalues: int = 0,
 ) -> GaussNewton:
-    """Exact trace, diagonal and, with ``eigenvalues = k``, the k largest and k smallest eigenvalues and the whole
-    non-zero spectrum of the Gauss–Newton block of every factored layer; of the Hessian block where the layer's path is
-    piecewise linear.
+    """Exact trace, diagonal and, with ``eigenvalues = k``, the k largest and k smallest eigenvalues
+    and the whole non-zero spectrum of the Gauss–Newton block of every factored layer; of the
+    Hessian block where the layer's path is piecewise linear.
 
-    Cost: a forward and up to ``classes − 1`` backward passes to the layers' outputs, plus one per-item contraction for
-    each; about 0.6 gradients a column. The spectrum comes from a Gram matrix of items·columns (or of the weights, if
-    they are fewer) and takes the passes again for every `VECTORS` numbers.
+    Cost: a forward and up to ``classes − 1`` backward passes to the layers' outputs, plus one
+    per-item contraction for each; about 0.6 gradients a column. The spectrum comes from a Gram
+    matrix of items·columns (or of the weights, if they are fewer) and takes the passes again for
+    every `VECTORS` numbers.
 
-    Raises ``ValueError`` if an item has several positions or there are more than `MAX_COLUMNS` classes.
+    Raises ``ValueError`` if an item has several positions or there are more than `MAX_COLUMNS`
+    classes.
     """
     mine = my_share(batches)
     sums = _Sums(layers, diagonal)
@@ -594,7 +729,9 @@ def exact_gauss_newton(
                 if columns:
                     sums.add(taken, name, [c[i] for c in columns], 1.0)
                 else:
-                    sums.traces[name].append(torch.zeros(taken.items, dtype=torch.float64, device=seeds.device))
+                    sums.traces[name].append(
+                        torch.zeros(taken.items, dtype=torch.float64, device=seeds.device)
+                    )
     result = sums.result() if moments else Moments(count=torch.zeros(0), traces={}, diagonal={})
     if eigenvalues:
         total = 0
@@ -638,12 +775,20 @@ def _spectra(
         for i, name in enumerate(layers):
             for items in taken.chunks(name, max(1, len(columns))):
                 if columns:
-                    found = taken.matrices(name, [c[i] for c in columns], items).flatten(2).flatten(0, 1)
+                    found = (
+                        taken.matrices(name, [c[i] for c in columns], items)
+                        .flatten(2)
+                        .flatten(0, 1)
+                    )
                     # Columns beyond an item's own rank are zero.
                     vectors[name].append(found[found.abs().amax(1) > 0])
     positions = float(all_sum(torch.tensor(total, dtype=torch.float64)))
     for name, layer in layers.items():
-        mine = torch.cat(vectors[name]) if vectors[name] else torch.zeros(0, layer.numel, dtype=_wide(layer.weight))
+        mine = (
+            torch.cat(vectors[name])
+            if vectors[name]
+            else torch.zeros(0, layer.numel, dtype=_wide(layer.weight))
+        )
         del vectors[name]
         spectra[name], pairs[name] = _from_columns(gather(mine), positions, k)
 
@@ -660,7 +805,9 @@ def _from_columns(v: Float[Tensor, "m n"], total: float, k: int) -> tuple[Tensor
         values, basis = torch.linalg.eigh((v @ v.t()).double() / total)
         top = basis[:, -k:].to(v.dtype)
         vectors = v.t() @ top
-        vectors = vectors / torch.linalg.vector_norm(vectors, dim=0).clamp_min(torch.finfo(v.dtype).tiny)
+        vectors = vectors / torch.linalg.vector_norm(vectors, dim=0).clamp_min(
+            torch.finfo(v.dtype).tiny
+        )
     values = values.clamp_min(0)
     largest = values[-k:].flip(0)
     if m >= n:
@@ -668,15 +815,19 @@ def _from_columns(v: Float[Tensor, "m n"], total: float, k: int) -> tuple[Tensor
         ends = torch.cat([vectors[:, -k:].flip(1), vectors[:, :k]], 1)
     else:  # the null space: any vector orthogonal to the columns; none is computed
         smallest = torch.zeros(min(k, n - m), dtype=torch.float64)
-        ends = torch.cat([vectors.flip(1), torch.full((n, len(smallest)), torch.nan, dtype=v.dtype)], 1)
+        ends = torch.cat(
+            [vectors.flip(1), torch.full((n, len(smallest)), torch.nan, dtype=v.dtype)], 1
+        )
     found = torch.cat([largest, smallest])
     rounding = torch.finfo(v.dtype).eps * float(values[-1]) * 10 if len(values) else 0.0
     bound = torch.full((len(found),), rounding, dtype=torch.float64)
-    pairs = EigenPairs(values=found, vectors=ends, residuals=bound, errors=bound, num_products=0, converged=True)
+    pairs = EigenPairs(
+        values=found, vectors=ends, residuals=bound, errors=bound, num_products=0, converged=True
+    )
     return values.flip(0), pairs
 
 
-# ------------------------------------------------------------------------------------------------------------ K-FAC
+# -------------------------------------------------------------------------------------------- K-FAC
 
 
 def kfac(
@@ -687,16 +838,18 @@ def kfac(
     *,
     seed: int = 0,
 ) -> BlockDiagonal:
-    """The Fisher approximated by ``G ⊗ A`` for each layer: ``A = E[x xᵀ]`` over rows, ``G = Σ g gᵀ / positions`` with
-    one label drawn per position. Grouped convolutions, embeddings and stacked experts have none and
-    raise ``ValueError``.
+    """The Fisher approximated by ``G ⊗ A`` for each layer: ``A = E[x xᵀ]`` over rows, ``G = Σ g gᵀ
+    / positions`` with one label drawn per position. Grouped convolutions, embeddings and stacked
+    experts have none and raise ``ValueError``.
 
     Cost: one forward and one backward pass; memory: ``in² + out²`` for each layer.
     """
     factors, _ = _factors(model, objective, batches, layers, seed)
     return BlockDiagonal(
         {
-            n: Kronecker(g, a, _space(layers[n]), unit=objective.unit, transposed=layers[n].transposed)
+            n: Kronecker(
+                g, a, _space(layers[n]), unit=objective.unit, transposed=layers[n].transposed
+            )
             for n, (g, a) in factors.items()
         }
     )
@@ -710,12 +863,15 @@ def ekfac(
     *,
     seed: int = 0,
 ) -> BlockDiagonal:
-    """K-FAC's eigenbasis with fitted eigenvalues ``S_ij = Σᵦ (Q_Gᵀ Gᵦᵀ Xᵦ Q_A)²_ij / positions``: the closest matrix to
-    the Fisher with that eigenbasis, with the Fisher's trace for the labels drawn. Cost: as `kfac`, twice, plus the
-    eigendecompositions."""
+    """K-FAC's eigenbasis with fitted eigenvalues ``S_ij = Σᵦ (Q_Gᵀ Gᵦᵀ Xᵦ Q_A)²_ij / positions``:
+    the closest matrix to the Fisher with that eigenbasis, with the Fisher's trace for the labels
+    drawn. Cost: as `kfac`, twice, plus the eigendecompositions."""
     factors, total = _factors(model, objective, batches, layers, seed)
     bases = {n: (torch.linalg.eigh(g)[1], torch.linalg.eigh(a)[1]) for n, (g, a) in factors.items()}
-    scales = {n: torch.zeros(layers[n].shape, dtype=g.dtype, device=g.device) for n, (g, _) in factors.items()}
+    scales = {
+        n: torch.zeros(layers[n].shape, dtype=g.dtype, device=g.device)
+        for n, (g, _) in factors.items()
+    }
     for taken, gradients in _sampled(model, objective, batches, layers, seed):
         for name, g in zip(layers, gradients, strict=True):
             qg, qa = bases[name]
@@ -740,7 +896,11 @@ def _space(layer: Layer) -> ParamSpace:
 
 
 def _sampled(
-    model: nn.Module, objective: Objective, batches: Sequence[Batch], layers: Mapping[str, Layer], seed: int
+    model: nn.Module,
+    objective: Objective,
+    batches: Sequence[Batch],
+    layers: Mapping[str, Layer],
+    seed: int,
 ) -> Iterator[tuple[Capture, list[Tensor]]]:
     for number, batch in my_share(list(enumerate(batches))):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
@@ -751,11 +911,18 @@ def _sampled(
 
 
 def _factors(
-    model: nn.Module, objective: Objective, batches: Sequence[Batch], layers: Mapping[str, Layer], seed: int
+    model: nn.Module,
+    objective: Objective,
+    batches: Sequence[Batch],
+    layers: Mapping[str, Layer],
+    seed: int,
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
     for name, layer in layers.items():
         if layer.groups != 1 or layer.kind in ("embedding", "experts"):
-            raise ValueError(f"layer {name}: a grouped convolution, an embedding or experts have no Kronecker factors")
+            raise ValueError(
+                f"layer {name}: a grouped convolution, an embedding or experts have no Kronecker "
+                "factors"
+            )
     a: dict[str, Tensor] = {}
     g: dict[str, Tensor] = {}
     rows: dict[str, float] = dict.fromkeys(layers, 0.0)

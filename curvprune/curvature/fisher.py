@@ -1,15 +1,17 @@
-"""One pass over the data that yields, for every layer at once, the true Fisher's trace and diagonal and its value along
-any number of given changes.
+"""One pass over the data that yields, for every layer at once, the true Fisher's trace and diagonal
+and its value along any number of given changes.
 
-For item n with T_n positions, back-propagate from the logits of every position a random vector with mean zero and the
-covariance of the score, ``diag(p) − p pᵀ`` (`curvprune.objective.signed_loss`: signs instead of sampled labels), and
-let ``g`` be what arrives at a layer's weight. Positions are independent, so ``E[g gᵀ]`` summed over items and divided
-by the number of positions is exactly the Fisher matrix F of the mean loss (cross terms between positions vanish in
-expectation). Hence, per position and in nats,
+For item n with T_n positions, back-propagate from the logits of every position a random vector with
+mean zero and the covariance of the score, ``diag(p) − p pᵀ`` (`curvprune.objective.signed_loss`:
+signs instead of sampled labels), and let ``g`` be what arrives at a layer's weight. Positions are
+independent, so ``E[g gᵀ]`` summed over items and divided by the number of positions is exactly the
+Fisher matrix F of the mean loss (cross terms between positions vanish in expectation). Hence, per
+position and in nats,
 
     ½ δᵀ F δ  =  ½ Σ_n E[⟨g_n, δ⟩²] / Σ_n T_n,        tr F = Σ_n E‖g_n‖² / Σ_n T_n,        diag F likewise.
 
-Source: Amari 1998; Martens 2020, "New insights and perspectives on the natural gradient method", §5, §9.
+Source: Amari 1998; Martens 2020, "New insights and perspectives on the natural gradient method",
+§5, §9.
 """
 
 from __future__ import annotations
@@ -30,14 +32,16 @@ from curvprune.processes import all_sum, my_share, shared, world
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """A change δ of one layer's weight; kept as float16 with one scale where the model's precision allows it."""
+    """A change δ of one layer's weight; kept as float16 with one scale where the model's precision
+    allows it."""
 
     values: Float[Tensor, " n"]
     scale: float
 
     @staticmethod
     def of(delta: Float[Tensor, "out in"]) -> Change:
-        """float64 changes are kept exactly; others to 11 bits relative to their largest entry, at half the memory."""
+        """float64 changes are kept exactly; others to 11 bits relative to their largest entry, at
+        half the memory."""
         flat = delta.reshape(-1)
         if flat.dtype == torch.float64:
             return Change(values=flat, scale=1.0)
@@ -55,16 +59,19 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FisherPass:
-    """What the pass measured. Sums are per item; divide by ``count.sum()`` for a value per position.
+    """What the pass measured. Sums are per item; divide by ``count.sum()`` for a value per
+    position.
 
     Attributes:
         count: positions of each item.
         along: layer → ``⟨g, δ⟩`` of every draw, ``(items, labels, changes)``.
-        diagonals: layer → ½ mean over labels of ``Σ (gᵢ δᵢ)²``, the same with the diagonal of F alone.
+        diagonals: layer → ½ mean over labels of ``Σ (gᵢ δᵢ)²``, the same with the diagonal of F
+            alone.
         traces: layer → mean over labels of ``‖g‖²``, ``(items,)``.
         diagonal: layer → diagonal of F per position, ``(out, in)``.
         labels: draws per position.
-        slopes: layer → ``⟨∇loss, δ⟩`` on the data's own labels, ``(items, changes)``, where they were asked for.
+        slopes: layer → ``⟨∇loss, δ⟩`` on the data's own labels, ``(items, changes)``, where they
+            were asked for.
     """
 
     count: Float[Tensor, " items"]
@@ -85,7 +92,8 @@ class FisherPass:
 
 
 def ratio_estimate(sums: Float[Tensor, " items"], count: Float[Tensor, " items"]) -> Estimate:
-    """``Σ sums / Σ count`` with the linearised (cluster) standard error over items; infinite for a single item."""
+    """``Σ sums / Σ count`` with the linearised (cluster) standard error over items; infinite for a
+    single item."""
     n = len(sums)
     value = float(sums.sum() / count.sum())
     if n < 2:
@@ -97,7 +105,8 @@ def ratio_estimate(sums: Float[Tensor, " items"], count: Float[Tensor, " items"]
 
 @contextmanager
 def differentiating(model: nn.Module, layers: Mapping[str, Layer]) -> Iterator[None]:
-    """Only the layers' weights require gradients; flags, modes and ``.grad`` come back as they were."""
+    """Only the layers' weights require gradients; flags, modes and ``.grad`` come back as they
+    were."""
     parameters = list(model.parameters())
     before = [(p, p.requires_grad, p.grad) for p in parameters]
     wanted = {id(layer.weight) for layer in layers.values()}
@@ -126,25 +135,30 @@ def fisher_pass(
     resume: dict[str, Tensor] | None = None,
     after_item: Callable[[int, dict[str, Tensor]], None] | None = None,
 ) -> FisherPass:
-    """Run the pass. Cost: one forward and ``labels`` backward passes per item, one dot product per change and label;
+    """Run the pass. Cost: one forward and ``labels`` backward passes per item, one dot product per
+    change and label;
     memory: one float32 diagonal of the layers, one weight gradient at a time.
 
     Args:
         items: batches of one item.
         changes: layer → changes to price; layers without changes get trace and diagonal only.
-        slopes: also take the first-order term, for one more backward pass an item from the loss on its own labels.
-        resume: the totals that ``after_item`` last received, to go on after that item with the same result.
+        slopes: also take the first-order term, for one more backward pass an item from the loss on
+            its own labels.
+        resume: the totals that ``after_item`` last received, to go on after that item with the same
+            result.
         after_item: called with (items done, totals) after each item, for progress and checkpoints.
 
-    Several processes share the items; each counts and resumes its own, and at the end all call ``after_item`` once more
-    with the totals of all.
+    Several processes share the items; each counts and resumes its own, and at the end all call
+    ``after_item`` once more with the totals of all.
 
     Raises:
         ValueError: a layer that received no gradient (it is not on the way to the loss), by name.
         FloatingPointError: a non-finite gradient, naming the layer and the item.
     """
     if world() > max(1, len(items)):
-        raise ValueError(f"{world()} processes for {len(items)} items: start at most one process for each item")
+        raise ValueError(
+            f"{world()} processes for {len(items)} items: start at most one process for each item"
+        )
     device = next(model.parameters()).device
     totals = resume or _empty_totals(layers, changes, len(items), labels, device)
     totals = {k: v.to(device) for k, v in totals.items()}
@@ -178,7 +192,8 @@ def fisher_pass(
             done = int(totals["done"])
             for i in mine[done:] if done < len(items) else ():
                 position["item"] = i
-                # One generator per item: a resumed pass draws the signs that an uninterrupted one would.
+                # One generator per item: a resumed pass draws the signs that an uninterrupted one
+                # would.
                 generator = torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63)
                 batch = to_device(items[i], device)
                 logits = objective.logits(model, batch)
@@ -186,7 +201,9 @@ def fisher_pass(
                 totals["count"][i] = len(positions.item)
                 for s in range(labels):
                     position["label"] = s
-                    signed_loss(positions, generator).backward(retain_graph=slopes or s + 1 < labels)
+                    signed_loss(positions, generator).backward(
+                        retain_graph=slopes or s + 1 < labels
+                    )
                 if slopes:
                     position["slope"] = 1
                     objective.loss_of(logits, batch)[0].backward()
@@ -206,7 +223,8 @@ def fisher_pass(
             after_item(len(items), totals)
     if silent := [n for n in layers if not bool(totals[f"trace/{n}"].any())]:
         raise ValueError(
-            f"layer {silent[0]} received no gradient from any item: it is not on the way to the loss; leave it out"
+            f"layer {silent[0]} received no gradient from any item: it is not on the way to the "
+            "loss; leave it out"
         )
     count = totals["count"].cpu()
     return FisherPass(
@@ -236,7 +254,9 @@ def _empty_totals(
         totals[f"diagonal/{name}"] = torch.zeros(layer.shape, dtype=wide, device=device)
         totals[f"trace/{name}"] = torch.zeros(items, dtype=torch.float64, device=device)
         width = len(changes.get(name, ()))
-        totals[f"along/{name}"] = torch.zeros(items, labels, width, dtype=torch.float64, device=device)
+        totals[f"along/{name}"] = torch.zeros(
+            items, labels, width, dtype=torch.float64, device=device
+        )
         for kind in ("diagonals", "slope"):
             totals[f"{kind}/{name}"] = torch.zeros(items, width, dtype=torch.float64, device=device)
     return totals
@@ -247,5 +267,6 @@ def _check_finite(totals: dict[str, Tensor], layers: Mapping[str, Layer], item: 
     if not bool(finite.all()):
         name = next(n for n, ok in zip(layers, finite.tolist(), strict=True) if not ok)
         raise FloatingPointError(
-            f"layer {name}: the gradient of item {item} is not finite; run the model in float32 or bfloat16"
+            f"layer {name}: the gradient of item {item} is not finite; run the model in float32 "
+            "or bfloat16"
         )

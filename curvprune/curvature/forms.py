@@ -1,10 +1,12 @@
-"""What other curvature matrices say about given changes of the layers, beside the Fisher along them.
+"""What other curvature matrices say about given changes of the layers, beside the Fisher along
+them.
 
     kfac      ½ tr(G δ A δᵀ)   A = E[x xᵀ] over rows, G = Σ g gᵀ / positions for sampled labels; nats
     input     ½ tr(δ A δᵀ)     half the squared error of the layer's outputs per row: GPTQ's objective, no nats
     hessian   ½ δᵀ H δ         H the block of the Hessian of the loss on the data's own labels; nats, of either sign
 
-Sources: Martens & Grosse 2015 (kfac); Frantar et al. 2022, "GPTQ" (input); LeCun et al. 1990 (hessian).
+Sources: Martens & Grosse 2015 (kfac); Frantar et al. 2022, "GPTQ" (input); LeCun et al. 1990
+(hessian).
 """
 
 from __future__ import annotations
@@ -53,15 +55,18 @@ def quadratic_forms(
 ) -> Forms:
     """``½ δᵀ M δ`` of every change for the matrix that ``kind`` names (`FORMS`).
 
-    ``kfac`` and ``input`` are taken on ``parts`` interleaved parts of the items: one forward and one backward pass in
-    all, and for each part ``out·in·(out+in)`` multiply-adds per change. ``hessian``: about two gradients for each item,
-    layer and change.
+    ``kfac`` and ``input`` are taken on ``parts`` interleaved parts of the items: one forward and
+    one backward pass in all, and for each part ``out·in·(out+in)`` multiply-adds per change.
+    ``hessian``: about two gradients for each item, layer and change.
 
     Raises:
-        ValueError: an unknown kind; a layer without Kronecker factors (grouped, embedding, experts), by name.
+        ValueError: an unknown kind; a layer without Kronecker factors (grouped, embedding,
+            experts), by name.
     """
     if kind not in FORMS:
-        raise ValueError(f"curvature={kind!r} is unknown; expected fisher, diagonal, {', '.join(FORMS)}")
+        raise ValueError(
+            f"curvature={kind!r} is unknown; expected fisher, diagonal, {', '.join(FORMS)}"
+        )
     device = next(model.parameters()).device
     wanted = {n: layer for n, layer in layers.items() if changes.get(n)}
     width = 1 if kind == "hessian" else -(-len(items) // min(parts, len(items)))
@@ -72,9 +77,13 @@ def quadratic_forms(
         form = _hessian_form if kind == "hessian" else _factored(kind, seed + number)
         along = form(model, objective, batches, wanted)
         with torch.no_grad(), evaluating(model):
-            counts.append(sum(len(objective.positions(objective.logits(model, b), b).item) for b in batches))
+            counts.append(
+                sum(len(objective.positions(objective.logits(model, b), b).item) for b in batches)
+            )
         for n, layer in wanted.items():
-            deltas = ((c.values.to(_wide(layer)) * c.scale).reshape(layer.shape) for c in changes[n])
+            deltas = (
+                (c.values.to(_wide(layer)) * c.scale).reshape(layer.shape) for c in changes[n]
+            )
             sums[n].append([0.5 * along(n, delta) * counts[-1] for delta in deltas])
     return Forms(
         count=torch.tensor(counts, dtype=torch.float64),
@@ -88,14 +97,19 @@ def _wide(layer: Layer) -> torch.dtype:
 
 def _factored(kind: str, seed: int) -> Callable[..., Callable[[str, Tensor], float]]:
     def build(
-        model: nn.Module, objective: Objective, batches: Sequence[Batch], layers: Mapping[str, Layer]
+        model: nn.Module,
+        objective: Objective,
+        batches: Sequence[Batch],
+        layers: Mapping[str, Layer],
     ) -> Callable[[str, Tensor], float]:
         blocks = kfac(model, objective, batches, layers, seed=seed).blocks
 
         def along(name: str, delta: Tensor) -> float:
             block = blocks[name]
             assert isinstance(block, Kronecker)
-            g, a = (block.right, block.left) if layers[name].transposed else (block.left, block.right)
+            g, a = (
+                (block.right, block.left) if layers[name].transposed else (block.left, block.right)
+            )
             spread = delta.to(a.dtype) @ a
             return float((delta * (spread if kind == "input" else g @ spread)).double().sum())
 

@@ -1,12 +1,14 @@
 """Traces and diagonals of the diagonal blocks of a matrix-free operator, for all layers at once.
 
-A *joint* probe z over all layers costs one product, and ``z_l · (Hz)_l`` is unbiased for tr H_ll of every layer: the
-blocks between layers only add variance. A *restricted* probe is zero outside its layer and prunes the backward passes
-to it: about a third of the cost, without that variance, for one layer. Start joint; from the spread of a few restricted
-probes work out which layers are cheaper finished alone; spend each layer's budget accordingly.
+A *joint* probe z over all layers costs one product, and ``z_l · (Hz)_l`` is unbiased for tr H_ll of
+every layer: the blocks between layers only add variance. A *restricted* probe is zero outside its
+layer and prunes the backward passes to it: about a third of the cost, without that variance, for
+one layer. Start joint; from the spread of a few restricted probes work out which layers are cheaper
+finished alone; spend each layer's budget accordingly.
 
-Sources: Hutchinson 1990; Bekas, Kokiopoulou & Saad 2007 (diagonal). With Rademacher
-probes the variance of a joint one is that of a restricted one plus ‖blocks between the layer and the others‖²_F.
+Sources: Hutchinson 1990; Bekas, Kokiopoulou & Saad 2007 (diagonal). With Rademacher probes the
+variance of a joint one is that of a restricted one plus ‖blocks between the layer and the
+others‖²_F.
 """
 
 from __future__ import annotations
@@ -84,18 +86,22 @@ def probe_layers(
     generator: torch.Generator,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, LayerTrace]:
-    """Hutchinson estimates of the blocks' traces (and diagonals) until each standard error is at most ``rtol·|trace|``.
+    """Hutchinson estimates of the blocks' traces (and diagonals) until each standard error is at
+    most ``rtol·|trace|``.
 
     Args:
         op: over the parameters of the layers.
         names: layer → parameter of ``op.space``.
-        max_products: probes that a layer may have, joint and restricted together; its flag is false if they did not do.
+        max_products: probes that a layer may have, joint and restricted together; its flag is false
+            if they did not do.
         advance: called with (layers finished, layers).
 
     Cost: one product per joint probe, about a third of one per restricted probe.
     """
     if not rtol > 0 or max_products < 2:
-        raise ValueError(f"rtol must be positive and max_products at least 2, got {rtol} and {max_products}")
+        raise ValueError(
+            f"rtol must be positive and max_products at least 2, got {rtol} and {max_products}"
+        )
     joint = {n: _Kind() for n in names}
     alone = {n: _Kind() for n in names}
 
@@ -123,32 +129,47 @@ def probe_layers(
     probe_jointly(min(PILOT, max_products))
     todo = [n for n in names if not met(n)]
     advance(len(names) - len(todo), len(names))
-    if todo and max_products < 2 * PILOT:  # no room for a second kind whose spread could be believed
+    if (
+        todo and max_products < 2 * PILOT
+    ):  # no room for a second kind whose spread could be believed
         probe_jointly(max_products - min(PILOT, max_products))
         todo = []
     elif len(names) > 1:
         for layer in todo:
             probe_alone(layer, min(PILOT, max_products - joint[layer].count))
         todo = [n for n in todo if not met(n)]
-        more = min(_joint_probes_worth(todo, joint, alone, rtol, max_products), max_products - 2 * PILOT)
+        more = min(
+            _joint_probes_worth(todo, joint, alone, rtol, max_products), max_products - 2 * PILOT
+        )
         while more > 0 and todo:
             probe_jointly(min(more, PILOT))
             more -= PILOT
             todo = [n for n in todo if not met(n)]
     for layer in todo:
-        while not met(layer) and (left := max_products - joint[layer].count - alone[layer].count) > 0:
+        while (
+            not met(layer) and (left := max_products - joint[layer].count - alone[layer].count) > 0
+        ):
             value, stderr = _combined(joint[layer], alone[layer])
             have = alone[layer].count or joint[layer].count
-            want = have * (stderr / (rtol * abs(value))) ** 2 if value and math.isfinite(stderr) else math.inf
+            want = (
+                have * (stderr / (rtol * abs(value))) ** 2
+                if value and math.isfinite(stderr)
+                else math.inf
+            )
             probe_alone(layer, max(1, int(min(left, max(2, have), max(2.0, want - have)))))
         advance(len(names) - len(todo) + todo.index(layer) + 1, len(names))
     return {n: _result(joint[n], alone[n], rtol, met(n)) for n in names}
 
 
 def _joint_probes_worth(
-    todo: list[str], joint: Mapping[str, _Kind], alone: Mapping[str, _Kind], rtol: float, max_products: int
+    todo: list[str],
+    joint: Mapping[str, _Kind],
+    alone: Mapping[str, _Kind],
+    rtol: float,
+    max_products: int,
 ) -> int:
-    """How many more joint probes make the whole cheapest: those layers that they do not bring there go on alone."""
+    """How many more joint probes make the whole cheapest: those layers that they do not bring there
+    go on alone."""
 
     def needed(kind: _Kind, layer: str) -> float:
         value, _ = _combined(joint[layer], alone[layer])
@@ -161,7 +182,9 @@ def _joint_probes_worth(
     best, cost = 0, finish(todo)
     for layer in todo:
         count = needed(joint[layer], layer)
-        if count > max_products:  # joint probes do not bring this layer there: they would be spent for nothing
+        if (
+            count > max_products
+        ):  # joint probes do not bring this layer there: they would be spent for nothing
             continue
         total = count + finish([n for n in todo if needed(joint[n], n) > count])
         if total < cost:
@@ -170,9 +193,9 @@ def _joint_probes_worth(
 
 
 def _combined(joint: _Kind, alone: _Kind) -> tuple[float, float]:
-    """Both kinds weighted by the precision of their means. The weights come from the same probes as the means; with
-    `PILOT` of each kind that costs a little efficiency, not the centre, because sample and variance of symmetric
-    estimates are nearly uncorrelated."""
+    """Both kinds weighted by the precision of their means. The weights come from the same probes as
+    the means; with `PILOT` of each kind that costs a little efficiency, not the centre, because
+    sample and variance of symmetric estimates are nearly uncorrelated."""
     # The spread of two or three samples can be small by chance, and would then take all the weight.
     parts = [k for k in (joint, alone) if k.count >= PILOT]
     if not parts:
@@ -190,7 +213,9 @@ def _result(joint: _Kind, alone: _Kind, rtol: float, converged: bool) -> LayerTr
     value, stderr = _combined(joint, alone)
     count = joint.count + alone.count
     diagonal, error = None, math.inf
-    kinds = [k for k in (joint, alone) if k.halves and k.count >= PILOT] or [k for k in (joint, alone) if k.halves][:1]
+    kinds = [k for k in (joint, alone) if k.halves and k.count >= PILOT] or [
+        k for k in (joint, alone) if k.halves
+    ][:1]
     if kinds:
         total = torch.zeros_like(kinds[0].halves[0])
         difference = torch.zeros_like(total)
@@ -200,9 +225,19 @@ def _result(joint: _Kind, alone: _Kind, rtol: float, converged: bool) -> LayerTr
             first = kind.halves[0]
             second = kind.halves[1] if len(kind.halves) > 1 else torch.zeros_like(first)
             total += (first + second) * (share / kind.count)
-            difference += (first / ((kind.count + 1) // 2) - second / max(1, kind.count // 2)) * (share / 2)
+            difference += (first / ((kind.count + 1) // 2) - second / max(1, kind.count // 2)) * (
+                share / 2
+            )
         diagonal = total
         norm = float(torch.linalg.vector_norm(total))
         error = float(torch.linalg.vector_norm(difference)) / norm if norm else 0.0
-    trace = Estimate(value=value, stderr=stderr, num_items=count, num_products=count, converged=converged)
-    return LayerTrace(trace=trace, diagonal=diagonal, diagonal_error=error, joint=joint.count, restricted=alone.count)
+    trace = Estimate(
+        value=value, stderr=stderr, num_items=count, num_products=count, converged=converged
+    )
+    return LayerTrace(
+        trace=trace,
+        diagonal=diagonal,
+        diagonal_error=error,
+        joint=joint.count,
+        restricted=alone.count,
+    )

@@ -1,4 +1,5 @@
-"""What a change of one layer alone costs, measured: for changes that are too large for a quadratic model."""
+"""What a change of one layer alone costs, measured: for changes that are too large for a quadratic
+model."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ def divergences(
     layers: Mapping[str, Layer],
     changed: Sequence[tuple[str, Tensor]],
 ) -> Float[Tensor, "items changes"]:
-    """KL divergence from the model's own outputs, in nats, summed over an item's positions that count, of every change
-    alone. It is what ``½ δᵀ F δ`` is the second order of, and needs no labels.
+    """KL divergence from the model's own outputs, in nats, summed over an item's positions that
+    count, of every change alone. It is what ``½ δᵀ F δ`` is the second order of, and needs no
+    labels.
 
     Args:
         items: batches of one item each.

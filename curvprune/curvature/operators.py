@@ -1,8 +1,10 @@
-"""Symmetric linear operators on a flat parameter space: what the estimators, solvers and prices see of a curvature.
+"""Symmetric linear operators on a flat parameter space: what the estimators, solvers and prices see
+of a curvature.
 
-An operator is its product with vectors. What its structure gives for free (diagonal, trace, the inverse of its damped
-form) is a closed form of the class; an operator known only by its products raises :class:`NoClosedForm` and names the
-estimator to use instead. Vectors are flat, ``(n,)`` or ``(n, k)``; names and shapes live in :class:`ParamSpace`.
+An operator is its product with vectors. What its structure gives for free (diagonal, trace, the
+inverse of its damped form) is a closed form of the class; an operator known only by its products
+raises :class:`NoClosedForm` and names the estimator to use instead. Vectors are flat, ``(n,)`` or
+``(n, k)``; names and shapes live in :class:`ParamSpace`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ class NoClosedForm(NotImplementedError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParamSpace:
-    """Named parameters laid end to end, in order, each in row-major order, as one flat vector of length ``dim``.
+    """Named parameters laid end to end, in order, each in row-major order, as one flat vector of
+    length ``dim``.
 
     Attributes:
         shapes: name → shape. The order is the order of the coordinates.
@@ -51,15 +54,21 @@ class ParamSpace:
         return slices
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, "*size"]:
-        """One flat vector ``(n,)`` from tensors shaped as the parameters; ``(n, k)`` if all have a trailing axis k.
+        """One flat vector ``(n,)`` from tensors shaped as the parameters; ``(n, k)`` if all have a
+        trailing axis k.
 
         Raises:
-            ValueError: a missing or unknown name, or a shape that is not the parameter's, naming it.
+            ValueError: a missing or unknown name, or a shape that is not the parameter's, naming
+                it.
         """
         if unknown := [name for name in tensors if name not in self.shapes]:
-            raise ValueError(f"parameter {unknown[0]!r} is not in this space, which holds {list(self.shapes)}")
+            raise ValueError(
+                f"parameter {unknown[0]!r} is not in this space, which holds {list(self.shapes)}"
+            )
         if missing := [name for name in self.shapes if name not in tensors]:
-            raise ValueError(f"no tensor for parameter {missing[0]!r} of shape {self.shapes[missing[0]]}")
+            raise ValueError(
+                f"no tensor for parameter {missing[0]!r} of shape {self.shapes[missing[0]]}"
+            )
         if not self.shapes:
             return torch.zeros(0)
         tails: dict[tuple[int, ...], str] = {}
@@ -68,7 +77,9 @@ class ParamSpace:
             got = tuple(tensors[name].shape)
             tail = got[len(shape) :]
             if got[: len(shape)] != shape or len(tail) > 1:
-                raise ValueError(f"parameter {name!r}: expected shape {shape} or {(*shape, 'k')}, got {got}")
+                raise ValueError(
+                    f"parameter {name!r}: expected shape {shape} or {(*shape, 'k')}, got {got}"
+                )
             tails.setdefault(tail, name)
             parts.append(tensors[name].reshape(math.prod(shape), *tail))
         if len(tails) > 1:
@@ -83,7 +94,9 @@ class ParamSpace:
             ValueError: ``v`` is not ``(n,)`` or ``(n, k)``.
         """
         if v.ndim not in (1, 2) or v.shape[0] != self.dim:
-            raise ValueError(f"expected a vector ({self.dim},) or a block ({self.dim}, k), got {tuple(v.shape)}")
+            raise ValueError(
+                f"expected a vector ({self.dim},) or a block ({self.dim}, k), got {tuple(v.shape)}"
+            )
         slices = self.slices
         # unflatten always returns views, also of columns of a larger block
         return {
@@ -92,15 +105,20 @@ class ParamSpace:
         }
 
     def restrict(self, names: Iterable[str]) -> ParamSpace:
-        """The subspace of these parameters, in the order of this space whatever the order of ``names``.
+        """The subspace of these parameters, in the order of this space whatever the order of
+        ``names``.
 
         Raises:
             ValueError: an unknown name.
         """
         wanted = [names] if isinstance(names, str) else list(names)
         if unknown := [name for name in wanted if name not in self.shapes]:
-            raise ValueError(f"parameter {unknown[0]!r} is not in this space, which holds {list(self.shapes)}")
-        return ParamSpace(shapes={name: shape for name, shape in self.shapes.items() if name in wanted})
+            raise ValueError(
+                f"parameter {unknown[0]!r} is not in this space, which holds {list(self.shapes)}"
+            )
+        return ParamSpace(
+            shapes={name: shape for name, shape in self.shapes.items() if name in wanted}
+        )
 
 
 class Operator(ABC):
@@ -108,7 +126,8 @@ class Operator(ABC):
 
     Attributes:
         space: the parameters that the coordinates belong to.
-        unit: what ``vᵀAv`` is measured in for a change v of the parameters, e.g. ``"nats per token"``.
+        unit: what ``vᵀAv`` is measured in for a change v of the parameters, e.g. ``"nats per
+            token"``.
         psd: known to be positive semidefinite. False means not known.
         dtype: of the vectors that it takes and returns. Nothing is cast silently.
         device: where its vectors live.
@@ -121,10 +140,18 @@ class Operator(ABC):
     device: torch.device
 
     def __init__(
-        self, space: ParamSpace, *, unit: str, psd: bool, dtype: torch.dtype, device: torch.device | str
+        self,
+        space: ParamSpace,
+        *,
+        unit: str,
+        psd: bool,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> None:
         self.space, self.unit, self.psd, self.dtype = space, unit, psd, dtype
-        self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors have it
+        self.device = torch.empty(
+            0, device=device
+        ).device  # "cuda" becomes "cuda:0", as tensors have it
         if not dtype.is_floating_point:
             raise ValueError(f"an operator needs a floating-point dtype, got {dtype}")
 
@@ -142,7 +169,8 @@ class Operator(ABC):
         return self._matmat(v) if v.ndim == 2 else self._matmat(v.unsqueeze(1)).squeeze(1)
 
     def quad(self, v: Float[Tensor, "*size"]) -> Float[Tensor, "*columns"]:
-        """``vᵀAv`` of a vector (a scalar tensor) or of each column of a block, ``(k,)``, in ``unit``.
+        """``vᵀAv`` of a vector (a scalar tensor) or of each column of a block, ``(k,)``, in
+        ``unit``.
 
         The curvature's share of the loss increase is half of it. Cost: one product per vector.
         """
@@ -154,7 +182,9 @@ class Operator(ABC):
         Raises:
             NoClosedForm: the operator is known only by its products.
         """
-        raise NoClosedForm(f"{type(self).__name__} has no closed-form diagonal; use estimators.diagonal(op, ...)")
+        raise NoClosedForm(
+            f"{type(self).__name__} has no closed-form diagonal; use estimators.diagonal(op, ...)"
+        )
 
     def trace(self) -> float:
         """tr A in closed form, without products.
@@ -162,10 +192,13 @@ class Operator(ABC):
         Raises:
             NoClosedForm: the operator is known only by its products.
         """
-        raise NoClosedForm(f"{type(self).__name__} has no closed-form trace; use estimators.trace(op, ...)")
+        raise NoClosedForm(
+            f"{type(self).__name__} has no closed-form trace; use estimators.trace(op, ...)"
+        )
 
     def solve(self, v: Float[Tensor, "*size"]) -> Float[Tensor, "*size"]:
-        """``A⁻¹v`` by an eigendecomposition, kept after the first call; ``op.damped(λ).solve(v)`` is ``(A+λI)⁻¹v``.
+        """``A⁻¹v`` by an eigendecomposition, kept after the first call; ``op.damped(λ).solve(v)``
+        is ``(A+λI)⁻¹v``.
 
         Raises:
             NoClosedForm: the operator is known only by its products.
@@ -177,7 +210,8 @@ class Operator(ABC):
     def restrict(self, names: Iterable[str]) -> Operator:
         """The diagonal block ``EᵀAE`` of these parameters, in the order of ``self.space``.
 
-        Without a closed form, the product surrounds the vector with zeros and costs as much as the whole operator's.
+        Without a closed form, the product surrounds the vector with zeros and costs as much as the
+        whole operator's.
 
         Raises:
             ValueError: an unknown name.
@@ -211,11 +245,14 @@ class Operator(ABC):
         """
         n = self.space.dim
         if n > _DENSE_LIMIT:
-            raise ValueError(f"to_dense of dimension {n} needs {n}² numbers; the limit is {_DENSE_LIMIT}")
+            raise ValueError(
+                f"to_dense of dimension {n} needs {n}² numbers; the limit is {_DENSE_LIMIT}"
+            )
         return self._dense()
 
     def to_scipy(self) -> Any:
-        """A ``scipy.sparse.linalg.LinearOperator`` with float64 NumPy vectors in and out, cast to ``dtype`` between."""
+        """A ``scipy.sparse.linalg.LinearOperator`` with float64 NumPy vectors in and out, cast to
+        ``dtype`` between."""
         from scipy.sparse.linalg import LinearOperator
 
         def apply(x: Any) -> Any:
@@ -223,22 +260,28 @@ class Operator(ABC):
             return (self @ v).to(device="cpu", dtype=torch.float64).numpy()
 
         n = self.space.dim
-        return LinearOperator((n, n), matvec=apply, rmatvec=apply, matmat=apply, rmatmat=apply, dtype="float64")
+        return LinearOperator(
+            (n, n), matvec=apply, rmatvec=apply, matmat=apply, rmatmat=apply, dtype="float64"
+        )
 
     def __repr__(self) -> str:
         parameters = len(self.space.shapes)
         return (
-            f"{type(self).__name__}(n={self.space.dim}, parameters={parameters}, unit={self.unit!r}, psd={self.psd}, "
+            f"{type(self).__name__}(n={self.space.dim}, parameters={parameters}, "
+            f"unit={self.unit!r}, psd={self.psd}, "
             f"dtype={self.dtype}, device={self.device})"
         )
 
     def _check(self, v: Tensor) -> None:
         n = self.space.dim
         if v.ndim not in (1, 2) or v.shape[0] != n:
-            raise ValueError(f"{type(self).__name__} takes ({n},) or ({n}, k), got {tuple(v.shape)}")
+            raise ValueError(
+                f"{type(self).__name__} takes ({n},) or ({n}, k), got {tuple(v.shape)}"
+            )
         if v.dtype != self.dtype:
             raise ValueError(
-                f"{type(self).__name__} takes {self.dtype}, got {v.dtype}; pass v.to({self.dtype}) if that is meant"
+                f"{type(self).__name__} takes {self.dtype}, got {v.dtype}; pass "
+                f"v.to({self.dtype}) if that is meant"
             )
         if v.device != self.device:
             raise ValueError(f"{type(self).__name__} is on {self.device}, the vector on {v.device}")
@@ -261,11 +304,16 @@ class Operator(ABC):
             whole[index] = v
             return self._matmat(whole)[index]
 
-        return Function(product, space, unit=self.unit, psd=self.psd, dtype=self.dtype, device=self.device)
+        return Function(
+            product, space, unit=self.unit, psd=self.psd, dtype=self.dtype, device=self.device
+        )
 
     def _solve(self, v: Tensor, shift: float) -> Tensor:
         """``(A + shift·I)⁻¹ v`` for a checked block."""
-        raise NoClosedForm(f"{type(self).__name__} has no closed-form inverse; use an iterative solver on its products")
+        raise NoClosedForm(
+            f"{type(self).__name__} has no closed-form inverse; use an iterative solver on its "
+            "products"
+        )
 
 
 class Dense(Operator):
@@ -290,7 +338,9 @@ class Dense(Operator):
         _check_symmetric("matrix", matrix)
         space = space or ParamSpace(shapes={"x": (len(matrix),)})
         if space.dim != len(matrix):
-            raise ValueError(f"a {tuple(matrix.shape)} matrix does not act on a space of dimension {space.dim}")
+            raise ValueError(
+                f"a {tuple(matrix.shape)} matrix does not act on a space of dimension {space.dim}"
+            )
         super().__init__(space, unit=unit, psd=psd, dtype=matrix.dtype, device=matrix.device)
         self.matrix = matrix
 
@@ -331,10 +381,15 @@ class Diagonal(Operator):
         ValueError: not of the space's dimension.
     """
 
-    def __init__(self, values: Float[Tensor, " n"], space: ParamSpace | None = None, *, unit: str = "nats") -> None:
+    def __init__(
+        self, values: Float[Tensor, " n"], space: ParamSpace | None = None, *, unit: str = "nats"
+    ) -> None:
         space = space or ParamSpace(shapes={"x": (len(values),)})
         if space.dim != len(values):
-            raise ValueError(f"a diagonal of {len(values)} values does not act on a space of dimension {space.dim}")
+            raise ValueError(
+                f"a diagonal of {len(values)} values does not act on a space of dimension "
+                f"{space.dim}"
+            )
         psd = bool((values >= 0).all())
         super().__init__(space, unit=unit, psd=psd, dtype=values.dtype, device=values.device)
         self.values = values
@@ -349,29 +404,33 @@ class Diagonal(Operator):
         return float(self.values.sum(dtype=torch.float64))
 
     def _restrict(self, space: ParamSpace) -> Operator:
-        return Diagonal(self.values[_coordinates(self.space, space, self.device)], space, unit=self.unit)
+        return Diagonal(
+            self.values[_coordinates(self.space, space, self.device)], space, unit=self.unit
+        )
 
     def _solve(self, v: Tensor, shift: float) -> Tensor:
         return _nonsingular(self.values, shift).unsqueeze(1) * v
 
 
 class Kronecker(Operator):
-    """``G ⊗ A`` on one weight ``W [out, in]``, row-major: ``(G⊗A) vec V = vec(G V A)``; diagonal ``diag G · diag A``,
-    trace ``tr G · tr A``. Cost of a product: ``out·in·(out+in)`` multiply–adds.
+    """``G ⊗ A`` on one weight ``W [out, in]``, row-major: ``(G⊗A) vec V = vec(G V A)``; diagonal
+    ``diag G · diag A``, trace ``tr G · tr A``. Cost of a product: ``out·in·(out+in)``
+    multiply–adds.
 
     Args:
         output_factor: ``G [out, out]``, second moment of the output gradients.
         input_factor: ``A [in, in]``, second moment of the inputs.
-        space: one parameter with ``out·in`` elements, e.g. a convolution ``(out, c, kh, kw)``; ``"weight"`` of shape
-            ``(out, in)`` if left out.
+        space: one parameter with ``out·in`` elements, e.g. a convolution ``(out, c, kh, kw)``;
+            ``"weight"`` of shape ``(out, in)`` if left out.
         transposed: the weight is stored ``[in, out]``.
         psd: true for second moments; pass False for factors that may be indefinite.
 
     Raises:
-        ValueError: a factor that is not square or not symmetric, factors of different dtypes or devices, a parameter
-            that does not fit.
+        ValueError: a factor that is not square or not symmetric, factors of different dtypes or
+            devices, a parameter that does not fit.
 
-    Source: Martens & Grosse 2015, "Optimizing neural networks with Kronecker-factored approximate curvature", §3.
+    Source: Martens & Grosse 2015, "Optimizing neural networks with Kronecker-factored approximate
+    curvature", §3.
     """
 
     def __init__(
@@ -387,8 +446,11 @@ class Kronecker(Operator):
         _check_symmetric("output_factor", output_factor)
         _check_symmetric("input_factor", input_factor)
         _check_alike({"output_factor": output_factor, "input_factor": input_factor})
-        # Of a transposed weight, vec(Vᵀ) = vec(A Vᵀ G): the factors change sides and all else stays.
-        self.left, self.right = (input_factor, output_factor) if transposed else (output_factor, input_factor)
+        # Of a transposed weight, vec(Vᵀ) = vec(A Vᵀ G): the factors change sides and all else
+        # stays.
+        self.left, self.right = (
+            (input_factor, output_factor) if transposed else (output_factor, input_factor)
+        )
         space = _matrix_space(space, len(self.left), len(self.right))
         super().__init__(space, unit=unit, psd=psd, dtype=self.left.dtype, device=self.left.device)
 
@@ -399,7 +461,10 @@ class Kronecker(Operator):
         return torch.outer(self.left.diagonal(), self.right.diagonal()).reshape(-1)
 
     def trace(self) -> float:
-        return float(self.left.diagonal().sum(dtype=torch.float64) * self.right.diagonal().sum(dtype=torch.float64))
+        return float(
+            self.left.diagonal().sum(dtype=torch.float64)
+            * self.right.diagonal().sum(dtype=torch.float64)
+        )
 
     @cached_property
     def _eigh(self) -> Ekfac:
@@ -412,8 +477,9 @@ class Kronecker(Operator):
 
 
 class Ekfac(Operator):
-    """Curvature in a Kronecker eigenbasis with its own eigenvalues on one weight ``W [out, in]``: product
-    ``Q_G (S ∘ (Q_Gᵀ V Q_A)) Q_Aᵀ``, diagonal ``Q_G² S (Q_A²)ᵀ``, trace ``Σ S``; ``psd`` is read off S.
+    """Curvature in a Kronecker eigenbasis with its own eigenvalues on one weight ``W [out, in]``:
+    product ``Q_G (S ∘ (Q_Gᵀ V Q_A)) Q_Aᵀ``, diagonal ``Q_G² S (Q_A²)ᵀ``, trace ``Σ S``; ``psd`` is
+    read off S.
 
     Args:
         output_basis: ``Q_G [out, out]``, orthonormal columns.
@@ -424,7 +490,8 @@ class Ekfac(Operator):
     Raises:
         ValueError: a basis that is not orthogonal, shapes that do not fit, other dtypes or devices.
 
-    Source: George et al. 2018, "Fast approximate natural gradient descent in a Kronecker-factored eigenbasis", §3.
+    Source: George et al. 2018, "Fast approximate natural gradient descent in a Kronecker-factored
+    eigenbasis", §3.
     """
 
     def __init__(
@@ -439,17 +506,22 @@ class Ekfac(Operator):
     ) -> None:
         _check_orthogonal("output_basis", output_basis)
         _check_orthogonal("input_basis", input_basis)
-        _check_alike({"output_basis": output_basis, "input_basis": input_basis, "eigenvalues": eigenvalues})
+        _check_alike(
+            {"output_basis": output_basis, "input_basis": input_basis, "eigenvalues": eigenvalues}
+        )
         if tuple(eigenvalues.shape) != (len(output_basis), len(input_basis)):
             raise ValueError(
-                f"eigenvalues: expected {(len(output_basis), len(input_basis))}, got {tuple(eigenvalues.shape)}"
+                f"eigenvalues: expected {(len(output_basis), len(input_basis))}, got "
+                f"{tuple(eigenvalues.shape)}"
             )
         self.left, self.right, self.scales = output_basis, input_basis, eigenvalues
         if transposed:
             self.left, self.right, self.scales = input_basis, output_basis, eigenvalues.mT
         space = _matrix_space(space, len(self.left), len(self.right))
         psd = bool((eigenvalues >= 0).all())
-        super().__init__(space, unit=unit, psd=psd, dtype=eigenvalues.dtype, device=eigenvalues.device)
+        super().__init__(
+            space, unit=unit, psd=psd, dtype=eigenvalues.dtype, device=eigenvalues.device
+        )
 
     def _scaled(self, v: Tensor, scales: Tensor) -> Tensor:
         inside = scales.reshape(-1, 1) * _two_sided(self.left.mT, v, self.right)
@@ -469,13 +541,15 @@ class Ekfac(Operator):
 
 
 class BlockDiagonal(Operator):
-    """Operators on disjoint sets of parameters side by side; the space is theirs, end to end, in order.
+    """Operators on disjoint sets of parameters side by side; the space is theirs, end to end, in
+    order.
 
     Args:
         blocks: name → operator. The names are the caller's own, e.g. layers.
 
     Raises:
-        ValueError: no block, a parameter in two blocks, or blocks that differ in unit, dtype or device.
+        ValueError: no block, a parameter in two blocks, or blocks that differ in unit, dtype or
+            device.
     """
 
     def __init__(self, blocks: Mapping[str, Operator]) -> None:
@@ -484,7 +558,9 @@ class BlockDiagonal(Operator):
         shapes: dict[str, tuple[int, ...]] = {}
         for name, block in blocks.items():
             if twice := [p for p in block.space.shapes if p in shapes]:
-                raise ValueError(f"block {name!r}: parameter {twice[0]!r} is already in another block")
+                raise ValueError(
+                    f"block {name!r}: parameter {twice[0]!r} is already in another block"
+                )
             shapes.update(block.space.shapes)
         unit, dtype, device = _agreement(blocks)
         psd = all(block.psd for block in blocks.values())
@@ -493,7 +569,9 @@ class BlockDiagonal(Operator):
 
     def _each(self, v: Tensor, function: Callable[[Operator, Tensor], Tensor]) -> Tensor:
         parts = v.split([block.space.dim for block in self.blocks.values()])
-        return torch.cat([function(block, part) for block, part in zip(self.blocks.values(), parts, strict=True)])
+        return torch.cat(
+            [function(block, part) for block, part in zip(self.blocks.values(), parts, strict=True)]
+        )
 
     def _matmat(self, v: Tensor) -> Tensor:
         return self._each(v, lambda block, part: block._matmat(part))
@@ -508,10 +586,15 @@ class BlockDiagonal(Operator):
         return torch.block_diag(*(block.to_dense() for block in self.blocks.values()))
 
     def _restrict(self, space: ParamSpace) -> Operator:
-        held = {name: [p for p in block.space.shapes if p in space.shapes] for name, block in self.blocks.items()}
+        held = {
+            name: [p for p in block.space.shapes if p in space.shapes]
+            for name, block in self.blocks.items()
+        }
         if not space.shapes:
             return super()._restrict(space)
-        return BlockDiagonal({name: self.blocks[name].restrict(own) for name, own in held.items() if own})
+        return BlockDiagonal(
+            {name: self.blocks[name].restrict(own) for name, own in held.items() if own}
+        )
 
     def _solve(self, v: Tensor, shift: float) -> Tensor:
         return self._each(v, lambda block, part: block._solve(part, shift))
@@ -550,10 +633,12 @@ class Function(Operator):
 
 
 class Sum(Operator):
-    """``Σ cᵢ Aᵢ + shift · I``: what ``+``, ``-``, ``*`` and ``damped`` make. Nested sums are flattened.
+    """``Σ cᵢ Aᵢ + shift · I``: what ``+``, ``-``, ``*`` and ``damped`` make. Nested sums are
+    flattened.
 
-    Diagonal and trace have a closed form where every part has one. ``psd`` is claimed only where every coefficient and
-    the shift are non-negative and every part is psd. ``solve`` needs a single part that can solve.
+    Diagonal and trace have a closed form where every part has one. ``psd`` is claimed only where
+    every coefficient and the shift are non-negative and every part is psd. ``solve`` needs a single
+    part that can solve.
 
     Raises:
         ValueError: no part, or parts that differ in space, unit, dtype or device.
@@ -576,7 +661,9 @@ class Sum(Operator):
         for _, part in flat[1:]:
             # dicts that differ only in order are equal, the coordinates are not
             if list(part.space.shapes.items()) != list(space.shapes.items()):
-                raise ValueError(f"operators on different spaces: {space.shapes} and {part.space.shapes}")
+                raise ValueError(
+                    f"operators on different spaces: {space.shapes} and {part.space.shapes}"
+                )
         unit, dtype, device = _agreement({str(i): part for i, (_, part) in enumerate(flat)})
         psd = shift >= 0 and all(factor >= 0 and part.psd for factor, part in flat)
         super().__init__(space, unit=unit, psd=psd, dtype=dtype, device=device)
@@ -595,7 +682,9 @@ class Sum(Operator):
         return total
 
     def trace(self) -> float:
-        return self.shift * self.space.dim + math.fsum(factor * part.trace() for factor, part in self.parts)
+        return self.shift * self.space.dim + math.fsum(
+            factor * part.trace() for factor, part in self.parts
+        )
 
     def _restrict(self, space: ParamSpace) -> Operator:
         parts = [(factor, part.restrict(space.shapes)) for factor, part in self.parts]
@@ -611,7 +700,9 @@ class Sum(Operator):
 def _coordinates(space: ParamSpace, part: ParamSpace, device: torch.device) -> Tensor:
     slices = space.slices
     ranges = [torch.arange(slices[name].start, slices[name].stop) for name in part.shapes]
-    return torch.cat(ranges).to(device) if ranges else torch.zeros(0, dtype=torch.int64, device=device)
+    return (
+        torch.cat(ranges).to(device) if ranges else torch.zeros(0, dtype=torch.int64, device=device)
+    )
 
 
 def _two_sided(left: Tensor, v: Tensor, right: Tensor) -> Tensor:
@@ -625,12 +716,15 @@ def _matrix_space(space: ParamSpace | None, rows: int, columns: int) -> ParamSpa
     if space is None:
         return ParamSpace(shapes={"weight": (rows, columns)})
     if len(space.shapes) != 1 or space.dim != rows * columns:
-        raise ValueError(f"expected one parameter with {rows}·{columns} elements, got {space.shapes}")
+        raise ValueError(
+            f"expected one parameter with {rows}·{columns} elements, got {space.shapes}"
+        )
     ((name, shape),) = space.shapes.items()
     # A leading axis that disagrees with the factors is a weight stored the other way round.
     if len(shape) > 1 and shape[0] != rows:
         raise ValueError(
-            f"parameter {name!r} of shape {shape} is not [{rows}, {columns}]; for a weight stored [in, out] pass "
+            f"parameter {name!r} of shape {shape} is not [{rows}, {columns}]; for a weight stored "
+            "[in, out] pass "
             f"transposed=True, for one stored [out, in] transposed=False"
         )
     return space
@@ -645,7 +739,8 @@ def _check_symmetric(what: str, matrix: Tensor) -> None:
     off = float((matrix - matrix.mT).abs().max())
     if not off <= scale * torch.finfo(matrix.dtype).eps ** 0.5:
         raise ValueError(
-            f"{what}: not symmetric, entries differ from their mirror image by up to {off:.3g} (largest entry "
+            f"{what}: not symmetric, entries differ from their mirror image by up to {off:.3g} "
+            "(largest entry "
             f"{scale:.3g}); pass (M + M.mT) / 2 if that is meant"
         )
 
@@ -656,20 +751,26 @@ def _check_orthogonal(what: str, basis: Tensor) -> None:
     unit = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
     off = float((basis.mT @ basis - unit).abs().max()) if basis.numel() else 0.0
     if not off <= torch.finfo(basis.dtype).eps ** 0.5:
-        raise ValueError(f"{what}: not orthogonal, QᵀQ differs from the identity by up to {off:.3g}")
+        raise ValueError(
+            f"{what}: not orthogonal, QᵀQ differs from the identity by up to {off:.3g}"
+        )
 
 
 def _check_alike(tensors: Mapping[str, Tensor]) -> None:
     (first, one), *rest = tensors.items()
     for name, other in rest:
         if other.dtype != one.dtype or other.device != one.device:
-            raise ValueError(f"{first} is {one.dtype} on {one.device}, {name} is {other.dtype} on {other.device}")
+            raise ValueError(
+                f"{first} is {one.dtype} on {one.device}, {name} is {other.dtype} on {other.device}"
+            )
 
 
 def _agreement(operators: Mapping[str, Operator]) -> tuple[str, torch.dtype, torch.device]:
     kinds = {(op.unit, op.dtype, op.device): name for name, op in operators.items()}
     if len(kinds) > 1:
-        told = "; ".join(f"{name}: {unit}, {dtype}, {device}" for (unit, dtype, device), name in kinds.items())
+        told = "; ".join(
+            f"{name}: {unit}, {dtype}, {device}" for (unit, dtype, device), name in kinds.items()
+        )
         raise ValueError(f"operators differ in unit, dtype or device: {told}")
     ((unit, dtype, device),) = kinds
     return unit, dtype, device
@@ -682,7 +783,8 @@ def _nonsingular(eigenvalues: Tensor, shift: float) -> Tensor:
         size, largest = float(values.abs().min()), float(values.abs().max())
         if not size > largest * torch.finfo(values.dtype).eps:
             raise ValueError(
-                f"singular to working precision: eigenvalues from {size:.3g} to {largest:.3g} in magnitude; "
+                f"singular to working precision: eigenvalues from {size:.3g} to {largest:.3g} in "
+                "magnitude; "
                 f"solve a damped operator, op.damped(value)"
             )
     return values.reciprocal()

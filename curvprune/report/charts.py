@@ -15,7 +15,8 @@ SHAPES = ("circle", "square", "diamond", "triangle")
 
 
 def element(name: str, *children: object, **attributes: object) -> Markup:
-    """One SVG element; text and attribute values are escaped, ``class_`` means class, ``stroke_width`` stroke-width."""
+    """One SVG element; text and attribute values are escaped, ``class_`` means class,
+    ``stroke_width`` stroke-width."""
     written = []
     for key, value in attributes.items():
         if value is None:
@@ -27,13 +28,28 @@ def element(name: str, *children: object, **attributes: object) -> Markup:
 
 
 def _svg(
-    width: float, height: float, label: str, parts: Sequence[object], *, class_: str = "chart", desc: str = ""
+    width: float,
+    height: float,
+    label: str,
+    parts: Sequence[object],
+    *,
+    class_: str = "chart",
+    desc: str = "",
 ) -> Markup:
     body = element("title", label), *([element("desc", desc)] if desc else []), *parts
-    return element("svg", *body, class_=class_, viewBox=f"0 0 {width:g} {height:g}", role="img", aria_label=label)
+    return element(
+        "svg",
+        *body,
+        class_=class_,
+        viewBox=f"0 0 {width:g} {height:g}",
+        role="img",
+        aria_label=label,
+    )
 
 
-def _text(x: float, y: float, text: object, class_: str = "tick", anchor: str | None = None) -> Markup:
+def _text(
+    x: float, y: float, text: object, class_: str = "tick", anchor: str | None = None
+) -> Markup:
     return element("text", text, x=float(x), y=float(y), class_=class_, text_anchor=anchor)
 
 
@@ -43,7 +59,8 @@ def _line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scale:
-    """Data to pixels: ``linear``, ``log``, or ``asinh`` (linear within ``knee`` of zero, logarithmic beyond)."""
+    """Data to pixels: ``linear``, ``log``, or ``asinh`` (linear within ``knee`` of zero,
+    logarithmic beyond)."""
 
     kind: str
     low: float
@@ -71,14 +88,24 @@ class Scale:
             return [float(f"{k * step:.12g}") for k in range(first, last + 1)]
         magnitudes = [abs(v) for v in (self.low, self.high) if v]
         # Ticks inside the linear part of asinh would crowd around zero, which has its own.
-        bottom = math.ceil(math.log10(self.knee)) if self.kind == "asinh" else math.floor(math.log10(self.low))
+        bottom = (
+            math.ceil(math.log10(self.knee))
+            if self.kind == "asinh"
+            else math.floor(math.log10(self.low))
+        )
         exponents = range(bottom, math.ceil(math.log10(max(magnitudes))) + 1)
         few = self.kind == "log" and self.high < 200 * self.low
         stride = max(1, round(len(exponents) / (2 * about)))
         positive = [m * 10.0**e for e in exponents[::stride] for m in ((1, 2, 5) if few else (1,))]
-        both = positive if self.kind == "log" else [*(-p for p in reversed(positive)), 0.0, *positive]
+        both = (
+            positive if self.kind == "log" else [*(-p for p in reversed(positive)), 0.0, *positive]
+        )
         tolerance = 1e-9 * max(magnitudes)
-        return [t for t in both if self.low - tolerance * (self.kind != "log") <= t <= self.high + tolerance]
+        return [
+            t
+            for t in both
+            if self.low - tolerance * (self.kind != "log") <= t <= self.high + tolerance
+        ]
 
 
 def _round_step(step: float) -> float:
@@ -86,9 +113,12 @@ def _round_step(step: float) -> float:
     return next(m * power for m in (1, 2, 5, 10) if m * power >= step * 0.999)
 
 
-def choose_scale(values: Sequence[float], errors: Sequence[float], *, start: float, stop: float) -> Scale:
-    """Logarithmic where all values are positive over more than a decade, asinh where they straddle zero that widely,
-    linear otherwise. ``errors`` widen the range and set the knee of asinh (median error)."""
+def choose_scale(
+    values: Sequence[float], errors: Sequence[float], *, start: float, stop: float
+) -> Scale:
+    """Logarithmic where all values are positive over more than a decade, asinh where they straddle
+    zero that widely, linear otherwise. ``errors`` widen the range and set the knee of asinh (median
+    error)."""
     if not values:
         raise ValueError("choose_scale: no values to show")
     reach = [
@@ -97,19 +127,28 @@ def choose_scale(values: Sequence[float], errors: Sequence[float], *, start: flo
     ]
     low, high, biggest = min(reach), max(reach), max(map(abs, values))
     if min(values) > 0 and max(values) > 8 * min(values):
-        floor = max(low, min(values) / 4)  # an error bar that crosses zero must not stretch the axis without end
+        floor = max(
+            low, min(values) / 4
+        )  # an error bar that crosses zero must not stretch the axis without end
         return Scale(kind="log", low=floor / 1.25, high=high * 1.25, start=start, stop=stop)
     knee = sorted(errors)[len(errors) // 2] or biggest / 100
     if biggest > 0 and min(values) <= 0 and biggest > 30 * knee:
         return Scale(
-            kind="asinh", low=min(1.3 * low, -knee / 2), high=1.3 * high + knee, start=start, stop=stop, knee=knee
+            kind="asinh",
+            low=min(1.3 * low, -knee / 2),
+            high=1.3 * high + knee,
+            start=start,
+            stop=stop,
+            knee=knee,
         )
     margin = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
     bottom = 0.0 if 0 <= low < 0.4 * high else low - margin
     return Scale(kind="linear", low=bottom, high=high + margin, start=start, stop=stop)
 
 
-def marker(shape: str, x: float, y: float, class_: str, title: str | None = None, *, r: float = 4.5) -> Markup:
+def marker(
+    shape: str, x: float, y: float, class_: str, title: str | None = None, *, r: float = 4.5
+) -> Markup:
     """A point: circle, square, diamond, triangle or star, with an optional tooltip."""
     inner = () if title is None else (element("title", title),)
     if shape == "circle":
@@ -136,9 +175,16 @@ def _error_bar(x: float, y1: float, y2: float, *, upright: bool = True) -> Marku
 
 
 def interval(
-    *, drop: float, stderr: float, bound: float | None, budget: float | None, label: str, scale: float
+    *,
+    drop: float,
+    stderr: float,
+    bound: float | None,
+    budget: float | None,
+    label: str,
+    scale: float,
 ) -> Markup:
-    """The verdict on one axis: drop with its standard error, the one-sided bound, the budget and the side it allows.
+    """The verdict on one axis: drop with its standard error, the one-sided bound, the budget and
+    the side it allows.
 
     ``scale`` multiplies what is shown (100 for accuracy in percentage points).
     """
@@ -146,13 +192,31 @@ def interval(
     drop, stderr = drop * scale, stderr * scale
     bound = None if bound is None else bound * scale
     budget = None if budget is None else budget * scale
-    shown = [0.0, drop - 1.5 * stderr, drop + stderr, *(v for v in (bound, budget) if v is not None)]
+    shown = [
+        0.0,
+        drop - 1.5 * stderr,
+        drop + stderr,
+        *(v for v in (bound, budget) if v is not None),
+    ]
     spread = max(shown) - min(shown) or 1.0
-    x = Scale(kind="linear", low=min(shown) - 0.05 * spread, high=max(shown) + 0.14 * spread, start=left, stop=right)
+    x = Scale(
+        kind="linear",
+        low=min(shown) - 0.05 * spread,
+        high=max(shown) + 0.14 * spread,
+        start=left,
+        stop=right,
+    )
     parts: list[object] = []
     if budget is not None:
         parts.append(
-            element("rect", x=left, y=26.0, width=max(0.0, x(budget) - left), height=axis - 26, class_="allowed")
+            element(
+                "rect",
+                x=left,
+                y=26.0,
+                width=max(0.0, x(budget) - left),
+                height=axis - 26,
+                class_="allowed",
+            )
         )
     parts.append(_line(left, axis, right, axis, "axis"))
     for tick in x.ticks(about=7):
@@ -169,20 +233,35 @@ def interval(
             _line(x(bound), middle - 8, x(bound), middle + 8, "reach"),
         ]
     parts.append(_line(x(drop - stderr), middle, x(drop + stderr), middle, "deviation"))
-    parts.append(marker("circle", x(drop), middle, "drop", f"drop {plus_minus(drop, stderr)}", r=5.5))
+    parts.append(
+        marker("circle", x(drop), middle, "drop", f"drop {plus_minus(drop, stderr)}", r=5.5)
+    )
     parts.append(_text(x(drop), middle - 11, "drop \N{PLUS-MINUS SIGN} se", "label", "middle"))
     if bound is not None:
         parts.append(_text(x(bound), middle + 20, "bound", "label", "middle"))
     if budget is not None:
         parts.append(_line(x(budget), 18, x(budget), axis, "budget"))
-        parts.append(_text(x(budget), 13, f"budget {short(float(f'{budget:.10g}'))}", "label budget-text", "middle"))
+        parts.append(
+            _text(
+                x(budget),
+                13,
+                f"budget {short(float(f'{budget:.10g}'))}",
+                "label budget-text",
+                "middle",
+            )
+        )
     return _svg(
-        width, height, "Measured drop, its one-sided bound and the budget on one axis", parts, class_="chart interval"
+        width,
+        height,
+        "Measured drop, its one-sided bound and the budget on one axis",
+        parts,
+        class_="chart interval",
     )
 
 
 def bars(groups: Sequence[tuple[str, Sequence[tuple[str, float, str]]]]) -> Markup:
-    """Stacked bars on one byte axis: ``(row label, [(segment label, bytes, fill)])``; fill is a colour or ''."""
+    """Stacked bars on one byte axis: ``(row label, [(segment label, bytes, fill)])``; fill is a
+    colour or ''."""
     width, left, row = 1120.0, 70.0, 44.0
     height = row * len(groups) + 6
     longest = max((sum(v for _, v, _ in segments) for _, segments in groups), default=0.0) or 1.0
@@ -232,6 +311,8 @@ class Point:
     def title(self) -> str:
         return (
             f"#{self.number} {self.name}: predicted {plus_minus(self.predicted, self.predicted_stderr)}, "
+            ""
+            ""
             f"measured {plus_minus(self.measured, self.measured_stderr)}, {size(self.bytes)}"
         )
 
@@ -245,19 +326,24 @@ def _axes(
     x_ticks: Sequence[tuple[float, str]] | None = None,
     below: float = 0.0,
 ) -> list[object]:
-    """Grid, tick labels and axis titles; the plot area is ``x.start..x.stop`` by ``y.stop..y.start``, with ``below``
-    pixels kept free between it and the labels."""
+    """Grid, tick labels and axis titles; the plot area is ``x.start..x.stop`` by
+    ``y.stop..y.start``, with ``below`` pixels kept free between it and the labels."""
     parts: list[object] = []
     foot = y.start + below
     for tick in y.ticks():
         parts += [_line(x.start, y(tick), x.stop, y(tick), "zero" if tick == 0 else "grid")]
         parts += [_text(x.start - 7, y(tick) + 3.5, short(tick), "tick", "end")]
-    for tick, label in x_ticks if x_ticks is not None else [(t, short(t)) for t in x.ticks(about=7)]:
+    for tick, label in (
+        x_ticks if x_ticks is not None else [(t, short(t)) for t in x.ticks(about=7)]
+    ):
         parts += [
             _line(x(tick), foot, x(tick), y.stop, "grid"),
             _text(x(tick), foot + 16, label, "tick", "middle"),
         ]
-    parts += [_line(x.start, y.start, x.stop, y.start, "axis"), _line(x.start, y.start, x.start, y.stop, "axis")]
+    parts += [
+        _line(x.start, y.start, x.stop, y.start, "axis"),
+        _line(x.start, y.start, x.start, y.stop, "axis"),
+    ]
     parts.append(_text(x.stop, foot + 33, x_label, "label", "end"))
     parts.append(_text(x.start - 48, y.stop - 10, y_label, "label"))
     return parts
@@ -273,8 +359,13 @@ def _number(point: Point, x: float, y: float, taken: list[tuple[float, float]]) 
 
 
 def scatter(points: Sequence[Point], *, unit: str) -> Markup | None:
-    """Predicted (across) against measured (up) with error bars and the identity line; ``None`` with nothing to show."""
-    drawn = [(p, p.predicted, p.measured) for p in points if p.predicted is not None and p.measured is not None]
+    """Predicted (across) against measured (up) with error bars and the identity line; ``None`` with
+    nothing to show."""
+    drawn = [
+        (p, p.predicted, p.measured)
+        for p in points
+        if p.predicted is not None and p.measured is not None
+    ]
     if not drawn:
         return None
     width, height, left, top, right, bottom = 560.0, 470.0, 64.0, 30.0, 16.0, 46.0
@@ -289,12 +380,17 @@ def scatter(points: Sequence[Point], *, unit: str) -> Markup | None:
     taken = [(x(a), y(b)) for _, a, b in drawn]
     for p, a, b in drawn:
         ea, eb = p.predicted_stderr or 0.0, p.measured_stderr or 0.0
-        parts += [_error_bar(x(a), y(b - eb), y(b + eb)), _error_bar(y(b), x(a - ea), x(a + ea), upright=False)]
+        parts += [
+            _error_bar(x(a), y(b - eb), y(b + eb)),
+            _error_bar(y(b), x(a - ea), x(a + ea), upright=False),
+        ]
     for p, a, b in drawn:
         if p.chosen:
             parts.append(element("circle", cx=x(a), cy=y(b), r=10.0, class_="ring"))
         parts += [marker(p.shape, x(a), y(b), p.class_, p.title()), _number(p, x(a), y(b), taken)]
-    return _svg(width, height, "Predicted against measured loss increase of every plan tried", parts)
+    return _svg(
+        width, height, "Predicted against measured loss increase of every plan tried", parts
+    )
 
 
 def frontier(
@@ -305,22 +401,36 @@ def frontier(
     max_drop: float | None,
     max_bytes: float | None,
 ) -> Markup | None:
-    """Bytes (across) against predicted loss (line, band of one standard error), measured plans on top, the budget.
+    """Bytes (across) against predicted loss (line, band of one standard error), measured plans on
+    top, the budget.
 
     ``curve`` holds ``(bytes, predicted, stderr)`` sorted by bytes.
     """
     if not curve:
         return None
     width, height, left, top, right, bottom = 560.0, 470.0, 64.0, 30.0, 16.0, 46.0
-    measured = [(p, p.bytes, p.measured) for p in points if p.bytes is not None and p.measured is not None]
-    heights = [v for _, v, _ in curve] + [m for _, _, m in measured] + ([] if max_drop is None else [max_drop])
+    measured = [
+        (p, p.bytes, p.measured) for p in points if p.bytes is not None and p.measured is not None
+    ]
+    heights = (
+        [v for _, v, _ in curve]
+        + [m for _, _, m in measured]
+        + ([] if max_drop is None else [max_drop])
+    )
     errors = [e for _, _, e in curve] + [p.measured_stderr or 0.0 for p, _, _ in measured]
     errors += [] if max_drop is None else [0.0]
-    spans = [b for b, _, _ in curve] + [b for _, b, _ in measured] + ([] if max_bytes is None else [max_bytes])
-    divisor, suffix = next(
-        ((d, s) for d, s in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if max(spans) >= 2 * d), (1.0, "B")
+    spans = (
+        [b for b, _, _ in curve]
+        + [b for _, b, _ in measured]
+        + ([] if max_bytes is None else [max_bytes])
     )
-    x = choose_scale([s / divisor for s in spans], [0.0] * len(spans), start=left, stop=width - right)
+    divisor, suffix = next(
+        ((d, s) for d, s in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if max(spans) >= 2 * d),
+        (1.0, "B"),
+    )
+    x = choose_scale(
+        [s / divisor for s in spans], [0.0] * len(spans), start=left, stop=width - right
+    )
     if x.kind != "linear":
         low, high = min(spans) / divisor, max(spans) / divisor
         x = Scale(
@@ -331,24 +441,57 @@ def frontier(
             stop=x.stop,
         )
     y = choose_scale(heights, errors, start=height - bottom, stop=top)
-    parts = _axes(x, y, f"weights on disk ({suffix})", f"loss increase ({unit}): line predicted, marks measured")
+    parts = _axes(
+        x,
+        y,
+        f"weights on disk ({suffix})",
+        f"loss increase ({unit}): line predicted, marks measured",
+    )
     upper = [(x(b / divisor), y(v + e)) for b, v, e in curve]
     lower = [(x(b / divisor), y(v - e)) for b, v, e in curve]
     parts.append(
-        element("polygon", points=" ".join(f"{a:.1f},{b:.1f}" for a, b in [*upper, *reversed(lower)]), class_="band")
+        element(
+            "polygon",
+            points=" ".join(f"{a:.1f},{b:.1f}" for a, b in [*upper, *reversed(lower)]),
+            class_="band",
+        )
     )
     line = " ".join(f"{x(b / divisor):.1f},{y(v):.1f}" for b, v, _ in curve)
     parts.append(element("polyline", points=line, class_="curve"))
     for b, v, e in curve:
         parts.append(
-            marker("circle", x(b / divisor), y(v), "dot", f"{size(b)}: predicted {plus_minus(v, e)} {unit}", r=1.8)
+            marker(
+                "circle",
+                x(b / divisor),
+                y(v),
+                "dot",
+                f"{size(b)}: predicted {plus_minus(v, e)} {unit}",
+                r=1.8,
+            )
         )
     if max_drop is not None:
         parts.append(_line(x.start, y(max_drop), x.stop, y(max_drop), "budget"))
-        parts.append(_text(x.stop - 4, y(max_drop) - 6, f"budget {short(max_drop)} {unit}", "label budget-text", "end"))
+        parts.append(
+            _text(
+                x.stop - 4,
+                y(max_drop) - 6,
+                f"budget {short(max_drop)} {unit}",
+                "label budget-text",
+                "end",
+            )
+        )
     if max_bytes is not None:
-        parts.append(_line(x(max_bytes / divisor), y.start, x(max_bytes / divisor), y.stop, "budget"))
-        parts.append(_text(x(max_bytes / divisor) + 5, y.stop + 10, f"budget {size(max_bytes)}", "label budget-text"))
+        parts.append(
+            _line(x(max_bytes / divisor), y.start, x(max_bytes / divisor), y.stop, "budget")
+        )
+        parts.append(
+            _text(
+                x(max_bytes / divisor) + 5,
+                y.stop + 10,
+                f"budget {size(max_bytes)}",
+                "label budget-text",
+            )
+        )
     taken = [(x(b / divisor), y(m)) for _, b, m in measured]
     for p, b, m in measured:
         e = p.measured_stderr or 0.0
@@ -356,11 +499,20 @@ def frontier(
     for p, b, m in measured:
         if p.chosen:
             parts.append(element("circle", cx=x(b / divisor), cy=y(m), r=10.0, class_="ring"))
-        parts += [marker(p.shape, x(b / divisor), y(m), p.class_, p.title()), _number(p, x(b / divisor), y(m), taken)]
-    return _svg(width, height, "Frontier: bytes against predicted loss increase, measured plans on top", parts)
+        parts += [
+            marker(p.shape, x(b / divisor), y(m), p.class_, p.title()),
+            _number(p, x(b / divisor), y(m), taken),
+        ]
+    return _svg(
+        width,
+        height,
+        "Frontier: bytes against predicted loss increase, measured plans on top",
+        parts,
+    )
 
 
-# Lightness rises steadily along the ramp (a test holds it), so it reads the same in grey and for any colour vision.
+# Lightness rises steadily along the ramp (a test holds it), so it reads the same in grey and for
+# any colour vision.
 _HEAT = (
     (38, 16, 74),
     (47, 48, 120),
@@ -388,7 +540,9 @@ _DEPTH = (
 def _interpolate(anchors: Sequence[tuple[int, int, int]], share: float) -> str:
     position = min(1.0, max(0.0, share)) * (len(anchors) - 1)
     k = min(int(position), len(anchors) - 2)
-    mixed = (round(a + (b - a) * (position - k)) for a, b in zip(anchors[k], anchors[k + 1], strict=True))
+    mixed = (
+        round(a + (b - a) * (position - k)) for a, b in zip(anchors[k], anchors[k + 1], strict=True)
+    )
     return "#" + "".join(f"{c:02x}" for c in mixed)
 
 
@@ -424,14 +578,17 @@ class HeatMap:
 
 
 def heat_map(table: HeatMap, *, unit: str) -> Markup | None:
-    """Prices as colours on a log scale, in as many panels side by side as stay readable. A dot marks a price below two
-    standard errors, an outline the chosen option, grey a price of zero or less, a blank an option not offered."""
+    """Prices as colours on a log scale, in as many panels side by side as stay readable. A dot
+    marks a price below two standard errors, an outline the chosen option, grey a price of zero or
+    less, a blank an option not offered."""
     if not table.layers or not table.options:
         return None
     columns, rows = len(table.options), len(table.layers)
     panels = 3 if rows > 60 and columns <= 12 else 2 if rows > 24 and columns <= 22 else 1
     per_panel, width, row = math.ceil(rows / panels), 1120.0, 13.0
-    overhang = 4.0 * len(clean(table.options[-1]))  # the slanted head of the last column reaches past it
+    overhang = 4.0 * len(
+        clean(table.options[-1])
+    )  # the slanted head of the last column reaches past it
     gap = min(80.0, max(26.0, overhang))
     panel = (width - gap * panels) / panels
     label = min(7 + 5.8 * max(len(text) for text in table.labels), 0.55 * panel)
@@ -445,19 +602,38 @@ def heat_map(table: HeatMap, *, unit: str) -> Markup | None:
         first = index * per_panel
         for c, option in enumerate(table.options):
             x, y = left + label + (c + 0.6) * cell, head - 5
-            parts.append(element("text", option, x=x, y=y, class_="tick", transform=f"rotate(-45 {x:.1f} {y:.1f})"))
+            parts.append(
+                element(
+                    "text",
+                    option,
+                    x=x,
+                    y=y,
+                    class_="tick",
+                    transform=f"rotate(-45 {x:.1f} {y:.1f})",
+                )
+            )
         for r, layer in enumerate(table.layers[first : first + per_panel]):
             y = head + r * row
             text = element("title", layer), table.labels[first + r]
-            parts.append(element("text", *text, x=left + label - 6, y=y + 10, class_="row", text_anchor="end"))
+            parts.append(
+                element(
+                    "text", *text, x=left + label - 6, y=y + 10, class_="row", text_anchor="end"
+                )
+            )
             for c, option in enumerate(table.options):
                 if (layer, option) not in table.cells:
                     continue
-                parts += _cell(table, layer, option, left + label + c * cell, y, cell, row, span, unit)
+                parts += _cell(
+                    table, layer, option, left + label + c * cell, y, cell, row, span, unit
+                )
     if span is not None:
         parts += _key(span, head + per_panel * row + 12, unit)
     return _svg(
-        width, height, "Price of every option in every layer, logarithmic colour scale", parts, class_="chart heat"
+        width,
+        height,
+        "Price of every option in every layer, logarithmic colour scale",
+        parts,
+        class_="chart heat",
     )
 
 
@@ -474,12 +650,17 @@ def _cell(
 ) -> list[object]:
     price, stderr = table.cells[layer, option]
     chosen = table.chosen.get(layer) == option
-    title = element("title", f"{layer}, {option}: {plus_minus(price, stderr)} {unit}{', chosen' if chosen else ''}")
+    title = element(
+        "title",
+        f"{layer}, {option}: {plus_minus(price, stderr)} {unit}{', chosen' if chosen else ''}",
+    )
     positive = price is not None and price > 0 and span is not None
     fill = None
     if positive:
         assert price is not None and span is not None
-        fill = heat_colour(math.log(price / span[0]) / math.log(span[1] / span[0]) if span[1] > span[0] else 0.5)
+        fill = heat_colour(
+            math.log(price / span[0]) / math.log(span[1] / span[0]) if span[1] > span[0] else 0.5
+        )
     box = element(
         "rect",
         title,
@@ -496,7 +677,16 @@ def _cell(
         ink = "weak" if _dark(fill) else "weak ink"
         parts.append(element("circle", cx=x + width / 2, cy=y + height / 2, r=1.6, class_=ink))
     if chosen:
-        parts.append(element("rect", x=x + 1.2, y=y + 1.2, width=width - 2.4, height=height - 2.4, class_="chosen"))
+        parts.append(
+            element(
+                "rect",
+                x=x + 1.2,
+                y=y + 1.2,
+                width=width - 2.4,
+                height=height - 2.4,
+                class_="chosen",
+            )
+        )
         parts.append(element("rect", x=x, y=y, width=width, height=height, class_="chosen-rim"))
     return parts
 
@@ -504,7 +694,13 @@ def _cell(
 def _key(span: tuple[float, float], y: float, unit: str) -> list[object]:
     """The colour scale with decade ticks, and the marks explained."""
     left, length, steps = 8.0, 300.0, 60
-    scale = Scale(kind="log", low=span[0], high=max(span[1], span[0] * 1.000001), start=left, stop=left + length)
+    scale = Scale(
+        kind="log",
+        low=span[0],
+        high=max(span[1], span[0] * 1.000001),
+        start=left,
+        stop=left + length,
+    )
     parts: list[object] = [
         element(
             "rect",
@@ -522,7 +718,9 @@ def _key(span: tuple[float, float], y: float, unit: str) -> list[object]:
             _text(scale(tick), y + 24, short(tick), "tick", "middle"),
         ]
     x = left + length + 14
-    parts.append(_text(x, y + 9, f"price ({unit}), log scale from {sig(span[0])} to {sig(span[1])}", "label"))
+    parts.append(
+        _text(x, y + 9, f"price ({unit}), log scale from {sig(span[0])} to {sig(span[1])}", "label")
+    )
     x += 385
     parts += [
         element("rect", x=x, y=y - 2, width=16.0, height=12.0, class_="cell zero-price"),
@@ -548,8 +746,8 @@ def _key(span: tuple[float, float], y: float, unit: str) -> list[object]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dot:
-    """One mark of the trace chart; ``shift`` moves it sideways, in slots, so that two marks of a layer do not hide
-    each other."""
+    """One mark of the trace chart; ``shift`` moves it sideways, in slots, so that two marks of a
+    layer do not hide each other."""
 
     value: float
     stderr: float | None
@@ -559,33 +757,48 @@ class Dot:
     shift: float = 0.0
 
 
-def trace_scale(values: Sequence[float], errors: Sequence[float], *, start: float, stop: float) -> Scale:
-    """Logarithmic while all values are positive, else asinh with a knee at the noise (or, without errors, at the
-    small values), so that a sign can be read where it means something; linear where that is no wider."""
+def trace_scale(
+    values: Sequence[float], errors: Sequence[float], *, start: float, stop: float
+) -> Scale:
+    """Logarithmic while all values are positive, else asinh with a knee at the noise (or, without
+    errors, at the small values), so that a sign can be read where it means something; linear where
+    that is no wider."""
     biggest = max(map(abs, values))
     if min(values) > 0:
         return Scale(kind="log", low=min(values) / 2, high=biggest * 2, start=start, stop=stop)
     sizes, noise = sorted(abs(v) for v in values if v), sorted(e for e in errors if e > 0)
     reach = [v + s * e for v, e in zip(values, errors, strict=True) for s in (-1, 1)] + [0.0]
     if sizes:
-        knee = max(noise[len(noise) // 2] if noise else 0.0, sizes[len(sizes) // 10], 1e-6 * biggest)
+        knee = max(
+            noise[len(noise) // 2] if noise else 0.0, sizes[len(sizes) // 10], 1e-6 * biggest
+        )
         if biggest > 12 * knee:
             low, high = min(1.4 * min(reach), -knee), max(1.4 * max(reach), knee)
             return Scale(kind="asinh", low=low, high=high, start=start, stop=stop, knee=knee)
     margin = 0.08 * (max(reach) - min(reach)) or 1.0
-    return Scale(kind="linear", low=min(reach) - margin, high=max(reach) + margin, start=start, stop=stop)
+    return Scale(
+        kind="linear", low=min(reach) - margin, high=max(reach) + margin, start=start, stop=stop
+    )
 
 
 def traces(
-    layers: Sequence[Sequence[Dot]], labels: Sequence[str], *, matrix: str, unit: str, apart: Sequence[int] = ()
+    layers: Sequence[Sequence[Dot]],
+    labels: Sequence[str],
+    *,
+    matrix: str,
+    unit: str,
+    apart: Sequence[int] = (),
 ) -> Markup | None:
-    """Curvature traces of each layer in model order (across) with error bars, the marks of one layer joined by a line.
-    A layer without marks leaves its place empty; those in ``apart`` get a ring."""
+    """Curvature traces of each layer in model order (across) with error bars, the marks of one
+    layer joined by a line. A layer without marks leaves its place empty; those in ``apart`` get a
+    ring."""
     shown = [d for dots in layers for d in dots]
     if not shown:
         return None
     width, height, left, top, right, bottom = 1120.0, 330.0, 70.0, 26.0, 10.0, 42.0
-    y = trace_scale([d.value for d in shown], [d.stderr or 0.0 for d in shown], start=height - bottom, stop=top)
+    y = trace_scale(
+        [d.value for d in shown], [d.stderr or 0.0 for d in shown], start=height - bottom, stop=top
+    )
     x = Scale(kind="linear", low=-1.0, high=float(len(layers)), start=left, stop=width - right)
     stride = max(1, math.ceil(len(layers) / 7))
     ticks = [(float(k), labels[k]) for k in range(stride // 2, len(layers), stride)]
@@ -597,13 +810,26 @@ def traces(
             parts.append(_line(x(k), y(low), x(k), y(high), "joins"))
         for dot in dots:
             if dot.stderr:
-                parts.append(_error_bar(x(k + dot.shift), y(dot.value - dot.stderr), y(dot.value + dot.stderr)))
+                parts.append(
+                    _error_bar(
+                        x(k + dot.shift), y(dot.value - dot.stderr), y(dot.value + dot.stderr)
+                    )
+                )
     for k, dots in enumerate(layers):
         for dot in dots:
-            parts.append(marker(dot.shape, x(k + dot.shift), y(dot.value), dot.class_, dot.title, r=radius))
+            parts.append(
+                marker(dot.shape, x(k + dot.shift), y(dot.value), dot.class_, dot.title, r=radius)
+            )
         if k in apart and dots:
-            parts.append(element("circle", cx=x(k + dots[0].shift), cy=y(dots[0].value), r=9.0, class_="apart"))
-    kind = {"log": "logarithmic scale", "asinh": "scale linear around zero, logarithmic beyond"}.get(y.kind, "")
+            parts.append(
+                element(
+                    "circle", cx=x(k + dots[0].shift), cy=y(dots[0].value), r=9.0, class_="apart"
+                )
+            )
+    kind = {
+        "log": "logarithmic scale",
+        "asinh": "scale linear around zero, logarithmic beyond",
+    }.get(y.kind, "")
     label = ", ".join(["Curvature trace of each layer", *([kind] if kind else [])])
     negative = sum(bool(dots) and dots[0].value < 0 for dots in layers)
     desc = f"{len(layers)} layers, {negative} of them with a negative trace. The table below has the numbers."
@@ -614,12 +840,14 @@ Curve = Sequence[tuple[float, float]]
 
 
 def spectral_knee(curve: Curve) -> float:
-    """Half the density lies within this distance of zero; never finer than the grid resolves there."""
+    """Half the density lies within this distance of zero; never finer than the grid resolves
+    there."""
     reach, peak = max(abs(v) for v, _ in curve), max(d for _, d in curve)
     if not reach > 0 or not peak > 0:
         return 1.0
     pieces = sorted(
-        (abs(a / 2 + b / 2), (b / reach - a / reach) * (p / peak + q / peak) / 2) for (a, p), (b, q) in pairwise(curve)
+        (abs(a / 2 + b / 2), (b / reach - a / reach) * (p / peak + q / peak) / 2)
+        for (a, p), (b, q) in pairwise(curve)
     )
     half, mass, knee = math.fsum(m for _, m in pieces) / 2, 0.0, reach
     for distance, piece in pieces:
@@ -632,17 +860,20 @@ def spectral_knee(curve: Curve) -> float:
 
 
 def _floor(curve: Curve) -> float:
-    """Where the logarithmic density axis ends: a decade below the lowest bump, twelve below the peak at most. Smoothed
-    densities fall off without end between bumps, and drawing that would flatten the rest."""
+    """Where the logarithmic density axis ends: a decade below the lowest bump, twelve below the
+    peak at most. Smoothed densities fall off without end between bumps, and drawing that would
+    flatten the rest."""
     peak = max(d for _, d in curve)
     inner = zip(curve, curve[1:], curve[2:], strict=False)
-    bumps = [d for (_, before), (_, d), (_, after) in inner if before < d >= after and d > 1e-11 * peak]
+    bumps = [
+        d for (_, before), (_, d), (_, after) in inner if before < d >= after and d > 1e-11 * peak
+    ]
     return max(1e-12 * peak, min([*bumps, 0.1 * peak]) / 10)
 
 
 def spectral_axis(curve: Curve, marks: Sequence[float], *, start: float, stop: float) -> Scale:
-    """Eigenvalues across: linear around zero with the bulk, logarithmic beyond so that outliers fit. Reaches over what
-    is drawn of the density and over ``marks``."""
+    """Eigenvalues across: linear around zero with the bulk, logarithmic beyond so that outliers
+    fit. Reaches over what is drawn of the density and over ``marks``."""
     floor = _floor(curve)
     shown = [*(v for v, d in curve if d >= floor), *marks, 0.0]
     low, high = min(shown), max(shown)
@@ -674,8 +905,8 @@ def _halves(curve: Curve) -> tuple[Curve, Curve]:
 
 
 def _outline(curve: Curve, x: Scale, y: Scale, *, apart: float) -> list[tuple[float, float]]:
-    """Pixels of the part of a curve that lies on the axis, without the points that cannot be told from their
-    neighbours."""
+    """Pixels of the part of a curve that lies on the axis, without the points that cannot be told
+    from their neighbours."""
     inside = [k for k, (v, _) in enumerate(curve) if x.low <= v <= x.high]
     if not inside:
         return []
@@ -687,8 +918,11 @@ def _outline(curve: Curve, x: Scale, y: Scale, *, apart: float) -> list[tuple[fl
     return kept
 
 
-def _area(curve: Curve, x: Scale, y: Scale, *, apart: float = 0.6, line: bool = True) -> list[object]:
-    """A density as an area down to the axis: what is below zero in its own colour and, drawn as a line, dashed."""
+def _area(
+    curve: Curve, x: Scale, y: Scale, *, apart: float = 0.6, line: bool = True
+) -> list[object]:
+    """A density as an area down to the axis: what is below zero in its own colour and, drawn as a
+    line, dashed."""
     parts: list[object] = []
     for half, sign in zip(_halves(curve), (" negative", ""), strict=True):
         points = _outline(half, x, y, apart=apart)
@@ -696,7 +930,11 @@ def _area(curve: Curve, x: Scale, y: Scale, *, apart: float = 0.6, line: bool = 
             continue
         closed = [(points[0][0], y.start), *points, (points[-1][0], y.start)]
         parts.append(
-            element("polygon", points=" ".join(f"{a:.1f},{b:.1f}" for a, b in closed), class_=f"density{sign}")
+            element(
+                "polygon",
+                points=" ".join(f"{a:.1f},{b:.1f}" for a, b in closed),
+                class_=f"density{sign}",
+            )
         )
         if line:
             drawn = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
@@ -713,8 +951,8 @@ def spectrum(
     matrix: str,
     unit: str,
 ) -> Markup:
-    """Density of the eigenvalues on a logarithmic axis; below it a row of ticks for the nodes of every run, on the axis
-    the extreme eigenvalues ``(value, tooltip)``."""
+    """Density of the eigenvalues on a logarithmic axis; below it a row of ticks for the nodes of
+    every run, on the axis the extreme eigenvalues ``(value, tooltip)``."""
     width, height, top, bottom = 1120.0, 380.0, 26.0, 42.0
     row = 0.0 if not runs else min(7.0, 42.0 / len(runs))
     below = row * len(runs) + (9.0 if runs else 0.0)
@@ -731,9 +969,13 @@ def spectrum(
     for k, nodes in enumerate(runs):
         at = y.start + 6 + k * row
         path = "".join(f"M{x(v):.1f} {at:.1f}v{0.75 * row:.1f}" for v in nodes)
-        title = element("title", f"run {k + 1}: {len(nodes)} nodes from {sig(min(nodes))} to {sig(max(nodes))}")
+        title = element(
+            "title", f"run {k + 1}: {len(nodes)} nodes from {sig(min(nodes))} to {sig(max(nodes))}"
+        )
         parts.append(element("path", title, d=path, class_="rug"))
-    parts += [marker("diamond", x(v), y.start, "eigenvalue", title, r=3.6) for v, title in eigenvalues]
+    parts += [
+        marker("diamond", x(v), y.start, "eigenvalue", title, r=3.6) for v, title in eigenvalues
+    ]
     at_peak = max(curve, key=lambda point: point[1])
     ends = [v for v, _ in eigenvalues]
     desc = (
@@ -745,7 +987,8 @@ def spectrum(
 
 
 def spectra(panels: Sequence[tuple[str, str, Curve]], *, matrix: str, unit: str) -> Markup | None:
-    """Small densities ``(name, label, curve)`` side by side on one eigenvalue axis, each relative to its own peak."""
+    """Small densities ``(name, label, curve)`` side by side on one eigenvalue axis, each relative
+    to its own peak."""
     if not panels:
         return None
     columns = min(4, len(panels))
@@ -764,9 +1007,14 @@ def spectra(panels: Sequence[tuple[str, str, Curve]], *, matrix: str, unit: str)
         x = Scale(kind=kind, low=low, high=high, start=left, stop=left + panel, knee=knee)
         y = Scale(kind="log", low=depth, high=1.0, start=top + row - 30, stop=top)
         peak = max(d for _, d in curve)
-        parts.append(element("text", element("title", name), label, x=left, y=top - 4, class_="row"))
+        parts.append(
+            element("text", element("title", name), label, x=left, y=top - 4, class_="row")
+        )
         parts += _area([(v, d / peak) for v, d in curve], x, y, apart=2.0, line=False)
-        parts += [_line(left, y.start, left + panel, y.start, "axis"), _line(x(0.0), y.start, x(0.0), top, "zero")]
+        parts += [
+            _line(left, y.start, left + panel, y.start, "axis"),
+            _line(x(0.0), y.start, x(0.0), top, "zero"),
+        ]
         if k >= len(panels) - columns:
             ticks = x.ticks(about=3)
             for tick in (t for t in ticks if t in (0.0, ticks[0], ticks[-1])):
@@ -781,7 +1029,14 @@ def legend(entries: Sequence[tuple[str, str, str]]) -> Markup:
     parts = [
         element(
             "span",
-            element("svg", marker(s, 8, 8, c), viewBox="0 0 16 16", width=14, height=14, aria_hidden="true"),
+            element(
+                "svg",
+                marker(s, 8, 8, c),
+                viewBox="0 0 16 16",
+                width=14,
+                height=14,
+                aria_hidden="true",
+            ),
             f" {t}",
         )
         for s, c, t in entries
@@ -791,5 +1046,7 @@ def legend(entries: Sequence[tuple[str, str, str]]) -> Markup:
 
 def progress(share: float) -> Markup:
     """A small bar for a table cell."""
-    bar = element("rect", x=0, y=0, width=max(0.5, 120 * min(1.0, max(0.0, share))), height=8, class_="time")
+    bar = element(
+        "rect", x=0, y=0, width=max(0.5, 120 * min(1.0, max(0.0, share))), height=8, class_="time"
+    )
     return element("svg", bar, viewBox="0 0 120 8", width=120, height=8, aria_hidden="true")

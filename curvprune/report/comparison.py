@@ -1,5 +1,6 @@
-"""One run beside another: the record with an "against" (``name``, ``record``, and ``paired`` results on the same items
-or ``unpaired``, why there are none) to what the section shows. No HTML here."""
+"""One run beside another: the record with an "against" (``name``, ``record``, and ``paired``
+results on the same items or ``unpaired``, why there are none) to what the section shows. No HTML
+here."""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ def _other(record: Record) -> Record:
 
 @dataclass(frozen=True, slots=True)
 class _Figure:
-    """A figure of one run: its text, its number, and how a difference of two such numbers is written."""
+    """A figure of one run: its text, its number, and how a difference of two such numbers is
+    written."""
 
     text: str
     value: float | None = None
@@ -73,28 +75,42 @@ class _Figure:
 
 
 def _figures(record: Record) -> dict[str, _Figure]:
-    """What both runs are measured by; a label holds the unit, so that only like is compared with like."""
+    """What both runs are measured by; a label holds the unit, so that only like is compared with
+    like."""
     found = {"verdict": _Figure(status_of(record))}
     verdict = judged(record)
     if verdict:
         quantity, metric = Quantity.of(verdict), word(verdict.get("metric") or "loss")
-        scaled = {k: quantity.scaled(verdict.get(k)) for k in ("drop", "bound", "max_drop", "baseline", "compressed")}
+        scaled = {
+            k: quantity.scaled(verdict.get(k))
+            for k in ("drop", "bound", "max_drop", "baseline", "compressed")
+        }
         unit = f"{metric}, {quantity.unit}"
         found[f"drop ({unit})"] = _Figure(drop_text(verdict), scaled["drop"])
         found[f"bound ({unit})"] = _Figure(bound_text(verdict), scaled["bound"])
         found[f"budget ({unit})"] = _Figure(short(scaled["max_drop"]), scaled["max_drop"])
-        found[f"{metric} before ({quantity.level_unit})"] = _Figure(sig(scaled["baseline"], 5), scaled["baseline"])
-        found[f"{metric} after ({quantity.level_unit})"] = _Figure(sig(scaled["compressed"], 5), scaled["compressed"])
+        found[f"{metric} before ({quantity.level_unit})"] = _Figure(
+            sig(scaled["baseline"], 5), scaled["baseline"]
+        )
+        found[f"{metric} after ({quantity.level_unit})"] = _Figure(
+            sig(scaled["compressed"], 5), scaled["compressed"]
+        )
         for key in ("items", "clusters"):
             found[key] = _Figure(count(verdict.get(key)), num(verdict.get(key)), count)
     sizes = mapping_or_empty(record, "size")
-    after, parameters, times = num(sizes.get("after_bytes")), num(sizes.get("parameters")), smaller_by(sizes)
+    after, parameters, times = (
+        num(sizes.get("after_bytes")),
+        num(sizes.get("parameters")),
+        smaller_by(sizes),
+    )
     bits = 8 * after / parameters if after is not None and parameters else None
     folder = num(sizes.get("folder_bytes"))
     found |= {
         "weights": _Figure(size(after), after, size),
         "model folder": _Figure(size(folder), folder, size),
-        "times smaller": _Figure(f"{fixed(times, 2)}{THIN}{TIMES}", times, lambda v: f"{fixed(v, 2)}{THIN}{TIMES}"),
+        "times smaller": _Figure(
+            f"{fixed(times, 2)}{THIN}{TIMES}", times, lambda v: f"{fixed(v, 2)}{THIN}{TIMES}"
+        ),
         "stored bits per parameter": _Figure(fixed(bits, 2), bits, lambda v: fixed(v, 2)),
     }
     for limit in items_or_none(record, "limits"):
@@ -110,8 +126,14 @@ def _figures(record: Record) -> dict[str, _Figure]:
     removed = mapping_or_empty(record, "structured")
     if num(removed.get("predicted")) is not None:
         cost = plus_minus(removed["predicted"], removed.get("predicted_stderr"))
-        found[f"predicted cost of the removed units ({unit_of(record)})"] = _Figure(cost, num(removed["predicted"]))
-    seconds = [s for s in (num(stage.get("seconds")) for stage in items_or_none(record, "stages")) if s is not None]
+        found[f"predicted cost of the removed units ({unit_of(record)})"] = _Figure(
+            cost, num(removed["predicted"])
+        )
+    seconds = [
+        s
+        for s in (num(stage.get("seconds")) for stage in items_or_none(record, "stages"))
+        if s is not None
+    ]
     if seconds:
         found["time"] = _Figure(duration(sum(seconds)), sum(seconds), duration)
     peak = num(record.get("peak_memory_bytes"))
@@ -139,16 +161,24 @@ def figures(record: Record) -> Table:
                 Cell((MISSING if gap is None else _signed(gap, show)) if numeric else "", gap, "n"),
             ]
         )
-    return Table("against", [Column("figure"), *_sides("n"), Column("difference", "here minus there", "n")], rows)
+    return Table(
+        "against",
+        [Column("figure"), *_sides("n"), Column("difference", "here minus there", "n")],
+        rows,
+    )
 
 
 def _sides(class_: str = "", what: str = "") -> list[Column]:
     start = f"{what} " if what else ""
-    return [Column(f"{start}{HERE}", "this run", class_), Column(f"{start}{THERE}", "the other run", class_)]
+    return [
+        Column(f"{start}{HERE}", "this run", class_),
+        Column(f"{start}{THERE}", "the other run", class_),
+    ]
 
 
 def paired(record: Record) -> Table:
-    """The two compressed models on the same items, or `Missing` with the reason why that cannot be said."""
+    """The two compressed models on the same items, or `Missing` with the reason why that cannot be
+    said."""
     against = mapping(record, "against")
     found = mapping_or_empty(against, "paired")
     rows = []
@@ -162,7 +192,9 @@ def paired(record: Record) -> Table:
             [
                 Cell(f"{clean(metric)} ({quantity.level_unit})"),
                 *(
-                    number_cell(quantity.scaled(result.get(k)), sig(quantity.scaled(result.get(k)), 5))
+                    number_cell(
+                        quantity.scaled(result.get(k)), sig(quantity.scaled(result.get(k)), 5)
+                    )
                     for k in ("compressed", "baseline")
                 ),
                 number_cell(drop, f"{drop_text(result)}{THIN}{quantity.unit}"),
@@ -176,7 +208,11 @@ def paired(record: Record) -> Table:
     columns = [
         Column("mean", "over all positions of the certify split"),
         *_sides("n"),
-        Column(f"how much worse here {PLUS_MINUS} se", "paired by item; the error is over documents", "n"),
+        Column(
+            f"how much worse here {PLUS_MINUS} se",
+            "paired by item; the error is over documents",
+            "n",
+        ),
         Column("z", "the difference divided by its standard error", "n"),
         Column("items", "of the certify split", "n"),
         Column("clusters", "documents, where they have several items", "n"),
@@ -185,8 +221,8 @@ def paired(record: Record) -> Table:
 
 
 def flips(record: Record) -> tuple[Table, int] | None:
-    """The items that are right in one run and wrong in the other, and how many were left out; ``None`` where the items
-    are not the same or have no one prediction each."""
+    """The items that are right in one run and wrong in the other, and how many were left out;
+    ``None`` where the items are not the same or have no one prediction each."""
     if not mapping_or_empty(mapping(record, "against"), "paired"):
         return None
     there = {item.index: item for item in items.read(_other(record))}
@@ -200,11 +236,14 @@ def flips(record: Record) -> tuple[Table, int] | None:
 
 
 def layers(record: Record) -> dict[str, Any]:
-    """The layers whose option differs or that only one run has, and how many have the same option."""
+    """The layers whose option differs or that only one run has, and how many have the same
+    option."""
     other = _other(record)
     if not items_or_none(other, "layers"):
         raise Missing(f"{name_of(record)} has no layers on record")
-    here, there = ({word(x.get("name")): x for x in rows_of(run, "layers")} for run in (record, other))
+    here, there = (
+        {word(x.get("name")): x for x in rows_of(run, "layers")} for run in (record, other)
+    )
     options = {n: (_option(here, n), _option(there, n)) for n in dict.fromkeys([*here, *there])}
     rows = []
     for name, (ours, theirs) in options.items():
@@ -225,7 +264,11 @@ def layers(record: Record) -> dict[str, Any]:
         *_sides("", "option"),
         *_sides("n", "bytes"),
         *(
-            Column(f"{column.label} {PLUS_MINUS} se ({unit})", "of this option alone, by the run's own ledger", "n")
+            Column(
+                f"{column.label} {PLUS_MINUS} se ({unit})",
+                "of this option alone, by the run's own ledger",
+                "n",
+            )
             for column, unit in zip(_sides("n", "price"), units, strict=True)
         ),
     ]
@@ -244,7 +287,9 @@ def _option(run: Mapping[str, Record], name: str) -> str:
 
 def _price(layer: Record) -> Cell:
     price = layer.get("price")
-    return number_cell(price, MISSING if num(price) is None else plus_minus(price, layer.get("stderr")))
+    return number_cell(
+        price, MISSING if num(price) is None else plus_minus(price, layer.get("stderr"))
+    )
 
 
 def recipes(record: Record) -> str:
@@ -261,7 +306,8 @@ def recipes(record: Record) -> str:
 def provenance(record: Record) -> Table:
     """What differs in where the two runs come from."""
     here, there = (
-        {str(what.text): value.text for what, value in provenance_of(run).rows} for run in (record, _other(record))
+        {str(what.text): value.text for what, value in provenance_of(run).rows}
+        for run in (record, _other(record))
     )
     rows = [
         [Cell(what), *(Cell(run.get(what, MISSING), class_="mono") for run in (here, there))]

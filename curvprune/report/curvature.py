@@ -1,4 +1,5 @@
-"""The record's "analysis" to the section on curvature: diagnosis, spectrum, traces, eigenvalues. No HTML here."""
+"""The record's "analysis" to the section on curvature: diagnosis, spectrum, traces, eigenvalues. No
+HTML here."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ from .sections import (
 )
 
 GAUSS_NEWTON = "Gauss-Newton"
-# Keys of an analysis that did more than traces; without any of them, what is missing was never asked for.
+# Keys of an analysis that did more than traces; without any of them, what is missing was never
+# asked for.
 _BEYOND_TRACES = ("model", "diagnosis", "unit", "num_items", "notes")
 _NAMED = 12  # more names than this say less than their number
 _ROWS = 120
@@ -87,7 +89,9 @@ def _unit(record: Record) -> str:
 
 def _layers(analysis: Record) -> list[tuple[str, Record]]:
     layers = _part(analysis, "layers")
-    return [(clean(name), entry if isinstance(entry, Mapping) else {}) for name, entry in layers.items()]
+    return [
+        (clean(name), entry if isinstance(entry, Mapping) else {}) for name, entry in layers.items()
+    ]
 
 
 def _layers_or_none(analysis: Record) -> list[tuple[str, Record]]:
@@ -100,19 +104,35 @@ def _layers_or_none(analysis: Record) -> list[tuple[str, Record]]:
 def overview(record: Record) -> dict[str, Any]:
     """What was analysed: the matrix, the items, the whole model's figures, the notes."""
     analysis = mapping(record, "analysis")
-    if not any(isinstance(analysis.get(k), Mapping) and analysis[k] for k in ("layers", "model", "diagnosis")):
+    if not any(
+        isinstance(analysis.get(k), Mapping) and analysis[k]
+        for k in ("layers", "model", "diagnosis")
+    ):
         raise Missing("'analysis' has no layers, no model and no diagnosis")
     model = mapping_or_empty(analysis, "model")
     trace, stderr = _estimate(model.get("trace"))
     facts = [
-        Fact("parameters", count(model.get("parameters")), num(model.get("parameters")), "", "of the whole model"),
-        Fact("loss", sig(model.get("loss"), 5), num(model.get("loss")), _loss_unit(record), "mean over the items"),
+        Fact(
+            "parameters",
+            count(model.get("parameters")),
+            num(model.get("parameters")),
+            "",
+            "of the whole model",
+        ),
+        Fact(
+            "loss",
+            sig(model.get("loss"), 5),
+            num(model.get("loss")),
+            _loss_unit(record),
+            "mean over the items",
+        ),
         Fact(
             "gradient norm",
             sig(model.get("gradient_norm")),
             num(model.get("gradient_norm")),
             "",
-            "length of the loss gradient over all weights; zero where training has converged on these items",
+            "length of the loss gradient over all weights; zero where training has converged on "
+            "these items",
         ),
         Fact(
             f"{_short_matrix(analysis)} trace {PLUS_MINUS} se",
@@ -132,7 +152,8 @@ def overview(record: Record) -> dict[str, Any]:
     }
 
 
-# --- diagnosis -------------------------------------------------------------------------------------------------------
+# --- diagnosis
+# -------------------------------------------------------------------------------------------------------
 
 _KINDS = {
     "minimum": "the gradient is small and no direction was found along which the loss curves down",
@@ -156,21 +177,32 @@ def _share(value: Any) -> tuple[str, float | None]:
 def diagnosis_facts(record: Record, found: Record) -> list[Fact]:
     """The key figures; the hint of each says in one line what it means."""
     unit = _unit(record)
-    largest, smallest, step = (num(found.get(k)) for k in ("lambda_max", "lambda_min", "max_learning_rate"))
+    largest, smallest, step = (
+        num(found.get(k)) for k in ("lambda_max", "lambda_min", "max_learning_rate")
+    )
     flat = num(found.get("near_zero_below"))
     negative, near_zero = _share(found.get("negative_share")), _share(found.get("near_zero_share"))
     if largest is not None and largest <= 0 and step is None:
-        step_text, step_hint = "no limit", "λmax is not positive, so curvature sets no limit to the step"
+        step_text, step_hint = (
+            "no limit",
+            "λmax is not positive, so curvature sets no limit to the step",
+        )
     else:
         step_text = sig(step)
-        step_hint = "2/λmax: plain SGD with a larger learning rate diverges along the steepest direction"
+        step_hint = (
+            "2/λmax: plain SGD with a larger learning rate diverges along the steepest direction"
+        )
     if smallest is not None and smallest < 0:
         smallest_hint = "below zero: along this direction the loss curves down"
     else:
-        smallest_hint = "the smallest curvature; below zero the loss curves down along that direction"
+        smallest_hint = (
+            "the smallest curvature; below zero the loss curves down along that direction"
+        )
     kind = found.get("kind")
     return [
-        Fact("λmax", sig(largest, 4), largest, "", f"curvature along the steepest direction ({unit})"),
+        Fact(
+            "λmax", sig(largest, 4), largest, "", f"curvature along the steepest direction ({unit})"
+        ),
         Fact("largest stable SGD step", step_text, step, "", step_hint),
         Fact("λmin", sig(smallest, 4), smallest, "", smallest_hint),
         Fact(
@@ -186,16 +218,27 @@ def diagnosis_facts(record: Record, found: Record) -> list[Fact]:
             near_zero[1],
             "" if near_zero[1] is None else "%",
             "share of all directions in which the loss is flat"
-            + (f": |λ| below {sig(flat)}" if flat is not None else "; the record has no threshold for it"),
+            + (
+                f": |λ| below {sig(flat)}"
+                if flat is not None
+                else "; the record has no threshold for it"
+            ),
         ),
         Fact(
             "effective rank",
             sig(found.get("effective_rank")),
             num(found.get("effective_rank")),
             "",
-            "about how many directions hold the curvature; few against the parameters means most can move freely",
+            "about how many directions hold the curvature; few against the parameters means most "
+            "can move freely",
         ),
-        Fact("kind of point", word(kind), None, "", _KINDS.get(word(kind).lower(), "what the run calls this point")),
+        Fact(
+            "kind of point",
+            word(kind),
+            None,
+            "",
+            _KINDS.get(word(kind).lower(), "what the run calls this point"),
+        ),
     ]
 
 
@@ -211,11 +254,16 @@ def diagnosis(record: Record) -> dict[str, Any]:
         )
         if found.get(key) is not None
     ]
-    return {"facts": diagnosis_facts(record, found), "lesser": lesser, "text": texts(found.get("text"))}
+    return {
+        "facts": diagnosis_facts(record, found),
+        "lesser": lesser,
+        "text": texts(found.get("text")),
+    }
 
 
 def disagreements(record: Record) -> Table:
-    """Layers whose Hessian and Gauss-Newton traces disagree; no rows where the record lists none."""
+    """Layers whose Hessian and Gauss-Newton traces disagree; no rows where the record lists
+    none."""
     analysis = mapping(record, "analysis")
     listed = _part(analysis, "diagnosis").get("disagreements")
     if not isinstance(listed, list | tuple):
@@ -241,7 +289,8 @@ def disagreements(record: Record) -> Table:
     return Table("disagreements", columns, rows)
 
 
-# --- eigenvalues -----------------------------------------------------------------------------------------------------
+# --- eigenvalues
+# -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +311,9 @@ def _eigenvalues(holder: Record) -> list[Eigenvalue]:
     for k, value in enumerate(map(num, _list(found.get("values")))):
         if value is not None:
             error = error_of(errors[k]) if k < len(errors) else None
-            values.append(Eigenvalue(value, error, error_of(residuals[k]) if k < len(residuals) else None))
+            values.append(
+                Eigenvalue(value, error, error_of(residuals[k]) if k < len(residuals) else None)
+            )
     return sorted(values, key=lambda e: -e.value)
 
 
@@ -271,11 +322,15 @@ def _places(analysis: Record) -> list[tuple[str, Record, str]]:
     places: list[tuple[str, Record, str]] = []
     if model := mapping_or_empty(analysis, "model"):
         places.append(("whole model", model, ""))
-    return [*places, *((name, entry, _yes_no(entry.get("exact"))) for name, entry in _layers_or_none(analysis))]
+    return [
+        *places,
+        *((name, entry, _yes_no(entry.get("exact"))) for name, entry in _layers_or_none(analysis)),
+    ]
 
 
 def eigenvalues(record: Record) -> dict[str, Any]:
-    """The extreme eigenvalues of the model and its layers, one row each, and every eigenvalue found, one row each."""
+    """The extreme eigenvalues of the model and its layers, one row each, and every eigenvalue
+    found, one row each."""
     analysis = mapping(record, "analysis")
     short_matrix, unit = _short_matrix(analysis), _unit(record)
     rows, every, without = [], [], []
@@ -302,7 +357,11 @@ def eigenvalues(record: Record) -> dict[str, Any]:
             ]
         )
         for e in values:
-            numbers = (e.value, sig(e.value, 5)), (e.error, sig(e.error, 2)), (e.residual, sig(e.residual, 2))
+            numbers = (
+                (e.value, sig(e.value, 5)),
+                (e.error, sig(e.error, 2)),
+                (e.residual, sig(e.residual, 2)),
+            )
             every.append([name, matrix, *(number_cell(*n) for n in numbers)])
     if not rows:
         raise Missing("'analysis' has no 'eigenvalues' for the model or any layer")
@@ -318,7 +377,8 @@ def eigenvalues(record: Record) -> dict[str, Any]:
         Column("converged", "no: take the values as inner bounds of the extremes"),
         Column(
             "exact block",
-            "the layer's path to the loss is piecewise linear, so its block is exact from first-order passes",
+            "the layer's path to the loss is piecewise linear, so its block is exact from "
+            "first-order passes",
         ),
     ]
     found_columns = [
@@ -338,11 +398,13 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= _NAMED else f"{count(len(names))} layers"
 
 
-# --- spectral density ------------------------------------------------------------------------------------------------
+# --- spectral density
+# ------------------------------------------------------------------------------------------------
 
 
 def _curve(holder: Record) -> list[tuple[float, float]]:
-    """``(eigenvalue, density)`` in rising order, each eigenvalue once; empty without two of them and a positive one."""
+    """``(eigenvalue, density)`` in rising order, each eigenvalue once; empty without two of them
+    and a positive one."""
     density = mapping_or_empty(holder, "density")
     points: dict[float, float] = {}
     for a, b in zip(_list(density.get("grid")), _list(density.get("density")), strict=False):
@@ -370,13 +432,16 @@ def _runs(density: Record) -> list[list[tuple[float, float | None]]]:
 
 
 def spectrum(record: Record) -> dict[str, Any]:
-    """The whole model's spectral density: chart, how to read its axis, and the numbers behind it."""
+    """The whole model's spectral density: chart, how to read its axis, and the numbers behind
+    it."""
     analysis = mapping(record, "analysis")
     density = _part(analysis, "model", "density")
     model = mapping_or_empty(analysis, "model")
     curve, runs, found = _curve(model), _runs(density), _eigenvalues(model)
     if not curve:
-        raise Missing("'analysis', 'model', 'density' has no two points and no positive density to draw")
+        raise Missing(
+            "'analysis', 'model', 'density' has no two points and no positive density to draw"
+        )
     matrix, unit = _short_matrix(analysis), _unit(record)
     marks = [*(v for run in runs for v, _ in run), *(e.value for e in found)]
     x = charts.spectral_axis(curve, marks, start=70.0, stop=1110.0)
@@ -405,10 +470,14 @@ def spectrum(record: Record) -> dict[str, Any]:
                 *([("diamond", "eigenvalue", "extreme eigenvalues found")] if found else []),
             ]
         ),
-        "axis": f"linear within about {sig(x.knee, 2)} of zero, logarithmic beyond" if x.kind == "asinh" else "linear",
+        "axis": f"linear within about {sig(x.knee, 2)} of zero, logarithmic beyond"
+        if x.kind == "asinh"
+        else "linear",
         "runs": len(runs),
         "products": count(density.get("num_products")),
-        "table": Table("density", [eigenvalue, Column("density", "per unit of the eigenvalue", "n")], grid),
+        "table": Table(
+            "density", [eigenvalue, Column("density", "per unit of the eigenvalue", "n")], grid
+        ),
         "every": step,
         "points": len(curve),
         "quadrature": Table(
@@ -426,13 +495,16 @@ def spectrum(record: Record) -> dict[str, Any]:
 def layer_spectra(record: Record) -> Markup | None:
     """Densities of the layers' blocks side by side; ``None`` where no layer has one."""
     analysis = mapping_or_empty(record, "analysis")
-    curves = [(name, curve) for name, entry in _layers_or_none(analysis) if (curve := _curve(entry))]
+    curves = [
+        (name, curve) for name, entry in _layers_or_none(analysis) if (curve := _curve(entry))
+    ]
     _, labels = labels_of([name for name, _ in curves], longest=36)
     panels = [(name, label, curve) for (name, curve), label in zip(curves, labels, strict=True)]
     return charts.spectra(panels, matrix=_short_matrix(analysis), unit=_unit(record))
 
 
-# --- traces ----------------------------------------------------------------------------------------------------------
+# --- traces
+# ----------------------------------------------------------------------------------------------------------
 
 
 def _families(names: Sequence[str]) -> tuple[list[int], list[tuple[str, str, str]]]:
@@ -482,7 +554,12 @@ def _other_dot(name: str, entry: Record, *, shift: float) -> charts.Dot | None:
         return None
     title = f"{name}: {GAUSS_NEWTON} trace {plus_minus(value, stderr)}"
     return charts.Dot(
-        value=value, stderr=stderr, shape="triangle", class_="point gauss-newton", title=title, shift=shift
+        value=value,
+        stderr=stderr,
+        shape="triangle",
+        class_="point gauss-newton",
+        title=title,
+        shift=shift,
     )
 
 
@@ -511,7 +588,9 @@ def traces(record: Record) -> dict[str, Any]:
             dots.append([d for d in pair if d is not None])
         states = [(mapping_or_empty(e, "trace"), e) for e in entries]
         legend = [("circle", "point own", f"{matrix}, estimated")]
-        legend += [("square", "point own", f"{matrix}, exact block")] * any(e.get("exact") is True for e in entries)
+        legend += [("square", "point own", f"{matrix}, exact block")] * any(
+            e.get("exact") is True for e in entries
+        )
         legend += [("circle", "point own hollow", "not converged")] * any(
             t.get("converged") is False for t, _ in states
         )
@@ -525,7 +604,11 @@ def traces(record: Record) -> dict[str, Any]:
             dots.append(
                 []
                 if value is None
-                else [charts.Dot(value=value, stderr=stderr, shape=shape, class_=f"point k{k}", title=title)]
+                else [
+                    charts.Dot(
+                        value=value, stderr=stderr, shape=shape, class_=f"point k{k}", title=title
+                    )
+                ]
             )
     _, labels = labels_of(names, longest=24)
     apart = [k for k, name in enumerate(names) if name in _disagreeing(analysis)]
@@ -549,7 +632,10 @@ def _traces_table(
         if compared:
             row.append(error_cell(*_estimate(entry.get("gauss_newton_trace"))))
         row.append(number_cell(entry.get("parameters"), count(entry.get("parameters"))))
-        row += [number_cell(diagonal.get(k), sig(diagonal.get(k))) for k in ("mean", "q50", "q99", "max")]
+        row += [
+            number_cell(diagonal.get(k), sig(diagonal.get(k)))
+            for k in ("mean", "q50", "q99", "max")
+        ]
         if detailed:
             row += [
                 Cell(word(trace.get("method"))),
@@ -558,9 +644,14 @@ def _traces_table(
                 Cell(_yes_no(entry.get("exact"))),
             ]
         rows.append(row)
-    columns = [Column("layer"), Column(f"{matrix} trace {PLUS_MINUS} se", f"sum of the diagonal, {unit}", "n")]
+    columns = [
+        Column("layer"),
+        Column(f"{matrix} trace {PLUS_MINUS} se", f"sum of the diagonal, {unit}", "n"),
+    ]
     if compared:
-        columns.append(Column(f"{GAUSS_NEWTON} trace {PLUS_MINUS} se", f"sum of the diagonal, {unit}", "n"))
+        columns.append(
+            Column(f"{GAUSS_NEWTON} trace {PLUS_MINUS} se", f"sum of the diagonal, {unit}", "n")
+        )
     columns.append(Column("weights", "", "n"))
     columns += [
         Column(f"{matrix} diagonal, {k}", f"{k} over the layer's weights, {unit}", "n")
@@ -573,22 +664,28 @@ def _traces_table(
             Column("converged", "no: the standard error asked for was not reached"),
             Column(
                 "exact block",
-                "the layer's path to the loss is piecewise linear, so its block is exact from first-order passes",
+                "the layer's path to the loss is piecewise linear, so its block is exact from "
+                "first-order passes",
             ),
         ]
     return Table("curvature", columns, rows)
 
 
-# --- in a few lines --------------------------------------------------------------------------------------------------
+# --- in a few lines
+# --------------------------------------------------------------------------------------------------
 
 
 def diagnosis_lines(record: Record) -> list[str]:
-    """The diagnosis for a terminal: figures, sentences, disagreements. Empty where the record has none."""
+    """The diagnosis for a terminal: figures, sentences, disagreements. Empty where the record has
+    none."""
     analysis = mapping_or_empty(record, "analysis")
     found = mapping_or_empty(analysis, "diagnosis")
     if not found:
         return []
-    facts = {f.label: f.text + (f"{THIN}{f.unit}" if f.unit else "") for f in diagnosis_facts(record, found)}
+    facts = {
+        f.label: f.text + (f"{THIN}{f.unit}" if f.unit else "")
+        for f in diagnosis_facts(record, found)
+    }
     flat = num(found.get("near_zero_below"))
     lines = [
         f"{_short_matrix(analysis)}: λmax {facts['λmax']}, largest stable plain-SGD step "
@@ -599,5 +696,7 @@ def diagnosis_lines(record: Record) -> list[str]:
     ]
     lines += texts(found.get("text"))
     if apart := sorted(_disagreeing(analysis)):
-        lines.append(f"{_short_matrix(analysis)} and {GAUSS_NEWTON} traces disagree in {_names(apart)}")
+        lines.append(
+            f"{_short_matrix(analysis)} and {GAUSS_NEWTON} traces disagree in {_names(apart)}"
+        )
     return lines

@@ -1,4 +1,5 @@
-"""Numbers as a reader wants them: significant digits set by the standard error, units, never NaN."""
+"""Numbers as a reader wants them: significant digits set by the standard error, units, never
+NaN."""
 
 from __future__ import annotations
 
@@ -14,12 +15,16 @@ MINUS, TIMES, PLUS_MINUS, THIN = (
     "\N{NO-BREAK SPACE}",
 )
 _SUPERSCRIPT = str.maketrans("-0123456789", "\N{SUPERSCRIPT MINUS}⁰¹²³⁴⁵⁶⁷⁸⁹")
-# Control characters would let a layer name drive a terminal, lone surrogates cannot be written as UTF-8.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
+# Control characters would let a layer name drive a terminal, lone surrogates cannot be written as
+# UTF-8.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]"
+)
 
 
 def clean(value: Any) -> str:
-    """``str(value)`` with control, bidirectional-override and unencodable characters replaced by U+FFFD."""
+    """``str(value)`` with control, bidirectional-override and unencodable characters replaced by
+    U+FFFD."""
     return _UNPRINTABLE.sub("\ufffd", str(value).replace("\r\n", "\n"))
 
 
@@ -48,7 +53,8 @@ def _signed(text: str) -> str:
 
 
 def fixed(value: Any, decimals: int) -> str:
-    """``value`` rounded to ``decimals`` (negative: to tens, hundreds, ...), with thousands separators."""
+    """``value`` rounded to ``decimals`` (negative: to tens, hundreds, ...), with thousands
+    separators."""
     number = num(value)
     if number is None:
         return MISSING
@@ -79,16 +85,23 @@ def short(value: Any) -> str:
     if number is None:
         return MISSING
     if number == 0 or -4 <= _magnitude(number) < 6:
-        text = f"{number:.12f}".rstrip("0").rstrip(".") if number != int(number) else f"{int(number):,}"
+        text = (
+            f"{number:.12f}".rstrip("0").rstrip(".")
+            if number != int(number)
+            else f"{int(number):,}"
+        )
         return _signed(text)
     exponent = _magnitude(number)
     mantissa = f"{number / 10.0**exponent:.6g}"
     sign, digits = ("-", mantissa[1:]) if mantissa.startswith("-") else ("", mantissa)
-    return _signed(sign + (_power(exponent) if digits == "1" else f"{digits}{TIMES}{_power(exponent)}"))
+    return _signed(
+        sign + (_power(exponent) if digits == "1" else f"{digits}{TIMES}{_power(exponent)}")
+    )
 
 
 def decimals_of(stderr: Any) -> int | None:
-    """Decimals that show a standard error with two significant digits; ``None`` when there is no positive error."""
+    """Decimals that show a standard error with two significant digits; ``None`` when there is no
+    positive error."""
     error = num(stderr)
     if error is None or error <= 0:
         return None
@@ -111,12 +124,15 @@ def plus_minus(value: Any, stderr: Any) -> str:
         return f"{fixed(number, decimals)}{THIN}{PLUS_MINUS}{THIN}{fixed(error, decimals)}"
     scale = 10.0**exponent
     decimals += exponent
-    body = f"{fixed(number / scale, decimals)}{THIN}{PLUS_MINUS}{THIN}{fixed(error / scale, decimals)}"
+    body = (
+        f"{fixed(number / scale, decimals)}{THIN}{PLUS_MINUS}{THIN}{fixed(error / scale, decimals)}"
+    )
     return f"({body}){TIMES}{_power(exponent)}"
 
 
 def at_most(bound: Any, budget: Any, decimals: int) -> str:
-    """An upper bound, rounded up so that the printed statement stays true, on the same side of ``budget`` as it is."""
+    """An upper bound, rounded up so that the printed statement stays true, on the same side of
+    ``budget`` as it is."""
     number, limit = num(bound), num(budget)
     if number is None:
         return MISSING
@@ -124,7 +140,8 @@ def at_most(bound: Any, budget: Any, decimals: int) -> str:
         return short(number)
     for places in range(decimals, decimals + 10):
         scaled = number * 10.0**places
-        # The tolerance keeps a bound that is already a round decimal from moving up one unit through binary noise.
+        # The tolerance keeps a bound that is already a round decimal from moving up one unit
+        # through binary noise.
         shown = math.ceil(scaled - 1e-9 * max(1.0, abs(scaled))) / 10.0**places
         if limit is None or (shown > limit) == (number > limit):
             return fixed(shown, places)

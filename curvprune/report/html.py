@@ -35,7 +35,9 @@ def _asset(name: str) -> str:
 
 @cache
 def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     return environment.from_string(_asset("report.html.j2"))
 
 
@@ -47,7 +49,10 @@ def _attempt(show: Callable[[sections.Record], Any], record: sections.Record) ->
 
 
 def _subtitle(record: sections.Record) -> str:
-    parts = [f"objective: {sections.word(record.get('objective'))}", f"losses in {sections.unit_of(record)}"]
+    parts = [
+        f"objective: {sections.word(record.get('objective'))}",
+        f"losses in {sections.unit_of(record)}",
+    ]
     sizes, provenance = record.get("size"), record.get("provenance")
     if isinstance(sizes, Mapping) and num(sizes.get("parameters")) is not None:
         parts.append(f"{count(sizes['parameters'])} parameters")
@@ -74,16 +79,21 @@ def build(record: Mapping[str, Any]) -> str:
     """The report as HTML: one file, no network access, no JavaScript needed.
 
     Args:
-        record: contents of ``report.json``. Any key may be missing, null or NaN; its section then says what is not
-            available and why. All text in it is escaped. Beside them an ``against`` (see `curvprune.report.comparison`)
-            adds a section that compares the run with another.
+        record: contents of ``report.json``. Any key may be missing, null or NaN; its section then
+            says what is not available and why. All text in it is escaped. Beside them an
+            ``against`` (see `curvprune.report.comparison`) adds a section that compares the run
+            with another.
 
     Returns:
         The document. The same record gives the same text, byte for byte.
     """
     status = sections.status_of(record)
     verdict = record.get("verdict")
-    method = sections.word(verdict["method"]) if isinstance(verdict, Mapping) and verdict.get("method") else ""
+    method = (
+        sections.word(verdict["method"])
+        if isinstance(verdict, Mapping) and verdict.get("method")
+        else ""
+    )
     script = "\n" + _asset("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     points = sections.trial_points(record)
@@ -110,7 +120,9 @@ def build(record: Mapping[str, Any]) -> str:
         contradictions=sections.inconsistencies(record),
         attempts=_attempt(sections.attempts_table, record),
         changed=_attempt(items.changed, record),
-        recoveries=sections.recoveries_table(record) if sections.items_or_none(record, "recoveries") else None,
+        recoveries=sections.recoveries_table(record)
+        if sections.items_or_none(record, "recoveries")
+        else None,
         together=together.table(record) if sections.items_or_none(record, "together") else None,
         together_reading=together.reading(record),
         size=_attempt(sections.size_facts, record),
@@ -138,7 +150,9 @@ def build(record: Mapping[str, Any]) -> str:
         eigenvalues=_attempt(curvature.eigenvalues, record),
         disagreements=_attempt(curvature.disagreements, record),
         stages=_attempt(sections.stages_table, record),
-        peak=None if peak is None else sections.Fact("peak", size(peak), peak, "", f"{count(peak)} B"),
+        peak=None
+        if peak is None
+        else sections.Fact("peak", size(peak), peak, "", f"{count(peak)} B"),
         provenance=_attempt(sections.provenance_table, record),
         recipe=None if recipe is None else sections.word(recipe),
         notes=notes,

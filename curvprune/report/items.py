@@ -1,4 +1,5 @@
-"""Which items of the certify split changed, from the record's "items" (columns of equal length). No HTML here."""
+"""Which items of the certify split changed, from the record's "items" (columns of equal length). No
+HTML here."""
 
 from __future__ import annotations
 
@@ -8,7 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from .figures import MISSING, THIN, count, num, sig
-from .sections import Cell, Column, Fact, Missing, Record, Table, mapping, number_cell, unit_of, word
+from .sections import (
+    Cell,
+    Column,
+    Fact,
+    Missing,
+    Record,
+    Table,
+    mapping,
+    number_cell,
+    unit_of,
+    word,
+)
 
 ROWS = 20  # of each kind of item that a table shows
 DOCUMENTS = 100
@@ -17,8 +29,8 @@ WORST = 0.05  # the share of the items whose part in the total rise is told
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Item:
-    """One item under two models: loss per position, and whether its one prediction was right (``None`` if it has
-    several)."""
+    """One item under two models: loss per position, and whether its one prediction was right
+    (``None`` if it has several)."""
 
     document: str
     index: float | None
@@ -75,14 +87,24 @@ def read(record: Record) -> list[Item]:
         flags = [num(column[row]) for column in rights]
         right = (flags[0] == 1, flags[1] == 1) if len(flags) == 2 and None not in flags else None
         name = word(names[place]) if known else MISSING
-        items.append(Item(document=name, index=index, positions=positions, before=before, after=after, right=right))
+        items.append(
+            Item(
+                document=name,
+                index=index,
+                positions=positions,
+                before=before,
+                after=after,
+                right=right,
+            )
+        )
     if not items:
         raise Missing("'items' has no item with numbers")
     return items
 
 
 def flips(items: Sequence[Item], heads: Heads, *, name: str, unit: str) -> tuple[Table, int]:
-    """The items that are right under one model only, `ROWS` of either kind at most, and how many were left out."""
+    """The items that are right under one model only, `ROWS` of either kind at most, and how many
+    were left out."""
     ranked = sorted(items, key=lambda i: -abs(i.rise))
     kinds = [i for i in ranked if i.lost], [i for i in ranked if i.won]
     shown = [item for kind in kinds for item in kind[:ROWS]]
@@ -105,7 +127,11 @@ def _table(name: str, items: Sequence[Item], heads: Heads, *, unit: str) -> Tabl
         [
             number_cell(item.index, count(item.index)),
             Cell(item.document, class_="mono"),
-            *([Cell(heads.lost if item.lost else heads.won if item.won else "")] if flipped else []),
+            *(
+                [Cell(heads.lost if item.lost else heads.won if item.won else "")]
+                if flipped
+                else []
+            ),
             *([number_cell(item.positions, count(item.positions))] if several else []),
             number_cell(item.before, sig(item.before, 4)),
             number_cell(item.after, sig(item.after, 4)),
@@ -117,8 +143,8 @@ def _table(name: str, items: Sequence[Item], heads: Heads, *, unit: str) -> Tabl
 
 
 def _documents(items: Sequence[Item], *, unit: str) -> tuple[Table, int] | None:
-    """Documents from the largest rise to the largest fall, and how many were left out; ``None`` where every item is a
-    document of its own."""
+    """Documents from the largest rise to the largest fall, and how many were left out; ``None``
+    where every item is a document of its own."""
     by_document: dict[str, list[Item]] = {}
     for item in items:
         by_document.setdefault(item.document, []).append(item)
@@ -156,27 +182,37 @@ def _documents(items: Sequence[Item], *, unit: str) -> tuple[Table, int] | None:
 
 
 def worst_share(items: Sequence[Item]) -> tuple[int, float | None]:
-    """How many items are the worst `WORST` of all, and their share of the total rise: the rises in nats of all items
-    that got worse, added up. ``None`` if none did."""
+    """How many items are the worst `WORST` of all, and their share of the total rise: the rises in
+    nats of all items that got worse, added up. ``None`` if none did."""
     rises = sorted((max(0.0, i.rise * i.positions) for i in items), reverse=True)
     worst, total = math.ceil(WORST * len(rises)), math.fsum(rises)
     return worst, math.fsum(rises[:worst]) / total if total > 0 else None
 
 
 def changed(record: Record) -> dict[str, Any]:
-    """What the section shows: figures, flipped items, the largest rises and falls, and documents."""
+    """What the section shows: figures, flipped items, the largest rises and falls, and
+    documents."""
     items, unit, heads = read(record), unit_of(record), Heads()
     worse, better = ([i for i in items if sign * i.rise > 0] for sign in (1, -1))
     number, share = worst_share(items)
     facts = [
-        Fact("got worse", count(len(worse)), float(len(worse)), f"of {count(len(items))}", "items whose loss rose"),
-        Fact("got better", count(len(better)), float(len(better)), "items", "items whose loss fell"),
+        Fact(
+            "got worse",
+            count(len(worse)),
+            float(len(worse)),
+            f"of {count(len(items))}",
+            "items whose loss rose",
+        ),
+        Fact(
+            "got better", count(len(better)), float(len(better)), "items", "items whose loss fell"
+        ),
         Fact(
             f"worst {100 * WORST:.0f}{THIN}%",
             MISSING if share is None else f"{100 * share:.0f}{THIN}%",
             share,
             "of the total rise",
-            f"the part of the {count(number)} items that add most to it; the total rise is that of all items that got "
+            f"the part of the {count(number)} items that add most to it; the total rise is that "
+            "of all items that got "
             "worse, in nats, and leaves out what others gained",
         ),
     ]

@@ -1,4 +1,5 @@
-"""Units that were removed before the layers were compressed, from the record's "structured". No HTML here."""
+"""Units that were removed before the layers were compressed, from the record's "structured". No
+HTML here."""
 
 from __future__ import annotations
 
@@ -58,7 +59,9 @@ def _kinds(cuts: dict[str, tuple[str, float, float]]) -> dict[str, list[tuple[fl
     return kinds
 
 
-def _table(name: str, head: Column, rows: list[tuple[list[Cell], float, float]], extra: list[Column]) -> Table:
+def _table(
+    name: str, head: Column, rows: list[tuple[list[Cell], float, float]], extra: list[Column]
+) -> Table:
     columns = [
         head,
         *extra,
@@ -81,7 +84,8 @@ def _table(name: str, head: Column, rows: list[tuple[list[Cell], float, float]],
 
 
 def removed(record: Record) -> dict[str, Any]:
-    """What the section shows: work before and after, predicted cost, totals of each kind of unit, every cut."""
+    """What the section shows: work before and after, predicted cost, totals of each kind of unit,
+    every cut."""
     found = mapping(record, "structured")
     cuts = _cuts(found)
     if not cuts:
@@ -91,19 +95,43 @@ def removed(record: Record) -> dict[str, Any]:
         work = _work(found, of)
         if work is not None:
             facts.append(
-                Fact(f"{of} before", count(work[0]), work[0], "", "of the original model; multiply-adds of one item")
+                Fact(
+                    f"{of} before",
+                    count(work[0]),
+                    work[0],
+                    "",
+                    "of the original model; multiply-adds of one item",
+                )
             )
-            facts.append(Fact(f"{of} after", count(work[1]), work[1], _gone(*work), "without the removed units"))
+            facts.append(
+                Fact(
+                    f"{of} after",
+                    count(work[1]),
+                    work[1],
+                    _gone(*work),
+                    "without the removed units",
+                )
+            )
     seconds = found.get("latency_seconds")
     times = [num(v) for v in seconds] if isinstance(seconds, list | tuple) else []
     if len(times) == 2 and times[0] and times[1] is not None:
         hint = "of a forward pass, measured on the machine of the run; asked and predicted are in the notes"
         facts.append(Fact("latency before", duration(times[0]), times[0], "", hint))
-        facts.append(Fact("latency after", duration(times[1]), times[1], _gone(times[0], times[1]), hint))
+        facts.append(
+            Fact("latency after", duration(times[1]), times[1], _gone(times[0], times[1]), hint)
+        )
     predicted = num(found.get("predicted"))
-    cost = plus_minus(predicted, found.get("predicted_stderr")) if predicted is not None else "not priced"
+    cost = (
+        plus_minus(predicted, found.get("predicted_stderr"))
+        if predicted is not None
+        else "not priced"
+    )
     unit = unit_of(record) if predicted is not None else ""
-    facts.append(Fact("predicted cost", cost, predicted, unit, "rise of the loss by the prices of the widths"))
+    facts.append(
+        Fact(
+            "predicted cost", cost, predicted, unit, "rise of the loss by the prices of the widths"
+        )
+    )
     kinds = [
         (
             [Cell(kind), number_cell(len(units), count(len(units)))],
@@ -112,10 +140,15 @@ def removed(record: Record) -> dict[str, Any]:
         )
         for kind, units in _kinds(cuts).items()
     ]
-    single = [([Cell(name, class_="mono"), Cell(kind)], left, of) for name, (kind, left, of) in cuts.items()]
+    single = [
+        ([Cell(name, class_="mono"), Cell(kind)], left, of)
+        for name, (kind, left, of) in cuts.items()
+    ]
     return {
         "facts": facts,
-        "kinds": _table("kinds", Column("kind"), kinds, [Column("cuts", "dimensions inside the model", "n")]),
+        "kinds": _table(
+            "kinds", Column("kind"), kinds, [Column("cuts", "dimensions inside the model", "n")]
+        ),
         "cuts": _table("cuts", Column("cut"), single, [Column("kind")]),
     }
 

@@ -1,4 +1,5 @@
-"""From the record (plain dicts, any key may be missing) to what each section shows. No HTML here."""
+"""From the record (plain dicts, any key may be missing) to what each section shows. No HTML
+here."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ class Missing(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One table cell: ``sort`` is the raw number behind a rounded text, ``swatch`` a colour shown before it."""
+    """One table cell: ``sort`` is the raw number behind a rounded text, ``swatch`` a colour shown
+    before it."""
 
     text: object
     sort: float | None = None
@@ -70,7 +72,11 @@ class Table:
 
 def _why(record: Record, key: str) -> str:
     stages = record.get("stages")
-    done = [word(s.get("name")) for s in stages if isinstance(s, Mapping)] if isinstance(stages, list | tuple) else []
+    done = (
+        [word(s.get("name")) for s in stages if isinstance(s, Mapping)]
+        if isinstance(stages, list | tuple)
+        else []
+    )
     last = f"; the last stage on record is {done[-1]!r}" if done else ""
     return f"the record has no {key!r}: the run did not ask for it or has not reached it{last}"
 
@@ -121,7 +127,11 @@ def texts(value: Any) -> list[str]:
 
 def word(value: Any) -> str:
     """Text of a field, "n/a" where it is missing."""
-    return MISSING if value is None or (isinstance(value, float) and not math.isfinite(value)) else clean(value)
+    return (
+        MISSING
+        if value is None or (isinstance(value, float) and not math.isfinite(value))
+        else clean(value)
+    )
 
 
 def number_cell(value: Any, text: str, class_: str = "n", title: str = "") -> Cell:
@@ -139,7 +149,8 @@ def unit_of(record: Record) -> str:
     return word(record.get("unit") or mapping_or_empty(record, "ledger").get("unit") or "nats")
 
 
-# --- 1. verdict ------------------------------------------------------------------------------------------------------
+# --- 1. verdict
+# ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +182,8 @@ class Quantity:
 
     def scaled(self, value: Any) -> float | None:
         number = num(value)
-        # Twelve digits: the shift to per cent must not turn a budget of 0.007 into 0.7000000000000001.
+        # Twelve digits: the shift to per cent must not turn a budget of 0.007 into
+        # 0.7000000000000001.
         return None if number is None else float(f"{number * self.scale:.12g}")
 
 
@@ -212,8 +224,10 @@ def statement(record: Record) -> str:
             return "No accuracy budget was asked, so nothing was tested; the losses below are estimates."
         unit = Quantity.of(measured).unit
         return (
-            "No accuracy budget was asked, so nothing was tested. Measured on the certify split, which no earlier step "
-            f"touched: a drop of {drop_text(measured)} {unit}; the {percent(measured.get('confidence'))} one-sided "
+            "No accuracy budget was asked, so nothing was tested. Measured on the certify split, "
+            "which no earlier step "
+            f"touched: a drop of {drop_text(measured)} {unit}; the "
+            f"{percent(measured.get('confidence'))} one-sided "
             f"bound is {bound_text({**measured, 'max_drop': None})}."
         )
     if status == "NOT FINISHED":
@@ -228,19 +242,24 @@ def statement(record: Record) -> str:
     budget = f"{short(quantity.scaled(verdict.get('max_drop')))} {quantity.unit}"
     bound = quantity.scaled(verdict.get("bound"))
     limit = bound_text(verdict)
-    if bound is None or num(verdict.get("max_drop")) is None or num(verdict.get("confidence")) is None:
-        return (
-            f"The record says {status} without its bound, budget and confidence, so the statement cannot be made here."
-        )
+    if (
+        bound is None
+        or num(verdict.get("max_drop")) is None
+        or num(verdict.get("confidence")) is None
+    ):
+        return f"The record says {status} without its bound, budget and confidence, so the statement cannot be made here."
     if status == "VIOLATED":
         return (
-            f"{sure} the compressed model's {what} is more than {budget} {quantity.worse} the uncompressed one's "
+            f"{sure} the compressed model's {what} is more than {budget} {quantity.worse} the "
+            "uncompressed one's "
             f"{where}: the budget is not met."
         )
     if status == "INCONCLUSIVE":
         return (
-            f"The certify split cannot decide: the measured drop is {drop_text(verdict)} {quantity.unit} and its "
-            f"one-sided {percent(verdict.get('confidence'))} bound is {limit}, so the data neither hold the drop below "
+            f"The certify split cannot decide: the measured drop is {drop_text(verdict)} "
+            f"{quantity.unit} and its "
+            f"one-sided {percent(verdict.get('confidence'))} bound is {limit}, so the data "
+            "neither hold the drop below "
             f"the budget of {budget} nor show that it is larger."
         )
     if bound <= 0:
@@ -278,22 +297,30 @@ def advice(record: Record) -> list[str]:
             first = "The number of items that would decide it is not on record."
         return [
             first,
-            "Enlarge the certify split (more independent documents, not longer ones) and run again, or ask for a more "
+            "Enlarge the certify split (more independent documents, not longer ones) and run "
+            "again, or ask for a more "
             "cautious plan: a smaller max_drop while planning, or options with more bits.",
-            "Do not test again and again on the same items until it passes: each look spends confidence.",
+            "Do not test again and again on the same items until it passes: each look spends "
+            "confidence.",
         ]
     if status == "VIOLATED":
         return [
-            "Offer milder options (more bits, smaller groups, keep), add calibration data, or ask for a larger budget; "
+            "Offer milder options (more bits, smaller groups, keep), add calibration data, or ask "
+            "for a larger budget; "
             "then certify on items that were not used for this verdict."
         ]
     return []
 
 
 def judged(record: Record) -> dict[str, Any]:
-    """The verdict, or without a budget what was measured on the certify split (then with no budget to compare with)."""
+    """The verdict, or without a budget what was measured on the certify split (then with no budget
+    to compare with)."""
     verdict = mapping_or_empty(record, "verdict")
-    return dict(verdict) if verdict else {**mapping_or_empty(record, "measured"), "max_drop": None, "needed": None}
+    return (
+        dict(verdict)
+        if verdict
+        else {**mapping_or_empty(record, "measured"), "max_drop": None, "needed": None}
+    )
 
 
 def verdict_facts(record: Record) -> list[Fact]:
@@ -343,7 +370,13 @@ def verdict_facts(record: Record) -> list[Fact]:
             quantity.level_unit,
             "compressed model",
         ),
-        Fact("items", count(verdict.get("items")), num(verdict.get("items")), "", "paired items of the certify split"),
+        Fact(
+            "items",
+            count(verdict.get("items")),
+            num(verdict.get("items")),
+            "",
+            "paired items of the certify split",
+        ),
         Fact(
             "clusters",
             count(verdict.get("clusters")),
@@ -352,7 +385,15 @@ def verdict_facts(record: Record) -> list[Fact]:
             "independent groups of items (documents); the standard error is over these",
         ),
         *(
-            [Fact("needed", count(verdict["needed"]), num(verdict["needed"]), "items", "items that would decide it")]
+            [
+                Fact(
+                    "needed",
+                    count(verdict["needed"]),
+                    num(verdict["needed"]),
+                    "items",
+                    "items that would decide it",
+                )
+            ]
             if num(verdict.get("needed")) is not None
             else []
         ),
@@ -392,13 +433,16 @@ def attempts_table(record: Record) -> Table:
                 Cell(status, class_=f"status {status.lower() if status in STATUSES else ''}"),
                 number_cell(attempt.get("drop"), drop_text(attempt)),
                 number_cell(attempt.get("bound"), bound_text(attempt)),
-                number_cell(attempt.get("max_drop"), short(quantity.scaled(attempt.get("max_drop")))),
+                number_cell(
+                    attempt.get("max_drop"), short(quantity.scaled(attempt.get("max_drop")))
+                ),
                 Cell(quantity.unit),
                 Cell(percent(attempt.get("confidence")), num(attempt.get("confidence")), "n"),
                 number_cell(attempt.get("items"), count(attempt.get("items"))),
                 number_cell(attempt.get("clusters"), count(attempt.get("clusters"))),
                 number_cell(
-                    attempt.get("needed"), count(attempt["needed"]) if attempt.get("needed") is not None else ""
+                    attempt.get("needed"),
+                    count(attempt["needed"]) if attempt.get("needed") is not None else "",
                 ),
             ]
         )
@@ -418,14 +462,19 @@ def attempts_table(record: Record) -> Table:
     return Table("attempts", columns, rows)
 
 
-# --- 2. size ---------------------------------------------------------------------------------------------------------
+# --- 2. size
+# ---------------------------------------------------------------------------------------------------------
 
 
 def option_order(record: Record) -> list[str]:
-    """Every option on record, least compressed first: by mean bytes relative to the layer's largest option."""
+    """Every option on record, least compressed first: by mean bytes relative to the layer's largest
+    option."""
     by_layer: dict[str, list[tuple[str, float]]] = {}
     seen: dict[str, None] = {}
-    for row in [*items_or_none(mapping_or_empty(record, "ledger"), "rows"), *items_or_none(record, "layers")]:
+    for row in [
+        *items_or_none(mapping_or_empty(record, "ledger"), "rows"),
+        *items_or_none(record, "layers"),
+    ]:
         option, layer = word(row.get("option")), word(row.get("layer", row.get("name")))
         seen.setdefault(option)
         stored = num(row.get("bytes"))
@@ -437,7 +486,9 @@ def option_order(record: Record) -> list[str]:
         for option, stored in pairs:
             shares.setdefault(option, []).append(stored / largest if largest > 0 else 1.0)
     order = {option: k for k, option in enumerate(seen)}
-    return sorted(seen, key=lambda o: (-sum(shares[o]) / len(shares[o]) if o in shares else 0.0, order[o]))
+    return sorted(
+        seen, key=lambda o: (-sum(shares[o]) / len(shares[o]) if o in shares else 0.0, order[o])
+    )
 
 
 def option_colours(record: Record) -> dict[str, str]:
@@ -453,7 +504,9 @@ def smaller_by(sizes: Record) -> float | None:
 
 def size_facts(record: Record) -> list[Fact]:
     sizes = mapping(record, "size")
-    before, after, parameters = (num(sizes.get(k)) for k in ("before_bytes", "after_bytes", "parameters"))
+    before, after, parameters = (
+        num(sizes.get(k)) for k in ("before_bytes", "after_bytes", "parameters")
+    )
     bits = None if after is None or not parameters else 8 * after / parameters
     exact = f"{count(before)} B", f"{count(after)} B"
     times = smaller_by(sizes)
@@ -467,9 +520,19 @@ def size_facts(record: Record) -> list[Fact]:
             "smaller",
             "weights before divided by weights after",
         ),
-        Fact("stored bits", fixed(bits, 2), bits, "per parameter", "8 x weights after / parameters, scales included"),
         Fact(
-            "model folder", size(sizes.get("folder_bytes")), num(sizes.get("folder_bytes")), "", "all files of model/"
+            "stored bits",
+            fixed(bits, 2),
+            bits,
+            "per parameter",
+            "8 x weights after / parameters, scales included",
+        ),
+        Fact(
+            "model folder",
+            size(sizes.get("folder_bytes")),
+            num(sizes.get("folder_bytes")),
+            "",
+            "all files of model/",
         ),
         Fact("parameters", count(parameters), parameters, "", "of the uncompressed model"),
         *(
@@ -488,7 +551,8 @@ LIMITS = {  # what the budget may limit besides the drop
 
 
 def limits(record: Record) -> list[tuple[str, float | None, str]]:
-    """Name, what the shipped plan uses of it, and both used and most in words, of every limit on size and speed."""
+    """Name, what the shipped plan uses of it, and both used and most in words, of every limit on
+    size and speed."""
     found = []
     for limit in items_or_none(record, "limits"):
         used, most = num(limit.get("used")), num(limit.get("most"))
@@ -540,7 +604,8 @@ def options_table(record: Record) -> Table:
             number_cell(stored, size(stored), title=f"{count(stored)} B"),
             number_cell(stored, percent(float(f"{stored / after:.3g}")) if after else MISSING),
             number_cell(
-                8 * stored / weights if weights else None, fixed(8 * stored / weights, 2) if weights else MISSING
+                8 * stored / weights if weights else None,
+                fixed(8 * stored / weights, 2) if weights else MISSING,
             ),
             number_cell(price, sig(price)),
         ]
@@ -554,7 +619,8 @@ def options_table(record: Record) -> Table:
         Column("bits/weight", "8 x bytes / weights", "n"),
         Column(
             f"sum of prices ({unit_of(record)})",
-            "the standard error of the whole plan is in section 3: layers share items, so errors do not add up",
+            "the standard error of the whole plan is in section 3: layers share items, so errors "
+            "do not add up",
             "n",
         ),
     ]
@@ -562,7 +628,8 @@ def options_table(record: Record) -> Table:
     return Table("options", columns, rows, cells(Cell("all priced layers"), layers))
 
 
-# --- 3 and 4. trials and frontier ------------------------------------------------------------------------------------
+# --- 3 and 4. trials and frontier
+# ------------------------------------------------------------------------------------
 
 
 def recoveries_table(record: Record) -> Table:
@@ -614,7 +681,8 @@ def _family(trial: Record) -> str:
 
 
 def _shipped(record: Record) -> int | None:
-    """Index of the attempt whose model ships: the last certified one of the sequence, else the first."""
+    """Index of the attempt whose model ships: the last certified one of the sequence, else the
+    first."""
     attempts = items_or_none(record, "attempts")
     certified = 0
     while certified < len(attempts) and attempts[certified].get("status") == "CERTIFIED":
@@ -623,8 +691,8 @@ def _shipped(record: Record) -> int | None:
 
 
 def _chosen_trial(record: Record) -> int | None:
-    """Index of the trial of the model that ships: the applied one that the shipped attempt names. Applied models that
-    were not worth an attempt come after the others."""
+    """Index of the trial of the model that ships: the applied one that the shipped attempt names.
+    Applied models that were not worth an attempt come after the others."""
     trials, attempts = items_or_none(record, "trials"), items_or_none(record, "attempts")
     applied = [k for k, t in enumerate(trials) if t.get("kind") == "applied"]
     shipped = _shipped(record)
@@ -632,7 +700,9 @@ def _chosen_trial(record: Record) -> int | None:
         named = [k for k in applied if trials[k].get("name") == attempts[shipped].get("plan")]
         if named or shipped < len(applied):
             return named[0] if named else applied[shipped]
-    accepted = [k for k, t in enumerate(trials) if t.get("accepted") is True and t.get("kind") != "control"]
+    accepted = [
+        k for k, t in enumerate(trials) if t.get("accepted") is True and t.get("kind") != "control"
+    ]
     return applied[-1] if applied else accepted[-1] if accepted else None
 
 
@@ -671,8 +741,16 @@ def trials_legend(record: Record) -> Markup:
 
 
 _EXTRA: tuple[tuple[str, Column, Callable[[Any], str]], ...] = (
-    ("metric_drop", Column("accuracy drop", "fall of the accuracy on the select split", "n"), lambda v: _points(v)),
-    ("chance", Column("chance", "estimated probability that certification succeeds", "n"), lambda v: fixed(v, 2)),
+    (
+        "metric_drop",
+        Column("accuracy drop", "fall of the accuracy on the select split", "n"),
+        lambda v: _points(v),
+    ),
+    (
+        "chance",
+        Column("chance", "estimated probability that certification succeeds", "n"),
+        lambda v: fixed(v, 2),
+    ),
 )
 
 
@@ -705,9 +783,17 @@ def trials_table(record: Record) -> Table:
                     class_="nowrap strong" if k == chosen else "nowrap",
                 ),
                 Cell(word(trial.get("kind"))),
-                number_cell(trial.get("bytes"), size(trial.get("bytes")), title=f"{count(trial.get('bytes'))} B"),
+                number_cell(
+                    trial.get("bytes"),
+                    size(trial.get("bytes")),
+                    title=f"{count(trial.get('bytes'))} B",
+                ),
                 error_cell(p, ep),
-                *([number_cell(trial.get("expected"), sig(trial.get("expected")))] if corrected else []),
+                *(
+                    [number_cell(trial.get("expected"), sig(trial.get("expected")))]
+                    if corrected
+                    else []
+                ),
                 error_cell(m, em),
                 number_cell(gap, plus_minus(gap, spread)),
                 number_cell(z, fixed(z, 1), "n alert" if z is not None and abs(z) > 3 else "n"),
@@ -721,7 +807,11 @@ def trials_table(record: Record) -> Table:
     columns = [
         Column("#", "number in the charts", "n"),
         Column("plan"),
-        Column("kind", "plan: from the integer program; control: for comparison; applied: the packed model itself"),
+        Column(
+            "kind",
+            "plan: from the integer program; control: for comparison; applied: the packed model "
+            "itself",
+        ),
         Column("bytes", "weights on disk", "n"),
         Column(f"predicted {PLUS_MINUS} se", "loss increase from the ledger", "n"),
         *(
@@ -736,12 +826,19 @@ def trials_table(record: Record) -> Table:
             else []
         ),
         Column(f"measured {PLUS_MINUS} se", "loss increase on the select split, paired", "n"),
-        Column(f"difference {PLUS_MINUS} se", "measured minus predicted; errors in quadrature (different splits)", "n"),
+        Column(
+            f"difference {PLUS_MINUS} se",
+            "measured minus predicted; errors in quadrature (different splits)",
+            "n",
+        ),
         Column("z", "difference divided by its standard error", "n"),
         Column("ratio", "measured divided by predicted", "n"),
         Column("items", "paired items of the select split", "n"),
         *(column for _, column, _ in extra),
-        Column("accepted", "whether the measurement on the select split lets the plan go on to certification"),
+        Column(
+            "accepted",
+            "whether the measurement on the select split lets the plan go on to certification",
+        ),
         Column("note"),
     ]
     return Table("trials", columns, rows)
@@ -753,14 +850,24 @@ def trials_reading(record: Record) -> str:
     for trial in items_or_none(record, "trials"):
         p, m = num(trial.get("predicted")), num(trial.get("measured"))
         ep, em = error_of(trial.get("predicted_stderr")), error_of(trial.get("measured_stderr"))
-        if p is not None and m is not None and ep is not None and em is not None and math.hypot(ep, em) > 0:
+        if (
+            p is not None
+            and m is not None
+            and ep is not None
+            and em is not None
+            and math.hypot(ep, em) > 0
+        ):
             total += 1
             good += abs(m - p) <= 2 * math.hypot(ep, em)
     if not total:
         return "No trial has both a prediction and a measurement with standard errors."
-    beaten = [word(t.get("name")) for t in items_or_none(record, "trials") if t.get("beats_plan") is True]
+    beaten = [
+        word(t.get("name")) for t in items_or_none(record, "trials") if t.get("beats_plan") is True
+    ]
     end = f" A control, {beaten[0]}, beats the plan and was used." if beaten else ""
-    return f"{good} of {total} trials were measured within two standard errors of the prediction.{end}"
+    return (
+        f"{good} of {total} trials were measured within two standard errors of the prediction.{end}"
+    )
 
 
 def max_bytes_of(record: Record) -> float | None:
@@ -798,11 +905,15 @@ def frontier_chart(record: Record) -> Markup:
 def frontier_table(record: Record) -> Table:
     columns = [
         Column("bytes", "weights on disk", "n"),
-        Column(f"predicted {PLUS_MINUS} se ({unit_of(record)})", "loss increase from the ledger", "n"),
+        Column(
+            f"predicted {PLUS_MINUS} se ({unit_of(record)})", "loss increase from the ledger", "n"
+        ),
     ]
     rows = [
         [
-            number_cell(row.get("bytes"), size(row.get("bytes")), title=f"{count(row.get('bytes'))} B"),
+            number_cell(
+                row.get("bytes"), size(row.get("bytes")), title=f"{count(row.get('bytes'))} B"
+            ),
             error_cell(row.get("predicted"), row.get("predicted_stderr")),
         ]
         for row in items(record, "frontier")
@@ -810,7 +921,8 @@ def frontier_table(record: Record) -> Table:
     return Table("frontier", columns, rows)
 
 
-# --- 5 and 6. layers and ledger --------------------------------------------------------------------------------------
+# --- 5 and 6. layers and ledger
+# --------------------------------------------------------------------------------------
 
 
 def _shape(value: Any) -> str:
@@ -837,7 +949,11 @@ def layers_table(record: Record) -> Table:
                 ),
                 Cell(option, class_="mono nowrap", swatch=colours[option]),
                 number_cell(layer.get("bits"), fixed(layer.get("bits"), 2)),
-                number_cell(layer.get("bytes"), size(layer.get("bytes")), title=f"{count(layer.get('bytes'))} B"),
+                number_cell(
+                    layer.get("bytes"),
+                    size(layer.get("bytes")),
+                    title=f"{count(layer.get('bytes'))} B",
+                ),
                 error_cell(layer.get("price"), layer.get("stderr")),
                 Cell(word(layer.get("reason") or "")),
                 Cell("; ".join(texts(layer.get("notes")))),
@@ -851,7 +967,11 @@ def layers_table(record: Record) -> Table:
         Column("option"),
         Column("bits/weight", "average stored bits, scales and zero points included", "n"),
         Column("bytes", "on disk", "n"),
-        Column(f"price {PLUS_MINUS} se ({unit_of(record)})", "predicted loss increase of this choice alone", "n"),
+        Column(
+            f"price {PLUS_MINUS} se ({unit_of(record)})",
+            "predicted loss increase of this choice alone",
+            "n",
+        ),
         Column("reason"),
         Column("notes"),
     ]
@@ -859,7 +979,8 @@ def layers_table(record: Record) -> Table:
 
 
 def _stem(names: Sequence[str]) -> str:
-    """The longest dotted prefix that four in five names share: leaving it out makes labels short."""
+    """The longest dotted prefix that four in five names share: leaving it out makes labels
+    short."""
     prefixes: Counter[str] = Counter()
     for name in names:
         parts = name.split(".")
@@ -869,7 +990,8 @@ def _stem(names: Sequence[str]) -> str:
 
 
 def labels_of(names: Sequence[str], *, longest: int = 30) -> tuple[str, list[str]]:
-    """The prefix left out, and a label for each name, cut in the middle where it is still too long."""
+    """The prefix left out, and a label for each name, cut in the middle where it is still too
+    long."""
     stem = _stem(names)
     labels = []
     for name in names:
@@ -884,7 +1006,11 @@ def heat(record: Record) -> tuple[Markup, str]:
     """The heat map and the prefix its labels leave out."""
     rows = items(mapping(record, "ledger"), "rows")
     cells = {
-        (word(r.get("layer")), word(r.get("option"))): (num(r.get("price")), error_of(r.get("stderr"))) for r in rows
+        (word(r.get("layer")), word(r.get("option"))): (
+            num(r.get("price")),
+            error_of(r.get("stderr")),
+        )
+        for r in rows
     }
     names = list(dict.fromkeys(layer for layer, _ in cells))
     stem, labels = labels_of(names, longest=26)
@@ -894,7 +1020,9 @@ def heat(record: Record) -> tuple[Markup, str]:
         labels=labels,
         options=[o for o in option_order(record) if o in priced],
         cells=cells,
-        chosen={word(x.get("name")): word(x.get("option")) for x in items_or_none(record, "layers")},
+        chosen={
+            word(x.get("name")): word(x.get("option")) for x in items_or_none(record, "layers")
+        },
     )
     chart = charts.heat_map(table, unit=unit_of(record))
     if chart is None:
@@ -918,9 +1046,17 @@ def ledger_table(record: Record) -> Table:
             if found is None:
                 line.append(Cell("not offered", class_="n faint"))
                 continue
-            text = plus_minus(found.get("price"), found.get("stderr")) + (" m" if found.get("measured") else "")
+            text = plus_minus(found.get("price"), found.get("stderr")) + (
+                " m" if found.get("measured") else ""
+            )
             picked = chosen.get(layer) == option
-            line.append(number_cell(found.get("price"), f"{text} *" if picked else text, "n strong" if picked else "n"))
+            line.append(
+                number_cell(
+                    found.get("price"),
+                    f"{text} *" if picked else text,
+                    "n strong" if picked else "n",
+                )
+            )
         body.append(line)
     return Table("ledger", [Column("layer"), *(Column(o, "", "n") for o in order)], body)
 
@@ -932,14 +1068,16 @@ def ledger_facts(record: Record) -> str:
         f"Curvature: {word(ledger.get('curvature'))}; {count(ledger.get('num_items'))} items, "
         f"{count(ledger.get('labels_per_item'))} draw(s) per item; prices in {unit_of(record)}."
         + (
-            f" {measured} price(s) marked m, the highest, were measured: the loss of that change alone."
+            f" {measured} price(s) marked m, the highest, were measured: the loss of that change "
+            "alone."
             if measured
             else ""
         )
     )
 
 
-# --- 8 and 9. cost and provenance ------------------------------------------------------------------------------------
+# --- 8 and 9. cost and provenance
+# ------------------------------------------------------------------------------------
 
 
 def stages_table(record: Record) -> Table:
@@ -958,7 +1096,13 @@ def stages_table(record: Record) -> Table:
                 Cell("resumed from the run folder" if stage.get("resumed") is True else ""),
             ]
         )
-    columns = [Column("stage"), Column("time", "wall clock", "n"), Column("share", "", "n"), Column(""), Column("")]
+    columns = [
+        Column("stage"),
+        Column("time", "wall clock", "n"),
+        Column("share", "", "n"),
+        Column(""),
+        Column(""),
+    ]
     foot = [Cell("total"), number_cell(total, duration(total)), Cell(""), Cell(""), Cell("")]
     return Table("stages", columns, rows, foot)
 
@@ -982,12 +1126,13 @@ def provenance_table(record: Record) -> Table:
     return Table("provenance", [Column("what"), Column("value")], rows)
 
 
-# --- 10. notes -------------------------------------------------------------------------------------------------------
+# --- 10. notes
+# -------------------------------------------------------------------------------------------------------
 
 
 def notes(record: Record) -> list[tuple[str, str]]:
-    """``(where, text)`` of every note: the run's, the layers' (equal texts together), the curvature's, the trials', and
-    what this report itself finds inconsistent in the record."""
+    """``(where, text)`` of every note: the run's, the layers' (equal texts together), the
+    curvature's, the trials', and what this report itself finds inconsistent in the record."""
     found = [("check of this report", text) for text in inconsistencies(record)]
     found += [("run", text) for text in texts(record.get("notes"))]
     by_text: dict[str, list[str]] = {}
@@ -995,7 +1140,9 @@ def notes(record: Record) -> list[tuple[str, str]]:
         for text in texts(layer.get("notes")):
             by_text.setdefault(text, []).append(word(layer.get("name")))
     found += [(", ".join(names), text) for text, names in by_text.items()]
-    found += [("curvature", text) for text in texts(mapping_or_empty(record, "analysis").get("notes"))]
+    found += [
+        ("curvature", text) for text in texts(mapping_or_empty(record, "analysis").get("notes"))
+    ]
     for trial in items_or_none(record, "trials"):
         if trial.get("note"):
             found.append((f"trial {word(trial.get('name'))}", word(trial["note"])))
@@ -1013,10 +1160,16 @@ def inconsistencies(record: Record) -> list[str]:
         if used is not None and most is not None and used > most:
             found.append(f"The plan uses more of {word(limit.get('name'))} than the budget allows.")
     if status == "CERTIFIED" and (bound is None or budget is None or bound > budget):
-        found.append("The status is CERTIFIED, but the record's bound is missing or not within its budget.")
+        found.append(
+            "The status is CERTIFIED, but the record's bound is missing or not within its budget."
+        )
     if status == "VIOLATED" and drop is not None and budget is not None and drop <= budget:
         found.append("The status is VIOLATED, but the record's measured drop is within its budget.")
-    if status in ("VIOLATED", "INCONCLUSIVE") and None not in (bound, drop, budget) and drop <= bound <= budget:  # type: ignore[operator]
+    if (
+        status in ("VIOLATED", "INCONCLUSIVE")
+        and None not in (bound, drop, budget)
+        and drop <= bound <= budget
+    ):  # type: ignore[operator]
         found.append(f"The status is {status}, but the record's upper bound is within its budget.")
     attempts = items_or_none(record, "attempts")
     failed = next((k for k, a in enumerate(attempts) if a.get("status") != "CERTIFIED"), None)
@@ -1025,8 +1178,10 @@ def inconsistencies(record: Record) -> list[str]:
         later = [num(a.get("confidence")) for a in attempts[failed + 1 :]]
         if level is None or any(c is None or c <= level for c in later):
             found.append(
-                f"Attempt {failed + 1} did not certify and {len(attempts) - failed - 1} more followed on the same "
-                "split at the same confidence: a fixed sequence stops at the first failure, so the stated confidence "
+                f"Attempt {failed + 1} did not certify and {len(attempts) - failed - 1} more "
+                "followed on the same "
+                "split at the same confidence: a fixed sequence stops at the first failure, so "
+                "the stated confidence "
                 "does not cover them."
             )
     sizes = mapping_or_empty(record, "size")
@@ -1034,14 +1189,29 @@ def inconsistencies(record: Record) -> list[str]:
     stored = _total(items_or_none(record, "layers"), "bytes")
     if after is not None and stored > after:
         found.append(
-            f"The layers add up to {count(stored)} B, more than the {count(after)} B of all weights after compression."
+            f"The layers add up to {count(stored)} B, more than the {count(after)} B of all "
+            "weights after compression."
         )
     times, ratio = smaller_by(sizes), num(sizes.get("ratio"))
     # A ratio may be written either way round: the factor saved or the share left.
-    if times is not None and ratio is not None and min(abs(ratio / times - 1), abs(ratio * times - 1)) > 0.01:
-        found.append(f"The recorded ratio {sig(ratio, 4)} fits neither before/after = {sig(times, 4)} nor its inverse.")
+    if (
+        times is not None
+        and ratio is not None
+        and min(abs(ratio / times - 1), abs(ratio * times - 1)) > 0.01
+    ):
+        found.append(
+            f"The recorded ratio {sig(ratio, 4)} fits neither before/after = {sig(times, 4)} nor "
+            "its inverse."
+        )
     diagnosis = mapping_or_empty(mapping_or_empty(record, "analysis"), "diagnosis")
     largest, step = num(diagnosis.get("lambda_max")), num(diagnosis.get("max_learning_rate"))
-    if largest is not None and step is not None and (largest <= 0 or abs(step * largest / 2 - 1) > 0.01):
-        found.append(f"The recorded learning rate bound {sig(step, 4)} is not 2/λmax for λmax = {sig(largest, 4)}.")
+    if (
+        largest is not None
+        and step is not None
+        and (largest <= 0 or abs(step * largest / 2 - 1) > 0.01)
+    ):
+        found.append(
+            f"The recorded learning rate bound {sig(step, 4)} is not 2/λmax for λmax = "
+            f"{sig(largest, 4)}."
+        )
     return found

@@ -12,32 +12,40 @@ NOTES_SHOWN = 5
 
 
 def _line(text: str) -> str:
-    """On one line and free of control characters: a name cannot forge a line or drive the terminal."""
+    """On one line and free of control characters: a name cannot forge a line or drive the
+    terminal."""
     return " ".join(clean(text).split())
 
 
 def _options(record: sections.Record) -> str:
     counts: dict[str, int] = {}
     for layer in sections.items_or_none(record, "layers"):
-        counts[sections.word(layer.get("option"))] = counts.get(sections.word(layer.get("option")), 0) + 1
+        counts[sections.word(layer.get("option"))] = (
+            counts.get(sections.word(layer.get("option")), 0) + 1
+        )
     return ", ".join(f"{counts[o]} {o}" for o in sections.option_order(record) if o in counts)
 
 
 def summary(record: Mapping[str, Any]) -> str:
-    """A short Markdown summary that also reads well as plain text: verdict, size, removed units, options, prediction,
-    time, curvature, notes.
+    """A short Markdown summary that also reads well as plain text: verdict, size, removed units,
+    options, prediction, time, curvature, notes.
 
     Args:
-        record: contents of ``report.json``; missing keys leave their line out or say what is missing.
+        record: contents of ``report.json``; missing keys leave their line out or say what is
+            missing.
     """
-    lines = [f"{_line(sections.status_of(record))}: {_line(str(record.get('title') or 'curvprune run'))}", ""]
+    lines = [
+        f"{_line(sections.status_of(record))}: {_line(str(record.get('title') or 'curvprune run'))}",
+        "",
+    ]
     lines += [_line(sections.statement(record)), ""]
     verdict = record.get("verdict")
     if isinstance(verdict, Mapping):
         quantity = sections.Quantity.of(verdict)
         lines.append(
             _line(
-                f"- drop {sections.drop_text(verdict)} {quantity.unit}, bound {sections.bound_text(verdict)}, "
+                f"- drop {sections.drop_text(verdict)} {quantity.unit}, bound "
+                f"{sections.bound_text(verdict)}, "
                 f"budget {short(quantity.scaled(verdict.get('max_drop')))}; "
                 f"{count(verdict.get('items'))} items, {count(verdict.get('clusters'))} clusters"
             )
@@ -47,7 +55,8 @@ def summary(record: Mapping[str, Any]) -> str:
         lines.append(
             _line(
                 f"- weights {size(sizes.get('before_bytes'))} to {size(sizes.get('after_bytes'))}, "
-                f"{fixed(sections.smaller_by(sizes), 2)} times smaller; model folder {size(sizes.get('folder_bytes'))}"
+                f"{fixed(sections.smaller_by(sizes), 2)} times smaller; model folder "
+                f"{size(sizes.get('folder_bytes'))}"
             )
         )
     if text := removed.line(record):
@@ -60,8 +69,11 @@ def summary(record: Mapping[str, Any]) -> str:
     if chosen is not None:
         lines.append(
             _line(
-                f"- {chosen.name}: predicted {plus_minus(chosen.predicted, chosen.predicted_stderr)}, measured "
-                f"{plus_minus(chosen.measured, chosen.measured_stderr)} {sections.unit_of(record)} (select split)"
+                f"- {chosen.name}: predicted {plus_minus(chosen.predicted, chosen.predicted_stderr)}, "
+                ""
+                "measured "
+                f"{plus_minus(chosen.measured, chosen.measured_stderr)} "
+                f"{sections.unit_of(record)} (select split)"
             )
         )
     if reading := together.reading(record):

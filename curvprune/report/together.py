@@ -29,7 +29,14 @@ def table(record: Record) -> Table:
         if entry.get("trial") is None:
             least = entry.get("smallest_bytes")
             told = f"no plan within {', '.join(texts(entry.get('missed')))}; the smallest model of all:"
-            rows.append([name, Cell(told), number_cell(least, size(least), title=f"{count(least)} B"), *[Cell("")] * 3])
+            rows.append(
+                [
+                    name,
+                    Cell(told),
+                    number_cell(least, size(least), title=f"{count(least)} B"),
+                    *[Cell("")] * 3,
+                ]
+            )
             continue
         stored = entry.get("bytes")
         more = error_cell(entry.get("more"), entry.get("more_stderr")) if k else Cell("")
@@ -49,7 +56,11 @@ def table(record: Record) -> Table:
         Column("bytes", "weights on disk", "n"),
         Column(f"predicted {PLUS_MINUS} se", "loss increase from the ledger", "n"),
         Column(f"measured {PLUS_MINUS} se", "loss increase on the select split", "n"),
-        Column(f"beyond the plan {PLUS_MINUS} se", "measured minus the plan's, paired by item; positive is worse", "n"),
+        Column(
+            f"beyond the plan {PLUS_MINUS} se",
+            "measured minus the plan's, paired by item; positive is worse",
+            "n",
+        ),
     ]
     return Table("together", columns, rows)
 
@@ -61,11 +72,17 @@ def reading(record: Record) -> str:
         return ""
     parts = []
     for entry in found[1:]:
-        name, more, error = word(entry.get("name")), num(entry.get("more")), error_of(entry.get("more_stderr"))
+        name, more, error = (
+            word(entry.get("name")),
+            num(entry.get("more")),
+            error_of(entry.get("more_stderr")),
+        )
         if entry.get("trial") is None:
             missed = texts(entry.get("missed"))
             least = f"does not get below {size(entry.get('smallest_bytes'))}"
-            parts.append(f"{name} {least if missed == ['max_bytes'] else 'cannot keep within ' + ', '.join(missed)}")
+            parts.append(
+                f"{name} {least if missed == ['max_bytes'] else 'cannot keep within ' + ', '.join(missed)}"
+            )
         elif more is None or error is None:
             parts.append(f"{name} was not measured with an error")
         else:
@@ -76,5 +93,8 @@ def reading(record: Record) -> str:
             elif more < -CLEAR * error:
                 parts.append(f"{name} loses {told} less: it won")
             else:
-                parts.append(f"{name} differs by {plus_minus(more, error)} {unit_of(record)}, no more than chance may")
+                parts.append(
+                    f"{name} differs by {plus_minus(more, error)} {unit_of(record)}, no more than "
+                    "chance may"
+                )
     return f"At {size(found[0].get('bytes'))}, beside {word(found[0].get('name'))} in one plan: {'; '.join(parts)}."

@@ -1,12 +1,14 @@
 """Uniform grids: one 16-bit scale and one zero point for each (output row, group of inputs).
 
 A grid with scale ``s`` and zero ``z`` holds the values ``(k - z) * s`` for the integers ``k`` in
-``[-2^(b-1), 2^(b-1) - 1]`` (compressed-tensors' signed convention). From 2 bits on ``z`` is such an integer too, so
-zero is on the grid and a pruned weight a point of it; a product of at most nine bits with a 16-bit float is exact in
-float32: what is computed here is what a reader of the file gets.
+``[-2^(b-1), 2^(b-1) - 1]`` (compressed-tensors' signed convention). From 2 bits on ``z`` is such an
+integer too, so zero is on the grid and a pruned weight a point of it; a product of at most nine
+bits with a 16-bit float is exact in float32: what is computed here is what a reader of the file
+gets.
 
-One bit has two values. Around an integer zero point one of them would be 0, so that all weights of one sign would be
-lost. There ``z`` is a float16: -1/2 in a symmetric grid, whose values are ``-s/2`` and ``s/2``, any number otherwise.
+One bit has two values. Around an integer zero point one of them would be 0, so that all weights of
+one sign would be lost. There ``z`` is a float16: -1/2 in a symmetric grid, whose values are
+``-s/2`` and ``s/2``, any number otherwise.
 
 The last group of a row is shorter where the group size does not divide the inputs.
 """
@@ -37,32 +39,40 @@ def code_range(bits: int) -> tuple[int, int]:
 
 
 def scale_dtype(weight: torch.dtype) -> torch.dtype:
-    """The type in which scales are stored: float16, but bfloat16 for a bfloat16 weight, whose readers would round a
-    float16 scale once more."""
+    """The type in which scales are stored: float16, but bfloat16 for a bfloat16 weight, whose
+    readers would round a float16 scale once more."""
     return torch.bfloat16 if weight == torch.bfloat16 else torch.float16
 
 
 def round_scale(scale: Tensor, stored: torch.dtype = torch.float16) -> Tensor:
-    """The nearest scale that ``stored`` can hold and that is neither zero nor infinite, in the dtype of ``scale``."""
+    """The nearest scale that ``stored`` can hold and that is neither zero nor infinite, in the
+    dtype of ``scale``."""
     return scale.clamp(MIN_SCALE, MAX_SCALE).to(stored).to(scale.dtype)
 
 
 def spread(parameters: Tensor, width: int, group_size: int | None, *, dim: int) -> Tensor:
-    """Parameters of groups, one for each group along ``dim``, repeated for each of the ``width`` inputs."""
+    """Parameters of groups, one for each group along ``dim``, repeated for each of the ``width``
+    inputs."""
     if parameters.shape[dim] == 1:
         return parameters
     return parameters.repeat_interleave(group_size or width, dim=dim).narrow(dim, 0, width)
 
 
 def quantize_to_grid(
-    W: Tensor, scale: Tensor, zero: Tensor | None = None, *, bits: int, group_size: int | None = None
+    W: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int | None = None,
 ) -> Tensor:
     """Round to the nearest point of the grid.
 
     Args:
         W: ``(out, in)`` float.
         scale: ``(out, groups)`` float16, positive.
-        zero: ``(out, groups)`` int8, or ``None`` for a symmetric grid of 2 bits or more; float16 for one bit.
+        zero: ``(out, groups)`` int8, or ``None`` for a symmetric grid of 2 bits or more; float16
+            for one bit.
         group_size: inputs per group; ``None`` means one group per row.
 
     Returns:
@@ -95,7 +105,8 @@ def dequantize(
     Args:
         codes: ``(out, in)`` int8.
         scale: ``(out, groups)`` float16.
-        zero: ``(out, groups)`` int8, or ``None`` for a symmetric grid of 2 bits or more; float16 for one bit.
+        zero: ``(out, groups)`` int8, or ``None`` for a symmetric grid of 2 bits or more; float16
+            for one bit.
         group_size: inputs per group; ``None`` means one group per row.
         dtype: float32 or float64.
     """
@@ -118,25 +129,26 @@ def search_grid(
 ) -> tuple[Tensor, Tensor | None]:
     """Scales and zero points that minimise ``sum_j a_j (w_j - q(w_j))^2`` in each (row, group).
 
-    Starts from the smallest scale that clips nothing and tries its ``COARSE`` shares, then ``FINE`` steps around the
-    best, then the least-squares scale of the best codes. Up to ``ZERO_SHIFT_BITS`` bits the zero points next to the
-    min-max one are tried as well (that is, clipping one end more than the other). Scores use the scale as it
-    will be stored, so the result is never worse than min-max. The two values of one bit are the best ones there are,
-    up to the rounding of what is stored: see `_two_values`.
+    Starts from the smallest scale that clips nothing and tries its ``COARSE`` shares, then ``FINE``
+    steps around the best, then the least-squares scale of the best codes. Up to ``ZERO_SHIFT_BITS``
+    bits the zero points next to the min-max one are tried as well (that is, clipping one end more
+    than the other). Scores use the scale as it will be stored, so the result is never worse than
+    min-max. The two values of one bit are the best ones there are, up to the rounding of what is
+    stored: see `_two_values`.
 
     Args:
-        Wt: ``(in, out)``, float32 or float64: the weight transposed, so that the rows' parameters lie along the
-            contiguous axis.
+        Wt: ``(in, out)``, float32 or float64: the weight transposed, so that the rows' parameters
+            lie along the contiguous axis.
         importance: ``a``, ``(in,)``, non-negative; ``None`` means ones.
         stored: the type of the scales.
 
     Returns:
-        scale ``(groups, out)`` of type ``stored`` and zero ``(groups, out)``: int8, ``None`` if symmetric; of one bit
-        float16, -1/2 if symmetric.
+        scale ``(groups, out)`` of type ``stored`` and zero ``(groups, out)``: int8, ``None`` if
+        symmetric; of one bit float16, -1/2 if symmetric.
 
     Cost:
-        scores 13 candidates (19 for asymmetric grids of at most ``ZERO_SHIFT_BITS`` bits), for one bit one sort of each
-        group at most; no forward pass.
+        scores 13 candidates (19 for asymmetric grids of at most ``ZERO_SHIFT_BITS`` bits), for one
+        bit one sort of each group at most; no forward pass.
     """
     width = len(Wt)
     a = Wt.new_ones(width) if importance is None else importance.to(Wt)
@@ -155,14 +167,17 @@ def search_grid(
 def _search_groups(
     Wt: Tensor, a: Tensor, size: int, bits: int, symmetric: bool, stored: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Groups of one size: ``Wt (groups * size, out)``, ``a (groups * size,)`` -> scale and zero, ``(groups, out)``."""
+    """Groups of one size: ``Wt (groups * size, out)``, ``a (groups * size,)`` -> scale and zero,
+    ``(groups, out)``."""
     groups = Wt.reshape(-1, size, Wt.shape[1])
     # Only ratios matter inside a group; without this, tiny second moments underflow in float32.
     a = a.reshape(-1, 1, size)
     a = a / a.amax(dim=2, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
     scale = Wt.new_empty(len(groups), Wt.shape[1])
     zero = torch.zeros_like(scale)
-    for part in _chunks(len(groups), size, Wt.shape[1], CHUNK if Wt.device.type == "cpu" else ACCELERATED_CHUNK):
+    for part in _chunks(
+        len(groups), size, Wt.shape[1], CHUNK if Wt.device.type == "cpu" else ACCELERATED_CHUNK
+    ):
         w = groups[part[0], :, part[1]].contiguous()
         if bits == 1:
             scale[part], zero[part] = _two_values(w, a[part[0]], symmetric, stored)
@@ -180,14 +195,19 @@ def _chunks(groups: int, size: int, out: int, most: int) -> Iterator[tuple[slice
 
 
 class _Best:
-    """The best grid so far of every (group, row) of a chunk, and the buffers that scoring a candidate needs."""
+    """The best grid so far of every (group, row) of a chunk, and the buffers that scoring a
+    candidate needs."""
 
     def __init__(self, w: Tensor, a: Tensor, bits: int, stored: torch.dtype) -> None:
         self.w, self.a, self.stored = w, a, stored
         self.low, self.high = code_range(bits)
         self.v, self.q = torch.empty_like(w), torch.empty_like(w)
         shape = (w.shape[0], 1, w.shape[2])
-        self.scale, self.zero, self.error = w.new_ones(shape), w.new_zeros(shape), w.new_full(shape, torch.inf)
+        self.scale, self.zero, self.error = (
+            w.new_ones(shape),
+            w.new_zeros(shape),
+            w.new_full(shape, torch.inf),
+        )
 
     def codes(self, scale: Tensor, zero: Tensor) -> Tensor:
         torch.addcmul(zero, self.w, scale.reciprocal(), out=self.v)
@@ -207,13 +227,20 @@ class _Best:
         c = self.codes(self.scale, self.zero).sub_(self.zero)
         above = torch.bmm(self.a, torch.mul(c, self.w, out=self.v))
         below = torch.bmm(self.a, c.square_())
-        return torch.where((above > 0) & (below > 0), above / below.clamp_min(MIN_SCALE), self.scale)
+        return torch.where(
+            (above > 0) & (below > 0), above / below.clamp_min(MIN_SCALE), self.scale
+        )
 
 
-def _search(w: Tensor, a: Tensor, bits: int, symmetric: bool, stored: torch.dtype) -> tuple[Tensor, Tensor]:
+def _search(
+    w: Tensor, a: Tensor, bits: int, symmetric: bool, stored: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """``w (groups, size, rows)``, ``a (groups, 1, size)`` -> scale and zero, ``(groups, rows)``."""
     low, high = code_range(bits)
-    top, bottom = w.amax(dim=1, keepdim=True).clamp_min_(0), w.amin(dim=1, keepdim=True).clamp_max_(0)
+    top, bottom = (
+        w.amax(dim=1, keepdim=True).clamp_min_(0),
+        w.amin(dim=1, keepdim=True).clamp_max_(0),
+    )
     if symmetric:
         whole = torch.maximum(top / high, bottom / low)
         zero = torch.zeros_like(whole)
@@ -237,16 +264,23 @@ def _search(w: Tensor, a: Tensor, bits: int, symmetric: bool, stored: torch.dtyp
     return best.scale[:, 0], best.zero[:, 0]
 
 
-def _two_values(w: Tensor, a: Tensor, symmetric: bool, stored: torch.dtype) -> tuple[Tensor, Tensor]:
-    """One bit: ``w (groups, size, rows)``, ``a (groups, 1, size)`` -> scale and zero, ``(groups, rows)``.
+def _two_values(
+    w: Tensor, a: Tensor, symmetric: bool, stored: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """One bit: ``w (groups, size, rows)``, ``a (groups, 1, size)`` -> scale and zero, ``(groups,
+    rows)``.
 
-    Symmetric: the best ``s`` of the values ``-s`` and ``s`` is the mean of ``|w|``, weighted with ``a``. Asymmetric:
-    weights of the lower value lie below those of the upper one, so a group has as many candidates as members: split
-    the sorted weights, and each side's value is its mean. What the best split gains over one value for all is
-    ``A_1 A_2 / (A_1 + A_2) (m_2 - m_1)^2`` with the sides' sums of ``a`` and means ``m``.
+    Symmetric: the best ``s`` of the values ``-s`` and ``s`` is the mean of ``|w|``, weighted with
+    ``a``. Asymmetric:
+    weights of the lower value lie below those of the upper one, so a group has as many candidates
+    as members: split the sorted weights, and each side's value is its mean. What the best split
+    gains over one value for all is ``A_1 A_2 / (A_1 + A_2) (m_2 - m_1)^2`` with the sides' sums of
+    ``a`` and means ``m``.
     """
     a = a.transpose(1, 2).expand_as(w)
-    if not bool((a.sum(dim=1) > 0).all()):  # inputs that are always zero: every weight counts the same
+    if not bool(
+        (a.sum(dim=1) > 0).all()
+    ):  # inputs that are always zero: every weight counts the same
         a = torch.where(a.sum(dim=1, keepdim=True) > 0, a, 1.0)
     if symmetric:
         scale = round_scale(2 * (a * w.abs()).sum(dim=1) / a.sum(dim=1), stored)
@@ -264,8 +298,8 @@ def _two_values(w: Tensor, a: Tensor, symmetric: bool, stored: torch.dtype) -> t
     lower = (moment.gather(1, split) / below.gather(1, split).clamp_min(tiny))[:, 0]
     upper = ((total - moment.gather(1, split)) / above.gather(1, split).clamp_min(tiny))[:, 0]
     mean = (total / mass)[:, 0]
-    # Two values that nearly agree are further from zero than a float16 zero point can tell steps apart: then all
-    # weights get one value, and the other is 0.
+    # Two values that nearly agree are further from zero than a float16 zero point can tell steps
+    # apart: then all weights get one value, and the other is 0.
     single = (split[:, 0] == w.shape[1] - 1) | (mean.abs() > MOST_STEPS * (upper - lower))
     lower = torch.where(single, mean.clamp_max(0), lower)
     upper = torch.where(single, mean.clamp_min(0), upper)

@@ -1,8 +1,10 @@
-"""Which hidden units to remove, and what the layers that read them become: the algebra, on plain matrices.
+"""Which hidden units to remove, and what the layers that read them become: the algebra, on plain
+matrices.
 
-A *reader* is a weight ``W[out, in]`` with the second moment ``A = E[x xᵀ]`` of its inputs. Removing a unit zeroes the
-columns that it feeds; the columns that stay take over what they can. Where the reader has a bias (or a BatchNorm that
-holds one), a constant 1 stands last among the inputs, so that the mean of what was removed goes into it.
+A *reader* is a weight ``W[out, in]`` with the second moment ``A = E[x xᵀ]`` of its inputs. Removing
+a unit zeroes the columns that it feeds; the columns that stay take over what they can. Where the
+reader has a bias (or a BatchNorm that holds one), a constant 1 stands last among the inputs, so
+that the mean of what was removed goes into it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ class Reader:
         weight: ``W[out, in]``.
         second: ``E[x xᵀ]``; one row and column more than ``in`` if a constant 1 is appended.
         columns: the inputs that each unit feeds.
-        rows: how much an error of each output costs (mean squared gradient); makes several readers comparable.
+        rows: how much an error of each output costs (mean squared gradient); makes several readers
+            comparable.
         name: for messages.
     """
 
@@ -35,7 +38,8 @@ class Reader:
 
 
 def damped(second: Float[Tensor, "n n"], inputs: int, damping: float) -> Float[Tensor, "n n"]:
-    """``A + λI`` with λ = ``damping`` · mean(diag A) on the inputs; the appended constant, if any, is not damped."""
+    """``A + λI`` with λ = ``damping`` · mean(diag A) on the inputs; the appended constant, if any,
+    is not damped."""
     ridge = torch.zeros(len(second), dtype=second.dtype, device=second.device)
     ridge[:inputs] = damping * second.diagonal()[:inputs].mean()
     return second + torch.diag(ridge)
@@ -53,15 +57,16 @@ def removal_order(
     """Units in the order in which to remove them, cheapest first, until ``until`` are left.
 
     The cost of a unit with columns S, given all removed before and everything else compensated, is
-    ``Σ_readers Σ_r rows_r W_rS ([H⁻¹]_SS)⁻¹ W_rSᵀ`` with ``H = A + λI``. After each removal ``W`` and ``H⁻¹`` are those
-    of the units that are left, so a unit that became indispensable is seen to be so. The order does not depend on
-    ``until``: one call gives nested choices for all widths.
+    ``Σ_readers Σ_r rows_r W_rS ([H⁻¹]_SS)⁻¹ W_rSᵀ`` with ``H = A + λI``. After each removal ``W``
+    and ``H⁻¹`` are those of the units that are left, so a unit that became indispensable is seen to
+    be so. The order does not depend on ``until``: one call gives nested choices for all widths.
 
     Args:
         at_once: units removed between two updates; more are faster and less exact.
         removed: units that are already gone.
 
-    Cost: ``in³`` per reader, then ``2·in²·k`` per unit removed. Source: ZipLM (arXiv 2302.04089), SlimGPT (2412.18110).
+    Cost: ``in³`` per reader, then ``2·in²·k`` per unit removed. Source: ZipLM (arXiv 2302.04089),
+    SlimGPT (2412.18110).
 
     Raises ``ValueError`` naming the reader whose second moment stays singular.
     """
@@ -97,7 +102,10 @@ def removal_order(
         cost = torch.zeros(len(left), dtype=torch.float64, device=alive.device)
         for reader, inverse, gram in zip(readers, inverses, grams, strict=True):
             S = reader.columns[left]
-            block, weight = inverse[S[:, :, None], S[:, None, :]], gram[S[:, :, None], S[:, None, :]]
+            block, weight = (
+                inverse[S[:, :, None], S[:, None, :]],
+                gram[S[:, :, None], S[:, None, :]],
+            )
             cost += torch.linalg.solve(block, weight).diagonal(dim1=1, dim2=2).sum(1)
         count = min(at_once, len(left) - until)
         chosen = left[cost.topk(count, largest=False).indices]
@@ -117,15 +125,16 @@ def compensate(
     share: float = 1.0,
     damping: float = 0.01,
 ) -> tuple[Float[Tensor, "out in"], Float[Tensor, " out"]]:
-    """The weight whose only non-zero columns are ``keep`` and whose output is closest to that of ``weight``.
+    """The weight whose only non-zero columns are ``keep`` and whose output is closest to that of
+    ``weight``.
 
     ``min E|W x + share·W(x̃ − x) − W' x_K|² + λ|W'_K − W_K|²``, solved by
 
         W'_K = W_K + [ W (A + share·D)_{:K} − W_K A_KK ] (A_KK + λI)⁻¹
 
-    with ``D = E[(x̃ − x) xᵀ]`` how far the inputs are from those of the uncompressed model. Where ``second`` has one row
-    more than the weight has inputs (a constant 1), what its coefficient takes is returned as the second value, to be
-    added to the bias; else zeros.
+    with ``D = E[(x̃ − x) xᵀ]`` how far the inputs are from those of the uncompressed model. Where
+    ``second`` has one row more than the weight has inputs (a constant 1), what its coefficient
+    takes is returned as the second value, to be added to the bias; else zeros.
 
     Cost: ``kept³/3 + out·in·kept``. Raises ``ValueError`` as `removal_order`.
     """
@@ -147,7 +156,8 @@ def _cholesky(H: Tensor, name: str) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(H)
     if int(info) or not bool(factor.isfinite().all()):
         raise ValueError(
-            f"layer {name}: the second moment of its inputs is singular or not finite; calibrate with more or other "
+            f"layer {name}: the second moment of its inputs is singular or not finite; calibrate "
+            "with more or other "
             "data, raise damping, or leave the layer out"
         )
     return factor

@@ -1,9 +1,9 @@
 """The column sweep that rounds (GPTQ, arXiv 2210.17323), pruned weights or not.
 
-With ``H = A + lambda I`` and ``H^-1 = U^T U`` (``U`` upper triangular), columns are fixed one after another: column
-``j`` becomes ``q_j`` and the columns after it absorb the error, ``W[:, j+1:] -= e U[j, j+1:]`` with
-``e = (w_j - q_j) / U_jj``. The output error it reaches is ``tr(d H d^T) = sum e^2``. Rows are independent given ``U``,
-so rows of several options are stacked and swept together.
+With ``H = A + lambda I`` and ``H^-1 = U^T U`` (``U`` upper triangular), columns are fixed one after
+another: column ``j`` becomes ``q_j`` and the columns after it absorb the error, ``W[:, j+1:] -= e
+U[j, j+1:]`` with ``e = (w_j - q_j) / U_jj``. The output error it reaches is ``tr(d H d^T) = sum
+e^2``. Rows are independent given ``U``, so rows of several options are stacked and swept together.
 
 Weights are kept transposed, ``(in, rows)``: a column of the layer is contiguous.
 """
@@ -35,40 +35,53 @@ class Factor:
     def U(self) -> Tensor:
         """Upper triangular with ``U^T U = (A[order][:, order] + lambda I)^-1``.
 
-        ``H = R R^T`` with ``R`` upper is the Cholesky factor of ``H`` with rows and columns reversed; ``U = R^-1``.
+        ``H = R R^T`` with ``R`` upper is the Cholesky factor of ``H`` with rows and columns
+        reversed; ``U = R^-1``.
         """
         return _inverse(self.L).flip(0, 1).contiguous()
 
 
 def _inverse(L: Tensor) -> Tensor:
-    """Inverse of a lower triangular matrix, by halves: a solve with the identity takes twice as long."""
+    """Inverse of a lower triangular matrix, by halves: a solve with the identity takes twice as
+    long."""
     half = len(L) // 2
     if len(L) <= BLOCK:
-        return torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False)
+        return torch.linalg.solve_triangular(
+            L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False
+        )
     inverse = torch.zeros_like(L)
-    inverse[:half, :half], inverse[half:, half:] = _inverse(L[:half, :half]), _inverse(L[half:, half:])
+    inverse[:half, :half], inverse[half:, half:] = (
+        _inverse(L[:half, :half]),
+        _inverse(L[half:, half:]),
+    )
     inverse[half:, :half] = -inverse[half:, half:] @ (L[half:, :half] @ inverse[:half, :half])
     return inverse
 
 
 def column_order(diagonal: Tensor) -> Tensor:
-    """Columns by descending second moment: those fixed first leave the others to absorb their error."""
+    """Columns by descending second moment: those fixed first leave the others to absorb their
+    error."""
     return torch.argsort(diagonal, descending=True, stable=True)
 
 
 def damped(A: Tensor, damping: float) -> Tensor:
-    """``A + lambda I``, lambda = ``damping * mean(diag A)``; the diagonal is positive even where an input is dead."""
+    """``A + lambda I``, lambda = ``damping * mean(diag A)``; the diagonal is positive even where an
+    input is dead."""
     diagonal = A.diagonal()
     H = A.clone()
-    # A dead input is decoupled from the others: any positive entry serves when no damping provides one.
-    H.diagonal().add_(diagonal.mean() * damping).add_((diagonal == 0) * diagonal.mean() * (0.0 if damping else 1e-6))
+    # A dead input is decoupled from the others: any positive entry serves when no damping provides
+    # one.
+    H.diagonal().add_(diagonal.mean() * damping).add_(
+        (diagonal == 0) * diagonal.mean() * (0.0 if damping else 1e-6)
+    )
     return H
 
 
 def factor(A: Tensor, order: Tensor, *, layer: str, damping: float) -> Factor:
     """Factorise the damped second moment.
 
-    When ``H`` is not numerically positive definite the damping grows tenfold, up to 1, and a note says so.
+    When ``H`` is not numerically positive definite the damping grows tenfold, up to 1, and a note
+    says so.
 
     Args:
         A: ``(in, in)`` symmetric, float32 or float64.
@@ -90,11 +103,16 @@ def factor(A: Tensor, order: Tensor, *, layer: str, damping: float) -> Factor:
         tried.append(used)
         if used >= 1.0:
             raise ValueError(
-                f"layer {layer}: the second moment of its inputs is not positive definite, tried damping {tried}; "
+                f"layer {layer}: the second moment of its inputs is not positive definite, tried "
+                f"damping {tried}; "
                 "calibrate with more or other data, or leave the layer out"
             )
         used = min(1.0, max(10 * used, 1e-4))
-    notes = (f"layer {layer}: damping raised from {damping:g} to {used:g}: too few different inputs",) if tried else ()
+    notes = (
+        (f"layer {layer}: damping raised from {damping:g} to {used:g}: too few different inputs",)
+        if tried
+        else ()
+    )
     return Factor(order=order, L=L, damping=used, notes=notes)
 
 
@@ -106,13 +124,15 @@ class Rows:
     scale: Tensor  # (groups, rows) compute dtype
     low: Tensor  # (groups, rows) smallest code minus zero
     high: Tensor  # (groups, rows)
-    group_size: int | None = None  # inputs of a group, fewer in the last where it does not divide; None: one group
+    group_size: int | None = (
+        None  # inputs of a group, fewer in the last where it does not divide; None: one group
+    )
     keep: Tensor | None = None  # (in, rows) bool: the others become zero
 
 
 def sweep_columns(rows: Sequence[Rows], factor: Factor) -> list[Tensor]:
-    """Round all columns of all rows; returns per option, in the original column order, integers ``code - zero``
-    ``(in, rows)``."""
+    """Round all columns of all rows; returns per option, in the original column order, integers
+    ``code - zero`` ``(in, rows)``."""
     order, U = factor.order, factor.U
     width = len(order)
     edges = [0]

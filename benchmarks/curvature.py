@@ -1265,8 +1265,7 @@ def rows(records: list[Record]) -> Iterator[str]:
                 against = number(r["ratio"] / base) if base else "–"
                 yield (
                     f"{head} {number(r['s'])} | {number(r['ratio'])} | {against} | {r['mb']} | "
-                    f"{r.get('layers', '')} "
-                    f"| {r.get('error', 'no reference')} |"
+                    f"{r.get('layers', '')} | {r.get('error', 'no reference')} |"
                 )
 
 

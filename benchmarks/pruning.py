@@ -52,11 +52,8 @@ from torch import Tensor, nn
 
 import curvprune as cp
 from curvprune.artifact import tensor_names
-from curvprune.data import Split, Splits, collate
-from curvprune.latency import Run, seconds
-from curvprune.layers import find_layers
-from curvprune.objective import CausalLM, Classification, Objective
-from curvprune.structured import Structured, Work, choose_widths, offered_widths
+from curvprune.model import CausalLM, Classification, Objective, Split, Splits, collate, find_layers
+from curvprune.structured import Run, Structured, Work, choose_widths, offered_widths, seconds
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import quantization
@@ -531,11 +528,7 @@ def storage() -> None:
             ]
             print(
                 f"| {name} | {inner / 1e6:.1f} | {inner / layers:.3f} | {file / 1e6:.1f} | {file / whole:.3f} "
-                ""
-                ""
                 f"| {held[0] / 1e6:.0f} | {held[1] / 1e6:.0f} | {quantization.perplexity(small, parts['certify']):.2f} "
-                ""
-                ""
                 f"| {'equal' if all(equal) else f'equal unpacked: {equal[0]}, packed: {equal[1]}'} "
                 "|",
                 flush=True,

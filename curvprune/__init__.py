@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from curvprune.analysis import Analysis as Analysis
     from curvprune.api import Result as Result
     from curvprune.api import StructuredResult as StructuredResult
     from curvprune.api import analyze as analyze
@@ -27,64 +26,64 @@ if TYPE_CHECKING:
     from curvprune.api import prune as prune
     from curvprune.api import quantize as quantize
     from curvprune.api import recover as recover
+    from curvprune.artifact import export_dense as export_dense
+    from curvprune.artifact import export_gptq as export_gptq
     from curvprune.certificate import Verdict as Verdict
+    from curvprune.certificate import certify_lm_eval as certify_lm_eval
     from curvprune.certificate import certify_values as certify_values
-    from curvprune.curvature.estimators import density as density
-    from curvprune.curvature.estimators import diagonal as diagonal
-    from curvprune.curvature.estimators import eigenpairs as eigenpairs
-    from curvprune.curvature.estimators import trace as trace
-    from curvprune.data import Split as Split
-    from curvprune.data import Splits as Splits
-    from curvprune.export import export_dense as export_dense
-    from curvprune.export import export_gptq as export_gptq
-    from curvprune.job import Settings as Settings
-    from curvprune.knapsack import Limit as Limit
-    from curvprune.ledger import Ledger as Ledger
-    from curvprune.lmeval import certify_lm_eval as certify_lm_eval
-    from curvprune.objective import CausalLM as CausalLM
-    from curvprune.objective import Classification as Classification
-    from curvprune.objective import LabelFree as LabelFree
-    from curvprune.objective import Metric as Metric
-    from curvprune.objective import Objective as Objective
+    from curvprune.compression import Recovery as Recovery
+    from curvprune.curvature import Analysis as Analysis
+    from curvprune.curvature import density as density
+    from curvprune.curvature import diagonal as diagonal
+    from curvprune.curvature import eigenpairs as eigenpairs
+    from curvprune.curvature import trace as trace
+    from curvprune.model import CausalLM as CausalLM
+    from curvprune.model import Classification as Classification
+    from curvprune.model import LabelFree as LabelFree
+    from curvprune.model import Metric as Metric
+    from curvprune.model import Objective as Objective
+    from curvprune.model import Split as Split
+    from curvprune.model import Splits as Splits
     from curvprune.options import Cast as Cast
     from curvprune.options import Keep as Keep
     from curvprune.options import Prune as Prune
     from curvprune.options import PruneCast as PruneCast
     from curvprune.options import PruneQuantize as PruneQuantize
     from curvprune.options import Quantize as Quantize
-    from curvprune.plan import Budget as Budget
-    from curvprune.plan import Plan as Plan
-    from curvprune.recovery import Recovery as Recovery
+    from curvprune.planning import Budget as Budget
+    from curvprune.planning import Limit as Limit
+    from curvprune.planning import Plan as Plan
+    from curvprune.pricing import Ledger as Ledger
+    from curvprune.run import Settings as Settings
     from curvprune.structured import Structured as Structured
 
 _HOME = {
-    "analysis": ("Analysis",),
     "api": (
-        *(
-            "Result",
-            "analyze",
-            "certify",
-            "compress",
-            "empirical_fisher",
-            "fisher",
-            "gauss_newton",
-            "hessian",
-            "load",
-        ),
-        *("frontier", "price", "prune", "quantize", "recover", "StructuredResult"),
+        "Result",
+        "StructuredResult",
+        "analyze",
+        "certify",
+        "compress",
+        "empirical_fisher",
+        "fisher",
+        "frontier",
+        "gauss_newton",
+        "hessian",
+        "load",
+        "price",
+        "prune",
+        "quantize",
+        "recover",
     ),
-    "curvature.estimators": ("density", "diagonal", "eigenpairs", "trace"),
-    "certificate": ("Verdict", "certify_values"),
-    "data": ("Split", "Splits"),
-    "export": ("export_dense", "export_gptq"),
-    "job": ("Settings",),
-    "knapsack": ("Limit",),
-    "ledger": ("Ledger",),
-    "lmeval": ("certify_lm_eval",),
-    "objective": ("CausalLM", "Classification", "LabelFree", "Metric", "Objective"),
+    "artifact": ("export_dense", "export_gptq"),
+    "certificate": ("Verdict", "certify_lm_eval", "certify_values"),
+    "compression": ("Recovery",),
+    "curvature": ("Analysis", "density", "diagonal", "eigenpairs", "trace"),
+    "model": ("CausalLM", "Classification", "LabelFree", "Metric", "Objective", "Split", "Splits"),
     "options": ("Cast", "Keep", "Prune", "PruneCast", "PruneQuantize", "Quantize"),
-    "plan": ("Budget", "Plan"),
-    "recovery": ("Recovery",),
+    "planning": ("Budget", "Limit", "Plan"),
+    "pricing": ("Ledger",),
+    "run": ("Settings",),
     "structured": ("Structured",),
 }
 __all__ = ["__version__", *sorted(name for names in _HOME.values() for name in names)]

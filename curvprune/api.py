@@ -20,25 +20,30 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from curvprune import artifact
-from curvprune.analysis import QUANTITIES, Analysis, analyze_curvature
-from curvprune.certificate import Verdict, certify_values
-from curvprune.curvature import products
-from curvprune.curvature.estimators import Estimate
-from curvprune.data import PURPOSES, Split, Splits, as_split, split_items
-from curvprune.groups import find_groups, read_request
-from curvprune.job import Job, Settings, count_work, limit_plans
-from curvprune.knapsack import frontier as nested_plans
-from curvprune.layers import Layer, find_layers, left_over
-from curvprune.ledger import Ledger
-from curvprune.objective import (
+from curvprune import artifact, curvature
+from curvprune.artifact import describe, load_artifact, write_model
+from curvprune.certificate import Verdict, certify_values, compare
+from curvprune.compression import Diverged, Recovery, Solved, Training, dequantize, recover_
+from curvprune.curvature import QUANTITIES, Analysis, Estimate, analyze_curvature
+from curvprune.files import StageLog, State
+from curvprune.model import (
+    PURPOSES,
     Batch,
+    Layer,
     Metric,
     Objective,
+    Split,
+    Splits,
+    as_split,
     check_items,
     evaluate,
+    find_groups,
+    find_layers,
+    left_over,
     make_objective,
-    measure,
+    read_request,
+    score_items,
+    split_items,
     to_device,
 )
 from curvprune.options import (
@@ -53,22 +58,23 @@ from curvprune.options import (
     check_fits,
     quantizer_of,
 )
-from curvprune.pipeline import describe, load_artifact, write_model
-from curvprune.plan import Budget, Plan
-from curvprune.recovery import Diverged, Recovery, Training, recover_
-from curvprune.selection import compare, select_plans
-from curvprune.solve import Solved, dequantize
-from curvprune.stages import (
+from curvprune.planning import Budget, Plan
+from curvprune.planning import frontier as nested_plans
+from curvprune.pricing import Ledger, limits_of
+from curvprune.run import (
+    Job,
+    Settings,
     apply_plan,
     certify_plans,
+    count_work,
+    limit_plans,
     price_options,
+    select_plans,
     solve_options,
     spread_zeros,
     unpriced_plan,
 )
-from curvprune.state import StageLog, State
 from curvprune.structured import Structured, prune_units
-from curvprune.work import limits_of
 
 Data = Iterable[Batch] | Split | Splits
 
@@ -248,7 +254,7 @@ def hessian(
 ) -> Any:
     """The Hessian of the mean loss as an operator; see `curvprune.curvature.products.hessian` for
     the arguments."""
-    return _operator(products.hessian, model, data, objective, arguments)
+    return _operator(curvature.hessian, model, data, objective, arguments)
 
 
 def gauss_newton(
@@ -260,7 +266,7 @@ def gauss_newton(
 ) -> Any:
     """The generalised Gauss–Newton matrix as an operator; see
     `curvprune.curvature.products.gauss_newton`."""
-    return _operator(products.gauss_newton, model, data, objective, arguments)
+    return _operator(curvature.gauss_newton, model, data, objective, arguments)
 
 
 def fisher(
@@ -271,7 +277,7 @@ def fisher(
     **arguments: Any,
 ) -> Any:
     """The sampled true Fisher as an operator; see `curvprune.curvature.products.fisher`."""
-    return _operator(products.fisher, model, data, objective, arguments)
+    return _operator(curvature.fisher, model, data, objective, arguments)
 
 
 def empirical_fisher(
@@ -282,7 +288,7 @@ def empirical_fisher(
     **arguments: Any,
 ) -> Any:
     """The empirical Fisher as an operator; see `curvprune.curvature.products.empirical_fisher`."""
-    return _operator(products.empirical_fisher, model, data, objective, arguments)
+    return _operator(curvature.empirical_fisher, model, data, objective, arguments)
 
 
 def _operator(
@@ -318,7 +324,7 @@ def price(
     two gradients per item and change) or ``"input"`` (error of the layer's outputs, no unit of
     loss). The highest prices are measured instead, four at a time (five forward passes per item),
     until they agree with the quadratic ones, at most 64 and none below ``measure_above`` nats (see
-    `curvprune.curvature.measured.divergences`). ``portable``: of which artifact the bytes are, as
+    `curvprune.pricing.single_changes.divergences`). ``portable``: of which artifact the bytes are, as
     in `Settings`. Raises ``ValueError`` naming the layer that an option does not fit.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -418,7 +424,7 @@ def compress(
         same_option: layers that must get the same option, because a serving engine runs them as
             one: lists of globs, each of which makes a group of its layers in every parent module,
             for example ``[["*.gate_proj", "*.up_proj"]]``; ``"fused"`` stands for query, key and
-            value, and for gate and up, under their usual names (`curvprune.groups.FUSED`).
+            value, and for gate and up, under their usual names (`curvprune.model.groups.FUSED`).
         inplace: overwrite the input model, which without a budget saves the memory of a copy (on
             the CPU all but a half of the changed weights). If the call is interrupted, the layers
             visited by then stay compressed.
@@ -477,10 +483,9 @@ def _check_unchanged(model: nn.Module, solved: Mapping[str, Solved]) -> None:
             expected = dequantize(one.codes, one.scale, one.zero, quantize.group_size, dtype=wide)
         if not torch.equal(weight.cpu(), expected.cpu().to(weight.dtype)):
             raise ValueError(
-                f"save: layer {name} of the result's model is not what was compressed: its weight "
-                "has changed since. "
-                "To train a compressed model use curvprune.recover; for any other change, "
-                "compress the model again"
+                f"save: layer {name} of the result's model is not what was compressed: its "
+                "weight has changed since. To train a compressed model use curvprune.recover; "
+                "for any other change, compress the model again"
             )
 
 
@@ -597,8 +602,8 @@ def prune(
         if not isinstance(sparsity, float) or pattern is not None or budget is not None:
             raise ValueError(
                 "prune: allocate=True spreads one share, for example sparsity=0.5, without "
-                "pattern; "
-                "with a budget list the shares to choose from, for example sparsity=[0.3, 0.5, 0.7]"
+                "pattern; with a budget list the shares to choose from, for example "
+                "sparsity=[0.3, 0.5, 0.7]"
             )
         return _prune_allocated(model, data, sparsity, dtype=dtype, **arguments)
     shares = (
@@ -704,21 +709,21 @@ def _prune_structured(
         model = copy.deepcopy(model).to(device)
     home = next(model.parameters()).device
     loss = make_objective(objective, model, to_device(splits.calibrate.items[0], home))
-    if budget is not None and budget.metric == "accuracy" and loss.unit == "nats/token":
+    if budget is not None and budget.metric == "accuracy" and loss.measure == "nats/token":
         raise ValueError(
             "metric 'accuracy' needs one prediction per item; for language models use metric 'loss'"
         )
     pruned = prune_units(
         model, loss, splits, asked, seed=settings.seed, batch_size=settings.batch_size
     )
-    why = describe(model, pruned)
+    why = describe(model, pruned.model, pruned.uniform_widths(), pruned.dropped)
     verdict = None
     if budget is not None:
         results = [
             evaluate(m, splits.certify.batches(settings.batch_size), loss)
             for m in (model, pruned.model)
         ]
-        verdict = compare(results[0], results[1], splits.certify, budget, unit=loss.unit)
+        verdict = compare(results[0], results[1], splits.certify, budget, measure=loss.measure)
     return StructuredResult(
         model=pruned.model,
         cuts={n: (left, pruned.units[n]) for n, left in pruned.left.items()},
@@ -774,7 +779,7 @@ def recover(
             ``data`` are split, or pass `Splits`). Without it the result has no verdict: an earlier
             one was about another model.
         objective: what the loss on the select items is; as for the other verbs.
-        training: fields of `curvprune.recovery.Training`: ``loss`` (``"distill"``, KL from
+        training: fields of `curvprune.compression.recovery.Training`: ``loss`` (``"distill"``, KL from
             ``baseline``, or ``"task"``, the objective with the data's labels), ``steps`` (200) or
             ``seconds``, ``lr``, ``batch_size``, ``every``, ``patience``, ``clip``, ``codes``,
             ``seed``. Results of a number of steps repeat exactly, those of a time do not.
@@ -785,12 +790,12 @@ def recover(
     Raises:
         ValueError: nothing to train, outputs that do not fit the baseline's, labels that are
             lacking, too little data, data dealt out here whose part to certify the compression has
-            seen; `curvprune.recovery.Diverged` where the loss stops being finite:
+            seen; `curvprune.compression.recovery.Diverged` where the loss stops being finite:
             ``error.recovery`` has the best state.
 
     Cost: a step is a forward pass of both models and a backward one on ``batch_size`` items; a
     measurement (ten of them) a forward pass over the select items. Memory: see
-    `curvprune.recovery.recover_`.
+    `curvprune.compression.recovery.recover_`.
     """
     known = {f.name for f in fields(Training)}
     if unknown := sorted(set(training) - known):
@@ -828,9 +833,8 @@ def recover(
     if certifies is not None and (leak := certifies.leak(seen)) is not None:
         if dealt is not None and leak != dealt.leak():  # more than what the data repeats
             raise ValueError(
-                f"recover: {leak}: compress with a budget, the same data and the same seed, which "
-                "sets them aside, or "
-                "pass Splits with a certify split of its own"
+                f"recover: {leak}: compress with a budget, the same data and the same seed, "
+                "which sets them aside, or pass Splits with a certify split of its own"
             )
         warnings.warn(leak, UserWarning, stacklevel=2)
     own = compressed if isinstance(compressed, nn.Module) else compressed.model
@@ -844,7 +848,7 @@ def recover(
         model, baseline = model.to(device), copy.deepcopy(baseline).to(device)
     first = to_device(train.items[0], next(baseline.parameters()).device)
     measured = make_objective(objective, baseline, first)
-    if budget is not None and budget.metric == "accuracy" and measured.unit == "nats/token":
+    if budget is not None and budget.metric == "accuracy" and measured.measure == "nats/token":
         raise ValueError(
             "metric 'accuracy' needs one prediction per item; for language models use metric 'loss'"
         )
@@ -862,7 +866,7 @@ def recover(
         results = [
             evaluate(m, certifies.batches(how.batch_size), measured) for m in (baseline, model)
         ]
-        verdict = compare(results[0], results[1], certifies, budget, unit=measured.unit)
+        verdict = compare(results[0], results[1], certifies, budget, measure=measured.measure)
     made = replace(compressed, model=model, verdict=verdict, recovery=recovery, seen=seen)
     return replace(made, solved=recovery.solved) if isinstance(made, Result) else made
 
@@ -899,7 +903,7 @@ def certify(
 
     The items must not have been used to make or choose the compressed model. Items of one document
     of a `Split` are a cluster. Other limits of the budget, on size and speed, are not looked at:
-    data cannot decide them. Cost: one forward pass of each model. `curvprune.certificate` has the
+    data cannot decide them. Cost: one forward pass of each model. `curvprune.certificate.paired_tests` has the
     tests, for results that are already there; `curvprune.certify_lm_eval` reads those of lm-eval.
 
     Args:
@@ -919,7 +923,8 @@ def certify(
         if not isinstance(metric, Metric):
             metric = Metric(of=metric, name=getattr(metric, "__name__", "metric"))
         values = [
-            measure(m, split.batches(batch_size), metric).numpy() for m in (baseline, compressed)
+            score_items(m, split.batches(batch_size), metric).numpy()
+            for m in (baseline, compressed)
         ]
         documents = np.array(split.documents)
         return certify_values(
@@ -931,14 +936,14 @@ def certify(
             bounds=metric.bounds,
             higher_is_better=metric.higher_is_better,
             metric=metric.name,
-            unit=metric.unit,
+            measure=metric.measure,
         )
     loss = make_objective(
         objective, baseline, to_device(split.items[0], next(baseline.parameters()).device)
     )
     check_items(baseline, loss, split.items, "certify")
     results = [evaluate(m, split.batches(batch_size), loss) for m in (baseline, compressed)]
-    return compare(results[0], results[1], split, budget, unit=loss.unit)
+    return compare(results[0], results[1], split, budget, measure=loss.measure)
 
 
 def load(
@@ -1053,7 +1058,7 @@ def _job(
             path, written, find_layers(written), solved, plan, portable=settings.portable
         ),
     )
-    if budget is not None and budget.metric == "accuracy" and job.objective.unit == "nats/token":
+    if budget is not None and budget.metric == "accuracy" and job.objective.measure == "nats/token":
         raise ValueError(
             "metric 'accuracy' needs one prediction per item; for language models use metric 'loss'"
         )

@@ -21,8 +21,8 @@ from rich.markdown import Markdown
 from rich.markup import escape
 from rich.table import Table
 
-from curvprune import export as exports
-from curvprune import pipeline
+from curvprune import run as runs
+from curvprune.artifact import export_dense, export_gptq
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
@@ -72,7 +72,7 @@ def run(
 ) -> None:
     """Compress, certify and report; running it again resumes."""
     try:
-        result = pipeline.run(
+        result = runs.run(
             recipe, out or Path("runs") / recipe.stem, progress=not quiet, reuse=reuse
         )
     except BAD_INPUT as error:
@@ -86,7 +86,7 @@ def run(
 def analyze(recipe: RecipeArgument, out: OutOption = None, quiet: QuietOption = False) -> None:
     """Curvature and sensitivities only; `run` with the same --out goes on from there."""
     try:
-        result = pipeline.analyze(recipe, out or Path("runs") / recipe.stem, progress=not quiet)
+        result = runs.analyze(recipe, out or Path("runs") / recipe.stem, progress=not quiet)
     except BAD_INPUT as error:
         raise _bad_input(error) from error
     if not result.record:  # of several processes the first reports
@@ -118,7 +118,7 @@ def analyze(recipe: RecipeArgument, out: OutOption = None, quiet: QuietOption = 
 def check(recipe: RecipeArgument) -> None:
     """Validate a recipe, list layers and options, estimate time and memory."""
     try:
-        found = pipeline.check(recipe)
+        found = runs.check(recipe)
     except BAD_INPUT as error:
         raise _bad_input(error) from error
     console = Console()
@@ -145,8 +145,8 @@ def check(recipe: RecipeArgument) -> None:
         p = found.power
         console.print(
             f"certify: {p.items} items of {p.documents} documents; a model without any true loss "
-            "would be certified "
-            f"with probability {p.chance:.0%} (by a trial rounding that lost {p.trial_drop:.3g})",
+            f"would be certified with probability {p.chance:.0%} (by a trial rounding that lost "
+            f"{p.trial_drop:.3g})",
             highlight=False,
             soft_wrap=True,
         )
@@ -181,7 +181,7 @@ def report(
 ) -> None:
     """(Re)build report.html of a run, with a comparison if asked for."""
     try:
-        path = pipeline.rebuild_report(folder, against)
+        path = runs.rebuild_report(folder, against)
     except BAD_INPUT as error:
         raise _bad_input(error) from error
     Console().print(str(path), highlight=False)
@@ -200,13 +200,13 @@ def export(
     """Write a saved model once more: as a GPTQ checkpoint (one grid of 2, 3, 4 or 8 bits for all
     Linear layers), or dense, for every tool that reads the uncompressed one."""
     try:
-        (exports.export_gptq if format is ExportFormat.gptq else exports.export_dense)(folder, out)
+        (export_gptq if format is ExportFormat.gptq else export_dense)(folder, out)
     except BAD_INPUT as error:
         raise _bad_input(error) from error
     Console().print(str(out), highlight=False)
 
 
-def _print_result(result: pipeline.RunResult) -> None:
+def _print_result(result: runs.RunResult) -> None:
     console = Console()
     console.print(Markdown(result.summary))
     console.print(f"{result.folder}/model/ and {result.folder}/report.html", highlight=False)

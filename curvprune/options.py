@@ -17,7 +17,9 @@ from typing import Any, Literal
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 SCALE_BYTES = 2  # scales are stored as float16
-ONE_BIT_ZERO_BYTES = 2  # the zero points of one bit are no integers: see `curvprune.solve.grids`
+ONE_BIT_ZERO_BYTES = (
+    2  # the zero points of one bit are no integers: see `curvprune.compression.grids`
+)
 SHAPE_BYTES = 16  # pack-quantized stores `weight_shape` as two int64
 
 # How a layer lies on disk: every weight as a float; every weight as a code (compressed-tensors'
@@ -209,7 +211,7 @@ def check_fits(
 
     Args:
         reader: who must read the layer packed, besides curvprune: nobody (``None``),
-            ``"transformers"`` or ``"engines"``; see `curvprune.artifact.reader_of`.
+            ``"transformers"`` or ``"engines"``; see `curvprune.artifact.folder.reader_of`.
     """
     _, width = shape
     quantize, prune = quantizer_of(option), pruner_of(option)
@@ -221,17 +223,15 @@ def check_fits(
             nearest = min(_divisors(width), key=lambda d: (abs(d - asked), -d))
             raise ValueError(
                 f"layer {layer}: group_size={asked} does not divide its {width} inputs, and "
-                f"{reader} cannot read "
-                f"a shorter last group; nearest that does: {nearest} (or null for one scale per "
-                "channel), "
-                "or portable: false (in Python Settings(portable=False))"
+                f"{reader} cannot read a shorter last group; nearest that does: {nearest} (or "
+                "null for one scale per channel), or portable: false (in Python "
+                "Settings(portable=False))"
             )
     if prune is not None and prune.nm is not None and width % prune.nm[1]:
         raise ValueError(
             f"layer {layer}: pattern {prune.pattern} needs a multiple of {prune.nm[1]} inputs, "
-            f"the layer has {width}; "
-            f"use prune: {{sparsity: {1 - prune.nm[0] / prune.nm[1]:g}}} there or leave the layer "
-            "out"
+            f"the layer has {width}; use prune: {{sparsity: {1 - prune.nm[0] / prune.nm[1]:g}}} "
+            "there or leave the layer out"
         )
 
 
@@ -246,8 +246,8 @@ def _check_engines(quantize: Quantize, layer: str, width: int) -> None:
         kind = "" if quantize.symmetric else " with zero points"
         raise ValueError(
             f"layer {layer}: option {quantize.key}: serving engines have kernels for "
-            f"{_or(widths)} bits{kind}, "
-            f"not {quantize.bits}; nearest: {nearest} (or portable: true, for transformers)"
+            f"{_or(widths)} bits{kind}, not {quantize.bits}; nearest: {nearest} (or portable: "
+            "true, for transformers)"
         )
     if quantize.group_size not in (None, *ENGINE_GROUP_SIZES):
         fitting = [g for g in ENGINE_GROUP_SIZES if width % g == 0]
@@ -255,8 +255,7 @@ def _check_engines(quantize: Quantize, layer: str, width: int) -> None:
         raise ValueError(
             f"layer {layer}: option {quantize.key}: serving engines have kernels for groups of "
             f"{_or(ENGINE_GROUP_SIZES)} or one scale per channel, not {quantize.group_size}; "
-            "nearest that divides its "
-            f"{width} inputs: {'null (one scale per channel)' if nearest_size is None else nearest_size}"
+            f"nearest that divides its {width} inputs: {'null (one scale per channel)' if nearest_size is None else nearest_size}"
         )
 
 
@@ -272,7 +271,7 @@ def stored_bytes(
     Args:
         shape: ``(out, in)`` of the weight as a matrix.
         dtype: the layer's own type, in which weights are stored that are neither cast nor rounded.
-        form: how the layer lies on disk; `curvprune.artifact.form_of` says which form an artifact
+        form: how the layer lies on disk; `curvprune.artifact.folder.form_of` says which form an artifact
             takes.
         groups: see `kept_weights`.
 

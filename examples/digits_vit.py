@@ -2,7 +2,7 @@
 
     python examples/digits_vit.py --out runs/digits-vit-dense
 
-Takes under a minute on one CPU core. Trains on the first 900 images of `curvprune.data.digits`
+Takes under a minute on one CPU core. Trains on the first 900 images of `curvprune.model.items.digits`
 only; the recipe measures and certifies on the others.
 """
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
-from curvprune.data import DIGITS_TRAINING, digits
+from curvprune.run.sources import DIGITS_TRAINING, digits
 
 SEED = 0  # of the initial weights and the order of the batches
 

@@ -13,7 +13,8 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import curvprune as cp
-from curvprune.data import Split, digits
+from curvprune.model import Split
+from curvprune.run.sources import digits
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_allocated_zeros_go_where_they_cost_least(trained):
     assert round(0.7 * sum(sizes.values())) <= zeros(spread) < 1.05 * zeros(uniform)
     objective = cp.LabelFree(copy.deepcopy(model).eval())
     losses = [
-        float(cp.objective.evaluate(r.model, batches(halves[1]), objective).mean_loss)
+        float(cp.model.losses.evaluate(r.model, batches(halves[1]), objective).mean_loss)
         for r in (spread, uniform)
     ]
     assert losses[0] < 0.96 * losses[1]
@@ -112,8 +113,8 @@ def test_a_share_at_the_end_of_the_range_can_be_spread():
 def test_a_program_with_several_processes_solves_whole_models_in_each(trained, monkeypatch):
     model, data = trained
     alone = cp.quantize(model, batches(data), bits=4).model.state_dict()
-    monkeypatch.setattr(cp.stages, "rank", lambda: 0)
-    monkeypatch.setattr(cp.stages, "world", lambda: 2)
+    monkeypatch.setattr(cp.run.stages, "rank", lambda: 0)
+    monkeypatch.setattr(cp.run.stages, "world", lambda: 2)
     for name, weight in cp.quantize(model, batches(data), bits=4).model.state_dict().items():
         assert torch.equal(weight, alone[name])
 
@@ -155,7 +156,7 @@ def test_compensated_rounding_beats_rounding_to_nearest_on_the_loss(trained):
         scale = groups.abs().amax(1, keepdim=True) / 2
         weight.copy_(((groups / scale).round().clamp(-2, 1) * scale).reshape(weight.shape))
     losses = [
-        float(cp.objective.evaluate(m, batches(halves[1]), objective).mean_loss)
+        float(cp.model.losses.evaluate(m, batches(halves[1]), objective).mean_loss)
         for m in (compensated, nearest)
     ]
     assert losses[0] < 0.5 * losses[1]
@@ -293,7 +294,7 @@ def test_prices_predict_the_measured_kl_of_each_layer(trained):
     for option in options:
         for layer in ("0", "3", "5"):
             changed = cp.compress(model, batches(part), options=[option], layers=layer).model
-            measured.append(cp.objective.evaluate(changed, batches(fresh), objective).mean_loss)
+            measured.append(cp.model.losses.evaluate(changed, batches(fresh), objective).mean_loss)
             prices.append(ledger.layer_rows(layer)[option.key].price)
     for start in (
         0,
@@ -326,7 +327,7 @@ def test_certify_compares_two_models_item_by_item(trained):
     with torch.no_grad():
         broken[3].weight.zero_()
     verdict = cp.certify(model, broken, batches(data), cp.Budget("loss", max_drop=0.01))
-    assert verdict.status == "VIOLATED" and verdict.unit == "nats/example"
+    assert verdict.status == "VIOLATED" and verdict.measure == "nats/example"
     few = cp.certify(
         model, copy.deepcopy(model), batches(data)[:1], cp.Budget("accuracy", max_drop=0.01)
     )
@@ -365,7 +366,7 @@ def test_certify_with_a_metric_of_ones_own(trained):
     )
     assert first.bound == pytest.approx(second.bound, abs=1e-6) and first.bound > bare.drop
     split = Split(
-        items=tuple(cp.data.itemize(batches((x, y)))),
+        items=tuple(cp.model.items.itemize(batches((x, y)))),
         documents=tuple(f"d{i // 10}" for i in range(len(y))),
     )
     assert cp.certify(model, other, split, budget, metric=bounded).clusters == 90
@@ -380,7 +381,7 @@ def test_certify_with_a_metric_of_ones_own(trained):
 def test_a_budget_deals_whole_documents_and_tells_of_repeated_items(trained):
     model, (x, y) = trained
     split = Split(
-        items=tuple(cp.data.itemize(batches((x, y)))),
+        items=tuple(cp.model.items.itemize(batches((x, y)))),
         documents=tuple(f"d{i // 10}" for i in range(len(y))),
     )
     result = cp.quantize(model, split, bits=(3, 8), budget=cp.Budget("loss", max_drop=0.1))
@@ -389,7 +390,7 @@ def test_a_budget_deals_whole_documents_and_tells_of_repeated_items(trained):
         and result.verdict.clusters is not None
         and 40 <= result.verdict.clusters <= 50
     )
-    part = cp.data.as_split(batches((x[:200], y[:200])))
+    part = cp.model.items.as_split(batches((x[:200], y[:200])))
     splits = cp.Splits(calibrate=part, price=part, select=part, certify=part)
     with pytest.warns(
         UserWarning, match="200 of the 200 items of the certify split have also made"
@@ -461,7 +462,7 @@ def test_bad_input_is_refused_before_computing(trained, call, message):
 def test_splits_of_ones_own(trained):
     model, (x, y) = trained
     cut = [
-        cp.data.as_split(batches((x[a:b], y[a:b])), f"part {a}")
+        cp.model.items.as_split(batches((x[a:b], y[a:b])), f"part {a}")
         for a, b in ((0, 200), (200, 300), (300, 400), (400, 897))
     ]
     assert all(isinstance(part, Split) for part in cut)
@@ -531,7 +532,7 @@ def test_a_weight_under_two_names_is_compressed_once_and_stored_once(trained, tm
     result = cp.quantize(model, data, bits=[2, 3], budget=cp.Budget("loss", max_drop=5.0))
     assert len(set(result.model.a.weight[0].tolist())) <= 8
     result.save(tmp_path)
-    stored = cp.artifact.tensor_names(tmp_path)
+    stored = cp.artifact.folder.tensor_names(tmp_path)
     assert sum(size for _, size in stored.values()) == result.plan.bytes
     assert not any(name.startswith(("b.", "raw")) for name in stored)
     loaded = cp.load(tmp_path, model=Shared())
@@ -600,8 +601,10 @@ def test_models_that_transformers_cannot_load_packed_are_saved_for_our_own_loade
 
 def test_all_data_calibrate_where_nothing_is_priced(trained, monkeypatch):
     seen = []
-    real = cp.stages.collate
-    monkeypatch.setattr(cp.stages, "collate", lambda items: seen.append(len(items)) or real(items))
+    real = cp.run.stages.collate
+    monkeypatch.setattr(
+        cp.run.stages, "collate", lambda items: seen.append(len(items)) or real(items)
+    )
     cp.quantize(trained[0], batches(trained[1])[:2], bits=4)
     assert seen == [100]
 

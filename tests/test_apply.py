@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from curvprune.apply import _add_product, _Bytes, coarse_copy, visit_layers
-from curvprune.layers import find_layers
-from curvprune.objective import CausalLM, Classification
+from curvprune.compression import coarse_copy, visit_layers
+from curvprune.compression.moments import _add_product, _Bytes
+from curvprune.model import CausalLM, Classification, find_layers
 
 
 def llama() -> LlamaForCausalLM:

@@ -1,4 +1,4 @@
-"""Which module may import which: the table that keeps the rooms of the house apart."""
+"""Which package may import which: the table that keeps the rooms of the house apart."""
 
 from __future__ import annotations
 
@@ -10,150 +10,52 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "curvprune"
 
-ROOMS = {  # folders whose files may import one another and count as one
-    "report",
-    "solve",
-}
-
-# room: the rooms it may import from
+# package or module of the floor: what it may import. docs/architecture.md points to this table.
 MAY_IMPORT: dict[str, set[str]] = {
-    "objective": set(),
-    "layers": set(),
     "options": set(),
-    "groups": set(),
-    "knapsack": set(),
-    "plan": {"knapsack"},
-    "quadratic": {"knapsack"},
-    "certificate": set(),
-    "lmeval": {"certificate"},
-    "state": set(),
-    "processes": set(),
-    "report": set(),
-    "curvature": set(),
-    "curvature/operators": set(),
-    "curvature/estimators": {"curvature/operators"},
-    "curvature/products": {"curvature/operators", "objective", "processes"},
-    "curvature/layerwise": {"curvature/operators", "curvature/estimators"},
-    "curvature/fisher": {"curvature/estimators", "objective", "layers", "processes"},
-    "curvature/measured": {"layers", "objective"},
-    "curvature/forms": {
-        *(
-            "curvature/factors",
-            "curvature/fisher",
-            "curvature/operators",
-            "curvature/products",
-            "layers",
-            "objective",
-        ),
-    },
-    "curvature/factors": {
-        *(
-            "curvature/operators",
-            "curvature/estimators",
-            "curvature/products",
-            "objective",
-            "layers",
-        ),
-        "processes",
-    },
-    "analysis": {
-        *(
-            "curvature/estimators",
-            "curvature/products",
-            "curvature/layerwise",
-            "curvature/fisher",
-            "curvature/factors",
-        ),
-        *("objective", "layers"),
-    },
-    "solve": {"options"},
-    "apply": {"objective", "layers"},
-    "data": {"objective"},
-    "hf": {"objective", "options"},
-    "recipe": {"options", "groups"},
-    "ledger": {
-        "solve",
-        "curvature/estimators",
-        "curvature/fisher",
-        "curvature/forms",
-        "options",
-        "quadratic",
-        "work",
-    },
-    "work": {"knapsack", "layers", "objective", "options", "plan"},
-    "controls": {"layers", "ledger"},
-    "packed": {"options", "layers", "solve"},
-    "shapes": set(),
-    "artifact": {"options", "plan", "layers", "solve", "state", "packed", "shapes"},
-    "recovery": {"data", "layers", "objective", "options", "solve"},
-    "cuts": {"layers", "objective", "shapes"},
-    "latency": {"cuts", "layers", "objective"},
-    "structured": {
-        *("apply", "cuts", "data", "knapsack", "latency", "layers", "ledger", "objective", "solve"),
-        *("curvature/estimators", "curvature/fisher"),
-    },
+    "files": set(),
+    "distributed": set(),
+    "compat": set(),
+    "schema": set(),
+    "model": {"options", "schema"},
+    "planning": {"schema"},
+    "certificate": {"model", "planning", "schema"},
+    "curvature": {"model", "distributed", "schema"},
+    "compression": {"model", "options", "schema"},
+    "pricing": {"curvature", "compression", "planning", "model", "options", "schema"},
+    "structured": {"pricing", "planning", "compression", "curvature", "model", "schema"},
+    "artifact": {"compression", "planning", "model", "options", "files", "compat", "schema"},
+    "record": {"planning", "certificate", "curvature", "schema"},
+    "report": {"record"},
 }
-MAY_IMPORT["job"] = {
-    *(
-        "analysis",
-        "artifact",
-        "certificate",
-        "data",
-        "knapsack",
-        "layers",
-        "ledger",
-        "objective",
-        "options",
-        "plan",
-    ),
-    *("recovery", "solve", "state", "work"),
-}
-MAY_IMPORT["selection"] = {
-    *(
-        "certificate",
-        "controls",
-        "data",
-        "job",
-        "knapsack",
-        "layers",
-        "ledger",
-        "objective",
-        "options",
-        "plan",
-    ),
-    *("quadratic", "solve"),
-}
-MAY_IMPORT["sequence"] = {"job", "knapsack", "plan", "selection"}
-MAY_IMPORT["stages"] = {*MAY_IMPORT} - {"hf", "lmeval", "recipe", "report", "structured"}
-MAY_IMPORT["export"] = {"artifact", "hf", "layers", "options", "shapes", "state"}
-MAY_IMPORT["pipeline"] = {*MAY_IMPORT}
-MAY_IMPORT["api"] = {*MAY_IMPORT}
-MAY_IMPORT["cli"] = {"export", "pipeline", "recipe"}
+BELOW_RUN = {*MAY_IMPORT}
+MAY_IMPORT["run"] = BELOW_RUN
+MAY_IMPORT["api"] = {*BELOW_RUN, "run"}
+MAY_IMPORT["cli"] = {"run", "artifact"}
 MAY_IMPORT["__init__"] = {*MAY_IMPORT} - {"cli"}
 MAY_IMPORT["__main__"] = {"cli"}
 
-ONLY_HF = {"transformers", "compressed_tensors", "datasets", "accelerate", "gguf"}
-WITHOUT_TORCH = {
-    "knapsack",
-    "plan",
-    "quadratic",
-    "groups",
-    "certificate",
-    "lmeval",
-    "options",
-    "recipe",
-    "report",
+# library: the only modules that import it
+ONLY_IN = {
+    "transformers": {"compat"},
+    "accelerate": set(),
+    "compressed_tensors": {"artifact/transformers_folder"},
+    "datasets": {"run/sources"},
+    "torch_pruning": {"structured/cuts"},
 }
+WITHOUT_TORCH = {"planning", "record", "report", "options"}  # nor do they import what imports it
 NO_SUCH_NAMES = {"utils", "util", "core", "base", "common", "helpers", "misc"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def room_of(path: Path) -> str:
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    if parts[0] in ROOMS:
-        return parts[0]
-    return "/".join(parts[:-1]) if parts[-1] == "__init__" and len(parts) > 1 else "/".join(parts)
+    """The package that a file lies in, or the file itself if it lies on the floor."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def name_of(path: Path) -> str:
+    return "/".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
 def imported(source: str, module: tuple[str, ...]) -> set[str]:
@@ -179,45 +81,45 @@ def names_in(path: Path) -> set[str]:
     return imported(path.read_text(encoding="utf-8"), module)
 
 
-def rooms_in(path: Path) -> set[str]:
-    """The other rooms of the house that a file imports from."""
-    rooms: set[str] = set()
+def is_module(parts: list[str]) -> bool:
+    target = PACKAGE.joinpath(*parts)
+    return target.with_suffix(".py").is_file() or (target / "__init__.py").is_file()
+
+
+def modules_in(path: Path) -> set[str]:
+    """The other modules of the house that a file imports, as paths with slashes."""
+    found = set()
     for name in names_in(path):
-        parts = name.split(".")
-        if parts[0] != "curvprune":
-            continue
-        target = PACKAGE.joinpath(*parts[1:])
-        if target.with_suffix(".py").is_file():
-            rooms.add(room_of(target.with_suffix(".py")))
-        elif len(parts) > 1 and (target / "__init__.py").is_file():
-            rooms.add(room_of(target / "__init__.py"))
-    return rooms - {room_of(path)}
+        house, *parts = name.split(".")
+        if house == "curvprune" and parts and is_module(parts):
+            found.add("/".join(parts))
+    return found
 
 
-def identity(path: Path) -> str:
-    return str(path.relative_to(PACKAGE))
+def rooms_in(path: Path) -> set[str]:
+    return {module.split("/")[0] for module in modules_in(path)} - {room_of(path)}
 
 
-@pytest.mark.parametrize("path", FILES, ids=identity)
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_every_module_is_in_the_table_and_keeps_to_it(path: Path) -> None:
     room = room_of(path)
-    assert room in MAY_IMPORT, f"{identity(path)} is in no room: add it to the table"
-    # a package's empty __init__ is imported with whatever is inside it
-    stray = {other for other in rooms_in(path) - MAY_IMPORT[room] if other != "curvature"}
-    assert not stray, (
-        f"{identity(path)} imports {sorted(stray)}; {room} may import {sorted(MAY_IMPORT[room]) or 'nothing'}"
-    )
+    assert room in MAY_IMPORT, f"{name_of(path)} is in no room: add it to the table"
+    stray = rooms_in(path) - MAY_IMPORT[room]
+    assert not stray, f"{name_of(path)} imports {sorted(stray)}; see the table of {room}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=identity)
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_packages_are_entered_by_their_face(path: Path) -> None:
+    inside = {m for m in modules_in(path) if "/" in m and m.split("/")[0] != room_of(path)}
+    assert not inside, f"{name_of(path)} imports {sorted(inside)}: import the package instead"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_heavy_libraries_stay_in_their_room(path: Path) -> None:
     libraries = {name.split(".")[0] for name in names_in(path)}
-    room = room_of(path)
-    if room != "hf":
-        assert not libraries & ONLY_HF, "only hf.py imports these"
-    if room != "cuts":
-        assert "torch_pruning" not in libraries, "only cuts.py imports it"
-    if room in WITHOUT_TORCH:
+    for library, allowed in ONLY_IN.items():
+        assert library not in libraries or name_of(path) in allowed, f"only {allowed} imports it"
+    if room_of(path) in WITHOUT_TORCH:
         assert "torch" not in libraries
 
 
@@ -229,11 +131,8 @@ def test_nothing_imports_in_a_circle() -> None:
 
 
 def test_no_room_is_a_drawer_for_odds_and_ends() -> None:
-    assert not [
-        identity(path)
-        for path in FILES
-        if NO_SUCH_NAMES & {*path.relative_to(PACKAGE).with_suffix("").parts}
-    ]
+    parts = {name_of(path): {*name_of(path).split("/")} for path in FILES}
+    assert not [name for name, words in parts.items() if NO_SUCH_NAMES & words]
 
 
 def test_the_reader_sees_every_form_of_import() -> None:
@@ -249,19 +148,8 @@ def later():
 """
     seen = imported(source, ("curvprune", "report", "html"))
     assert seen == {
-        *(
-            "a.b",
-            "d",
-            "d.e",
-            "curvprune.report",
-            "curvprune.report.f",
-            "curvprune.g",
-            "curvprune.g.h",
-            "i",
-        ),
-        *("curvprune.report.j", "curvprune.report.j.k"),
+        *("a.b", "d", "d.e", "curvprune.report", "curvprune.report.f", "curvprune.g"),
+        *("curvprune.g.h", "i", "curvprune.report.j", "curvprune.report.j.k"),
     }
-    assert imported("from . import x", ("curvprune", "solve", "__init__")) == {
-        "curvprune.solve",
-        "curvprune.solve.x",
-    }
+    inside = imported("from . import x", ("curvprune", "solve", "__init__"))
+    assert inside == {"curvprune.solve", "curvprune.solve.x"}

@@ -22,13 +22,11 @@ from transformers import (
 )
 
 import curvprune as cp
-from curvprune import artifact
-from curvprune.apply import Moments
-from curvprune.layers import find_layers
+from curvprune.artifact import PackedWeight
+from curvprune.artifact import folder as artifact
+from curvprune.compression import Moments, solve, solve_layer
+from curvprune.model import find_layers
 from curvprune.options import BITS, Cast, Prune, PruneQuantize, Quantize
-from curvprune.packed import PackedWeight
-from curvprune.solve import solve
-from curvprune.stages import solve_layer
 from tests import tiny
 
 
@@ -71,7 +69,7 @@ MIXED = [
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_plain_transformers_in_a_fresh_process_gives_the_same_logits(tmp_path, tied):
-    from curvprune.pipeline import write_model
+    from curvprune.artifact import write_model
 
     torch.manual_seed(0)
     original = tiny.llama(tied=tied)
@@ -178,7 +176,7 @@ def test_layers_that_transformers_cannot_unpack_are_stored_dense(tmp_path):
     model = GPT2LMHeadModel(
         GPT2Config(vocab_size=256, n_embd=16, n_layer=1, n_head=2, n_positions=32)
     ).eval()
-    from curvprune.pipeline import write_model
+    from curvprune.artifact import write_model
 
     layers = find_layers(model)
     original_option = Quantize(bits=4)

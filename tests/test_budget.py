@@ -13,10 +13,11 @@ import torch
 from typer.testing import CliRunner
 
 import curvprune as cp
-from curvprune import api, pipeline
+from curvprune import api
 from curvprune.cli import app
-from curvprune.plan import corrections
+from curvprune.planning import corrections
 from curvprune.report import build, summary
+from curvprune.run import pipeline as pipeline
 from tests import tiny
 from tests.test_api import batches, trained  # noqa: F401
 
@@ -127,7 +128,7 @@ def test_controls_are_run_and_named(trained):  # noqa: F811
 def test_a_control_that_beats_the_plan_is_used(trained, monkeypatch, budget):  # noqa: F811
     """With prices turned upside down the plan is bad, or large, and a uniform control is not."""
     model, data = trained
-    honest = cp.stages.build_ledger
+    honest = cp.run.stages.build_ledger
 
     def upside_down(*arguments: Any, **named: Any) -> cp.Ledger:
         ledger = honest(*arguments, **named)
@@ -136,7 +137,7 @@ def test_a_control_that_beats_the_plan_is_used(trained, monkeypatch, budget):  #
             ledger, rows=tuple(replace(row, price=highest - row.price) for row in ledger.rows)
         )
 
-    monkeypatch.setattr(cp.stages, "build_ledger", upside_down)
+    monkeypatch.setattr(cp.run.stages, "build_ledger", upside_down)
     settings = cp.Settings(trials=2, measure_above=None)  # measuring prices would mend them
     result = cp.quantize(model, batches(data), bits=[2, 4, 5], budget=budget, settings=settings)
     better = [trial for trial in result.trials if trial.get("beats_plan")]
@@ -281,19 +282,19 @@ def test_a_recipe_with_several_limits(tmp_path):
 
     (tmp_path / "slow.json").write_text(json.dumps({n: {} for n in slow}))
     with pytest.raises(
-        cp.recipe.RecipeError,
+        cp.run.recipe.RecipeError,
         match=r"recipe\.yaml:\d+: budget\.limits: .*no number for layer 'model",
     ):
         pipeline.check(path)
     (tmp_path / "slow.json").write_text("[1]")
     with pytest.raises(
-        cp.recipe.RecipeError,
+        cp.run.recipe.RecipeError,
         match=r"recipe\.yaml:\d+: budget\.limits\[0\]\.table: .*expected JSON such as",
     ):
         pipeline.check(path)
     (tmp_path / "slow.json").unlink()
     with pytest.raises(
-        cp.recipe.RecipeError,
+        cp.run.recipe.RecipeError,
         match=r"recipe\.yaml:\d+: budget\.limits\[0\]\.table: .*cannot be read",
     ):
         pipeline.check(path)
@@ -392,7 +393,8 @@ def test_the_report_says_what_pruning_and_rounding_together_are_worth(trained, m
     def watched(job: Any, candidates: Any) -> Any:
         bench, best = honest(job, candidates)
         paths = {
-            t["name"]: f"select/{cp.selection.plan_key(t['choices'])}.json" for t in bench.trials
+            t["name"]: f"select/{cp.run.selection.plan_key(t['choices'])}.json"
+            for t in bench.trials
         }
         losses = {
             n: torch.tensor(job.state.read_json(path)["loss"]).double() for n, path in paths.items()
@@ -425,7 +427,7 @@ def test_a_control_must_beat_the_plan_by_more_than_chance(trained, monkeypatch):
     """A control that lost a little less on the select items, within the noise of the difference, is
     no reason to leave the plan; one that lost clearly less is."""
     model, data = trained
-    honest = cp.selection.compare
+    honest = cp.run.selection.compare
     budget = cp.Budget(max_bits=4.6)
     for standard_errors, used in ((1.5, False), (1.8, True)):
         compared: list[int] = []
@@ -443,13 +445,13 @@ def test_a_control_must_beat_the_plan_by_more_than_chance(trained, monkeypatch):
                 bench.baseline,
                 bench.job.splits.select,
                 cp.Budget(max_drop=0.0),
-                unit="",
+                measure="",
             )
             return replace(verdict, drop=-z * 0.01, stderr=0.01)
 
-        monkeypatch.setattr(cp.selection.Bench, "beyond", beyond)
+        monkeypatch.setattr(cp.run.selection.Bench, "beyond", beyond)
         monkeypatch.setattr(
-            cp.selection, "_lost", lambda trial: trial["kind"] == "plan"
+            cp.run.selection, "_lost", lambda trial: trial["kind"] == "plan"
         )  # every control lost less
         result = cp.quantize(model, batches(data), budget=budget, settings=cp.Settings(trials=1))
         assert compared and any(trial.get("beats_plan") for trial in result.trials) == used
@@ -463,7 +465,7 @@ def test_a_given_size_is_planned_again_with_corrected_prices(trained, monkeypatc
     model, data = trained
     bits, budget = [2, 3, 4, 8], cp.Budget(max_bits=5.5)
     true: dict[tuple[str, str], float] = {}
-    honest, record = cp.stages.build_ledger, cp.selection.Bench.record
+    honest, record = cp.run.stages.build_ledger, cp.run.selection.Bench.record
 
     def wrong(*arguments: Any, **named: Any) -> cp.Ledger:
         ledger = honest(*arguments, **named)
@@ -480,8 +482,8 @@ def test_a_given_size_is_planned_again_with_corrected_prices(trained, monkeypatc
         measured = {"measured": sum(true[pair] for pair in choices.items()), "measured_stderr": 0.0}
         return record(bench, name, kind, choices, *arguments) | measured
 
-    monkeypatch.setattr(cp.stages, "build_ledger", wrong)
-    monkeypatch.setattr(cp.selection.Bench, "record", exact)
+    monkeypatch.setattr(cp.run.stages, "build_ledger", wrong)
+    monkeypatch.setattr(cp.run.selection.Bench, "record", exact)
     result = cp.quantize(model, batches(data), bits=bits, budget=budget)
     plans = [trial for trial in result.trials if trial["kind"] == "plan"]
     ledger = result.ledger

@@ -12,7 +12,6 @@ import pytest
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
-from curvprune import certificate
 from curvprune.certificate import (
     Verdict,
     certify_accuracy,
@@ -24,6 +23,7 @@ from curvprune.certificate import (
     power_for_accuracy,
     probability_of_certifying,
 )
+from curvprune.certificate import paired_tests as certificate
 
 ALPHA = 0.05
 
@@ -50,7 +50,7 @@ def test_equal_items_without_skew_are_the_paired_t_test() -> None:
     assert verdict.stderr == pytest.approx(stats.sem(difference))
     assert verdict.bound == pytest.approx(paired.confidence_interval(0.95).high)
     assert (verdict.baseline, verdict.compressed) == (pytest.approx(2.0), pytest.approx(2.01))
-    assert (verdict.items, verdict.clusters, verdict.unit) == (40, None, "nats/token")
+    assert (verdict.items, verdict.clusters, verdict.measure) == (40, None, "nats/token")
 
 
 def test_equal_clusters_are_the_t_test_of_cluster_means() -> None:
@@ -710,11 +710,11 @@ def test_values_without_bounds_are_the_paired_t_test_in_either_direction() -> No
     for sign in (True, False):
         worse = base - step if sign else base + step
         verdict = certify_values(
-            base, worse, max_drop=0.2, higher_is_better=sign, metric="rouge", unit="points"
+            base, worse, max_drop=0.2, higher_is_better=sign, metric="rouge", measure="points"
         )
         interval = stats.ttest_rel(base, base - step, alternative="less").confidence_interval(0.95)
         assert verdict.bound == pytest.approx(interval.high)
-        assert (verdict.metric, verdict.unit, verdict.items) == ("rouge", "points", 40)
+        assert (verdict.metric, verdict.measure, verdict.items) == ("rouge", "points", 40)
         assert verdict.baseline == pytest.approx(
             base.mean()
         ) and verdict.compressed == pytest.approx(worse.mean())

@@ -7,10 +7,10 @@ import itertools
 import pytest
 from torch import nn
 
-from curvprune.controls import controls, sensitive
-from curvprune.knapsack import cheapest
-from curvprune.layers import find_layers
-from curvprune.ledger import Row
+from curvprune.model import find_layers
+from curvprune.planning import cheapest
+from curvprune.pricing import Row
+from curvprune.run import controls, sensitive
 from tests import tiny
 
 BYTES = {"int2": 2, "int3": 3, "int4": 4, "int8": 8}
@@ -37,7 +37,7 @@ def rows_of(
 def made(rows, layers, size, *, units=None):
     """Name -> choices, with the planner that the stages pass."""
     units = units or [(n,) for n in layers]
-    groups = [unit for unit in units if len(unit) > 1]
+    groups = [measure for measure in units if len(measure) > 1]
     plan = lambda rows, size: cheapest(rows, max_bytes=size, same_option=groups)  # noqa: E731
     return {c.name: c.choices for c in controls(rows, layers, units, size=size, plan=plan)}
 

@@ -13,12 +13,11 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import curvprune as cp
-from curvprune import processes
-from curvprune.analysis import _layer_records, _layers_of
-from curvprune.curvature import factors, products
-from curvprune.curvature.layerwise import _combined, _Kind, probe_layers
-from curvprune.layers import find_layers
-from curvprune.objective import CausalLM, Classification, LabelFree
+from curvprune import distributed as processes
+from curvprune.curvature import factors, probe_layers, products
+from curvprune.curvature.analysis import _layer_records, _layers_of
+from curvprune.curvature.probes import _combined, _Kind
+from curvprune.model import CausalLM, Classification, LabelFree, find_layers
 
 
 class Unused(nn.Module):

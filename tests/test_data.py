@@ -8,20 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from curvprune.data import (
-    DIGITS_TRAINING,
-    PURPOSES,
-    Split,
-    Splits,
-    as_split,
-    collate,
-    digits,
-    digits_splits,
-    itemize,
-    python_docs,
-    split_items,
-    text_splits,
-)
+from curvprune.model import PURPOSES, Split, Splits, as_split, collate, itemize, split_items
+from curvprune.run import DIGITS_TRAINING, digits, digits_splits, python_docs, text_splits
 
 
 def test_collate_pads_on_the_right_and_says_so():

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import curvprune as cp
-from curvprune import pipeline
 from curvprune.artifact import tensor_names
-from curvprune.data import digits
-from curvprune.objective import evaluate
+from curvprune.model import evaluate
+from curvprune.run import pipeline as pipeline
+from curvprune.run.sources import digits
 from tests import tiny
 
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")

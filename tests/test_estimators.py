@@ -10,15 +10,19 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from curvprune.curvature.estimators import (
+from curvprune.curvature import (
+    Dense,
+    Diagonal,
     EigenPairs,
     Estimate,
+    Function,
+    Operator,
+    ParamSpace,
     density,
     diagonal,
     eigenpairs,
     trace,
 )
-from curvprune.curvature.operators import Dense, Diagonal, Function, Operator, ParamSpace
 
 N = 80
 SPECTRA = {
@@ -50,7 +54,7 @@ class Counting(Operator):
     """The matrix, with a count of its products and no closed form."""
 
     def __init__(self, op: Dense) -> None:
-        super().__init__(op.space, unit=op.unit, psd=False, dtype=op.dtype, device=op.device)
+        super().__init__(op.space, measure=op.measure, psd=False, dtype=op.dtype, device=op.device)
         self.op, self.products = op, 0
 
     def _matmat(self, v: torch.Tensor) -> torch.Tensor:

@@ -33,13 +33,10 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import curvprune as cp
-from curvprune import artifact
-from curvprune.apply import Moments, visit_layers
-from curvprune.curvature import factors
-from curvprune.curvature.fisher import Change, fisher_pass, ratio_estimate
-from curvprune.layers import find_layers, left_over
-from curvprune.objective import CausalLM, Classification
-from curvprune.stages import solve_layer
+from curvprune.artifact import folder as artifact
+from curvprune.compression import Moments, solve_layer, visit_layers
+from curvprune.curvature import Change, factors, fisher_pass, ratio_estimate
+from curvprune.model import CausalLM, Classification, find_layers, left_over
 from tests.test_fisher import exact_fisher
 
 # In models this small the router's weight is more than 1 % of the parameters.
@@ -269,8 +266,7 @@ def test_experts_with_few_tokens_borrow_from_the_average_expert_and_say_so():
     )  # without tokens of its own, the average
     assert moment.notes == (
         "layer experts.gate_up_proj: 2 of 4 experts saw fewer calibration tokens than their 6 "
-        "inputs (the fewest 0) "
-        "and were solved for those of all experts in part",
+        "inputs (the fewest 0) and were solved for those of all experts in part",
     )
     result = cp.quantize(model, [batch], bits=3)
     assert all(

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from curvprune.curvature.fisher import Change, FisherPass, fisher_pass, ratio_estimate
-from curvprune.layers import find_layers
-from curvprune.objective import CausalLM, Classification
+from curvprune.curvature import Change, FisherPass, fisher_pass, ratio_estimate
+from curvprune.model import CausalLM, Classification, find_layers
 
 
 def exact_fisher(model: nn.Module, weight: nn.Parameter, batches, logits_of) -> torch.Tensor:

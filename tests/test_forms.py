@@ -7,11 +7,9 @@ import torch
 from torch import nn
 
 import curvprune as cp
-from curvprune.curvature.factors import kfac
-from curvprune.curvature.fisher import Change
-from curvprune.curvature.forms import quadratic_forms
-from curvprune.layers import find_layers
-from curvprune.objective import Classification
+from curvprune.curvature import Change, kfac
+from curvprune.model import Classification, find_layers
+from curvprune.pricing import quadratic_forms
 
 
 def small():
@@ -80,7 +78,7 @@ def test_every_curvature_prices_through_the_public_door_and_bad_ones_are_refused
         ledger = cp.price(
             model, items, options=options, curvature=curvature, objective="classification"
         )
-        assert len(ledger.rows) == 4 and ("no unit" in ledger.unit) == (curvature == "input")
+        assert len(ledger.rows) == 4 and ("no unit" in ledger.measure) == (curvature == "input")
         assert cp.Ledger.from_dict(ledger.to_dict()).rows == ledger.rows
         coarse, fine = (ledger.predict(dict.fromkeys(("0", "2"), o)).value for o in options)
         assert abs(coarse) > abs(fine)

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from curvprune import knapsack
-from curvprune.knapsack import Choice, Infeasible, Limit, cheapest, frontier
+from curvprune.planning import Choice, Infeasible, Limit, cheapest, frontier
+from curvprune.planning import integer_program as knapsack
 
 KINDS = ("small integers", "wide", "ties", "gaussian", "tiny differences", "price follows bytes")
 

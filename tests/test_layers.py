@@ -9,7 +9,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from curvprune.layers import find_layers
+from curvprune.model import find_layers
 
 CONVOLUTIONS = [
     nn.Conv2d(4, 6, 3, padding=1),

@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from curvprune.curvature.fisher import Change, FisherPass, fisher_pass, ratio_estimate
-from curvprune.layers import find_layers
-from curvprune.ledger import Ledger, build_ledger
-from curvprune.objective import Classification, Positions, signed_loss
+from curvprune.curvature import Change, FisherPass, fisher_pass, ratio_estimate
+from curvprune.model import Classification, Positions, find_layers, signed_loss
+from curvprune.pricing import Ledger, build_ledger
 
 
 def measured(along: torch.Tensor, diagonal: torch.Tensor) -> FisherPass:
@@ -40,7 +39,7 @@ def ledger_of(along: torch.Tensor, diagonal: torch.Tensor) -> Ledger:
         found,
         {n: {"o": 1} for n in found.along},
         changed={n: ["o"] for n in found.along},
-        unit="nats",
+        measure="nats",
     )
 
 
@@ -167,7 +166,7 @@ def test_pairs_of_layers_count_as_far_as_they_are_no_noise():
         labels=1500,
     )
     ledger = build_ledger(
-        found, {n: {"o": 1} for n in layers}, changed={n: ["o"] for n in layers}, unit="nats"
+        found, {n: {"o": 1} for n in layers}, changed={n: ["o"] for n in layers}, measure="nats"
     )
     exact = apart = 0.0
     for x, _ in items:

@@ -60,7 +60,7 @@ def test_logs_as_lm_eval_wrote_them():
     bits = certify_lm_eval(
         SAMPLES / "tiny_ppl.jsonl", SAMPLES / "tiny_ppl.jsonl", metric="bits_per_byte", max_drop=0.1
     )
-    assert bits.baseline == pytest.approx(0.0259, abs=1e-4) and bits.unit == "bits/byte"
+    assert bits.baseline == pytest.approx(0.0259, abs=1e-4) and bits.measure == "bits/byte"
 
 
 def test_accuracy_is_paired_by_document_whatever_the_order(tmp_path):
@@ -100,7 +100,7 @@ def test_perplexity_is_the_loss_behind_it(tmp_path):
     )
     verdict = certify_lm_eval(ours, theirs, metric="word_perplexity", max_drop=0.1)
     expected = certify_loss(2.0 * words, 2.0 * words + change * words, words, max_drop=0.1)
-    assert verdict.bound == pytest.approx(expected.bound) and verdict.unit == "nats/word"
+    assert verdict.bound == pytest.approx(expected.bound) and verdict.measure == "nats/word"
 
 
 def test_other_metrics_several_files_and_directions(tmp_path):

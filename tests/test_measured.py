@@ -13,14 +13,12 @@ import torch
 from torch import nn
 
 import curvprune as cp
-from curvprune import ledger as ledger_room
-from curvprune import pipeline, stages
-from curvprune.curvature.measured import divergences
-from curvprune.data import as_split, split_items
-from curvprune.layers import find_layers
-from curvprune.ledger import Ledger
-from curvprune.objective import BROKEN, CausalLM, Classification
-from curvprune.recipe import RecipeError
+from curvprune.model import BROKEN, CausalLM, Classification, as_split, find_layers, split_items
+from curvprune.pricing import Ledger, divergences
+from curvprune.pricing import ledger as ledger_room
+from curvprune.run import RecipeError
+from curvprune.run import pipeline as pipeline
+from curvprune.run import stages as stages
 from tests import tiny
 
 

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import curvprune as cp
-from curvprune.objective import (
+from curvprune.model import (
     CausalLM,
     Classification,
     LabelFree,
@@ -117,7 +117,7 @@ def test_sequence_classification_of_transformers():
         "labels": torch.tensor([0, 1, 1]),
     }
     objective = make_objective("auto", model, batch)
-    assert isinstance(objective, Classification) and objective.unit == "nats/example"
+    assert isinstance(objective, Classification) and objective.measure == "nats/example"
     total, count = objective.loss(model, batch)
     assert float(total) / count == pytest.approx(float(model(**batch).loss), rel=1e-6)
 
@@ -130,7 +130,7 @@ def test_label_free_is_the_kl_divergence_and_zero_at_the_reference(llama):
     mask[1, 4:] = 0
     batch = {"input_ids": ids, "attention_mask": mask}
     objective = make_objective("label-free", llama, batch)
-    assert objective.unit == "nats/token"
+    assert objective.measure == "nats/token"
     assert evaluate(llama, [batch], objective).loss.abs().max() < 1e-9
     result = evaluate(other, [batch], objective)
     p, q = (F.log_softmax(m(**batch).logits.double(), -1) for m in (llama, other))
@@ -243,7 +243,7 @@ def test_bad_batches_say_what_is_wrong(llama):
         Classification().loss(nn.Linear(3, 2), {"input": torch.zeros(1, 3)})
     with pytest.raises(ValueError, match="data is empty"):
         evaluate(llama, [], CausalLM())
-    assert LabelFree(llama).unit == "nats/example"
+    assert LabelFree(llama).measure == "nats/example"
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from curvprune.curvature.operators import (
+from curvprune.curvature import (
     BlockDiagonal,
     Dense,
     Diagonal,
@@ -123,7 +123,7 @@ def test_an_operator_keeps_its_contract(name: str) -> None:
         where = op.space.slices[parameter]
         assert part.space.shapes == {parameter: op.space.shapes[parameter]}
         np.testing.assert_allclose(part.to_dense().numpy(), dense[where, where], atol=1e-12)
-        assert (part.unit, part.psd, part.dtype) == (op.unit, op.psd or part.psd, op.dtype)
+        assert (part.measure, part.psd, part.dtype) == (op.measure, op.psd or part.psd, op.dtype)
     assert op.restrict(op.space.shapes) is op
     with pytest.raises(ValueError, match="'nowhere' is not in this space"):
         op.restrict(["nowhere"])
@@ -258,7 +258,7 @@ def test_operators_say_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="different spaces"):
         Dense(torch.eye(7)) + Dense(torch.eye(7), PAIR)
     with pytest.raises(ValueError, match="differ in unit"):
-        Dense(eye) + Dense(eye, unit="bits")
+        Dense(eye) + Dense(eye, measure="bits")
     with pytest.raises(ValueError, match=r"must return \(3, 1\)"):
         Function(lambda v: v[:2], ParamSpace(shapes={"x": (3,)})) @ torch.zeros(3)
     with pytest.raises(ValueError, match="limit is 20000"):

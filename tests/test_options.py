@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from curvprune.artifact import stored_tensors
-from curvprune.layers import find_layers
+from curvprune.compression import solve
+from curvprune.model import find_layers
 from curvprune.options import (
     BITS,
     Cast,
@@ -23,7 +24,6 @@ from curvprune.options import (
     quantizer_of,
     stored_bytes,
 )
-from curvprune.solve import solve
 
 OPTIONS = [
     Keep(),

@@ -21,11 +21,13 @@ import torch
 from typer.testing import CliRunner
 
 import curvprune as cp
-from curvprune import analysis, latency, pipeline
 from curvprune.artifact import WEIGHTS, tensor_names
 from curvprune.cli import app
-from curvprune.objective import evaluate
-from curvprune.recipe import RecipeError
+from curvprune.curvature import analysis as analysis
+from curvprune.model import evaluate
+from curvprune.run import RecipeError
+from curvprune.run import pipeline as pipeline
+from curvprune.structured import latency as latency
 from tests import tiny
 
 
@@ -138,13 +140,13 @@ def test_the_items_on_record_are_those_of_the_verdict(recipe, finished):
 
 def test_the_items_on_record_are_of_the_model_that_ships(recipe, finished, tmp_path, monkeypatch):
     """A bolder plan is tried and fails: the one before it ships, with its own items."""
-    sequence, verdict_of = cp.stages._fixed_sequence, cp.stages._verdict_of
+    sequence, verdict_of = cp.run.stages._fixed_sequence, cp.run.stages._verdict_of
 
     def longer(job, bench, best):
         other = {n: job.options[n][-1].key for n in best["choices"]}
         return [
             *sequence(job, bench, best),
-            cp.stages._apply_and_write(job, bench, "bolder", other),
+            cp.run.stages._apply_and_write(job, bench, "bolder", other),
         ]
 
     def failing(job, folder, path, title, budget):
@@ -153,8 +155,8 @@ def test_the_items_on_record_are_of_the_model_that_ships(recipe, finished, tmp_p
             dataclasses.replace(verdict, status="INCONCLUSIVE") if "bolder" in title else verdict
         ), columns
 
-    monkeypatch.setattr(cp.stages, "_fixed_sequence", longer)
-    monkeypatch.setattr(cp.stages, "_verdict_of", failing)
+    monkeypatch.setattr(cp.run.stages, "_fixed_sequence", longer)
+    monkeypatch.setattr(cp.run.stages, "_verdict_of", failing)
     shutil.copytree(finished.folder, tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "model")
     record = pipeline.run(recipe, tmp_path / "out", progress=False).record
@@ -178,7 +180,7 @@ def sequence(recipe, monkeypatch):
             for o, step in zip(reversed(options), (0.0, 0.001, 0.004), strict=False)
         }
         rows = [
-            cp.ledger.Row(
+            cp.pricing.ledger.Row(
                 layer=n,
                 option=o.key,
                 bytes=job.layer_bytes(n, o),
@@ -189,31 +191,31 @@ def sequence(recipe, monkeypatch):
             for o in options
         ]
         zeros = np.zeros((2, len(rows)))
-        job.ledger = cp.ledger.Ledger(
-            rows=tuple(rows), sums=zeros, count=np.ones(2), unit="nats", labels=1
+        job.ledger = cp.pricing.ledger.Ledger(
+            rows=tuple(rows), sums=zeros, count=np.ones(2), measure="nats", labels=1
         )
         job.settings = dataclasses.replace(job.settings, attempts=attempts)
 
         def applied(job, bench, name, choices):
             predicted = sum(prices[pair] for pair in choices.items())
             lost, stderr = predicted * (of_bolder if name == "plan, bolder" else drop), 0.01
-            chance = cp.selection.chance_at(job, lost, stderr, lost + 2 * stderr)
+            chance = cp.run.selection.chance_at(job, lost, stderr, lost + 2 * stderr)
             record = {
                 "name": name, "choices": choices, "bytes": job.bytes_of(choices), "expected": predicted,
                 "chance": chance, "metric_drop": lost, "metric_stderr": stderr, "metric_bound": lost + 2 * stderr,
             }  # fmt: skip
-            tried = cp.sequence.Tried(record, None)
-            return cp.stages._Applied(
+            tried = cp.run.sequence.Tried(record, None)
+            return cp.run.stages._Applied(
                 record=record, before=None, folder=Path("."), solved={}, tried=tried
             )
 
-        monkeypatch.setattr(cp.stages, "_apply_and_write", applied)
-        nothing = cp.objective.ItemResults(
+        monkeypatch.setattr(cp.run.stages, "_apply_and_write", applied)
+        nothing = cp.model.losses.ItemResults(
             **dict.fromkeys(("loss", "count", "correct"), torch.ones(1).double())
         )
-        bench = cp.selection.Bench(job, lambda n: [], nothing, nothing)
-        choices = cp.knapsack.cheapest(rows, max_loss=0.01, **job.within)
-        chosen = cp.stages._fixed_sequence(job, bench, {"name": "plan", "choices": choices})
+        bench = cp.run.selection.Bench(job, lambda n: [], nothing, nothing)
+        choices = cp.planning.integer_program.cheapest(rows, max_loss=0.01, **job.within)
+        chosen = cp.run.stages._fixed_sequence(job, bench, {"name": "plan", "choices": choices})
         return job, [a.record for a in chosen], bench.trials
 
     return found
@@ -226,12 +228,14 @@ def test_a_bolder_plan_is_the_one_that_is_expected_to_save_most(sequence):
     def saving(choices):
         factor = job.expected(choices) / first["expected"]
         drop = factor * first["metric_drop"]
-        return (first["bytes"] - job.bytes_of(choices)) * cp.selection.chance_at(
+        return (first["bytes"] - job.bytes_of(choices)) * cp.run.selection.chance_at(
             job, drop, factor * 0.01, drop + factor * 0.02
         )
 
     every = [
-        cp.knapsack.cheapest(job.ledger.rows, max_loss=factor * first["expected"], **job.within)
+        cp.planning.integer_program.cheapest(
+            job.ledger.rows, max_loss=factor * first["expected"], **job.within
+        )
         for factor in np.linspace(0.5, 4, 400)
     ]
     most = saving(second["choices"])
@@ -240,7 +244,7 @@ def test_a_bolder_plan_is_the_one_that_is_expected_to_save_most(sequence):
     _, _, (first, second) = sequence(
         2, drop=0.1, of_bolder=0.1
     )  # next to nothing was lost: how losses grow is not known
-    assert 2 < second["expected"] / first["expected"] <= cp.sequence.BOLDEST
+    assert 2 < second["expected"] / first["expected"] <= cp.run.sequence.BOLDEST
 
 
 def test_a_plan_that_was_too_bold_is_followed_by_one_on_the_way_to_it(sequence):
@@ -250,7 +254,7 @@ def test_a_plan_that_was_too_bold_is_followed_by_one_on_the_way_to_it(sequence):
     assert [p["name"] for p in plans] == ["plan, bolder 2", "plan, bolder"], (
         "nothing before a sure one"
     )
-    assert first["chance"] >= between["chance"] > cp.sequence.SURE > 0.01 > bold["chance"]
+    assert first["chance"] >= between["chance"] > cp.run.sequence.SURE > 0.01 > bold["chance"]
     # Nothing beyond what the two have shown: what is nearer to the second is expected to lose as it
     # did.
     assert between["expected"] < (first["expected"] * bold["expected"]) ** 0.5
@@ -261,37 +265,37 @@ def test_a_plan_that_was_too_bold_is_followed_by_one_on_the_way_to_it(sequence):
 
 def test_a_plan_that_is_not_safe_is_preceded_by_a_more_cautious_one(sequence):
     _, plans, trials = sequence(3, drop=18.5, of_bolder=18.5)
-    assert trials[0]["chance"] < cp.stages.SAFE
+    assert trials[0]["chance"] < cp.run.stages.SAFE
     assert [t["name"] for t in trials[:2]] == ["plan", "plan, more cautious"]
-    assert plans[0]["name"] == "plan, more cautious" and plans[0]["chance"] >= cp.stages.SAFE
-    assert plans[0]["expected"] <= cp.stages.CAUTION * trials[0]["expected"]
+    assert plans[0]["name"] == "plan, more cautious" and plans[0]["chance"] >= cp.run.stages.SAFE
+    assert plans[0]["expected"] <= cp.run.stages.CAUTION * trials[0]["expected"]
     assert plans[0]["bytes"] > plans[-1]["bytes"]
 
 
 def test_items_in_which_nothing_counts_are_left_out():
     def results(loss, count, correct):
         values = {"loss": loss, "count": count, "correct": correct}
-        return cp.objective.ItemResults(
+        return cp.model.losses.ItemResults(
             **{k: torch.tensor(v, dtype=torch.float64) for k, v in values.items()}
         )
 
-    split = cp.data.Split(items=({}, {}, {}, {}), documents=("b", "a", "a", "b"))
+    split = cp.model.items.Split(items=({}, {}, {}, {}), documents=("b", "a", "a", "b"))
     count, one = [2.0, 0, 3, 1], [1.0, 0, 1, 1]
     before, after = (
         results([1.0, 0, 6, 2], count, [1.0, 0, 2, 1]),
         results([3.0, 0, 3, 2], count, [0.0, 0, 3, 1]),
     )
-    assert cp.selection.item_columns(before, after, split) == {
+    assert cp.certificate.item_columns(before, after, split) == {
         "documents": ["b", "a"], "document": [0, 1, 0], "index": [0, 2, 3], "count": [2, 3, 1],
         "before": [0.5, 2.0, 2.0], "after": [1.5, 1.0, 2.0],
     }  # fmt: skip
     before, after = results([0.1] * 4, one, [1.0, 0, 0, 1]), results([0.2] * 4, one, [0.0, 0, 1, 1])
-    columns = cp.selection.item_columns(before, after, split)
+    columns = cp.certificate.item_columns(before, after, split)
     assert (columns["right_before"], columns["right_after"]) == ([1, 0, 1], [0, 1, 1])
 
 
 def cp_recipe(path: Path):
-    from curvprune.recipe import load_recipe
+    from curvprune.run import load_recipe
 
     return load_recipe(path)
 
@@ -300,7 +304,9 @@ def test_a_second_run_returns_at_once_and_another_recipe_is_refused(
     recipe, finished, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        pipeline.hf, "load_model", lambda *a, **k: pytest.fail("the model must not be loaded again")
+        pipeline.models,
+        "load_model",
+        lambda *a, **k: pytest.fail("the model must not be loaded again"),
     )
     again = pipeline.run(recipe, finished.folder, progress=False)
     assert again.record == finished.record and again.exit_code == 0
@@ -346,11 +352,11 @@ def test_finished_stages_and_layers_are_not_repeated(recipe, finished, tmp_path,
     removed = sorted((out / "state" / "solved").glob("*.json"))[3]
     removed.unlink()
     solved = []
-    real = cp.stages.solve_layer
+    real = cp.run.stages.solve_layer
     monkeypatch.setattr(
-        cp.stages, "solve_layer", lambda layer, *a: solved.append(layer.name) or real(layer, *a)
+        cp.run.stages, "solve_layer", lambda layer, *a: solved.append(layer.name) or real(layer, *a)
     )
-    monkeypatch.setattr(cp.selection, "evaluate", lambda *a: pytest.fail("evaluated again"))
+    monkeypatch.setattr(cp.run.selection, "evaluate", lambda *a: pytest.fail("evaluated again"))
     again = pipeline.run(recipe, out, progress=False)
     casts = "model.embed_tokens"  # stored as a rule, not as tensors: reading it is solving it
     assert len([n for n in solved if n != casts]) == 1
@@ -377,13 +383,13 @@ def test_layers_that_serving_engines_fuse_get_the_same_option_everywhere(
     path = tmp_path / "fused.yaml"
     path.write_text(recipe.read_text().replace("max_drop: 0.2", budget) + "same_option: fused\n")
     plans = []
-    real = cp.selection.Bench.record
+    real = cp.run.selection.Bench.record
 
     def spy(self, name, kind, choices, *arguments):
         plans.append(dict(choices))
         return real(self, name, kind, choices, *arguments)
 
-    monkeypatch.setattr(cp.selection.Bench, "record", spy)
+    monkeypatch.setattr(cp.run.selection.Bench, "record", spy)
     result = pipeline.run(path, tmp_path / "out", progress=False)
     shipped = json.loads((tmp_path / "out" / "plan.json").read_text())
     plans.append(shipped["choices"])
@@ -417,9 +423,9 @@ def test_another_budget_reuses_what_was_solved(recipe, finished, tmp_path, monke
         .replace("title: Tiny", "title: Other")
     )
     fresh = pipeline.run(other, tmp_path / "fresh", progress=False)
-    written, write = [], cp.stages._write_solved
+    written, write = [], cp.run.stages._write_solved
     monkeypatch.setattr(
-        cp.stages,
+        cp.run.stages,
         "_write_solved",
         lambda s, name, solved: written.append(name) or write(s, name, solved),
     )
@@ -570,8 +576,8 @@ def test_a_run_that_does_not_fit_is_not_reused(recipe, finished, tmp_path, monke
         assert caught.value.line == 1 + [
             line.split(":")[0] for line in path.read_text().splitlines()
         ].index(key)
-    claimed = pipeline.hf.model_sha256
-    monkeypatch.setattr(pipeline.hf, "model_sha256", lambda model: claimed(model)[::-1])
+    claimed = pipeline.models.model_sha256
+    monkeypatch.setattr(pipeline.models, "model_sha256", lambda model: claimed(model)[::-1])
     with pytest.raises(RecipeError, match="another model_sha256, whose results would not fit"):
         pipeline.run(recipe, out, progress=False, reuse=finished.folder)
     assert not out.exists()
@@ -1174,7 +1180,9 @@ def test_the_chance_that_select_sees_is_that_of_certify(recipe, documents):
     certify says yes."""
     job, _ = pipeline.prepare(cp_recipe(recipe), None, progress=False)
     splits = [
-        cp.data.Split(items=({},) * (6 * n), documents=tuple(str(i // 6) for i in range(6 * n)))
+        cp.model.items.Split(
+            items=({},) * (6 * n), documents=tuple(str(i // 6) for i in range(6 * n))
+        )
         for n in documents
     ]
     job.splits = dataclasses.replace(job.splits, select=splits[0], certify=splits[1])
@@ -1188,14 +1196,14 @@ def test_the_chance_that_select_sees_is_that_of_certify(recipe, documents):
             + rng.normal(size=len(count)) * 0.02
         )
         before, after = (
-            cp.objective.ItemResults(loss=torch.tensor(x).double(), count=count, correct=count)
+            cp.model.losses.ItemResults(loss=torch.tensor(x).double(), count=count, correct=count)
             for x in (np.zeros(len(count)), losses)
         )
-        return cp.selection.compare(before, after, split, job.budget, unit="nats")
+        return cp.certificate.compare(before, after, split, job.budget, measure="nats")
 
     chances, certified = [], []
     for drop in np.repeat([0.15, 0.17, 0.18, 0.19, 0.2], 60):  # of a budget of 0.2
-        chances.append(cp.selection._chance(job, verdict(splits[0], drop)))
+        chances.append(cp.run.selection._chance(job, verdict(splits[0], drop)))
         certified.append(verdict(splits[1], drop).status == "CERTIFIED")
     # 0.05 too low in both; with select's quantile 0.13 and 0.07.
     assert np.mean(chances) == pytest.approx(np.mean(certified), abs=0.1)

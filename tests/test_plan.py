@@ -14,8 +14,20 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from curvprune.knapsack import Choice, Infeasible, Limit, cheapest, frontier
-from curvprune.plan import Budget, Measurement, Plan, Search, Trial, corrections, search
+from curvprune.planning import (
+    Budget,
+    Choice,
+    Infeasible,
+    Limit,
+    Measurement,
+    Plan,
+    Search,
+    Trial,
+    cheapest,
+    corrections,
+    frontier,
+    search_plans,
+)
 from tests.test_knapsack import by_layer, ladder, share, value
 
 
@@ -47,12 +59,12 @@ def test_search_measures_only_plans_that_share() -> None:
     rows = ladder(12)
     groups = [("layer0", "layer5", "layer7"), ("layer2", "layer1")]
     truth = Truth(rows, lambda p: 1.4 * p, budget=0.02)
-    result = search(rows, truth, start=0.02, max_trials=6, same_option=groups)
+    result = search_plans(rows, truth, start=0.02, max_trials=6, same_option=groups)
     assert result.best is not None and len(result.trials) > 1
     for trial in result.trials:
         assert share(trial.choices, groups)
         assert value(rows, trial.choices) == (trial.bytes, pytest.approx(Fraction(trial.predicted)))
-    free = search(rows, Truth(rows, lambda p: 1.4 * p, budget=0.02), start=0.02, max_trials=6)
+    free = search_plans(rows, Truth(rows, lambda p: 1.4 * p, budget=0.02), start=0.02, max_trials=6)
     assert free.best is not None and not share(free.best, groups)
 
 
@@ -72,7 +84,7 @@ def test_search_closes_in_on_the_smallest_plan_within_the_budget(
 ) -> None:
     rows = ladder(30)
     truth = Truth(rows, measure, budget=0.02)
-    result = search(rows, truth, start=0.02, max_trials=10, tolerance=0.03)
+    result = search_plans(rows, truth, start=0.02, max_trials=10, tolerance=0.03)
     assert result.best is not None
     size, price = value(rows, result.best)
     assert measure(float(price)) <= 0.02
@@ -89,7 +101,7 @@ def test_search_closes_in_on_the_smallest_plan_within_the_budget(
 
 def test_the_second_plan_is_what_the_budget_buys_at_the_measured_prices() -> None:
     rows = ladder(30)
-    first, second = search(
+    first, second = search_plans(
         rows, Truth(rows, lambda p: 4 * p, budget=0.02), start=0.02, max_trials=3
     ).trials[:2]
     assert (first.limit, first.expected) == (0.02, first.predicted)
@@ -100,7 +112,7 @@ def test_the_second_plan_is_what_the_budget_buys_at_the_measured_prices() -> Non
 @pytest.mark.parametrize("max_trials", [2, 3, 6])
 def test_search_ends_at_the_most_cautious_plan_when_nothing_passes(max_trials: int) -> None:
     rows = [row for row in ladder(10) if row.option != "keep"]
-    result = search(
+    result = search_plans(
         rows, Truth(rows, lambda p: p + 1, budget=0.02), start=0.02, max_trials=max_trials
     )
     assert result.best is None and len(result.trials) <= max_trials
@@ -109,7 +121,7 @@ def test_search_ends_at_the_most_cautious_plan_when_nothing_passes(max_trials: i
 
 def test_search_falls_back_to_the_cautious_plan_when_only_it_passes() -> None:
     rows = ladder(10)
-    result = search(
+    result = search_plans(
         rows, Truth(rows, lambda p: 0.0 if p == 0 else 1.0, budget=0.02), start=0.02, max_trials=4
     )
     assert result.best == {f"layer{i}": "keep" for i in range(10)}
@@ -118,7 +130,9 @@ def test_search_falls_back_to_the_cautious_plan_when_only_it_passes() -> None:
 
 def test_search_stops_at_the_smallest_model_when_everything_passes() -> None:
     rows = ladder(10)
-    result = search(rows, Truth(rows, lambda p: 1e-3 * p, budget=0.02), start=0.001, max_trials=6)
+    result = search_plans(
+        rows, Truth(rows, lambda p: 1e-3 * p, budget=0.02), start=0.001, max_trials=6
+    )
     assert result.best == {f"layer{i}": "2 bit" for i in range(10)}
     assert len(result.trials) <= 3
 
@@ -126,16 +140,16 @@ def test_search_stops_at_the_smallest_model_when_everything_passes() -> None:
 def test_search_survives_models_that_break() -> None:
     rows = ladder(10)
     truth = Truth(rows, lambda p: p if p < 1e-3 else math.nan, budget=0.02)
-    result = search(rows, truth, start=0.02, max_trials=8)
+    result = search_plans(rows, truth, start=0.02, max_trials=8)
     assert result.best is not None and float(value(rows, result.best)[1]) < 1e-3
     assert Search.from_dict(json.loads(json.dumps(result.to_dict()))).best == result.best
     with pytest.raises(ValueError, match="accepted a plan"):
-        search(rows, lambda choices: Measurement(True, math.nan, 0.0), start=0.02)
+        search_plans(rows, lambda choices: Measurement(True, math.nan, 0.0), start=0.02)
 
 
 def test_search_starts_from_a_budget_of_nothing() -> None:
     rows = ladder(10)
-    result = search(rows, Truth(rows, lambda p: p, budget=0.0), start=0.0)
+    result = search_plans(rows, Truth(rows, lambda p: p, budget=0.0), start=0.0)
     assert result.best is not None and value(rows, result.best)[1] == 0
 
 
@@ -144,13 +158,15 @@ def test_search_accepts_negative_prices() -> None:
         Choice(layer=r.layer, option=r.option, bytes=r.bytes, price=r.price - 1e-3)
         for r in ladder(10)
     ]
-    result = search(rows, Truth(rows, lambda p: p + 0.02, budget=0.015), start=0.015, max_trials=10)
+    result = search_plans(
+        rows, Truth(rows, lambda p: p + 0.02, budget=0.015), start=0.015, max_trials=10
+    )
     assert result.best is not None and float(value(rows, result.best)[1]) <= -0.005
 
 
 def test_search_is_a_pure_function_and_resumes_from_a_cache() -> None:
     rows = ladder(30)
-    whole = search(
+    whole = search_plans(
         rows, Truth(rows, lambda p: 1.4 * p + 20 * p**2, budget=0.02), start=0.02, max_trials=8
     )
     cache = {
@@ -158,7 +174,7 @@ def test_search_is_a_pure_function_and_resumes_from_a_cache() -> None:
         for t in whole.trials[:2]
     }
     fresh = Truth(rows, lambda p: 1.4 * p + 20 * p**2, budget=0.02)
-    resumed = search(
+    resumed = search_plans(
         rows,
         lambda c: cache[tuple(c.items())] if tuple(c.items()) in cache else fresh(c),
         start=0.02,
@@ -188,7 +204,7 @@ def test_search_learns_which_options_cost_more_than_their_price(
         loss = float(value(true, choices)[1])
         return Measurement(loss <= budget, loss, loss)
 
-    result = search(rows, evaluate, start=budget, max_trials=6)
+    result = search_plans(rows, evaluate, start=budget, max_trials=6)
     assert result.best is not None
     optimum = value(true, cheapest(true, max_loss=budget))[0]
     assert value(rows, result.best)[0] < (1 + (scaled_only - 1) / 2) * optimum
@@ -235,7 +251,7 @@ def test_search_under_several_limits_finds_the_smallest_plan_that_passes(seed: i
         loss = 1.5 * float(price)
         return Measurement(loss <= budget, loss, loss)
 
-    result = search(
+    result = search_plans(
         rows, evaluate, start=budget, max_trials=40, tolerance=0.0,
         max_bytes=max_bytes + 7, fixed_bytes=7, limits=[limit],
     )  # fmt: skip
@@ -243,7 +259,7 @@ def test_search_under_several_limits_finds_the_smallest_plan_that_passes(seed: i
     # Limits closer than a thousandth are not told apart.
     assert value(rows, result.best)[0] <= min(s[0] for s in within if 1.5 * s[1] <= budget * 0.998)
     with pytest.raises(Infeasible, match="time: at least"):
-        search(rows, evaluate, start=budget, limits=[replace(limit, most=-1.0)])
+        search_plans(rows, evaluate, start=budget, limits=[replace(limit, most=-1.0)])
 
 
 def test_corrections_in_closed_form() -> None:
@@ -291,7 +307,7 @@ def test_corrections_in_closed_form() -> None:
 def test_search_validates_its_arguments() -> None:
     for arguments in ({"start": -0.1}, {"start": math.inf}, {"start": 0.1, "max_trials": 0}):
         with pytest.raises(ValueError, match=r"search\("):
-            search(ladder(3), lambda choices: Measurement(True, 0.0, 0.0), **arguments)  # type: ignore[arg-type]
+            search_plans(ladder(3), lambda choices: Measurement(True, 0.0, 0.0), **arguments)  # type: ignore[arg-type]
 
 
 def test_budget_takes_any_limits() -> None:

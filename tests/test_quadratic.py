@@ -7,8 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from curvprune.knapsack import Choice, Infeasible, Limit, cheapest
-from curvprune.quadratic import Quadratic, scaled
+from curvprune.planning import Choice, Infeasible, Limit, Quadratic, cheapest, scaled
 
 
 def problem(

@@ -12,16 +12,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from curvprune.groups import Groups
+from curvprune.model import Groups
 from curvprune.options import Cast, Keep, Prune, PruneCast, PruneQuantize, Quantize
-from curvprune.recipe import (
-    Recipe,
-    RecipeError,
-    assign_groups,
-    assign_options,
-    load_recipe,
-    lock_text,
-)
+from curvprune.run import Recipe, RecipeError, assign_groups, assign_options, load_recipe, lock_text
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
@@ -916,8 +909,7 @@ def test_fused_ties_query_key_value_and_gate_up_in_every_block(tmp_path: Path) -
     assert grouped(tmp_path, COMPRESS + globs) == found
     alone = (
         "same_option[1]: no other layer in the same parent module to share with: "
-        "model.layers.0.attn.o_proj, "
-        "model.layers.1.attn.o_proj"
+        "model.layers.0.attn.o_proj, model.layers.1.attn.o_proj"
     )
     mixed = grouped(tmp_path, COMPRESS + 'same_option: [fused, ["*.o_proj"]]\n')
     assert mixed == Groups(layers=fused, notes=(alone,))

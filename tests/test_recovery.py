@@ -18,13 +18,12 @@ import torch
 from torch import nn
 
 import curvprune as cp
-from curvprune import pipeline, recovery, stages
-from curvprune.data import as_split, split_items
-from curvprune.layers import find_layers
-from curvprune.objective import evaluate, make_objective
-from curvprune.recipe import RecipeError, RecoverSection
-from curvprune.recovery import Diverged, Training
-from curvprune.solve import dequantize
+from curvprune.compression import Diverged, Training, dequantize
+from curvprune.compression import recovery as recovery
+from curvprune.model import as_split, evaluate, find_layers, make_objective, split_items
+from curvprune.run import RecipeError, RecoverSection
+from curvprune.run import pipeline as pipeline
+from curvprune.run import stages as stages
 from tests import tiny
 
 PORTABLE_NOT = cp.Settings(portable=False)
@@ -347,7 +346,7 @@ def test_the_training_loss_is_that_of_the_positions_that_count(padded):
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
         batch["attention_mask"][0, 5:] = 0
     values, gradients = [], []
-    for loss in (recovery._Distillation(model), cp.objective.LabelFree(model)):
+    for loss in (recovery._Distillation(model), cp.model.losses.LabelFree(model)):
         total, count = loss.loss(other, batch)
         assert count == batch["input_ids"].numel() - 27 * padded
         gradients.append(torch.autograd.grad(total, list(other.parameters())))
@@ -366,7 +365,7 @@ def test_distillation_on_a_fixed_support_ends_at_least_squares():
     y = model(x).detach()
 
     class Squared(cp.Objective):
-        name, unit = "squared", "squares"
+        name, measure = "squared", "squares"
 
         def loss(self, model, batch):
             return (self.logits(model, batch) - batch[1]).square().sum(), len(batch[0])
@@ -374,7 +373,7 @@ def test_distillation_on_a_fixed_support_ends_at_least_squares():
         def item_results(self, model, batch):
             loss = (self.logits(model, batch) - batch[1]).square().sum(1).double().detach()
             ones = torch.ones_like(loss)
-            return cp.objective.ItemResults(loss=loss, count=ones, correct=ones)
+            return cp.model.losses.ItemResults(loss=loss, count=ones, correct=ones)
 
     split = as_split([(x, y)])
     small = copy.deepcopy(model)

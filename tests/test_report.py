@@ -67,8 +67,7 @@ options:
 """
 HOSTILE = (
     "\"'></pre></title></style><script>alert(1)</script><img src=http://evil.example/x "
-    "onerror=alert(2)>"
-    "\x00\x1b[31m\ud800{{ 7*7 }}"
+    "onerror=alert(2)>\x00\x1b[31m\ud800{{ 7*7 }}"
 )
 
 
@@ -157,7 +156,7 @@ def synthetic_record(*, blocks: int = 30, seed: int = 0) -> dict[str, Any]:
         return {
             "status": status,
             "metric": "loss",
-            "unit": "nats/token",
+            "measure": "nats/token",
             "baseline": 2.91374,
             "compressed": 2.91374 + drop,
             "drop": drop,
@@ -200,7 +199,7 @@ def synthetic_record(*, blocks: int = 30, seed: int = 0) -> dict[str, Any]:
     return {
         "title": "SmolLM2-135M, budget 0.02 nats/token",
         "objective": "causal-lm",
-        "unit": "nats/token",
+        "measure": "nats/token",
         "verdict": certified,
         "attempts": [
             verdict(0.008112, 0.00143, "CERTIFIED") | {"plan": "plan-2"},
@@ -223,7 +222,7 @@ def synthetic_record(*, blocks: int = 30, seed: int = 0) -> dict[str, Any]:
         },
         "layers": layers,
         "ledger": {
-            "unit": "nats/token",
+            "measure": "nats/token",
             "curvature": "Kronecker-factored Fisher, labels sampled from the model",
             "num_items": 512,
             "labels_per_item": 2,
@@ -674,16 +673,15 @@ def test_banner_shows_the_records_own_numbers(page: Page, record: dict[str, Any]
     assert "0.0147 \N{PLUS-MINUS SIGN} 0.0019" in page.words
     assert "upper bound, 95 %" in page.words
     assert (
-        "With 95 % confidence the compressed model's loss is at most 0.0178 nats/token above the "
-        "uncompressed one's on "
-        "data like the certify split, which no earlier step touched."
+        "With 95 % confidence the compressed model's loss is at most 0.0178 nats/token above "
+        "the uncompressed one's on data like the certify split, which no earlier step touched."
     ) in page.words
 
 
 def test_accuracy_is_in_percentage_points(small: dict[str, Any]) -> None:
     small["verdict"] |= {
         "metric": "accuracy",
-        "unit": "fraction",
+        "measure": "fraction",
         "baseline": 0.8123,
         "compressed": 0.8101,
         "drop": 0.0022,
@@ -928,7 +926,7 @@ def test_scatter_puts_equal_numbers_on_the_identity_line(values: tuple[float, fl
         )
         for k, v in enumerate(values)
     ]
-    page = Page(str(charts.scatter(points, unit="nats")))
+    page = Page(str(charts.scatter(points, measure="nats")))
     line = next(a for t, a in page.tags if t == "line" and a.get("class") == "identity")
     x1, y1, x2, y2 = (float(line[k] or 0) for k in ("x1", "y1", "x2", "y2"))
     dots = [
@@ -968,7 +966,7 @@ def test_trials_are_told_apart_by_shape_and_colour(record: dict[str, Any]) -> No
     assert [
         p.name for p in sections.trial_points({"trials": record["trials"][:-1]}) if p.chosen
     ] == ["plan-3"]
-    assert str(charts.scatter(points, unit="nats")).count('class="ring"') == 1
+    assert str(charts.scatter(points, measure="nats")).count('class="ring"') == 1
 
 
 def test_chosen_is_the_last_certified_attempt(small: dict[str, Any]) -> None:
@@ -1062,7 +1060,7 @@ def test_heat_map_colours_are_logarithmic_and_ordered() -> None:
     }
     names = [f"l{k}" for k in range(7)]
     chart = charts.heat_map(
-        charts.HeatMap(layers=names, labels=names, options=["o"], cells=cells), unit="nats"
+        charts.HeatMap(layers=names, labels=names, options=["o"], cells=cells), measure="nats"
     )
     rects = [
         a

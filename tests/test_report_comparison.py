@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from curvprune import pipeline
 from curvprune.cli import app
 from curvprune.report import build, comparison, sections
+from curvprune.run import pipeline as pipeline
 
 from .test_report import (
     HOSTILE,
@@ -39,7 +39,7 @@ def column(table: sections.Table, label: str) -> list[Any]:
 
 def a_run(after: list[float], right: list[int], documents: list[int]) -> dict[str, Any]:
     """A classifier's record with four items on the certify split."""
-    record = synthetic_record(blocks=1) | {"objective": "classification", "unit": "nats/example"}
+    record = synthetic_record(blocks=1) | {"objective": "classification", "measure": "nats/example"}
     record["items"] = {
         "documents": ["a", "b", "c", "d"],
         "document": documents,
@@ -155,7 +155,7 @@ def test_figures_stand_side_by_side() -> None:
     units = rows["predicted cost of the removed units (nats/token)"]
     assert str(units[2].text) == "n/a" and units[3].sort is None
     # Another metric is another quantity: no difference is formed.
-    there["verdict"] |= {"metric": "accuracy", "unit": "fraction"}
+    there["verdict"] |= {"metric": "accuracy", "measure": "fraction"}
     labels = {
         str(r[0].text): r[3].sort
         for r in comparison.figures(here | {"against": {"record": there}}).rows
@@ -280,7 +280,7 @@ def both() -> dict[str, Any]:
     paired = {
         "loss": {
             "metric": "loss",
-            "unit": "nats",
+            "measure": "nats",
             "drop": 1.0,
             "stderr": 0.5,
             "items": 4,
@@ -296,7 +296,7 @@ def both() -> dict[str, Any]:
         "provenance",
         "trials",
         "objective",
-        "unit",
+        "measure",
         "stages",
     )
     here, there = ({k: run[k] for k in keep} for run in (here, there))

@@ -67,10 +67,10 @@ def layer(
 def record() -> dict[str, Any]:
     return {
         "title": "t",
-        "unit": "nats/token",
+        "measure": "nats/token",
         "analysis": {
             "matrix": "Hessian",
-            "unit": "nats/token",
+            "measure": "nats/token",
             "num_items": 16,
             "notes": ["fused attention was switched off"],
             "layers": {
@@ -322,7 +322,7 @@ def test_hostile_names_are_escaped(record: dict[str, Any]) -> None:
     analysis["layers"][HOSTILE] = analysis["layers"].pop("a.first")
     analysis["diagnosis"]["disagreements"][0]["layer"] = HOSTILE
     analysis["diagnosis"] |= {"kind": HOSTILE, "text": [HOSTILE]}
-    analysis |= {"matrix": HOSTILE, "notes": [HOSTILE], "unit": HOSTILE}
+    analysis |= {"matrix": HOSTILE, "notes": [HOSTILE], "measure": HOSTILE}
     page = parsed(record)
     assert [t for t, _ in page.tags].count("script") == 1
     assert {t for t, _ in page.tags}.isdisjoint(

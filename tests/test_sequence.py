@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from curvprune import sequence, stages
-from curvprune.job import Job
-from curvprune.knapsack import Infeasible
-from curvprune.ledger import Row
-from curvprune.plan import Budget
-from curvprune.selection import chance_at
-from curvprune.sequence import Tried, chance_of, expected_saving, next_plan, to_test
+from curvprune.planning import Budget, Infeasible
+from curvprune.pricing import Row
+from curvprune.run import Job, Tried, chance_at, chance_of, expected_saving, next_plan, to_test
+from curvprune.run import sequence as sequence
+from curvprune.run import stages as stages
 
 
 def shipped(plans: list[tuple[int, float]], luck: float) -> int | None:

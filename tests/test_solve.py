@@ -14,7 +14,24 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize as peer_dequantize
 from torch import Tensor
 
-import curvprune.solve as solve_room
+import curvprune.compression.solver as solve_room
+from curvprune.compression import (
+    COARSE,
+    DRIFT,
+    FINE,
+    MIN_SCALE,
+    RIDGE,
+    ZERO_SHIFT_BITS,
+    Solved,
+    code_range,
+    column_order,
+    dequantize,
+    factor,
+    pruning,
+    quantize_to_grid,
+    search_grid,
+    solve,
+)
 from curvprune.options import (
     Cast,
     Keep,
@@ -25,18 +42,6 @@ from curvprune.options import (
     pruner_of,
     quantizer_of,
 )
-from curvprune.solve import (
-    DRIFT,
-    RIDGE,
-    Solved,
-    dequantize,
-    quantize_to_grid,
-    search_grid,
-    solve,
-    support,
-)
-from curvprune.solve.grids import COARSE, FINE, MIN_SCALE, ZERO_SHIFT_BITS, code_range
-from curvprune.solve.sweep import column_order, factor
 
 DAMPING = 0.01
 
@@ -202,7 +207,7 @@ def least_squares(W: Tensor, H: Tensor, keep: Tensor) -> Tensor:
 
 
 def test_pruning_one_weight_is_the_surgeons_solution(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(support, "REFITS", 20)
+    monkeypatch.setattr(pruning, "REFITS", 20)
     W, A = weight(1, 10), second_moment(10)
     p = int(A.diagonal().argmax())
     W[0, p] = 1e-3
@@ -226,7 +231,7 @@ def test_the_refit_is_least_squares_on_the_support(
     (rough,) = solve(W, [option], A, layer="x", damping=DAMPING)
     best = least_squares(W, H, rough.weight != 0)
     assert output_error(rough.weight, W, H) < 1.1 * output_error(best, W, H)
-    monkeypatch.setattr(support, "REFITS", 60)
+    monkeypatch.setattr(pruning, "REFITS", 60)
     (fine,) = solve(W, [option], A, layer="x", damping=DAMPING)
     torch.testing.assert_close(fine.weight, best, rtol=1e-8, atol=1e-10)
 
@@ -284,7 +289,7 @@ def test_the_support_is_close_to_the_best_one(option: Prune) -> None:
 def test_float32_and_estimated_thresholds_do_as_well() -> None:
     """A layer large enough for thresholds from a sample; float32 takes its steps in bfloat16."""
     W, A = weight(256, 400), second_moment(400)
-    assert W.numel() > 3 * support.SAMPLE
+    assert W.numel() > 3 * pruning.SAMPLE
     for option in (Prune(sparsity=0.6), Prune(pattern="2:4")):
         (wide,) = solve(W, [option], A, layer="x", damping=DAMPING)
         (narrow,) = solve(W.float(), [option], A.float(), layer="x", damping=DAMPING)
@@ -507,7 +512,7 @@ def test_grid_search_does_not_depend_on_the_chunks(
 ) -> None:
     Wt, a = weight(50, 24).T.contiguous(), second_moment(24).diagonal()
     expected = search_grid(Wt, bits=3, group_size=6, symmetric=False, importance=a)
-    monkeypatch.setattr("curvprune.solve.grids.CHUNK", chunk)
+    monkeypatch.setattr("curvprune.compression.grids.CHUNK", chunk)
     found = search_grid(Wt, bits=3, group_size=6, symmetric=False, importance=a)
     assert torch.equal(found[0], expected[0])
     assert found[1] is not None and expected[1] is not None and torch.equal(found[1], expected[1])

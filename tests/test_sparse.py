@@ -25,15 +25,12 @@ from transformers import (
 )
 
 import curvprune as cp
-from curvprune import artifact
-from curvprune.apply import Moments
+from curvprune.artifact import SparseWeight, write_model
+from curvprune.artifact import folder as artifact
 from curvprune.cli import app
-from curvprune.layers import find_layers
+from curvprune.compression import Moments, Solved, solve, solve_layer
+from curvprune.model import find_layers
 from curvprune.options import kept_weights
-from curvprune.packed import SparseWeight
-from curvprune.pipeline import write_model
-from curvprune.solve import Solved, solve
-from curvprune.stages import solve_layer
 from tests import tiny
 from tests.test_artifact import compress_every_way
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from curvprune.state import StageLog, State
+from curvprune.files import StageLog, State
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

@@ -26,13 +26,20 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import curvprune as cp
-from curvprune import latency, structured
-from curvprune.cuts import find_cuts, remove_, silence_
-from curvprune.data import as_split
-from curvprune.layers import find_layers
-from curvprune.objective import Classification, evaluate, make_objective
-from curvprune.solve.structured import Reader, compensate, removal_order
-from curvprune.structured import Structured, Work, choose_widths
+from curvprune.model import Classification, as_split, evaluate, find_layers, make_objective
+from curvprune.structured import (
+    Reader,
+    Structured,
+    Work,
+    choose_widths,
+    compensate,
+    find_cuts,
+    removal_order,
+    remove_,
+    silence_,
+)
+from curvprune.structured import latency as latency
+from curvprune.structured import units as structured
 
 # ------------------------------------------------------------------------------------------ algebra
 
@@ -337,7 +344,7 @@ def reloaded(tmp_path_factory):
     script = f"""
 import torch, curvprune as cp
 from pathlib import Path
-from curvprune.objective import make_objective
+from curvprune.model import make_objective
 from tests.test_structured import Residual
 for path in Path({str(root)!r}).glob("*.data"):
     extra = {{"model": Residual()}} if path.stem.startswith("cnn") else {{}}

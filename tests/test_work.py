@@ -11,11 +11,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import curvprune as cp
-from curvprune.knapsack import Choice
-from curvprune.layers import find_layers
-from curvprune.objective import CausalLM, Classification
-from curvprune.plan import Budget
-from curvprune.work import Work, limits_of, macs_left, multiply_adds, work_of
+from curvprune.model import CausalLM, Classification, find_layers
+from curvprune.planning import Budget, Choice
+from curvprune.pricing import Work, limits_of, macs_left, multiply_adds, work_of
 from tests import tiny
 from tests.test_experts import mixtral
 

@@ -1,0 +1,89 @@
+"""Operators × estimators, products with the loss's curvature, factors, analysis of a model."""
+
+from curvprune.curvature.analysis import (
+    MATRICES,
+    QUANTITIES,
+    Analysis,
+    LayerCurvature,
+    analyze_curvature,
+)
+from curvprune.curvature.estimators import (
+    EigenPairs,
+    Estimate,
+    density,
+    diagonal,
+    eigenpairs,
+    trace,
+)
+from curvprune.curvature.factors import kfac
+from curvprune.curvature.operators import (
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    Ekfac,
+    Function,
+    Kronecker,
+    NoClosedForm,
+    Operator,
+    ParamSpace,
+    Sum,
+)
+from curvprune.curvature.probes import probe_layers
+from curvprune.curvature.products import empirical_fisher, fisher, gauss_newton, hessian
+from curvprune.curvature.records import (
+    AnalysisRecord,
+    DensityRecord,
+    DiagnosisRecord,
+    DiagonalRecord,
+    Disagreement,
+    EigenvaluesRecord,
+    EstimateRecord,
+    LayerCurvatureRecord,
+    ModelCurvatureRecord,
+    TraceRecord,
+)
+from curvprune.curvature.sampled_fisher import Change, FisherPass, fisher_pass, ratio_estimate
+
+__all__ = [
+    "MATRICES",
+    "QUANTITIES",
+    "Analysis",
+    "AnalysisRecord",
+    "BlockDiagonal",
+    "Change",
+    "Dense",
+    "DensityRecord",
+    "DiagnosisRecord",
+    "Diagonal",
+    "DiagonalRecord",
+    "Disagreement",
+    "EigenPairs",
+    "EigenvaluesRecord",
+    "Ekfac",
+    "Estimate",
+    "EstimateRecord",
+    "FisherPass",
+    "Function",
+    "Kronecker",
+    "LayerCurvature",
+    "LayerCurvatureRecord",
+    "ModelCurvatureRecord",
+    "NoClosedForm",
+    "Operator",
+    "ParamSpace",
+    "Sum",
+    "TraceRecord",
+    "analyze_curvature",
+    "density",
+    "diagonal",
+    "eigenpairs",
+    "empirical_fisher",
+    "fisher",
+    "fisher_pass",
+    "gauss_newton",
+    "hessian",
+    "kfac",
+    "probe_layers",
+    "ratio_estimate",
+    "trace",
+]

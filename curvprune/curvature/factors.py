@@ -34,9 +34,8 @@ from torch.overrides import TorchFunctionMode
 from curvprune.curvature.estimators import EigenPairs
 from curvprune.curvature.operators import BlockDiagonal, Ekfac, Kronecker, Operator, ParamSpace
 from curvprune.curvature.products import check_deterministic, first_items
-from curvprune.layers import Layer
-from curvprune.objective import Batch, Objective, Positions, evaluating, sampled_losses
-from curvprune.processes import all_sum, gather, my_share
+from curvprune.distributed import all_sum, gather, my_share
+from curvprune.model import Batch, Layer, Objective, Positions, evaluating, sampled_losses
 
 ELEMENTS = 1 << 23  # numbers of one chunk of per-item matrices: bounds them at 32 MB
 VECTORS = 1 << 25  # numbers of the gradient columns that a spectrum keeps at once: 128 MB
@@ -654,8 +653,7 @@ def _ordered(
         if logits.ndim != 2 or logits.shape[-1] - 1 > MAX_COLUMNS:
             raise ValueError(
                 f"exact Gauss–Newton columns need logits (items, up to {MAX_COLUMNS + 1} "
-                "classes), got "
-                f"{tuple(logits.shape)}; use the Fisher from sampled labels"
+                f"classes), got {tuple(logits.shape)}; use the Fisher from sampled labels"
             )
         positions = objective.positions(logits, batch)
         columns, ranks = softmax_columns(positions.logits.to(_wide(logits)))
@@ -848,7 +846,7 @@ def kfac(
     return BlockDiagonal(
         {
             n: Kronecker(
-                g, a, _space(layers[n]), unit=objective.unit, transposed=layers[n].transposed
+                g, a, _space(layers[n]), measure=objective.measure, transposed=layers[n].transposed
             )
             for n, (g, a) in factors.items()
         }
@@ -883,7 +881,7 @@ def ekfac(
             *bases[n],
             all_sum(scales[n]) / total,
             _space(layers[n]),
-            unit=objective.unit,
+            measure=objective.measure,
             transposed=layers[n].transposed,
         )
         for n in layers

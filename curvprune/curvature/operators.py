@@ -134,7 +134,7 @@ class Operator(ABC):
     """
 
     space: ParamSpace
-    unit: str
+    measure: str
     psd: bool
     dtype: torch.dtype
     device: torch.device
@@ -143,12 +143,12 @@ class Operator(ABC):
         self,
         space: ParamSpace,
         *,
-        unit: str,
+        measure: str,
         psd: bool,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        self.space, self.unit, self.psd, self.dtype = space, unit, psd, dtype
+        self.space, self.measure, self.psd, self.dtype = space, measure, psd, dtype
         self.device = torch.empty(
             0, device=device
         ).device  # "cuda" becomes "cuda:0", as tensors have it
@@ -268,8 +268,7 @@ class Operator(ABC):
         parameters = len(self.space.shapes)
         return (
             f"{type(self).__name__}(n={self.space.dim}, parameters={parameters}, "
-            f"unit={self.unit!r}, psd={self.psd}, "
-            f"dtype={self.dtype}, device={self.device})"
+            f"measure={self.measure!r}, psd={self.psd}, dtype={self.dtype}, device={self.device})"
         )
 
     def _check(self, v: Tensor) -> None:
@@ -305,7 +304,7 @@ class Operator(ABC):
             return self._matmat(whole)[index]
 
         return Function(
-            product, space, unit=self.unit, psd=self.psd, dtype=self.dtype, device=self.device
+            product, space, measure=self.measure, psd=self.psd, dtype=self.dtype, device=self.device
         )
 
     def _solve(self, v: Tensor, shift: float) -> Tensor:
@@ -332,7 +331,7 @@ class Dense(Operator):
         matrix: Float[Tensor, "n m"],
         space: ParamSpace | None = None,
         *,
-        unit: str = "nats",
+        measure: str = "nats",
         psd: bool = False,
     ) -> None:
         _check_symmetric("matrix", matrix)
@@ -341,7 +340,7 @@ class Dense(Operator):
             raise ValueError(
                 f"a {tuple(matrix.shape)} matrix does not act on a space of dimension {space.dim}"
             )
-        super().__init__(space, unit=unit, psd=psd, dtype=matrix.dtype, device=matrix.device)
+        super().__init__(space, measure=measure, psd=psd, dtype=matrix.dtype, device=matrix.device)
         self.matrix = matrix
 
     def _matmat(self, v: Tensor) -> Tensor:
@@ -358,7 +357,7 @@ class Dense(Operator):
 
     def _restrict(self, space: ParamSpace) -> Operator:
         index = _coordinates(self.space, space, self.device)
-        return Dense(self.matrix[index][:, index], space, unit=self.unit, psd=self.psd)
+        return Dense(self.matrix[index][:, index], space, measure=self.measure, psd=self.psd)
 
     @cached_property
     def _eigh(self) -> tuple[Tensor, Tensor]:
@@ -382,7 +381,7 @@ class Diagonal(Operator):
     """
 
     def __init__(
-        self, values: Float[Tensor, " n"], space: ParamSpace | None = None, *, unit: str = "nats"
+        self, values: Float[Tensor, " n"], space: ParamSpace | None = None, *, measure: str = "nats"
     ) -> None:
         space = space or ParamSpace(shapes={"x": (len(values),)})
         if space.dim != len(values):
@@ -391,7 +390,7 @@ class Diagonal(Operator):
                 f"{space.dim}"
             )
         psd = bool((values >= 0).all())
-        super().__init__(space, unit=unit, psd=psd, dtype=values.dtype, device=values.device)
+        super().__init__(space, measure=measure, psd=psd, dtype=values.dtype, device=values.device)
         self.values = values
 
     def _matmat(self, v: Tensor) -> Tensor:
@@ -405,7 +404,7 @@ class Diagonal(Operator):
 
     def _restrict(self, space: ParamSpace) -> Operator:
         return Diagonal(
-            self.values[_coordinates(self.space, space, self.device)], space, unit=self.unit
+            self.values[_coordinates(self.space, space, self.device)], space, measure=self.measure
         )
 
     def _solve(self, v: Tensor, shift: float) -> Tensor:
@@ -440,7 +439,7 @@ class Kronecker(Operator):
         space: ParamSpace | None = None,
         *,
         transposed: bool = False,
-        unit: str = "nats",
+        measure: str = "nats",
         psd: bool = True,
     ) -> None:
         _check_symmetric("output_factor", output_factor)
@@ -452,7 +451,9 @@ class Kronecker(Operator):
             (input_factor, output_factor) if transposed else (output_factor, input_factor)
         )
         space = _matrix_space(space, len(self.left), len(self.right))
-        super().__init__(space, unit=unit, psd=psd, dtype=self.left.dtype, device=self.left.device)
+        super().__init__(
+            space, measure=measure, psd=psd, dtype=self.left.dtype, device=self.left.device
+        )
 
     def _matmat(self, v: Tensor) -> Tensor:
         return _two_sided(self.left, v, self.right)
@@ -470,7 +471,7 @@ class Kronecker(Operator):
     def _eigh(self) -> Ekfac:
         left, u = torch.linalg.eigh(self.left)
         right, w = torch.linalg.eigh(self.right)
-        return Ekfac(u, w, torch.outer(left, right), self.space, unit=self.unit)
+        return Ekfac(u, w, torch.outer(left, right), self.space, measure=self.measure)
 
     def _solve(self, v: Tensor, shift: float) -> Tensor:
         return self._eigh._solve(v, shift)
@@ -502,7 +503,7 @@ class Ekfac(Operator):
         space: ParamSpace | None = None,
         *,
         transposed: bool = False,
-        unit: str = "nats",
+        measure: str = "nats",
     ) -> None:
         _check_orthogonal("output_basis", output_basis)
         _check_orthogonal("input_basis", input_basis)
@@ -520,7 +521,7 @@ class Ekfac(Operator):
         space = _matrix_space(space, len(self.left), len(self.right))
         psd = bool((eigenvalues >= 0).all())
         super().__init__(
-            space, unit=unit, psd=psd, dtype=eigenvalues.dtype, device=eigenvalues.device
+            space, measure=measure, psd=psd, dtype=eigenvalues.dtype, device=eigenvalues.device
         )
 
     def _scaled(self, v: Tensor, scales: Tensor) -> Tensor:
@@ -562,9 +563,11 @@ class BlockDiagonal(Operator):
                     f"block {name!r}: parameter {twice[0]!r} is already in another block"
                 )
             shapes.update(block.space.shapes)
-        unit, dtype, device = _agreement(blocks)
+        measure, dtype, device = _agreement(blocks)
         psd = all(block.psd for block in blocks.values())
-        super().__init__(ParamSpace(shapes=shapes), unit=unit, psd=psd, dtype=dtype, device=device)
+        super().__init__(
+            ParamSpace(shapes=shapes), measure=measure, psd=psd, dtype=dtype, device=device
+        )
         self.blocks = dict(blocks)
 
     def _each(self, v: Tensor, function: Callable[[Operator, Tensor], Tensor]) -> Tensor:
@@ -614,12 +617,12 @@ class Function(Operator):
         function: Callable[[Tensor], Tensor],
         space: ParamSpace,
         *,
-        unit: str = "nats",
+        measure: str = "nats",
         psd: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(space, unit=unit, psd=psd, dtype=dtype, device=device)
+        super().__init__(space, measure=measure, psd=psd, dtype=dtype, device=device)
         self.function = function
 
     def _matmat(self, v: Tensor) -> Tensor:
@@ -664,9 +667,9 @@ class Sum(Operator):
                 raise ValueError(
                     f"operators on different spaces: {space.shapes} and {part.space.shapes}"
                 )
-        unit, dtype, device = _agreement({str(i): part for i, (_, part) in enumerate(flat)})
+        measure, dtype, device = _agreement({str(i): part for i, (_, part) in enumerate(flat)})
         psd = shift >= 0 and all(factor >= 0 and part.psd for factor, part in flat)
-        super().__init__(space, unit=unit, psd=psd, dtype=dtype, device=device)
+        super().__init__(space, measure=measure, psd=psd, dtype=dtype, device=device)
         self.parts, self.shift = tuple(flat), float(shift)
 
     def _matmat(self, v: Tensor) -> Tensor:
@@ -723,9 +726,8 @@ def _matrix_space(space: ParamSpace | None, rows: int, columns: int) -> ParamSpa
     # A leading axis that disagrees with the factors is a weight stored the other way round.
     if len(shape) > 1 and shape[0] != rows:
         raise ValueError(
-            f"parameter {name!r} of shape {shape} is not [{rows}, {columns}]; for a weight stored "
-            "[in, out] pass "
-            f"transposed=True, for one stored [out, in] transposed=False"
+            f"parameter {name!r} of shape {shape} is not [{rows}, {columns}]; for a weight "
+            "stored [in, out] pass transposed=True, for one stored [out, in] transposed=False"
         )
     return space
 
@@ -740,16 +742,15 @@ def _check_symmetric(what: str, matrix: Tensor) -> None:
     if not off <= scale * torch.finfo(matrix.dtype).eps ** 0.5:
         raise ValueError(
             f"{what}: not symmetric, entries differ from their mirror image by up to {off:.3g} "
-            "(largest entry "
-            f"{scale:.3g}); pass (M + M.mT) / 2 if that is meant"
+            f"(largest entry {scale:.3g}); pass (M + M.mT) / 2 if that is meant"
         )
 
 
 def _check_orthogonal(what: str, basis: Tensor) -> None:
     if basis.ndim != 2 or basis.shape[0] != basis.shape[1]:
         raise ValueError(f"{what}: expected a square matrix, got {tuple(basis.shape)}")
-    unit = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
-    off = float((basis.mT @ basis - unit).abs().max()) if basis.numel() else 0.0
+    measure = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
+    off = float((basis.mT @ basis - measure).abs().max()) if basis.numel() else 0.0
     if not off <= torch.finfo(basis.dtype).eps ** 0.5:
         raise ValueError(
             f"{what}: not orthogonal, QᵀQ differs from the identity by up to {off:.3g}"
@@ -766,14 +767,15 @@ def _check_alike(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _agreement(operators: Mapping[str, Operator]) -> tuple[str, torch.dtype, torch.device]:
-    kinds = {(op.unit, op.dtype, op.device): name for name, op in operators.items()}
+    kinds = {(op.measure, op.dtype, op.device): name for name, op in operators.items()}
     if len(kinds) > 1:
         told = "; ".join(
-            f"{name}: {unit}, {dtype}, {device}" for (unit, dtype, device), name in kinds.items()
+            f"{name}: {measure}, {dtype}, {device}"
+            for (measure, dtype, device), name in kinds.items()
         )
         raise ValueError(f"operators differ in unit, dtype or device: {told}")
-    ((unit, dtype, device),) = kinds
-    return unit, dtype, device
+    ((measure, dtype, device),) = kinds
+    return measure, dtype, device
 
 
 def _nonsingular(eigenvalues: Tensor, shift: float) -> Tensor:
@@ -784,7 +786,6 @@ def _nonsingular(eigenvalues: Tensor, shift: float) -> Tensor:
         if not size > largest * torch.finfo(values.dtype).eps:
             raise ValueError(
                 f"singular to working precision: eigenvalues from {size:.3g} to {largest:.3g} in "
-                "magnitude; "
-                f"solve a damped operator, op.damped(value)"
+                "magnitude; solve a damped operator, op.damped(value)"
             )
     return values.reciprocal()

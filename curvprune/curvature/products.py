@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvprune.curvature.operators import Operator, ParamSpace
-from curvprune.objective import Batch, Objective, evaluating, sampled_losses
-from curvprune.processes import all_sum, my_share, rank, world
+from curvprune.distributed import all_sum, my_share, rank, world
+from curvprune.model import Batch, Objective, evaluating, sampled_losses
 
 
 def first_items(batch: Batch, count: int) -> Batch:
@@ -86,10 +86,9 @@ def check_deterministic(model: nn.Module, objective: Objective, batch: Batch) ->
         else "no module by itself, so a function between"
     )
     raise ValueError(
-        f"{type(model).__name__} gives two different outputs for the same item in evaluation mode "
-        f"({where}): curvature "
-        "of a random function means nothing; switch it off (functional dropout needs "
-        "training=self.training)"
+        f"{type(model).__name__} gives two different outputs for the same item in evaluation "
+        f"mode ({where}): curvature of a random function means nothing; switch it off "
+        "(functional dropout needs training=self.training)"
     )
 
 
@@ -180,7 +179,9 @@ class MatrixFree(Operator):
             else torch.float32
         )
         device = own[source.names[0]].device
-        super().__init__(space, unit=source.objective.unit, psd=psd, dtype=wide, device=device)
+        super().__init__(
+            space, measure=source.objective.measure, psd=psd, dtype=wide, device=device
+        )
         self.source, self.matrix = source, matrix
         self._index = [source.names.index(n) for n in space.shapes]
 
@@ -242,8 +243,8 @@ def _explained(error: RuntimeError) -> RuntimeError:
     if "derivative for" in text and "not implemented" in text:
         return RuntimeError(
             f"an operation of the model cannot be differentiated twice ({text.splitlines()[0]}); "
-            "second-order products "
-            "need another implementation of it, e.g. attn_implementation='eager'"
+            "second-order products need another implementation of it, e.g. "
+            "attn_implementation='eager'"
         )
     if "modified by an inplace operation" in text:
         return RuntimeError(

@@ -1,8 +1,6 @@
-"""Records (plain dicts) to a self-contained HTML report and a short text summary."""
+"""Records of runs to a self-contained HTML report and a short text summary."""
 
-from __future__ import annotations
-
-from .html import build
-from .terminal import summary
+from curvprune.report.html import build
+from curvprune.report.terminal import summary
 
 __all__ = ["build", "summary"]

@@ -311,8 +311,6 @@ class Point:
     def title(self) -> str:
         return (
             f"#{self.number} {self.name}: predicted {plus_minus(self.predicted, self.predicted_stderr)}, "
-            ""
-            ""
             f"measured {plus_minus(self.measured, self.measured_stderr)}, {size(self.bytes)}"
         )
 
@@ -358,7 +356,7 @@ def _number(point: Point, x: float, y: float, taken: list[tuple[float, float]]) 
     return _text(x + dx, y + dy, str(point.number), "number")
 
 
-def scatter(points: Sequence[Point], *, unit: str) -> Markup | None:
+def scatter(points: Sequence[Point], *, measure: str) -> Markup | None:
     """Predicted (across) against measured (up) with error bars and the identity line; ``None`` with
     nothing to show."""
     drawn = [
@@ -374,7 +372,7 @@ def scatter(points: Sequence[Point], *, unit: str) -> Markup | None:
     # One scale for both axes keeps the identity line at 45 degrees.
     x = choose_scale(values, errors, start=left, stop=width - right)
     y = Scale(kind=x.kind, low=x.low, high=x.high, start=height - bottom, stop=top, knee=x.knee)
-    parts = _axes(x, y, f"predicted ({unit})", f"measured on the select split ({unit})")
+    parts = _axes(x, y, f"predicted ({measure})", f"measured on the select split ({measure})")
     parts.append(_line(x(x.low), y(y.low), x(x.high), y(y.high), "identity"))
     parts.append(_text(x.start + 26, y.start - 8, "measured = predicted", "label faint"))
     taken = [(x(a), y(b)) for _, a, b in drawn]
@@ -397,7 +395,7 @@ def frontier(
     curve: Sequence[tuple[float, float, float]],
     points: Sequence[Point],
     *,
-    unit: str,
+    measure: str,
     max_drop: float | None,
     max_bytes: float | None,
 ) -> Markup | None:
@@ -445,7 +443,7 @@ def frontier(
         x,
         y,
         f"weights on disk ({suffix})",
-        f"loss increase ({unit}): line predicted, marks measured",
+        f"loss increase ({measure}): line predicted, marks measured",
     )
     upper = [(x(b / divisor), y(v + e)) for b, v, e in curve]
     lower = [(x(b / divisor), y(v - e)) for b, v, e in curve]
@@ -465,7 +463,7 @@ def frontier(
                 x(b / divisor),
                 y(v),
                 "dot",
-                f"{size(b)}: predicted {plus_minus(v, e)} {unit}",
+                f"{size(b)}: predicted {plus_minus(v, e)} {measure}",
                 r=1.8,
             )
         )
@@ -475,7 +473,7 @@ def frontier(
             _text(
                 x.stop - 4,
                 y(max_drop) - 6,
-                f"budget {short(max_drop)} {unit}",
+                f"budget {short(max_drop)} {measure}",
                 "label budget-text",
                 "end",
             )
@@ -577,7 +575,7 @@ class HeatMap:
         return (min(positive), max(positive)) if positive else None
 
 
-def heat_map(table: HeatMap, *, unit: str) -> Markup | None:
+def heat_map(table: HeatMap, *, measure: str) -> Markup | None:
     """Prices as colours on a log scale, in as many panels side by side as stay readable. A dot
     marks a price below two standard errors, an outline the chosen option, grey a price of zero or
     less, a blank an option not offered."""
@@ -624,10 +622,10 @@ def heat_map(table: HeatMap, *, unit: str) -> Markup | None:
                 if (layer, option) not in table.cells:
                     continue
                 parts += _cell(
-                    table, layer, option, left + label + c * cell, y, cell, row, span, unit
+                    table, layer, option, left + label + c * cell, y, cell, row, span, measure
                 )
     if span is not None:
-        parts += _key(span, head + per_panel * row + 12, unit)
+        parts += _key(span, head + per_panel * row + 12, measure)
     return _svg(
         width,
         height,
@@ -646,13 +644,13 @@ def _cell(
     width: float,
     height: float,
     span: tuple[float, float] | None,
-    unit: str,
+    measure: str,
 ) -> list[object]:
     price, stderr = table.cells[layer, option]
     chosen = table.chosen.get(layer) == option
     title = element(
         "title",
-        f"{layer}, {option}: {plus_minus(price, stderr)} {unit}{', chosen' if chosen else ''}",
+        f"{layer}, {option}: {plus_minus(price, stderr)} {measure}{', chosen' if chosen else ''}",
     )
     positive = price is not None and price > 0 and span is not None
     fill = None
@@ -691,7 +689,7 @@ def _cell(
     return parts
 
 
-def _key(span: tuple[float, float], y: float, unit: str) -> list[object]:
+def _key(span: tuple[float, float], y: float, measure: str) -> list[object]:
     """The colour scale with decade ticks, and the marks explained."""
     left, length, steps = 8.0, 300.0, 60
     scale = Scale(
@@ -719,7 +717,9 @@ def _key(span: tuple[float, float], y: float, unit: str) -> list[object]:
         ]
     x = left + length + 14
     parts.append(
-        _text(x, y + 9, f"price ({unit}), log scale from {sig(span[0])} to {sig(span[1])}", "label")
+        _text(
+            x, y + 9, f"price ({measure}), log scale from {sig(span[0])} to {sig(span[1])}", "label"
+        )
     )
     x += 385
     parts += [
@@ -786,7 +786,7 @@ def traces(
     labels: Sequence[str],
     *,
     matrix: str,
-    unit: str,
+    measure: str,
     apart: Sequence[int] = (),
 ) -> Markup | None:
     """Curvature traces of each layer in model order (across) with error bars, the marks of one
@@ -802,7 +802,7 @@ def traces(
     x = Scale(kind="linear", low=-1.0, high=float(len(layers)), start=left, stop=width - right)
     stride = max(1, math.ceil(len(layers) / 7))
     ticks = [(float(k), labels[k]) for k in range(stride // 2, len(layers), stride)]
-    parts = _axes(x, y, "layer, in model order", f"trace of {matrix} ({unit})", x_ticks=ticks)
+    parts = _axes(x, y, "layer, in model order", f"trace of {matrix} ({measure})", x_ticks=ticks)
     radius = 3.4 if len(layers) > 80 else 4.2
     for k, dots in enumerate(layers):
         if len(dots) > 1:
@@ -949,7 +949,7 @@ def spectrum(
     runs: Sequence[Sequence[float]],
     eigenvalues: Sequence[tuple[float, str]],
     matrix: str,
-    unit: str,
+    measure: str,
 ) -> Markup:
     """Density of the eigenvalues on a logarithmic axis; below it a row of ticks for the nodes of
     every run, on the axis the extreme eigenvalues ``(value, tooltip)``."""
@@ -958,7 +958,7 @@ def spectrum(
     below = row * len(runs) + (9.0 if runs else 0.0)
     floor, peak = _floor(curve), max(d for _, d in curve)
     y = Scale(kind="log", low=floor, high=2 * peak, start=height - bottom - below, stop=top)
-    parts = _axes(x, y, f"eigenvalue of {matrix} ({unit})", "density, log scale", below=below)
+    parts = _axes(x, y, f"eigenvalue of {matrix} ({measure})", "density, log scale", below=below)
     zero = x(0.0)
     parts.append(_line(zero, y.start + below, zero, y.stop, "zero"))
     if zero - x.start > 110:
@@ -986,7 +986,9 @@ def spectrum(
     return _svg(width, height, f"Spectral density of {matrix}, logarithmic scale", parts, desc=desc)
 
 
-def spectra(panels: Sequence[tuple[str, str, Curve]], *, matrix: str, unit: str) -> Markup | None:
+def spectra(
+    panels: Sequence[tuple[str, str, Curve]], *, matrix: str, measure: str
+) -> Markup | None:
     """Small densities ``(name, label, curve)`` side by side on one eigenvalue axis, each relative
     to its own peak."""
     if not panels:
@@ -1019,7 +1021,9 @@ def spectra(panels: Sequence[tuple[str, str, Curve]], *, matrix: str, unit: str)
             ticks = x.ticks(about=3)
             for tick in (t for t in ticks if t in (0.0, ticks[0], ticks[-1])):
                 parts.append(_text(x(tick), y.start + 13, short(tick), "tick", "middle"))
-    parts.append(_text(width - gap, height - 4, f"eigenvalue of {matrix} ({unit})", "label", "end"))
+    parts.append(
+        _text(width - gap, height - 4, f"eigenvalue of {matrix} ({measure})", "label", "end")
+    )
     desc = "One panel a layer, one eigenvalue axis for all, densities relative to the layer's peak on a log scale."
     return _svg(width, height, f"Spectral densities of {matrix} by layer", parts, desc=desc)
 

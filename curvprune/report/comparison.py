@@ -39,11 +39,11 @@ from .sections import (
     judged,
     mapping,
     mapping_or_empty,
+    measure_of,
     number_cell,
     smaller_by,
     status_of,
     trial_points,
-    unit_of,
     word,
 )
 from .sections import items as rows_of
@@ -85,10 +85,10 @@ def _figures(record: Record) -> dict[str, _Figure]:
             k: quantity.scaled(verdict.get(k))
             for k in ("drop", "bound", "max_drop", "baseline", "compressed")
         }
-        unit = f"{metric}, {quantity.unit}"
-        found[f"drop ({unit})"] = _Figure(drop_text(verdict), scaled["drop"])
-        found[f"bound ({unit})"] = _Figure(bound_text(verdict), scaled["bound"])
-        found[f"budget ({unit})"] = _Figure(short(scaled["max_drop"]), scaled["max_drop"])
+        measure = f"{metric}, {quantity.measure}"
+        found[f"drop ({measure})"] = _Figure(drop_text(verdict), scaled["drop"])
+        found[f"bound ({measure})"] = _Figure(bound_text(verdict), scaled["bound"])
+        found[f"budget ({measure})"] = _Figure(short(scaled["max_drop"]), scaled["max_drop"])
         found[f"{metric} before ({quantity.level_unit})"] = _Figure(
             sig(scaled["baseline"], 5), scaled["baseline"]
         )
@@ -118,15 +118,15 @@ def _figures(record: Record) -> dict[str, _Figure]:
         found[f"{word(limit.get('name'))} used"] = _Figure(sig(used, 4), used)
     chosen = next((p for p in trial_points(record) if p.chosen), None)
     if chosen is not None:
-        unit = unit_of(record)
+        measure = measure_of(record)
         predicted = plus_minus(chosen.predicted, chosen.predicted_stderr)
         measured = plus_minus(chosen.measured, chosen.measured_stderr)
-        found[f"predicted loss ({unit})"] = _Figure(predicted, chosen.predicted)
-        found[f"measured on select ({unit})"] = _Figure(measured, chosen.measured)
+        found[f"predicted loss ({measure})"] = _Figure(predicted, chosen.predicted)
+        found[f"measured on select ({measure})"] = _Figure(measured, chosen.measured)
     removed = mapping_or_empty(record, "structured")
     if num(removed.get("predicted")) is not None:
         cost = plus_minus(removed["predicted"], removed.get("predicted_stderr"))
-        found[f"predicted cost of the removed units ({unit_of(record)})"] = _Figure(
+        found[f"predicted cost of the removed units ({measure_of(record)})"] = _Figure(
             cost, num(removed["predicted"])
         )
     seconds = [
@@ -197,7 +197,7 @@ def paired(record: Record) -> Table:
                     )
                     for k in ("compressed", "baseline")
                 ),
-                number_cell(drop, f"{drop_text(result)}{THIN}{quantity.unit}"),
+                number_cell(drop, f"{drop_text(result)}{THIN}{quantity.measure}"),
                 number_cell(z, fixed(z, 1)),
                 number_cell(result.get("items"), count(result.get("items"))),
                 number_cell(result.get("clusters"), count(result.get("clusters"))),
@@ -232,7 +232,9 @@ def flips(record: Record) -> tuple[Table, int] | None:
         if theirs is not None and ours.right is not None and theirs.right is not None:
             right = theirs.right[1], ours.right[1]
             both.append(replace(ours, before=theirs.after, after=ours.after, right=right))
-    return items.flips(both, _HEADS, name="right-in-one", unit=unit_of(record)) if both else None
+    return (
+        items.flips(both, _HEADS, name="right-in-one", measure=measure_of(record)) if both else None
+    )
 
 
 def layers(record: Record) -> dict[str, Any]:
@@ -258,18 +260,18 @@ def layers(record: Record) -> dict[str, Any]:
                 *(_price(layer) for layer in both),
             ]
         )
-    units = unit_of(record), unit_of(other)
+    units = measure_of(record), measure_of(other)
     columns = [
         Column("layer"),
         *_sides("", "option"),
         *_sides("n", "bytes"),
         *(
             Column(
-                f"{column.label} {PLUS_MINUS} se ({unit})",
+                f"{column.label} {PLUS_MINUS} se ({measure})",
                 "of this option alone, by the run's own ledger",
                 "n",
             )
-            for column, unit in zip(_sides("n", "price"), units, strict=True)
+            for column, measure in zip(_sides("n", "price"), units, strict=True)
         ),
     ]
     same = [n for n, (ours, theirs) in options.items() if ours == theirs]

@@ -25,16 +25,16 @@ from .sections import (
     labels_of,
     mapping,
     mapping_or_empty,
+    measure_of,
     number_cell,
     texts,
-    unit_of,
     word,
 )
 
 GAUSS_NEWTON = "Gauss-Newton"
 # Keys of an analysis that did more than traces; without any of them, what is missing was never
 # asked for.
-_BEYOND_TRACES = ("model", "diagnosis", "unit", "num_items", "notes")
+_BEYOND_TRACES = ("model", "diagnosis", "measure", "num_items", "notes")
 _NAMED = 12  # more names than this say less than their number
 _ROWS = 120
 
@@ -79,12 +79,12 @@ def _short_matrix(analysis: Record) -> str:
     return matrix_of(analysis).split(" (")[0] if analysis.get("matrix") else "matrix"
 
 
-def _loss_unit(record: Record) -> str:
-    return word(mapping_or_empty(record, "analysis").get("unit") or unit_of(record))
+def _loss_measure(record: Record) -> str:
+    return word(mapping_or_empty(record, "analysis").get("measure") or measure_of(record))
 
 
-def _unit(record: Record) -> str:
-    return f"{_loss_unit(record)} per unit weight change squared"
+def _measure_of(record: Record) -> str:
+    return f"{_loss_measure(record)} per unit weight change squared"
 
 
 def _layers(analysis: Record) -> list[tuple[str, Record]]:
@@ -123,7 +123,7 @@ def overview(record: Record) -> dict[str, Any]:
             "loss",
             sig(model.get("loss"), 5),
             num(model.get("loss")),
-            _loss_unit(record),
+            _loss_measure(record),
             "mean over the items",
         ),
         Fact(
@@ -139,13 +139,13 @@ def overview(record: Record) -> dict[str, Any]:
             plus_minus(trace, stderr),
             trace,
             "",
-            f"sum of all eigenvalues of the whole model, {_unit(record)}",
+            f"sum of all eigenvalues of the whole model, {_measure_of(record)}",
         ),
     ]
     return {
         "matrix": matrix_of(analysis),
         "over": "" if num(analysis.get("num_items")) is None else count(analysis.get("num_items")),
-        "unit": _unit(record),
+        "measure": _measure_of(record),
         "facts": facts if model else [],
         "notes": texts(analysis.get("notes")),
         "traces_only": not any(analysis.get(k) for k in _BEYOND_TRACES),
@@ -176,7 +176,7 @@ def _share(value: Any) -> tuple[str, float | None]:
 
 def diagnosis_facts(record: Record, found: Record) -> list[Fact]:
     """The key figures; the hint of each says in one line what it means."""
-    unit = _unit(record)
+    measure = _measure_of(record)
     largest, smallest, step = (
         num(found.get(k)) for k in ("lambda_max", "lambda_min", "max_learning_rate")
     )
@@ -201,7 +201,11 @@ def diagnosis_facts(record: Record, found: Record) -> list[Fact]:
     kind = found.get("kind")
     return [
         Fact(
-            "λmax", sig(largest, 4), largest, "", f"curvature along the steepest direction ({unit})"
+            "λmax",
+            sig(largest, 4),
+            largest,
+            "",
+            f"curvature along the steepest direction ({measure})",
         ),
         Fact("largest stable SGD step", step_text, step, "", step_hint),
         Fact("λmin", sig(smallest, 4), smallest, "", smallest_hint),
@@ -282,8 +286,8 @@ def disagreements(record: Record) -> Table:
         )
     columns = [
         Column("layer"),
-        Column("Hessian trace", _unit(record), "n"),
-        Column(f"{GAUSS_NEWTON} trace", _unit(record), "n"),
+        Column("Hessian trace", _measure_of(record), "n"),
+        Column(f"{GAUSS_NEWTON} trace", _measure_of(record), "n"),
         Column("ratio", "of the two traces as recorded; 1 is agreement", "n"),
     ]
     return Table("disagreements", columns, rows)
@@ -332,7 +336,7 @@ def eigenvalues(record: Record) -> dict[str, Any]:
     """The extreme eigenvalues of the model and its layers, one row each, and every eigenvalue
     found, one row each."""
     analysis = mapping(record, "analysis")
-    short_matrix, unit = _short_matrix(analysis), _unit(record)
+    short_matrix, measure = _short_matrix(analysis), _measure_of(record)
     rows, every, without = [], [], []
     for where, entry, exact in _places(analysis):
         found, values = mapping_or_empty(entry, "eigenvalues"), _eigenvalues(entry)
@@ -369,9 +373,9 @@ def eigenvalues(record: Record) -> dict[str, Any]:
     columns = [
         Column("where", "the whole model, or the block of one layer"),
         Column("matrix", "the matrix that these eigenvalues are of"),
-        Column(f"λmax, {short_matrix}", f"largest eigenvalue found, {unit}", "n"),
+        Column(f"λmax, {short_matrix}", f"largest eigenvalue found, {measure}", "n"),
         Column("error of λmax", error, "n"),
-        Column(f"λmin, {short_matrix}", f"smallest eigenvalue found, {unit}", "n"),
+        Column(f"λmin, {short_matrix}", f"smallest eigenvalue found, {measure}", "n"),
         Column("error of λmin", error, "n"),
         Column("products", f"products of the {short_matrix} with a vector", "n"),
         Column("converged", "no: take the values as inner bounds of the extremes"),
@@ -383,7 +387,7 @@ def eigenvalues(record: Record) -> dict[str, Any]:
     ]
     found_columns = [
         *columns[:2],
-        Column(f"λ, {short_matrix}", unit, "n"),
+        Column(f"λ, {short_matrix}", measure, "n"),
         Column("error", error, "n"),
         Column("residual", "length of the product minus λ times the vector", "n"),
     ]
@@ -442,7 +446,7 @@ def spectrum(record: Record) -> dict[str, Any]:
         raise Missing(
             "'analysis', 'model', 'density' has no two points and no positive density to draw"
         )
-    matrix, unit = _short_matrix(analysis), _unit(record)
+    matrix, measure = _short_matrix(analysis), _measure_of(record)
     marks = [*(v for run in runs for v, _ in run), *(e.value for e in found)]
     x = charts.spectral_axis(curve, marks, start=70.0, stop=1110.0)
     chart = charts.spectrum(
@@ -451,7 +455,7 @@ def spectrum(record: Record) -> dict[str, Any]:
         runs=[[v for v, _ in run] for run in runs],
         eigenvalues=[(e.value, e.title()) for e in found],
         matrix=matrix,
-        unit=unit,
+        measure=measure,
     )
     step = math.ceil(len(curve) / _ROWS)
     grid = [[number_cell(v, sig(v, 4)), number_cell(d, sig(d))] for v, d in curve[::step]]
@@ -460,7 +464,7 @@ def spectrum(record: Record) -> dict[str, Any]:
         for k, run in enumerate(runs, 1)
         for v, w in run
     ]
-    eigenvalue = Column(f"λ, {matrix}", unit, "n")
+    eigenvalue = Column(f"λ, {matrix}", measure, "n")
     return {
         "chart": chart,
         "legend": charts.legend(
@@ -484,7 +488,7 @@ def spectrum(record: Record) -> dict[str, Any]:
             "quadrature",
             [
                 Column("run", "", "n"),
-                Column(f"node, {matrix}", unit, "n"),
+                Column(f"node, {matrix}", measure, "n"),
                 Column("weight", "share of the spectrum that the node stands for", "n"),
             ],
             quadrature,
@@ -500,7 +504,7 @@ def layer_spectra(record: Record) -> Markup | None:
     ]
     _, labels = labels_of([name for name, _ in curves], longest=36)
     panels = [(name, label, curve) for (name, curve), label in zip(curves, labels, strict=True)]
-    return charts.spectra(panels, matrix=_short_matrix(analysis), unit=_unit(record))
+    return charts.spectra(panels, matrix=_short_matrix(analysis), measure=_measure_of(record))
 
 
 # --- traces
@@ -572,11 +576,11 @@ def traces(record: Record) -> dict[str, Any]:
     """The trace chart, its legend and table."""
     analysis = mapping(record, "analysis")
     layers = _layers(analysis)
-    names, entries, matrix, unit = (
+    names, entries, matrix, measure = (
         [n for n, _ in layers],
         [e for _, e in layers],
         _short_matrix(analysis),
-        _unit(record),
+        _measure_of(record),
     )
     both = _two_matrices(entries)
     compared = any(_estimate(e.get("gauss_newton_trace"))[0] is not None for e in entries)
@@ -615,15 +619,20 @@ def traces(record: Record) -> dict[str, Any]:
     if apart:
         legend = [*legend, ("circle", "apart", f"{matrix} and {GAUSS_NEWTON} disagree")]
     return {
-        "chart": charts.traces(dots, labels, matrix="the matrix", unit=unit, apart=apart),
+        "chart": charts.traces(dots, labels, matrix="the matrix", measure=measure, apart=apart),
         "legend": charts.legend(legend),
-        "table": _traces_table(layers, matrix, unit, compared=compared, detailed=both),
+        "table": _traces_table(layers, matrix, measure, compared=compared, detailed=both),
         "hidden": [name for name, drawn in zip(names, dots, strict=True) if not drawn],
     }
 
 
 def _traces_table(
-    layers: Sequence[tuple[str, Record]], matrix: str, unit: str, *, compared: bool, detailed: bool
+    layers: Sequence[tuple[str, Record]],
+    matrix: str,
+    measure: str,
+    *,
+    compared: bool,
+    detailed: bool,
 ) -> Table:
     rows = []
     for name, entry in layers:
@@ -646,15 +655,15 @@ def _traces_table(
         rows.append(row)
     columns = [
         Column("layer"),
-        Column(f"{matrix} trace {PLUS_MINUS} se", f"sum of the diagonal, {unit}", "n"),
+        Column(f"{matrix} trace {PLUS_MINUS} se", f"sum of the diagonal, {measure}", "n"),
     ]
     if compared:
         columns.append(
-            Column(f"{GAUSS_NEWTON} trace {PLUS_MINUS} se", f"sum of the diagonal, {unit}", "n")
+            Column(f"{GAUSS_NEWTON} trace {PLUS_MINUS} se", f"sum of the diagonal, {measure}", "n")
         )
     columns.append(Column("weights", "", "n"))
     columns += [
-        Column(f"{matrix} diagonal, {k}", f"{k} over the layer's weights, {unit}", "n")
+        Column(f"{matrix} diagonal, {k}", f"{k} over the layer's weights, {measure}", "n")
         for k in ("mean", "median", "q99", "max")
     ]
     if detailed:
@@ -683,7 +692,7 @@ def diagnosis_lines(record: Record) -> list[str]:
     if not found:
         return []
     facts = {
-        f.label: f.text + (f"{THIN}{f.unit}" if f.unit else "")
+        f.label: f.text + (f"{THIN}{f.measure}" if f.measure else "")
         for f in diagnosis_facts(record, found)
     }
     flat = num(found.get("near_zero_below"))

@@ -161,11 +161,11 @@ def size(value: Any) -> str:
         return MISSING
     if abs(number) < 1000:
         return f"{count(number)}{THIN}B"
-    for unit in ("kB", "MB", "GB", "TB"):
+    for measure in ("kB", "MB", "GB", "TB"):
         number /= 1000.0
         rounded = float(f"{number:.3e}")
-        if abs(rounded) < 1000 or unit == "TB":
-            return f"{fixed(rounded, max(0, 3 - _magnitude(rounded)))}{THIN}{unit}"
+        if abs(rounded) < 1000 or measure == "TB":
+            return f"{fixed(rounded, max(0, 3 - _magnitude(rounded)))}{THIN}{measure}"
     raise AssertionError("unreachable")
 
 

@@ -51,7 +51,7 @@ def _attempt(show: Callable[[sections.Record], Any], record: sections.Record) ->
 def _subtitle(record: sections.Record) -> str:
     parts = [
         f"objective: {sections.word(record.get('objective'))}",
-        f"losses in {sections.unit_of(record)}",
+        f"losses in {sections.measure_of(record)}",
     ]
     sizes, provenance = record.get("size"), record.get("provenance")
     if isinstance(sizes, Mapping) and num(sizes.get("parameters")) is not None:
@@ -131,8 +131,8 @@ def build(record: Mapping[str, Any]) -> str:
         removed=None if record.get("structured") is None else _attempt(removed.removed, record),
         trials=trials,
         trials_reading=sections.trials_reading(record),
-        unit=sections.unit_of(record),
-        scatter=charts.scatter(points, unit=sections.unit_of(record)),
+        measure=sections.measure_of(record),
+        scatter=charts.scatter(points, measure=sections.measure_of(record)),
         scatter_missing=trials["missing"] or "no trial has both a predicted and a measured loss",
         legend=sections.trials_legend(record),
         frontier=_attempt(sections.frontier_chart, record),

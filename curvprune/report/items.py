@@ -17,8 +17,8 @@ from .sections import (
     Record,
     Table,
     mapping,
+    measure_of,
     number_cell,
-    unit_of,
     word,
 )
 
@@ -102,16 +102,16 @@ def read(record: Record) -> list[Item]:
     return items
 
 
-def flips(items: Sequence[Item], heads: Heads, *, name: str, unit: str) -> tuple[Table, int]:
+def flips(items: Sequence[Item], heads: Heads, *, name: str, measure: str) -> tuple[Table, int]:
     """The items that are right under one model only, `ROWS` of either kind at most, and how many
     were left out."""
     ranked = sorted(items, key=lambda i: -abs(i.rise))
     kinds = [i for i in ranked if i.lost], [i for i in ranked if i.won]
     shown = [item for kind in kinds for item in kind[:ROWS]]
-    return _table(name, shown, heads, unit=unit), sum(map(len, kinds)) - len(shown)
+    return _table(name, shown, heads, measure=measure), sum(map(len, kinds)) - len(shown)
 
 
-def _table(name: str, items: Sequence[Item], heads: Heads, *, unit: str) -> Table:
+def _table(name: str, items: Sequence[Item], heads: Heads, *, measure: str) -> Table:
     flipped = any(i.lost or i.won for i in items)
     several = any(i.positions != 1 for i in items)
     columns = [
@@ -119,9 +119,9 @@ def _table(name: str, items: Sequence[Item], heads: Heads, *, unit: str) -> Tabl
         Column("document"),
         *([Column("change")] if flipped else []),
         *([Column("positions", "how many of the item count", "n")] if several else []),
-        Column(heads.before, f"loss per position, {unit}", "n"),
-        Column(heads.after, f"loss per position, {unit}", "n"),
-        Column("rise", f"of the loss per position, {unit}", "n"),
+        Column(heads.before, f"loss per position, {measure}", "n"),
+        Column(heads.after, f"loss per position, {measure}", "n"),
+        Column("rise", f"of the loss per position, {measure}", "n"),
     ]
     rows = [
         [
@@ -142,7 +142,7 @@ def _table(name: str, items: Sequence[Item], heads: Heads, *, unit: str) -> Tabl
     return Table(name, columns, rows)
 
 
-def _documents(items: Sequence[Item], *, unit: str) -> tuple[Table, int] | None:
+def _documents(items: Sequence[Item], *, measure: str) -> tuple[Table, int] | None:
     """Documents from the largest rise to the largest fall, and how many were left out; ``None``
     where every item is a document of its own."""
     by_document: dict[str, list[Item]] = {}
@@ -173,9 +173,9 @@ def _documents(items: Sequence[Item], *, unit: str) -> tuple[Table, int] | None:
         Column("document"),
         Column("items", "of the certify split", "n"),
         Column("positions", "that count", "n"),
-        Column(heads.before, f"loss per position, {unit}", "n"),
-        Column(heads.after, f"loss per position, {unit}", "n"),
-        Column("rise", f"of the loss per position, {unit}", "n"),
+        Column(heads.before, f"loss per position, {measure}", "n"),
+        Column(heads.after, f"loss per position, {measure}", "n"),
+        Column("rise", f"of the loss per position, {measure}", "n"),
         *(Column(head, "items", "n") for head in (heads.lost, heads.won) if predictions),
     ]
     return Table("documents", columns, rows[:DOCUMENTS]), max(0, len(rows) - DOCUMENTS)
@@ -192,7 +192,7 @@ def worst_share(items: Sequence[Item]) -> tuple[int, float | None]:
 def changed(record: Record) -> dict[str, Any]:
     """What the section shows: figures, flipped items, the largest rises and falls, and
     documents."""
-    items, unit, heads = read(record), unit_of(record), Heads()
+    items, measure, heads = read(record), measure_of(record), Heads()
     worse, better = ([i for i in items if sign * i.rise > 0] for sign in (1, -1))
     number, share = worst_share(items)
     facts = [
@@ -212,8 +212,7 @@ def changed(record: Record) -> dict[str, Any]:
             share,
             "of the total rise",
             f"the part of the {count(number)} items that add most to it; the total rise is that "
-            "of all items that got "
-            "worse, in nats, and leaves out what others gained",
+            "of all items that got worse, in nats, and leaves out what others gained",
         ),
     ]
     predictions = all(item.right is not None for item in items)
@@ -227,10 +226,12 @@ def changed(record: Record) -> dict[str, Any]:
     ranked = sorted(items, key=lambda i: -i.rise)
     return {
         "facts": facts,
-        "flips": flips(items, heads, name="flips", unit=unit) if predictions else None,
+        "flips": flips(items, heads, name="flips", measure=measure) if predictions else None,
         "agreement": record.get("objective") == "label-free",
-        "rises": _table("rises", [i for i in ranked if i.rise > 0][:ROWS], heads, unit=unit),
-        "falls": _table("falls", [i for i in ranked[::-1] if i.rise < 0][:ROWS], heads, unit=unit),
-        "documents": _documents(items, unit=unit),
-        "unit": unit,
+        "rises": _table("rises", [i for i in ranked if i.rise > 0][:ROWS], heads, measure=measure),
+        "falls": _table(
+            "falls", [i for i in ranked[::-1] if i.rise < 0][:ROWS], heads, measure=measure
+        ),
+        "documents": _documents(items, measure=measure),
+        "measure": measure,
     }

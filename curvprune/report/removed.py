@@ -18,8 +18,8 @@ from .sections import (
     Table,
     mapping,
     mapping_or_empty,
+    measure_of,
     number_cell,
-    unit_of,
     word,
 )
 
@@ -126,10 +126,14 @@ def removed(record: Record) -> dict[str, Any]:
         if predicted is not None
         else "not priced"
     )
-    unit = unit_of(record) if predicted is not None else ""
+    measure = measure_of(record) if predicted is not None else ""
     facts.append(
         Fact(
-            "predicted cost", cost, predicted, unit, "rise of the loss by the prices of the widths"
+            "predicted cost",
+            cost,
+            predicted,
+            measure,
+            "rise of the loss by the prices of the widths",
         )
     )
     kinds = [
@@ -167,5 +171,5 @@ def line(record: Record) -> str:
     parts += [f"{of} {_gone(*work)}" for of, work in works if work is not None]
     if num(found.get("predicted")) is not None:
         cost = plus_minus(found["predicted"], found.get("predicted_stderr"))
-        parts.append(f"predicted cost {cost} {unit_of(record)}")
+        parts.append(f"predicted cost {cost} {measure_of(record)}")
     return f"units removed first: {', '.join(parts)}"

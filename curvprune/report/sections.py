@@ -144,9 +144,11 @@ def error_cell(value: Any, stderr: Any) -> Cell:
     return number_cell(value, plus_minus(value, stderr))
 
 
-def unit_of(record: Record) -> str:
+def measure_of(record: Record) -> str:
     """The unit of prices and losses."""
-    return word(record.get("unit") or mapping_or_empty(record, "ledger").get("unit") or "nats")
+    return word(
+        record.get("measure") or mapping_or_empty(record, "ledger").get("measure") or "nats"
+    )
 
 
 # --- 1. verdict
@@ -160,7 +162,7 @@ class Fact:
     label: str
     text: str
     value: float | None
-    unit: str = ""
+    measure: str = ""
     hint: str = ""
 
 
@@ -169,7 +171,7 @@ class Quantity:
     """How a verdict's numbers are written: losses as they are, accuracies in per cent."""
 
     scale: float
-    unit: str
+    measure: str
     level_unit: str
     worse: str
 
@@ -177,8 +179,8 @@ class Quantity:
     def of(cls, verdict: Record) -> Quantity:
         if verdict.get("metric") == "accuracy":
             return cls(100.0, "percentage points", "%", "below")
-        unit = word(verdict.get("unit") or "nats")
-        return cls(1.0, unit, unit, "above")
+        measure = word(verdict.get("measure") or "nats")
+        return cls(1.0, measure, measure, "above")
 
     def scaled(self, value: Any) -> float | None:
         number = num(value)
@@ -222,13 +224,11 @@ def statement(record: Record) -> str:
         measured = mapping_or_empty(record, "measured")
         if num(measured.get("drop")) is None:
             return "No accuracy budget was asked, so nothing was tested; the losses below are estimates."
-        unit = Quantity.of(measured).unit
+        measure = Quantity.of(measured).measure
         return (
-            "No accuracy budget was asked, so nothing was tested. Measured on the certify split, "
-            "which no earlier step "
-            f"touched: a drop of {drop_text(measured)} {unit}; the "
-            f"{percent(measured.get('confidence'))} one-sided "
-            f"bound is {bound_text({**measured, 'max_drop': None})}."
+            "No accuracy budget was asked, so nothing was tested. Measured on the certify "
+            f"split, which no earlier step touched: a drop of {drop_text(measured)} {measure}; the "
+            f"{percent(measured.get('confidence'))} one-sided bound is {bound_text({**measured, 'max_drop': None})}."
         )
     if status == "NOT FINISHED":
         return "The run has not reached certification; nothing below is a promise about accuracy."
@@ -239,7 +239,7 @@ def statement(record: Record) -> str:
     what = word(verdict.get("metric") or "loss")
     sure = f"With {percent(verdict.get('confidence'))} confidence"
     where = "on data like the certify split, which no earlier step touched"
-    budget = f"{short(quantity.scaled(verdict.get('max_drop')))} {quantity.unit}"
+    budget = f"{short(quantity.scaled(verdict.get('max_drop')))} {quantity.measure}"
     bound = quantity.scaled(verdict.get("bound"))
     limit = bound_text(verdict)
     if (
@@ -251,23 +251,21 @@ def statement(record: Record) -> str:
     if status == "VIOLATED":
         return (
             f"{sure} the compressed model's {what} is more than {budget} {quantity.worse} the "
-            "uncompressed one's "
-            f"{where}: the budget is not met."
+            f"uncompressed one's {where}: the budget is not met."
         )
     if status == "INCONCLUSIVE":
         return (
             f"The certify split cannot decide: the measured drop is {drop_text(verdict)} "
-            f"{quantity.unit} and its "
-            f"one-sided {percent(verdict.get('confidence'))} bound is {limit}, so the data "
-            "neither hold the drop below "
-            f"the budget of {budget} nor show that it is larger."
+            f"{quantity.measure} and its one-sided {percent(verdict.get('confidence'))} bound is "
+            f"{limit}, so the data neither hold the drop below the budget of {budget} nor show "
+            "that it is larger."
         )
     if bound <= 0:
         better = at_most(bound, 0.0, _decimals(verdict, quantity)).lstrip("-\N{MINUS SIGN}")
         other = "above" if quantity.worse == "below" else "below"
-        relation = f"at least {better} {quantity.unit} {other}"
+        relation = f"at least {better} {quantity.measure} {other}"
     else:
-        relation = f"at most {limit} {quantity.unit} {quantity.worse}"
+        relation = f"at most {limit} {quantity.measure} {quantity.worse}"
     return f"{sure} the compressed model's {what} is {relation} the uncompressed one's {where}."
 
 
@@ -298,16 +296,16 @@ def advice(record: Record) -> list[str]:
         return [
             first,
             "Enlarge the certify split (more independent documents, not longer ones) and run "
-            "again, or ask for a more "
-            "cautious plan: a smaller max_drop while planning, or options with more bits.",
+            "again, or ask for a more cautious plan: a smaller max_drop while planning, or "
+            "options with more bits.",
             "Do not test again and again on the same items until it passes: each look spends "
             "confidence.",
         ]
     if status == "VIOLATED":
         return [
-            "Offer milder options (more bits, smaller groups, keep), add calibration data, or ask "
-            "for a larger budget; "
-            "then certify on items that were not used for this verdict."
+            "Offer milder options (more bits, smaller groups, keep), add calibration data, or "
+            "ask for a larger budget; then certify on items that were not used for this "
+            "verdict."
         ]
     return []
 
@@ -341,19 +339,19 @@ def verdict_facts(record: Record) -> list[Fact]:
     if quantity.worse == "below":
         drop_hint = "accuracy of the uncompressed model minus the compressed one's, paired by item; positive is worse"
     return [
-        Fact("drop", drop_text(verdict), num(verdict.get("drop")), quantity.unit, drop_hint),
+        Fact("drop", drop_text(verdict), num(verdict.get("drop")), quantity.measure, drop_hint),
         Fact(
             f"{'lower' if lower else 'upper'} bound, {percent(verdict.get('confidence'))}",
             bound_text(verdict),
             num(verdict.get("bound")),
-            quantity.unit,
+            quantity.measure,
             bound_hint,
         ),
         Fact(
             "budget",
             short(quantity.scaled(verdict.get("max_drop"))),
             num(verdict.get("max_drop")),
-            quantity.unit,
+            quantity.measure,
             "max_drop",
         ),
         Fact(
@@ -416,7 +414,7 @@ def verdict_chart(record: Record) -> Markup | None:
         stderr=max(0.0, num(verdict.get("stderr")) or 0.0),
         bound=num(verdict.get("bound")),
         budget=num(verdict.get("max_drop")),
-        label=f"{what} ({quantity.unit}), right is worse",
+        label=f"{what} ({quantity.measure}), right is worse",
         scale=quantity.scale,
     )
 
@@ -436,7 +434,7 @@ def attempts_table(record: Record) -> Table:
                 number_cell(
                     attempt.get("max_drop"), short(quantity.scaled(attempt.get("max_drop")))
                 ),
-                Cell(quantity.unit),
+                Cell(quantity.measure),
                 Cell(percent(attempt.get("confidence")), num(attempt.get("confidence")), "n"),
                 number_cell(attempt.get("items"), count(attempt.get("items"))),
                 number_cell(attempt.get("clusters"), count(attempt.get("clusters"))),
@@ -453,7 +451,7 @@ def attempts_table(record: Record) -> Table:
         Column(f"drop {PLUS_MINUS} se", "positive is worse", "n"),
         Column("bound", "one-sided, rounded up", "n"),
         Column("budget", "max_drop", "n"),
-        Column("unit"),
+        Column("measure"),
         Column("confidence", "of each one-sided test", "n"),
         Column("items", "paired items", "n"),
         Column("clusters", "independent groups of items", "n"),
@@ -618,7 +616,7 @@ def options_table(record: Record) -> Table:
         Column("share", "of the compressed weights' bytes", "n"),
         Column("bits/weight", "8 x bytes / weights", "n"),
         Column(
-            f"sum of prices ({unit_of(record)})",
+            f"sum of prices ({measure_of(record)})",
             "the standard error of the whole plan is in section 3: layers share items, so errors "
             "do not add up",
             "n",
@@ -893,7 +891,7 @@ def frontier_chart(record: Record) -> Markup:
     chart = charts.frontier(
         sorted(curve),
         trial_points(record),
-        unit=unit_of(record),
+        measure=measure_of(record),
         max_drop=loss_budget_of(record),
         max_bytes=max_bytes_of(record),
     )
@@ -906,7 +904,9 @@ def frontier_table(record: Record) -> Table:
     columns = [
         Column("bytes", "weights on disk", "n"),
         Column(
-            f"predicted {PLUS_MINUS} se ({unit_of(record)})", "loss increase from the ledger", "n"
+            f"predicted {PLUS_MINUS} se ({measure_of(record)})",
+            "loss increase from the ledger",
+            "n",
         ),
     ]
     rows = [
@@ -968,7 +968,7 @@ def layers_table(record: Record) -> Table:
         Column("bits/weight", "average stored bits, scales and zero points included", "n"),
         Column("bytes", "on disk", "n"),
         Column(
-            f"price {PLUS_MINUS} se ({unit_of(record)})",
+            f"price {PLUS_MINUS} se ({measure_of(record)})",
             "predicted loss increase of this choice alone",
             "n",
         ),
@@ -1024,7 +1024,7 @@ def heat(record: Record) -> tuple[Markup, str]:
             word(x.get("name")): word(x.get("option")) for x in items_or_none(record, "layers")
         },
     )
-    chart = charts.heat_map(table, unit=unit_of(record))
+    chart = charts.heat_map(table, measure=measure_of(record))
     if chart is None:
         raise Missing("the ledger prices no layer")
     return chart, stem
@@ -1066,7 +1066,7 @@ def ledger_facts(record: Record) -> str:
     measured = sum(bool(row.get("measured")) for row in items(ledger, "rows"))
     return (
         f"Curvature: {word(ledger.get('curvature'))}; {count(ledger.get('num_items'))} items, "
-        f"{count(ledger.get('labels_per_item'))} draw(s) per item; prices in {unit_of(record)}."
+        f"{count(ledger.get('labels_per_item'))} draw(s) per item; prices in {measure_of(record)}."
         + (
             f" {measured} price(s) marked m, the highest, were measured: the loss of that change "
             "alone."
@@ -1168,8 +1168,8 @@ def inconsistencies(record: Record) -> list[str]:
     if (
         status in ("VIOLATED", "INCONCLUSIVE")
         and None not in (bound, drop, budget)
-        and drop <= bound <= budget
-    ):  # type: ignore[operator]
+        and drop <= bound <= budget  # type: ignore[operator]
+    ):
         found.append(f"The status is {status}, but the record's upper bound is within its budget.")
     attempts = items_or_none(record, "attempts")
     failed = next((k for k, a in enumerate(attempts) if a.get("status") != "CERTIFIED"), None)
@@ -1179,10 +1179,8 @@ def inconsistencies(record: Record) -> list[str]:
         if level is None or any(c is None or c <= level for c in later):
             found.append(
                 f"Attempt {failed + 1} did not certify and {len(attempts) - failed - 1} more "
-                "followed on the same "
-                "split at the same confidence: a fixed sequence stops at the first failure, so "
-                "the stated confidence "
-                "does not cover them."
+                "followed on the same split at the same confidence: a fixed sequence stops at "
+                "the first failure, so the stated confidence does not cover them."
             )
     sizes = mapping_or_empty(record, "size")
     after = num(sizes.get("after_bytes"))

@@ -44,9 +44,9 @@ def summary(record: Mapping[str, Any]) -> str:
         quantity = sections.Quantity.of(verdict)
         lines.append(
             _line(
-                f"- drop {sections.drop_text(verdict)} {quantity.unit}, bound "
-                f"{sections.bound_text(verdict)}, "
-                f"budget {short(quantity.scaled(verdict.get('max_drop')))}; "
+                f"- drop {sections.drop_text(verdict)} {quantity.measure}, bound "
+                f"{sections.bound_text(verdict)}, budget "
+                f"{short(quantity.scaled(verdict.get('max_drop')))}; "
                 f"{count(verdict.get('items'))} items, {count(verdict.get('clusters'))} clusters"
             )
         )
@@ -70,10 +70,8 @@ def summary(record: Mapping[str, Any]) -> str:
         lines.append(
             _line(
                 f"- {chosen.name}: predicted {plus_minus(chosen.predicted, chosen.predicted_stderr)}, "
-                ""
-                "measured "
-                f"{plus_minus(chosen.measured, chosen.measured_stderr)} "
-                f"{sections.unit_of(record)} (select split)"
+                f"measured {plus_minus(chosen.measured, chosen.measured_stderr)} "
+                f"{sections.measure_of(record)} (select split)"
             )
         )
     if reading := together.reading(record):

@@ -12,9 +12,9 @@ from .sections import (
     error_of,
     items,
     items_or_none,
+    measure_of,
     number_cell,
     texts,
-    unit_of,
     word,
 )
 
@@ -86,7 +86,7 @@ def reading(record: Record) -> str:
         elif more is None or error is None:
             parts.append(f"{name} was not measured with an error")
         else:
-            told = f"{plus_minus(abs(more), error)} {unit_of(record)}"
+            told = f"{plus_minus(abs(more), error)} {measure_of(record)}"
             name = f"{name} ({size(entry.get('bytes'))})"
             if more > CLEAR * error:
                 parts.append(f"{name} loses {told} more")
@@ -94,7 +94,7 @@ def reading(record: Record) -> str:
                 parts.append(f"{name} loses {told} less: it won")
             else:
                 parts.append(
-                    f"{name} differs by {plus_minus(more, error)} {unit_of(record)}, no more than "
+                    f"{name} differs by {plus_minus(more, error)} {measure_of(record)}, no more than "
                     "chance may"
                 )
     return f"At {size(found[0].get('bytes'))}, beside {word(found[0].get('name'))} in one plan: {'; '.join(parts)}."

@@ -1,0 +1,279 @@
+"""Data as items: splits that share nothing, batches made of items of any length, and the sources
+that recipes name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvprune.model.losses import IGNORED, Batch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """Items of one purpose. Each item is a batch of one; ``documents`` says which items belong
+    together (clusters)."""
+
+    items: tuple[Batch, ...]
+    documents: tuple[str, ...]
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """Consecutive items, ``size`` at a time; the last batch may be smaller."""
+        for start in range(0, len(self.items), size):
+            yield collate(self.items[start : start + size])
+
+    def sha256(self) -> str:
+        """Hash of the content, for provenance and for telling whether a resumed run sees the same
+        data."""
+        digest = hashlib.sha256()
+        for item, document in zip(self.items, self.documents, strict=True):
+            digest.update(document.encode())
+            _digest(digest, item)
+        return digest.hexdigest()
+
+    def digests(self) -> list[bytes]:
+        """Each item's hash, tensor by tensor: what tells whether it stands in another split too."""
+        return [_digest(hashlib.sha256(), item) for item in self.items]
+
+    def leak(self, seen: Collection[bytes]) -> str | None:
+        """A warning if items of this split, which is to certify, are among those ``seen``; else
+        ``None``."""
+        repeated = sum(digest in seen for digest in self.digests())
+        if not repeated:
+            return None
+        return (
+            f"{repeated} of the {len(self.items)} items of the certify split have also made or "
+            "chosen the model: the verdict is not independent of them; certify on items that "
+            "nothing else has seen, without duplicates"
+        )
+
+
+def _digest(digest: Any, item: Batch) -> bytes:
+    """Feed an item's content to a hash; returns its digest."""
+    named = (
+        sorted(item.items())
+        if isinstance(item, Mapping)
+        else [("inputs", item[0]), ("targets", item[1])]
+    )
+    for name, tensor in named:
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(
+            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
+    return bytes(digest.digest())
+
+
+PURPOSES = ("calibrate", "price", "select", "certify")
+EXTRA = "recover"  # a purpose that is left out where nothing is asked for
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Splits:
+    """The purposes, which must share no item.
+
+    Attributes:
+        calibrate: the inputs that layers are solved for.
+        price: where solved changes are priced. A rounded or pruned weight fits the inputs it was
+            solved for better than any others, so prices from the calibration items would be too low
+            (by a third on SmolLM2-135M).
+        select: where plans are measured and chosen.
+        certify: opened once, at the end.
+        recover: what a recovery trains on; ``None``: the calibration items.
+    """
+
+    calibrate: Split
+    price: Split
+    select: Split
+    certify: Split
+    recover: Split | None = None
+
+    @property
+    def training(self) -> Split:
+        """The items that a recovery trains on."""
+        return self.calibrate if self.recover is None else self.recover
+
+    def sha256(self) -> dict[str, str]:
+        """Hash of each split."""
+        return {
+            p: split.sha256() for p in (*PURPOSES, EXTRA) if (split := getattr(self, p)) is not None
+        }
+
+    def seen(self) -> frozenset[bytes]:
+        """Hashes of the items that a model is made from and chosen by."""
+        return frozenset(
+            d for s in (self.calibrate, self.price, self.select, self.training) for d in s.digests()
+        )
+
+    def too_few(self) -> str | None:
+        """Why no bound can be had, if all of select or of certify is one document: what it loses
+        says nothing of others."""
+        for purpose in ("select", "certify"):
+            documents = set(getattr(self, purpose).documents)
+            if len(documents) < 2:
+                return (
+                    f"the {purpose} split has items of {len(documents)} document only; a budget "
+                    "needs two at the very least, better a dozen; give more and shorter "
+                    "documents, or more items"
+                )
+        return None
+
+    def leak(self) -> str | None:
+        """A warning if items of the certify split also stand in another split, tensor by tensor;
+        else ``None``."""
+        return self.certify.leak(self.seen())
+
+
+def collate(items: Sequence[Batch]) -> Batch:
+    """One batch from several items. Sequences of different length are padded on the right:
+    ``input_ids`` and ``attention_mask`` with 0, ``labels`` with −100.
+
+    Raises ``ValueError`` for items of different kinds or for ragged tensors that no mask can
+    describe.
+    """
+    first = items[0]
+    if not isinstance(first, Mapping):
+        pairs = [(item[0], item[1]) for item in items if not isinstance(item, Mapping)]
+        if len(pairs) != len(items) or len({p[0].shape[1:] for p in pairs}) > 1:
+            raise ValueError(
+                "collate: (inputs, targets) items must all have inputs of one shape; use dict "
+                "batches with an attention_mask for sequences of different length"
+            )
+        return torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs])
+    dicts = [dict(item) for item in items if isinstance(item, Mapping)]
+    if len(dicts) != len(items) or any(d.keys() != first.keys() for d in dicts):
+        raise ValueError(f"collate: items must have the same keys as the first, {sorted(first)}")
+    if "input_ids" in first and len({d["input_ids"].shape[1] for d in dicts}) > 1:
+        longest = max(d["input_ids"].shape[1] for d in dicts)
+        for d in dicts:
+            length = d["input_ids"].shape[1]
+            d.setdefault("attention_mask", torch.ones_like(d["input_ids"]))
+            for name, tensor in d.items():
+                if tensor.ndim == 2 and tensor.shape[1] == length:
+                    d[name] = torch.nn.functional.pad(
+                        tensor, (0, longest - length), value=IGNORED if name == "labels" else 0
+                    )
+    for name in dicts[0]:
+        if len({d[name].shape[1:] for d in dicts}) > 1:
+            raise ValueError(
+                f"collate: {name!r} has different shapes and cannot be padded: "
+                f"{sorted({tuple(d[name].shape[1:]) for d in dicts})}"
+            )
+    return {name: torch.cat([d[name] for d in dicts]) for name in dicts[0]}
+
+
+def itemize(batches: Iterable[Batch]) -> list[Batch]:
+    """Take batches apart into items of one, in order. Entries of a dict that are None are as good
+    as absent."""
+    items: list[Batch] = []
+    for batch in batches:
+        if isinstance(batch, Mapping):
+            tensors = {k: v for k, v in batch.items() if v is not None}
+            for name, value in tensors.items():
+                if not isinstance(value, Tensor) or value.ndim == 0:
+                    kind = "a number" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                    raise ValueError(
+                        f"data: batch entry {name!r} is {kind}; expected a tensor with a row for "
+                        "each item. Leave it out, or give it to the model in a wrapper"
+                    )
+            if not tensors:
+                raise ValueError(f"data: a batch without tensors, with keys {sorted(batch)}")
+            if len({len(v) for v in tensors.values()}) > 1:
+                sizes = {name: len(v) for name, v in tensors.items()}
+                raise ValueError(
+                    f"data: the entries of a batch have different numbers of items, {sizes}"
+                )
+            items += [
+                {k: v[i : i + 1] for k, v in tensors.items()}
+                for i in range(len(next(iter(tensors.values()))))
+            ]
+        elif isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], Tensor):
+            targets = torch.as_tensor(batch[1])
+            if targets.ndim == 0 or len(targets) != len(batch[0]):
+                raise ValueError(
+                    f"data: a batch of {len(batch[0])} inputs with targets of shape "
+                    f"{tuple(targets.shape)}"
+                )
+            items += [(batch[0][i : i + 1], targets[i : i + 1]) for i in range(len(batch[0]))]
+        else:
+            raise ValueError(
+                f"data: a batch is {type(batch).__name__}; expected a dict of tensors or a pair "
+                "(inputs, targets)"
+            )
+    if not items:
+        raise ValueError("data is empty; it must be re-iterable and hold at least one batch")
+    return items
+
+
+def as_split(data: Split | Iterable[Batch], name: str = "item") -> Split:
+    """Any re-iterable of batches as a `Split` in which every item is its own document."""
+    if isinstance(data, Split):
+        return data
+    items = itemize(data)
+    return Split(items=tuple(items), documents=tuple(f"{name} {i}" for i in range(len(items))))
+
+
+def split_items(data: Iterable[Batch] | Split, *, seed: int) -> Splits:
+    """Shuffle the items of ``data`` and deal them out: a quarter to calibrate, an eighth to price,
+    an eighth to select,
+    half to certify. A `Split` says which items belong together: of its documents, whole ones are
+    dealt.
+
+    Raises ``ValueError`` below 16 items, with which no budget can be decided, or if documents are
+    too few to deal.
+    """
+    if isinstance(data, Split) and len(set(data.documents)) < len(data.documents):
+        return _split_documents(data, seed=seed)
+    items = list(data.items) if isinstance(data, Split) else itemize(data)
+    if len(items) < 16:
+        raise ValueError(
+            f"data has {len(items)} items; a budget needs at least 16 (they are split four "
+            "ways), or pass Splits(calibrate=..., price=..., select=..., certify=...)"
+        )
+    order = np.random.default_rng(seed).permutation(len(items))
+    bounds = [len(items) * eighths // 8 for eighths in (2, 3, 4)]
+    parts = [as_split([items[i] for i in part]) for part in np.split(order, bounds)]
+    return Splits(**dict(zip(PURPOSES, parts, strict=True)))
+
+
+def _split_documents(data: Split, *, seed: int) -> Splits:
+    where: dict[str, list[int]] = {}
+    for i, name in enumerate(data.documents):
+        where.setdefault(name, []).append(i)
+    sizes = {name: len(found) for name, found in where.items()}
+    dealt = deal_documents(sizes, dict(zip(PURPOSES, (2, 1, 1, 4), strict=True)), seed=seed)
+    if len(data.items) < 16 or any(not names for names in dealt.values()):
+        raise ValueError(
+            f"data has {len(data.items)} items in {len(where)} documents; a budget needs at "
+            "least 16 items, in enough documents for four splits that share none, or pass "
+            "Splits(calibrate=..., price=..., select=..., certify=...)"
+        )
+    parts = {p: [i for name in names for i in where[name]] for p, names in dealt.items()}
+    return Splits(
+        **{
+            p: Split(
+                items=tuple(data.items[i] for i in part),
+                documents=tuple(data.documents[i] for i in part),
+            )
+            for p, part in parts.items()
+        }
+    )
+
+
+def deal_documents(
+    sizes: Mapping[str, int], counts: Mapping[str, int], *, seed: int
+) -> dict[str, list[str]]:
+    """Whole documents in a seeded random order, each to the purpose that is furthest from its
+    count."""
+    dealt: dict[str, list[str]] = {purpose: [] for purpose in counts}
+    filled = dict.fromkeys(counts, 0)
+    for name in [sorted(sizes)[i] for i in np.random.default_rng(seed).permutation(len(sizes))]:
+        target = min(counts, key=lambda purpose: filled[purpose] / counts[purpose])
+        dealt[target].append(name)
+        filled[target] += sizes[name]
+    return dealt

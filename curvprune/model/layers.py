@@ -1,0 +1,294 @@
+"""Find the weights that can be compressed, each as one matrix ``W[out, in]`` together with how its
+inputs become rows.
+
+Works on any ``nn.Module``: Linear, Conv1d, Conv2d, Embedding, transformers' ``Conv1D`` and its
+stacked experts (told by their attributes, so that this file does not import transformers). Modules
+that share one weight are one layer.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+def key_of(module: str, part: str) -> str:
+    """The name of a module's ``part`` in a state dict; the model itself, which may be a layer, has
+    none of its own."""
+    return f"{module}.{part}" if module else part
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Layer:
+    """One compressible weight.
+
+    Attributes:
+        name: module name (of the first module, if several share the weight); of stacked experts,
+            the parameter's name.
+        kind: ``"linear"``, ``"conv"``, ``"conv1d"`` (transformers), ``"embedding"`` or
+            ``"experts"`` (transformers).
+        shape: ``(out, in)`` of the weight as a matrix; the experts' matrices stand one below the
+            other.
+        groups: input groups of a grouped convolution, or experts: rows ``out/groups`` at a time see
+            their own inputs.
+        module: the module that owns the weight.
+        readers: modules whose inputs multiply the weight (empty for a lookup-only embedding).
+        aliases: further such names under which the weight is known.
+        parameter: the weight's name in its module.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    groups: int
+    module: nn.Module
+    readers: tuple[nn.Module, ...]
+    aliases: tuple[str, ...]
+    parameter: str = "weight"
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return getattr(self.module, self.parameter)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The weight's names in ``model.state_dict()``, the layer's own first."""
+        names = (self.name, *self.aliases)
+        return names if self.kind == "experts" else tuple(key_of(name, "weight") for name in names)
+
+    @property
+    def transposed(self) -> bool:
+        """The weight is stored as ``[in, out]``, or ``[experts, in, out]``."""
+        return self.kind == "conv1d" or (self.kind == "experts" and bool(self.module.is_transposed))
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def dtype(self) -> str:
+        """The weight's own type as text, e.g. ``"float32"``."""
+        return str(self.weight.dtype).removeprefix("torch.")
+
+    def as_matrix(self, tensor: Tensor) -> Float[Tensor, "out in"]:
+        """Reshape a tensor laid out like the weight (the weight itself, a gradient) to ``[out,
+        in]``."""
+        return (tensor.transpose(-1, -2) if self.transposed else tensor).reshape(self.shape)
+
+    def from_matrix(self, matrix: Float[Tensor, "out in"]) -> Tensor:
+        """The inverse of `as_matrix`."""
+        return laid_out(matrix, self.weight.shape, transposed=self.transposed)
+
+    @torch.no_grad()
+    def write_(self, matrix: Float[Tensor, "out in"]) -> None:
+        """Overwrite the weight in place, in its own type."""
+        self.weight.copy_(self.from_matrix(matrix))
+
+    def rows(self, reader: nn.Module, x: Tensor) -> Float[Tensor, "groups n in"]:
+        """The inputs of one call of ``reader`` as rows that multiply the matrix; convolutions
+        unfold their patches."""
+        if self.kind != "conv":
+            return x.reshape(1, -1, self.shape[1])
+        assert isinstance(reader, (nn.Conv1d, nn.Conv2d))
+        kernel, dilation, stride = (
+            _two(v) for v in (reader.kernel_size, reader.dilation, reader.stride)
+        )
+        if isinstance(reader, nn.Conv1d):
+            x = x.unsqueeze(-2)
+        mode = "constant" if reader.padding_mode == "zeros" else reader.padding_mode
+        padded = F.pad(x, _padding(reader, kernel, dilation), mode=mode)
+        patches = F.unfold(
+            padded, kernel, dilation=dilation, stride=stride
+        )  # (batch, channels·kernel, places)
+        grouped = patches.reshape(len(patches), self.groups, self.shape[1], -1)
+        return grouped.permute(1, 0, 3, 2).reshape(self.groups, -1, self.shape[1])
+
+    def expert_rows(
+        self, hidden: Float[Tensor, "tokens width"], chosen: Int[Tensor, "tokens k"]
+    ) -> Iterator[Float[Tensor, "n in"]]:
+        """Kind ``"experts"``: the inputs of each expert in turn, of the tokens that ``chosen``
+        sends there.
+
+        ``hidden`` and ``chosen`` are the first two arguments of the experts' module. What reaches
+        an expert's second matrix comes from its first one as that is now, by the formula that
+        transformers' implementations share (see ``batched_mm_experts_forward``), so that it does
+        not matter which of them the model runs.
+        """
+        module: Any = self.module
+        first = "gate_up_proj" if module.has_gate else "up_proj"
+        for expert in range(self.groups):
+            rows = hidden[torch.where(chosen == expert)[0]]
+            if self.parameter != first:
+                weight = getattr(module, first)[expert]
+                bias = getattr(module, f"{first}_bias")[expert] if module.has_bias else None
+                rows = F.linear(rows, weight.t() if module.is_transposed else weight, bias)
+                rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
+            yield rows
+
+
+def laid_out(matrix: Tensor, shape: Sequence[int], *, transposed: bool) -> Tensor:
+    """A layer's matrix ``[out, in]`` in the shape of its weight; a transposed weight is ``[in,
+    out]`` at the end."""
+    if not transposed:
+        return matrix.reshape(*shape)
+    return matrix.reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
+
+
+def _two(value: tuple[int, ...]) -> tuple[int, int]:
+    """Geometry of a one-dimensional convolution seen as a two-dimensional one of height one."""
+    return (value[0], value[1]) if len(value) == 2 else (1, value[0])
+
+
+def _padding(
+    conv: nn.Conv1d | nn.Conv2d, kernel: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """Pads in the order of `torch.nn.functional.pad`: last dimension first."""
+    if conv.padding == "valid":
+        sides = [(0, 0)] * len(kernel)
+    elif conv.padding == "same":
+        total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        sides = [(t // 2, t - t // 2) for t in total]
+    else:
+        assert not isinstance(conv.padding, str)
+        given = [0, *conv.padding] if len(conv.padding) < len(kernel) else list(conv.padding)
+        sides = [(p, p) for p in given]
+    return [side for pair in reversed(sides) for side in pair]
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' ``Conv1D``: a Linear layer whose weight is stored as ``[in,
+    out]``."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _weights(module: nn.Module) -> list[tuple[str, str]]:
+    """(kind, parameter name) of the weights that a module owns, in the order in which it uses
+    them."""
+    if isinstance(module, nn.Linear):
+        return [("linear", "weight")]
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)) and not getattr(module, "transposed", False):
+        return [("conv", "weight")]
+    if isinstance(module, nn.Embedding):
+        return [("embedding", "weight")]
+    if is_conv1d(module) and getattr(module, "weight", None) is not None:
+        return [("conv1d", "weight")]
+    if all(hasattr(module, a) for a in ("_apply_gate", "has_gate", "has_bias", "is_transposed")):
+        # What transformers' `use_experts_implementation` sets: these names and layouts are what it
+        # relies on.
+        names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+        if all(
+            isinstance(w := module._parameters.get(n), Tensor) and (w.ndim == 3 or not w.numel())
+            for n in names
+        ):
+            return [("experts", n) for n in names]
+    return []
+
+
+def left_over(model: nn.Module) -> str | None:
+    """What to tell the user if more than 1 % of the parameters are matrices that are no layer's
+    weight, such as stacked experts of another layout."""
+    inside = {
+        id(module._parameters.get(p)) for module in model.modules() for _, p in _weights(module)
+    }
+    outside = {n: p for n, p in model.named_parameters() if p.ndim >= 2 and id(p) not in inside}
+    share = sum(p.numel() for p in outside.values()) / max(
+        1, sum(p.numel() for p in model.parameters())
+    )
+    if share <= 0.01:
+        return None
+    largest = max(outside, key=lambda n: outside[n].numel())
+    return (
+        f"{share:.0%} of the parameters are in {len(outside)} tensors that belong to no Linear, "
+        f"convolution, embedding or known kind of experts (largest: {largest}, "
+        f"{tuple(outside[largest].shape)}) and stay as they are"
+    )
+
+
+def _matrix_shape(kind: str, module: nn.Module, weight: Tensor) -> tuple[int, int]:
+    if kind == "conv1d":
+        return weight.shape[1], weight.shape[0]
+    if kind == "experts":
+        width = weight.shape[1] if module.is_transposed else weight.shape[2]
+        return weight.numel() // width, width
+    return weight.shape[0], weight[0].numel()
+
+
+def find_layers(model: nn.Module, globs: str | Sequence[str] = "*") -> dict[str, Layer]:
+    """Every compressible layer whose module name (or an alias) matches one of the globs, in the
+    model's own order.
+
+    Raises ``ValueError`` for a glob that matches nothing, naming the nearest layer.
+    """
+    owners: dict[int, tuple[str, str, str, nn.Module]] = {}
+    sharers: dict[int, list[tuple[str, str, nn.Module]]] = {}
+    computed: list[str] = []
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        for kind, parameter in _weights(module):
+            name = (
+                ".".join(n for n in (module_name, parameter) if n)
+                if kind == "experts"
+                else module_name
+            )
+            weight = module._parameters.get(parameter)
+            if weight is None or not weight.numel():  # nothing is left of a packed one
+                computed.append(name)
+            elif id(weight) in owners:
+                sharers[id(weight)].append((name, kind, module))
+            else:
+                owners[id(weight)] = (name, kind, parameter, module)
+                sharers[id(weight)] = []
+    layers: dict[str, Layer] = {}
+    for key, (name, kind, parameter, module) in owners.items():
+        weight = module._parameters[parameter]
+        assert weight is not None
+        readers = {
+            id(m): m for _, k, m in [(name, kind, module), *sharers[key]] if k != "embedding"
+        }
+        layers[name] = Layer(
+            name=name,
+            kind=kind,
+            shape=_matrix_shape(kind, module, weight),
+            groups=len(weight)
+            if kind == "experts"
+            else getattr(module, "groups", 1)
+            if kind == "conv"
+            else 1,
+            module=module,
+            readers=tuple(readers.values()),
+            aliases=tuple(n for n, _, _ in sharers[key]),
+            parameter=parameter,
+        )
+    globs = [globs] if isinstance(globs, str) else list(globs)
+    if blocked := [n for n in computed if any(fnmatchcase(n, glob) for glob in globs)]:
+        raise ValueError(
+            f"layer {blocked[0]}: its weight is not a parameter (weight_norm or another "
+            "parametrization, or packed); remove the parametrization first "
+            "(torch.nn.utils.parametrize.remove_parametrizations) or leave it out"
+        )
+    chosen: dict[str, Layer] = {}
+    for glob in globs:
+        names = [
+            n
+            for n, layer in layers.items()
+            if any(fnmatchcase(x, glob) for x in (n, *layer.aliases))
+        ]
+        if not names:
+            near = difflib.get_close_matches(glob, list(layers), n=1, cutoff=0.0)
+            hint = (
+                f"; the nearest layer is {near[0]!r}"
+                if near
+                else "; the model has no compressible layers"
+            )
+            raise ValueError(
+                f"layers={glob!r} matches none of the {len(layers)} compressible layers{hint}"
+            )
+        chosen.update({n: layers[n] for n in names})
+    return {n: layer for n, layer in layers.items() if n in chosen}

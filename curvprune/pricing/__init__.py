@@ -1,0 +1,33 @@
+"""The ledger: what every option of every layer costs, in bytes, nats and operations."""
+
+from curvprune.pricing.ledger import (
+    CURVATURES,
+    MEASURED_ROWS,
+    MEASURED_TOGETHER,
+    Ledger,
+    Row,
+    build_ledger,
+    measure_highest,
+)
+from curvprune.pricing.operations import Work, limits_of, macs_left, multiply_adds, work_of
+from curvprune.pricing.other_curvatures import FORMS, Forms, quadratic_forms
+from curvprune.pricing.single_changes import divergences
+
+__all__ = [
+    "CURVATURES",
+    "FORMS",
+    "MEASURED_ROWS",
+    "MEASURED_TOGETHER",
+    "Forms",
+    "Ledger",
+    "Row",
+    "Work",
+    "build_ledger",
+    "divergences",
+    "limits_of",
+    "macs_left",
+    "measure_highest",
+    "multiply_adds",
+    "quadratic_forms",
+    "work_of",
+]

@@ -1,0 +1,49 @@
+"""What a change of one layer alone costs, measured: for changes that are too large for a quadratic
+model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from curvprune.model import Batch, Layer, Objective, divergence, evaluating, to_device
+
+
+@torch.no_grad()
+def divergences(
+    model: nn.Module,
+    objective: Objective,
+    items: Sequence[Batch],
+    layers: Mapping[str, Layer],
+    changed: Sequence[tuple[str, Tensor]],
+) -> Float[Tensor, "items changes"]:
+    """KL divergence from the model's own outputs, in nats, summed over an item's positions that
+    count, of every change alone. It is what ``½ δᵀ F δ`` is the second order of, and needs no
+    labels.
+
+    Args:
+        items: batches of one item each.
+        changed: names of layers, each with another weight ``(out, in)`` for it.
+
+    The layers' weights are written to and come back as they were, also when something fails.
+
+    Cost: a forward pass per item and change, and one per item.
+    """
+    device = next(model.parameters()).device
+    own = {n: layers[n].as_matrix(layers[n].weight.detach()).clone() for n in dict(changed)}
+    sums = torch.zeros(len(items), len(changed), dtype=torch.float64)
+    with evaluating(model):
+        for i, item in enumerate(items):
+            batch = to_device(item, device)
+            before = objective.positions(objective.logits(model, batch), batch).logits
+            for k, (name, weight) in enumerate(changed):
+                try:
+                    layers[name].write_(weight)
+                    after = objective.positions(objective.logits(model, batch), batch).logits
+                finally:
+                    layers[name].write_(own[name])
+                sums[i, k] = divergence(before, after).double().sum()
+    return sums

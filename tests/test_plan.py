@@ -306,7 +306,7 @@ def test_corrections_in_closed_form() -> None:
 
 def test_search_validates_its_arguments() -> None:
     for arguments in ({"start": -0.1}, {"start": math.inf}, {"start": 0.1, "max_trials": 0}):
-        with pytest.raises(ValueError, match=r"search\("):
+        with pytest.raises(ValueError, match=r"search_plans\("):
             search_plans(ladder(3), lambda choices: Measurement(True, 0.0, 0.0), **arguments)  # type: ignore[arg-type]
 
 

@@ -1,26 +1,36 @@
 """From a recipe or arguments to a certified model: task, stages, baselines, checks."""
 
-from curvprune.run.baselines import controls, sensitive
+from curvprune.run.arguments import Arguments, Data
+from curvprune.run.baselines import Control, controls, sensitive
+from curvprune.run.certify import Shipped, apply_and_measure, certify_plans
+from curvprune.run.clean import clean
+from curvprune.run.comparison import rebuild_report
+from curvprune.run.dry_run import Check, LayerRow, LimitNeed, check
+from curvprune.run.evaluation import chance_at
 from curvprune.run.models import TASKS, load_model, load_tokenizer, model_sha256, package_folder
-from curvprune.run.pipeline import (
-    RunResult,
-    analyze,
-    check,
-    prepare,
-    rebuild_report,
-    run,
-)
+from curvprune.run.pipeline import RunResult, analyze, choose_and_certify, run, solve_and_price
+from curvprune.run.power import Power
+from curvprune.run.prepare import Prepared, Widths, prepare
+from curvprune.run.price import Priced, Prices, price_options, spread_zeros
 from curvprune.run.recipe import (
     Recipe,
     RecipeError,
-    RecoverSection,
     assign_groups,
     assign_options,
     load_recipe,
     lock_text,
 )
-from curvprune.run.selection import chance_at, select_plans
-from curvprune.run.sequence import Tried, chance_of, expected_saving, next_plan, to_test
+from curvprune.run.results import Result, StructuredResult
+from curvprune.run.select import Selection, select_plans
+from curvprune.run.sequence import (
+    Candidate,
+    Tried,
+    chance_of,
+    expected_saving,
+    next_plan,
+    to_test,
+)
+from curvprune.run.solved_layers import SolvedLayers, solve_options
 from curvprune.run.sources import (
     DIGITS_TRAINING,
     digits,
@@ -30,41 +40,64 @@ from curvprune.run.sources import (
     text_files,
     text_splits,
 )
-from curvprune.run.stages import (
-    apply_plan,
-    certify_plans,
-    price_options,
-    solve_options,
-    spread_zeros,
-    unpriced_plan,
+from curvprune.run.task import Settings, Storage, Task, TaskError, check_task
+from curvprune.run.verbs import (
+    allocate_zeros,
+    compress_model,
+    price_model,
+    recover_model,
+    recovery_splits,
+    remove_units,
 )
-from curvprune.run.task import Job, Settings, count_work, limit_plans
+from curvprune.run.workspace import Workspace
 
 __all__ = [
     "DIGITS_TRAINING",
     "TASKS",
-    "Job",
+    "Arguments",
+    "Candidate",
+    "Check",
+    "Control",
+    "Data",
+    "LayerRow",
+    "LimitNeed",
+    "Power",
+    "Prepared",
+    "Priced",
+    "Prices",
     "Recipe",
     "RecipeError",
-    "RecoverSection",
+    "Result",
     "RunResult",
+    "Selection",
     "Settings",
+    "Shipped",
+    "SolvedLayers",
+    "Storage",
+    "StructuredResult",
+    "Task",
+    "TaskError",
     "Tried",
+    "Widths",
+    "Workspace",
+    "allocate_zeros",
     "analyze",
-    "apply_plan",
+    "apply_and_measure",
     "assign_groups",
     "assign_options",
     "certify_plans",
     "chance_at",
     "chance_of",
     "check",
+    "check_task",
+    "choose_and_certify",
+    "clean",
+    "compress_model",
     "controls",
-    "count_work",
     "digits",
     "digits_splits",
     "expected_saving",
     "hub_documents",
-    "limit_plans",
     "load_model",
     "load_recipe",
     "load_tokenizer",
@@ -73,16 +106,20 @@ __all__ = [
     "next_plan",
     "package_folder",
     "prepare",
+    "price_model",
     "price_options",
     "python_docs",
     "rebuild_report",
+    "recover_model",
+    "recovery_splits",
+    "remove_units",
     "run",
     "select_plans",
     "sensitive",
+    "solve_and_price",
     "solve_options",
     "spread_zeros",
     "text_files",
     "text_splits",
     "to_test",
-    "unpriced_plan",
 ]

@@ -1,195 +1,180 @@
-"""What is fixed before a compression's first long computation, and what it costs and may use."""
+"""The task of a compression: everything that is fixed before the first long computation.
+
+Arguments (`curvprune.api`) and recipes (`curvprune.run.prepare`) both make a `Task` and pass it
+through `check_task`, so that the same is refused and noted on either road.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
+from pydantic import Field
 from torch import nn
 
 from curvprune import artifact
-from curvprune.certificate import Verdict
+from curvprune.artifact import Portable
 from curvprune.compression import Solved, Training
-from curvprune.curvature import Analysis
-from curvprune.files import StageLog, State
-from curvprune.model import Layer, Objective, Splits
+from curvprune.model import PURPOSES, LabelFree, Layer, Objective, Splits, check_items, left_over
 from curvprune.options import Form, Option, option_from_key
-from curvprune.planning import Budget, Choice, Infeasible, Limit, Plan, cheapest, corrected
-from curvprune.pricing import CURVATURES, Ledger, Work, limits_of, macs_left, multiply_adds, work_of
+from curvprune.planning import Budget, Choice, Infeasible, Limit, Within, cheapest
+from curvprune.pricing import LayerWork, limits_of, macs_left, multiply_adds, work_of
+from curvprune.schema import Json, check_fields
+
+# Documents of the select split: on 4 an outlier moved a plan's bound from twice its drop to five
+# times.
+FEW_DOCUMENTS = 8
+
+AtLeastOne = Annotated[int, Field(ge=1, description="a whole number of at least 1")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """Knobs of a run that are not part of the model, the data or the budget."""
+    """Knobs of a run that are not part of the model, the data or the budget.
 
-    seed: int = 0
-    labels: int = 2
-    curvature: str = (
-        "fisher"  # a key of `curvprune.pricing.ledger.CURVATURES`: what prices are taken from
-    )
-    measure_above: float | None = 0.005  # nats below which no price is measured; None: none is
-    trials: int = 6
-    attempts: int = 2
-    batch_size: int = 4
-    portable: artifact.Portable = True  # see `curvprune.artifact.folder.reader_of`
+    Attributes:
+        seed: of every random draw.
+        labels: draws per item for the prices.
+        curvature: what prices are taken from, a key of `curvprune.pricing.CURVATURES`.
+        measure_above: nats below which no price is measured; ``None``: none is.
+        trials: plans measured on the select split.
+        attempts: plans applied, to be tested in order on the certify split.
+        batch_size: items of one forward pass when a model is evaluated.
+        portable: who must be able to read the model; see `curvprune.artifact.reader_of`.
+    """
+
+    seed: Annotated[int, Field(ge=0, description="a whole number of at least 0")] = 0
+    labels: Annotated[
+        int, Field(ge=1, description="draws per item, a whole number of at least 1")
+    ] = 2
+    curvature: Annotated[
+        Literal["fisher", "diagonal", "kfac", "hessian", "input"],
+        Field(description="fisher, diagonal, kfac, hessian or input"),
+    ] = "fisher"
+    measure_above: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            description=(
+                "nats below which no price is measured, a number of at least 0; null: none is"
+            ),
+        ),
+    ] = 0.005
+    trials: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="plans measured on the select split, a whole number of at least 1",
+        ),
+    ] = 6
+    attempts: Annotated[
+        int,
+        Field(
+            ge=1,
+            description=(
+                "plans applied, to be tested in order on the certify split, a whole number of at "
+                "least 1"
+            ),
+        ),
+    ] = 2
+    batch_size: AtLeastOne = 4
+    portable: Annotated[
+        Portable,
+        Field(
+            description=(
+                "true (transformers loads model/), engines (so do serving engines) or false (every "
+                "kind of layer is packed, for curvprune.load)"
+            )
+        ),
+    ] = True
 
     def __post_init__(self) -> None:
-        for name in ("labels", "trials", "attempts", "batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(
-                    f"Settings: {name}={value!r}: expected a whole number of at least 1"
-                )
-        if self.portable not in (True, False, "engines"):
-            raise ValueError(
-                f'Settings: portable={self.portable!r} is unknown; choose True, False or "engines"'
-            )
-        if self.curvature not in CURVATURES:
-            raise ValueError(
-                f"Settings: curvature={self.curvature!r} is unknown; expected {', '.join(CURVATURES)}"
-            )
-        if self.measure_above is not None and not self.measure_above >= 0:
-            raise ValueError(
-                f"Settings: measure_above={self.measure_above!r}: expected nats, a number of at "
-                "least 0, or None"
-            )
+        check_fields(self)
 
 
-@dataclass(kw_only=True, slots=True)
-class Job:
-    """Everything that is fixed before the first long computation."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Storage:
+    """How a compressed model is written to a folder, and read back in evaluation mode."""
+
+    write: Callable[[Path, nn.Module, Mapping[str, Solved], Json], None]
+    read: Callable[[Path], nn.Module]
+
+
+class TaskError(ValueError):
+    """A part of the task cannot be; ``key`` says which, as in a recipe: ``("budget", "metric")``."""
+
+    def __init__(self, message: str, *key: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """What is to be done, to which model, on which data.
+
+    Attributes:
+        model: the model to compress; `original` is what is certified against, where hidden units of
+            that were removed to make it.
+        layers: the layers with options, by name; they belong to ``model``.
+        options: layer → the options that it is offered.
+        same_option: groups of layers; the layers of one get the same option.
+        recover: the training after the compression, if any.
+        limits: what the budget limits besides bytes and the drop (`check_task` fills it in).
+        work: multiply-adds of every layer, where they were counted.
+        notes: what the plan and the report must say.
+        warnings: those of the notes that put the result in doubt.
+    """
 
     model: nn.Module
     objective: Objective
-    layers: dict[str, Layer]
-    options: dict[str, list[Option]]
+    layers: Mapping[str, Layer]
+    options: Mapping[str, tuple[Option, ...]]
     splits: Splits
     budget: Budget | None
     settings: Settings
-    state: State
-    stages: StageLog
-    reload: Callable[[Path], nn.Module]
-    write_model: Callable[[Path, nn.Module, Mapping[str, Solved], Mapping[str, Any]], None]
-    original: nn.Module | None = (
-        None  # what is certified against, where units of it were removed to make the model
-    )
+    storage: Storage
+    original: nn.Module | None = None
+    same_option: tuple[tuple[str, ...], ...] = ()
     recover: Training | None = None
-    same_option: tuple[
-        tuple[str, ...], ...
-    ] = ()  # groups of layers; each is offered the same options
-    limits: tuple[
-        Limit, ...
-    ] = ()  # what the budget limits besides bytes and the drop: `limit_plans`
-    work: dict[str, Work] = field(
-        default_factory=dict
-    )  # of every layer, where it was counted: `count_work`
-    notes: list[str] = field(default_factory=list)
-    ledger: Ledger | None = None
-    analysis: Analysis | None = None
-    plan: Plan | None = None
-    verdict: Verdict | None = None
-    solved: dict[str, Solved] = field(default_factory=dict)
-    record: dict[str, Any] = field(default_factory=dict)
-    factors: dict[str, float] = field(
-        default_factory=dict
-    )  # option -> correction of its prices by the trials
+    limits: tuple[Limit, ...] = ()
+    work: Mapping[str, LayerWork] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def uncompressed(self) -> nn.Module:
         """The model whose loss may rise by the budget."""
         return self.model if self.original is None else self.original
 
-    def __post_init__(self) -> None:
-        if (
-            self.settings.curvature == "input"
-            and self.budget is not None
-            and self.budget.max_drop is not None
-        ):
-            raise ValueError(
-                'curvature="input" prices the error of layers, in no unit of loss: it cannot plan for max_drop; pass '
-                "max_bytes, or another curvature"
-            )
-
     @property
-    def fixed_bytes(self) -> int:
-        return artifact.other_bytes(self.model, self.layers)
-
-    @property
-    def within(self) -> dict[str, Any]:
-        """What every plan must keep to, as arguments of `cheapest` and `search`."""
-        return {
-            "max_bytes": None if self.budget is None else self.budget.max_bytes,
-            "fixed_bytes": self.fixed_bytes + artifact.header_bytes(self.model, self.layers),
-            "limits": self.limits,
-            "same_option": self.same_option,
-        }
-
-    def uses(self, choices: Mapping[str, str]) -> dict[str, float]:
-        """How much a plan uses of each limit of the budget, by name; bytes are those of the file,
-        with the most that its header can take."""
-        used = {limit.name: limit.used(choices) for limit in self.limits}
-        if self.budget is None or self.budget.max_bytes is None:
-            return used
-        return {
-            "max_bytes": self.bytes_of(choices) + artifact.header_bytes(self.model, self.layers),
-            **used,
-        }
-
-    @property
-    def most(self) -> dict[str, float]:
-        """The budget's limits on size and speed by name."""
-        stored = (
-            {}
-            if self.budget is None or self.budget.max_bytes is None
-            else {"max_bytes": self.budget.max_bytes}
-        )
-        return stored | {limit.name: limit.most for limit in self.limits}
-
-    def least(self, name: str) -> float:
-        """The least that any plan uses of a limit."""
-        of = {limit.name: limit for limit in self.limits}.get(name)
-        if of is None:
-            return self.smallest_bytes()
-        best = {
-            n: min(
-                (o.key for o in self.options[n]), key=lambda key: sum(of.use[m, key] for m in group)
-            )
-            for group in self.groups
-            for n in group
-        }
-        return of.used(best)
-
-    def keeps_within(self, choices: Mapping[str, str]) -> bool:
-        """Whether a plan keeps to all limits of the budget but the drop."""
-        return all(used <= self.most[name] for name, used in self.uses(choices).items())
+    def max_drop(self) -> float | None:
+        return None if self.budget is None else self.budget.max_drop
 
     @property
     def groups(self) -> list[tuple[str, ...]]:
         """Layers that get one option together, and every other layer by itself."""
-        grouped = {n for group in self.same_option for n in group}
-        return [*self.same_option, *((n,) for n in self.layers if n not in grouped)]
+        grouped = {name for group in self.same_option for name in group}
+        alone = [(name,) for name in self.layers if name not in grouped]
+        return [*self.same_option, *alone]
 
-    def expected(self, choices: Mapping[str, str]) -> float:
-        """What a plan costs by the prices as the trials have corrected them."""
-        assert self.ledger is not None
-        rows = corrected(self.ledger.rows, self.factors)
-        return math.fsum(row.price for row in rows if choices[row.layer] == row.option)
+    # ------------------------------------------------------------------------------ bytes on disk
 
-    def smallest_bytes(self) -> int:
-        """Bytes of the smallest model file that the options allow, header included."""
-        sizes = [
-            min(sum(self.layer_bytes(n, o) for n in group) for o in self.options[group[0]])
-            for group in self.groups
-        ]
-        return self.fixed_bytes + artifact.header_bytes(self.model, self.layers) + sum(sizes)
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes of everything that no option changes."""
+        return artifact.other_bytes(self.model, self.layers)
 
-    def bytes_of(self, choices: Mapping[str, str]) -> int:
-        """Tensor bytes of the whole model on disk under a plan (the file adds its header)."""
-        return self.fixed_bytes + sum(
-            self.layer_bytes(n, option_from_key(key)) for n, key in choices.items()
+    @property
+    def header_bytes(self) -> int:
+        """The most that the header of the weights file can take."""
+        return artifact.header_bytes(self.model, self.layers)
+
+    def layer_bytes(self, name: str, option: Option) -> int:
+        """Bytes on disk of a layer under an option."""
+        return artifact.layer_bytes(
+            self.model, self.layers[name], option, portable=self.settings.portable
         )
 
     def form_of(self, name: str, option: Option) -> Form:
@@ -198,50 +183,205 @@ class Job:
             self.model, self.layers[name], option, portable=self.settings.portable
         )
 
-    def layer_bytes(self, name: str, option: Option) -> int:
-        """Bytes on disk of a layer under an option."""
-        return artifact.layer_bytes(
-            self.model, self.layers[name], option, portable=self.settings.portable
+    def bytes_of(self, choices: Mapping[str, str]) -> int:
+        """Tensor bytes of the whole model under a plan (the file adds its header)."""
+        sizes = [self.layer_bytes(name, option_from_key(key)) for name, key in choices.items()]
+        return self.fixed_bytes + sum(sizes)
+
+    def smallest_bytes(self) -> int:
+        """Bytes of the smallest model file that the options allow, header included."""
+        return self.fixed_bytes + self.header_bytes + self._least_of_groups(self.options)
+
+    def smallest_of(self, offered: Mapping[str, set[str]]) -> int:
+        """Tensor bytes of the smallest model if each layer is offered only some option keys."""
+        options = {}
+        for name in self.layers:
+            options[name] = [o for o in self.options[name] if o.key in offered[name]]
+        return self.fixed_bytes + self._least_of_groups(options)
+
+    def _least_of_groups(self, options: Mapping[str, Sequence[Option]]) -> int:
+        total = 0
+        for group in self.groups:
+            total += min(self._group_bytes(group, option) for option in options[group[0]])
+        return total
+
+    def _group_bytes(self, group: tuple[str, ...], option: Option) -> int:
+        return sum(self.layer_bytes(name, option) for name in group)
+
+    # ----------------------------------------------------------------------------------- limits
+
+    @property
+    def within(self) -> Within:
+        """What every plan must keep to."""
+        return Within(
+            max_bytes=None if self.budget is None else self.budget.max_bytes,
+            fixed_bytes=self.fixed_bytes + self.header_bytes,
+            limits=self.limits,
+            same_option=self.same_option,
+        )
+
+    @property
+    def most(self) -> dict[str, float]:
+        """The budget's limits on size and speed by name."""
+        found: dict[str, float] = {}
+        if self.budget is not None and self.budget.max_bytes is not None:
+            found["max_bytes"] = self.budget.max_bytes
+        return found | {limit.name: limit.most for limit in self.limits}
+
+    def uses(self, choices: Mapping[str, str]) -> dict[str, float]:
+        """How much a plan uses of each limit of the budget, by name; bytes are those of the file,
+        with the most that its header can take."""
+        found: dict[str, float] = {}
+        if self.budget is not None and self.budget.max_bytes is not None:
+            found["max_bytes"] = self.bytes_of(choices) + self.header_bytes
+        return found | {limit.name: limit.used(choices) for limit in self.limits}
+
+    def keeps_within(self, choices: Mapping[str, str]) -> bool:
+        """Whether a plan keeps to all limits of the budget but the drop."""
+        return all(used <= self.most[name] for name, used in self.uses(choices).items())
+
+    def least(self, name: str) -> float:
+        """The least that any plan uses of a limit."""
+        named = {limit.name: limit for limit in self.limits}
+        if name not in named:
+            return self.smallest_bytes()
+        limit, best = named[name], {}
+        for group in self.groups:
+            used = {}
+            for option in self.options[group[0]]:
+                used[option.key] = sum(limit.use[member, option.key] for member in group)
+            lowest = min(used, key=lambda key: used[key])
+            best.update(dict.fromkeys(group, lowest))
+        return limit.used(best)
+
+
+# --------------------------------------------------------------------------------------- checks
+
+
+def check_task(task: Task, *, final: bool = True) -> Task:
+    """The task with its limits and notes, if nothing is wrong with it.
+
+    Args:
+        final: unless so, hidden units will be removed first: limits on size and speed that cannot
+            be met yet are let pass.
+
+    Cost: one forward pass over the longest item of each split; one over the calibration items where
+    multiply-adds are limited. Raises `TaskError`, and `Infeasible` for limits that no plan meets.
+    """
+    _check_splits(task)
+    task = _with_notes(task)
+    _check_budget(task)
+    try:
+        task = _with_limits(task)
+    except Infeasible:
+        if final:
+            raise
+    except ValueError as error:
+        raise TaskError(str(error), "budget", "limits") from error
+    _check_recovery(task)
+    return task
+
+
+def _check_splits(task: Task) -> None:
+    for purpose in PURPOSES:
+        items = getattr(task.splits, purpose).items
+        if not items:
+            raise TaskError(f"the {purpose} split has no items; every split needs some", "data")
+        try:
+            check_items(task.model, task.objective, items, purpose)
+        except ValueError as error:
+            raise TaskError(str(error), "data") from error
+    if task.budget is not None and (few := task.splits.too_few()) is not None:
+        raise TaskError(few, "data")
+
+
+def _with_notes(task: Task) -> Task:
+    """What the model and the data give reason to say."""
+    doubts, rough = [], []
+    if (message := left_over(task.model)) is not None:
+        doubts.append(message)
+    if task.budget is not None and (leak := task.splits.leak()) is not None:
+        doubts.append(leak)
+    documents = len(set(task.splits.select.documents))
+    if task.max_drop is not None and documents < FEW_DOCUMENTS:
+        rough.append(
+            f"the select split has items of {documents} documents only: what it says of a plan's "
+            "chance is rough, and plans are chosen with more caution than need be; give more "
+            "select items, or more documents"
+        )
+    return replace(task, notes=(*task.notes, *doubts, *rough), warnings=tuple(doubts))
+
+
+def _check_budget(task: Task) -> None:
+    if task.budget is None:
+        return
+    if task.budget.metric == "accuracy" and task.objective.measure == "nats/token":
+        raise TaskError(
+            "metric 'accuracy' needs one prediction per item; for language models use metric "
+            "'loss'",
+            "budget",
+            "metric",
+        )
+    if task.settings.curvature == "input" and task.max_drop is not None:
+        raise TaskError(
+            'curvature="input" prices the error of layers, in no unit of loss: it cannot plan for '
+            "max_drop; pass max_bytes, or another curvature",
+            "price",
+            "curvature",
         )
 
 
-# ------------------------------------------------------------------------------------------- limits
-
-
-def limit_plans(job: Job) -> None:
-    """Turn the budget's limits on size and speed into ``job.limits``, and see that the options can
-    meet them together.
-
-    Cost: one forward pass over the calibration items if multiply-adds or bit operations are
-    limited. Raises `Infeasible`, and ``ValueError`` where a limit of the user's own has no number
-    for a layer and option.
-    """
-    budget = job.budget
+def _with_limits(task: Task) -> Task:
+    """The task with the budget's limits on size and speed, seen to be met together by some plan."""
+    budget = task.budget
     if budget is None or not budget.limited:
-        return
+        return task
+    # 1. What every option takes of every limit.
     if budget.max_macs is not None or budget.max_bops is not None:
-        count_work(job)
-    options = {(n, o.key): o for n in job.layers for o in job.options[n]}
-    rows = [
-        Choice(layer=n, option=key, bytes=job.layer_bytes(n, o), price=0.0)
-        for (n, key), o in options.items()
-    ]
-    job.limits = limits_of(budget, rows, job.work or work_of(job.layers))
+        task = with_work(task)
+    rows = []
+    for name, options in task.options.items():
+        for option in options:
+            size = task.layer_bytes(name, option)
+            rows.append(Choice(layer=name, option=option.key, bytes=size, price=0.0))
+    task = replace(task, limits=limits_of(budget, rows, task.work or work_of(task.layers)))
+    # 2. Whether some plan keeps to all of them.
     try:
-        cheapest(rows, **job.within)
+        cheapest(rows, task.within)
     except Infeasible as error:
-        names = {shortfall.name for shortfall in error.shortfalls}
-        if "max_macs" in names and all(macs_left(o) == 1.0 for o in options.values()):
-            raise Infeasible(
-                f"{error}. No option here lowers max_macs: zeros are multiplied like any other "
-                "weight, except those of "
-                'pattern "2:4" on sparse tensor cores; prune(structured=...) removes whole units',
-                *error.shortfalls,
-            ) from None
-        raise
+        raise _explained(task, error) from None
+    return task
 
 
-def count_work(job: Job) -> None:
-    """The multiply-adds of every layer: one forward pass over the calibration items."""
-    batches = job.splits.calibrate.batches(job.settings.batch_size)
-    job.work = work_of(job.layers, multiply_adds(job.model, job.objective, batches, job.layers))
+def _explained(task: Task, error: Infeasible) -> Infeasible:
+    """Why no option lowers the multiply-adds, where that is what is missed."""
+    missed = {shortfall.name for shortfall in error.shortfalls}
+    offered = [option for options in task.options.values() for option in options]
+    if "max_macs" not in missed or any(macs_left(option) != 1.0 for option in offered):
+        return error
+    return Infeasible(
+        f"{error}. No option here lowers max_macs: zeros are multiplied like any other weight, "
+        'except those of pattern "2:4" on sparse tensor cores; prune(structured=...) removes whole '
+        "units",
+        *error.shortfalls,
+    )
+
+
+def with_work(task: Task) -> Task:
+    """The task with the multiply-adds of every layer: one forward pass over the calibration
+    items."""
+    batches = task.splits.calibrate.batches(task.settings.batch_size)
+    counted = multiply_adds(task.model, task.objective, batches, task.layers)
+    return replace(task, work=work_of(task.layers, counted))
+
+
+def _check_recovery(task: Task) -> None:
+    if task.recover is None or task.recover.loss != "task":
+        return
+    if isinstance(task.objective, LabelFree):
+        raise TaskError(
+            f"task needs labels, which the objective {task.objective.name} has none of; write "
+            "distill",
+            "recover",
+            "loss",
+        )

@@ -1,0 +1,166 @@
+"""From the arguments of a Python verb to a task, as `curvprune.run.prepare` does from a recipe."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from curvprune import artifact
+from curvprune.compression import Solved
+from curvprune.files import StageLog, State
+from curvprune.model import (
+    Batch,
+    Objective,
+    Split,
+    Splits,
+    as_split,
+    find_groups,
+    find_layers,
+    make_objective,
+    read_request,
+    split_items,
+    to_device,
+)
+from curvprune.options import Keep, Option, check_fits
+from curvprune.planning import Budget
+from curvprune.run.task import Settings, Storage, Task, check_task
+from curvprune.run.workspace import Workspace
+from curvprune.schema import Json
+
+Data = Iterable[Batch] | Split | Splits
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arguments:
+    """What a verb was told besides the model, the data, the options and the budget."""
+
+    objective: str | Objective = "auto"
+    layers: str | Sequence[str] = "*"
+    same_option: str | Sequence[str | Sequence[str]] = ()
+    settings: Settings | None = None
+    device: str | torch.device | None = None
+    progress: bool = False
+
+    @property
+    def knobs(self) -> Settings:
+        return self.settings or Settings()
+
+
+def task_from(
+    model: nn.Module,
+    data: Data,
+    options: Sequence[Option],
+    budget: Budget | None,
+    folder: Path,
+    told: Arguments,
+    *,
+    priced: bool = False,
+) -> tuple[Task, Workspace]:
+    """The task of a verb, and a workspace in ``folder``.
+
+    Args:
+        priced: whether what the calibration items solve is priced, which other items must do.
+
+    Raises ``ValueError`` for what cannot be; warns of what puts the result in doubt.
+    """
+    # 1. Layers, options and groups.
+    settings = told.knobs
+    found = find_layers(model, told.layers)
+    if not found:
+        raise ValueError("layers is empty: expected names or globs, such as 'model.layers.*'")
+    if not options:
+        raise ValueError("options is empty: expected at least one, such as Quantize(bits=4)")
+    for name, layer in found.items():
+        reader = artifact.reader_of(model, layer, portable=settings.portable)
+        for option in options:
+            check_fits(option, name, layer.shape, reader=reader)
+    keys = [option.key for option in options]
+    offered = {name: [Keep().key] for name in find_layers(model)} | dict.fromkeys(found, keys)
+    groups = find_groups(read_request(told.same_option), offered)
+
+    # 2. Splits of the data, and the model where it is to be worked on.
+    splits = splits_from(data, seed=settings.seed, budget=budget, priced=priced)
+    if told.device is not None:
+        model = copy.deepcopy(model).to(told.device)
+        own = find_layers(model)
+        found = {name: own[name] for name in own if name in found}
+
+    # 3. The task.
+    task = Task(
+        model=model,
+        objective=objective_of(told.objective, model, splits.calibrate),
+        layers=found,
+        options={name: tuple(options) for name in found},
+        same_option=groups.layers,
+        splits=splits,
+        budget=budget,
+        settings=settings,
+        storage=_storage(model, settings),
+        notes=groups.notes,
+    )
+    task = check_task(task)
+    for text in task.warnings:
+        warnings.warn(text, UserWarning, stacklevel=4)
+    return task, Workspace(state=State(folder / "state"), log=StageLog(show=told.progress))
+
+
+def _storage(model: nn.Module, settings: Settings) -> Storage:
+    """Folders that hold an artifact and nothing for other readers."""
+
+    def write(folder: Path, written: nn.Module, solved: Mapping[str, Solved], plan: Json) -> None:
+        layers = find_layers(written)
+        artifact.save(folder, written, layers, solved, plan, portable=settings.portable)
+
+    def read(folder: Path) -> nn.Module:
+        return artifact.load_into(folder, copy.deepcopy(model)).eval()
+
+    return Storage(write=write, read=read)
+
+
+def objective_of(name: str | Objective, model: nn.Module, split: Split) -> Objective:
+    """The loss that a name stands for, told from the model and the first item if need be."""
+    first = to_device(split.items[0], next(model.parameters()).device)
+    return make_objective(name, model, first)
+
+
+def check_metric(budget: Budget | None, objective: Objective) -> None:
+    """Accuracy needs one prediction per item."""
+    if budget is None or budget.metric != "accuracy":
+        return
+    if objective.measure == "nats/token":
+        raise ValueError(
+            "metric 'accuracy' needs one prediction per item; for language models use metric 'loss'"
+        )
+
+
+def splits_from(data: Data, *, seed: int, budget: Budget | None, priced: bool) -> Splits:
+    """The splits that were passed, or the data dealt out.
+
+    With a budget the data are split into four. Without one every third item prices what the others
+    solve; where nothing is priced, or there is one item, all items serve both.
+    """
+    if isinstance(data, Splits):
+        return data
+    if budget is not None:
+        return split_items(data, seed=seed)
+    split = as_split(data)
+    calibrate = price = split
+    if priced and len(split.items) > 2:
+        calibrate = part_of(split, [i for i in range(len(split.items)) if i % 3 != 2])
+        price = part_of(split, range(2, len(split.items), 3))
+    return Splits(calibrate=calibrate, price=price, select=split, certify=split)
+
+
+def part_of(split: Split, places: Iterable[int]) -> Split:
+    """The items at some places of a split."""
+    chosen = list(places)
+    return Split(
+        items=tuple(split.items[i] for i in chosen),
+        documents=tuple(split.documents[i] for i in chosen),
+    )

@@ -1,0 +1,396 @@
+"""Stage *certify*: a sequence of plans, fixed before the certify split is opened, is tested on it.
+
+A plan is solved in one sequential pass, recovered if that was asked for, written to disk and read
+again: what is certified is the saved model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from curvprune.certificate import ItemColumns, Verdict, compare, fixed_sequence, item_columns
+from curvprune.compression import Solved
+from curvprune.model import ItemResults, find_layers
+from curvprune.planning import Budget, Infeasible, Plan, cheapest
+from curvprune.record import Attempt, RecoveryRecord, Trial
+from curvprune.run.apply import (
+    apply_plan,
+    notes_on_zeros,
+    recover_plan,
+    unpriced_plan,
+    write_artifact,
+)
+from curvprune.run.baselines import Control
+from curvprune.run.evaluation import results_on
+from curvprune.run.price import Prices
+from curvprune.run.select import Selection, plan_key, trial_file, trial_of
+from curvprune.run.sequence import Candidate, Tried, next_plan, to_test
+from curvprune.run.solved_layers import SolvedLayers
+from curvprune.run.task import Task
+from curvprune.run.workspace import Workspace
+from curvprune.schema import decode, encode
+
+SAFE = 0.95  # predicted probability of being certified that some plan of the sequence should have
+EARLIER = "earlier.json"  # plans that a reused run has recovered
+CAUTION = 0.6  # a more cautious plan may cost so much of the next one's predicted loss
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shipped:
+    """What a compression ends with.
+
+    Attributes:
+        folder: of the model to ship, in the workspace.
+        verdict: of that model; ``None`` without ``max_drop``.
+        measured: the same test, also where there is nothing to judge by.
+        items: what happened to every item of the certify split.
+        attempts: the plans that were tested, in order.
+        applied: trials of the plans that were applied, before and after a recovery.
+        solved: the model's compressed layers.
+    """
+
+    folder: Path
+    plan: Plan
+    verdict: Verdict | None
+    measured: Verdict
+    items: ItemColumns
+    solved: dict[str, Solved]
+    attempts: tuple[Attempt, ...] = ()
+    applied: tuple[Trial, ...] = ()
+    recoveries: tuple[RecoveryRecord, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Applied:
+    """A plan solved, recovered if that was asked for, written to disk and measured on select.
+
+    Attributes:
+        trial: what it lost on select as it was written.
+        before: the same before the recovery, if there was one.
+        tried: what `next_plan` is to learn from it: where the candidates were kept, theirs.
+    """
+
+    trial: Trial
+    before: Trial | None
+    tried: Tried
+    folder: Path
+    solved: dict[str, Solved]
+    recovery: RecoveryRecord | None = None
+
+    @property
+    def candidate(self) -> Candidate:
+        return Candidate(self.trial.bytes, self.tried.trial.chance or 0.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartRecord:
+    """Which solutions a plan was made from: its candidates, or one sequential pass."""
+
+    candidates: bool
+
+
+def certify_plans(
+    task: Task, space: Workspace, candidates: SolvedLayers, selection: Selection
+) -> Shipped:
+    """Fix a sequence of plans, then test them, cautious first, up to the first that is not
+    certified. What ships is the last certified one, or the first if there is none.
+
+    Cost: one sequential pass per plan that is applied, and its recovery; one evaluation on the
+    certify split per plan that is tested.
+    """
+    making = _Making(task, space, candidates, selection)
+    # 1. The sequence, by what select says.
+    sequence = making.sequence()
+    # 2. The tests.
+    judged = task.budget if task.max_drop is not None else None
+    verdicts: list[Verdict] = []
+    items: list[ItemColumns] = []
+    for one in sequence:
+        file = f"certify/{plan_key(one.trial.choices)}.json"
+        title = f"certify {one.trial.name}"
+        verdict, columns = _verdict_of(task, space, one.folder, file, title=title, budget=judged)
+        verdicts.append(verdict)
+        items.append(columns)
+        if verdict.status != "CERTIFIED":
+            break
+    # 3. What ships.
+    place = 0
+    if judged is not None:
+        place = fixed_sequence(verdicts) or 0
+    shipped, verdict = sequence[place], verdicts[place]
+    space.note(*notes_on_zeros(task, shipped.trial.choices))
+    plan = _plan_of(task, space, shipped.trial)
+    attempts: list[Attempt] = []
+    if judged is not None:
+        if verdict.note:
+            space.note(f"certificate: {verdict.note}")
+        for one, found in zip(sequence, verdicts, strict=False):
+            attempts.append(Attempt(plan=one.trial.name, verdict=found))
+    return Shipped(
+        folder=shipped.folder,
+        plan=plan,
+        verdict=verdict if judged is not None else None,
+        measured=verdict,
+        items=items[place],
+        solved=shipped.solved,
+        attempts=tuple(attempts),
+        applied=tuple(making.trials()),
+        recoveries=tuple(making.recoveries),
+    )
+
+
+def apply_and_measure(task: Task, space: Workspace, choices: Mapping[str, str]) -> Shipped:
+    """Without a budget: apply the one plan there is and measure it, paired, on the certify
+    split."""
+    folder = "applied/1"
+    model, solved = apply_plan(task, space, choices, folder)
+    recoveries: tuple[RecoveryRecord, ...] = ()
+    if task.recover is not None:
+        solved, recovery = recover_plan(task, space, model, solved, folder)
+        recoveries = (recovery,)
+    plan = unpriced_plan(task, space, choices)
+    space.note(*notes_on_zeros(task, choices))
+    path = write_artifact(task, space, folder, model, solved, plan)
+    measured, items = _verdict_of(task, space, path, "certify/1.json", title="measure", budget=None)
+    return Shipped(
+        folder=path,
+        plan=plan,
+        verdict=None,
+        measured=measured,
+        items=items,
+        solved=solved,
+        recoveries=recoveries,
+    )
+
+
+def _verdict_of(
+    task: Task, space: Workspace, folder: Path, file: str, *, title: str, budget: Budget | None
+) -> tuple[Verdict, ItemColumns]:
+    """Paired verdict of a saved and reloaded model on the certify split, and what happened to every
+    item; without a budget the bound is not judged."""
+    certify = task.splits.certify
+    with space.log.stage(title, 2) as advance:
+        uncompressed = task.uncompressed
+        baseline = results_on(task, space, "certify/baseline.json", uncompressed, certify)
+        advance(1)
+        model = task.model if space.state.has(file) else task.storage.read(folder)
+        results = results_on(task, space, file, model, certify)
+        advance(2)
+    if budget is None:
+        confidence = 0.95 if task.budget is None else task.budget.confidence
+        budget = Budget("loss", max_drop=0.0, confidence=confidence)
+    verdict = compare(baseline, results, certify, budget, measure=task.objective.measure)
+    return verdict, item_columns(baseline, results, certify)
+
+
+def _plan_of(task: Task, space: Workspace, trial: Trial) -> Plan:
+    """The plan that a trial measured, with everything noted so far."""
+    unknown = float("nan")
+    predicted, stderr = trial.predicted, trial.predicted_stderr
+    return Plan(
+        choices=dict(trial.choices),
+        bytes=trial.bytes,
+        predicted=unknown if predicted is None else predicted,
+        predicted_stderr=unknown if stderr is None else stderr,
+        notes=(*task.notes, *space.notes),
+        uses=trial.uses,
+    )
+
+
+# ------------------------------------------------------------------------------- making the plans
+
+
+class _Making:
+    """Applies plans one after the other; which is next depends on how those before did."""
+
+    def __init__(
+        self, task: Task, space: Workspace, candidates: SolvedLayers, selection: Selection
+    ) -> None:
+        assert task.budget is not None
+        self.task, self.space, self.candidates = task, space, candidates
+        self.selection = selection
+        self.prices: Prices = selection.prices
+        self.applied: list[Applied] = []
+        self.recoveries: list[RecoveryRecord] = []
+
+    def sequence(self) -> list[Applied]:
+        """The plans to certify, cautious first; everything here is judged on select alone.
+
+        Unless an earlier run has left a safe one, the best plan is applied, and more cautious ones
+        until one is safe; then those that `next_plan` finds, for the applied models leave room
+        (applied sequentially, and recovered, a plan costs less than its candidates did).
+        ``attempts`` counts what this run applies.
+        """
+        task, best = self.task, self.selection.best
+        # 1. What a reused run has recovered, and the plan that select found best.
+        self._take_earlier()
+        left = 1 if task.max_drop is None else task.settings.attempts
+        made = [one.trial.choices for one in self.applied]
+        if not self._any_safe() and best.choices not in made:
+            self._apply(best.name, best.choices)
+            left -= 1
+        # 2. Others, more cautious until one is safe, then bolder.
+        for number in range(1, left + 1):
+            safe = self._any_safe()
+            if safe:
+                tried = [one.tried for one in self.applied]
+                choices = next_plan(task, self.prices, tried)
+            else:
+                largest = max(self.applied, key=lambda one: one.trial.bytes)
+                choices = self._more_cautious(largest.trial)
+            if choices is None:
+                break
+            name = f"{best.name}, {'bolder' if safe else 'more cautious'}"
+            self._apply(name if number == 1 else f"{name} {number}", choices)
+        # 3. In which order, and which are not worth a test.
+        order = to_test([one.candidate for one in self.applied])
+        return [self.applied[i] for i in order]
+
+    def trials(self) -> list[Trial]:
+        found = []
+        for one in self.applied:
+            found += [trial for trial in (one.before, one.trial) if trial is not None]
+        return found
+
+    def _take_earlier(self) -> None:
+        """Plans that a reused run has recovered and that fit this budget's limits: read again, not
+        made."""
+        task, state = self.task, self.space.state
+        if task.max_drop is None or not state.has(EARLIER):
+            return
+        written = state.read_json(EARLIER)
+        plans = decode(list[dict[str, str]], written, source=str(state.path(EARLIER)))
+        fitting = [choices for choices in plans if self._fits(choices)]
+        fitting.sort(key=task.bytes_of, reverse=True)
+        if fitting:
+            self.space.note(
+                f"{len(fitting)} plan(s) recovered by the reused run were candidates for this "
+                "budget too"
+            )
+        for i, choices in enumerate(fitting, 1):
+            self._apply(f"earlier plan {i}", choices)
+
+    def _fits(self, choices: Mapping[str, str]) -> bool:
+        """Whether a plan keeps to the limits and gives every group one option."""
+        if not self.task.keeps_within(choices):
+            return False
+        return all(len({choices[name] for name in group}) == 1 for group in self.task.groups)
+
+    def _any_safe(self) -> bool:
+        return any(one.candidate.chance >= SAFE for one in self.applied)
+
+    def _more_cautious(self, trial: Trial) -> dict[str, str] | None:
+        """A larger plan with `CAUTION` times the expected loss of an applied one, if any."""
+        assert trial.expected is not None
+        most = CAUTION * trial.expected
+        try:
+            choices = cheapest(self.prices.rows, self.task.within, max_loss=most)
+        except Infeasible:
+            return None
+        return choices if self.task.bytes_of(choices) > trial.bytes else None
+
+    # ------------------------------------------------------------------------------- one plan
+
+    def _apply(self, name: str, choices: Mapping[str, str]) -> None:
+        """Apply a plan, recover it if that was asked for, and write its artifact."""
+        task, space = self.task, self.space
+        at = f"applied/{plan_key(choices)}"
+        # 1. One sequential pass, or the candidates where they did better on select.
+        model, solved = apply_plan(task, space, choices, at, title=f"apply {name}")
+        select = task.splits.select
+        results = results_on(task, space, f"{at}/select.json", model, select)
+        trial = self._trial(f"{name}, applied", choices, results)
+        start = trial
+        if self._candidates_are_better(at, choices, trial):
+            trial, start, solved, results = self._keep_candidates(
+                name, choices, trial, solved, model
+            )
+        # 2. The recovery.
+        before, tried, recovery = None, Tried(start, None), None
+        if task.recover is None:
+            model = task.model  # what is not solved is the same there; the copy can go
+        else:
+            _write_solved_into(model, solved)
+            solved, recovery = recover_plan(
+                task, space, model, solved, at, name=name, before=results
+            )
+            self.recoveries.append(recovery)
+            file = f"{at}/recovered-select.json"
+            results = results_on(task, space, file, model, select)
+            before, trial = trial, self._trial(f"{name}, recovered", choices, results)
+            tried = Tried(trial, start)
+        # 3. The artifact.
+        plan = _plan_of(task, space, trial)
+        folder = write_artifact(task, space, at, model, solved, plan)
+        self.applied.append(
+            Applied(
+                trial=trial,
+                before=before,
+                tried=tried,
+                folder=folder,
+                solved=self._without_packed_weights(solved),
+                recovery=recovery,
+            )
+        )
+
+    def _trial(self, name: str, choices: Mapping[str, str], results: ItemResults) -> Trial:
+        plan = Control(name=name, choices=dict(choices))
+        return trial_of(
+            self.task, self.selection.yardstick, self.prices, plan, results, kind="applied"
+        )
+
+    def _candidates_are_better(self, at: str, choices: Mapping[str, str], trial: Trial) -> bool:
+        """Whether the plan's candidates did better on select than one sequential pass. A run that
+        reuses this plan may not have their trial, but has what came of it."""
+        state, file = self.space.state, f"{at}/start.json"
+        if not state.has(file):
+            stitched = self._stitched(choices)
+            better = stitched is not None and stitched.drop < trial.drop
+            state.write_json(file, encode(StartRecord(candidates=better)))
+        return decode(StartRecord, state.read_json(file), source=str(state.path(file))).candidates
+
+    def _stitched(self, choices: Mapping[str, str]) -> Trial | None:
+        """The trial in which the plan's candidates were measured."""
+        trials = self.selection.trials
+        return next((trial for trial in trials if trial.choices == choices), None)
+
+    def _keep_candidates(
+        self,
+        name: str,
+        choices: Mapping[str, str],
+        trial: Trial,
+        solved: Mapping[str, Solved],
+        model: nn.Module,
+    ) -> tuple[Trial, Trial, dict[str, Solved], ItemResults]:
+        """The candidates in place of what a sequential pass made."""
+        task, space, file = self.task, self.space, trial_file(choices)
+        kept = {layer: self.candidates.with_option(layer, choices[layer]) for layer in solved}
+        note = "one sequential pass measured worse than the candidates, which were kept"
+        trial = replace(trial, note=note)
+        # Read: they have been measured.
+        results = results_on(task, space, file, model, task.splits.select)
+        # What prices say of it now: those of its trial were not corrected by all that has been
+        # measured since.
+        stitched = self._stitched(choices) or self._trial(name, choices, results)
+        start = replace(stitched, expected=trial.expected)
+        return trial, start, kept, results
+
+    def _without_packed_weights(self, solved: Mapping[str, Solved]) -> dict[str, Solved]:
+        """What lies on disk packed need not be held in memory twice: codes and scales are enough
+        for a later save."""
+        light = {}
+        for name, one in solved.items():
+            packed = one.codes is not None and self.task.form_of(name, one.option) != "dense"
+            light[name] = replace(one, weight=torch.empty(0)) if packed else one
+        return light
+
+
+def _write_solved_into(model: nn.Module, solved: Mapping[str, Solved]) -> None:
+    own = find_layers(model)
+    for name, one in solved.items():
+        own[name].write_(one.weight)

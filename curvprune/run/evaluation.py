@@ -1,0 +1,128 @@
+"""Results of models on a split, kept in the workspace, and the chance that select sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from scipy import stats
+from torch import nn
+
+from curvprune.certificate import probability_of_certifying
+from curvprune.model import BROKEN, ItemResults, Split, evaluate
+from curvprune.run.task import Task
+from curvprune.run.workspace import Workspace
+from curvprune.schema import decode, encode
+
+ACCEPTABLE = 0.80  # predicted probability of being certified that a plan must have on select
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResultsRecord:
+    """`ItemResults` as a file."""
+
+    loss: list[float]
+    count: list[float]
+    correct: list[float]
+
+
+def results_on(
+    task: Task, space: Workspace, name: str, model: nn.Module, split: Split
+) -> ItemResults:
+    """Evaluate a model on a split, or read what an earlier process measured.
+
+    Items for which a compressed model returns no finite numbers count as `BROKEN`, and are noted.
+    Raises ``ValueError`` where the uncompressed model returns none.
+    """
+    if not space.state.has(name):
+        results = evaluate(model, split.batches(task.settings.batch_size), task.objective)
+        if model is task.uncompressed:
+            _check_finite(results)
+        keep_results(space, name, results.finite())
+    results = read_results(space, name)
+    broken = int((results.loss >= BROKEN * results.count.clamp_min(1)).sum())
+    if broken:
+        space.note(
+            f"for {broken} of {len(results.loss)} items a plan's outputs are no finite numbers: "
+            f"they count as {BROKEN:g} nats for each position"
+        )
+    return results
+
+
+def _check_finite(results: ItemResults) -> None:
+    bad = int((~results.loss.isfinite()).sum())
+    if bad:
+        raise ValueError(
+            f"the uncompressed model's loss is no finite number for {bad} of "
+            f"{len(results.loss)} items: nothing can be compared with it; look at the model's "
+            "weights and at the data"
+        )
+
+
+def keep_results(space: Workspace, name: str, results: ItemResults) -> None:
+    """Write what was measured where `results_on` reads it."""
+    record = ResultsRecord(
+        loss=results.loss.tolist(),
+        count=results.count.tolist(),
+        correct=results.correct.tolist(),
+    )
+    space.state.write_json(name, encode(record))
+
+
+def read_results(space: Workspace, name: str) -> ItemResults:
+    """What was measured under this name."""
+    source = str(space.state.path(name))
+    record = decode(ResultsRecord, space.state.read_json(name), source=source)
+    return ItemResults(
+        loss=torch.tensor(record.loss, dtype=torch.float64),
+        count=torch.tensor(record.count, dtype=torch.float64),
+        correct=torch.tensor(record.correct, dtype=torch.float64),
+    )
+
+
+# ------------------------------------------------------------------------------------ the chance
+
+
+def chance_at(task: Task, drop: float, stderr: float, bound: float) -> float:
+    """Predicted probability that a plan with this drop and error on select is certified.
+
+    Args:
+        drop, stderr: on the select split, in the budget's measure.
+        bound: that of a test on select with this drop.
+
+    Beyond what normal losses of so many documents make of ``stderr``, the bound lies further out
+    where losses are skewed. On certify there are usually more documents. The first part falls with
+    their root and has a smaller quantile; the second falls in proportion, as in the certificate's
+    own ``needed``.
+    """
+    assert task.budget is not None and task.budget.max_drop is not None
+    confidence = task.budget.confidence
+    here = len(set(task.splits.select.documents))
+    there = len(set(task.splits.certify.documents))
+    fewer = here / there
+    t_here = float(stats.t.ppf(confidence, max(1, here - 1)))
+    t_there = float(stats.t.ppf(confidence, max(1, there - 1)))
+    straight = min(bound - drop, t_here * stderr)
+    reach = straight * fewer**0.5 * t_there / t_here + (bound - drop - straight) * fewer
+    return probability_of_certifying(
+        drop,
+        stderr,
+        stderr * fewer**0.5,
+        max_drop=task.budget.max_drop,
+        confidence=confidence,
+        reach=reach,
+    )
+
+
+def allowed_drop(task: Task, low: float, stderr: float, reach: float) -> float:
+    """The drop from ``low`` to the budget at which a plan's chance falls to `ACCEPTABLE`, with this
+    error on select and this distance from a drop to its bound."""
+    assert task.max_drop is not None
+    high = task.max_drop
+    for _ in range(40):
+        middle = (low + high) / 2
+        if chance_at(task, middle, stderr, middle + reach) >= ACCEPTABLE:
+            low = middle
+        else:
+            high = middle
+    return low

@@ -1,0 +1,475 @@
+"""From a recipe to a task: load model and data, assign options, remove hidden units.
+
+Whatever can be wrong with a recipe is found here, before the first long computation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from curvprune import artifact, distributed
+from curvprune.artifact import describe, load_artifact, write_model
+from curvprune.compression import Solved, Training
+from curvprune.files import StageLog, State
+from curvprune.model import (
+    PURPOSES,
+    Objective,
+    Splits,
+    find_layers,
+    make_objective,
+    to_device,
+)
+from curvprune.options import Option, pruner_of, quantizer_of
+from curvprune.planning import SIZES, Budget, Infeasible, Limit
+from curvprune.record import CutRecord, RemovedUnits
+from curvprune.run import models, sources
+from curvprune.run.folder import Inputs, claim
+from curvprune.run.recipe import Recipe, assign_groups, assign_options
+from curvprune.run.task import Settings, Storage, Task, TaskError, check_task
+from curvprune.run.workspace import Workspace
+from curvprune.schema import Json, decode, encode
+from curvprune.structured import Pruned, Structured, offered_widths, prune_units
+
+REMOVED = "structured/removed.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Widths:
+    """Hidden units of one cut that could be removed: its kind, how many there are, and the widths
+    that are offered, largest first."""
+
+    kind: str
+    units: int
+    widths: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A recipe made into a task.
+
+    Attributes:
+        inputs: hashes of what the run's results depend on.
+        kept: layers that no entry of ``compress:`` matches.
+        offered: cut → widths, where the recipe asks for hidden units to be removed and they are
+            not yet.
+        removed: the units that are gone, if so.
+    """
+
+    task: Task
+    space: Workspace
+    title: str
+    inputs: Inputs
+    kept: tuple[str, ...]
+    offered: Mapping[str, Widths]
+    removed: RemovedUnits | None
+
+
+def prepare(
+    recipe: Recipe, root: State | None, *, progress: bool, reused: State | None = None
+) -> Prepared:
+    """Make a recipe's task.
+
+    Args:
+        root: the run folder, which is claimed for this run; ``None`` for a look at the recipe
+            alone.
+        reused: a run from whose state ``root`` starts.
+    """
+    # 1. The model and the data.
+    _check_folder(recipe, root)
+    device = _device(recipe)
+    structured = _structured(recipe)
+    model, tokenizer = _load_model(recipe)
+    splits = _load_data(recipe, tokenizer)
+    model.to(device)
+    state = State(Path(os.devnull))
+    if root is not None:
+        state = State(root.path("state"), writes=root.writes)
+    space = Workspace(state=state, log=StageLog(show=progress))
+
+    # 2. The recipe laid over the model, and whether it fits.
+    fit = partial(_fit, recipe, tokenizer=tokenizer, splits=splits)
+    task = fit(model, final=structured is None)
+    inputs = Inputs.of(
+        recipe,
+        model_sha256=models.model_sha256(model),
+        data_sha256=splits.sha256(),
+        budget=task.budget,
+        device=device,
+    )
+    offered: dict[str, Widths] = {}
+    if structured is not None and (root is None or root.writes) and not state.has(REMOVED):
+        offered = _offered(recipe, task, structured)
+
+    # 3. The folder; then hidden units are removed, and the recipe is laid over what is left.
+    removed = None
+    if root is not None:
+        if root.writes:
+            claim(recipe, root, inputs, reused)
+        distributed.wait()
+        if structured is not None:
+            smaller, removed = _without_units(recipe, task, space, structured)
+            task = fit(smaller, original=model)
+            task = replace(task, notes=(*removed.notes, *task.notes))
+    kept = [name for name in find_layers(task.model) if name not in task.layers]
+    source = recipe.model.name or recipe.model.path or recipe.model.package or ""
+    return Prepared(
+        task=task,
+        space=space,
+        title=recipe.title or Path(source).name,
+        inputs=inputs,
+        kept=tuple(kept),
+        offered=offered,
+        removed=removed,
+    )
+
+
+def _fit(
+    recipe: Recipe,
+    model: nn.Module,
+    *,
+    tokenizer: Any,
+    splits: Splits,
+    original: nn.Module | None = None,
+    final: bool = True,
+) -> Task:
+    """The task of a recipe on a model. Unless ``final``, units will be removed first, and sizes are
+    not known yet."""
+    # 1. Layers, their options and groups.
+    found = find_layers(model)
+    readers = {}
+    for name, layer in found.items():
+        readers[name] = artifact.reader_of(model, layer, portable=recipe.portable)
+    shapes = {name: layer.shape for name, layer in found.items()}
+    assigned = assign_options(recipe, shapes, readers=readers)
+    groups = assign_groups(recipe, found, assigned)
+    layers = {name: found[name] for name in found if name in assigned}
+
+    # 2. What has to be said.
+    notes = list(groups.notes)
+    if splits.recover is not None and recipe.recover is None:
+        notes.append(
+            f"data: recover: {len(splits.recover.items)} items are set aside and nothing trains "
+            "on them: there is no recover section"
+        )
+    kept = [name for name in found if name not in assigned]
+    if kept:
+        notes.append(
+            f"{len(kept)} layer(s) match no entry of compress: and stay as they are: "
+            f"{', '.join(kept)}"
+        )
+
+    # 3. The task; a divergence is from the original model.
+    task = Task(
+        model=model,
+        original=original,
+        objective=_objective(recipe, model if original is None else original, splits),
+        layers=layers,
+        options={name: tuple(options) for name, options in assigned.items()},
+        same_option=groups.layers,
+        splits=splits,
+        budget=_budget(recipe),
+        settings=_settings(recipe),
+        storage=_storage(recipe, tokenizer, next(model.parameters()).device),
+        recover=_training(recipe),
+        notes=tuple(notes),
+    )
+    try:
+        task = check_task(task, final=final)
+        _check_packing(task)
+    except TaskError as error:
+        raise recipe.error(error.key, str(error)) from error
+    except Infeasible as error:
+        # The line of the limit, or of the list of the user's own.
+        where = error.constraint if error.constraint in SIZES else "limits"
+        raise recipe.error(("budget", where), str(error)) from error
+    return task
+
+
+def _check_packing(task: Task) -> None:
+    """Whether transformers can load what the recipe wants it to load."""
+    offered = [option for options in task.options.values() for option in options]
+    rounds = any(quantizer_of(option) for option in offered)
+    portable = artifact.portable_for(task.model, task.settings.portable)
+    if rounds and portable and not artifact.loads_packed(task.model):
+        raise TaskError(
+            f"transformers cannot load {type(task.model).__name__} with packed layers (it "
+            "initialises their weights by name); write portable: false, for a folder that "
+            "curvprune.load reads",
+            "model",
+        )
+
+
+# ------------------------------------------------------------------------------- parts of a recipe
+
+
+def _settings(recipe: Recipe) -> Settings:
+    return Settings(
+        seed=recipe.seed,
+        labels=recipe.price.labels,
+        curvature=recipe.price.curvature,
+        measure_above=recipe.price.measure_above,
+        trials=recipe.search.trials,
+        attempts=recipe.search.attempts,
+        portable=recipe.portable,
+    )
+
+
+def _training(recipe: Recipe) -> Training | None:
+    if recipe.recover is None:
+        return None
+    return Training(**recipe.recover.model_dump(), seed=recipe.seed)
+
+
+def _storage(recipe: Recipe, tokenizer: Any, device: torch.device) -> Storage:
+    """Folders that transformers reads too, with the tokenizer."""
+
+    def write(folder: Path, model: nn.Module, solved: Mapping[str, Solved], plan: Json) -> None:
+        write_model(folder, model, solved, plan, tokenizer=tokenizer, portable=recipe.portable)
+
+    return Storage(write=write, read=partial(load_artifact, device=device))
+
+
+def _check_folder(recipe: Recipe, root: State | None) -> None:
+    if root is None or recipe.model.path is None:
+        return
+    source = Path(recipe.model.path).resolve()
+    if source.is_relative_to(root.folder.resolve()):
+        raise recipe.error(
+            ("model", "path"),
+            f"{recipe.model.path} lies inside the run folder {root.folder}, whose model/ the run "
+            "writes; give --out another folder",
+        )
+
+
+def _device(recipe: Recipe) -> torch.device:
+    name = recipe.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and distributed.shared():
+        name = f"cuda:{torch.cuda.current_device()}"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise recipe.error(
+            ("device",), f"{name!r} cannot be used here ({error}); write auto or cpu"
+        ) from error
+    return torch.device(name)
+
+
+def _load_model(recipe: Recipe) -> tuple[nn.Module, Any]:
+    section = recipe.model
+    try:
+        source, gguf = _model_source(recipe)
+        model = models.load_model(
+            source,
+            task=section.task,
+            dtype=section.dtype,
+            gguf_file=gguf,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+        )
+        tokenizer = None
+        if section.task != "image-classification" and recipe.data.source != "digits":
+            tokenizer = models.load_tokenizer(
+                source, gguf_file=gguf, trust_remote_code=section.trust_remote_code
+            )
+    except (ValueError, OSError) as error:
+        raise recipe.error(("model",), str(error)) from error
+    return model, tokenizer
+
+
+def _model_source(recipe: Recipe) -> tuple[str | Path, str | None]:
+    """A folder or a hub name, and the GGUF file in it, if the model is one."""
+    section = recipe.model
+    if section.package is not None:
+        source = models.package_folder(section.package)
+        if section.folder is not None:
+            source = source / section.folder
+        if section.file is not None and not (source / section.file).is_file():
+            raise ValueError(f"package {section.package} has no file {section.file!r} in {source}")
+        return source, section.file
+    if section.path is not None:
+        source = Path(section.path)
+        if not source.is_dir():
+            raise ValueError(
+                f"{source} is not a folder; make it first (examples/ has scripts) or correct the "
+                "path"
+            )
+        return source, None
+    assert section.name is not None
+    return section.name, None
+
+
+def _load_data(recipe: Recipe, tokenizer: Any) -> Splits:
+    section = recipe.data
+    counts = {purpose: getattr(section, purpose) for purpose in (*PURPOSES, "recover")}
+    try:
+        if section.source == "digits":
+            return sources.digits_splits(counts=counts, seed=recipe.seed)
+        tokens = {}
+        for name, text in _documents(recipe).items():
+            if text:
+                tokens[name] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return sources.text_splits(
+            tokens, length=section.sequence_length, counts=counts, seed=recipe.seed
+        )
+    except ValueError as error:
+        raise recipe.error(("data",), str(error)) from error
+
+
+def _documents(recipe: Recipe) -> dict[str, str]:
+    section = recipe.data
+    if section.source == "python-docs":
+        return sources.python_docs()
+    if section.source == "text":
+        return sources.text_files([Path(file) for file in section.files])
+    assert section.name is not None
+    return sources.hub_documents(section.name, split=section.split, column=section.column)
+
+
+def _objective(recipe: Recipe, model: nn.Module, splits: Splits) -> Objective:
+    try:
+        device = next(model.parameters()).device
+        return make_objective(recipe.objective, model, to_device(splits.calibrate.items[0], device))
+    except ValueError as error:
+        raise recipe.error(("objective",), str(error)) from error
+
+
+def _budget(recipe: Recipe) -> Budget | None:
+    """The budget with the tables of its own limits read."""
+    if recipe.budget is None:
+        return None
+    limits = []
+    for index, limit in enumerate(recipe.budget.limits):
+        use = _table(recipe, index, limit.table)
+        limits.append(Limit(name=limit.name, most=limit.most, use=use))
+    return Budget(**recipe.budget.model_dump(exclude={"limits"}), limits=tuple(limits))
+
+
+def _table(recipe: Recipe, index: int, file: str) -> dict[tuple[str, str], float]:
+    """What every layer takes under every option, from a JSON file."""
+    key = ("budget", "limits", index, "table")
+    use = {}
+    try:
+        table = json.loads(Path(file).read_text(encoding="utf-8"))
+        for layer, values in table.items():
+            for option, value in values.items():
+                use[layer, option] = float(value)
+    except OSError as error:
+        raise recipe.error(
+            key, f"{file} cannot be read ({error.strerror}); expected a JSON file"
+        ) from None
+    except (ValueError, TypeError, AttributeError) as error:
+        expected = (
+            'expected JSON such as {"model.layers.0.mlp.up_proj": {"keep": 0.8, "int4-g64-sym": '
+            "0.3}}"
+        )
+        raise recipe.error(key, f"{file}: {error}; {expected}") from None
+    return use
+
+
+# ---------------------------------------------------------------------------------- hidden units
+
+
+def _structured(recipe: Recipe) -> Structured | None:
+    if recipe.structured is None:
+        return None
+    asked = recipe.structured.model_dump(exclude_none=True)
+    # Layers that read what is left must still fit the patterns and groups that they are offered.
+    options = [option for entry in recipe.compress for option in entry.options]
+    steps = _steps(options, groups=bool(recipe.portable))
+    if steps:
+        asked.setdefault("round_to", math.lcm(8, *steps))
+    try:
+        return Structured(**asked)
+    except ValueError as error:
+        raise recipe.error(("structured",), str(error)) from error
+
+
+def _steps(options: Sequence[Option], *, groups: bool) -> list[int]:
+    """Widths must be multiples of these: of patterns, and of groups of inputs."""
+    steps = []
+    for option in options:
+        prune, quantize = pruner_of(option), quantizer_of(option)
+        if prune is not None and prune.nm is not None:
+            steps.append(prune.nm[1])
+        if groups and quantize is not None and quantize.group_size is not None:
+            steps.append(quantize.group_size)
+    return steps
+
+
+def _offered(recipe: Recipe, task: Task, asked: Structured) -> dict[str, Widths]:
+    """The cuts and their widths; whatever is wrong with what was asked is found here."""
+    try:
+        found, _, widths, _ = offered_widths(task.model, task.objective, task.splits, asked)
+    except ValueError as error:
+        raise recipe.error(("structured",), str(error)) from error
+    offered = {}
+    for name, cut in found.cuts.items():
+        offered[name] = Widths(kind=cut.kind, units=cut.units, widths=tuple(widths[name]))
+    return offered
+
+
+def _without_units(
+    recipe: Recipe, task: Task, space: Workspace, asked: Structured
+) -> tuple[nn.Module, RemovedUnits]:
+    """Stage *remove units*: the smaller model, written to ``state/structured`` and read from there,
+    and what is gone. Of several processes the first removes them."""
+    state = space.state
+    folder = state.path("structured/model")
+    if state.writes and not state.has(REMOVED):
+        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
+        with space.log.stage("remove units", 1) as advance:
+            try:
+                pruned = prune_units(
+                    task.model, task.objective, task.splits, asked, seed=task.settings.seed
+                )
+            except ValueError as error:
+                raise recipe.error(("structured",), str(error)) from error
+            why = describe(task.model, pruned.model, pruned.uniform_widths(), pruned.dropped)
+            write_model(folder, pruned.model, {}, {})
+            advance(1)
+        if why is not None:
+            pruned = replace(pruned, notes=(*pruned.notes, why))
+        state.write_json(REMOVED, encode(_removed(pruned)))
+    distributed.wait()
+    smaller = load_artifact(folder, device=next(task.model.parameters()).device)
+    removed = decode(RemovedUnits, state.read_json(REMOVED), source=str(state.path(REMOVED)))
+    return smaller, removed
+
+
+def _removed(pruned: Pruned) -> RemovedUnits:
+    cuts, gone = {}, 0
+    for name, left in pruned.left.items():
+        cuts[name] = CutRecord(kind=pruned.kinds[name], left=left, of=pruned.units[name])
+        gone += pruned.units[name] - left
+    shares = []
+    for what, (before, after) in (
+        ("multiply-adds", pruned.macs),
+        ("parameters", pruned.parameters),
+    ):
+        shares.append(f"{1 - after / before:.1%} of the {what}")
+    predicted, cost = pruned.predicted, ""
+    if predicted is not None:
+        cost = f", predicted to cost {predicted.value:.4g} ± {predicted.stderr:.2g} nats"
+    summary = f"{gone} units of {len(cuts)} cuts were removed first: {' and '.join(shares)}{cost}"
+    return RemovedUnits(
+        cuts=cuts,
+        multiply_adds=pruned.macs,
+        parameters=pruned.parameters,
+        latency_seconds=pruned.latency,
+        predicted=None if predicted is None else predicted.value,
+        predicted_stderr=None if predicted is None else predicted.stderr,
+        notes=(summary, *pruned.notes),
+    )

@@ -1,0 +1,319 @@
+"""Stage *price*: the ledger and the analysis, from one pass over the price items."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvprune.curvature import (
+    MATRICES,
+    Analysis,
+    Change,
+    Checkpoint,
+    Draws,
+    FisherPass,
+    LayerCurvature,
+    fisher_pass,
+)
+from curvprune.distributed import rank, shared, wait, world
+from curvprune.model import BROKEN, Layer
+from curvprune.options import Keep, Prune, kept_weights, pruner_of
+from curvprune.planning import Limit, Within, cheapest, corrected
+from curvprune.pricing import (
+    FORMS,
+    MEASURED_ROWS,
+    Forms,
+    Ledger,
+    Row,
+    build_ledger,
+    divergences,
+    measure_highest,
+    quadratic_forms,
+    work_of,
+)
+from curvprune.run.solved_layers import SolvedLayers
+from curvprune.run.task import Task
+from curvprune.run.workspace import Workspace
+from curvprune.schema import decode, encode
+
+CHECKPOINT_SECONDS = 45.0  # the pricing pass writes its totals this often
+TOTALS, DONE = "fisher.safetensors", "fisher.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prices:
+    """The ledger, and what measured plans say about its prices.
+
+    Attributes:
+        ledger: prices as they were first made.
+        factors: option → what its prices must be multiplied by, as far as trials say.
+    """
+
+    ledger: Ledger
+    factors: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows of the ledger with corrected prices."""
+        return corrected(self.ledger.rows, self.factors)
+
+    def expected(self, choices: Mapping[str, str]) -> float:
+        """What a plan costs by the corrected prices, in the ledger's measure."""
+        return math.fsum(row.price for row in self.rows if choices[row.layer] == row.option)
+
+    def with_factors(self, factors: Mapping[str, float]) -> Prices:
+        return replace(self, factors=factors)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Priced:
+    """What the stage makes: prices, and trace and diagonal of every layer from the same pass."""
+
+    prices: Prices
+    analysis: Analysis
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassDone:
+    """Written when the pass over the price items is over."""
+
+    items: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FormsRecord:
+    """The forms of another curvature: positions ``(items,)``, and sums of each layer ``(items,
+    options)``."""
+
+    count: list[float]
+    sums: dict[str, list[list[float]]]
+
+
+def price_options(task: Task, space: Workspace, candidates: SolvedLayers) -> Priced:
+    """Price every solved change, and measure the highest prices.
+
+    Cost: one forward and ``labels`` backward passes per price item; five forward passes more where
+    the highest prices agree with what is measured.
+    """
+    offered = _changing(task)
+    wait()  # nobody looks at the folder while the first process is still writing its last file
+    changes = _changes(task, space, candidates, offered)
+    passed = _pass_over_items(task, space, changes)
+    forms = None
+    kind = task.settings.curvature
+    if kind in FORMS:
+        forms = _forms(task, space, changes)
+    space.state.write_json(DONE, encode(PassDone(items=len(task.splits.price.items))))
+    wait()
+
+    sizes = {}
+    for name in task.layers:
+        options = task.options[name]
+        sizes[name] = {option.key: task.layer_bytes(name, option) for option in options}
+    ledger = build_ledger(
+        forms or passed,
+        sizes,
+        changed=offered,
+        measure=task.objective.measure,
+        curvature=kind,
+    )
+    ledger = replace(ledger, work=task.work or work_of(task.layers))
+    ledger = _with_highest_measured(task, space, ledger, candidates)
+    return Priced(prices=Prices(ledger=ledger), analysis=_analysis(passed, task.layers))
+
+
+def _changing(task: Task) -> dict[str, list[str]]:
+    """Layer → keys of the options that change its weight."""
+    found = {}
+    for name in task.layers:
+        options = task.options[name]
+        found[name] = [option.key for option in options if not isinstance(option, Keep)]
+    return found
+
+
+def _changes(
+    task: Task, space: Workspace, candidates: SolvedLayers, offered: Mapping[str, list[str]]
+) -> dict[str, list[Change]]:
+    """Layer → the change of its weight that each option makes."""
+    changes: dict[str, list[Change]] = {}
+    if space.state.has(DONE):
+        # The pass is over; its totals already hold the squares, and empty changes only set their
+        # number.
+        empty = Change(values=torch.zeros(0), scale=0.0)
+        return {name: [empty] * len(keys) for name, keys in offered.items()}
+    for name, layer in task.layers.items():
+        if not offered[name]:
+            continue
+        weight = layer.as_matrix(layer.weight.detach())
+        wide = weight if weight.dtype == torch.float64 else weight.float()
+        solved = candidates.of(name)
+        changes[name] = [Change.of(one.weight.to(wide.dtype) - wide) for one in solved]
+    return changes
+
+
+def _pass_over_items(
+    task: Task, space: Workspace, changes: Mapping[str, list[Change]]
+) -> FisherPass:
+    """The pass itself, from where an earlier process left it."""
+    state, items = space.state, task.splits.price.items
+    # 1. Of several processes each keeps totals of its own until all are done.
+    own_state, own_name = state, TOTALS
+    if shared():
+        own_state = replace(state, writes=True)
+        own_name = f"fisher.{rank()}of{world()}.safetensors"
+    source = TOTALS if state.has(DONE) else own_name
+    resume = state.read_tensors(source) if state.has(source) else None
+
+    # 2. Totals are written now and then, so that a crash loses little.
+    last = time.monotonic()
+
+    def after_item(done: int, totals: dict[str, Tensor]) -> None:
+        nonlocal last
+        advance(done)
+        if done == len(items):
+            state.write_tensors(TOTALS, totals)
+        elif time.monotonic() - last > CHECKPOINT_SECONDS:
+            own_state.write_tensors(own_name, totals)
+            last = time.monotonic()
+
+    # 3. One forward and a few backward passes per item.
+    done = int(resume["done"]) if resume is not None else 0
+    with space.log.stage("price options", len(items), done=done) as advance:
+        return fisher_pass(
+            task.model,
+            task.objective,
+            items,
+            task.layers,
+            changes,
+            draws=Draws(labels=task.settings.labels, seed=task.settings.seed),
+            checkpoint=Checkpoint(resume=resume, after_item=after_item),
+        )
+
+
+def _forms(task: Task, space: Workspace, changes: Mapping[str, list[Change]]) -> Forms:
+    """The forms of another curvature, or those that an earlier process measured."""
+    kind = task.settings.curvature
+    name = f"forms-{kind}.json"
+    if space.state.has(name):
+        source = str(space.state.path(name))
+        record = decode(FormsRecord, space.state.read_json(name), source=source)
+        sums = {n: torch.tensor(s, dtype=torch.float64) for n, s in record.sums.items()}
+        return Forms(count=torch.tensor(record.count, dtype=torch.float64), sums=sums)
+    forms = quadratic_forms(
+        kind,
+        task.model,
+        task.objective,
+        task.splits.price.items,
+        task.layers,
+        changes,
+        seed=task.settings.seed,
+    )
+    sums_of = {n: s.tolist() for n, s in forms.sums.items()}
+    record = FormsRecord(count=forms.count.tolist(), sums=sums_of)
+    space.state.write_json(name, encode(record))
+    wait()
+    return forms
+
+
+def _analysis(passed: FisherPass, layers: Mapping[str, Layer]) -> Analysis:
+    found = {}
+    for name, layer in layers.items():
+        found[name] = LayerCurvature(
+            trace=passed.trace(name), diagonal=passed.diagonal[name], shape=layer.shape
+        )
+    return Analysis(matrix=MATRICES["fisher"], layers=found, num_items=len(passed.count))
+
+
+# ------------------------------------------------------------------------------- measured prices
+
+
+def _with_highest_measured(
+    task: Task, space: Workspace, ledger: Ledger, candidates: SolvedLayers
+) -> Ledger:
+    """The ledger with its highest prices measured: see `measure_highest`."""
+    least = task.settings.measure_above
+    alone = rank() == 0  # the first of several processes goes on alone
+    if least is None or task.settings.curvature == "input" or not alone:
+        return ledger
+    with space.log.stage("measure prices", MEASURED_ROWS) as advance:
+
+        def measure(rows: Sequence[Row], before: int) -> dict[tuple[str, str], np.ndarray]:
+            sums = _measured_sums(task, space, candidates, rows, f"measured/{before}.json")
+            advance(before + len(rows))
+            return _by_row(space, rows, sums, ledger.count)
+
+        ledger, note = measure_highest(ledger, measure, least=least)
+        advance(MEASURED_ROWS)
+    if note:
+        space.note(note)
+    return ledger
+
+
+def _measured_sums(
+    task: Task, space: Workspace, candidates: SolvedLayers, rows: Sequence[Row], name: str
+) -> list[list[float] | None]:
+    """What the change of each row costs each price item, measured, or read; ``None`` for one that
+    breaks the model."""
+    state = space.state
+    if not state.has(name):
+        changed = []
+        for row in rows:
+            changed.append((row.layer, candidates.with_option(row.layer, row.option).weight))
+        items = task.splits.price.items
+        measured = divergences(task.model, task.objective, items, task.layers, changed).T
+        finite = [bool(sums.isfinite().all()) for sums in measured]
+        kept = zip(measured, finite, strict=True)
+        state.write_json(name, [sums.tolist() if good else None for sums, good in kept])
+    return decode(list[list[float] | None], state.read_json(name), source=str(state.path(name)))
+
+
+def _by_row(
+    space: Workspace,
+    rows: Sequence[Row],
+    sums: Sequence[list[float] | None],
+    count: np.ndarray,
+) -> dict[tuple[str, str], np.ndarray]:
+    """(layer, option) → cost of each item. Changes that break the model cost `BROKEN`, and are
+    noted."""
+    found = {}
+    for row, values in zip(rows, sums, strict=True):
+        if values is not None:
+            found[row.layer, row.option] = np.array(values)
+            continue
+        found[row.layer, row.option] = BROKEN * count
+        space.note(
+            f"layer {row.layer}: with option {row.option} alone the model's outputs are no finite "
+            f"numbers; its price is {BROKEN:g} nats"
+        )
+    return found
+
+
+# ------------------------------------------------------------------------------- zeros by price
+
+
+def spread_zeros(task: Task, ledger: Ledger, sparsity: float) -> dict[str, str]:
+    """The cheapest plan by the ledger with a share of ``sparsity`` of all weights of the layers
+    pruned."""
+    # 1. How many weights every option keeps.
+    kept: dict[tuple[str, str], float] = {}
+    for name, layer in task.layers.items():
+        for option in task.options[name]:
+            prune = pruner_of(option)
+            if prune is not None and prune.sparsity is not None:
+                left = kept_weights(prune, layer.shape, groups=layer.groups)
+                kept[name, option.key] = float(left)
+    # 2. As many may stay as would if every layer were pruned alike, each rounded by itself.
+    total = sum(layer.numel for layer in task.layers.values())
+    common, alike = Prune(sparsity=sparsity), 0
+    for layer in task.layers.values():
+        alike += kept_weights(common, layer.shape, groups=layer.groups)
+    most = max(total - round(sparsity * total), alike)
+    # 3. The cheapest way to keep no more.
+    limit = Limit(name="weights kept", most=most, use=kept)
+    return cheapest(ledger.rows, Within(limits=(limit,), same_option=task.same_option))

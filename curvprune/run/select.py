@@ -1,0 +1,542 @@
+"""Stage *select*: where the plan is chosen. Plans along the frontier and their controls, measured
+on the select split.
+
+Candidates of any plan can be put together without another solve, so that a trial costs one
+evaluation. What is measured corrects the prices, and the next plan is made with those.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from curvprune.certificate import Verdict, compare
+from curvprune.model import ItemResults, find_layers
+from curvprune.options import Option, pruner_of, quantizer_of
+from curvprune.planning import (
+    Budget,
+    Infeasible,
+    Measurement,
+    Within,
+    cheapest,
+    corrections,
+    scaled,
+    search_plans,
+)
+from curvprune.pricing import Row
+from curvprune.record import Alternative, Trial
+from curvprune.run.baselines import Control, controls
+from curvprune.run.evaluation import (
+    ACCEPTABLE,
+    allowed_drop,
+    chance_at,
+    read_results,
+    results_on,
+)
+from curvprune.run.price import Prices
+from curvprune.run.solved_layers import SolvedLayers
+from curvprune.run.task import Task
+from curvprune.run.workspace import Workspace
+
+TRIALS_BESIDES = 8  # the uncompressed model, at most six controls, and a plan after the first four
+CLEAR = 1.645  # standard errors: one-sided 95 %
+# Two plans whose bytes differ by less are one size: what they lost on select decides.
+SAME_SIZE = 1.002
+# What is held against a plan of both kinds: the part that its options have, and the one that they
+# lack.
+ALONE: dict[str, tuple[Callable[[Option], object], Callable[[Option], object]]] = {
+    "rounding alone": (quantizer_of, pruner_of),
+    "pruning alone": (pruner_of, quantizer_of),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Yardstick:
+    """What plans are measured against on the select split: the uncompressed model, and the model
+    that the prices are of, which is the same unless hidden units were removed."""
+
+    baseline: ItemResults
+    start: ItemResults
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Selection:
+    """What the stage makes.
+
+    Attributes:
+        trials: every plan that was measured, in order.
+        best: the one to apply and certify.
+        prices: with what all trials say about them.
+        together: pruning and rounding together against each alone.
+    """
+
+    trials: tuple[Trial, ...]
+    best: Trial
+    prices: Prices
+    yardstick: Yardstick
+    together: tuple[Alternative, ...]
+
+
+def select_plans(
+    task: Task, space: Workspace, candidates: SolvedLayers, prices: Prices
+) -> Selection:
+    """Measure plans and controls on the select split and choose.
+
+    Cost: one evaluation on the select split per trial; ``settings.trials`` plans, at most six
+    controls, and a few plans more by the corrected prices.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        found = _Search(task, space, candidates, prices).run()
+    # Recorded to be noted, not to be hidden.
+    for warning in caught:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    told = {str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)}
+    space.note(*sorted(told))
+    return found
+
+
+# ---------------------------------------------------------------------------------------- trials
+
+
+def plan_key(choices: Mapping[str, str]) -> str:
+    """A short name for a plan, for its files."""
+    return hashlib.sha256(json.dumps(sorted(choices.items())).encode()).hexdigest()[:16]
+
+
+def trial_file(choices: Mapping[str, str]) -> str:
+    """Where the results of a plan's candidates lie."""
+    return f"select/{plan_key(choices)}.json"
+
+
+def trial_of(
+    task: Task,
+    yardstick: Yardstick,
+    prices: Prices,
+    plan: Control,
+    results: ItemResults,
+    *,
+    kind: str,
+) -> Trial:
+    """The record of a plan whose results on the select split are there."""
+    select = task.splits.select
+    as_loss = Budget("loss", max_drop=0.0)
+    judged = task.budget if task.max_drop is not None else None
+    budget = judged or as_loss
+
+    # 1. The drop that the budget counts, and the rise of the loss that the prices foretell.
+    drop = compare(yardstick.baseline, results, select, budget, measure=task.objective.measure)
+    loss = drop
+    if budget.metric != "loss" or yardstick.start is not yardstick.baseline:
+        loss = compare(yardstick.start, results, select, as_loss, measure=task.objective.measure)
+    rise = float((results.loss.sum() - yardstick.start.loss.sum()) / yardstick.start.count.sum())
+    # 2. Whether it would be certified.
+    chance = None
+    if judged is not None:
+        chance = chance_at(task, drop.drop, drop.stderr, drop.bound)
+    predicted = prices.ledger.predict(plan.choices)
+    return Trial(
+        name=plan.name,
+        kind=kind,
+        choices=dict(plan.choices),
+        bytes=task.bytes_of(plan.choices),
+        predicted=predicted.value,
+        predicted_stderr=predicted.stderr,
+        expected=prices.expected(plan.choices),
+        loss=rise,
+        loss_stderr=loss.stderr,
+        drop=drop.drop,
+        drop_stderr=drop.stderr,
+        bound=drop.bound,
+        chance=chance,
+        accepted=None if chance is None else chance >= ACCEPTABLE,
+        uses=task.uses(plan.choices),
+        items=len(yardstick.baseline.loss),
+    )
+
+
+def reach_of(trial: Trial) -> float:
+    """From a trial's drop to its bound."""
+    return trial.bound - trial.drop if math.isfinite(trial.bound) else math.inf
+
+
+def finite_stderr(trial: Trial) -> float:
+    """The standard error of a trial's loss, 0 where there is none."""
+    return trial.loss_stderr if math.isfinite(trial.loss_stderr) else 0.0
+
+
+def _lost(trial: Trial) -> float:
+    return trial.loss if math.isfinite(trial.loss) else math.inf
+
+
+def _clearly_less(more: Verdict) -> bool:
+    return more.drop < -CLEAR * more.stderr
+
+
+@dataclass(slots=True)
+class _Bench:
+    """A copy of the model whose layers are set to any plan's candidates."""
+
+    task: Task
+    candidates: SolvedLayers
+    model: nn.Module | None = None
+    now: dict[str, str] = field(default_factory=dict)
+
+    def set_to(self, choices: Mapping[str, str]) -> nn.Module:
+        """The model under a plan; only layers whose option changes are written."""
+        if self.model is None:
+            self.model = copy.deepcopy(self.task.model)
+        own = find_layers(self.model)
+        for name, key in choices.items():
+            if self.now.get(name, "keep") == key:
+                continue
+            layer = self.task.layers[name]
+            if key == "keep":
+                matrix = layer.as_matrix(layer.weight.detach())
+            else:
+                matrix = self.candidates.with_option(name, key).weight
+            own[name].write_(matrix)
+            self.now[name] = key
+        return self.model
+
+
+# ------------------------------------------------------------------------------------ the search
+
+
+class _Search:
+    """The steps of the stage and what they share: trials so far, and prices corrected by them."""
+
+    def __init__(
+        self, task: Task, space: Workspace, candidates: SolvedLayers, prices: Prices
+    ) -> None:
+        assert task.budget is not None
+        self.task, self.space, self.prices = task, space, prices
+        self.budget = task.budget
+        self.bench = _Bench(task, candidates)
+        self.trials: list[Trial] = []
+        self.advance: Callable[[int], object] = lambda finished: None
+        self.yardstick: Yardstick
+        self.steps = task.settings.trials + TRIALS_BESIDES
+
+    def run(self) -> Selection:
+        with self.space.log.stage("measure on select", self.steps) as self.advance:
+            # 1. The uncompressed model, and what removed units alone cost.
+            spent = self._measure_start()
+            # 2. Plans along the frontier, until the smallest that passes is found.
+            best = self._first_plans(spent)
+            # 3. Controls near its size, and a plan by what they have said about the prices.
+            for control in self._controls(best):
+                self.measure(control.name, "control", control.choices)
+            best = self._plan_again(best)
+            # 4. Each kind of option alone, at the same limits.
+            together = self._compare_kinds(best)
+            self.advance(1 + len(self.trials))
+            # 5. The plan, or a control that beats it.
+            best = self._best_measured(best)
+            self.advance(self.steps)
+        return Selection(
+            trials=tuple(self.trials),
+            best=best,
+            prices=self.prices,
+            yardstick=self.yardstick,
+            together=together,
+        )
+
+    def measure(self, name: str, kind: str, choices: Mapping[str, str]) -> Trial:
+        """Measure a plan's candidates; the trial is also added to those so far."""
+        task, file = self.task, trial_file(choices)
+        model = self.bench.model or task.model
+        if not self.space.state.has(file):
+            model = self.bench.set_to(choices)
+        results = results_on(task, self.space, file, model, task.splits.select)
+        plan = Control(name=name, choices=dict(choices))
+        trial = trial_of(task, self.yardstick, self.prices, plan, results, kind=kind)
+        same = next((t.name for t in self.trials if t.choices == choices), None)
+        if same is not None:
+            trial = replace(trial, note=f"the same as {same}")
+        self.trials.append(trial)
+        self.advance(1 + len(self.trials))
+        return trial
+
+    def beyond(self, trial: Trial, other: Trial) -> Verdict:
+        """What a measured plan loses beyond another one, paired by item."""
+        first = read_results(self.space, trial_file(other.choices))
+        second = read_results(self.space, trial_file(trial.choices))
+        return compare(
+            first,
+            second,
+            self.task.splits.select,
+            Budget("loss", max_drop=0.0),
+            measure=self.task.objective.measure,
+        )
+
+    # --------------------------------------------------------------------------- 1. the start
+
+    def _measure_start(self) -> float:
+        """Results of the uncompressed model; returns what the removed units alone cost."""
+        task, space, select = self.task, self.space, self.task.splits.select
+        baseline = results_on(task, space, "select/baseline.json", task.uncompressed, select)
+        self.yardstick = Yardstick(baseline=baseline, start=baseline)
+        spent = 0.0
+        if task.original is not None:
+            start = results_on(task, space, "select/start.json", task.model, select)
+            self.yardstick = Yardstick(baseline=baseline, start=start)
+            spent = self._spent()
+        self.advance(1)
+        return spent
+
+    def _spent(self) -> float:
+        """What the removed units cost on select, in the budget's metric; it is noted."""
+        task = self.task
+        budget = self.budget if task.max_drop is not None else Budget("loss", max_drop=0.0)
+        verdict = compare(
+            self.yardstick.baseline,
+            self.yardstick.start,
+            task.splits.select,
+            budget,
+            measure=task.objective.measure,
+        )
+        measure = "of accuracy" if budget.metric == "accuracy" else task.objective.measure
+        self.space.note(
+            f"the removed units alone cost {verdict.drop:.4g} ± {verdict.stderr:.2g} {measure} on "
+            "the select split; prices, predictions and trials come on top of that, the verdict "
+            "holds for both together"
+        )
+        if task.max_drop is not None and verdict.drop >= task.max_drop:
+            self.space.note("that is more than the budget: remove fewer units")
+        return verdict.drop
+
+    # ---------------------------------------------------------------------- 2. along the frontier
+
+    def _first_plans(self, spent: float) -> Trial:
+        task, rows = self.task, self.prices.ledger.rows
+        if task.max_drop is None:
+            return self.measure("plan 1", "plan", cheapest(rows, task.within))
+
+        def measured(choices: dict[str, str]) -> Measurement:
+            trial = self.measure(f"plan {len(self.trials) + 1}", "plan", choices)
+            assert trial.accepted is not None
+            reach = reach_of(trial)
+            allowed = allowed_drop(task, min(0.0, spent), trial.drop_stderr, reach)
+            return Measurement(
+                accepted=trial.accepted,
+                drop=trial.drop - spent,
+                loss=trial.loss,
+                stderr=finite_stderr(trial),
+                allowed=allowed - spent,
+            )
+
+        found = search_plans(
+            rows,
+            measured,
+            start=max(0.0, task.max_drop - spent),
+            max_trials=task.settings.trials,
+            within=task.within,
+        )
+        self.prices = self.prices.with_factors(found.factors)
+        steps = zip(self.trials, found.trials, strict=True)
+        self.trials = [replace(trial, expected=step.expected) for trial, step in steps]
+        # Where none was accepted, the most cautious plan goes to the certificate all the same.
+        return max(self.trials, key=lambda t: (t.choices == found.best, t.chance or 0.0, t.bytes))
+
+    # ------------------------------------------------------------------------------- 3. controls
+
+    def _controls(self, best: Trial) -> list[Control]:
+        """Controls near the size of the best plan."""
+        task, rows = self.task, self.prices.ledger.rows
+
+        def plan(rows: Sequence[Row], size: int) -> dict[str, str]:
+            return cheapest(rows, Within(max_bytes=size, same_option=task.same_option))
+
+        size = best.bytes - task.fixed_bytes
+        return controls(rows, task.layers, task.groups, size=size, plan=plan)
+
+    def _plan_again(self, best: Trial) -> Trial:
+        """Plan by prices that everything measured so far, controls included, has corrected.
+
+        With ``max_drop`` for the smallest plan expected to lose no more than the best one, else for
+        the least loss; measured until there is none that is new. Where no plan was accepted the
+        most cautious one stays: the search has tried the lowest price there is.
+        """
+        task = self.task
+        most = 1 if task.max_drop is not None else task.settings.trials - 1
+        self._correct_prices()
+        if best.accepted is False:
+            return best
+        for _ in range(most):
+            tried = [trial.choices for trial in self.trials]
+            new = (plan for plan in self._proposals(best) if plan not in tried)
+            choices = next(new, None)
+            if choices is None:
+                break
+            plans = sum(trial.kind == "plan" for trial in self.trials)
+            again = self.measure(f"plan {plans + 1}", "plan", choices)
+            self._correct_prices()
+            if task.max_drop is None:
+                best = min(best, again, key=_lost)
+            elif again.accepted and again.bytes < best.bytes:
+                best = again
+        return best
+
+    def _proposals(self, best: Trial) -> Iterator[dict[str, str]]:
+        """The next plans by corrected prices: with what pairs of layers do to each other, and
+        without. Which is nearer to the truth depends on how far the quadratic model holds; both are
+        worth a measurement."""
+        task = self.task
+        pairs, fixed_size = self.prices.ledger.quadratic(), task.max_drop is None
+        if pairs is not None:
+            corrected_pairs = scaled(pairs, self.prices.factors)
+            try:
+                with warnings.catch_warnings():
+                    # About the steps on the way, which are no plans.
+                    warnings.simplefilter("ignore", RuntimeWarning)
+                    if fixed_size:
+                        found = corrected_pairs.cheapest(task.within)
+                    else:
+                        found = corrected_pairs.smaller(best.choices, task.within)
+            except RuntimeError:
+                # The solver gave up on a step; the plan without pairs is still there.
+                found = None
+            if found is not None:
+                yield found
+        at_most = None if fixed_size else self.prices.expected(best.choices)
+        yield cheapest(self.prices.rows, task.within, max_loss=at_most)
+
+    def _correct_prices(self) -> None:
+        """Let everything measured correct the prices; where that is lost in noise, what was known
+        before stays."""
+        measured = [(t.choices, t.loss, finite_stderr(t)) for t in self.trials]
+        factors = corrections(self.prices.ledger.rows, measured) or self.prices.factors
+        self.prices = self.prices.with_factors(factors)
+
+    # -------------------------------------------------------------------- 4. pruning and rounding
+
+    def _compare_kinds(self, best: Trial) -> tuple[Alternative, ...]:
+        """What pruning and rounding in one plan are worth: the best plan, and of each alone the
+        best one by the same corrected prices within the same limits, measured as a control. Where
+        ``max_drop`` decides the size, it may be no larger than the best plan."""
+        task = self.task
+        within = task.within
+        if task.max_drop is not None:
+            within = replace(within, max_bytes=best.bytes + task.header_bytes)
+        found, rows = [], self.prices.rows
+        for kind in _kinds_alone(task):
+            options = _options_of(task, kind)
+            own = [row for row in rows if row.option in options[row.layer]]
+            try:
+                choices = cheapest(own, within)
+            except Infeasible as error:
+                missed = tuple(shortfall.name for shortfall in error.shortfalls)
+                least = task.smallest_of(options)
+                found.append(
+                    Alternative(name=kind, trial=None, missed=missed, smallest_bytes=least)
+                )
+                continue
+            trial = self.measure(kind, "control", choices)
+            found.append(self._alternative(kind, trial, best))
+        if not found:
+            return ()
+        return (self._alternative("pruning and rounding", best, best), *found)
+
+    def _alternative(self, kind: str, trial: Trial, best: Trial) -> Alternative:
+        more = self.beyond(trial, best)
+        return Alternative(
+            name=kind,
+            trial=trial.name,
+            bytes=trial.bytes,
+            predicted=trial.predicted,
+            predicted_stderr=trial.predicted_stderr,
+            loss=trial.loss,
+            loss_stderr=trial.loss_stderr,
+            more=more.drop,
+            more_stderr=more.stderr,
+        )
+
+    # ------------------------------------------------------------------------------ 5. the best
+
+    def _best_measured(self, plan: Trial) -> Trial:
+        """The plan, or the control that beats it, always one that keeps to the other limits.
+
+        With ``max_drop`` the smallest that was accepted is wanted, and of several of one size the
+        one that lost least; else the one that lost least. To have lost less than the plan, a
+        control must differ by 1.645 standard errors: of several, one always lost less.
+        """
+        task = self.task
+        controls_ = [t for t in self.trials if t.kind == "control"]
+        within = [plan, *(t for t in controls_ if task.keeps_within(t.choices))]
+        # 1. Of those that pass, the ones of the smallest size.
+        if task.max_drop is not None:
+            passing = [trial for trial in within if trial.accepted]
+            if not passing:
+                self.space.note(
+                    "no plan measured on select reached the wanted chance of being certified"
+                    + self._leftover()
+                )
+            smallest = min(trial.bytes for trial in passing or [plan])
+            most = SAME_SIZE * smallest
+            within = [trial for trial in passing or within if trial.bytes <= most]
+        # 2. Against the plan, only those that lost clearly less.
+        if plan in within:
+            others = [trial for trial in within if trial is not plan]
+            within = [plan, *(t for t in others if _clearly_less(self.beyond(t, plan)))]
+        best = min(within, key=_lost)
+        if best is plan:
+            return plan
+        return self._instead_of(plan, best, one_size=plan in within)
+
+    def _instead_of(self, plan: Trial, best: Trial, *, one_size: bool) -> Trial:
+        """The control that is used instead of the plan; why is noted."""
+        if one_size:
+            why = f"lost {best.loss:.4g} on select, {plan.name} {plan.loss:.4g}"
+        elif plan.accepted:
+            why = f"has {best.bytes:,} bytes, {plan.name} {plan.bytes:,}"
+        else:
+            why = f"has {best.bytes:,} bytes; no plan was accepted"
+        told = replace(best, beats_plan=True, note=f"a control beats the plan: it {why}")
+        self.trials = [told if trial is best else trial for trial in self.trials]
+        self.space.note(f"the control {best.name} beats the plan and was used instead: it {why}")
+        return told
+
+    def _leftover(self) -> str:
+        """What the limits on size and speed leave possible, for a budget whose drop was missed."""
+        task = self.task
+        if not task.most:
+            return ""
+        lowest = self.prices.expected(cheapest(self.prices.rows, task.within))
+        return (
+            f"; the lowest loss expected within {', '.join(task.most)} is {lowest:.3g} "
+            f"{task.objective.measure}"
+        )
+
+
+def _kinds_alone(task: Task) -> list[str]:
+    """What of `ALONE` can be held against both together: nothing, where only one of the two is
+    offered."""
+    offered = [option for options in task.options.values() for option in options]
+    both = any(map(pruner_of, offered)) and any(map(quantizer_of, offered))
+    if not both:
+        return []
+    found = []
+    for name, (own, other) in ALONE.items():
+        if any(own(option) and other(option) is None for option in offered):
+            found.append(name)
+    return found
+
+
+def _options_of(task: Task, kind: str) -> dict[str, set[str]]:
+    """Layer → keys of the options that a kind of `ALONE` has for it: those without the other part,
+    or all, where every one has it."""
+    _, other = ALONE[kind]
+    found = {}
+    for name in task.layers:
+        options = task.options[name]
+        without = {option.key for option in options if other(option) is None}
+        found[name] = without or {option.key for option in options}
+    return found

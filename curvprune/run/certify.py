@@ -16,7 +16,7 @@ from torch import nn
 from curvprune.certificate import ItemColumns, Verdict, compare, fixed_sequence, item_columns
 from curvprune.compression import Solved
 from curvprune.model import ItemResults, find_layers
-from curvprune.planning import Budget, Infeasible, Plan, cheapest
+from curvprune.planning import Budget, Plan
 from curvprune.record import Attempt, RecoveryRecord, Trial
 from curvprune.run.apply import (
     apply_plan,
@@ -29,15 +29,13 @@ from curvprune.run.baselines import Control
 from curvprune.run.evaluation import results_on
 from curvprune.run.price import Prices
 from curvprune.run.select import Selection, plan_key, trial_file, trial_of
-from curvprune.run.sequence import Candidate, Tried, next_plan, to_test
+from curvprune.run.sequence import Tried, fix_sequence
 from curvprune.run.solved_layers import SolvedLayers
 from curvprune.run.task import Task
 from curvprune.run.workspace import Workspace
 from curvprune.schema import decode, encode
 
-SAFE = 0.95  # predicted probability of being certified that some plan of the sequence should have
 EARLIER = "earlier.json"  # plans that a reused run has recovered
-CAUTION = 0.6  # a more cautious plan may cost so much of the next one's predicted loss
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,10 +79,6 @@ class Applied:
     folder: Path
     solved: dict[str, Solved]
     recovery: RecoveryRecord | None = None
-
-    @property
-    def candidate(self) -> Candidate:
-        return Candidate(self.trial.bytes, self.tried.trial.chance or 0.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,36 +213,11 @@ class _Making:
         self.recoveries: list[RecoveryRecord] = []
 
     def sequence(self) -> list[Applied]:
-        """The plans to certify, cautious first; everything here is judged on select alone.
-
-        Unless an earlier run has left a safe one, the best plan is applied, and more cautious ones
-        until one is safe; then those that `next_plan` finds, for the applied models leave room
-        (applied sequentially, and recovered, a plan costs less than its candidates did).
-        ``attempts`` counts what this run applies.
-        """
-        task, best = self.task, self.selection.best
-        # 1. What a reused run has recovered, and the plan that select found best.
+        """The plans to certify, cautious first, solved and written."""
         self._take_earlier()
-        left = 1 if task.max_drop is None else task.settings.attempts
-        made = [one.trial.choices for one in self.applied]
-        if not self._any_safe() and best.choices not in made:
-            self._apply(best.name, best.choices)
-            left -= 1
-        # 2. Others, more cautious until one is safe, then bolder.
-        for number in range(1, left + 1):
-            safe = self._any_safe()
-            if safe:
-                tried = [one.tried for one in self.applied]
-                choices = next_plan(task, self.prices, tried)
-            else:
-                largest = max(self.applied, key=lambda one: one.trial.bytes)
-                choices = self._more_cautious(largest.trial)
-            if choices is None:
-                break
-            name = f"{best.name}, {'bolder' if safe else 'more cautious'}"
-            self._apply(name if number == 1 else f"{name} {number}", choices)
-        # 3. In which order, and which are not worth a test.
-        order = to_test([one.candidate for one in self.applied])
+        earlier = [one.tried for one in self.applied]
+        best = self.selection.best
+        order = fix_sequence(self.task, self.prices, best, self._apply, earlier)
         return [self.applied[i] for i in order]
 
     def trials(self) -> list[Trial]:
@@ -281,22 +250,9 @@ class _Making:
             return False
         return all(len({choices[name] for name in group}) == 1 for group in self.task.groups)
 
-    def _any_safe(self) -> bool:
-        return any(one.candidate.chance >= SAFE for one in self.applied)
-
-    def _more_cautious(self, trial: Trial) -> dict[str, str] | None:
-        """A larger plan with `CAUTION` times the expected loss of an applied one, if any."""
-        assert trial.expected is not None
-        most = CAUTION * trial.expected
-        try:
-            choices = cheapest(self.prices.rows, self.task.within, max_loss=most)
-        except Infeasible:
-            return None
-        return choices if self.task.bytes_of(choices) > trial.bytes else None
-
     # ------------------------------------------------------------------------------- one plan
 
-    def _apply(self, name: str, choices: Mapping[str, str]) -> None:
+    def _apply(self, name: str, choices: Mapping[str, str]) -> Tried:
         """Apply a plan, recover it if that was asked for, and write its artifact."""
         task, space = self.task, self.space
         at = f"applied/{plan_key(choices)}"
@@ -337,6 +293,7 @@ class _Making:
                 recovery=recovery,
             )
         )
+        return tried
 
     def _trial(self, name: str, choices: Mapping[str, str], results: ItemResults) -> Trial:
         plan = Control(name=name, choices=dict(choices))

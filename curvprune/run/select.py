@@ -176,7 +176,9 @@ def _lost(trial: Trial) -> float:
     return trial.loss if math.isfinite(trial.loss) else math.inf
 
 
-def _clearly_less(more: Verdict) -> bool:
+def clearly_less(more: Verdict) -> bool:
+    """Whether a plan lost less than another by more than chance: ``more`` is what it lost beyond
+    that one, paired by item. Of several plans one always lost least."""
     return more.drop < -CLEAR * more.stderr
 
 
@@ -485,7 +487,7 @@ class _Search:
         # 2. Against the plan, only those that lost clearly less.
         if plan in within:
             others = [trial for trial in within if trial is not plan]
-            within = [plan, *(t for t in others if _clearly_less(self.beyond(t, plan)))]
+            within = [plan, *(t for t in others if clearly_less(self.beyond(t, plan)))]
         best = min(within, key=_lost)
         if best is plan:
             return plan

@@ -8,7 +8,7 @@ that is nearly sure to pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,16 +23,23 @@ from curvprune.run.task import Task
 BOLDEST = 3.0  # a plan is looked for up to so many times the largest expected loss of those applied
 STEPS = 40  # ... at so many losses
 SURE = 0.999  # chance above which no larger plan is tested before
+SAFE = 0.95  # predicted probability of being certified that some plan of the sequence should have
+CAUTION = 0.6  # a more cautious plan may cost so much of the next one's predicted loss
 # What a recovery gives back grows with this power of the loss it starts from. SmolLM2-135M, 0.016
 # to 0.15 nats added, 48 steps: 0.7; 0.10 to 0.20, 24 steps: 0.9.
 RECOVERED = 0.75
 
 
 class Tried(NamedTuple):
-    """An applied plan's trial and, where it was recovered, that of before."""
+    """What an applied plan says about the next: its trial and, where it was recovered, that of
+    before."""
 
     trial: Trial
     before: Trial | None
+
+    @property
+    def chance(self) -> float:
+        return self.trial.chance or 0.0
 
 
 class Candidate(NamedTuple):
@@ -112,3 +119,61 @@ def next_plan(task: Task, prices: Prices, tried: Sequence[Tried]) -> dict[str, s
         if saved > least:
             least, best = saved, choices
     return best
+
+
+def more_cautious(task: Task, prices: Prices, trial: Trial) -> dict[str, str] | None:
+    """A larger plan with `CAUTION` times the expected loss of an applied one, if there is any."""
+    assert trial.expected is not None
+    try:
+        choices = cheapest(prices.rows, task.within, max_loss=CAUTION * trial.expected)
+    except Infeasible:
+        return None
+    return choices if task.bytes_of(choices) > trial.bytes else None
+
+
+def fix_sequence(
+    task: Task,
+    prices: Prices,
+    best: Trial,
+    apply: Callable[[str, Mapping[str, str]], Tried],
+    earlier: Sequence[Tried] = (),
+) -> list[int]:
+    """The plans to certify, cautious first; everything here is judged on select alone.
+
+    Unless an earlier run has left a safe one, the best plan is applied, and more cautious ones until
+    one is safe; then those that `next_plan` finds, for the applied models leave room (applied
+    sequentially, and recovered, a plan costs less than its candidates did). ``settings.attempts``
+    counts what this run applies.
+
+    Args:
+        best: the plan that select found best.
+        apply: applies a plan of this name and says how it did.
+        earlier: plans that a reused run has applied.
+
+    Returns the places of the plans to test, in that order, among ``earlier`` and those applied.
+    """
+    tried = list(earlier)
+    left = 1 if task.max_drop is None else task.settings.attempts
+    # 1. The plan that select found best.
+    known = [one.trial.choices for one in tried]
+    if not _any_safe(tried) and best.choices not in known:
+        tried.append(apply(best.name, best.choices))
+        left -= 1
+    # 2. Others, more cautious until one is safe, then bolder.
+    for number in range(1, left + 1):
+        safe = _any_safe(tried)
+        if safe:
+            choices = next_plan(task, prices, tried)
+        else:
+            largest = max(tried, key=lambda one: one.trial.bytes)
+            choices = more_cautious(task, prices, largest.trial)
+        if choices is None:
+            break
+        name = f"{best.name}, {'bolder' if safe else 'more cautious'}"
+        tried.append(apply(name if number == 1 else f"{name} {number}", choices))
+    # 3. In which order, and which are not worth a test.
+    return to_test([Candidate(one.trial.bytes, one.chance) for one in tried])
+
+
+def _any_safe(tried: Sequence[Tried]) -> bool:
+    return any(one.chance >= SAFE for one in tried)

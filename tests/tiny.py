@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -83,3 +84,13 @@ def write_recipe(folder: Path, *, budget: str = "budget: {metric: loss, max_drop
     path = folder / "recipe.yaml"
     path.write_text(RECIPE.format(model=folder / "tiny", files=files, budget=budget))
     return path
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Hashes of everything in a run folder that must not depend on interruptions."""
+    names = ("plan.json", "verdict.json", "ledger.json", "analysis.json")
+    files = [*(folder / name for name in names), *sorted((folder / "model").rglob("*"))]
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }

@@ -5,7 +5,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +17,16 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import curvprune as cp
-from curvprune.model import Split
-from curvprune.run.sources import digits
+from curvprune.model import Split, as_split
+from curvprune.run import digits
 
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    return small_network()
+
+
+def small_network() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
     """A small network that has learnt the digits, and digits that it has not seen."""
     images, labels = digits()
     x = images.flatten(1)
@@ -110,13 +118,35 @@ def test_a_share_at_the_end_of_the_range_can_be_spread():
     assert all(key.startswith("prune") for key in found.plan.choices.values())
 
 
-def test_a_program_with_several_processes_solves_whole_models_in_each(trained, monkeypatch):
+PROGRAM = """
+import sys, torch, torch.distributed as dist, curvprune as cp
+from tests.test_api import batches, small_network
+
+dist.init_process_group("gloo")
+model, data = small_network()
+torch.save(cp.quantize(model, batches(data), bits=4).model.state_dict(), f"{sys.argv[1]}/{dist.get_rank()}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_a_program_with_several_processes_solves_whole_models_in_each(trained, tmp_path):
     model, data = trained
     alone = cp.quantize(model, batches(data), bits=4).model.state_dict()
-    monkeypatch.setattr(cp.run.stages, "rank", lambda: 0)
-    monkeypatch.setattr(cp.run.stages, "world", lambda: 2)
-    for name, weight in cp.quantize(model, batches(data), bits=4).model.state_dict().items():
-        assert torch.equal(weight, alone[name])
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    root = str(Path(__file__).parent.parent)
+    subprocess.run(
+        [sys.executable, *launcher, str(script), str(tmp_path)],
+        check=True,
+        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    for rank in (0, 1):
+        weights = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert weights.keys() == alone.keys()
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, alone[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +220,7 @@ def test_a_budget_gives_a_certified_smaller_model_that_saves_and_loads(trained, 
     assert result.ledger is not None
     predicted = result.ledger.predict(result.plan.choices)
     assert result.plan.predicted == pytest.approx(predicted.value) and predicted.stderr > 0
-    assert {t["kind"] for t in result.trials} == {"plan", "control", "applied"}
+    assert {t.kind for t in result.trials} == {"plan", "control", "applied"}
     result.save(tmp_path / "out")
     loaded = cp.load(tmp_path / "out", model=copy.deepcopy(model))
     assert torch.equal(loaded(data[0]), result.model.eval()(data[0]))
@@ -223,11 +253,11 @@ def test_layers_that_share_an_option_do_so_in_every_plan(trained):
     data = batches(trained[1])
     budget = cp.Budget(max_bytes=7000)
     free = cp.quantize(model, data, budget=budget)
-    planned = next(trial["choices"] for trial in free.trials if trial["kind"] == "plan")
+    planned = next(trial.choices for trial in free.trials if trial.kind == "plan")
     assert planned["mlp.gate_proj"] != planned["mlp.up_proj"]
     for request in ("fused", [["*.gate_proj", "mlp.up_*"]]):
         tied = cp.quantize(model, data, budget=budget, same_option=request)
-        for choices in [tied.plan.choices, *(trial["choices"] for trial in tied.trials)]:
+        for choices in [tied.plan.choices, *(trial.choices for trial in tied.trials)]:
             assert choices["mlp.gate_proj"] == choices["mlp.up_proj"]
         assert tied.ledger.rows == free.ledger.rows, "prices stay each layer's own"
 
@@ -599,14 +629,19 @@ def test_models_that_transformers_cannot_load_packed_are_saved_for_our_own_loade
     assert torch.equal(loaded(**data[0]).logits, result.model(**data[0]).logits)
 
 
-def test_all_data_calibrate_where_nothing_is_priced(trained, monkeypatch):
-    seen = []
-    real = cp.run.stages.collate
-    monkeypatch.setattr(
-        cp.run.stages, "collate", lambda items: seen.append(len(items)) or real(items)
-    )
-    cp.quantize(trained[0], batches(trained[1])[:2], bits=4)
-    assert seen == [100]
+def test_all_data_calibrate_where_nothing_is_priced(trained):
+    """The very weights that `Splits` with all items to calibrate give, and others than a part
+    of them gives."""
+    model, data = trained[0], batches(trained[1])[:2]
+    every = as_split(data)
+    part = Split(items=every.items[:60], documents=every.documents[:60])
+
+    def weights(calibrate: Split) -> torch.Tensor:
+        splits = cp.Splits(calibrate=calibrate, price=every, select=every, certify=every)
+        return cp.quantize(model, splits, bits=4).model[0].weight
+
+    found = cp.quantize(model, data, bits=4).model[0].weight
+    assert torch.equal(found, weights(every)) and not torch.equal(found, weights(part))
 
 
 def test_modes_come_back_as_the_model_had_them(trained):
@@ -773,3 +808,19 @@ def test_a_weight_that_is_no_number_is_named_before_the_analysis(trained):
         model[3].weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match="layer 3: its weight holds NaN"):
         cp.analyze(model, batches(trained[1]), quantities=["trace"])
+
+
+def test_a_result_prints_as_a_few_lines(trained):
+    model, data = trained
+    budget = cp.Budget("loss", max_drop=0.5)
+    result = cp.quantize(model, batches(data), bits=[4, 8], budget=budget)
+    lines = repr(result).splitlines()
+    assert str(result) == repr(result) and 3 <= len(lines) <= 8 and "tensor" not in repr(result)
+    assert lines[0] == f"Result: Sequential, {result.plan.bytes / 1e6:.2f} MB"
+    counts = {
+        key: list(result.plan.choices.values()).count(key) for key in result.plan.choices.values()
+    }
+    assert all(f"{count} × {key}" in lines[1] for key, count in counts.items())
+    assert f"verdict: {result.verdict.status}: loss drop {result.verdict.drop:.4g}" in lines[2]
+    plain = repr(cp.quantize(model, batches(data), bits=4))
+    assert "verdict: none was asked for" in plain and "trials" not in plain

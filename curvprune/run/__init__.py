@@ -1,6 +1,6 @@
 """From a recipe or arguments to a certified model: task, stages, baselines, checks."""
 
-from curvprune.run.arguments import Arguments, Data
+from curvprune.run.arguments import Arguments, Data, task_from
 from curvprune.run.baselines import Control, controls, sensitive
 from curvprune.run.certify import Shipped, apply_and_measure, certify_plans
 from curvprune.run.clean import clean
@@ -21,12 +21,13 @@ from curvprune.run.recipe import (
     lock_text,
 )
 from curvprune.run.results import Result, StructuredResult
-from curvprune.run.select import Selection, select_plans
+from curvprune.run.select import Selection, clearly_less, select_plans
 from curvprune.run.sequence import (
     Candidate,
     Tried,
     chance_of,
     expected_saving,
+    fix_sequence,
     next_plan,
     to_test,
 )
@@ -92,11 +93,13 @@ __all__ = [
     "check_task",
     "choose_and_certify",
     "clean",
+    "clearly_less",
     "compress_model",
     "controls",
     "digits",
     "digits_splits",
     "expected_saving",
+    "fix_sequence",
     "hub_documents",
     "load_model",
     "load_recipe",
@@ -119,6 +122,7 @@ __all__ = [
     "solve_and_price",
     "solve_options",
     "spread_zeros",
+    "task_from",
     "text_files",
     "text_splits",
     "to_test",

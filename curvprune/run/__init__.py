@@ -7,19 +7,15 @@ from curvprune.run.clean import clean
 from curvprune.run.comparison import rebuild_report
 from curvprune.run.dry_run import Check, LayerRow, LimitNeed, check
 from curvprune.run.evaluation import chance_at
+from curvprune.run.layer_table import joined_names, layer_lines
 from curvprune.run.models import TASKS, load_model, load_tokenizer, model_sha256, package_folder
 from curvprune.run.pipeline import RunResult, analyze, choose_and_certify, run, solve_and_price
 from curvprune.run.power import Power
 from curvprune.run.prepare import Prepared, Widths, prepare
-from curvprune.run.price import Priced, Prices, price_options, spread_zeros
-from curvprune.run.recipe import (
-    Recipe,
-    RecipeError,
-    assign_groups,
-    assign_options,
-    load_recipe,
-    lock_text,
-)
+from curvprune.run.price import PricedOptions, Prices, price_options, spread_zeros
+from curvprune.run.recipe import Recipe, load_recipe, lock_text
+from curvprune.run.recipe_errors import RecipeError
+from curvprune.run.recipe_layers import assign_groups, assign_options
 from curvprune.run.results import Result, StructuredResult
 from curvprune.run.select import Selection, clearly_less, select_plans
 from curvprune.run.sequence import (
@@ -64,7 +60,7 @@ __all__ = [
     "LimitNeed",
     "Power",
     "Prepared",
-    "Priced",
+    "PricedOptions",
     "Prices",
     "Recipe",
     "RecipeError",
@@ -101,6 +97,8 @@ __all__ = [
     "expected_saving",
     "fix_sequence",
     "hub_documents",
+    "joined_names",
+    "layer_lines",
     "load_model",
     "load_recipe",
     "load_tokenizer",

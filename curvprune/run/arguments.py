@@ -29,9 +29,8 @@ from curvprune.model import (
 )
 from curvprune.options import Keep, Option, check_fits
 from curvprune.planning import Budget
-from curvprune.run.task import Settings, Storage, Task, check_task
+from curvprune.run.task import PlanJson, Settings, Storage, Task, check_task
 from curvprune.run.workspace import Workspace
-from curvprune.schema import Json
 
 Data = Iterable[Batch] | Split | Splits
 
@@ -113,7 +112,9 @@ def task_from(
 def _storage(model: nn.Module, settings: Settings) -> Storage:
     """Folders that hold an artifact and nothing for other readers."""
 
-    def write(folder: Path, written: nn.Module, solved: Mapping[str, Solved], plan: Json) -> None:
+    def write(
+        folder: Path, written: nn.Module, solved: Mapping[str, Solved], plan: PlanJson
+    ) -> None:
         layers = find_layers(written)
         artifact.save(folder, written, layers, solved, plan, portable=settings.portable)
 

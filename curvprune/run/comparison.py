@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -36,7 +37,7 @@ def _other_run(record: RunRecord, other: RunRecord, name: str) -> OtherRun:
         return OtherRun(name=name, record=other, unpaired=reason)
     documents = tuple(here.documents[k] for k in here.document)
     split = Split(items=(), documents=documents)
-    metrics = ["loss"]
+    metrics: list[Literal["loss", "accuracy"]] = ["loss"]
     if here.right_after is not None and there.right_after is not None:
         metrics.append("accuracy")
     paired = []

@@ -20,7 +20,8 @@ from curvprune.files import State
 from curvprune.planning import Budget
 from curvprune.record import RunRecord
 from curvprune.run.certify import EARLIER
-from curvprune.run.recipe import Recipe, RecipeError, load_recipe, lock_text
+from curvprune.run.recipe import Recipe, load_recipe, lock_text
+from curvprune.run.recipe_errors import RecipeError
 from curvprune.schema import Json, decode, encode
 
 LOCK, ANALYSIS, LEDGER = "recipe.lock.yaml", "analysis.json", "ledger.json"
@@ -52,7 +53,7 @@ class Inputs:
         model_sha256: str,
         data_sha256: Mapping[str, str],
         budget: Budget | None,
-        device: torch.device,
+        device: str,
     ) -> Inputs:
         tables = None
         if budget is not None and budget.limits:
@@ -63,7 +64,7 @@ class Inputs:
             data_sha256=dict(data_sha256),
             curvprune=curvprune.__version__,
             torch=str(torch.__version__),
-            device=str(device),
+            device=device,
             limits_sha256=tables,
         )
 

@@ -33,14 +33,14 @@ from curvprune.run.folder import (
     run_to_reuse,
 )
 from curvprune.run.prepare import Prepared, prepare
-from curvprune.run.price import Priced, price_options
+from curvprune.run.price import PricedOptions, price_options
 from curvprune.run.recipe import Recipe, load_recipe
 from curvprune.run.recording import Outcome, run_record
 from curvprune.run.select import Selection, select_plans
 from curvprune.run.solved_layers import SolvedLayers, solve_options
 from curvprune.run.task import Task
 from curvprune.run.workspace import Workspace
-from curvprune.schema import Json, decode, encode
+from curvprune.schema import decode, encode
 
 R = TypeVar("R")
 
@@ -69,14 +69,14 @@ class RunResult:
 # -------------------------------------------------------------------------------------- the road
 
 
-def solve_and_price(task: Task, space: Workspace) -> tuple[SolvedLayers, Priced]:
+def solve_and_price(task: Task, space: Workspace) -> tuple[SolvedLayers, PricedOptions]:
     """Stages *solve* and *price*."""
     candidates = solve_options(task, space)
     return candidates, price_options(task, space, candidates)
 
 
 def choose_and_certify(
-    task: Task, space: Workspace, candidates: SolvedLayers, priced: Priced
+    task: Task, space: Workspace, candidates: SolvedLayers, priced: PricedOptions
 ) -> tuple[Selection, Shipped]:
     """Stages *select*, *apply* and *certify*."""
     selection = select_plans(task, space, candidates, priced.prices)
@@ -231,17 +231,16 @@ def _remember(state: State, key: str, kind: type[R], compute: Callable[[], R]) -
 # ------------------------------------------------------------------------------------- its files
 
 
-def _write_prices(priced: Priced, root: State) -> None:
+def _write_prices(priced: PricedOptions, root: State) -> None:
     root.write_json(LEDGER, priced.prices.ledger.to_dict())
     root.write_json(ANALYSIS, priced.analysis.to_dict())
 
 
 def _write_results(recipe: Recipe, root: State, record: RunRecord, shipped: Shipped) -> None:
-    whole: dict[str, Json] = encode(record)
-    trials = [
-        {key: value for key, value in trial.items() if key != "choices"}
-        for trial in whole["trials"]  # type: ignore[union-attr]
-    ]
+    whole = encode(record)
+    trials = []
+    for trial in whole["trials"]:
+        trials.append({key: value for key, value in trial.items() if key != "choices"})
     plan = {
         **shipped.plan.to_dict(),
         "layers": whole["layers"],

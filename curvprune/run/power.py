@@ -110,7 +110,8 @@ def _nearest_rounding(task: Task, budget: Budget, target: float) -> _Rounding:
     # 2. Every layer's options from the largest to the smallest; a level is a place in all of them.
     ordered = {}
     for name, offered in task.options.items():
-        ordered[name] = sorted(offered, key=lambda option, n=name: -task.layer_bytes(n, option))
+        sizes = {option: task.layer_bytes(name, option) for option in offered}
+        ordered[name] = sorted(offered, key=sizes.__getitem__, reverse=True)
     levels = max(len(options) for options in ordered.values())
     model = copy.deepcopy(task.model)
     own = find_layers(model)

@@ -35,10 +35,11 @@ from curvprune.planning import SIZES, Budget, Infeasible, Limit
 from curvprune.record import CutRecord, RemovedUnits
 from curvprune.run import models, sources
 from curvprune.run.folder import Inputs, claim
-from curvprune.run.recipe import Recipe, assign_groups, assign_options
-from curvprune.run.task import Settings, Storage, Task, TaskError, check_task
+from curvprune.run.recipe import Recipe
+from curvprune.run.recipe_layers import assign_groups, assign_options
+from curvprune.run.task import PlanJson, Settings, Storage, Task, TaskError, check_task
 from curvprune.run.workspace import Workspace
-from curvprune.schema import Json, decode, encode
+from curvprune.schema import decode, encode
 from curvprune.structured import Pruned, Structured, offered_widths, prune_units
 
 REMOVED = "structured/removed.json"
@@ -105,7 +106,7 @@ def prepare(
         model_sha256=models.model_sha256(model),
         data_sha256=splits.sha256(),
         budget=task.budget,
-        device=device,
+        device=str(device),
     )
     offered: dict[str, Widths] = {}
     if structured is not None and (root is None or root.writes) and not state.has(REMOVED):
@@ -234,7 +235,7 @@ def _training(recipe: Recipe) -> Training | None:
 def _storage(recipe: Recipe, tokenizer: Any, device: torch.device) -> Storage:
     """Folders that transformers reads too, with the tokenizer."""
 
-    def write(folder: Path, model: nn.Module, solved: Mapping[str, Solved], plan: Json) -> None:
+    def write(folder: Path, model: nn.Module, solved: Mapping[str, Solved], plan: PlanJson) -> None:
         write_model(folder, model, solved, plan, tokenizer=tokenizer, portable=recipe.portable)
 
     return Storage(write=write, read=partial(load_artifact, device=device))

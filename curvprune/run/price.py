@@ -24,12 +24,13 @@ from curvprune.curvature import (
 from curvprune.distributed import rank, shared, wait, world
 from curvprune.model import BROKEN, Layer
 from curvprune.options import Keep, Prune, kept_weights, pruner_of
-from curvprune.planning import Limit, Within, cheapest, corrected
+from curvprune.planning import Limit, Priced, Within, cheapest, corrected
 from curvprune.pricing import (
     FORMS,
     MEASURED_ROWS,
     Forms,
     Ledger,
+    Parts,
     Row,
     build_ledger,
     divergences,
@@ -59,7 +60,7 @@ class Prices:
     factors: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[Priced]:
         """The rows of the ledger with corrected prices."""
         return corrected(self.ledger.rows, self.factors)
 
@@ -72,7 +73,7 @@ class Prices:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Priced:
+class PricedOptions:
     """What the stage makes: prices, and trace and diagonal of every layer from the same pass."""
 
     prices: Prices
@@ -95,7 +96,7 @@ class FormsRecord:
     sums: dict[str, list[list[float]]]
 
 
-def price_options(task: Task, space: Workspace, candidates: SolvedLayers) -> Priced:
+def price_options(task: Task, space: Workspace, candidates: SolvedLayers) -> PricedOptions:
     """Price every solved change, and measure the highest prices.
 
     Cost: one forward and ``labels`` backward passes per price item; five forward passes more where
@@ -125,7 +126,7 @@ def price_options(task: Task, space: Workspace, candidates: SolvedLayers) -> Pri
     )
     ledger = replace(ledger, work=task.work or work_of(task.layers))
     ledger = _with_highest_measured(task, space, ledger, candidates)
-    return Priced(prices=Prices(ledger=ledger), analysis=_analysis(passed, task.layers))
+    return PricedOptions(prices=Prices(ledger=ledger), analysis=_analysis(passed, task.layers))
 
 
 def _changing(task: Task) -> dict[str, list[str]]:
@@ -212,7 +213,7 @@ def _forms(task: Task, space: Workspace, changes: Mapping[str, list[Change]]) ->
         task.splits.price.items,
         task.layers,
         changes,
-        seed=task.settings.seed,
+        parts=Parts(seed=task.settings.seed),
     )
     sums_of = {n: s.tolist() for n, s in forms.sums.items()}
     record = FormsRecord(count=forms.count.tolist(), sums=sums_of)

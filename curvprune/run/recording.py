@@ -34,7 +34,7 @@ from curvprune.record import (
 from curvprune.run.certify import Shipped
 from curvprune.run.folder import LOCK, MODEL, state_bytes
 from curvprune.run.prepare import Prepared
-from curvprune.run.price import Priced
+from curvprune.run.price import PricedOptions
 from curvprune.run.select import Selection
 from curvprune.run.task import Task
 
@@ -43,7 +43,7 @@ from curvprune.run.task import Task
 class Outcome:
     """What the stages made; ``None`` for those that did not run."""
 
-    priced: Priced | None = None
+    priced: PricedOptions | None = None
     selection: Selection | None = None
     shipped: Shipped | None = None
     curvature: AnalysisRecord | None = None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import JsonValue
 from torch import nn
 
 from curvprune.artifact import Portable, write_model
@@ -144,7 +145,9 @@ class StructuredResult:
         """Write the artifact, which `load` reads (and transformers, where ``portable``). Returns
         the folder."""
         path = Path(folder)
-        cuts = {name: {"left": left, "of": of} for name, (left, of) in self.cuts.items()}
+        cuts: dict[str, JsonValue] = {}
+        for name, (left, of) in self.cuts.items():
+            cuts[name] = {"left": left, "of": of}
         write_model(path, self.model, {}, {"cuts": cuts}, tokenizer=tokenizer)
         return path
 

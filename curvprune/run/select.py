@@ -343,7 +343,7 @@ class _Search:
             within=task.within,
         )
         self.prices = self.prices.with_factors(found.factors)
-        steps = zip(self.trials, found.trials, strict=True)
+        steps = zip(self.trials, found.steps, strict=True)
         self.trials = [replace(trial, expected=step.expected) for trial, step in steps]
         # Where none was accepted, the most cautious plan goes to the certificate all the same.
         return max(self.trials, key=lambda t: (t.choices == found.best, t.chance or 0.0, t.bytes))

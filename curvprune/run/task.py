@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 from torch import nn
 
 from curvprune import artifact
@@ -21,11 +21,14 @@ from curvprune.model import PURPOSES, LabelFree, Layer, Objective, Splits, check
 from curvprune.options import Form, Option, option_from_key
 from curvprune.planning import Budget, Choice, Infeasible, Limit, Within, cheapest
 from curvprune.pricing import LayerWork, limits_of, macs_left, multiply_adds, work_of
-from curvprune.schema import Json, check_fields
+from curvprune.schema import check_fields
 
 # Documents of the select split: on 4 an outlier moved a plan's bound from twice its drop to five
 # times.
 FEW_DOCUMENTS = 8
+
+# A plan as `Plan.to_dict` gives it, for an artifact's manifest.
+PlanJson = Mapping[str, JsonValue]
 
 AtLeastOne = Annotated[int, Field(ge=1, description="a whole number of at least 1")]
 
@@ -98,7 +101,7 @@ class Settings:
 class Storage:
     """How a compressed model is written to a folder, and read back in evaluation mode."""
 
-    write: Callable[[Path, nn.Module, Mapping[str, Solved], Json], None]
+    write: Callable[[Path, nn.Module, Mapping[str, Solved], PlanJson], None]
     read: Callable[[Path], nn.Module]
 
 

@@ -5,9 +5,9 @@ from curvprune.run.baselines import Control, controls, sensitive
 from curvprune.run.certify import Shipped, apply_and_measure, certify_plans
 from curvprune.run.clean import clean
 from curvprune.run.comparison import rebuild_report
-from curvprune.run.dry_run import Check, LayerRow, LimitNeed, check
+from curvprune.run.dry_run import Check, LimitNeed, check
 from curvprune.run.evaluation import chance_at
-from curvprune.run.layer_table import joined_names, layer_lines
+from curvprune.run.layer_table import LayerRow, joined_names, layer_lines
 from curvprune.run.models import TASKS, load_model, load_tokenizer, model_sha256, package_folder
 from curvprune.run.pipeline import RunResult, analyze, choose_and_certify, run, solve_and_price
 from curvprune.run.power import Power

@@ -15,21 +15,12 @@ from curvprune.curvature import Draws, fisher_pass
 from curvprune.model import Batch, to_device
 from curvprune.options import Keep, Option
 from curvprune.pricing import MEASURED_TOGETHER
+from curvprune.run.layer_table import LayerRow
 from curvprune.run.power import Power, estimate_power, run_without_gradient, seconds_of
 from curvprune.run.prepare import Widths, prepare
 from curvprune.run.recipe import load_recipe
 from curvprune.run.select import TRIALS_BESIDES
 from curvprune.run.task import Task
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LayerRow:
-    """A layer to compress, and the keys of its options."""
-
-    name: str
-    kind: str
-    shape: tuple[int, int]
-    options: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

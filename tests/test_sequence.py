@@ -72,16 +72,20 @@ def test_no_other_choice_of_plans_to_test_saves_more(seed):
     assert expected_saving(plans, 120) == pytest.approx(max(map(saving, subsets)))
 
 
+def tested(*plans: tuple[int, float]) -> list[int]:
+    return to_test([Candidate(*plan) for plan in plans])
+
+
 def test_a_plan_beside_a_smaller_and_likelier_one_is_not_tested():
-    assert to_test([(90, 0.99), (80, 0.7), (70, 0.8), (60, 0.1)]) == [0, 2, 3]
-    assert to_test([(80, 0.9), (90, 0.9)]) == [1, 0], (
+    assert tested((90, 0.99), (80, 0.7), (70, 0.8), (60, 0.1)) == [0, 2, 3]
+    assert tested((80, 0.9), (90, 0.9)) == [1, 0], (
         "as likely: what select cannot tell apart is tested all the same"
     )
-    assert to_test([(70, 0.2), (80, 0.9995), (90, 1.0)]) == [1, 0], (
+    assert tested((70, 0.2), (80, 0.9995), (90, 1.0)) == [1, 0], (
         "nothing before what is as good as sure"
     )
-    assert to_test([(80, 0.9), (80, 0.5)]) == [0], "of one size the likelier one"
-    assert to_test([(80, 0.0)]) == [0]
+    assert tested((80, 0.9), (80, 0.5)) == [0], "of one size the likelier one"
+    assert tested((80, 0.0)) == [0]
 
 
 # Four layers with four options each: 2 bytes less for twice the price.

@@ -58,7 +58,7 @@ def price(
     objective: str | Objective = "auto",
     layers: str | Sequence[str] = "*",
     labels: int = 2,
-    curvature: Literal[fisher, diagonal, kfac, hessian, input] = "fisher",
+    curvature: Literal["fisher", "diagonal", "kfac", "hessian", "input"] = "fisher",
     measure_above: float | None = 0.005,
     portable: Portable = True,
     device: str | torch.device | None = None,

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Hashable
 from functools import cache
-from typing import Annotated, Any, TypeAlias, TypeVar, cast, get_args, get_type_hints
+from typing import Annotated, Any, TypeAlias, TypeVar, cast, get_args, get_type_hints, overload
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -46,7 +46,11 @@ def encode(value: object, kind: Any = None) -> Any:
     return json.loads(_adapter(cast(Hashable, kind or type(value))).dump_json(value))
 
 
-def decode(kind: type[T], value: Json, *, source: str) -> T:
+@overload
+def decode(kind: type[T], value: Json, *, source: str) -> T: ...
+@overload
+def decode(kind: object, value: Json, *, source: str) -> Any: ...
+def decode(kind: Any, value: Json, *, source: str) -> Any:
     """The record that `encode` wrote.
 
     Args:
@@ -58,7 +62,7 @@ def decode(kind: type[T], value: Json, *, source: str) -> T:
         ValueError: one sentence naming ``source`` and the first key that does not fit.
     """
     try:
-        found: T = _adapter(cast(Hashable, kind)).validate_python(value)
+        return _adapter(cast(Hashable, kind)).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole"
@@ -66,7 +70,6 @@ def decode(kind: type[T], value: Json, *, source: str) -> T:
             f"{source} does not hold a {getattr(kind, '__name__', kind)} of this version of "
             f"curvprune ({where}: {first['msg']}); delete it and run again"
         ) from None
-    return found
 
 
 def expected_of(kind: Any) -> str:

@@ -29,7 +29,7 @@ Number = Annotated[float, BeforeValidator(_number)]
 
 
 @cache
-def _adapter(kind: Hashable) -> TypeAdapter[Any]:
+def _adapter(kind: Hashable) -> Any:
     return TypeAdapter(cast(Any, kind))
 
 
@@ -47,10 +47,10 @@ def encode(value: object, kind: Any = None) -> Any:
 
 
 @overload
-def decode(kind: type[T], value: Json, *, source: str) -> T: ...
+def decode(kind: type[T], value: Any, *, source: str) -> T: ...
 @overload
-def decode(kind: object, value: Json, *, source: str) -> Any: ...
-def decode(kind: Any, value: Json, *, source: str) -> Any:
+def decode(kind: object, value: Any, *, source: str) -> Any: ...
+def decode(kind: Any, value: Any, *, source: str) -> Any:
     """The record that `encode` wrote.
 
     Args:
@@ -110,5 +110,5 @@ def _annotations(kind: Hashable) -> dict[str, Any]:
 
 
 @cache
-def _strict(annotation: Hashable) -> TypeAdapter[Any]:
+def _strict(annotation: Hashable) -> Any:
     return TypeAdapter(cast(Any, annotation), config=ConfigDict(arbitrary_types_allowed=True))

@@ -10,15 +10,9 @@ from curvprune.run.pipeline import (
     rebuild_report,
     run,
 )
-from curvprune.run.recipe import (
-    Recipe,
-    RecipeError,
-    RecoverSection,
-    assign_groups,
-    assign_options,
-    load_recipe,
-    lock_text,
-)
+from curvprune.run.recipe import Recipe, RecoverSection, load_recipe, lock_text
+from curvprune.run.recipe_errors import RecipeError
+from curvprune.run.recipe_layers import assign_groups, assign_options
 from curvprune.run.selection import chance_at, select_plans
 from curvprune.run.sequence import Tried, chance_of, expected_saving, next_plan, to_test
 from curvprune.run.sources import (

@@ -57,14 +57,9 @@ from curvprune.options import Keep, Option, option_from_key, pruner_of, quantize
 from curvprune.planning import SIZES, Budget, Infeasible, Limit, frontier
 from curvprune.pricing import MEASURED_TOGETHER
 from curvprune.run import models, sources
-from curvprune.run.recipe import (
-    Recipe,
-    RecipeError,
-    assign_groups,
-    assign_options,
-    load_recipe,
-    lock_text,
-)
+from curvprune.run.recipe import Recipe, load_recipe, lock_text
+from curvprune.run.recipe_errors import RecipeError
+from curvprune.run.recipe_layers import assign_groups, assign_options
 from curvprune.run.selection import TRIALS_BESIDES, select_plans
 from curvprune.run.stages import (
     EARLIER,

@@ -1,8 +1,11 @@
 """From a recipe or arguments to a certified model: task, stages, baselines, checks."""
 
 from curvprune.run.baselines import controls, sensitive
+from curvprune.run.clean import clean
+from curvprune.run.layer_table import LayerRow, joined_names, layer_lines
 from curvprune.run.models import TASKS, load_model, load_tokenizer, model_sha256, package_folder
 from curvprune.run.pipeline import (
+    Check,
     RunResult,
     analyze,
     check,
@@ -37,7 +40,9 @@ from curvprune.run.task import Job, Settings, count_work, limit_plans
 __all__ = [
     "DIGITS_TRAINING",
     "TASKS",
+    "Check",
     "Job",
+    "LayerRow",
     "Recipe",
     "RecipeError",
     "RecoverSection",
@@ -52,12 +57,15 @@ __all__ = [
     "chance_at",
     "chance_of",
     "check",
+    "clean",
     "controls",
     "count_work",
     "digits",
     "digits_splits",
     "expected_saving",
     "hub_documents",
+    "joined_names",
+    "layer_lines",
     "limit_plans",
     "load_model",
     "load_recipe",

@@ -11,7 +11,7 @@ import json
 import types
 import typing
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -136,9 +136,15 @@ def _without_alternative(recipe: type[BaseModel], location: KeyPath) -> KeyPath:
 
 
 def _alternatives(annotation: Any) -> list[Any]:
+    """The types that a key may have, without bounds and null."""
+    kinds = [annotation]
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return [kind for kind in typing.get_args(annotation) if kind is not type(None)]
-    return [annotation]
+        kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+    bare = []
+    for kind in kinds:
+        bounded = typing.get_origin(kind) is Annotated
+        bare.append(typing.get_args(kind)[0] if bounded else kind)
+    return bare
 
 
 def _expected(kinds: list[Any], description: str | None) -> str:

@@ -66,10 +66,11 @@ def _bad_input(error: Exception) -> typer.Exit:
     return typer.Exit(2)
 
 
-def _show_version(asked: bool) -> None:
+def _show_version(asked: bool) -> bool:
     if asked:
         typer.echo(f"curvprune {curvprune.__version__}")
         raise typer.Exit()
+    return asked  # the option's value, which typer takes from here
 
 
 @app.callback()

@@ -31,17 +31,17 @@ def layer_lines(rows: Iterable[LayerRow]) -> list[LayerLine]:
     """One line for all layers of the same shape, kind and options whose names join, in the order of
     the first of each."""
     alike: dict[tuple[str, tuple[int, int], tuple[str, ...]], list[str]] = {}
-    position: dict[str, int] = {}
+    order: dict[str, int] = {}
     for row in rows:
         alike.setdefault((row.kind, row.shape, row.options), []).append(row.name)
-        position[row.name] = len(position)
+        order[row.name] = len(order)
     lines: list[tuple[int, LayerLine]] = []
     for (kind, shape, options), names in alike.items():
         for joined, members in joined_names(names).items():
             line = LayerLine(
                 names=joined, count=len(members), kind=kind, shape=shape, options=options
             )
-            lines.append((position[members[0]], line))
+            lines.append((order[members[0]], line))
     return [line for _, line in sorted(lines, key=lambda placed: placed[0])]
 
 

@@ -43,11 +43,11 @@ def assign_options(
             continue
         entry = recipe.compress[owner[name]]
         reader = None if readers is None else readers.get(name)
-        for position, option in enumerate(entry.options):
+        for number, option in enumerate(entry.options):
             try:
                 check_fits(option, name, shape, reader=reader)
             except ValueError as error:
-                key: KeyPath = ("compress", owner[name], "options", position)
+                key: KeyPath = ("compress", owner[name], "options", number)
                 raise recipe.error(key, str(error)) from error
         assigned[name] = list(entry.options)
     return assigned
@@ -59,8 +59,8 @@ def _entries_of(recipe: Recipe, layers: Mapping[str, tuple[int, int]]) -> dict[s
     for index, entry in enumerate(recipe.compress):
         # Globs of one entry may overlap, those of a later entry may only add layers.
         earlier = dict(owner)
-        for position, glob in enumerate(entry.layers):
-            key: KeyPath = ("compress", index, "layers", position)
+        for number, glob in enumerate(entry.layers):
+            key: KeyPath = ("compress", index, "layers", number)
             matched = [name for name in layers if fnmatch.fnmatchcase(name, glob)]
             if not matched:
                 near = f"; nearest layer: {_nearest_layer(glob, layers)}" if layers else ""

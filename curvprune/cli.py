@@ -11,6 +11,8 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars would tear ours apart
 
+import math
+from collections import Counter
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +23,7 @@ from rich.markdown import Markdown
 from rich.markup import escape
 from rich.table import Table
 
+import curvprune
 from curvprune import run as runs
 from curvprune.artifact import export_dense, export_gptq
 
@@ -31,6 +34,7 @@ app = typer.Typer(
 RecipeArgument = Annotated[
     Path, typer.Argument(help="a YAML recipe, for example recipes/quickstart.yaml")
 ]
+FolderArgument = Annotated[Path, typer.Argument(help="a run folder")]
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="the run folder (default: runs/<name of the recipe>)")
 ]
@@ -45,15 +49,14 @@ QuietOption = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
 
 
 class ExportFormat(StrEnum):
+    # Lower case: members are what one types.
     gptq = "gptq"
     dense = "dense"
 
 
-BAD_INPUT = (
-    ValueError,
-    OSError,
-    ArithmeticError,
-)  # what a user can mend: recipe, paths, disk, weights that overflow
+# What a user can mend: recipe, paths, disk, weights that overflow.
+BAD_INPUT = (ValueError, OSError, ArithmeticError)
+MOST_LAYERS = 15  # that `analyze` prints; its report has all
 
 
 def _bad_input(error: Exception) -> typer.Exit:
@@ -61,6 +64,23 @@ def _bad_input(error: Exception) -> typer.Exit:
         f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False
     )
     return typer.Exit(2)
+
+
+def _show_version(asked: bool) -> bool:
+    if asked:
+        typer.echo(f"curvprune {curvprune.__version__}")
+        raise typer.Exit()
+    return asked  # the option's value, which typer takes from here
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="show the version"),
+    ] = False,
+) -> None:
+    """Options that come before any command."""
 
 
 @app.command()
@@ -71,47 +91,59 @@ def run(
     quiet: QuietOption = False,
 ) -> None:
     """Compress, certify and report; running it again resumes."""
+    folder = out or Path("runs") / recipe.stem
     try:
-        result = runs.run(
-            recipe, out or Path("runs") / recipe.stem, progress=not quiet, reuse=reuse
-        )
+        result = runs.run(recipe, folder, progress=not quiet, reuse=reuse)
     except BAD_INPUT as error:
         raise _bad_input(error) from error
     if result.record:  # of several processes the first reports
-        _print_result(result)
+        console = Console()
+        console.print(Markdown(result.summary))
+        console.print(f"{result.folder}/model/ and {result.folder}/report.html", highlight=False)
     raise typer.Exit(result.exit_code)
 
 
 @app.command()
 def analyze(recipe: RecipeArgument, out: OutOption = None, quiet: QuietOption = False) -> None:
     """Curvature and sensitivities only; `run` with the same --out goes on from there."""
+    folder = out or Path("runs") / recipe.stem
     try:
-        result = runs.analyze(recipe, out or Path("runs") / recipe.stem, progress=not quiet)
+        result = runs.analyze(recipe, folder, progress=not quiet)
     except BAD_INPUT as error:
         raise _bad_input(error) from error
     if not result.record:  # of several processes the first reports
         return
-    curvature = result.record.get("analysis") or {"layers": {}, "matrix": "Fisher"}
-    layers = curvature["layers"]
-    title = (
-        f"{curvature['matrix']} trace per layer, {result.record['unit']}: the 15 largest per weight"
-    )
-    unsure = any(not entry["trace"].get("converged", True) for entry in layers.values())
+    console = Console()
+    _print_traces(console, result)
+    console.print(f"{result.folder}/analysis.json, ledger.json, report.html", highlight=False)
+
+
+def _print_traces(console: Console, result: runs.RunResult) -> None:
+    """The layers whose weights matter most, by the trace of their block."""
+    analysis = None if result.record is None else result.record.analysis
+    if analysis is None:
+        return
+    # 1. The largest traces per weight.
+    ranked = []
+    for name, layer in analysis.layers.items():
+        if layer.trace is not None:
+            ranked.append((layer.trace.value / layer.parameters, name, layer.trace))
+    ranked.sort(key=lambda entry: -entry[0])
+    # 2. Their table; a mark tells traces that are less certain than was asked for.
+    unsure = any(not trace.converged for _, _, trace in ranked)
     table = Table(
-        title=title, caption="* not within the tolerance that was asked for" if unsure else None
+        title=f"{analysis.matrix} trace per layer, {analysis.measure}: the {MOST_LAYERS} largest "
+        "per weight",
+        caption="* not within the tolerance that was asked for" if unsure else None,
     )
-    for column in ("layer", "trace", "± se", "per weight"):
-        table.add_column(column, justify="left" if column == "layer" else "right")
-    ranked = sorted(layers.items(), key=lambda x: -x[1]["trace"]["value"] / x[1]["parameters"])
-    for name, entry in ranked[:15]:
-        trace, stderr = entry["trace"]["value"], entry["trace"]["stderr"]
-        spread = "–" if stderr is None else f"{stderr:.2g}"
-        mark = "" if entry["trace"].get("converged", True) else " *"
-        table.add_row(
-            escape(name), f"{trace:.4g}{mark}", spread, f"{trace / entry['parameters']:.3g}"
-        )
-    Console().print(table)
-    Console().print(f"{result.folder}/analysis.json, ledger.json, report.html", highlight=False)
+    table.add_column("layer", overflow="fold")
+    for column in ("trace", "± se", "per weight"):
+        table.add_column(column, justify="right")
+    for per_weight, name, trace in ranked[:MOST_LAYERS]:
+        spread = f"{trace.stderr:.2g}" if math.isfinite(trace.stderr) else "–"
+        mark = "" if trace.converged else " *"
+        table.add_row(escape(name), f"{trace.value:.4g}{mark}", spread, f"{per_weight:.3g}")
+    console.print(table)
 
 
 @app.command()
@@ -121,60 +153,78 @@ def check(recipe: RecipeArgument) -> None:
         found = runs.check(recipe)
     except BAD_INPUT as error:
         raise _bad_input(error) from error
-    console = Console()
-    table = Table(title=f"{len(found.layers)} layers to compress, {len(found.kept)} kept")
-    for column in ("layer", "kind", "out × in", "options"):
-        table.add_column(column)
-    for row in found.layers:
-        shape = f"{row['shape'][0]} × {row['shape'][1]}"
-        table.add_row(escape(row["name"]), row["kind"], shape, " ".join(row["options"]))
+    console = Console(highlight=False)
+    # What would be compressed, what may go wrong, what it would take.
+    _print_layers(console, found)
+    _print_cuts(console, found)
+    _print_prospects(console, found)
+    _print_needs(console, found)
+
+
+def _print_layers(console: Console, found: runs.Check) -> None:
+    console.print(f"{len(found.layers)} layers to compress, {len(found.kept)} kept")
+    # Names are wrapped where they are too wide, never cut.
+    table = Table()
+    table.add_column("layers", overflow="fold")
+    table.add_column("count", justify="right")
+    for column in ("kind", "out × in", "options"):
+        table.add_column(column, overflow="fold")
+    for line in runs.layer_lines(found.layers):
+        out, width = line.shape
+        options = " ".join(line.options)
+        table.add_row(escape(line.names), str(line.count), line.kind, f"{out} × {width}", options)
     console.print(table)
-    if found.kept:
-        console.print(f"kept as they are: {escape(', '.join(found.kept))}", highlight=False)
-    for kind in dict.fromkeys(cut["kind"] for cut in found.cuts.values()):
-        ranges = [(c["widths"][-1], c["units"]) for c in found.cuts.values() if c["kind"] == kind]
-        shown = ", ".join(
-            f"{ranges.count(r)} × {r[1]} to {r[0]} units" for r in dict.fromkeys(ranges)
-        )
-        console.print(f"units that can be removed first, {kind}: {shown}", highlight=False)
+    kept = []
+    for name, members in runs.joined_names(found.kept).items():
+        kept.append(name if len(members) == 1 else f"{name} ({len(members)})")
+    if kept:
+        console.print(f"kept as they are: {escape('; '.join(kept))}", soft_wrap=True)
+
+
+def _print_cuts(console: Console, found: runs.Check) -> None:
+    # Kind → (units, fewest that may be left) → number of cuts.
+    kinds: dict[str, Counter[tuple[int, int]]] = {}
+    for cut in found.cuts.values():
+        kinds.setdefault(cut.kind, Counter())[cut.units, cut.widths[-1]] += 1
+    for kind, ranges in kinds.items():
+        shown = ", ".join(f"{n} × {most} to {least} units" for (most, least), n in ranges.items())
+        console.print(f"units that can be removed first, {kind}: {shown}")
     if found.cuts:
+        console.print("shapes above and sizes below are those before units are removed")
+
+
+def _print_prospects(console: Console, found: runs.Check) -> None:
+    """Whether the certificate can be had, and what else may go wrong."""
+    power = found.power
+    if power is not None:
         console.print(
-            "shapes above and sizes below are those before units are removed", highlight=False
-        )
-    if found.power is not None:
-        p = found.power
-        console.print(
-            f"certify: {p.items} items of {p.documents} documents; a model without any true loss "
-            f"would be certified with probability {p.chance:.0%} (by a trial rounding that lost "
-            f"{p.trial_drop:.3g})",
-            highlight=False,
+            f"certify: {power.items} items of {power.documents} documents; a model without any "
+            f"true loss would be certified with probability {power.chance:.0%} (by a trial "
+            f"rounding that lost {power.trial_drop:.3g})",
             soft_wrap=True,
         )
     for warning in found.warnings:
-        console.print(
-            f"[bold yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True
-        )
+        console.print(f"[bold yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+
+
+def _print_needs(console: Console, found: runs.Check) -> None:
+    """Time, memory and size."""
     parts = ", ".join(f"{stage} {minutes:.1f}" for stage, minutes in found.minutes.items())
+    console.print(f"estimated minutes: {sum(found.minutes.values()):.1f} ({parts})")
+    console.print(f"estimated peak memory: {found.memory_bytes / 1e9:.1f} GB")
     console.print(
-        f"estimated minutes: {sum(found.minutes.values()):.1f} ({parts})", highlight=False
-    )
-    console.print(f"estimated peak memory: {found.memory_bytes / 1e9:.1f} GB", highlight=False)
-    console.print(
-        f"size: {found.dense_bytes / 1e6:.1f} MB now, {found.smallest_bytes / 1e6:.1f} MB with "
-        "the smallest options",
-        highlight=False,
+        f"size: {found.dense_bytes / 1e6:.1f} MB now, {found.smallest_bytes / 1e6:.1f} MB with the "
+        "smallest options"
     )
     for limit in found.limits:
         console.print(
-            f"budget: {limit['name']} {limit['most']:,.10g}, at least {limit['least']:,.10g} by "
-            "itself",
-            highlight=False,
+            f"budget: {limit.name} {limit.most:,.10g}, at least {limit.least:,.10g} by itself"
         )
 
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="a run folder")],
+    folder: FolderArgument,
     against: Annotated[
         Path | None, typer.Option("--against", help="another run folder to compare it with")
     ] = None,
@@ -185,6 +235,16 @@ def report(
     except BAD_INPUT as error:
         raise _bad_input(error) from error
     Console().print(str(path), highlight=False)
+
+
+@app.command()
+def clean(folder: FolderArgument) -> None:
+    """Remove a run's intermediate results, state/; its model and report stay."""
+    try:
+        freed = runs.clean(folder)
+    except BAD_INPUT as error:
+        raise _bad_input(error) from error
+    Console().print(f"{freed:,} bytes freed", highlight=False)
 
 
 @app.command()
@@ -199,17 +259,12 @@ def export(
 ) -> None:
     """Write a saved model once more: as a GPTQ checkpoint (one grid of 2, 3, 4 or 8 bits for all
     Linear layers), or dense, for every tool that reads the uncompressed one."""
+    write = export_gptq if format is ExportFormat.gptq else export_dense
     try:
-        (export_gptq if format is ExportFormat.gptq else export_dense)(folder, out)
+        write(folder, out)
     except BAD_INPUT as error:
         raise _bad_input(error) from error
     Console().print(str(out), highlight=False)
-
-
-def _print_result(result: runs.RunResult) -> None:
-    console = Console()
-    console.print(Markdown(result.summary))
-    console.print(f"{result.folder}/model/ and {result.folder}/report.html", highlight=False)
 
 
 if __name__ == "__main__":

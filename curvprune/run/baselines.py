@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 from curvprune.model import Layer
 from curvprune.pricing import Row
 
 # An MLP's second matrix, whose inputs have the largest outliers, by the end of its name.
 DOWN = re.compile(
-    r"(^|\.)(down_proj|fc2|w2|lin2|dense_4h_to_h|mlp\.c_proj|DenseReluDense\.wo|(?<!attention\.)output\.dense)$"
+    r"(^|\.)(down_proj|fc2|w2|lin2|dense_4h_to_h|mlp\.c_proj|DenseReluDense\.wo"
+    r"|(?<!attention\.)output\.dense)$"
 )
 _BLOCK = re.compile(r"(.*?)(?:^|\.)(\d+)(?:\.|$)")
 
+Group = tuple[str, ...]  # names of layers that share an option
 
-class Control(NamedTuple):
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Control:
     """A plan and what it is called."""
 
     name: str
@@ -37,25 +40,31 @@ def sensitive(layers: Mapping[str, Layer]) -> set[str]:
     blocks is in none. A model without numbers takes its first and last layer for the two blocks.
     """
     names = list(layers)
-    blocks = [None if (match := _BLOCK.match(n)) is None else match.group(1, 2) for n in names]
-    numbered = [place for place, block in enumerate(blocks) if block is not None] or [
-        0,
-        len(names) - 1,
-    ]
-    first, last = numbered[0], numbered[-1]
+    # 1. The block of each layer: what stands before the first number, and the number.
+    blocks = [_block_of(name) for name in names]
+    numbered = [place for place, block in enumerate(blocks) if block is not None]
+    # 2. Where the first block begins and the last one ends.
+    first, last = (numbered[0], numbered[-1]) if numbered else (0, len(names) - 1)
     ends = {blocks[first], blocks[last]} - {None}
-    protected = {n for n in names if layers[n].kind == "embedding" or DOWN.search(n)}
-    return protected | {
-        n
-        for place, n in enumerate(names)
-        if place <= first or place >= last or blocks[place] in ends
-    }
+    # 3. What is in those two, outside all blocks, or sensitive wherever it stands.
+    protected = set()
+    for place, name in enumerate(names):
+        outside = place <= first or place >= last
+        everywhere = layers[name].kind == "embedding" or DOWN.search(name) is not None
+        if outside or everywhere or blocks[place] in ends:
+            protected.add(name)
+    return protected
+
+
+def _block_of(name: str) -> tuple[str, str] | None:
+    match = _BLOCK.match(name)
+    return None if match is None else (match[1], match[2])
 
 
 def controls(
     rows: Iterable[Row],
     layers: Mapping[str, Layer],
-    groups: Sequence[tuple[str, ...]],
+    groups: Sequence[Group],
     *,
     size: int,
     plan: Callable[[list[Row], int], dict[str, str]],
@@ -74,63 +83,100 @@ def controls(
     sensitive group, of the second most and second least, and so on.
     """
     rows = list(rows)
-    table: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        table.setdefault(row.layer, {})[row.option] = row
-    free = [group for group in groups if len(table[group[0]]) > 1]
-    if not free:
+    offers = _Offers(rows, layers, groups)
+    if not offers.free:
         return []
-    weights = {group: sum(layers[n].numel for n in group) for group in groups}
+    options = sorted(offers.density)
+    found: list[Control] = []
 
-    def stored(group: tuple[str, ...], key: str) -> int:
-        return sum(table[n][key].bytes for n in group)
+    # 1. One option for all, below the size and above it.
+    uniform = []
+    for key in options:
+        if key != "keep":
+            choices = offers.plan(key, protected=key, rule=set())
+            uniform.append(Control(name=f"uniform {key}", choices=choices))
+    below, above = _around(uniform, offers.total, size)
+    found += [control for control in (below, above) if control is not None]
 
-    def total(choices: Mapping[str, str]) -> int:
-        return sum(table[n][key].bytes for n, key in choices.items())
+    # 2. A larger option for what is known to be sensitive: below the size, or else above it.
+    rule = sensitive(layers)
+    static = []
+    for key in options:
+        for wider in options:
+            if offers.density[key] < offers.density[wider]:
+                choices = offers.plan(key, protected=wider, rule=rule)
+                static.append(Control(name=f"static rule, {key} and {wider}", choices=choices))
+    below, above = _around(static, offers.total, size)
+    nearest = above if below is None else below
+    if nearest is not None:
+        found.append(nearest)
 
-    offered = sorted({key for group in free for key in table[group[0]]})
-    density = {}
-    for key in offered:
-        having = [group for group in free if key in table[group[0]]]
-        density[key] = sum(stored(group, key) for group in having) / sum(
-            weights[group] for group in having
-        )
+    # 3. The plan that takes the most sensitive layers for the least.
+    choices = plan(_reversed(offers, rows), size)
+    found.append(Control(name="reversed order", choices=choices))
+    return found
 
-    def option(group: tuple[str, ...], key: str) -> str:
-        choice = table[group[0]]
-        if key in choice:
-            return key
-        return min(
-            sorted(choice),
-            key=lambda other: abs(stored(group, other) / weights[group] - density[key]),
-        )
 
-    def uniform(key: str, protected: str, rule: set[str]) -> dict[str, str]:
+class _Offers:
+    """What is offered to each group of layers.
+
+    Attributes:
+        table: layer → option → its row.
+        free: the groups that have a choice.
+        weights: group → its number of weights.
+        density: option → bytes per weight, over the free groups that are offered it.
+    """
+
+    def __init__(
+        self, rows: Iterable[Row], layers: Mapping[str, Layer], groups: Sequence[Group]
+    ) -> None:
+        self.layers, self.groups = layers, groups
+        self.table: dict[str, dict[str, Row]] = {}
+        for row in rows:
+            self.table.setdefault(row.layer, {})[row.option] = row
+        self.weights: dict[Group, int] = {}
+        for group in groups:
+            self.weights[group] = sum(layers[n].numel for n in group)
+        self.free = [group for group in groups if len(self.options(group)) > 1]
+        having: dict[str, list[Group]] = {}
+        for group in self.free:
+            for key in self.options(group):
+                having.setdefault(key, []).append(group)
+        self.density: dict[str, float] = {}
+        for key, offered in having.items():
+            stored = sum(self.stored(group, key) for group in offered)
+            self.density[key] = stored / sum(self.weights[group] for group in offered)
+
+    def options(self, group: Group) -> Mapping[str, Row]:
+        """The options of a group, whose layers are all offered the same."""
+        return self.table[group[0]]
+
+    def stored(self, group: Group, key: str) -> int:
+        return sum(self.table[n][key].bytes for n in group)
+
+    def total(self, choices: Mapping[str, str]) -> int:
+        """Bytes of all layers under a plan."""
+        return sum(self.table[n][key].bytes for n, key in choices.items())
+
+    def plan(self, key: str, *, protected: str, rule: set[str]) -> dict[str, str]:
         """Every group ``key``, those with a layer of the rule ``protected``; in the order of the
         layers."""
-        chosen = {
-            n: option(group, protected if rule.intersection(group) else key)
-            for group in groups
-            for n in group
-        }
-        return {n: chosen[n] for n in layers}
+        chosen: dict[str, str] = {}
+        for group in self.groups:
+            wanted = protected if rule.intersection(group) else key
+            chosen.update(dict.fromkeys(group, self._nearest(group, wanted)))
+        return {name: chosen[name] for name in self.layers}
 
-    found = []
-    plain = [
-        Control(f"uniform {key}", uniform(key, key, set())) for key in offered if key != "keep"
-    ]
-    found += [c for c in _around(plain, total, size) if c is not None]
-    rule = sensitive(layers)
-    static = [
-        Control(f"static rule, {key} and {wider}", uniform(key, wider, rule))
-        for key in offered
-        for wider in offered
-        if density[key] < density[wider]
-    ]
-    below, above = _around(static, total, size)
-    found += [c for c in (below or above,) if c is not None]
-    found.append(Control("reversed order", plan(_reversed(table, free, weights, rows), size)))
-    return found
+    def _nearest(self, group: Group, key: str) -> str:
+        """The option ``key`` or, where a group is not offered it, the one nearest in bytes per
+        weight."""
+        if key in self.options(group):
+            return key
+
+        def distance(other: str) -> float:
+            return abs(self.stored(group, other) / self.weights[group] - self.density[key])
+
+        return min(sorted(self.options(group)), key=distance)
 
 
 def _around(
@@ -138,29 +184,30 @@ def _around(
 ) -> tuple[Control | None, Control | None]:
     """The largest of the plans that is no larger than ``size``, and the smallest that is."""
     sizes = [(total(control.choices), number) for number, control in enumerate(plans)]
-    below = max((s for s in sizes if s[0] <= size), default=None)
-    above = min((s for s in sizes if s[0] > size), default=None)
-    return (None if below is None else plans[below[1]], None if above is None else plans[above[1]])
+    below = max((entry for entry in sizes if entry[0] <= size), default=None)
+    above = min((entry for entry in sizes if entry[0] > size), default=None)
+    largest = None if below is None else plans[below[1]]
+    smallest = None if above is None else plans[above[1]]
+    return largest, smallest
 
 
-def _reversed(
-    table: Mapping[str, Mapping[str, Row]],
-    free: Sequence[tuple[str, ...]],
-    weights: Mapping[tuple[str, ...], int],
-    rows: Iterable[Row],
-) -> list[Row]:
-    """Rows in which the groups, ranked by the price of their dearest option per weight, have swapped
-    their prices."""
-    dearest = {
-        group: max(sum(table[n][key].price for n in group) for key in table[group[0]])
-        for group in free
-    }
-    order = sorted(free, key=lambda group: dearest[group] / weights[group])
-    scale = {
-        n: dearest[other] / dearest[group] * weights[group] / weights[other]
-        if dearest[group]
-        else 1.0
-        for group, other in zip(order, reversed(order), strict=True)
-        for n in group
-    }
+def _reversed(offers: _Offers, rows: Iterable[Row]) -> list[Row]:
+    """Rows in which the free groups have swapped their prices, the first of their ranks with the
+    last; they are ranked by the price of their dearest option per weight."""
+    # 1. The ranks.
+    dearest: dict[Group, float] = {}
+    for group in offers.free:
+        prices = []
+        for key in offers.options(group):
+            prices.append(sum(offers.table[n][key].price for n in group))
+        dearest[group] = max(prices)
+    weights = offers.weights
+    ranked = sorted(offers.free, key=lambda group: dearest[group] / weights[group])
+    # 2. What a group's prices are multiplied by to be those of its opposite, per weight.
+    scale: dict[str, float] = {}
+    for group, other in zip(ranked, reversed(ranked), strict=True):
+        factor = 1.0
+        if dearest[group]:
+            factor = dearest[other] / dearest[group] * weights[group] / weights[other]
+        scale.update(dict.fromkeys(group, factor))
     return [replace(row, price=row.price * scale.get(row.layer, 1.0), stderr=0.0) for row in rows]

@@ -50,9 +50,9 @@ def load_model(
 
     Raises ``ValueError`` for a source that cannot be loaded, with the library's reason.
     """
-    transformers = import_transformers()
-    auto = getattr(transformers, TASKS[task])
-    arguments: dict[str, Any] = {
+    # 1. Load, and see that nothing is missing.
+    auto = getattr(import_transformers(), TASKS[task])
+    arguments: dict[str, object] = {
         "dtype": getattr(torch, dtype),
         "trust_remote_code": trust_remote_code,
     }
@@ -64,31 +64,39 @@ def load_model(
         model, found = auto.from_pretrained(str(source), output_loading_info=True, **arguments)
     except (OSError, ImportError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model {source}: {error}") from error
-    if missing := sorted(found["missing_keys"]):
+    missing = sorted(found["missing_keys"])
+    if missing:
+        others = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
         raise ValueError(
-            f"model {source}: its file lacks {missing[0]!r}{f' and {len(missing) - 1} more tensors' if len(missing) > 1 else ''}, "
-            "which would be random numbers; load a checkpoint that is complete for this task"
+            f"model {source}: its file lacks {missing[0]!r}{others}, which would be random "
+            "numbers; load a checkpoint that is complete for this task"
         )
-    if gguf_file is None and getattr(model.config, "quantization_config", None) is not None:
-        raise ValueError(f"model {source} is already quantized; start from the original weights")
+    # 2. Only original weights can be compressed; those of a GGUF file are floats by now.
     if gguf_file is not None:
-        # A model read from GGUF carries a quantization_config that would be saved with it: rebuild
-        # a plain one.
-        config = copy.deepcopy(model.config).to_dict()
-        for key in ("quantization_config", "_name_or_path"):
-            config.pop(key, None)
-        plain = auto.from_config(type(model.config).from_dict(config), dtype=getattr(torch, dtype))
-        plain.load_state_dict(model.state_dict())
-        plain.tie_weights()
-        model = plain
-    return model.eval()
+        model = _without_quantization(model, auto, getattr(torch, dtype))
+    elif getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(f"model {source} is already quantized; start from the original weights")
+    loaded: nn.Module = model.eval()
+    return loaded
+
+
+def _without_quantization(model: Any, auto: Any, dtype: torch.dtype) -> Any:
+    """A plain model with the weights of one read from GGUF, which carries a quantization_config
+    that would be saved with it."""
+    config = copy.deepcopy(model.config).to_dict()
+    for key in ("quantization_config", "_name_or_path"):
+        config.pop(key, None)
+    plain = auto.from_config(type(model.config).from_dict(config), dtype=dtype)
+    plain.load_state_dict(model.state_dict())
+    plain.tie_weights()
+    return plain
 
 
 def load_tokenizer(
     source: str | Path, *, gguf_file: str | None = None, trust_remote_code: bool = False
 ) -> Any:
     """The tokenizer that belongs to a model source."""
-    arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    arguments: dict[str, object] = {"trust_remote_code": trust_remote_code}
     if gguf_file is not None:
         arguments["gguf_file"] = gguf_file
     return import_transformers().AutoTokenizer.from_pretrained(str(source), **arguments)
@@ -99,5 +107,7 @@ def model_sha256(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        # As bytes: NumPy has no bfloat16.
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(raw.numpy())
     return digest.hexdigest()

@@ -27,46 +27,81 @@ def text_splits(
     Raises ``ValueError`` if the documents hold too few sequences, saying how many each split could
     get.
     """
+    # 1. Sequences of every document that no earlier one repeats.
     windows: dict[str, list[Batch]] = {}
     seen: set[tuple[int, ...]] = set()
     for name, tokens in documents.items():
-        if (text := tuple(tokens)) in seen:
+        text = tuple(tokens)
+        if text in seen:
             continue
         seen.add(text)
-        ids = torch.tensor(list(tokens), dtype=torch.long)
-        pieces = [piece for piece in ids.split(length) if len(piece) >= min(32, length)]
+        pieces = _windows(text, length)
         if pieces:
-            windows[name] = [
-                {"input_ids": p[None], "attention_mask": torch.ones_like(p)[None]} for p in pieces
-            ]
+            windows[name] = pieces
+    # 2. Whole documents, dealt to the splits.
     counts = _asked(counts)
-    dealt = deal_documents({name: len(w) for name, w in windows.items()}, counts, seed=seed)
-    filled = {
-        purpose: sum(len(windows[name]) for name in names) for purpose, names in dealt.items()
-    }
-    if short := [f"{p} {filled[p]} of {counts[p]}" for p in counts if filled[p] < counts[p]]:
-        total = sum(len(w) for w in windows.values())
+    sizes = {name: len(pieces) for name, pieces in windows.items()}
+    dealt = deal_documents(sizes, counts, seed=seed)
+    filled: dict[str, int] = {}
+    for purpose, names in dealt.items():
+        filled[purpose] = sum(sizes[name] for name in names)
+    short = [f"{p} {filled[p]} of {counts[p]}" for p in counts if filled[p] < counts[p]]
+    if short:
         raise ValueError(
-            f"the text has only {total} sequences of {length} tokens in {len(windows)} documents: "
-            f"{', '.join(short)}; ask for fewer, or shorten sequence_length"
+            f"the text has only {sum(sizes.values())} sequences of {length} tokens in "
+            f"{len(windows)} documents: {', '.join(short)}; ask for fewer, or shorten "
+            "sequence_length"
         )
-    taken = {p: filled[p] if p == EXTRA else counts[p] for p in counts}
-    return Splits(**{p: _in_turn({n: windows[n] for n in dealt[p]}, taken[p]) for p in counts})
+    # 3. As many of their sequences as were asked for; a recovery gets all of its own.
+    parts = {}
+    for purpose, count in counts.items():
+        own = {name: windows[name] for name in dealt[purpose]}
+        parts[purpose] = _in_turn(own, filled[purpose] if purpose == EXTRA else count)
+    return _splits(parts)
+
+
+# A rest of fewer tokens is not worth an item.
+SHORTEST = 32
+
+
+def _windows(tokens: Sequence[int], length: int) -> list[Batch]:
+    """A document cut into sequences ``(1, length)``; its rest may be a shorter one."""
+    found: list[Batch] = []
+    for piece in torch.tensor(tokens, dtype=torch.long).split(length):
+        if len(piece) >= min(SHORTEST, length):
+            mask = torch.ones_like(piece)
+            found.append({"input_ids": piece[None], "attention_mask": mask[None]})
+    return found
 
 
 def _asked(counts: Mapping[str, int]) -> dict[str, int]:
-    return {p: counts[p] for p in (*PURPOSES, EXTRA) if p != EXTRA or counts.get(p)}
+    """The counts in the order of the purposes, without a recovery that gets nothing."""
+    asked = {purpose: counts[purpose] for purpose in PURPOSES}
+    if counts.get(EXTRA):
+        asked[EXTRA] = counts[EXTRA]
+    return asked
+
+
+def _splits(parts: Mapping[str, Split]) -> Splits:
+    return Splits(
+        calibrate=parts["calibrate"],
+        price=parts["price"],
+        select=parts["select"],
+        certify=parts["certify"],
+        recover=parts.get(EXTRA),
+    )
 
 
 def _in_turn(windows: Mapping[str, Sequence[Batch]], count: int) -> Split:
     """The first sequence of each document, then the second of each, until there are ``count``."""
-    rounds = range(max(len(items) for items in windows.values()))
-    picked = [
-        (name, items[i]) for i in rounds for name, items in windows.items() if i < len(items)
-    ][:count]
-    return Split(
-        items=tuple(item for _, item in picked), documents=tuple(name for name, _ in picked)
-    )
+    items: list[Batch] = []
+    documents: list[str] = []
+    for turn in range(max(map(len, windows.values()))):
+        for name, pieces in windows.items():
+            if turn < len(pieces):
+                items.append(pieces[turn])
+                documents.append(name)
+    return Split(items=tuple(items[:count]), documents=tuple(documents[:count]))
 
 
 def python_docs() -> dict[str, str]:
@@ -79,6 +114,7 @@ def python_docs() -> dict[str, str]:
 
     seen: set[str] = set()
     documents: dict[str, str] = {}
+    # From the shortest topic to the longest; a short paragraph may occur in several.
     for name in sorted(topics, key=lambda n: (len(topics[n]), n)):
         kept = []
         for paragraph in topics[name].split("\n\n"):
@@ -106,7 +142,8 @@ def text_files(paths: Sequence[Path]) -> dict[str, str]:
     return documents
 
 
-DIGITS_TRAINING = 900  # the first so many of `digits` train the example model
+# The first so many of `digits` train the example model.
+DIGITS_TRAINING = 900
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -130,17 +167,19 @@ def digits_splits(*, counts: Mapping[str, int], seed: int) -> Splits:
     images, labels = digits()
     fresh = DIGITS_TRAINING + np.random.default_rng(seed).permutation(len(images) - DIGITS_TRAINING)
     counts = _asked(counts)
-    sizes = list(counts.values())
-    if sum(sizes) > len(fresh):
-        asked = " + ".join(map(str, sizes))
+    if sum(counts.values()) > len(fresh):
+        asked = " + ".join(map(str, counts.values()))
         raise ValueError(f"digits has {len(fresh)} images that trained nothing, asked for {asked}")
-
-    def part(indices: np.ndarray) -> Split:
-        items = tuple({"pixel_values": images[i][None], "labels": labels[i][None]} for i in indices)
-        return Split(items=items, documents=tuple(f"digit {i}" for i in indices))
-
-    parts = [part(indices) for indices in np.split(fresh[: sum(sizes)], np.cumsum(sizes)[:-1])]
-    return Splits(**dict(zip(counts, parts, strict=True)))
+    # Each purpose takes the next so many; every image is a document of its own.
+    parts = {}
+    start = 0
+    for purpose, count in counts.items():
+        chosen = fresh[start : start + count]
+        items = [{"pixel_values": images[i][None], "labels": labels[i][None]} for i in chosen]
+        names = [f"digit {i}" for i in chosen]
+        parts[purpose] = Split(items=tuple(items), documents=tuple(names))
+        start += count
+    return _splits(parts)
 
 
 def hub_documents(name: str, *, split: str, column: str, limit: int = 20_000) -> dict[str, str]:

@@ -13,7 +13,6 @@ from curvprune.compression.grids import (
     search_grid,
     spread,
 )
-from curvprune.compression.layer_solver import solve_layer
 from curvprune.compression.moments import Moments, coarse_copy, visit_layers
 from curvprune.compression.recovery import (
     Diverged,
@@ -23,7 +22,7 @@ from curvprune.compression.recovery import (
     restore_,
     trained_tensors,
 )
-from curvprune.compression.solver import DRIFT, RIDGE, Solved, solve
+from curvprune.compression.solver import DRIFT, RIDGE, Solved, solve, solve_layer
 
 __all__ = [
     "COARSE",

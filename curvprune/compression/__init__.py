@@ -1,5 +1,6 @@
 """Ŵ = solve(W, option, moments): grids, the GPTQ sweep, pruning, recovery."""
 
+from curvprune.compression.calibration_pass import coarse_copy, visit_layers
 from curvprune.compression.gptq import column_order, factor
 from curvprune.compression.grids import (
     COARSE,
@@ -13,7 +14,7 @@ from curvprune.compression.grids import (
     search_grid,
     spread,
 )
-from curvprune.compression.moments import Moments, coarse_copy, visit_layers
+from curvprune.compression.moments import Moments
 from curvprune.compression.recovery import (
     Diverged,
     Recovery,

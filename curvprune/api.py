@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from curvprune import artifact, curvature
 from curvprune.artifact import describe, load_artifact, write_model
 from curvprune.certificate import Verdict, certify_values, compare
-from curvprune.compression import Diverged, Recovery, Solved, Training, dequantize, recover_
+from curvprune.compression import (
+    Diverged,
+    Recovery,
+    RecoveryItems,
+    Solved,
+    Training,
+    dequantize,
+    recover_,
+)
 from curvprune.curvature import QUANTITIES, Analysis, Estimate, analyze_curvature
 from curvprune.files import StageLog, State
 from curvprune.model import (
@@ -857,7 +865,8 @@ def recover(
         solved = compressed.solved
     log = StageLog(show=progress)
     with log.stage("recover", how.steps or 1) as advance:
-        recovery = recover_(model, solved, baseline, measured, train, choose, how, advance=advance)
+        items = RecoveryItems(train, choose)
+        recovery = recover_(model, solved, baseline, measured, items, how, advance=advance)
     if isinstance(compressed, nn.Module):
         return recovery
     verdict = None

@@ -118,15 +118,23 @@ def _joined(parts: Sequence[Solved]) -> Solved:
     first = parts[0]
     if len(parts) == 1:
         return first
-    joined: dict[str, Tensor] = {}
-    for name in ("weight", "codes", "scale", "zero"):
-        if getattr(first, name) is not None:
-            joined[name] = torch.cat([getattr(part, name) for part in parts])
     notes: list[str] = []
     for part in parts:
         notes += [note for note in part.notes if note not in notes]
-    damping = max(part.damping for part in parts)
-    return replace(first, **joined, damping=damping, notes=tuple(notes))
+    return replace(
+        first,
+        weight=torch.cat([part.weight for part in parts]),
+        codes=_below_each_other([part.codes for part in parts]),
+        scale=_below_each_other([part.scale for part in parts]),
+        zero=_below_each_other([part.zero for part in parts]),
+        damping=max(part.damping for part in parts),
+        notes=tuple(notes),
+    )
+
+
+def _below_each_other(parts: Sequence[Tensor | None]) -> Tensor | None:
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if there else None
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ from curvprune.certificate import Verdict, compare, fixed_sequence, item_columns
 from curvprune.compression import (
     Diverged,
     Moments,
+    RecoveryItems,
     Solved,
     coarse_copy,
     dequantize,
@@ -471,10 +472,16 @@ def _recovered(
     with job.stages.stage(f"recover {name}".strip(), steps, done=steps if done else 0) as advance:
         if not done:
             try:
+                items = RecoveryItems(job.splits.training, job.splits.select, before)
                 recovery = recover_(
-                    model, solved, job.uncompressed, job.objective, job.splits.training, job.splits.select,
-                    job.recover, before=before, advance=advance,
-                )  # fmt: skip
+                    model,
+                    solved,
+                    job.uncompressed,
+                    job.objective,
+                    items,
+                    job.recover,
+                    advance=advance,
+                )
             except Diverged as error:
                 recovery = error.recovery  # its note says so; the run goes on with the best state
             job.state.write_tensors(tensors, trained_tensors(recovery))

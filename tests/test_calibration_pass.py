@@ -172,11 +172,11 @@ def inputs_of(model, batch, mask):
     """The inputs of every layer that count, ``(tokens, in)``."""
     seen, handles = {}, []
 
-    def keep(name, arguments):
+    def keep(name, _, arguments):
         seen[name] = arguments[0][mask.bool()]
 
     for name, layer in find_layers(model).items():
-        hook = functools.partial(lambda name, _, arguments: keep(name, arguments), name)
+        hook = functools.partial(keep, name)
         handles.append(layer.readers[0].register_forward_pre_hook(hook))
     with torch.no_grad():
         model(**batch)

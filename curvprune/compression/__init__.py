@@ -1,5 +1,7 @@
 """Ŵ = solve(W, option, moments): grids, the GPTQ sweep, pruning, recovery."""
 
+from curvprune.compression.calibration_pass import coarse_copy, visit_layers
+from curvprune.compression.distillation import Distillation
 from curvprune.compression.gptq import column_order, factor
 from curvprune.compression.grids import (
     COARSE,
@@ -13,29 +15,49 @@ from curvprune.compression.grids import (
     search_grid,
     spread,
 )
-from curvprune.compression.layer_solver import solve_layer
-from curvprune.compression.moments import Moments, coarse_copy, visit_layers
+from curvprune.compression.moments import Moments
+from curvprune.compression.pruning import prune_weight
 from curvprune.compression.recovery import (
     Diverged,
     Recovery,
-    Training,
+    RecoveryItems,
+    RecoveryStep,
+    RecoverySummary,
     recover_,
     restore_,
     trained_tensors,
 )
-from curvprune.compression.solver import DRIFT, RIDGE, Solved, solve
+from curvprune.compression.solver import DRIFT, RIDGE, Solved, solve, solve_layer
+from curvprune.compression.trainable import (
+    CODE_STEP,
+    CODES_UP_TO,
+    FreeFloats,
+    FreeGrid,
+    FreePart,
+    free_parts,
+)
+from curvprune.compression.training import Training
 
 __all__ = [
     "COARSE",
+    "CODES_UP_TO",
+    "CODE_STEP",
     "DRIFT",
     "FINE",
     "HALF_WAY",
     "MIN_SCALE",
     "RIDGE",
     "ZERO_SHIFT_BITS",
+    "Distillation",
     "Diverged",
+    "FreeFloats",
+    "FreeGrid",
+    "FreePart",
     "Moments",
     "Recovery",
+    "RecoveryItems",
+    "RecoveryStep",
+    "RecoverySummary",
     "Solved",
     "Training",
     "coarse_copy",
@@ -43,6 +65,8 @@ __all__ = [
     "column_order",
     "dequantize",
     "factor",
+    "free_parts",
+    "prune_weight",
     "quantize_to_grid",
     "recover_",
     "restore_",

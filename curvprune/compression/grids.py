@@ -16,6 +16,7 @@ The last group of a row is shorter where the group size does not divide the inpu
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,20 +40,23 @@ def code_range(bits: int) -> tuple[int, int]:
 
 
 def scale_dtype(weight: torch.dtype) -> torch.dtype:
-    """The type in which scales are stored: float16, but bfloat16 for a bfloat16 weight, whose
-    readers would round a float16 scale once more."""
+    """The type in which scales are stored: float16, but bfloat16 for a bfloat16 weight.
+
+    Readers of such a weight would round a float16 scale once more.
+    """
     return torch.bfloat16 if weight == torch.bfloat16 else torch.float16
 
 
 def round_scale(scale: Tensor, stored: torch.dtype = torch.float16) -> Tensor:
-    """The nearest scale that ``stored`` can hold and that is neither zero nor infinite, in the
-    dtype of ``scale``."""
+    """The nearest scale that ``stored`` can hold and that is neither zero nor infinite.
+
+    In the dtype of ``scale``.
+    """
     return scale.clamp(MIN_SCALE, MAX_SCALE).to(stored).to(scale.dtype)
 
 
 def spread(parameters: Tensor, width: int, group_size: int | None, *, dim: int) -> Tensor:
-    """Parameters of groups, one for each group along ``dim``, repeated for each of the ``width``
-    inputs."""
+    """Parameters, one for each group along ``dim``, repeated for each of the ``width`` inputs."""
     if parameters.shape[dim] == 1:
         return parameters
     return parameters.repeat_interleave(group_size or width, dim=dim).narrow(dim, 0, width)
@@ -152,41 +156,57 @@ def search_grid(
     """
     width = len(Wt)
     a = Wt.new_ones(width) if importance is None else importance.to(Wt)
+    # 1. Whole groups, and the last one, which may be shorter.
     size = min(group_size or width, width)
     whole = width - width % size
-    parts = [_search_groups(Wt[:whole], a[:whole], size, bits, symmetric, stored)]
-    if whole < width:  # the last group is shorter
-        parts.append(_search_groups(Wt[whole:], a[whole:], width - whole, bits, symmetric, stored))
+    kind = _Kind(bits=bits, symmetric=symmetric, stored=stored)
+    parts = [_search_groups(Wt[:whole], a[:whole], size, kind)]
+    if whole < width:
+        parts.append(_search_groups(Wt[whole:], a[whole:], width - whole, kind))
     scale, zero = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    # 2. As they are stored.
     scale = scale.to(stored)
     if bits == 1:
         return scale, zero.to(torch.float16)
     return scale, None if symmetric else zero.to(torch.int8)
 
 
-def _search_groups(
-    Wt: Tensor, a: Tensor, size: int, bits: int, symmetric: bool, stored: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Groups of one size: ``Wt (groups * size, out)``, ``a (groups * size,)`` -> scale and zero,
-    ``(groups, out)``."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Kind:
+    """What kind of grid is searched; ``stored`` is the type of its scales."""
+
+    bits: int
+    symmetric: bool
+    stored: torch.dtype
+
+
+def _search_groups(Wt: Tensor, a: Tensor, size: int, kind: _Kind) -> tuple[Tensor, Tensor]:
+    """Groups of one size.
+
+    Args:
+        Wt: ``(groups * size, out)``.
+        a: ``(groups * size,)``.
+
+    Returns:
+        scale and zero, ``(groups, out)``.
+    """
     groups = Wt.reshape(-1, size, Wt.shape[1])
     # Only ratios matter inside a group; without this, tiny second moments underflow in float32.
     a = a.reshape(-1, 1, size)
     a = a / a.amax(dim=2, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
     scale = Wt.new_empty(len(groups), Wt.shape[1])
     zero = torch.zeros_like(scale)
-    for part in _chunks(
-        len(groups), size, Wt.shape[1], CHUNK if Wt.device.type == "cpu" else ACCELERATED_CHUNK
-    ):
-        w = groups[part[0], :, part[1]].contiguous()
-        if bits == 1:
-            scale[part], zero[part] = _two_values(w, a[part[0]], symmetric, stored)
-        else:
-            scale[part], zero[part] = _search(w, a[part[0]], bits, symmetric, stored)
+    most = CHUNK if Wt.device.type == "cpu" else ACCELERATED_CHUNK
+    search = _two_values if kind.bits == 1 else _search
+    for part in _chunks(len(groups), size, Wt.shape[1], most):
+        some, rows = part
+        w = groups[some, :, rows].contiguous()
+        scale[part], zero[part] = search(w, a[some], kind)
     return scale, zero
 
 
 def _chunks(groups: int, size: int, out: int, most: int) -> Iterator[tuple[slice, slice]]:
+    """Groups and rows that make up about ``most`` elements: several groups, or a part of one."""
     per_group = max(1, most // (size * out))
     per_row = out if size * out <= most else max(16, most // size)
     for g in range(0, groups, per_group):
@@ -195,25 +215,26 @@ def _chunks(groups: int, size: int, out: int, most: int) -> Iterator[tuple[slice
 
 
 class _Best:
-    """The best grid so far of every (group, row) of a chunk, and the buffers that scoring a
-    candidate needs."""
+    """The best grid so far of every (group, row) of a chunk, ``w`` as in `_search`."""
 
-    def __init__(self, w: Tensor, a: Tensor, bits: int, stored: torch.dtype) -> None:
-        self.w, self.a, self.stored = w, a, stored
-        self.low, self.high = code_range(bits)
-        self.v, self.q = torch.empty_like(w), torch.empty_like(w)
+    def __init__(self, w: Tensor, a: Tensor, kind: _Kind) -> None:
+        self.w, self.a, self.stored = w, a, kind.stored
+        self.low, self.high = code_range(kind.bits)
         shape = (w.shape[0], 1, w.shape[2])
-        self.scale, self.zero, self.error = (
-            w.new_ones(shape),
-            w.new_zeros(shape),
-            w.new_full(shape, torch.inf),
-        )
+        self.scale = w.new_ones(shape)
+        self.zero = w.new_zeros(shape)
+        self.error = w.new_full(shape, torch.inf)
+        # Buffers: w / s + z, and the code nearest to it.
+        self.v = torch.empty_like(w)
+        self.q = torch.empty_like(w)
 
     def codes(self, scale: Tensor, zero: Tensor) -> Tensor:
+        """The nearest code of every weight, in a buffer that the next call overwrites."""
         torch.addcmul(zero, self.w, scale.reciprocal(), out=self.v)
         return torch.round(self.v, out=self.q).clamp_(self.low, self.high)
 
     def offer(self, scale: Tensor, zero: Tensor) -> None:
+        """Score a candidate, with its scale as it is stored, and keep it where it is better."""
         scale = round_scale(scale, self.stored)
         miss = self.codes(scale, zero).sub_(self.v).square_()
         error = torch.bmm(self.a, miss).mul_(scale).mul_(scale)
@@ -227,21 +248,21 @@ class _Best:
         c = self.codes(self.scale, self.zero).sub_(self.zero)
         above = torch.bmm(self.a, torch.mul(c, self.w, out=self.v))
         below = torch.bmm(self.a, c.square_())
-        return torch.where(
-            (above > 0) & (below > 0), above / below.clamp_min(MIN_SCALE), self.scale
-        )
+        known = (above > 0) & (below > 0)
+        return torch.where(known, above / below.clamp_min(MIN_SCALE), self.scale)
 
 
-def _search(
-    w: Tensor, a: Tensor, bits: int, symmetric: bool, stored: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """``w (groups, size, rows)``, ``a (groups, 1, size)`` -> scale and zero, ``(groups, rows)``."""
-    low, high = code_range(bits)
-    top, bottom = (
-        w.amax(dim=1, keepdim=True).clamp_min_(0),
-        w.amin(dim=1, keepdim=True).clamp_max_(0),
-    )
-    if symmetric:
+def _search(w: Tensor, a: Tensor, kind: _Kind) -> tuple[Tensor, Tensor]:
+    """Two bits or more: ``w (groups, size, rows)``, ``a (groups, 1, size)``.
+
+    Returns:
+        scale and zero, ``(groups, rows)``.
+    """
+    # 1. The smallest scale that clips nothing.
+    low, high = code_range(kind.bits)
+    top = w.amax(dim=1, keepdim=True).clamp_min_(0)
+    bottom = w.amin(dim=1, keepdim=True).clamp_max_(0)
+    if kind.symmetric:
         whole = torch.maximum(top / high, bottom / low)
         zero = torch.zeros_like(whole)
     else:
@@ -249,14 +270,17 @@ def _search(
         zero = (low - bottom / whole.clamp_min(MIN_SCALE)).round_().clamp_(low, high)
     # A group of zeros must stay zeros also when error compensation moves its weights a little.
     whole = torch.where(whole > 0, whole, 1.0)
-    best = _Best(w, a, bits, stored)
+    # 2. Its shares.
+    best = _Best(w, a, kind)
     for share in COARSE:
         best.offer(whole * share, zero)
-    if not symmetric and bits <= ZERO_SHIFT_BITS:
+    # 3. Coarse grids: clip one end more than the other.
+    if not kind.symmetric and kind.bits <= ZERO_SHIFT_BITS:
         start = best.scale
         for shift in (-1, 1):
             for share in (0.85, 1.0, 1.15):
                 best.offer(start * share, (zero + shift).clamp_(low, high))
+    # 4. Small steps around the best, then least squares for its codes.
     start, zero = best.scale, best.zero
     for step in FINE:
         best.offer(start + whole * step, zero)
@@ -264,37 +288,40 @@ def _search(
     return best.scale[:, 0], best.zero[:, 0]
 
 
-def _two_values(
-    w: Tensor, a: Tensor, symmetric: bool, stored: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """One bit: ``w (groups, size, rows)``, ``a (groups, 1, size)`` -> scale and zero, ``(groups,
-    rows)``.
+def _two_values(w: Tensor, a: Tensor, kind: _Kind) -> tuple[Tensor, Tensor]:
+    """One bit: ``w (groups, size, rows)``, ``a (groups, 1, size)``.
 
     Symmetric: the best ``s`` of the values ``-s`` and ``s`` is the mean of ``|w|``, weighted with
-    ``a``. Asymmetric:
-    weights of the lower value lie below those of the upper one, so a group has as many candidates
-    as members: split the sorted weights, and each side's value is its mean. What the best split
-    gains over one value for all is ``A_1 A_2 / (A_1 + A_2) (m_2 - m_1)^2`` with the sides' sums of
-    ``a`` and means ``m``.
+    ``a``.
+
+    Asymmetric: weights of the lower value lie below those of the upper one. So a group has as many
+    candidates as members: split the sorted weights, and each side's value is its mean. What the
+    best split gains over one value for all is ``A_1 A_2 / (A_1 + A_2) (m_2 - m_1)^2`` with the
+    sides' sums of ``a`` and means ``m``.
+
+    Returns:
+        scale and zero, ``(groups, rows)``.
     """
     a = a.transpose(1, 2).expand_as(w)
-    if not bool(
-        (a.sum(dim=1) > 0).all()
-    ):  # inputs that are always zero: every weight counts the same
+    # Inputs that are always zero: every weight counts the same.
+    if not bool((a.sum(dim=1) > 0).all()):
         a = torch.where(a.sum(dim=1, keepdim=True) > 0, a, 1.0)
-    if symmetric:
-        scale = round_scale(2 * (a * w.abs()).sum(dim=1) / a.sum(dim=1), stored)
+    if kind.symmetric:
+        scale = round_scale(2 * (a * w.abs()).sum(dim=1) / a.sum(dim=1), kind.stored)
         return scale, torch.full_like(scale, HALF_WAY)
+    # 1. Sort, and sum from below.
     w, order = w.sort(dim=1)
     a = a.gather(1, order)
     below, moment = a.cumsum(dim=1), (a * w).cumsum(dim=1)
     mass, total = below[:, -1:], moment[:, -1:]
     above = mass - below
+    # 2. The split that gains most.
     tiny = torch.finfo(w.dtype).tiny
     gap = (total - moment) / above.clamp_min(tiny) - moment / below.clamp_min(tiny)
     gain = torch.where((below > 0) & (above > 0), below * above * gap.square(), -1.0)
     gain[:, -1] = 0  # all weights on one side: the split that is always there
     split = gain.argmax(dim=1, keepdim=True)
+    # 3. Each side's mean.
     lower = (moment.gather(1, split) / below.gather(1, split).clamp_min(tiny))[:, 0]
     upper = ((total - moment.gather(1, split)) / above.gather(1, split).clamp_min(tiny))[:, 0]
     mean = (total / mass)[:, 0]
@@ -303,7 +330,7 @@ def _two_values(
     single = (split[:, 0] == w.shape[1] - 1) | (mean.abs() > MOST_STEPS * (upper - lower))
     lower = torch.where(single, mean.clamp_max(0), lower)
     upper = torch.where(single, mean.clamp_min(0), upper)
-    scale = round_scale(upper - lower, stored)
-    # The middle of the two values stays where it is when the scale is rounded.
+    # 4. As they are stored: when the scale is rounded, the middle of the two values stays.
+    scale = round_scale(upper - lower, kind.stored)
     zero = HALF_WAY - (upper + lower) / (2 * scale)
     return scale, zero.clamp(-MAX_SCALE, MAX_SCALE)

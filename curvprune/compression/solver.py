@@ -2,49 +2,33 @@
 layer's output.
 
 All options of a layer are solved together: one factorisation of the second moment, one sweep over
-the stacked rows.
+the stacked rows. A grouped convolution is solved group by group, stacked experts one by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from curvprune.compression import pruning as support
-from curvprune.compression.gptq import Factor, Rows, column_order, damped, factor, sweep_columns
-from curvprune.compression.grids import (
-    code_range,
-    dequantize,
-    quantize_to_grid,
-    scale_dtype,
-    search_grid,
-    spread,
-)
+from curvprune.compression.gptq import Factor, column_order, damped, factor
+from curvprune.compression.grids import dequantize, scale_dtype
+from curvprune.compression.moments import Moments
+from curvprune.compression.pruning import prune_by_magnitude, prune_weight
+from curvprune.compression.rounding import Rounded, Target, round_in_sweep, round_to_nearest
+from curvprune.model import Layer
 from curvprune.options import (
     Cast,
     Keep,
     Option,
-    Prune,
     check_fits,
     pruner_of,
     quantizer_of,
     stored_dtype,
 )
-
-__all__ = ["Solved", "dequantize", "quantize_to_grid", "search_grid", "solve"]
-
-STACKED_ROWS = (
-    16384  # rows swept at a time: enough to hide the cost of a column, few enough to bound memory
-)
-
-# Weight of 1 / U_jj^2 against diag(A) in the scale search: 1 trusts the calibration data too much.
-# SmolLM2-135M (six layers, groups of 64), output error on other text than calibrated on, at 2 / 3 /
-# 4 bits: .0258 / .00659 / .00170 with 0, .0245 / .00602 / .00151 with 0.75, .0248 / .00606 / .00153
-# with 1.
-ABSORBED = 0.75
 
 # Share of the way to the target that undoes the drift of a layer's inputs, and lambda over the mean
 # of diag(A) in finding it. The whole way trusts the calibration data too much: SmolLM2-135M, 3 bits
@@ -83,6 +67,76 @@ class Solved:
     notes: tuple[str, ...] = ()
 
 
+def solve_layer(layer: Layer, options: Sequence[Option], moments: Moments | None) -> list[Solved]:
+    """Apply every option to a layer of a model, around the weight that it has now.
+
+    Args:
+        moments: those of its inputs, for each of its groups; ``None``: nothing is compensated.
+
+    Returns:
+        one `Solved` per option, with the weight as `Layer.as_matrix` shapes it.
+
+    Raises:
+        ValueError: as `solve`.
+    """
+    weight = layer.as_matrix(layer.weight.detach())
+    with _one_thread(layer):
+        if moments is None:
+            return solve(weight, options, layer=layer.name)
+        height = layer.shape[0] // layer.groups
+        parts: list[list[Solved]] = []
+        for g in range(layer.groups):
+            rows = weight[g * height : (g + 1) * height]
+            drift = None if moments.drift is None else moments.drift[g]
+            parts.append(solve(rows, options, moments.second[g], layer=layer.name, drift=drift))
+        found = [_joined(of_option) for of_option in zip(*parts, strict=True)]
+    for i, one in enumerate(found):
+        # Only what was solved depends on the moments that the notes are about.
+        if moments.notes and not isinstance(one.option, (Keep, Cast)):
+            found[i] = replace(one, notes=(*moments.notes, *one.notes))
+    return found
+
+
+@contextmanager
+def _one_thread(layer: Layer) -> Iterator[None]:
+    """Run small sweeps on the CPU with one thread.
+
+    The column sweep makes many small calls. Below a few thousand inputs a second CPU thread gains
+    nothing and, on a busy machine, waits at every one of them (6 times slower).
+    """
+    threads = torch.get_num_threads()
+    if layer.weight.device.type == "cpu" and layer.shape[1] < 4096:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _joined(parts: Sequence[Solved]) -> Solved:
+    """One option's solutions for the groups of a layer, below each other."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    notes: list[str] = []
+    for part in parts:
+        notes += [note for note in part.notes if note not in notes]
+    return replace(
+        first,
+        weight=torch.cat([part.weight for part in parts]),
+        codes=_below_each_other([part.codes for part in parts]),
+        scale=_below_each_other([part.scale for part in parts]),
+        zero=_below_each_other([part.zero for part in parts]),
+        damping=max(part.damping for part in parts),
+        notes=tuple(notes),
+    )
+
+
+def _below_each_other(parts: Sequence[Tensor | None]) -> Tensor | None:
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if there else None
+
+
 @torch.no_grad()
 def solve(
     W: Tensor,
@@ -102,7 +156,7 @@ def solve(
 
     * ``Keep`` returns ``W`` itself; ``Cast`` rounds through the narrower type.
     * ``Quantize``: scales by a search weighted with what an error costs in the sweep, then the GPTQ
-      sweep in order of descending diag(A). Grids belong to the original positions of the inputs.
+      sweep in order of descending diag(A). Grids belong to the inputs in their original order.
     * ``Prune`` and ``PruneCast``: ADMM for the support, least squares on it
       (`curvprune.compression.pruning`). A sparsity is met exactly.
     * ``PruneQuantize``: the same, then ``Quantize`` around what came out, with the support fixed.
@@ -137,28 +191,32 @@ def solve(
     """
     _check(W, options, A, layer=layer, damping=damping)
     Wc = W.detach().to(torch.promote_types(W.dtype, torch.float32))
-    H = None if A is None else A.detach().to(Wc)
+    # 1. What is kept or cast asks for no decision.
     solved: dict[int, Solved] = {}
-    batch: list[int] = []
     for i, option in enumerate(options):
         if isinstance(option, Keep):
             solved[i] = Solved(option=option, weight=Wc)
         elif isinstance(option, Cast):
             solved[i] = Solved(option=option, weight=_cast(W, option, layer))
-        else:
-            batch.append(i)
-    if batch:
-        chosen = [options[i] for i in batch]
-        Wt = Wc.T.contiguous()
-        if H is None:
-            results = [_uncompensated(W, Wt, option) for option in chosen]
-        else:
-            f = factor(H, column_order(H.diagonal()), layer=layer, damping=damping)
-            target = Wt if drift is None else Wt + _moved(H, drift.to(Wt).T @ Wt, f.damping)
-            results = _compensated(W, target, chosen, H, f)
-        for one in results:
-            _check_range(one, layer, str(W.dtype).removeprefix("torch."))
-        solved.update(zip(batch, results, strict=True))
+    left = [i for i in range(len(options)) if i not in solved]
+    chosen = [options[i] for i in left]
+
+    # 2. The others make up for what they change, where the inputs are known.
+    results: list[Solved] = []
+    if chosen and A is None:
+        results = [_uncompensated(Wc, W.dtype, option) for option in chosen]
+    elif chosen and A is not None:
+        H = A.detach().to(Wc)
+        f = factor(H, column_order(H.diagonal()), layer=layer, damping=damping)
+        target = Wc.T.contiguous()
+        if drift is not None:
+            target = target + _moved(H, drift.to(target).T @ target, f.damping)
+        results = _compensated(target, W.dtype, chosen, H, f)
+
+    # 3. In the order that was asked for.
+    for i, one in zip(left, results, strict=True):
+        _check_range(one, layer, _name(W.dtype))
+        solved[i] = one
     return [solved[i] for i in range(len(options))]
 
 
@@ -171,163 +229,62 @@ def _moved(H: Tensor, gradient: Tensor, damping: float) -> Tensor:
 
 
 def _compensated(
-    W: Tensor, target: Tensor, batch: Sequence[Option], H: Tensor, f: Factor
+    target: Tensor, dtype: torch.dtype, options: Sequence[Option], H: Tensor, f: Factor
 ) -> list[Solved]:
+    """Options that round or prune, around ``target (in, out)``, for a layer stored in ``dtype``."""
+    # 1. Prune, once for all options that prune alike.
     sparse: dict[str, Tensor] = {}
-    for prune in map(pruner_of, batch):
+    for prune in map(pruner_of, options):
         if prune is not None and prune.key not in sparse:
-            sparse[prune.key] = support.prune(
-                target, damped(H, f.damping), sparsity=prune.sparsity, nm=prune.nm
-            )
-    rounded = [option for option in batch if quantizer_of(option) is not None]
-    codes = iter(
-        _rounded(W, target, rounded, sparse, _importance(H.diagonal(), f), f) if rounded else ()
-    )
+            sparse[prune.key] = prune_weight(target, damped(H, f.damping), prune)
+
+    # 2. Round, all together.
+    sources: list[Tensor] = []
+    targets: list[Target] = []
+    for option in options:
+        prune, quantize = pruner_of(option), quantizer_of(option)
+        source = target if prune is None else sparse[prune.key]
+        sources.append(source)
+        if quantize is not None:
+            targets.append(Target(quantize=quantize, weight=source, sparse=prune is not None))
+    rounded: Iterator[Rounded] = iter(())
+    if targets:
+        stored = scale_dtype(dtype)
+        rounded = iter(round_in_sweep(targets, H.diagonal(), f, stored=stored))
+
+    # 3. To each option its own.
     results: list[Solved] = []
-    for option in batch:
-        prune = pruner_of(option)
-        if prune is None or quantizer_of(option) is not None:
-            grid, result = next(codes)
+    for option, source in zip(options, sources, strict=True):
+        if quantizer_of(option) is not None:
+            one = _on_grid(option, next(rounded), dtype)
         else:
-            grid, result = None, sparse[prune.key]
-        results.append(_packaged(W, option, grid, result.T.contiguous(), f.damping, f.notes))
+            one = _as_floats(option, source.T.contiguous(), dtype)
+        results.append(replace(one, damping=f.damping, notes=f.notes))
     return results
 
 
-def _rounded(
-    W: Tensor,
-    target: Tensor,
-    batch: Sequence[Option],
-    sparse: Mapping[str, Tensor],
-    importance: Tensor,
-    f: Factor,
-) -> list[tuple[tuple[Tensor, Tensor | None], Tensor]]:
-    """The grid of each option and its codes ``(in, out)``. Around a refitted sparse weight and
-    around the target the objective is the same up to a constant, for all weights on its support;
-    what is left to absorb is the rounding."""
-    width, out = target.shape
-    step = max(1, STACKED_ROWS // len(batch))
-    pruners = [pruner_of(option) for option in batch]
-    sources = [target if p is None else sparse[p.key] for p in pruners]
-    grids = [
-        _grid(W, source, option, importance) for source, option in zip(sources, batch, strict=True)
-    ]
-    results = [torch.empty(width, out, dtype=torch.int8, device=target.device) for _ in batch]
-    for start in range(0, out, step):
-        part = slice(start, start + step)
-        rows: list[Rows] = []
-        zeros: list[Tensor | None] = []
-        for option, prune, source, grid in zip(batch, pruners, sources, grids, strict=True):
-            quantize = quantizer_of(option)
-            assert quantize is not None and grid is not None
-            weight, size = source[:, part], quantize.group_size
-            scale = grid[0][:, part].to(target)
-            zero = torch.zeros_like(scale) if grid[1] is None else grid[1][:, part].to(target)
-            if quantize.bits == 1:
-                # The sweep knows integers only. It sees nothing but differences of weights and
-                # their values, so both may be moved together, by what makes the zero point an
-                # integer.
-                weight = weight + spread(zero * scale, width, size, dim=0)
-                zero = torch.zeros_like(scale)
-            low, high = (bound - zero for bound in code_range(quantize.bits))
-            zeros.append(None if grid[1] is None else zero)
-            keep = None if prune is None else weight != 0
-            rows.append(
-                Rows(weight=weight, scale=scale, low=low, high=high, group_size=size, keep=keep)
-            )
-        for result, row, shift, value in zip(
-            results, rows, zeros, sweep_columns(rows, f), strict=True
-        ):
-            result[:, part] = (
-                value if shift is None else value + spread(shift, width, row.group_size, dim=0)
-            )
-    return [(grid, result) for grid, result in zip(grids, results, strict=True) if grid is not None]
-
-
-def _importance(diagonal: Tensor, f: Factor) -> Tensor:
-    """What an error of each input costs, for the grid search, ``(in,)``.
-
-    Alone, it costs ``H_jj``. Inside the sweep the later columns absorb a part, and ``1 / U_jj^2``
-    is left.
-    """
-    left = torch.empty_like(diagonal)
-    left[f.order] = f.U.diagonal().square().reciprocal()
-    return left**ABSORBED * (diagonal + f.damping * diagonal.mean()) ** (1 - ABSORBED)
-
-
-def _uncompensated(W: Tensor, Wt: Tensor, option: Option) -> Solved:
-    grid, prune, quantize = _grid(W, Wt, option, None), pruner_of(option), quantizer_of(option)
-    result = Wt.T.contiguous()
-    if prune is not None:
-        result = _smallest_dropped(result, prune)
-    if grid is not None and quantize is not None:
-        scale, zero = (None if part is None else part.T for part in grid)
-        assert scale is not None
-        result = quantize_to_grid(
-            result, scale, zero, bits=quantize.bits, group_size=quantize.group_size
-        )
-    return _packaged(W, option, grid, result, 0.0, ())
-
-
-def _grid(
-    W: Tensor, Wt: Tensor, option: Option, importance: Tensor | None
-) -> tuple[Tensor, Tensor | None] | None:
-    quantize = quantizer_of(option)
+def _uncompensated(W: Tensor, dtype: torch.dtype, option: Option) -> Solved:
+    prune, quantize = pruner_of(option), quantizer_of(option)
+    weight = W if prune is None else prune_by_magnitude(W, prune)
     if quantize is None:
-        return None
-    return search_grid(
-        Wt,
-        bits=quantize.bits,
-        group_size=quantize.group_size,
-        symmetric=quantize.symmetric,
-        importance=importance,
-        stored=scale_dtype(W.dtype),
-    )
+        return _as_floats(option, weight, dtype)
+    target = Target(quantize=quantize, weight=W.T.contiguous())
+    return _on_grid(option, round_to_nearest(weight, target, stored=scale_dtype(dtype)), dtype)
 
 
-def _packaged(
-    W: Tensor,
-    option: Option,
-    grid: tuple[Tensor, Tensor | None] | None,
-    result: Tensor,
-    damping: float,
-    notes: tuple[str, ...],
-) -> Solved:
-    compute = torch.promote_types(W.dtype, torch.float32)
-    if grid is None:
-        stored = getattr(torch, stored_dtype(option, str(W.dtype).removeprefix("torch.")))
-        return Solved(
-            option=option, weight=result.to(stored).to(compute), damping=damping, notes=notes
-        )
-    scale, zero = grid[0].T.contiguous(), None if grid[1] is None else grid[1].T.contiguous()
+def _on_grid(option: Option, rounded: Rounded, dtype: torch.dtype) -> Solved:
     quantize = quantizer_of(option)
     assert quantize is not None
-    weight = dequantize(result, scale, zero, quantize.group_size, dtype=compute)
-    return Solved(
-        option=option,
-        weight=weight,
-        codes=result,
-        scale=scale,
-        zero=zero,
-        damping=damping,
-        notes=notes,
-    )
+    codes, scale, zero = rounded.codes, rounded.scale, rounded.zero
+    compute = torch.promote_types(dtype, torch.float32)
+    weight = dequantize(codes, scale, zero, quantize.group_size, dtype=compute)
+    return Solved(option=option, weight=weight, codes=codes, scale=scale, zero=zero)
 
 
-def _smallest_dropped(W: Tensor, prune: Prune) -> Tensor:
-    if prune.sparsity is not None:
-        drop = (
-            W.abs()
-            .flatten()
-            .topk(round(prune.sparsity * W.numel()), largest=False, sorted=False)
-            .indices
-        )
-        return W.flatten().index_fill(0, drop, 0).view_as(W)
-    assert prune.nm is not None
-    n, m = prune.nm
-    groups = W.reshape(len(W), -1, m)
-    drop = groups.abs().topk(m - n, dim=2, largest=False, sorted=False).indices
-    return groups.scatter(2, drop, 0).view_as(W)
+def _as_floats(option: Option, weight: Tensor, dtype: torch.dtype) -> Solved:
+    stored = getattr(torch, stored_dtype(option, _name(dtype)))
+    compute = torch.promote_types(dtype, torch.float32)
+    return Solved(option=option, weight=weight.to(stored).to(compute))
 
 
 def _cast(W: Tensor, option: Cast, layer: str) -> Tensor:
@@ -338,6 +295,10 @@ def _cast(W: Tensor, option: Cast, layer: str) -> Tensor:
             "to bfloat16"
         )
     return narrow.to(torch.promote_types(W.dtype, torch.float32))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_range(solved: Solved, layer: str, dtype: str) -> None:

@@ -4,6 +4,7 @@ replacement."""
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 
 import pytest
@@ -12,16 +13,20 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from curvprune.compression import coarse_copy, visit_layers
-from curvprune.compression.moments import _add_product, _Bytes
 from curvprune.model import CausalLM, Classification, find_layers
 
 
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=30,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -41,22 +46,11 @@ def test_second_moments_exclude_padding_and_are_shared_by_layers_with_one_input(
     ids = torch.randint(0, 30, (3, 8))
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
-    seen = {}
-    layers = find_layers(model)
-    handles = [
-        layer.readers[0].register_forward_pre_hook(
-            lambda m, a, n=n: seen.__setitem__(n, a[0][mask.bool()])
-        )
-        for n, layer in layers.items()
-    ]
-    with torch.no_grad():
-        model(input_ids=ids, attention_mask=mask)
-    for handle in handles:
-        handle.remove()
-    moments, order = collect(model, {"input_ids": ids, "attention_mask": mask}, layers)
-    assert (
-        order[-1] == "model.embed_tokens" and len(order) == len(layers) == 15
-    )  # tied: visited where it multiplies
+    batch, layers = {"input_ids": ids, "attention_mask": mask}, find_layers(model)
+    seen = inputs_of(model, batch, mask)
+    moments, order = collect(model, batch, layers)
+    assert len(order) == len(layers) == 15
+    assert order[-1] == "model.embed_tokens", "tied: visited where it multiplies"
     for name, moment in moments.items():
         x = seen[name].double()
         torch.testing.assert_close(
@@ -175,13 +169,15 @@ def test_the_drift_is_the_difference_of_two_models_inputs(dtype):
 
 
 def inputs_of(model, batch, mask):
-    seen = {}
-    handles = [
-        layer.readers[0].register_forward_pre_hook(
-            lambda _, a, n=n: seen.__setitem__(n, a[0][mask.bool()])
-        )
-        for n, layer in find_layers(model).items()
-    ]
+    """The inputs of every layer that count, ``(tokens, in)``."""
+    seen, handles = {}, []
+
+    def keep(name, _, arguments):
+        seen[name] = arguments[0][mask.bool()]
+
+    for name, layer in find_layers(model).items():
+        hook = functools.partial(keep, name)
+        handles.append(layer.readers[0].register_forward_pre_hook(hook))
     with torch.no_grad():
         model(**batch)
     for handle in handles:
@@ -287,11 +283,36 @@ def test_products_in_eight_bits_are_those_of_slightly_noisy_inputs():
     assert float(error.abs().max()) < n / 193548
     assert float(found[5].abs().max()) == 0
     torch.testing.assert_close(found, found.t(), rtol=1e-6, atol=0)
-    total = torch.zeros(1, width, width)
-    _add_product(total[0], _Bytes.of(x.flip(1)), _Bytes.of(x))  # not symmetric
-    exact = others.flip(1).t() @ others
-    error = (total[0].double() - exact) / size.flip(0)[:, None] / size / n
+
+
+def test_a_drift_in_eight_bits_is_that_of_slightly_noisy_inputs():
+    """Against float64 and the inputs that both models really had; it is not symmetric."""
+    torch.manual_seed(0)
+    n, width = 4096, 260
+    model = nn.Sequential(nn.Linear(width, width), nn.Linear(width, 3))
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(width))
+    read = {}
+    for name, net in (("now", model), ("before", reference)):
+        net[1].register_forward_pre_hook(lambda _, a, name=name: read.__setitem__(name, a[0]))
+    moments, x = {}, torch.randn(n, width)
+    x[7, 3], x[:, 5] = 1e3, 0
+    visit_layers(
+        model,
+        Classification(),
+        (x, torch.zeros(n, dtype=torch.long)),
+        find_layers(model),
+        lambda layer, of_inputs: moments.__setitem__(layer.name, of_inputs()),
+        reference=(reference, find_layers(reference)),
+    )
+    now, moved = read["now"].double(), read["before"].double() - read["now"].double()
+    exact = moved.t() @ now / n
+    sizes = [t.square().mean(0).clamp_min(1e-30).sqrt() for t in (moved, now)]
+    error = (moments["1"].drift[0].double() - exact) / sizes[0][:, None] / sizes[1]
     assert float(error.abs().max()) < n / 193548
+    asymmetry = (exact - exact.t()) / sizes[0][:, None] / sizes[1]
+    assert float(asymmetry.abs().max()) > 10 * n / 193548
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -13,8 +13,6 @@ from typing import Any, cast, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic.fields import FieldInfo
 
-from curvprune.run.recipe_interim import annotated
-
 
 class Section(BaseModel):
     """Some keys of a recipe: no others, no value of another type, and no change afterwards."""
@@ -55,7 +53,7 @@ def field_from(kind: type, name: str) -> Any:
 
 
 def _annotation(kind: type, name: str) -> Any:
-    return annotated(kind, name, get_type_hints(kind, include_extras=True)[name])
+    return get_type_hints(kind, include_extras=True)[name]
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

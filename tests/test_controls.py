@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from curvprune.model import find_layers
-from curvprune.planning import cheapest
+from curvprune.planning import Within, cheapest
 from curvprune.pricing import Row
 from curvprune.run import controls, sensitive
 from tests import tiny
@@ -38,7 +38,7 @@ def made(rows, layers, size, *, units=None):
     """Name -> choices, with the planner that the stages pass."""
     units = units or [(n,) for n in layers]
     groups = [measure for measure in units if len(measure) > 1]
-    plan = lambda rows, size: cheapest(rows, max_bytes=size, same_option=groups)  # noqa: E731
+    plan = lambda rows, size: cheapest(rows, Within(max_bytes=size, same_option=tuple(groups)))  # noqa: E731
     return {c.name: c.choices for c in controls(rows, layers, units, size=size, plan=plan)}
 
 
@@ -102,7 +102,7 @@ def test_the_controls_near_a_size(stack):
     swapped = rows_of(
         {n: list(BYTES) for n in stack}, {"0": 0.5, "1": 2.0, "2": 1.0, "3": 5.0}, weights
     )
-    assert found["reversed order"] == cheapest(swapped, max_bytes=1500)
+    assert found["reversed order"] == cheapest(swapped, Within(max_bytes=1500))
     smallest = made(rows, stack, 800)
     assert set(smallest) == {
         "uniform int2",

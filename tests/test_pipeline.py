@@ -214,7 +214,7 @@ def sequence(recipe, monkeypatch):
             **dict.fromkeys(("loss", "count", "correct"), torch.ones(1).double())
         )
         bench = cp.run.selection.Bench(job, lambda n: [], nothing, nothing)
-        choices = cp.planning.integer_program.cheapest(rows, max_loss=0.01, **job.within)
+        choices = cp.planning.cheapest(rows, job.within, max_loss=0.01)
         chosen = cp.run.stages._fixed_sequence(job, bench, {"name": "plan", "choices": choices})
         return job, [a.record for a in chosen], bench.trials
 
@@ -233,9 +233,7 @@ def test_a_bolder_plan_is_the_one_that_is_expected_to_save_most(sequence):
         )
 
     every = [
-        cp.planning.integer_program.cheapest(
-            job.ledger.rows, max_loss=factor * first["expected"], **job.within
-        )
+        cp.planning.cheapest(job.ledger.rows, job.within, max_loss=factor * first["expected"])
         for factor in np.linspace(0.5, 4, 400)
     ]
     most = saving(second["choices"])

@@ -947,7 +947,7 @@ def test_earlier_plans_that_do_not_fit_are_left_out(recipe, tmp_path):
     first = pipeline.run(tight, tmp_path / "first", progress=False)
     job, _ = pipeline.prepare(pipeline.load_recipe(tight), None, progress=False)
     choices = {layer["name"]: layer["option"] for layer in first.record["layers"]}
-    used = job.bytes_of(choices) + job.within["fixed_bytes"] - job.fixed_bytes  # with the header
+    used = job.bytes_of(choices) + job.within.fixed_bytes - job.fixed_bytes  # with the header
     assert used > job.smallest_bytes()
     for limit, known in ((used, True), (used - 1, False)):
         wide.write_text(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from curvprune.planning import Budget, Infeasible
+from curvprune.planning import Budget, Infeasible, Within
 from curvprune.pricing import Row
 from curvprune.run import Job, Tried, chance_at, chance_of, expected_saving, next_plan, to_test
 from curvprune.run import sequence as sequence
@@ -80,7 +80,7 @@ SIZES, PRICES = (8, 6, 4, 2), (0.001, 0.002, 0.004, 0.008)
 
 def job_of(
     max_drop: float = 0.1,
-    within: dict[str, object] | None = None,
+    within: Within = Within(),  # noqa: B008
     documents: tuple[int, int] = (30, 30),
 ) -> Any:
     rows = [
@@ -100,7 +100,7 @@ def job_of(
         spec=Job,
         ledger=SimpleNamespace(rows=rows),
         factors={},
-        within=within or {},
+        within=within,
         budget=Budget("loss", max_drop=max_drop),
         splits=SimpleNamespace(select=select, certify=certify),
         expected=lambda choices: sum(found[pair].price for pair in choices.items()),
@@ -206,7 +206,7 @@ def test_there_is_no_next_plan_where_none_is_smaller_or_fits():
     assert next_plan(job, [smallest]) is None, "the smallest passes"
     free = Tried(record(job, "0000", 0.0, 0.001) | {"expected": 0.0}, None)
     assert next_plan(job, [free]) is None, "how much bolder another one is cannot be told"
-    tight = job_of(max_drop=10.0, within={"max_bytes": 7_999})
+    tight = job_of(max_drop=10.0, within=Within(max_bytes=7_999))
     with pytest.raises(Infeasible):
-        sequence.cheapest(tight.ledger.rows, max_loss=1.0, **tight.within)
+        sequence.cheapest(tight.ledger.rows, tight.within, max_loss=1.0)
     assert next_plan(tight, [Tried(record(tight, "0000", 0.0, 0.001), None)]) is None

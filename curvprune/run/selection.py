@@ -13,7 +13,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from curvprune.planning import (
     Budget,
     Infeasible,
     Measurement,
+    Within,
     cheapest,
     corrected,
     corrections,
@@ -248,7 +249,7 @@ def _select_plans(
         bench = Bench(job, candidates, baseline, start)
         advance(1)
         if budget.max_drop is None:
-            best = bench.measure("plan 1", "plan", cheapest(rows, **job.within))
+            best = bench.measure("plan 1", "plan", cheapest(rows, job.within))
         else:
 
             def measured(choices: dict[str, str]) -> Measurement:
@@ -266,10 +267,10 @@ def _select_plans(
 
             start_at = max(0.0, budget.max_drop - spent)
             found = search_plans(
-                rows, measured, start=start_at, max_trials=job.settings.trials, **job.within
+                rows, measured, start=start_at, within=job.within, max_trials=job.settings.trials
             )
             job.factors = found.factors
-            for record, trial in zip(bench.trials, found.trials, strict=True):
+            for record, trial in zip(bench.trials, found.steps, strict=True):
                 record["expected"] = trial.expected
             # Where none was accepted, the most cautious plan that was measured goes to the
             # certificate all the same.
@@ -311,7 +312,7 @@ def _leftover(job: Job) -> str:
     assert job.ledger is not None
     if not job.most:
         return ""
-    lowest = job.expected(cheapest(corrected(job.ledger.rows, job.factors), **job.within))
+    lowest = job.expected(cheapest(corrected(job.ledger.rows, job.factors), job.within))
     return f"; the lowest loss expected within {', '.join(job.most)} is {lowest:.3g} {job.objective.measure}"
 
 
@@ -320,7 +321,7 @@ def _controls(job: Job, best: Mapping[str, Any]) -> list[Control]:
     assert job.ledger is not None
 
     def plan(rows: list[Row], size: int) -> dict[str, str]:
-        return cheapest(rows, max_bytes=size, same_option=job.same_option)
+        return cheapest(rows, Within(max_bytes=size, same_option=job.same_option))
 
     size = best["bytes"] - job.fixed_bytes
     return controls(job.ledger.rows, job.layers, job.groups, size=size, plan=plan)
@@ -369,16 +370,15 @@ def _together(job: Job, bench: Bench, best: dict[str, Any]) -> list[dict[str, An
             "more_stderr": _finite(more.stderr),
         }
 
-    within = dict(job.within)
+    within = job.within
     if job.budget.max_drop is not None:
-        within["max_bytes"] = best["bytes"] + within["fixed_bytes"] - job.fixed_bytes
+        most = best["bytes"] + within.fixed_bytes - job.fixed_bytes
+        within = replace(within, max_bytes=most)
     prices, found = corrected(job.ledger.rows, job.factors), []
     for family in _families(job):
         options = _options_of(job, family)
         try:
-            choices = cheapest(
-                [row for row in prices if row.option in options[row.layer]], **within
-            )
+            choices = cheapest([row for row in prices if row.option in options[row.layer]], within)
         except Infeasible as error:
             sizes = {(n, o.key): job.layer_bytes(n, o) for n in job.layers for o in job.options[n]}
             least = [
@@ -439,16 +439,16 @@ def _proposals(job: Job, best: Mapping[str, Any]) -> Iterator[dict[str, str]]:
                     "ignore", RuntimeWarning
                 )  # about the steps on the way, which are no plans
                 found = (
-                    prices.cheapest(**job.within)
+                    prices.cheapest(job.within)
                     if given
-                    else prices.smaller(best["choices"], **job.within)
+                    else prices.smaller(best["choices"], job.within)
                 )
         except RuntimeError:  # the solver gave up on a step; the plan without pairs is still there
             found = None
         if found is not None:
             yield found
     at_most = None if given else job.expected(best["choices"])
-    yield cheapest(corrected(job.ledger.rows, job.factors), max_loss=at_most, **job.within)
+    yield cheapest(corrected(job.ledger.rows, job.factors), job.within, max_loss=at_most)
 
 
 def _corrections(job: Job, bench: Bench) -> dict[str, float]:

@@ -81,7 +81,7 @@ def next_plan(job: Job, tried: Sequence[Tried]) -> dict[str, str] | None:
     rows, best = corrected(job.ledger.rows, job.factors), None
     for loss in np.geomspace(min(losses), BOLDEST * max(losses), STEPS):
         try:
-            choices = cheapest(rows, max_loss=float(loss), **job.within)
+            choices = cheapest(rows, job.within, max_loss=float(loss))
         except Infeasible:
             continue
         expected = job.expected(choices)

@@ -52,7 +52,7 @@ from curvprune.options import (
     pruner_of,
     quantizer_of,
 )
-from curvprune.planning import Budget, Infeasible, Limit, Plan, cheapest, corrected
+from curvprune.planning import Budget, Infeasible, Limit, Plan, Within, cheapest, corrected
 from curvprune.pricing import (
     FORMS,
     MEASURED_ROWS,
@@ -360,7 +360,7 @@ def spread_zeros(job: Job, sparsity: float) -> dict[str, str]:
         left(Prune(sparsity=sparsity), layer) for layer in job.layers.values()
     )  # each rounded by itself
     limit = Limit(name="weights kept", most=max(total - round(sparsity * total), alike), use=kept)
-    return cheapest(job.ledger.rows, limits=[limit], same_option=job.same_option)
+    return cheapest(job.ledger.rows, Within(limits=(limit,), same_option=job.same_option))
 
 
 def apply_plan(
@@ -545,7 +545,7 @@ def _more_cautious(job: Job, record: Mapping[str, Any]) -> dict[str, str] | None
     assert job.ledger is not None
     rows = corrected(job.ledger.rows, job.factors)
     try:
-        choices = cheapest(rows, max_loss=CAUTION * record["expected"], **job.within)
+        choices = cheapest(rows, job.within, max_loss=CAUTION * record["expected"])
     except Infeasible:
         return None
     return choices if job.bytes_of(choices) > record["bytes"] else None

@@ -17,8 +17,25 @@ from curvprune.curvature import Analysis
 from curvprune.files import StageLog, State
 from curvprune.model import Layer, Objective, Splits
 from curvprune.options import Form, Option, option_from_key
-from curvprune.planning import Budget, Choice, Infeasible, Limit, Plan, cheapest, corrected
-from curvprune.pricing import CURVATURES, Ledger, Work, limits_of, macs_left, multiply_adds, work_of
+from curvprune.planning import (
+    Budget,
+    Choice,
+    Infeasible,
+    Limit,
+    Plan,
+    Within,
+    cheapest,
+    corrected,
+)
+from curvprune.pricing import (
+    CURVATURES,
+    LayerWork,
+    Ledger,
+    limits_of,
+    macs_left,
+    multiply_adds,
+    work_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +100,7 @@ class Job:
     limits: tuple[
         Limit, ...
     ] = ()  # what the budget limits besides bytes and the drop: `limit_plans`
-    work: dict[str, Work] = field(
+    work: dict[str, LayerWork] = field(
         default_factory=dict
     )  # of every layer, where it was counted: `count_work`
     notes: list[str] = field(default_factory=list)
@@ -118,14 +135,14 @@ class Job:
         return artifact.other_bytes(self.model, self.layers)
 
     @property
-    def within(self) -> dict[str, Any]:
-        """What every plan must keep to, as arguments of `cheapest` and `search`."""
-        return {
-            "max_bytes": None if self.budget is None else self.budget.max_bytes,
-            "fixed_bytes": self.fixed_bytes + artifact.header_bytes(self.model, self.layers),
-            "limits": self.limits,
-            "same_option": self.same_option,
-        }
+    def within(self) -> Within:
+        """What every plan must keep to."""
+        return Within(
+            max_bytes=None if self.budget is None else self.budget.max_bytes,
+            fixed_bytes=self.fixed_bytes + artifact.header_bytes(self.model, self.layers),
+            limits=self.limits,
+            same_option=self.same_option,
+        )
 
     def uses(self, choices: Mapping[str, str]) -> dict[str, float]:
         """How much a plan uses of each limit of the budget, by name; bytes are those of the file,
@@ -228,7 +245,7 @@ def limit_plans(job: Job) -> None:
     ]
     job.limits = limits_of(budget, rows, job.work or work_of(job.layers))
     try:
-        cheapest(rows, **job.within)
+        cheapest(rows, job.within)
     except Infeasible as error:
         names = {shortfall.name for shortfall in error.shortfalls}
         if "max_macs" in names and all(macs_left(o) == 1.0 for o in options.values()):

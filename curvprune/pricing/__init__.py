@@ -9,7 +9,13 @@ from curvprune.pricing.ledger import (
     build_ledger,
     measure_highest,
 )
-from curvprune.pricing.operations import Work, limits_of, macs_left, multiply_adds, work_of
+from curvprune.pricing.operations import (
+    LayerWork,
+    limits_of,
+    macs_left,
+    multiply_adds,
+    work_of,
+)
 from curvprune.pricing.other_curvatures import FORMS, Forms, quadratic_forms
 from curvprune.pricing.single_changes import divergences
 
@@ -19,9 +25,9 @@ __all__ = [
     "MEASURED_ROWS",
     "MEASURED_TOGETHER",
     "Forms",
+    "LayerWork",
     "Ledger",
     "Row",
-    "Work",
     "build_ledger",
     "divergences",
     "limits_of",

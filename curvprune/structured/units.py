@@ -41,7 +41,7 @@ from curvprune.model import (
     signed_loss,
     to_device,
 )
-from curvprune.planning import Choice, cheapest
+from curvprune.planning import Choice, Within, cheapest
 from curvprune.pricing import Ledger, Row
 from curvprune.structured.compensation import Reader, compensate, removal_order
 from curvprune.structured.cuts import BLOCKS, KINDS, Cut, Found, find_cuts, remove_
@@ -842,7 +842,7 @@ def _knapsack(
         ]
         room = math.floor((aim - here - sum(min(t) for t in tables.values())) * scale)
         picks = (
-            {m: int(k) for m, k in cheapest(rows, max_bytes=room).items()}
+            {m: int(k) for m, k in cheapest(rows, Within(max_bytes=room)).items()}
             if room > 0
             else dict(smallest)
         )

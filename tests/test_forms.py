@@ -9,7 +9,7 @@ from torch import nn
 import curvprune as cp
 from curvprune.curvature import Change, kfac
 from curvprune.model import Classification, find_layers
-from curvprune.pricing import quadratic_forms
+from curvprune.pricing import Parts, quadratic_forms
 
 
 def small():
@@ -50,20 +50,20 @@ def test_the_hessian_form_is_the_second_derivative_along_the_change():
 
 def test_input_and_kfac_forms_are_those_of_the_dense_factors():
     model, items, layers, deltas, changes = small()
-    whole = quadratic_forms("input", model, Classification(), items, layers, changes, parts=1)
+    whole = quadratic_forms("input", model, Classification(), items, layers, changes, parts=Parts(count=1))
     x = torch.cat([x for x, _ in items])
     for k, delta in enumerate(deltas["0"]):
         exact = 0.5 * float((x @ delta.T).square().sum(1).mean())
         assert float(whole.sums["0"][0, k]) / 5 == pytest.approx(exact)
     whole = quadratic_forms(
-        "kfac", model, Classification(), items, layers, changes, parts=1, seed=3
+        "kfac", model, Classification(), items, layers, changes, parts=Parts(count=1, seed=3)
     )
     blocks = kfac(model, Classification(), items, layers, seed=3).blocks
     for name in layers:
         for k, delta in enumerate(deltas[name]):
             exact = 0.5 * float(blocks[name].quad(delta.flatten()))
             assert float(whole.sums[name][0, k]) / 5 == pytest.approx(exact)
-    parts = quadratic_forms("input", model, Classification(), items, layers, changes, parts=2)
+    parts = quadratic_forms("input", model, Classification(), items, layers, changes, parts=Parts(count=2))
     assert parts.count.tolist() == [3, 2]
     torch.testing.assert_close(
         sum(parts.sums["0"]),

@@ -17,6 +17,8 @@ from curvprune.pricing.operations import (
     work_of,
 )
 from curvprune.pricing.other_curvatures import FORMS, Forms, quadratic_forms
+from curvprune.pricing.operations import Work, limits_of, macs_left, multiply_adds, work_of
+from curvprune.pricing.other_curvatures import FORMS, Forms, Parts, quadratic_forms
 from curvprune.pricing.single_changes import divergences
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "Forms",
     "LayerWork",
     "Ledger",
+    "Parts",
     "Row",
     "build_ledger",
     "divergences",

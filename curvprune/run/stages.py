@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from curvprune import artifact
-from curvprune.certificate import Verdict, compare, fixed_sequence, item_columns
+from curvprune.certificate import ItemColumns, Verdict, compare, fixed_sequence, item_columns
 from curvprune.compression import (
     Diverged,
     Moments,
@@ -68,6 +68,7 @@ from curvprune.pricing import (
 from curvprune.run.selection import Bench, keep_results, plan_key, results_on
 from curvprune.run.sequence import Tried, next_plan, to_test
 from curvprune.run.task import Job
+from curvprune.schema import encode
 
 CHECKPOINT_SECONDS = 45.0  # the pricing pass writes its totals this often
 # predicted probability of being certified that some plan of the fixed sequence should have
@@ -561,7 +562,7 @@ def certify_plans(job: Job, bench: Bench, best: dict[str, Any]) -> Path:
     sequence = _fixed_sequence(job, bench, best)
     judged = job.budget if job.budget.max_drop is not None else None
     verdicts: list[Verdict] = []
-    items: list[dict[str, Any]] = []
+    items: list[ItemColumns] = []
     for applied in sequence:
         name, key = applied.record["name"], plan_key(applied.record["choices"])
         verdict, columns = _verdict_of(
@@ -581,7 +582,7 @@ def certify_plans(job: Job, bench: Bench, best: dict[str, Any]) -> Path:
             job.notes.append(f"certificate: {verdict.note}")
         tested = zip(sequence, verdicts, strict=False)
         job.record["attempts"] = [{**v.to_dict(), "plan": a.record["name"]} for a, v in tested]
-    job.record |= {"measured": verdict.to_dict(), "items": items[last or 0]}
+    job.record |= {"measured": verdict.to_dict(), "items": _by_column(items[last or 0])}
     return shipped.folder
 
 
@@ -595,7 +596,7 @@ def apply_and_measure(job: Job, choices: Mapping[str, str]) -> Path:
     job.notes = list(job.plan.notes)
     folder = _written(job, "applied/1", model, job.solved, job.plan)
     measured, items = _verdict_of(job, folder, "certify/1.json", "measure", None)
-    job.record |= {"measured": measured.to_dict(), "items": items}
+    job.record |= {"measured": measured.to_dict(), "items": _by_column(items)}
     return folder
 
 
@@ -642,7 +643,7 @@ def _written(job: Job, at: str, model: nn.Module, solved: Mapping[str, Solved], 
 
 def _verdict_of(
     job: Job, folder: Path, path: str, title: str, budget: Budget | None
-) -> tuple[Verdict, dict[str, Any]]:
+) -> tuple[Verdict, ItemColumns]:
     """Paired verdict of a saved and reloaded model on the certify split, and the `item_columns`
     behind it; without a budget the bound is not judged."""
     with job.stages.stage(title, 2) as advance:
@@ -656,6 +657,11 @@ def _verdict_of(
     )
     verdict = compare(baseline, results, job.splits.certify, budget, measure=job.objective.measure)
     return verdict, item_columns(baseline, results, job.splits.certify)
+
+
+def _by_column(columns: ItemColumns) -> dict[str, Any]:
+    """As it stands in the report: without the columns that it does not have."""
+    return {name: values for name, values in encode(columns).items() if values is not None}
 
 
 def _plan_of(job: Job, trial: Mapping[str, Any]) -> Plan:

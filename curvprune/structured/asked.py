@@ -59,7 +59,7 @@ class Structured:
     ] = 1
     kinds: Annotated[
         tuple[str, ...],
-        Field(strict=False, description="some of mlp, heads and channels, or blocks alone"),
+        Field(description="some of mlp, heads and channels, or blocks alone"),
     ] = KINDS
     uniform: Annotated[
         bool,
@@ -97,6 +97,12 @@ class Structured:
     ] = 2
 
     def __post_init__(self) -> None:
+        # Any mapping and any list of kinds is meant as what the fields hold.
+        if isinstance(self.share, Mapping):
+            object.__setattr__(self, "share", dict(self.share))
+        if isinstance(self.kinds, list):
+            object.__setattr__(self, "kinds", tuple(self.kinds))
+        # Every field by itself, then what they mean together.
         check_fields(self)
         asked = self.asked_kinds
         if asked != (BLOCKS,) and (not asked or set(asked) - set(KINDS)):

@@ -25,11 +25,10 @@ def gaffke_upper(
     low = float(np.average(values, weights=weights))
     if low >= 1:
         return top
-
-    def excess(mean: float) -> float:
-        return gaffke_probability(values, weights, mean) - alpha
-
-    return top * float(optimize.brentq(excess, low, 1 - 1e-12, xtol=1e-9))
+    root = optimize.brentq(
+        lambda mean: gaffke_probability(values, weights, mean) - alpha, low, 1 - 1e-12, xtol=1e-9
+    )
+    return top * float(root)
 
 
 def gaffke_probability(
@@ -48,11 +47,11 @@ def gaffke_probability(
         return 1.0
 
     # 1. The saddlepoint, between the poles of K.
-    def slope(s: float) -> float:
-        return float(np.sum(weights * y / (1 - s * y)))
-
     ends = (1 - 1e-12) / y.min(), (1 - 1e-12) / y.max()
-    s = float(optimize.brentq(slope, *ends, xtol=1e-14, rtol=1e-12))
+    tilting = optimize.brentq(
+        lambda s: float(np.sum(weights * y / (1 - s * y))), *ends, xtol=1e-14, rtol=1e-12
+    )
+    s = float(tilting)
     # 2. The two quantities that the formula is in: K and its curvature, there.
     w = math.copysign(math.sqrt(max(2 * float(np.sum(weights * np.log1p(-s * y))), 0.0)), s)
     if abs(w) < 1e-3:  # the formula is 0/0 where the mean is the middle

@@ -37,15 +37,9 @@ def output_gradients(
                 y = y.detach().requires_grad_()
             x = args[0] if args else next(iter(named.values()))
             kept = x.detach() if inputs else None
-
-            def arrived(gradient: Tensor) -> None:
-                # One row for every place, as the rows of x.
-                if layer.kind == "conv":
-                    gradient = gradient.flatten(2).transpose(1, 2)
-                rows = None if kept is None else layer.rows(module, kept)[0]
-                take(name, layer, rows, gradient.reshape(-1, layer.shape[0]))
-
-            y.register_hook(arrived)
+            y.register_hook(
+                lambda g: take(name, layer, _rows(layer, module, kept), _by_place(layer, g))
+            )
             return y.clone()  # what follows may work in place
 
         return hook
@@ -65,6 +59,17 @@ def output_gradients(
             handle.remove()
         for p, flag in flags:
             p.requires_grad_(flag)
+
+
+def _rows(layer: Layer, module: nn.Module, x: Tensor | None) -> Tensor | None:
+    return None if x is None else layer.rows(module, x)[0]
+
+
+def _by_place(layer: Layer, gradient: Tensor) -> Tensor:
+    """One row for every place, as the rows of x."""
+    if layer.kind == "conv":
+        gradient = gradient.flatten(2).transpose(1, 2)
+    return gradient.reshape(-1, layer.shape[0])
 
 
 def draws(seed: int, i: int) -> torch.Generator:

@@ -50,20 +50,21 @@ class CutWork:
         """Of ``"macs"`` or ``"parameters"`` with ``left[cut]`` units of each cut (all, where it is
         not named)."""
         gone = {n: units - left.get(n, units) for n, units in self.units.items()}
-
-        def remains(shares: Mapping[str, float]) -> float:
-            return 1.0 - math.fsum(share * gone[n] for n, share in shares.items())
-
         # Every term shrinks with what is gone of both of its sides.
         parts = []
         for term in self.terms:
             whole = term.macs if of == "macs" else term.parameters
-            parts.append(whole * remains(term.outputs) * remains(term.inputs))
+            outputs, inputs = _remains(term.outputs, gone), _remains(term.inputs, gone)
+            parts.append(whole * outputs * inputs)
         return round(math.fsum(parts))
 
     def bytes_of(self, cut: str, left: int, itemsize: int) -> int:
         """Bytes of what belongs to a cut, the other cuts at full width."""
         return (self("parameters", {cut: left}) - self("parameters", {cut: 0})) * itemsize
+
+
+def _remains(shares: Mapping[str, float], gone: Mapping[str, int]) -> float:
+    return 1.0 - math.fsum(share * gone[n] for n, share in shares.items())
 
 
 def _shares(model: nn.Module, layers: Mapping[str, Layer], cuts: Mapping[str, Cut]) -> _Shares:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from curvprune.certificate import Verdict
+from curvprune.certificate import ItemColumns, Verdict
 from curvprune.curvature import AnalysisRecord
 from curvprune.schema import Json, Number, decode, encode
 
@@ -83,29 +83,6 @@ class Attempt:
 
     plan: str
     verdict: Verdict
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ItemColumns:
-    """What two models did on every item of a split in which a position counts, by column.
-
-    Attributes:
-        documents: the names that ``document`` numbers.
-        document, index: of each item, its document and its place in the split.
-        count: positions of each item.
-        before, after: loss per position of the uncompressed and the compressed model.
-        right_before, right_after: 1 where the prediction was right, where no item has more than
-            one position; else ``None``.
-    """
-
-    documents: tuple[str, ...]
-    document: tuple[int, ...]
-    index: tuple[int, ...]
-    count: tuple[int, ...]
-    before: tuple[float, ...]
-    after: tuple[float, ...]
-    right_before: tuple[int, ...] | None = None
-    right_after: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,8 +4,6 @@ our loader."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -22,12 +20,13 @@ from transformers import (
 )
 
 import curvprune as cp
+from curvprune import artifact
 from curvprune.artifact import PackedWeight
-from curvprune.artifact import folder as artifact
 from curvprune.compression import Moments, solve, solve_layer
 from curvprune.model import find_layers
 from curvprune.options import BITS, Cast, Prune, PruneQuantize, Quantize
 from tests import tiny
+from tests.fresh import in_fresh_process, logits_by_transformers
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -74,25 +73,17 @@ def test_plain_transformers_in_a_fresh_process_gives_the_same_logits(tmp_path, t
     torch.manual_seed(0)
     original = tiny.llama(tied=tied)
     model = tiny.llama(tied=tied)
-    names = [n for n in find_layers(model) if n.startswith("model.layers")] + (
-        [] if tied else ["lm_head"]
-    )
+    names = [n for n in find_layers(model) if n.startswith("model.layers")]
+    if not tied:
+        names.append("lm_head")
     solved = compress_every_way(model, names, MIXED)
     solved |= compress_every_way(model, ["model.embed_tokens"], [Cast(dtype="float16")])
     write_model(tmp_path, original, solved, {}, tokenizer=tiny.byte_tokenizer())
     ids = torch.arange(40).reshape(2, 20)
     with torch.no_grad():
         expected = model(input_ids=ids).logits
-    script = (
-        "import torch, sys; from transformers import AutoModelForCausalLM as A, AutoTokenizer as "
-        "T\n"
-        f"m = A.from_pretrained({str(tmp_path)!r}).eval(); T.from_pretrained({str(tmp_path)!r})\n"
-        "assert m.dtype == torch.float32, m.dtype\n"
-        f"torch.save(m(input_ids=torch.arange(40).reshape(2, 20)).logits.detach(), {str(tmp_path / 'logits.pt')!r})"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
-    theirs = torch.load(tmp_path / "logits.pt", weights_only=True)
-    torch.testing.assert_close(theirs, expected, rtol=1e-5, atol=1e-5)
+    theirs = in_fresh_process(logits_by_transformers, str(tmp_path), ids.tolist())
+    torch.testing.assert_close(torch.from_numpy(theirs), expected, rtol=1e-5, atol=1e-5)
     ours = cp.load(tmp_path)
     torch.testing.assert_close(ours(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
     assert next(ours.parameters()).shape == next(model.parameters()).shape, (

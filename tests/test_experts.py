@@ -33,7 +33,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import curvprune as cp
-from curvprune.artifact import folder as artifact
+from curvprune import artifact
 from curvprune.compression import Moments, solve_layer, visit_layers
 from curvprune.curvature import Change, factors, fisher_pass, ratio_estimate
 from curvprune.model import CausalLM, Classification, find_layers, left_over

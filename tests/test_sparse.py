@@ -4,9 +4,7 @@ memory, damage."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+from itertools import product
 
 import numpy as np
 import pytest
@@ -25,13 +23,14 @@ from transformers import (
 )
 
 import curvprune as cp
+from curvprune import artifact
 from curvprune.artifact import SparseWeight, write_model
-from curvprune.artifact import folder as artifact
 from curvprune.cli import app
 from curvprune.compression import Moments, Solved, solve, solve_layer
 from curvprune.model import find_layers
 from curvprune.options import kept_weights
 from tests import tiny
+from tests.fresh import in_fresh_process, logits_of_saved
 from tests.test_artifact import compress_every_way
 
 HALF = cp.Prune(sparsity=0.5)
@@ -146,20 +145,6 @@ def models() -> dict[str, tuple[nn.Module, dict]]:
     }
 
 
-READ = """
-import json, sys, torch
-import curvprune as cp
-from safetensors.torch import load_file, save_file
-torch.set_num_threads(1)  # as here: sums split over threads differ in the last bit
-for folder in json.load(open(sys.argv[1])):
-    for packed in (False, True):
-        model = cp.load(folder, packed=packed)
-        with torch.no_grad():
-            logits = model(**load_file(folder + ".batch")).logits
-        save_file({"logits": logits.contiguous()}, f"{folder}.{packed}")
-"""
-
-
 def test_every_kind_of_layer_comes_back_in_a_fresh_process(tmp_path):
     """Linear, tied embeddings, Conv1D, stacked experts, grouped and depthwise convolutions; every
     kind of option."""
@@ -169,43 +154,27 @@ def test_every_kind_of_layer_comes_back_in_a_fresh_process(tmp_path):
         cp.PruneQuantize(prune=HALF, quantize=cp.Quantize(bits=4, group_size=16, symmetric=False)),
         cp.PruneQuantize(prune=cp.Prune(sparsity=0.7), quantize=cp.Quantize(bits=6)),
     ]
-    folders, expected = [], {}
+    expected = {}
     for name, (model, batch) in models().items():
         layers = find_layers(model.eval())
         solved = compress_every_way(model, list(layers), options)
-        folder = str(tmp_path / name)
-        write_model(Path(folder), model, solved, {}, portable=False)
-        on_disk = artifact.tensor_names(Path(folder))
-        promised = sum(
-            artifact.layer_bytes(model, layers[n], s.option, portable=False)
-            for n, s in solved.items()
-        )
-        assert sum(size for _, size in on_disk.values()) == promised + artifact.other_bytes(
-            model, layers
-        ), folder
-        assert sum(n.endswith(".weight_bitmask") for n in on_disk) > 0.8 * len(layers), folder
-        header = artifact.weights_file(Path(folder)).stat().st_size - sum(
-            size for _, size in on_disk.values()
-        )
-        assert header <= artifact.header_bytes(model, layers), folder
-        save_file({k: v.contiguous() for k, v in batch.items()}, folder + ".batch")
+        folder = tmp_path / name
+        write_model(folder, model, solved, {}, portable=False)
+        on_disk = artifact.tensor_names(folder)
+        stored = sum(size for _, size in on_disk.values())
+        promised = artifact.other_bytes(model, layers)
+        for key, one in solved.items():
+            promised += artifact.layer_bytes(model, layers[key], one.option, portable=False)
+        assert stored == promised, name
+        assert sum(n.endswith(".weight_bitmask") for n in on_disk) > 0.8 * len(layers), name
+        header = artifact.weights_file(folder).stat().st_size - stored
+        assert header <= artifact.header_bytes(model, layers), name
+        save_file({k: v.contiguous() for k, v in batch.items()}, f"{folder}.batch")
         with torch.no_grad():
-            expected[folder] = model(**batch).logits
-        folders.append(folder)
-    (tmp_path / "folders.json").write_text(json.dumps(folders))
-    ended = subprocess.run(
-        [sys.executable, "-c", READ, str(tmp_path / "folders.json")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    for folder in folders:
-        for packed in (False, True):
-            logits = load_file(f"{folder}.{packed}")["logits"]
-            torch.testing.assert_close(
-                logits, expected[folder], rtol=0, atol=0, msg=f"{folder}, packed={packed}"
-            )
+            expected[str(folder)] = model(**batch).logits
+    cases = list(product(expected, (False, True)))
+    for case, logits in zip(cases, in_fresh_process(logits_of_saved, cases), strict=True):
+        assert torch.equal(torch.from_numpy(logits), expected[case[0]]), case
 
 
 def held(model: nn.Module) -> int:
@@ -248,7 +217,9 @@ def test_rows_of_a_weight_in_memory(option):
     weight[3] = 0
     solved = solve(weight, [option], layer="a")[0]
     layer = find_layers(nn.Sequential(nn.Linear(12, 7)))["0"]
-    kept = artifact._kept(solved.weight != 0, layer, option)
+    mask = artifact.stored_tensors(layer, solved, form="sparse")["0.weight_bitmask"].numpy()
+    bits = np.unpackbits(mask, bitorder="little")[: layer.numel]
+    kept = torch.from_numpy(bits.astype(bool)).view(layer.shape)
     quantize = getattr(option, "quantize", None)
     matrix = solved.weight if solved.codes is None else solved.codes
     one = SparseWeight(matrix, kept, solved.scale, solved.zero, quantize, torch.float32)
@@ -319,7 +290,7 @@ def test_a_budget_chooses_among_sparse_and_packed_layers_by_bytes_on_disk(tmp_pa
     assert {"sparse", "packed"} <= forms
     on_disk = artifact.tensor_names(tmp_path)
     assert sum(size for _, size in on_disk.values()) == result.plan.bytes
-    assert (tmp_path / artifact.FOREIGN_WEIGHTS).stat().st_size <= 50_000
+    assert (artifact.weights_file(tmp_path)).stat().st_size <= 50_000
     for name, key in result.plan.choices.items():
         mine = sum(size for n, (_, size) in on_disk.items() if n.startswith(f"{name}.weight"))
         assert mine == result.ledger.layer_rows(name)[key].bytes, (name, key)

@@ -10,7 +10,6 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from pydantic import JsonValue
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -97,7 +96,7 @@ def save(
     model: nn.Module,
     layers: Mapping[str, Layer],
     solved: Mapping[str, Solved],
-    plan: Mapping[str, JsonValue],
+    plan: Mapping[str, object],
     *,
     portable: Portable = True,
 ) -> None:

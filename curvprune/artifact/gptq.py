@@ -21,7 +21,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from pydantic import JsonValue
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -179,7 +178,7 @@ def _gptq_tensors(layer: Layer, stored: Stored, quantize: Quantize) -> dict[str,
     }
 
 
-def _config(quantize: Quantize) -> dict[str, JsonValue]:
+def _config(quantize: Quantize) -> dict[str, object]:
     """What a reader must know of the layout."""
     return {
         "quant_method": "gptq",

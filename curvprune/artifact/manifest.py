@@ -6,8 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import JsonValue
-
 from curvprune.artifact.forms import Portable
 from curvprune.files import State
 from curvprune.model import ShapeChange
@@ -40,12 +38,12 @@ class Manifest:
     version: int = 2
     portable: Portable = True
     layers: dict[str, StoredLayer]
-    plan: dict[str, JsonValue]
+    plan: dict[str, object]
     changes: tuple[ShapeChange, ...] = ()
 
-    def to_json(self) -> dict[str, JsonValue]:
+    def to_json(self) -> dict[str, object]:
         """Plain JSON values."""
-        record: dict[str, JsonValue] = encode(self)
+        record: dict[str, object] = encode(self)
         record["changes"] = [change.to_json() for change in self.changes]
         # Most models have their architecture's shapes, and their manifests say nothing of them.
         if not self.changes:
@@ -62,12 +60,14 @@ def read_manifest(folder: Path) -> Manifest:
     return decode(Manifest, value, source=str(path))
 
 
-def _from_version_1(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+def _from_version_1(value: dict[str, object]) -> dict[str, object]:
     """Version 1 knew no sparse layers, and said of each whether it was packed."""
-    layers: dict[str, JsonValue] = {}
     before = value.get("layers")
-    for name, entry in before.items() if isinstance(before, dict) else ():
-        if isinstance(entry, dict):
-            entry = {**entry, "form": "packed" if entry.get("packed") else "dense"}
+    if not isinstance(before, dict):
+        return value
+    layers: dict[str, object] = {}
+    for name, entry in before.items():
         layers[name] = entry
+        if isinstance(entry, dict):
+            layers[name] = {**entry, "form": "packed" if entry.get("packed") else "dense"}
     return {"plan": {}, **value, "layers": layers}

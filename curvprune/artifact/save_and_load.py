@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import JsonValue
 from torch import nn
 
 from curvprune.artifact.folder import load_into, save
@@ -30,7 +29,7 @@ def write_model(
     folder: Path,
     model: nn.Module,
     solved: Mapping[str, Solved],
-    plan: Mapping[str, JsonValue],
+    plan: Mapping[str, object],
     *,
     tokenizer: Any = None,
     portable: Portable = True,

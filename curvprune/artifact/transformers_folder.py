@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import JsonValue
 from torch import nn
 
 from curvprune.compat import (
@@ -23,7 +22,7 @@ from curvprune.compat import (
 from curvprune.options import Quantize
 
 
-def quantization_config(model: nn.Module, choices: Mapping[str, Quantize]) -> dict[str, JsonValue]:
+def quantization_config(model: nn.Module, choices: Mapping[str, Quantize]) -> dict[str, object]:
     """The ``quantization_config`` entry of ``config.json`` for packed layers: one group per kind of
     grid.
 
@@ -45,7 +44,7 @@ def quantization_config(model: nn.Module, choices: Mapping[str, Quantize]) -> di
     }
 
 
-def _group_config(quantize: Quantize, layers: list[str]) -> dict[str, JsonValue]:
+def _group_config(quantize: Quantize, layers: list[str]) -> dict[str, object]:
     """The layers that share a grid, and the grid."""
     return {
         "targets": [*layers],

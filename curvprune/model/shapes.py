@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pydantic import JsonValue
 from torch import Tensor, nn
 
 from curvprune.schema import encode
@@ -35,9 +34,9 @@ class ShapeChange:
     shapes: dict[str, list[int]]
     attributes: dict[str, dict[str, int]]
 
-    def to_json(self) -> dict[str, JsonValue]:
+    def to_json(self) -> dict[str, object]:
         """Plain JSON values."""
-        record: dict[str, JsonValue] = encode(self)
+        record: dict[str, object] = encode(self)
         # Only where blocks are gone: so it was before blocks could be dropped.
         if not self.dropped:
             del record["dropped"], record["config"]

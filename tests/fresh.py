@@ -1,7 +1,7 @@
 """Run a function in a process that knows nothing of this one.
 
-The processes are forked from a server that has imported torch and transformers, but not curvprune,
-so that the imports are paid for once.
+The processes are forked from a server that has imported what takes long to import, but not
+curvprune: that is paid for once.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
         "torch",
+        "jaxtyping",
+        "pydantic",
+        "rich.progress",
+        "scipy.optimize",
+        "scipy.stats",
         "compressed_tensors",
         "transformers.generation",
         "transformers.models.llama.modeling_llama",

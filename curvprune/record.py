@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from curvprune.certificate import ItemColumns, Verdict
 from curvprune.curvature import AnalysisRecord
+from curvprune.files import StageTime
 from curvprune.schema import Json, Number, decode, encode
 
 FORMAT = 2  # of the record; raised whenever its fields change
@@ -224,15 +225,6 @@ class FrontierPoint:
     bytes: int
     predicted: Number
     predicted_stderr: Number
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StageTime:
-    """How long a stage took; ``resumed``: part of it had been done by an earlier process."""
-
-    name: str
-    seconds: float
-    resumed: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,455 @@
+"""Records of runs that were never made: whole, typed, with numbers a test can work out."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+
+from curvprune.record import (
+    AnalysisRecord,
+    Attempt,
+    BudgetRecord,
+    CutRecord,
+    DensityRecord,
+    DiagnosisRecord,
+    DiagonalRecord,
+    Disagreement,
+    EigenvaluesRecord,
+    EstimateRecord,
+    FrontierPoint,
+    ItemColumns,
+    LayerCurvatureRecord,
+    LayerRecord,
+    LedgerRecord,
+    ModelCurvatureRecord,
+    PriceRow,
+    Provenance,
+    RemovedUnits,
+    RunRecord,
+    Size,
+    StageTime,
+    TraceRecord,
+    Trial,
+    Verdict,
+)
+
+KINDS = {
+    "self_attn.q_proj": (576, 576),
+    "self_attn.k_proj": (192, 576),
+    "self_attn.v_proj": (192, 576),
+    "self_attn.o_proj": (576, 576),
+    "mlp.gate_proj": (1536, 576),
+    "mlp.up_proj": (1536, 576),
+    "mlp.down_proj": (576, 1536),
+}
+BITS = {
+    "keep": 16.0,
+    "int8-g64-sym": 8.25,
+    "int4-g64-asym": 4.31,
+    "int3-g64-asym": 3.3,
+    "prune0.5+int4-g64-sym": 4.25,
+    "int2-g64-asym": 2.28,
+}
+ERROR = {
+    "keep": 0.0,
+    "int8-g64-sym": 3e-8,
+    "int4-g64-asym": 9e-6,
+    "int3-g64-asym": 4.5e-5,
+    "prune0.5+int4-g64-sym": 7e-5,
+    "int2-g64-asym": 4e-4,
+}
+LIGHT = ["int3-g64-asym", "int4-g64-asym", "int3-g64-asym", "prune0.5+int4-g64-sym"]
+RECIPE = """model: HuggingFaceTB/SmolLM2-135M
+budget:
+  metric: loss
+  max_drop: 0.02
+options:
+  - keep
+  - quantize: {bits: 4, group_size: 64}
+# source: https://huggingface.co/HuggingFaceTB/SmolLM2-135M
+"""
+SECONDS = {
+    "load": 4.2,
+    "layers": 0.06,
+    "curvature": 611.4,
+    "price": 288.3,
+    "plan": 3.9,
+    "apply": 402.8,
+    "certify": 96.1,
+}
+BUDGET = BudgetRecord(
+    metric="loss",
+    max_drop=0.02,
+    max_bytes=None,
+    max_bits=None,
+    max_macs=None,
+    max_bops=None,
+    confidence=0.95,
+)
+PROVENANCE = Provenance(
+    recipe_sha256="9f" * 32,
+    model_sha256="c4" * 32,
+    data_sha256={"calibrate": "01" * 32, "select": "ab" * 32, "certify": "7e" * 32},
+    device="cpu",
+    seed=0,
+    curvprune="0.1.0",
+    torch="2.13.0",
+    python="3.12.4",
+    platform="Linux x86_64",
+    threads=2,
+    libraries={"transformers": "5.22.2"},
+)
+
+
+def verdict(drop: float, stderr: float, status: str) -> Verdict:
+    return Verdict(
+        status=status,
+        metric="loss",
+        measure="nats/token",
+        baseline=2.91374,
+        compressed=2.91374 + drop,
+        drop=drop,
+        stderr=stderr,
+        bound=drop + 1.6449 * stderr,
+        max_drop=0.02,
+        confidence=0.95,
+        items=65408,
+        clusters=511,
+        needed=None,
+        method="paired, one-sided t over clusters (documents)",
+    )
+
+
+def trial(
+    name: str, kind: str, size: int, predicted: float, measured: float, note: str = ""
+) -> Trial:
+    stderr = 0.0011 + 0.05 * abs(measured)
+    return Trial(
+        name=name,
+        kind=kind,
+        choices={},
+        bytes=size,
+        predicted=predicted,
+        predicted_stderr=0.06 * abs(predicted) + 3e-4,
+        expected=predicted,
+        loss=measured,
+        loss_stderr=stderr,
+        drop=measured,
+        drop_stderr=stderr,
+        bound=measured + 1.7 * stderr,
+        chance=None,
+        accepted=kind != "control" and measured < 0.02,
+        uses={},
+        items=32704,
+        note=note,
+    )
+
+
+def trials(after: int) -> tuple[Trial, ...]:
+    """Plans, controls and the applied plan that ships, which has ``after`` bytes."""
+    note = "over budget on select: re-planned with the measured loss"
+    return (
+        trial("plan-1", "plan", round(after * 0.86), 0.0271, 0.0312, note),
+        trial("plan-2", "plan", round(after * 1.12), 0.00795, 0.0083),
+        trial("plan-3", "plan", after, 0.01312, 0.0143),
+        trial("uniform int4-g64-asym", "control", round(after * 1.07), 0.0214, 0.0231),
+        trial("uniform int3-g64-asym", "control", round(after * 0.8), 0.147, 0.171),
+        trial("reversed order", "control", after, 0.2214, 0.296),
+        trial("applied plan-3", "applied", after, 0.01312, 0.01405),
+    )
+
+
+def fisher_trace(
+    parameters: int, shape: tuple[int, int], trace: EstimateRecord
+) -> LayerCurvatureRecord:
+    """What a run knows of a layer's curvature without a second-order analysis."""
+    return LayerCurvatureRecord(
+        parameters=parameters,
+        shape=shape,
+        trace=TraceRecord(
+            value=trace.value, stderr=trace.stderr, num_products=0, converged=True, method="items"
+        ),
+        diagonal=DiagonalRecord(
+            mean=trace.value / parameters,
+            max=900 * trace.value / parameters,
+            q50=0.2 * trace.value / parameters,
+            q99=11 * trace.value / parameters,
+        ),
+        exact=False,
+        gauss_newton_trace=None,
+        eigenvalues=None,
+        density=None,
+    )
+
+
+def language_model(*, blocks: int = 30, seed: int = 0) -> RunRecord:
+    """A run like a 135 M parameter causal language model's: ``7 blocks + 1`` layers, six options
+    each."""
+    rng = random.Random(seed)
+    names = {}
+    for block in range(blocks):
+        for kind, shape in KINDS.items():
+            names[f"model.layers.{block}.{kind}"] = shape
+    names["lm_head"] = (49152, 576)
+    layers: list[LayerRecord] = []
+    rows: list[PriceRow] = []
+    curvature: dict[str, LayerCurvatureRecord] = {}
+    for k, (name, (out, width)) in enumerate(names.items()):
+        parameters, depth = out * width, k / len(names)
+        weight = math.exp(rng.gauss(0, 0.6)) * (1 + 3 * (depth - 0.5) ** 2)
+        weight *= 6 if "down" in name else 2 if "v_proj" in name else 1
+        trace = 40 * weight * math.exp(rng.gauss(0, 0.3))
+        estimate = EstimateRecord(value=trace, stderr=trace * rng.uniform(0.02, 0.15))
+        curvature[name] = fisher_trace(parameters, (out, width), estimate)
+        prices = {}
+        for option, bits in BITS.items():
+            price = ERROR[option] * weight * math.exp(rng.gauss(0, 0.2))
+            stderr = price * rng.uniform(0.04, 0.2)
+            if option == "int8-g64-sym":
+                price, stderr = price + rng.gauss(0, 2e-8), 2e-8
+            prices[option] = PriceRow(
+                layer=name,
+                option=option,
+                bytes=round(parameters * bits / 8),
+                price=price,
+                stderr=stderr,
+            )
+        rows += prices.values()
+        if name == "lm_head" or weight > 6:
+            choice = "int8-g64-sym"
+        elif weight > 1.4:
+            choice = "int4-g64-asym"
+        else:
+            choice = rng.choice(LIGHT)
+        least = prices["int2-g64-asym"].price
+        layers.append(
+            LayerRecord(
+                name=name,
+                kind="Linear",
+                shape=(out, width),
+                parameters=parameters,
+                option=choice,
+                bytes=prices[choice].bytes,
+                bits=BITS[choice],
+                price=prices[choice].price,
+                stderr=prices[choice].stderr,
+                damping=0.01,
+                reason=f"int2-g64-asym saves {parameters // 4} B more for {least:.2g} nats",
+                notes=("damping raised to 0.05 after a failed Cholesky",) if k % 53 == 7 else (),
+            )
+        )
+    total = sum(layer.parameters for layer in layers)
+    after = sum(layer.bytes for layer in layers) + 250_000
+    frontier = []
+    for k in range(18):
+        frontier.append(
+            FrontierPoint(
+                bytes=round(after * (0.62 + 0.05 * k)),
+                predicted=0.11 * math.exp(-0.31 * k),
+                predicted_stderr=0.009 * math.exp(-0.28 * k),
+            )
+        )
+    certified = verdict(0.014713, 0.001876, "CERTIFIED")
+    return RunRecord(
+        title="SmolLM2-135M, budget 0.02 nats/token",
+        objective="causal-lm",
+        measure="nats/token",
+        budget=BUDGET,
+        verdict=certified,
+        attempts=(
+            Attempt(plan="plan-2", verdict=verdict(0.008112, 0.00143, "CERTIFIED")),
+            Attempt(plan="plan-3", verdict=certified),
+        ),
+        items=ItemColumns(
+            documents=tuple(f"topic {k}" for k in range(9)),
+            document=tuple(k % 9 for k in range(48)),
+            index=tuple(range(48)),
+            count=(127,) * 48,
+            before=tuple(rng.gauss(2.9, 0.5) for _ in range(48)),
+            after=tuple(rng.gauss(2.92, 0.5) for _ in range(48)),
+        ),
+        size=Size(
+            before_bytes=2 * total + 250_000,
+            after_bytes=after,
+            folder_bytes=after + 2_412_118,
+            parameters=total + 125_000,
+        ),
+        layers=tuple(layers),
+        ledger=LedgerRecord(
+            measure="nats/token",
+            curvature="Kronecker-factored Fisher, labels sampled from the model",
+            num_items=512,
+            labels_per_item=2,
+            rows=tuple(rows),
+        ),
+        trials=trials(after),
+        frontier=tuple(frontier),
+        analysis=AnalysisRecord(
+            matrix="Fisher (labels sampled from the model)",
+            measure="nats/token",
+            num_items=512,
+            layers=curvature,
+        ),
+        stages=tuple(
+            StageTime(name=name, seconds=seconds, resumed=name == "layers")
+            for name, seconds in SECONDS.items()
+        ),
+        peak_memory_bytes=3_412_213_760,
+        provenance=PROVENANCE,
+        recipe=RECIPE,
+        notes=(
+            "layer lm_head is tied to model.embed_tokens and was untied",
+            "2 calibration documents were shorter than 16 tokens and were left out",
+        ),
+    )
+
+
+def without_verdict(record: RunRecord) -> RunRecord:
+    """The same run, asked for a size instead of a drop."""
+    budget = replace(BUDGET, max_drop=None, max_bytes=40_000_000)
+    return replace(record, verdict=None, attempts=(), budget=budget)
+
+
+def classifier(*, after: list[float], right: list[int], documents: list[int]) -> RunRecord:
+    """A classifier's record with four items on the certify split."""
+    items = ItemColumns(
+        documents=("a", "b", "c", "d"),
+        document=tuple(documents),
+        index=(0, 1, 2, 3),
+        count=(1,) * 4,
+        before=(1.0,) * 4,
+        after=tuple(after),
+        right_before=(1,) * 4,
+        right_after=tuple(right),
+    )
+    record = language_model(blocks=1)
+    return replace(record, objective="classification", measure="nats/example", items=items)
+
+
+def two_classifiers(documents: list[int]) -> tuple[RunRecord, RunRecord]:
+    """The first one's losses are 1, 2, 3 and 6 higher; it is wrong on the first two items, the
+    second on the last."""
+    here = classifier(after=[2.0, 2.5, 5.0, 6.25], right=[0, 0, 1, 1], documents=documents)
+    there = classifier(after=[1.0, 0.5, 2.0, 0.25], right=[1, 1, 1, 0], documents=documents)
+    return here, there
+
+
+REMOVED = RemovedUnits(
+    cuts={
+        "a.mlp": CutRecord(kind="mlp", left=30, of=40),
+        "b.mlp": CutRecord(kind="mlp", left=10, of=40),
+        "a.attn": CutRecord(kind="heads", left=4, of=4),
+    },
+    multiply_adds=(2000, 1250),
+    parameters=(800, 700),
+    latency_seconds=None,
+    predicted=0.0123,
+    predicted_stderr=0.0021,
+    notes=("40 units of 3 cuts were removed first",),
+)
+
+
+# A second-order analysis
+
+
+def _bump(x: float, at: float, width: float) -> float:
+    return math.exp(-0.5 * ((x - at) / width) ** 2) / (width * math.sqrt(2 * math.pi))
+
+
+def density(points: int = 400) -> DensityRecord:
+    """A bulk at zero, a negative shoulder and an outlier three decades away with a millionth of the
+    mass."""
+    grid = [1e-3 * math.sinh(-7 + 19 * k / (points - 1)) for k in range(points)]
+    heights = []
+    for x in grid:
+        bulk, shoulder = 0.9 * _bump(x, 0, 0.004), 0.1 * _bump(x, -0.05, 0.03)
+        heights.append(bulk + shoulder + 1e-6 * _bump(x, 40.0, 1.0))
+    return DensityRecord(
+        grid=tuple(grid),
+        density=tuple(heights),
+        nodes=((-0.2, 0.0, 40.0), (-0.1, 0.01, 39.9)),
+        weights=((0.1, 0.8, 0.1), (0.2, 0.7, 0.1)),
+        num_products=80,
+    )
+
+
+def eigenvalues(*values: float, converged: bool = True) -> EigenvaluesRecord:
+    n = len(values)
+    return EigenvaluesRecord(
+        values=values,
+        residuals=(1e-4,) * n,
+        errors=(1e-6,) * n,
+        converged=converged,
+        num_products=40,
+    )
+
+
+def layer_curvature(
+    trace: float, *, exact: bool = False, converged: bool = True, other: float | None = None
+) -> LayerCurvatureRecord:
+    return LayerCurvatureRecord(
+        parameters=600,
+        shape=(20, 30),
+        trace=TraceRecord(
+            value=trace, stderr=0.1, num_products=32, converged=converged, method="joint probes"
+        ),
+        diagonal=DiagonalRecord(mean=trace / 600, max=1.0, q50=-0.01, q99=0.5),
+        exact=exact,
+        gauss_newton_trace=None if other is None else EstimateRecord(value=other, stderr=0.2),
+        eigenvalues=eigenvalues(3.0, -0.5),
+        density=density(60),
+    )
+
+
+ANALYSIS = AnalysisRecord(
+    matrix="Hessian",
+    measure="nats/token",
+    num_items=16,
+    layers={
+        "a.first": layer_curvature(-40.0, other=60.0),
+        "a.second": layer_curvature(0.3, exact=True, other=0.3),
+        "a.third": layer_curvature(900.0, converged=False),
+        "a.fourth": layer_curvature(12.0),
+    },
+    model=ModelCurvatureRecord(
+        parameters=2400,
+        loss=2.5,
+        gradient_norm=0.3,
+        trace=EstimateRecord(value=872.3, stderr=4.0),
+        eigenvalues=eigenvalues(40.0, 7.0, -0.2),
+        density=density(),
+    ),
+    diagnosis=DiagnosisRecord(
+        lambda_max=40.0,
+        lambda_min=-0.2,
+        sharpness=41.0,
+        max_learning_rate=0.05,
+        negative_share=EstimateRecord(value=0.031, stderr=0.004),
+        near_zero_share=EstimateRecord(value=0.912, stderr=0.011),
+        near_zero_below=0.004,
+        effective_rank=11.2,
+        gradient_norm=0.3,
+        relative_gradient=0.02,
+        kind="saddle",
+        text=("This point is a saddle.", "Steps above 0.05 diverge."),
+        disagreements=(
+            Disagreement(layer="a.first", hessian=-40.0, gauss_newton=60.0, ratio=-1.5),
+        ),
+    ),
+    notes=("fused attention was switched off",),
+)
+
+
+def analysed(analysis: AnalysisRecord = ANALYSIS) -> RunRecord:
+    """A run of ``curvprune analyze``: nothing but prices and curvature."""
+    record = language_model(blocks=1)
+    return RunRecord(
+        title="t",
+        objective="causal-lm",
+        measure="nats/token",
+        size=Size(before_bytes=record.size.before_bytes, parameters=2400),
+        provenance=PROVENANCE,
+        recipe=RECIPE,
+        analysis=analysis,
+    )

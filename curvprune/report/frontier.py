@@ -17,7 +17,7 @@ def _max_bytes(record: RunRecord) -> int | None:
 
 def _max_loss(record: RunRecord) -> float | None:
     """The budget when it is one in the measure of the predicted loss."""
-    # The verdict's budget counts before the one asked for; one of accuracy has no place on the axis.
+    # The verdict's budget comes first; one of accuracy has no place on an axis of losses.
     for asked in (record.verdict, record.budget):
         if asked is not None and asked.metric == "loss" and asked.max_drop is not None:
             return finite(asked.max_drop)

@@ -183,73 +183,90 @@ def fisher_trace(
     )
 
 
-def language_model(*, blocks: int = 30, seed: int = 0) -> RunRecord:
-    """A run like a 135 M parameter causal language model's: ``7 blocks + 1`` layers, six options
-    each."""
-    rng = random.Random(seed)
-    names = {}
-    for block in range(blocks):
-        for kind, shape in KINDS.items():
-            names[f"model.layers.{block}.{kind}"] = shape
-    names["lm_head"] = (49152, 576)
-    layers: list[LayerRecord] = []
-    rows: list[PriceRow] = []
-    curvature: dict[str, LayerCurvatureRecord] = {}
-    for k, (name, (out, width)) in enumerate(names.items()):
-        parameters, depth = out * width, k / len(names)
-        weight = math.exp(rng.gauss(0, 0.6)) * (1 + 3 * (depth - 0.5) ** 2)
-        weight *= 6 if "down" in name else 2 if "v_proj" in name else 1
-        trace = 40 * weight * math.exp(rng.gauss(0, 0.3))
-        estimate = EstimateRecord(value=trace, stderr=trace * rng.uniform(0.02, 0.15))
-        curvature[name] = fisher_trace(parameters, (out, width), estimate)
-        prices = {}
-        for option, bits in BITS.items():
-            price = ERROR[option] * weight * math.exp(rng.gauss(0, 0.2))
-            stderr = price * rng.uniform(0.04, 0.2)
-            if option == "int8-g64-sym":
-                price, stderr = price + rng.gauss(0, 2e-8), 2e-8
-            prices[option] = PriceRow(
-                layer=name,
-                option=option,
-                bytes=round(parameters * bits / 8),
-                price=price,
-                stderr=stderr,
-            )
-        rows += prices.values()
-        if name == "lm_head" or weight > 6:
-            choice = "int8-g64-sym"
-        elif weight > 1.4:
-            choice = "int4-g64-asym"
-        else:
-            choice = rng.choice(LIGHT)
-        least = prices["int2-g64-asym"].price
-        layers.append(
-            LayerRecord(
-                name=name,
-                kind="Linear",
-                shape=(out, width),
-                parameters=parameters,
-                option=choice,
-                bytes=prices[choice].bytes,
-                bits=BITS[choice],
-                price=prices[choice].price,
-                stderr=prices[choice].stderr,
-                damping=0.01,
-                reason=f"int2-g64-asym saves {parameters // 4} B more for {least:.2g} nats",
-                notes=("damping raised to 0.05 after a failed Cholesky",) if k % 53 == 7 else (),
-            )
+def prices_of(rng: random.Random, name: str, parameters: int, weight: float) -> dict[str, PriceRow]:
+    """Every option of a layer; deeper compression costs more, in a layer of more ``weight``."""
+    prices = {}
+    for option, bits in BITS.items():
+        price = ERROR[option] * weight * math.exp(rng.gauss(0, 0.2))
+        stderr = price * rng.uniform(0.04, 0.2)
+        if option == "int8-g64-sym":
+            price, stderr = price + rng.gauss(0, 2e-8), 2e-8
+        prices[option] = PriceRow(
+            layer=name,
+            option=option,
+            bytes=round(parameters * bits / 8),
+            price=price,
+            stderr=stderr,
         )
-    total = sum(layer.parameters for layer in layers)
-    after = sum(layer.bytes for layer in layers) + 250_000
-    frontier = []
+    return prices
+
+
+def chosen_option(rng: random.Random, name: str, weight: float) -> str:
+    if name == "lm_head" or weight > 6:
+        return "int8-g64-sym"
+    return "int4-g64-asym" if weight > 1.4 else rng.choice(LIGHT)
+
+
+def layer_record(
+    shape: tuple[int, int], row: PriceRow, least: float, *, noted: bool
+) -> LayerRecord:
+    """A layer that got the option of ``row``; ``least``: the price of its smallest option."""
+    parameters = shape[0] * shape[1]
+    return LayerRecord(
+        name=row.layer,
+        kind="Linear",
+        shape=shape,
+        parameters=parameters,
+        option=row.option,
+        bytes=row.bytes,
+        bits=BITS[row.option],
+        price=row.price,
+        stderr=row.stderr,
+        damping=0.01,
+        reason=f"int2-g64-asym saves {parameters // 4} B more for {least:.2g} nats",
+        notes=("damping raised to 0.05 after a failed Cholesky",) if noted else (),
+    )
+
+
+def frontier_below(after: int) -> tuple[FrontierPoint, ...]:
+    """Eighteen plans, each larger by the same bytes and better by the same factor."""
+    points = []
     for k in range(18):
-        frontier.append(
+        points.append(
             FrontierPoint(
                 bytes=round(after * (0.62 + 0.05 * k)),
                 predicted=0.11 * math.exp(-0.31 * k),
                 predicted_stderr=0.009 * math.exp(-0.28 * k),
             )
         )
+    return tuple(points)
+
+
+def language_model(*, blocks: int = 30, seed: int = 0) -> RunRecord:
+    """A run like a 135 M parameter causal language model's: ``7 blocks + 1`` layers, six options
+    each."""
+    rng = random.Random(seed)
+    shapes = {}
+    for block in range(blocks):
+        for kind, shape in KINDS.items():
+            shapes[f"model.layers.{block}.{kind}"] = shape
+    shapes["lm_head"] = (49152, 576)
+    layers: list[LayerRecord] = []
+    rows: list[PriceRow] = []
+    curvature: dict[str, LayerCurvatureRecord] = {}
+    for k, (name, shape) in enumerate(shapes.items()):
+        parameters, depth = shape[0] * shape[1], k / len(shapes)
+        weight = math.exp(rng.gauss(0, 0.6)) * (1 + 3 * (depth - 0.5) ** 2)
+        weight *= 6 if "down" in name else 2 if "v_proj" in name else 1
+        trace = 40 * weight * math.exp(rng.gauss(0, 0.3))
+        estimate = EstimateRecord(value=trace, stderr=trace * rng.uniform(0.02, 0.15))
+        curvature[name] = fisher_trace(parameters, shape, estimate)
+        prices = prices_of(rng, name, parameters, weight)
+        rows += prices.values()
+        option, least = chosen_option(rng, name, weight), prices["int2-g64-asym"].price
+        layers.append(layer_record(shape, prices[option], least, noted=k % 53 == 7))
+    total = sum(layer.parameters for layer in layers)
+    after = sum(layer.bytes for layer in layers) + 250_000
     certified = verdict(0.014713, 0.001876, "CERTIFIED")
     return RunRecord(
         title="SmolLM2-135M, budget 0.02 nats/token",
@@ -284,7 +301,7 @@ def language_model(*, blocks: int = 30, seed: int = 0) -> RunRecord:
             rows=tuple(rows),
         ),
         trials=trials(after),
-        frontier=tuple(frontier),
+        frontier=frontier_below(after),
         analysis=AnalysisRecord(
             matrix="Fisher (labels sampled from the model)",
             measure="nats/token",

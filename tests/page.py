@@ -13,10 +13,7 @@ from curvprune.report import build
 
 VOID = {"meta", "link", "input", "br", "hr", "img", "base", "col", "area", "source", "embed"}
 LOADING = {"img", "iframe", "object", "embed", "form", "link"}
-HOSTILE = (
-    "\"'></pre></title></style><script>alert(1)</script><img src=http://evil.example/x "
-    "onerror=alert(2)>\x00\x1b[31m\ud800{{ 7*7 }}"
-)
+NOT_A_NUMBER = re.compile(r"(?<![\w-])(nan|inf|-inf|None|Undefined)(?![\w-])")
 Attributes = dict[str, str | None]
 
 
@@ -211,3 +208,29 @@ def assert_harmless(page: Page) -> None:
     assert "alert" not in "".join(page.script)
     assert not {"\x00", "\x1b"} & set(page.html)
     page.html.encode("utf-8")
+
+
+def plain(text: str) -> str:
+    return text.replace("\N{NO-BREAK SPACE}", " ").replace("\N{MINUS SIGN}", "-")
+
+
+def visible(text: str) -> str:
+    """What a reader or a tooltip shows: no style, no script."""
+    shown = re.sub(r"<(style|script)>.*?</\1>", "", text, flags=re.S)
+    return shown.replace("None on record", "")
+
+
+def luminance(colour: str) -> float:
+    """WCAG 2 relative luminance."""
+    channels = []
+    for k in (1, 3, 5):
+        c = int(colour[k : k + 2], 16) / 255
+        channels.append(c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4)
+    red, green, blue = channels
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(a: str, b: str) -> float:
+    """WCAG 2 contrast ratio."""
+    high, low = sorted((luminance(a), luminance(b)), reverse=True)
+    return (high + 0.05) / (low + 0.05)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 from curvprune.record import (
+    Alternative,
     AnalysisRecord,
     Attempt,
     BudgetRecord,
@@ -22,9 +24,12 @@ from curvprune.record import (
     LayerCurvatureRecord,
     LayerRecord,
     LedgerRecord,
+    LimitUse,
+    Measurement,
     ModelCurvatureRecord,
     PriceRow,
     Provenance,
+    RecoveryRecord,
     RemovedUnits,
     RunRecord,
     Size,
@@ -34,6 +39,10 @@ from curvprune.record import (
     Verdict,
 )
 
+HOSTILE = (
+    "\"'></pre></title></style><script>alert(1)</script><img src=http://evil.example/x "
+    "onerror=alert(2)>\x00\x1b[31m\ud800{{ 7*7 }}"
+)
 KINDS = {
     "self_attn.q_proj": (576, 576),
     "self_attn.k_proj": (192, 576),
@@ -365,6 +374,94 @@ REMOVED = RemovedUnits(
     predicted_stderr=0.0021,
     notes=("40 units of 3 cuts were removed first",),
 )
+
+
+def everything(small: RunRecord) -> RunRecord:
+    """A record with something in every field."""
+    assert small.verdict is not None
+    history = (
+        Measurement(step=0, training=None, select=3.2),
+        Measurement(step=80, training=3.0, select=3.1),
+    )
+    recovery = RecoveryRecord(
+        plan="plan-3",
+        loss_before=3.2,
+        loss_after=3.1,
+        measure="nats/token",
+        steps=100,
+        best_step=80,
+        trained=12345,
+        flipped=678,
+        seconds=77.7,
+        history=history,
+    )
+    together = (
+        Alternative(name="pruning and rounding", trial="plan-3", bytes=123_456, loss=0.01),
+        Alternative(name="rounding", trial="r", bytes=123_000, more=0.01, more_stderr=0.001),
+        Alternative(name="pruning", trial=None, missed=("max_bytes",), smallest_bytes=200_000),
+    )
+    return replace(
+        small,
+        measured=small.verdict,
+        limits=(LimitUse(name="max_bits", most=4.25, used=4.2),),
+        corrections={"int4-g64-asym": 1.1},
+        together=together,
+        recoveries=(recovery,),
+        structured=REMOVED,
+        analysis=ANALYSIS,
+        state_bytes=5_000_000,
+    )
+
+
+# The same with other values
+
+
+def judged(record: RunRecord, **changes: Any) -> RunRecord:
+    """The record with another verdict."""
+    assert record.verdict is not None
+    return replace(record, verdict=replace(record.verdict, **changes))
+
+
+def as_accuracy(record: RunRecord) -> RunRecord:
+    return judged(
+        record,
+        metric="accuracy",
+        measure="fraction",
+        baseline=0.8123,
+        compressed=0.8101,
+        drop=0.0022,
+        stderr=0.00171,
+        bound=0.00501,
+        max_drop=0.007,
+    )
+
+
+def poisoned(value: Any) -> Any:
+    """Every text of a record made hostile, keys included."""
+    if isinstance(value, str):
+        return value + HOSTILE
+    if isinstance(value, tuple):
+        return tuple(poisoned(v) for v in value)
+    if isinstance(value, dict):
+        return {k + HOSTILE: poisoned(v) for k, v in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in fields(value)]
+        return replace(value, **{name: poisoned(getattr(value, name)) for name in names})
+    return value
+
+
+def numbers_as(value: Any, number: float) -> Any:
+    """Every float of a record replaced."""
+    if isinstance(value, float):
+        return number
+    if isinstance(value, tuple):
+        return tuple(numbers_as(v, number) for v in value)
+    if isinstance(value, dict):
+        return {k: numbers_as(v, number) for k, v in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in fields(value)]
+        return replace(value, **{name: numbers_as(getattr(value, name), number) for name in names})
+    return value
 
 
 # A second-order analysis

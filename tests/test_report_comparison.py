@@ -15,9 +15,8 @@ from curvprune.cli import app
 from curvprune.record import OtherRun, PairedLoss, RunRecord
 from curvprune.report import build
 
-from .page import Page, parsed
+from .page import Page, parsed, plain
 from .records import PROVENANCE, REMOVED, language_model, two_classifiers
-from .test_report import plain
 
 HEADS = "how much worse here \N{PLUS-MINUS SIGN} se"
 

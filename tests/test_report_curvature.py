@@ -14,9 +14,26 @@ import pytest
 from curvprune.record import AnalysisRecord, DensityRecord, RunRecord
 from curvprune.report import summary
 
-from .page import HOSTILE, Chart, Page, assert_harmless, corners, number, parsed
-from .records import ANALYSIS, analysed, density, eigenvalues, language_model, layer_curvature
-from .test_report import NOT_A_NUMBER, plain, visible
+from .page import (
+    NOT_A_NUMBER,
+    Chart,
+    Page,
+    assert_harmless,
+    corners,
+    number,
+    parsed,
+    plain,
+    visible,
+)
+from .records import (
+    ANALYSIS,
+    HOSTILE,
+    analysed,
+    density,
+    eigenvalues,
+    language_model,
+    layer_curvature,
+)
 
 TRACES, SPECTRUM = "Curvature trace of each layer", "Spectral density of Hessian"
 

@@ -9,9 +9,8 @@ import pytest
 
 from curvprune.record import ItemColumns, RunRecord
 
-from .page import HOSTILE, Page, assert_harmless, parsed
-from .records import language_model
-from .test_report import plain
+from .page import Page, assert_harmless, parsed, plain
+from .records import HOSTILE, language_model
 
 RIGHT_TO_WRONG = "right \N{RIGHTWARDS ARROW} wrong"
 WRONG_TO_RIGHT = "wrong \N{RIGHTWARDS ARROW} right"

@@ -9,9 +9,8 @@ import pytest
 from curvprune.record import CutRecord, RunRecord
 from curvprune.report import summary
 
-from .page import HOSTILE, assert_harmless, parsed
-from .records import REMOVED, language_model
-from .test_report import plain
+from .page import assert_harmless, parsed, plain
+from .records import HOSTILE, REMOVED, language_model
 
 
 @pytest.fixture(scope="module")

@@ -135,7 +135,7 @@ def build(record: RunRecord, against: OtherRun | None = None) -> str:
     contents = [*CONTENTS]
     if against is not None:
         contents.append(("against", f"Compared with {against.name}"))
-    judged_by = record.verdict.method if record.verdict is not None else ""
+    method = record.verdict.method if record.verdict is not None else ""
     return _template().render(
         title=record.title,
         subtitle=_subtitle(record),
@@ -149,7 +149,7 @@ def build(record: RunRecord, against: OtherRun | None = None) -> str:
         statement=statement(record),
         verdict_facts=verdict_facts(record),
         verdict_chart=verdict_chart(record),
-        method=judged_by,
+        method=method,
         advice=advice(record),
         attempts=attempts_table(record),
         changed=changed(record),
@@ -177,5 +177,5 @@ def build(record: RunRecord, against: OtherRun | None = None) -> str:
         recipe=record.recipe,
         notes=notes(record),
         other=against,
-        against=None if against is None else comparison(record, against),
+        comparison=None if against is None else comparison(record, against),
     )

@@ -148,7 +148,7 @@ class _Difference:
 
 
 @dataclass(frozen=True, slots=True)
-class _Quantity:
+class _TrialColumn:
     """A column of the table of trials."""
 
     head: Column
@@ -182,7 +182,7 @@ def _accepted_cell(trial: Trial) -> Cell:
 
 
 _PREDICTED = (
-    _Quantity(
+    _TrialColumn(
         Column(
             "kind",
             "plan: from the integer program; control: for comparison; applied: the packed model "
@@ -190,25 +190,25 @@ _PREDICTED = (
         ),
         lambda trial: Cell(trial.kind),
     ),
-    _Quantity(
+    _TrialColumn(
         Column("bytes", "weights on disk", "n"),
         lambda trial: bytes_cell(trial.bytes),
     ),
-    _Quantity(
+    _TrialColumn(
         Column(f"predicted {PLUS_MINUS} se", "loss increase from the ledger", "n"),
         lambda trial: error_cell(trial.predicted, trial.predicted_stderr),
     ),
 )
-_EXPECTED = _Quantity(
+_EXPECTED = _TrialColumn(
     Column("expected", "sum of the prices, corrected by earlier trials; without pairs", "n"),
     lambda trial: number_cell(trial.expected, sig(trial.expected)),
 )
 _MEASURED = (
-    _Quantity(
+    _TrialColumn(
         Column(f"measured {PLUS_MINUS} se", "loss increase on the select split, paired", "n"),
         lambda trial: error_cell(trial.loss, trial.loss_stderr),
     ),
-    _Quantity(
+    _TrialColumn(
         Column(
             f"difference {PLUS_MINUS} se",
             "measured minus predicted; errors in quadrature (different splits)",
@@ -216,59 +216,59 @@ _MEASURED = (
         ),
         _difference_cell,
     ),
-    _Quantity(Column("z", "difference divided by its standard error", "n"), _z_cell),
-    _Quantity(Column("ratio", "measured divided by predicted", "n"), _ratio_cell),
-    _Quantity(
+    _TrialColumn(Column("z", "difference divided by its standard error", "n"), _z_cell),
+    _TrialColumn(Column("ratio", "measured divided by predicted", "n"), _ratio_cell),
+    _TrialColumn(
         Column("items", "paired items of the select split", "n"),
         lambda trial: count_cell(trial.items),
     ),
 )
-_ACCURACY = _Quantity(
+_ACCURACY = _TrialColumn(
     Column("accuracy drop", "fall of the accuracy on the select split", "n"), _accuracy_cell
 )
-_CHANCE = _Quantity(
+_CHANCE = _TrialColumn(
     Column("chance", "estimated probability that certification succeeds", "n"),
     lambda trial: number_cell(trial.chance, fixed(trial.chance, 2)),
 )
 _JUDGED = (
-    _Quantity(
+    _TrialColumn(
         Column(
             "accepted",
             "whether the measurement on the select split lets the plan go on to certification",
         ),
         _accepted_cell,
     ),
-    _Quantity(Column("note"), lambda trial: Cell(trial.note)),
+    _TrialColumn(Column("note"), lambda trial: Cell(trial.note)),
 )
 
 
-def _quantities(record: RunRecord) -> list[_Quantity]:
+def _trial_columns(record: RunRecord) -> list[_TrialColumn]:
     """The columns that have something to say in this run."""
     verdict = judged(record)
-    quantities = [*_PREDICTED]
+    shown = [*_PREDICTED]
     if record.corrections:
-        quantities.append(_EXPECTED)
-    quantities += _MEASURED
+        shown.append(_EXPECTED)
+    shown += _MEASURED
     if verdict is not None and verdict.metric == "accuracy":
-        quantities.append(_ACCURACY)
+        shown.append(_ACCURACY)
     if any(trial.chance is not None for trial in record.trials):
-        quantities.append(_CHANCE)
-    return [*quantities, *_JUDGED]
+        shown.append(_CHANCE)
+    return [*shown, *_JUDGED]
 
 
 def trials_table(record: RunRecord) -> Table | None:
     """Every plan measured, predicted against measured; ``None`` if none was."""
     if not record.trials:
         return None
-    chosen, quantities = _chosen(record), _quantities(record)
+    chosen, shown = _chosen(record), _trial_columns(record)
     columns = [Column("#", "number in the charts", "n"), Column("plan")]
-    columns += [quantity.head for quantity in quantities]
+    columns += [column.head for column in shown]
     rows = []
     for k, trial in enumerate(record.trials):
         name = Cell(trial.name, class_="nowrap")
         if k == chosen:
             name = Cell(f"{trial.name} (chosen)", class_="nowrap strong")
-        cells = [quantity.cell(trial) for quantity in quantities]
+        cells = [column.cell(trial) for column in shown]
         rows.append([number_cell(k + 1, str(k + 1)), name, *cells])
     return Table("trials", columns, rows)
 

@@ -33,7 +33,7 @@ class Box:
         return self.x + self.width / 2, self.y + self.height / 2
 
     def inside(self, margin: float) -> Box:
-        """The same with ``margin`` cut off on every side."""
+        """The same without ``margin`` on every side."""
         return Box(
             self.x + margin,
             self.y + margin,

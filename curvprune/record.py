@@ -9,10 +9,63 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+<<<<<<< HEAD
 from curvprune.certificate import ItemColumns, Verdict
 from curvprune.curvature import AnalysisRecord
 from curvprune.files import StageTime
+=======
+from curvprune.certificate import Verdict
+from curvprune.curvature import (
+    AnalysisRecord,
+    DensityRecord,
+    DiagnosisRecord,
+    DiagonalRecord,
+    Disagreement,
+    EigenvaluesRecord,
+    EstimateRecord,
+    LayerCurvatureRecord,
+    ModelCurvatureRecord,
+    TraceRecord,
+)
+>>>>>>> h7
 from curvprune.schema import Json, Number, decode, encode
+
+# With the records of the packages that fill them: whoever reads a run needs no other module.
+__all__ = [
+    "FORMAT",
+    "Alternative",
+    "AnalysisRecord",
+    "Attempt",
+    "BudgetRecord",
+    "CutRecord",
+    "DensityRecord",
+    "DiagnosisRecord",
+    "DiagonalRecord",
+    "Disagreement",
+    "EigenvaluesRecord",
+    "EstimateRecord",
+    "FrontierPoint",
+    "ItemColumns",
+    "LayerCurvatureRecord",
+    "LayerRecord",
+    "LedgerRecord",
+    "LimitUse",
+    "Measurement",
+    "ModelCurvatureRecord",
+    "NamedLimit",
+    "OtherRun",
+    "PairedLoss",
+    "PriceRow",
+    "Provenance",
+    "RecoveryRecord",
+    "RemovedUnits",
+    "RunRecord",
+    "Size",
+    "StageTime",
+    "TraceRecord",
+    "Trial",
+    "Verdict",
+]
 
 FORMAT = 2  # of the record; raised whenever its fields change
 

@@ -7,6 +7,7 @@ from curvprune.curvature.analysis import (
     LayerCurvature,
     analyze_curvature,
 )
+from curvprune.curvature.closed_forms import BlockDiagonal, Dense, Diagonal, Ekfac, Kronecker
 from curvprune.curvature.estimators import (
     EigenPairs,
     Estimate,
@@ -16,18 +17,7 @@ from curvprune.curvature.estimators import (
     trace,
 )
 from curvprune.curvature.factors import kfac
-from curvprune.curvature.operators import (
-    BlockDiagonal,
-    Dense,
-    Diagonal,
-    Ekfac,
-    Function,
-    Kronecker,
-    NoClosedForm,
-    Operator,
-    ParamSpace,
-    Sum,
-)
+from curvprune.curvature.operators import Function, NoClosedForm, Operator, ParamSpace, Sum
 from curvprune.curvature.probes import probe_layers
 from curvprune.curvature.products import empirical_fisher, fisher, gauss_newton, hessian
 from curvprune.curvature.records import (

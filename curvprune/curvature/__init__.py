@@ -8,15 +8,11 @@ from curvprune.curvature.analysis import (
     analyze_curvature,
 )
 from curvprune.curvature.closed_forms import BlockDiagonal, Dense, Diagonal, Ekfac, Kronecker
-from curvprune.curvature.estimators import (
-    EigenPairs,
-    Estimate,
-    density,
-    diagonal,
-    eigenpairs,
-    trace,
-)
+from curvprune.curvature.estimates import EigenPairs, Estimate
+from curvprune.curvature.estimators import density, diagonal, eigenpairs, trace
 from curvprune.curvature.factors import kfac
+from curvprune.curvature.lanczos import Lanczos
+from curvprune.curvature.lobpcg import Lobpcg
 from curvprune.curvature.operators import Function, NoClosedForm, Operator, ParamSpace, Sum
 from curvprune.curvature.probes import probe_layers
 from curvprune.curvature.products import empirical_fisher, fisher, gauss_newton, hessian
@@ -55,8 +51,10 @@ __all__ = [
     "FisherPass",
     "Function",
     "Kronecker",
+    "Lanczos",
     "LayerCurvature",
     "LayerCurvatureRecord",
+    "Lobpcg",
     "ModelCurvatureRecord",
     "NoClosedForm",
     "Operator",

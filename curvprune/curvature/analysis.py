@@ -24,18 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from curvprune.curvature import factors
-from curvprune.curvature.estimators import (
-    EigenPairs,
-    Estimate,
-    SpectralDensity,
-    Which,
-    density,
-    eigenpairs,
-)
+from curvprune.curvature.estimates import EigenPairs, Estimate
+from curvprune.curvature.estimators import density, eigenpairs
 from curvprune.curvature.factors import Moments, Structure, structure
+from curvprune.curvature.lanczos import Lanczos
 from curvprune.curvature.probes import probe_layers
 from curvprune.curvature.products import MatrixFree, gauss_newton, hessian, loss_and_gradient
+from curvprune.curvature.ritz import Which
 from curvprune.curvature.sampled_fisher import fisher_pass, ratio_estimate
+from curvprune.curvature.spectral_density import SpectralDensity
 from curvprune.model import Batch, Layer, Objective
 
 # Gives the value of a part of an analysis, by (key, compute, encode to JSON, decode from it):
@@ -623,7 +620,7 @@ def _whole(work: _Work, build: Callable[..., MatrixFree], retain: int) -> ModelC
             "model-eigenvalues",
             lambda: eigenpairs(
                 operator, 1, which="BE" if n > 1 else "LM", tol=EIGEN_TOL, max_products=max(work.max_products, 8),
-                max_basis=None if room >= work.max_products else max(5, int(room)), generator=work.generator(2),
+                method=Lanczos(max_basis=None if room >= work.max_products else max(5, int(room))), generator=work.generator(2),
             ),
             _pairs_record, _pairs_of,
         )  # fmt: skip

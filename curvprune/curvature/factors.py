@@ -32,7 +32,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from curvprune.curvature.closed_forms import BlockDiagonal, Ekfac, Kronecker
-from curvprune.curvature.estimators import EigenPairs
+from curvprune.curvature.estimates import EigenPairs
 from curvprune.curvature.operators import Operator, ParamSpace
 from curvprune.curvature.products import check_deterministic, first_items
 from curvprune.distributed import all_sum, gather, my_share

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvprune.curvature.estimators import Estimate
+from curvprune.curvature.estimates import Estimate
 from curvprune.distributed import all_sum, my_share, shared, world
 from curvprune.model import Batch, Layer, Objective, evaluating, signed_loss, to_device
 

@@ -24,7 +24,13 @@ from curvprune import artifact, curvature
 from curvprune.artifact import describe, load_artifact, write_model
 from curvprune.certificate import Verdict, certify_values, compare
 from curvprune.compression import Diverged, Recovery, Solved, Training, dequantize, recover_
-from curvprune.curvature import QUANTITIES, Analysis, Estimate, analyze_curvature
+from curvprune.curvature import (
+    QUANTITIES,
+    Analysis,
+    AnalysisSettings,
+    Estimate,
+    analyze_curvature,
+)
 from curvprune.files import StageLog, State
 from curvprune.model import (
     PURPOSES,
@@ -239,10 +245,22 @@ def analyze(
     log = StageLog(show=progress)
     with log.steps() as advance:
         return analyze_curvature(
-            model, loss, batches, find_layers(model, layers), matrix=matrix, quantities=quantities, rtol=rtol,
-            max_products=max_products, labels=labels, seed=seed, which=which, vector_bytes=vector_bytes,
+            model,
+            loss,
+            batches,
+            find_layers(model, layers),
+            AnalysisSettings(
+                matrix=matrix,
+                quantities=quantities,
+                rtol=rtol,
+                max_products=max_products,
+                labels=labels,
+                seed=seed,
+                which=which,
+                vector_bytes=vector_bytes,
+            ),
             advance=advance,
-        )  # fmt: skip
+        )
 
 
 def hessian(

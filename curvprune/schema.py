@@ -29,7 +29,7 @@ Number = Annotated[float, BeforeValidator(_number)]
 
 
 @cache
-def _adapter(kind: Hashable) -> TypeAdapter[Any]:
+def _adapter(kind: Hashable) -> Any:
     return TypeAdapter(cast(Any, kind))
 
 
@@ -46,7 +46,7 @@ def encode(value: object, kind: Any = None) -> Any:
     return json.loads(_adapter(cast(Hashable, kind or type(value))).dump_json(value))
 
 
-def decode(kind: type[T], value: Json, *, source: str) -> T:
+def decode(kind: type[T], value: Any, *, source: str) -> T:
     """The record that `encode` wrote.
 
     Args:
@@ -107,5 +107,5 @@ def _annotations(kind: Hashable) -> dict[str, Any]:
 
 
 @cache
-def _strict(annotation: Hashable) -> TypeAdapter[Any]:
+def _strict(annotation: Hashable) -> Any:
     return TypeAdapter(cast(Any, annotation), config=ConfigDict(arbitrary_types_allowed=True))

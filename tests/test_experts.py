@@ -35,7 +35,15 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 import curvprune as cp
 from curvprune.artifact import folder as artifact
 from curvprune.compression import Moments, solve_layer, visit_layers
-from curvprune.curvature import Change, factors, fisher_pass, ratio_estimate
+from curvprune.curvature import (
+    Change,
+    Draws,
+    exact_gauss_newton,
+    find_structure,
+    fisher_pass,
+    kfac,
+    ratio_estimate,
+)
 from curvprune.model import CausalLM, Classification, find_layers, left_over
 from tests.test_fisher import exact_fisher
 
@@ -328,7 +336,7 @@ def test_the_fisher_of_experts_is_the_enumerated_one():
         items,
         layers,
         {n: [Change.of(d)] for n, d in deltas.items()},
-        labels=2000,
+        draws=Draws(labels=2000),
     )
     for name, layer in layers.items():
         fisher = exact_fisher(model, layer.weight, items, lambda m, b: m(**b).logits[:, :-1])
@@ -395,7 +403,7 @@ def test_experts_are_never_taken_for_layers_with_factors():
     chosen = torch.zeros(8, 1, dtype=torch.long)
     model, batch = Fixed(chosen), (torch.randn(8, 6), torch.tensor([0, 1] * 4))
     layers = find_layers(model)
-    assert factors.structure(model, Classification(), batch, layers).factored == ("head",)
+    assert find_structure(model, Classification(), batch, layers).factored == ("head",)
     for matrix, methods in (("ggn", {"joint probes", "layer probes"}), ("fisher", {"items"})):
         found = cp.analyze(model, [batch], matrix=matrix, quantities=["trace"]).layers
         assert found["experts.gate_up_proj"].method in methods
@@ -404,9 +412,9 @@ def test_experts_are_never_taken_for_layers_with_factors():
     with pytest.raises(
         ValueError, match=r"layer experts\.gate_up_proj: stacked experts have no factors"
     ):
-        factors.exact_gauss_newton(model, Classification(), [batch], layers)
+        exact_gauss_newton(model, Classification(), [batch], layers)
     with pytest.raises(ValueError, match=r"layer experts\.gate_up_proj: .* no Kronecker factors"):
-        factors.kfac(model, Classification(), [batch], layers)
+        kfac(model, Classification(), [batch], layers)
 
 
 OPTIONS = [

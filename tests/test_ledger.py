@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from curvprune.curvature import Change, FisherPass, fisher_pass, ratio_estimate
+from curvprune.curvature import Change, Draws, FisherPass, fisher_pass, ratio_estimate
 from curvprune.model import Classification, Positions, find_layers, signed_loss
 from curvprune.pricing import Ledger, build_ledger
 
@@ -163,7 +163,7 @@ def test_pairs_of_layers_count_as_far_as_they_are_no_noise():
         items,
         layers,
         {n: [Change.of(d)] for n, d in deltas.items()},
-        labels=1500,
+        draws=Draws(labels=1500),
     )
     ledger = build_ledger(
         found, {n: {"o": 1} for n in layers}, changed={n: ["o"] for n in layers}, measure="nats"

@@ -10,7 +10,7 @@ from curvprune.pricing.ledger import (
     measure_highest,
 )
 from curvprune.pricing.operations import Work, limits_of, macs_left, multiply_adds, work_of
-from curvprune.pricing.other_curvatures import FORMS, Forms, quadratic_forms
+from curvprune.pricing.other_curvatures import FORMS, Forms, Parts, quadratic_forms
 from curvprune.pricing.single_changes import divergences
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "MEASURED_TOGETHER",
     "Forms",
     "Ledger",
+    "Parts",
     "Row",
     "Work",
     "build_ledger",

@@ -13,11 +13,11 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,7 +35,13 @@ from curvprune.certificate import (
 )
 from curvprune.compat import versions
 from curvprune.compression import Moments, Training, solve_layer
-from curvprune.curvature import analyze_curvature, fisher_pass
+from curvprune.curvature import (
+    QUANTITIES,
+    AnalysisSettings,
+    Draws,
+    analyze_curvature,
+    fisher_pass,
+)
 from curvprune.files import StageLog, State
 from curvprune.model import (
     EXTRA,
@@ -74,6 +80,7 @@ from curvprune.run.stages import (
     solve_options,
 )
 from curvprune.run.task import Job, Settings, limit_plans
+from curvprune.schema import decode, encode
 from curvprune.structured import Pruned, Structured, offered_widths, prune_units
 
 LOCK, ANALYSIS, LEDGER, PLAN, VERDICT = (
@@ -218,12 +225,22 @@ def _curvature(job: Job, recipe: Recipe) -> dict[str, Any]:
     batches = [to_device(collate(items[i : i + size]), device) for i in range(0, len(items), size)]
     with job.stages.steps() as advance:
         analysis = analyze_curvature(
-            job.model, job.objective, batches, job.layers, matrix=section.matrix,
-            quantities=("trace", "diagonal", *(("eigenvalues", "density") if spectra else ())), rtol=section.rtol,
-            max_products=section.max_products, seed=recipe.seed, vector_bytes=int(section.vector_gb * 1e9),
-            advance=advance, remember=partial(_remember, job.state),
-        )  # fmt: skip
-    record = analysis.to_dict()
+            job.model,
+            job.objective,
+            batches,
+            job.layers,
+            AnalysisSettings(
+                matrix=section.matrix,
+                quantities=QUANTITIES if spectra else ("trace", "diagonal"),
+                rtol=section.rtol,
+                max_products=section.max_products,
+                seed=recipe.seed,
+                vector_bytes=int(section.vector_gb * 1e9),
+            ),
+            advance=advance,
+            remember=partial(_remember, job.state),
+        )
+    record: dict[str, Any] = encode(analysis.to_record())
     if not spectra:
         record["notes"].append(
             f"eigenvalues and spectral density were left out ({parameters} parameters); "
@@ -232,13 +249,16 @@ def _curvature(job: Job, recipe: Recipe) -> dict[str, Any]:
     return record
 
 
-def _remember(state: State, key: str, compute: Any, encode: Any, decode: Any) -> Any:
+R = TypeVar("R")
+
+
+def _remember(state: State, key: str, kind: type[R], compute: Callable[[], R]) -> R:
     """A part of an analysis: read if an earlier run finished it, else computed and written. Of
     several processes the first one's view of the folder counts, because all must compute together
     or not at all."""
     name = f"curvature/{key}.json"
     if distributed.first_says(state.has(name)):
-        return decode(state.read_json(name))
+        return decode(kind, state.read_json(name), source=str(state.path(name)))
     value = compute()
     state.write_json(name, encode(value))
     return value
@@ -1122,7 +1142,8 @@ def _estimate(
     probe = sorted(job.layers.values(), key=lambda layer: layer.numel)[len(job.layers) // 2]
 
     def backward() -> None:
-        fisher_pass(job.model, job.objective, [item], job.layers, {}, labels=1)
+        draws = Draws(labels=1)
+        fisher_pass(job.model, job.objective, [item], job.layers, {}, draws=draws)
 
     both = _seconds(backward)
     changing: list[Option] = [o for o in job.options[probe.name] if not isinstance(o, Keep)]

@@ -38,7 +38,16 @@ from curvprune.compression import (
     trained_tensors,
     visit_layers,
 )
-from curvprune.curvature import MATRICES, Analysis, Change, FisherPass, LayerCurvature, fisher_pass
+from curvprune.curvature import (
+    MATRICES,
+    Analysis,
+    Change,
+    Checkpoint,
+    Draws,
+    FisherPass,
+    LayerCurvature,
+    fisher_pass,
+)
 from curvprune.distributed import rank, shared, wait, world
 from curvprune.files import State
 from curvprune.model import BROKEN, ItemResults, Layer, collate, find_layers, to_device
@@ -58,6 +67,7 @@ from curvprune.pricing import (
     MEASURED_ROWS,
     Forms,
     Ledger,
+    Parts,
     Row,
     build_ledger,
     divergences,
@@ -236,10 +246,8 @@ def price_options(job: Job, candidates: Callable[[str], list[Solved]] | None) ->
             items,
             job.layers,
             changes,
-            labels=job.settings.labels,
-            seed=job.settings.seed,
-            resume=resume,
-            after_item=after_item,
+            draws=Draws(labels=job.settings.labels, seed=job.settings.seed),
+            checkpoint=Checkpoint(resume=resume, after_item=after_item),
         )
     kind, prices = job.settings.curvature, None
     if candidates is not None and kind in FORMS:
@@ -317,7 +325,7 @@ def _forms(job: Job, kind: str, changes: Mapping[str, list[Change]]) -> Forms:
             job.splits.price.items,
             job.layers,
             changes,
-            seed=job.settings.seed,
+            parts=Parts(seed=job.settings.seed),
         )
         sums = {n: s.tolist() for n, s in forms.sums.items()}
         job.state.write_json(name, {"count": forms.count.tolist(), "sums": sums})

@@ -2,32 +2,18 @@
 
 from curvprune.curvature.analysis import Analysis, analyze_curvature
 from curvprune.curvature.batched_fisher import FisherMoments, fisher_moments
+from curvprune.curvature.closed_forms import BlockDiagonal, Dense, Diagonal, Ekfac, Kronecker
 from curvprune.curvature.diagnosis import Diagnosis
 from curvprune.curvature.draws import Draws
-from curvprune.curvature.estimators import (
-    EigenPairs,
-    Estimate,
-    density,
-    diagonal,
-    eigenpairs,
-    trace,
-)
+from curvprune.curvature.estimates import EigenPairs, Estimate
+from curvprune.curvature.estimators import density, diagonal, eigenpairs, trace
 from curvprune.curvature.gauss_newton_blocks import GaussNewton, exact_gauss_newton
 from curvprune.curvature.kronecker_factors import ekfac, kfac
+from curvprune.curvature.lanczos import Lanczos
 from curvprune.curvature.layer_curvature import LayerCurvature
+from curvprune.curvature.lobpcg import Lobpcg
 from curvprune.curvature.model_curvature import ModelCurvature
-from curvprune.curvature.operators import (
-    BlockDiagonal,
-    Dense,
-    Diagonal,
-    Ekfac,
-    Function,
-    Kronecker,
-    NoClosedForm,
-    Operator,
-    ParamSpace,
-    Sum,
-)
+from curvprune.curvature.operators import Function, NoClosedForm, Operator, ParamSpace, Sum
 from curvprune.curvature.probes import probe_layers
 from curvprune.curvature.products import empirical_fisher, fisher, gauss_newton, hessian
 from curvprune.curvature.records import (
@@ -79,8 +65,10 @@ __all__ = [
     "Function",
     "GaussNewton",
     "Kronecker",
+    "Lanczos",
     "LayerCurvature",
     "LayerCurvatureRecord",
+    "Lobpcg",
     "ModelCurvature",
     "ModelCurvatureRecord",
     "NoClosedForm",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from curvprune.curvature.estimators import Estimate
+from curvprune.curvature.estimates import Estimate
 from curvprune.curvature.layer_curvature import LayerCurvature
 from curvprune.curvature.model_curvature import ModelCurvature
 from curvprune.curvature.records import DiagnosisRecord, Disagreement, EstimateRecord

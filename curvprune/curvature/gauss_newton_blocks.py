@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from curvprune.curvature.batched_fisher import FisherMoments, MomentSums, positions_per_item
 from curvprune.curvature.capture import backward, capture, items_in, wide
-from curvprune.curvature.estimators import EigenPairs
+from curvprune.curvature.estimates import EigenPairs
 from curvprune.curvature.structure import MAX_COLUMNS
 from curvprune.distributed import all_sum, gather, my_share
 from curvprune.model import Batch, Layer, Objective, evaluating

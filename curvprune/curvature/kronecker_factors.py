@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvprune.curvature.capture import Capture, backward, capture
+from curvprune.curvature.closed_forms import BlockDiagonal, Ekfac, Kronecker
 from curvprune.curvature.draws import Draws
-from curvprune.curvature.operators import BlockDiagonal, Ekfac, Kronecker, Operator, ParamSpace
+from curvprune.curvature.operators import Operator, ParamSpace
 from curvprune.distributed import all_sum, my_share
 from curvprune.model import Batch, Layer, Objective, sampled_losses
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvprune.curvature.batched_fisher import FisherMoments
-from curvprune.curvature.estimators import EigenPairs, Estimate, SpectralDensity
+from curvprune.curvature.estimates import EigenPairs, Estimate
 from curvprune.curvature.records import (
     DensityRecord,
     DiagonalRecord,
@@ -27,6 +27,7 @@ from curvprune.curvature.records import (
     TraceRecord,
 )
 from curvprune.curvature.sampled_fisher import ratio_estimate
+from curvprune.curvature.spectral_density import SpectralDensity
 from curvprune.curvature.structure import Structure
 from curvprune.model import Layer
 

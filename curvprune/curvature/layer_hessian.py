@@ -20,7 +20,8 @@ from functools import cached_property, partial
 import torch
 
 from curvprune.curvature.batched_fisher import fisher_moments
-from curvprune.curvature.estimators import EigenPairs, SpectralDensity, density, eigenpairs
+from curvprune.curvature.estimates import EigenPairs
+from curvprune.curvature.estimators import density, eigenpairs
 from curvprune.curvature.gauss_newton_blocks import exact_gauss_newton, head_moments
 from curvprune.curvature.layer_curvature import (
     LayerCurvature,
@@ -32,6 +33,7 @@ from curvprune.curvature.probes import LayerTrace, probe_layers
 from curvprune.curvature.products import MatrixFree
 from curvprune.curvature.records import DensityRecord, EigenvaluesRecord, RememberedLayers
 from curvprune.curvature.request import AnalysisRequest
+from curvprune.curvature.spectral_density import SpectralDensity
 from curvprune.model import Layer
 
 # Asked of eigenvalues whose error shall be below 1e-2: r²/gap is optimistic where the spectrum is

@@ -7,13 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from curvprune.curvature.estimators import (
-    EigenPairs,
-    Estimate,
-    SpectralDensity,
-    density,
-    eigenpairs,
-)
+from curvprune.curvature.estimates import EigenPairs, Estimate
+from curvprune.curvature.estimators import density, eigenpairs
+from curvprune.curvature.lanczos import Lanczos
 from curvprune.curvature.layer_hessian import EIGEN_TOL
 from curvprune.curvature.products import loss_and_gradient
 from curvprune.curvature.records import (
@@ -23,6 +19,7 @@ from curvprune.curvature.records import (
     ModelCurvatureRecord,
 )
 from curvprune.curvature.request import AnalysisRequest
+from curvprune.curvature.spectral_density import SpectralDensity
 
 # Lanczos: the fewest vectors worth starting with; runs and steps of the density.
 LEAST_VECTORS, RUNS, STEPS = 8, 5, 40
@@ -69,13 +66,14 @@ def whole_model(request: AnalysisRequest) -> ModelCurvature:
     spectrum: SpectralDensity | None = None
 
     def extremes() -> EigenPairs:
+        max_basis = None if room >= asked.max_products else max(5, int(room))
         return eigenpairs(
             operator,
             1,
             which="BE" if n > 1 else "LM",
             tol=EIGEN_TOL,
+            method=Lanczos(max_basis=max_basis),
             max_products=max(asked.max_products, 8),
-            max_basis=None if room >= asked.max_products else max(5, int(room)),
             generator=request.generator(EIGENVALUES),
         )
 

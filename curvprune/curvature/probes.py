@@ -21,8 +21,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvprune.curvature.estimators import Estimate, believable, signs
+from curvprune.curvature.estimates import Estimate, believable
 from curvprune.curvature.operators import Operator
+from curvprune.curvature.random_vectors import signs
 
 PILOT = 8  # probes of a kind before its spread is believed
 RESTRICTED = 1 / 3  # cost of a restricted probe in joint ones (measured: 0.25 to 0.4)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvprune.curvature.estimators import EigenPairs, Estimate, SpectralDensity
+from curvprune.curvature.estimates import EigenPairs, Estimate
+from curvprune.curvature.spectral_density import SpectralDensity
 from curvprune.schema import Number
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from curvprune.curvature.draws import Draws
-from curvprune.curvature.estimators import Which
 from curvprune.curvature.products import MatrixFree, gauss_newton, hessian
+from curvprune.curvature.ritz import Which
 from curvprune.curvature.structure import Structure
 from curvprune.model import Batch, Layer, Objective
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from curvprune.curvature.capture import wide
 from curvprune.curvature.draws import TWO_LABELS, Draws
-from curvprune.curvature.estimators import Estimate
+from curvprune.curvature.estimates import Estimate
 from curvprune.distributed import all_sum, my_share, shared, world
 from curvprune.model import Batch, Layer, Objective, evaluating, signed_loss, to_device
 

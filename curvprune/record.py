@@ -9,12 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-<<<<<<< HEAD
 from curvprune.certificate import ItemColumns, Verdict
-from curvprune.curvature import AnalysisRecord
-from curvprune.files import StageTime
-=======
-from curvprune.certificate import Verdict
 from curvprune.curvature import (
     AnalysisRecord,
     DensityRecord,
@@ -27,7 +22,7 @@ from curvprune.curvature import (
     ModelCurvatureRecord,
     TraceRecord,
 )
->>>>>>> h7
+from curvprune.files import StageTime
 from curvprune.schema import Json, Number, decode, encode
 
 # With the records of the packages that fill them: whoever reads a run needs no other module.

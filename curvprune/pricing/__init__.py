@@ -16,8 +16,6 @@ from curvprune.pricing.operations import (
     multiply_adds,
     work_of,
 )
-from curvprune.pricing.other_curvatures import FORMS, Forms, quadratic_forms
-from curvprune.pricing.operations import Work, limits_of, macs_left, multiply_adds, work_of
 from curvprune.pricing.other_curvatures import FORMS, Forms, Parts, quadratic_forms
 from curvprune.pricing.single_changes import divergences
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from curvprune.planning import Choice, cheapest
+from curvprune.planning import Choice, Within, cheapest
 from curvprune.structured.cuts import BLOCKS, Cut
 
 Cost = Callable[[Mapping[str, int]], float]  # units left of each cut → what is left of the work
@@ -122,7 +122,7 @@ def _solve_around(problem: _Problem, picks: _Picks, aim: float, scale: float) ->
     room = math.floor((aim - here - sum(least)) * scale)
     if room <= 0:
         return problem.all_at(largest=False)
-    return {mover: int(k) for mover, k in cheapest(rows, max_bytes=room).items()}
+    return {mover: int(k) for mover, k in cheapest(rows, Within(max_bytes=room)).items()}
 
 
 def _widened(problem: _Problem, picks: _Picks) -> _Picks:

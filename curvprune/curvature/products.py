@@ -105,6 +105,7 @@ def _outputs_of_modules(
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
+    # Looser than rounding: kernels may add up in another order from one call to the next.
     return a.shape == b.shape and torch.allclose(
         a.float(), b.float(), rtol=1e-4, atol=1e-5, equal_nan=True
     )
@@ -274,6 +275,7 @@ def _explained(error: RuntimeError) -> RuntimeError:
             "second-order products need another implementation of it, e.g. "
             "attn_implementation='eager'"
         )
+    # The graphs kept share memory with the model, which autograd watches.
     if "modified by an inplace operation" in text:
         return RuntimeError(
             "the model's parameters were changed after this operator was built: build a new one "

@@ -114,6 +114,7 @@ def _program(costs: Sequence[Sequence[int]], resources: Sequence[Resource]) -> P
 def _useful(costs: Sequence[int], uses: Sequence[tuple[int, ...]]) -> list[int]:
     """The options of a group that no other one beats or equals in the cost and in every use, the
     first of equal ones."""
+    # In order of the cost, an option can only be beaten by one that was there before it.
     kept: list[int] = []
     for index in sorted(range(len(costs)), key=lambda i: (costs[i], uses[i], i)):
         if not any(all(map(operator.le, uses[other], uses[index])) for other in kept):

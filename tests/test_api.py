@@ -84,7 +84,7 @@ def test_allocated_zeros_go_where_they_cost_least(trained):
     assert round(0.7 * sum(sizes.values())) <= zeros(spread) < 1.05 * zeros(uniform)
     objective = cp.LabelFree(copy.deepcopy(model).eval())
     losses = [
-        float(cp.model.losses.evaluate(r.model, batches(halves[1]), objective).mean_loss)
+        float(cp.model.evaluate(r.model, batches(halves[1]), objective).mean_loss)
         for r in (spread, uniform)
     ]
     assert losses[0] < 0.96 * losses[1]
@@ -186,7 +186,7 @@ def test_compensated_rounding_beats_rounding_to_nearest_on_the_loss(trained):
         scale = groups.abs().amax(1, keepdim=True) / 2
         weight.copy_(((groups / scale).round().clamp(-2, 1) * scale).reshape(weight.shape))
     losses = [
-        float(cp.model.losses.evaluate(m, batches(halves[1]), objective).mean_loss)
+        float(cp.model.evaluate(m, batches(halves[1]), objective).mean_loss)
         for m in (compensated, nearest)
     ]
     assert losses[0] < 0.5 * losses[1]
@@ -324,7 +324,7 @@ def test_prices_predict_the_measured_kl_of_each_layer(trained):
     for option in options:
         for layer in ("0", "3", "5"):
             changed = cp.compress(model, batches(part), options=[option], layers=layer).model
-            measured.append(cp.model.losses.evaluate(changed, batches(fresh), objective).mean_loss)
+            measured.append(cp.model.evaluate(changed, batches(fresh), objective).mean_loss)
             prices.append(ledger.layer_rows(layer)[option.key].price)
     for start in (
         0,
@@ -791,7 +791,7 @@ def test_a_budget_on_one_document_is_refused_at_once(trained, split):
         (lambda m, d: cp.price(m, d, options=[]), "options is empty"),
         (
             lambda m, d: cp.price(m, d, options=[cp.Quantize(bits=4)], labels=0),
-            "labels=0: expected a whole number",
+            "labels=0: expected .*a whole number of at least 1",
         ),
         (lambda m, d: cp.Settings(batch_size=0), "batch_size=0: expected a whole number"),
     ],

@@ -235,19 +235,33 @@ PAIRS = [(n, key) for n in WEIGHTS for key in ("int4-pc-sym", "keep")]
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        (cp.Budget(max_macs=5000), r"max_macs: at least 5,856 is needed, 5,000 allowed.*prune\(structured=\.\.\.\)"),
-        (cp.Budget(max_bits=4, max_bops=1), r"max_bits: at least 4\.\d+ is needed, 4 allowed; max_bops: .* 749,568 is"),
+        (
+            cp.Budget(max_macs=5000),
+            r"max_macs: at least 5,856 is needed, 5,000 allowed.*prune\(structured=\.\.\.\)",
+        ),
+        (
+            cp.Budget(max_bits=4, max_bops=1),
+            r"max_bits: at least 4\.\d+ is needed, 4 allowed; max_bops: .* 749,568 is",
+        ),
         (cp.Budget(max_drop=1, max_bytes=900), "max_bytes: at least"),
         (
             cp.Budget(
                 max_bits=20,
-                limits=[cp.Limit(name="ms", most=3, use={pair: 2.0 - (pair[1] == "keep") for pair in PAIRS})],
+                limits=[
+                    cp.Limit(
+                        name="ms", most=3, use={pair: 2.0 - (pair[1] == "keep") for pair in PAIRS}
+                    )
+                ],
             ),
-            r"each of max_bits, ms can be met, but not all together: raise max_bits from 20 to 32 \(by 12\) or ms",
+            r"each of max_bits, ms can be met, but not all together: raise max_bits from 20 to 32 "
+            r"\(by 12\) or ms",
         ),
-        (cp.Budget(limits=[cp.Limit(name="ms", most=3, use={("0", "keep"): 1.0})]), "no number for layer '0', .*int4"),
+        (
+            cp.Budget(limits=[cp.Limit(name="ms", most=3, use={("0", "keep"): 1.0})]),
+            "no number for layer '0', .*int4",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_met_is_said_before_computing(trained, tmp_path, budget, message):  # noqa: F811
     model, data = trained
     with pytest.raises(ValueError, match=message):

@@ -31,7 +31,8 @@ def task_of(path: Path) -> runs.Task:
 
 
 def ladder(task: runs.Task, priced: int) -> Ledger:
-    """Prices that grow by a tenth from layer to layer; only the first ``priced`` layers have any."""
+    """Prices that grow by a tenth from layer to layer; only the first ``priced`` layers have
+    any."""
     rows = []
     for i, (name, options) in enumerate(task.options.items()):
         steps = (0.0, 0.001, 0.004)[: len(options)]

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tomllib
 import types
+import typing
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,9 @@ RUNNING = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.m
 PAGES = [*RUNNING, ROOT / "CHANGELOG.md"]
 
 # A fenced block, or one that only tests see.
-BLOCK = re.compile(r"^```(?P<language>\S*)\n(?P<text>.*?)^```$|^<!-- test-setup\n(?P<setup>.*?)^-->$", re.M | re.S)
+BLOCK = re.compile(
+    r"^```(?P<language>\w+)\n(?P<text>.*?)^```$|^<!-- test-setup\n(?P<setup>.*?)^-->$", re.M | re.S
+)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 NUMBER = re.compile(r"(?<![\w.])[-+−]?\d[\d,.]*(e[-+]?\d+)?")
 
@@ -64,13 +67,16 @@ class Block:
     line: int
 
 
-def blocks_of(page: str) -> list[Block]:
+def blocks_of(page: str, name: str) -> list[Block]:
     found = []
+    hidden = 0
     for match in BLOCK.finditer(page):
-        hidden = match["setup"] is not None
-        text = match["setup"] if hidden else match["text"]
-        line = page.count("\n", 0, match.start("setup" if hidden else "text")) + 1
-        found.append(Block("python" if hidden else match["language"], text, line))
+        part = "text" if match["setup"] is None else "setup"
+        hidden += part == "setup"
+        line = page.count("\n", 0, match.start(part)) + 1
+        found.append(Block(match["language"] or "python", match[part], line))
+    fences = len(re.findall(r"^\s*(```|~~~)", page, re.M))
+    assert fences == 2 * (len(found) - hidden), f"{name}: a fence is indented or has no language"
     return found
 
 
@@ -88,11 +94,7 @@ class Reader:
         self.printed: str | None = None  # by the last block that ran
 
     def read(self, page: str) -> None:
-        blocks = blocks_of(page)
-        fences = len(re.findall(r"^\s*```", page, re.M))
-        assert fences == 2 * sum("```" in line for line in page.splitlines()) / 2, self.name
-        assert 2 * len([b for b in blocks if b.language]) <= fences
-        for block in blocks:
+        for block in blocks_of(page, self.name):
             self.do(block)
 
     def do(self, block: Block) -> None:
@@ -111,7 +113,7 @@ class Reader:
         elif block.language == "json":
             json.loads(block.text)
         else:
-            pytest.fail(f"{place}: nothing runs a block of {block.language or 'no language'!r}")
+            pytest.fail(f"{place}: nothing runs a block of {block.language!r}")
 
     def run_python(self, block: Block, place: str) -> str:
         # Empty lines in front, so that a traceback names the page's own lines.
@@ -250,3 +252,160 @@ def room(house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("page", RUNNING, ids=name_of)
 def test_every_block_runs(page: Path) -> None:
     Reader(name_of(page)).read(page.read_text(encoding="utf-8"))
+
+
+# ------------------------------------------------------------------- what the reader above must see
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param("```python\nraise RuntimeError\n```", id="a block that raises"),
+        pytest.param("```python\nprint(1)\n```\n\n```text\none\n```", id="another output"),
+        pytest.param("```text\n1\n```", id="output of nothing"),
+        pytest.param("```sh\ncurvprune no-such-command\n```", id="an unknown command"),
+        pytest.param("```sh\ncurvprune check missing.yaml\n```", id="a missing recipe"),
+        pytest.param("```sh\nmake no-such-target\n```", id="an unknown target"),
+        pytest.param("```sh\npip install somebody-elses\n```", id="an unknown package"),
+        pytest.param("```sh\npip install '.[no-such-extra]'\n```", id="an unknown extra"),
+        pytest.param("```sh\nls\n```", id="a line that nothing knows"),
+        pytest.param("```sh\npython examples/missing.py\n```", id="a missing example"),
+        pytest.param("```yaml\nbudget: {most: 1}\n```", id="an unknown key"),
+        pytest.param("```json\n{\n```", id="broken JSON"),
+        pytest.param("```toml\na = 1\n```", id="a language that nothing runs"),
+        pytest.param("```\na\n```", id="no language"),
+        pytest.param("- a\n\n  ```python\n  1 / 0\n  ```", id="an indented block"),
+    ],
+)
+@pytest.mark.usefixtures("room")
+def test_a_block_that_does_not_run_is_seen(page: str) -> None:
+    with pytest.raises((Exception, pytest.fail.Exception)):
+        Reader("page").read(page)
+
+
+@pytest.mark.usefixtures("room")
+def test_a_page_is_read_in_order_in_one_namespace() -> None:
+    page = """
+<!-- test-setup
+start = 2
+-->
+
+```python
+x = start * 1.5
+print("three is", x)
+```
+
+```text
+three  is 3.25
+```
+
+```python
+assert x == 3
+```
+"""
+    reader = Reader("page")
+    reader.read(page)
+    assert reader.module.__dict__["x"] == 3
+
+
+# --------------------------------------------------------------------------------------- links
+
+
+def headings_of(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    anchors = set()
+    for title in re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M):
+        anchors.add(re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-"))
+    return anchors
+
+
+def links_of(page: Path) -> list[str]:
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    return [target for target in LINK.findall(text) if "://" not in target]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in links_of(page):
+        path, _, anchor = target.partition("#")
+        goal = (page.parent / path).resolve() if path else page
+        assert goal.exists(), f"{name_of(page)} links to {target}"
+        if anchor:
+            assert anchor in headings_of(goal), f"{name_of(page)} links to {target}"
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    reached: set[Path] = set()
+    waiting = [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        if page in reached or page.suffix != ".md":
+            continue
+        reached.add(page)
+        waiting += [(page.parent / link.partition("#")[0]).resolve() for link in links_of(page)]
+    assert {*PAGES} <= reached
+
+
+# --------------------------------------------------------------------------------- reference pages
+
+
+def tables_of(page: str, heading: str) -> set[str]:
+    """The first cells of the tables below a heading."""
+    section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return {*re.findall(r"^\| `([^`]+)`", section, re.M)}
+
+
+def test_the_reference_names_every_key_of_a_recipe() -> None:
+    page = (DOCS / "reference-recipe.md").read_text(encoding="utf-8")
+    assert tables_of(page, "At the top") == {*Recipe.model_fields}
+    for name, field in Recipe.model_fields.items():
+        section = section_in(field.annotation)
+        if section is not None:
+            assert tables_of(page, f"`{name}`") >= {*section.model_fields}, name
+
+
+def section_in(annotation: object) -> type[BaseModel] | None:
+    """The section among what a key takes: itself, or an entry of its list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = [section_in(part) for part in typing.get_args(annotation)]
+    return next((section for section in found if section is not None), None)
+
+
+def test_the_reference_tells_the_defaults_of_a_recipe() -> None:
+    page = (DOCS / "reference-recipe.md").read_text(encoding="utf-8")
+    for name, field in Recipe.model_fields.items():
+        section = section_in(field.annotation)
+        for key, inner in ({} if section is None else section.model_fields).items():
+            plain = inner.default
+            if isinstance(plain, str | float | int) and not isinstance(plain, bool):
+                part = page.split(f"\n## `{name}`\n")[1]
+                row = re.search(rf"^\| `{key}` .*\| (.*) \|$", part, re.M)
+                assert row is not None and str(plain) in row[1], f"{name}.{key}: {plain}"
+
+
+def test_the_reference_names_every_command_and_option() -> None:
+    page = (DOCS / "reference-cli.md").read_text(encoding="utf-8")
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for name, command in commands.items():
+        row = re.search(rf"^\| `{name} .*$", page, re.M)
+        assert row is not None, name
+        for parameter in command.params:
+            for option in parameter.opts:
+                assert not option.startswith("--") or option in row[0], f"{name} {option}"
+
+
+def test_the_architecture_names_every_package() -> None:
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    named = tables_of(page, "The house")
+    assert {room for room in MAY_IMPORT if not room.startswith("__")} == named
+    for file in re.findall(r"`(\w+/\w+\.py)`", page):
+        assert (ROOT / "curvprune" / file).is_file(), file
+
+
+def test_the_glossary_says_each_word_once() -> None:
+    page = (DOCS / "glossary.md").read_text(encoding="utf-8")
+    words = re.findall(r"^\| \*(\w+)\*", page, re.M)
+    assert words == sorted(words) and len({*words}) == len(words)
+    reserved = ("plan trial drop price unit measure group block item document position").split()
+    assert {*reserved} <= {*words}

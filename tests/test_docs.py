@@ -231,7 +231,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
         LlamaForCausalLM(config).eval().save_pretrained(made.parent / "tiny")
     (folder / "recipes").mkdir()
     recipe = folder / "recipes" / "quickstart.yaml"
-    short = "analyze: {items: 1, max_products: 8}\n"
+    short = "analyze: {items: 1, max_products: 8, spectra: false}\n"
     recipe.write_text(made.read_text() + short)
     out = str(folder / "runs" / "quickstart")
     result = CliRunner().invoke(app, ["run", str(recipe), "--out", out], catch_exceptions=False)

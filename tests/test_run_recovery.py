@@ -344,7 +344,7 @@ def test_what_the_candidates_lost_is_expected_by_the_prices_of_now(recipe, tmp_p
         (RECOVER, ""),
         ("seed: 0", "seed: 1"),
         ("max_drop: 0.2", "max_drop: 0.1"),
-    )  # two attempts: the best plan and the next
+    )
     task, space, solved, selection = stages(path, tmp_path / "out")
     before = []
     for trial in selection.trials:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -12,260 +14,450 @@ from pathlib import Path
 import pytest
 import torch
 
-from curvprune.compression import Training
-from curvprune.run import RecipeError, RecoverSection
-from curvprune.run import pipeline as pipeline
-from curvprune.run import stages as stages
+from curvprune import run as runs
+from curvprune.compression import RecoveryItems, Training, recover_
+from curvprune.files import State
+from curvprune.model import Split, find_layers
+from curvprune.planning import cheapest
+from curvprune.record import RunRecord, Trial
+from curvprune.run import RecipeError, RecoverSection, load_recipe
 from tests import tiny
+from tests.to_recover import files, times, weights
+
+RECOVER = "recover: {steps: 20, lr: 0.01, every: 5, codes: true}\n"
+ONE = ("attempts: 2", "attempts: 1")
+LABEL_FREE = "objective: label-free\n"  # a divergence: what a plan loses is never below zero
+REUSED = "1 plan(s) recovered by the reused run were candidates for this budget too"
+
+
+def variant(source: Path, path: Path, *changes: tuple[str, str]) -> Path:
+    """Another recipe on the same model and texts, every change of which finds its words."""
+    text = source.read_text()
+    for old, new in changes:
+        assert old in text, old
+        text = text.replace(old, new)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def run(recipe: Path, out: Path, reuse: Path | None = None) -> runs.RunResult:
+    return runs.run(recipe, out, progress=False, reuse=reuse)
+
+
+def task_of(recipe: Path) -> runs.Task:
+    return runs.prepare(load_recipe(recipe), None, progress=False).task
+
+
+def named(record: RunRecord | runs.Shipped) -> dict[str, Trial]:
+    trials = record.applied if isinstance(record, runs.Shipped) else record.trials
+    return {trial.name: trial for trial in trials}
+
+
+def recovered_in(record: RunRecord) -> list[str]:
+    return [trial.name for trial in record.trials if trial.name.endswith(", recovered")]
+
+
+def applied_folders(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "state" / "applied").iterdir()}
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
     path = tiny.write_recipe(tmp_path_factory.mktemp("tiny"))
-    path.write_text(path.read_text() + "recover: {steps: 20, lr: 0.01, every: 5, codes: true}\n")
+    path.write_text(path.read_text() + RECOVER)
     return path
 
 
 @pytest.fixture(scope="module")
-def finished(recipe, tmp_path_factory) -> pipeline.RunResult:
-    return pipeline.run(recipe, tmp_path_factory.mktemp("run") / "out", progress=False)
+def finished(recipe, tmp_path_factory) -> runs.RunResult:
+    """One plan, recovered from its candidates."""
+    return run(recipe, tmp_path_factory.mktemp("run") / "out")
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    names = [folder / "plan.json", folder / "verdict.json", *sorted((folder / "model").rglob("*"))]
-    return {str(f.relative_to(folder)): f.read_bytes() for f in names}
+@pytest.fixture(scope="module")
+def again(recipe, finished, tmp_path_factory) -> runs.RunResult:
+    """A wider budget that has reused that run."""
+    folder = tmp_path_factory.mktemp("again")
+    wider = variant(recipe, folder / "wider.yaml", ("max_drop: 0.2", "max_drop: 0.9"))
+    return run(wider, folder / "out", finished.folder)
 
 
-def test_items_to_recover_on_are_trained_on(recipe, tmp_path, monkeypatch):
-    def taken(_model, _solved, _baseline, _objective, items, *_arguments, **_named):
-        raise InterruptedError(items.train.sha256())
+@pytest.fixture(scope="module")
+def label_free(recipe, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("label-free")
+    return variant(recipe, folder / "recipe.yaml", (RECOVER, LABEL_FREE + RECOVER))
 
-    monkeypatch.setattr(stages, "recover_", taken)
-    path = tmp_path / "recipe.yaml"
-    path.write_text(recipe.read_text().replace("  certify: 16\n", "  certify: 16\n  recover: 6\n"))
-    job, _ = pipeline.prepare(pipeline.load_recipe(path), None, progress=False)
-    with pytest.raises(InterruptedError, match=job.splits.recover.sha256()):
-        pipeline.run(path, tmp_path / "out", progress=False)
+
+@pytest.fixture(scope="module")
+def two(label_free) -> runs.RunResult:
+    """Two plans, recovered from one sequential pass each."""
+    return run(label_free, label_free.parent / "out")
+
+
+# ------------------------------------------------------------------------------------- one run
+
+
+def test_items_to_recover_on_are_trained_on(recipe, tmp_path):
+    """The training losses on record are those of the same training on these items, and not of one
+    on the calibration items."""
+    path = variant(
+        recipe,
+        tmp_path / "recipe.yaml",
+        ("  certify: 16\n", "  certify: 16\n  recover: 6\n"),
+        ("budget: {metric: loss, max_drop: 0.2}", ""),
+        ("      - quantize: {bits: 3, group_size: 16, symmetric: false}\n", ""),
+        ("      - quantize: {bits: 8}\n", ""),
+    )
+    (found,) = run(path, tmp_path / "out").record.recoveries
+    # The same model, not yet recovered.
+    prepared = runs.prepare(load_recipe(path), State(tmp_path / "other"), progress=False)
+    task, splits = prepared.task, prepared.task.splits
+    choices = {name: options[0].key for name, options in task.options.items()}
+    plain = runs.apply_and_measure(replace(task, recover=None), prepared.space, choices)
+    assert splits.recover is not None and not plain.recoveries
+
+    def training(split: Split) -> list[float]:
+        items = RecoveryItems(train=split, select=splits.select)
+        model = copy.deepcopy(task.model)
+        for name, layer in find_layers(model).items():
+            layer.write_(plain.solved[name].weight)
+        done = recover_(model, plain.solved, task.model, task.objective, items, task.recover)
+        return [moment["training"] for moment in done.to_dict()["history"][1:]]
+
+    losses = [moment.training for moment in found.history[1:]]
+    assert losses == pytest.approx(training(splits.recover), rel=1e-6)
+    assert losses != pytest.approx(training(splits.calibrate), rel=0.1)
+
+
+@pytest.mark.parametrize("which", ["finished", "two"])
+def test_a_recovery_starts_from_what_did_better_and_gains_what_it_says(which, request):
+    record = request.getfixturevalue(which).record
+    trials = named(record)
+    assert len(record.recoveries) == (1 if which == "finished" else 2)
+    for found in record.recoveries:
+        assert found.loss_after <= found.loss_before and found.flipped > 0
+        before, after = trials[f"{found.plan}, applied"], trials[f"{found.plan}, recovered"]
+        assert after.loss < before.loss
+        # Its candidates, where those did better.
+        kept = "candidates, which were kept" in before.note
+        assert kept == (which == "finished")
+        start = trials[found.plan] if kept else before
+        gained = found.loss_before - found.loss_after
+        assert start.loss - after.loss == pytest.approx(gained, abs=1e-6)
+    assert record.attempts
+    assert all(attempt.plan.endswith(", recovered") for attempt in record.attempts)
 
 
 def test_a_run_recovers_before_it_certifies(recipe, finished):
-    record = finished.record
-    recovered = record["recoveries"]
-    assert recovered and all(
-        r["loss_after"] <= r["loss_before"] and r["flipped"] > 0 for r in recovered
-    )
-    names = {t["name"]: t for t in record["trials"]}
-    for entry in recovered:
-        before, after = names[f"{entry['plan']}, applied"], names[f"{entry['plan']}, recovered"]
-        assert after["measured"] < before["measured"]
-        start = (
-            names[entry["plan"]] if before["note"] else before
-        )  # its candidates, where those did better
-        gained = entry["loss_before"] - entry["loss_after"]
-        assert start["measured"] - after["measured"] == pytest.approx(gained, abs=1e-6)
-    assert record["attempts"][0]["plan"].endswith(", recovered")
-    # The verdict is that of the folder, by transformers' own loss.
+    """The verdict is that of the folder, by transformers' own loss."""
     from transformers import AutoModelForCausalLM
 
-    job, _ = pipeline.prepare(pipeline.load_recipe(recipe), None, progress=False)
     model = AutoModelForCausalLM.from_pretrained(finished.folder / "model").eval()
     total = count = 0.0
-    for item in job.splits.certify.items:
+    for item in task_of(recipe).splits.certify.items:
         with torch.no_grad():
             ids = item["input_ids"]
             total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
             count += ids.shape[1] - 1
-    assert record["measured"]["compressed"] == pytest.approx(total / count, abs=1e-5)
+    assert finished.record.measured.compressed == pytest.approx(total / count, abs=1e-5)
     html = (finished.folder / "report.html").read_text()
     assert 'id="t-recoveries"' in html and "Recovery" in html
 
 
-def test_an_interrupted_recovery_starts_again_and_nothing_before_it_does(
-    recipe, finished, tmp_path, monkeypatch
+def test_a_recovery_that_diverges_keeps_its_best_state_and_the_run_goes_on(
+    recipe, finished, tmp_path
 ):
-    out = tmp_path / "out"
+    path = variant(
+        recipe, tmp_path / "wild.yaml", ("steps: 20, lr: 0.01", "steps: 20, lr: 1.0e+30")
+    )
+    result = run(path, tmp_path / "out", finished.folder)
+    (found,) = result.record.recoveries
+    (note,) = found.notes
+    assert re.fullmatch(
+        r"recover: loss .*at step \d+; lower lr=1e\+30; the state of step 0 was kept", note
+    )
+    assert found.best_step == 0 and found.loss_after == found.loss_before
+    assert note in result.record.notes and result.record.verdict.status == "CERTIFIED"
+    # What is written of a diverged recovery is read back like any other.
+    (result.folder / "report.json").unlink()
+    assert run(path, result.folder).record.recoveries == (found,)
 
-    def killed(*arguments, advance, **named):
-        os.kill(os.getpid(), signal.SIGKILL)
 
+def test_a_recipe_without_a_budget_recovers_the_one_plan(recipe, tmp_path):
+    path = variant(
+        recipe,
+        tmp_path / "plain.yaml",
+        ("budget: {metric: loss, max_drop: 0.2}", ""),
+        ("      - quantize: {bits: 3, group_size: 16, symmetric: false}\n", ""),
+        ("      - quantize: {bits: 8}\n", ""),
+    )
+    result = run(path, tmp_path / "out")
+    (found,) = result.record.recoveries
+    assert found.plan == "the plan" and found.best_step > 0
+    assert result.record.measured.items == 16
+
+
+# --------------------------------------------------------------------------------- interrupted
+
+
+def killed_at_recovery(number: int, recipe: Path, out: Path) -> None:
+    """Run in a process that is killed when it would write what this recovery has made."""
     child = os.fork()
     if child == 0:
+        write, seen = Path.replace, []
+
+        def killed(path: Path, target: Path) -> Path:
+            if target.name == "recovered.safetensors":
+                seen.append(target)
+            if len(seen) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return write(path, target)
+
+        # Only the run itself may happen in the child; no test teardown.
         try:
-            stages.recover_ = killed
-            pipeline.run(recipe, out, progress=False)
+            Path.replace = killed
+            run(recipe, out)
         finally:
             os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status)
-    casts = "model.embed_tokens"  # stored as a rule: reading it is solving it
-    first = len(list((out / "state").rglob("*.json")))
-    real, again = stages.solve_layer, []
-    monkeypatch.setattr(
-        stages, "solve_layer", lambda layer, *a: again.append(layer.name) or real(layer, *a)
-    )
-    monkeypatch.setattr(stages, "fisher_pass", count_calls(stages.fisher_pass, passes := []))
-    result = pipeline.run(recipe, out, progress=False)
-    assert first > 20 and files(out) == files(finished.folder)
-    assert result.record["verdict"] == finished.record["verdict"]
-    plans = len(finished.record["recoveries"])
-    assert len([n for n in again if n != casts]) <= 14 * (plans - 1), (
-        "the first plan's layers were solved already"
-    )
-    assert len(passes) == 1  # read from the totals
-    trained = []
-    monkeypatch.setattr(stages, "recover_", lambda *a, **k: trained.append(1))
+
+
+def test_an_interrupted_recovery_starts_again_and_nothing_before_it_does(label_free, two, tmp_path):
+    out = tmp_path / "out"
+    killed_at_recovery(2, label_free, out)
+    before = times(out / "state")
+    record = run(label_free, out).record
+    after = times(out / "state")
+    # 1. The second recovery alone is made; the pricing pass writes its (equal) mark again.
+    repeated = {name for name in before if after[name] != before[name]}
+    assert len(before) > 60 and repeated <= {"fisher.json"}
+    made = [name for name in after if name.endswith("/recovered.json")]
+    assert len(made) == 2 and len(set(made) & set(before)) == 1
+    # 2. It ends as if nothing had happened.
+    assert files(out) == files(two.folder)
+    assert record.verdict == two.record.verdict
+    for found, expected in zip(record.recoveries, two.record.recoveries, strict=True):
+        assert replace(found, seconds=0.0) == replace(expected, seconds=0.0)
+    # 3. Without its report it is told again, and nothing is trained.
+    applied = times(out / "state" / "applied")
     (out / "report.json").unlink()
-    assert (
-        pipeline.run(recipe, out, progress=False).record["recoveries"]
-        == result.record["recoveries"]
-    )
-    assert not trained and files(out) == files(finished.folder)
+    assert run(label_free, out).record.recoveries == record.recoveries
+    assert times(out / "state" / "applied") == applied
+    assert files(out) == files(two.folder)
 
 
-def weights(folder: Path) -> dict[str, bytes]:
-    return {f.name: f.read_bytes() for f in (folder / "model").glob("*.safetensors")}
+# -------------------------------------------------------------------------------------- reused
 
 
 @pytest.mark.parametrize("candidates", [False, True])
-def test_another_budget_knows_what_was_recovered(recipe, tmp_path, monkeypatch, candidates):
+def test_another_budget_knows_what_was_recovered(recipe, finished, again, tmp_path, candidates):
     """Plans of the run that is reused are candidates again, as they were, and are not made
     again."""
-    select_plans, seen = pipeline.select_plans, []
-
-    def selected(job, found):  # whether the candidates or the sequential pass are recovered
-        bench, best = select_plans(job, found)
-        for trial in bench.trials:
-            trial["metric_drop"] += -1.0 if candidates else 1.0
-            trial["expected"] *= 3  # as if prices had been corrected since
-        if seen:  # a run for another budget may not have measured the same plans
-            bench.trials.clear()
-        return bench, best
-
-    monkeypatch.setattr(pipeline, "select_plans", selected)
-    monkeypatch.setattr(stages, "next_plan", lambda job, tried: seen.append(tried))
-    text = recipe.read_text()
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(text)
-    first = pipeline.run(recipe, tmp_path / "first", progress=False)
-    assert (
-        bool([t for t in first.record["trials"] if "candidates, which were kept" in t["note"]])
-        == candidates
-    )
-    monkeypatch.setattr(stages, "recover_", None)  # would fail
-    wider = tmp_path / "wider.yaml"
-    wider.write_text(text.replace("max_drop: 0.2", "max_drop: 0.9"))
-    again = pipeline.run(wider, tmp_path / "again", progress=False, reuse=first.folder)
+    first = finished
+    if not candidates:  # where one sequential pass does better
+        other = ("seed: 0", "seed: 3")
+        recipe = variant(recipe, tmp_path / "recipe.yaml", other)
+        wider = variant(recipe, tmp_path / "wider.yaml", ("max_drop: 0.2", "max_drop: 0.9"))
+        first = run(recipe, tmp_path / "first")
+        again = run(wider, tmp_path / "again", first.folder)
+    notes = [trial.note for trial in first.record.trials]
+    assert any("candidates, which were kept" in note for note in notes) == candidates
+    # 1. The very files: nothing was applied or trained again.
+    (made,) = applied_folders(first.folder)
+    assert applied_folders(again.folder) == {made}
+    kept = sorted((first.folder / "state" / "applied" / made).glob("*.*"))
+    assert {"recovered.json", "recovered.safetensors", "0000.json"} <= {f.name for f in kept}
+    for file in kept:
+        assert file.samefile(again.folder / "state" / "applied" / made / file.name)
+    # 2. The same model, under another name.
     assert weights(again.folder) == weights(first.folder)
-    assert [a["plan"] for a in again.record["attempts"]] == ["earlier plan 1, recovered"]
-    assert again.record["verdict"]["drop"] == first.record["verdict"]["drop"]
-    assert any(
-        "recovered by the reused run were candidates" in note for note in again.record["notes"]
-    )
-    for tried in seen:
-        assert tried[0].record["name"].endswith(", recovered")
-        assert tried[0].before["name"].endswith(", applied") != candidates, "what was recovered"
-        assert tried[0].before["expected"] == tried[0].record["expected"], "by the same prices"
-    assert len(seen) == 2
-    written = json.loads((again.folder / "model" / "curvprune.json").read_text())["plan"]
-    assert any(
-        "recovered by the reused run were candidates" in note for note in written["notes"]
-    ), "written anew"
-    third = pipeline.run(recipe, tmp_path / "third", progress=False, reuse=again.folder)
-    assert weights(third.folder) == weights(first.folder), "also from a run that has reused"
-    (again.folder / "report.json").unlink()
-    assert (
-        pipeline.run(wider, again.folder, progress=False).record["attempts"]
-        == again.record["attempts"]
-    )
+    assert [attempt.plan for attempt in again.record.attempts] == ["earlier plan 1, recovered"]
+    assert again.record.verdict.drop == first.record.verdict.drop
+    (before,), (after,) = first.record.recoveries, again.record.recoveries
+    assert after == replace(before, plan="earlier plan 1")
+    # 3. It is told, also in the artifact, which is written anew.
+    assert REUSED in again.record.notes and REUSED not in first.record.notes
+    manifest = json.loads((again.folder / "model" / "curvprune.json").read_text())
+    assert REUSED in manifest["plan"]["notes"]
 
 
-def test_an_earlier_plan_that_is_not_safe_is_followed_by_a_more_cautious_one(
-    recipe, finished, tmp_path, monkeypatch
+def test_a_run_that_has_reused_goes_on_and_can_be_reused(recipe, finished, again, tmp_path):
+    """With the plans that it took over."""
+    out = shutil.copytree(again.folder, tmp_path / "out")
+    (out / "report.json").unlink()
+    resumed = run(again.folder.parent / "wider.yaml", out).record
+    assert resumed.attempts == again.record.attempts and REUSED in resumed.notes
+    assert resumed.recoveries == again.record.recoveries
+    third = run(recipe, tmp_path / "third", again.folder)
+    assert weights(third.folder) == weights(finished.folder)
+    assert recovered_in(third.record) == ["earlier plan 1, recovered"]
+
+
+def stages(
+    recipe: Path, out: Path, reuse: Path | None = None
+) -> tuple[runs.Task, runs.Workspace, runs.SolvedLayers, runs.Selection]:
+    """A recipe's task, and what was selected."""
+    reused = None if reuse is None else State(reuse)
+    prepared = runs.prepare(load_recipe(recipe), State(out), progress=False, reused=reused)
+    task, space = prepared.task, prepared.space
+    candidates, priced = runs.solve_and_price(task, space)
+    return task, space, candidates, runs.select_plans(task, space, candidates, priced.prices)
+
+
+@pytest.mark.parametrize("candidates", [False, True])
+def test_a_reused_plan_tells_how_far_the_next_may_go_by_what_was_recovered(
+    label_free, recipe, tmp_path, candidates
 ):
-    """The best plan, which the earlier run has recovered, is not applied a second time."""
-    monkeypatch.setattr(stages, "SAFE", 1.1)
-    asked: list[float] = []
-    monkeypatch.setattr(stages, "_more_cautious", lambda job, record: asked.append(record["bytes"]))
-    path = tmp_path / "again.yaml"
-    path.write_text(recipe.read_text().replace("title: Tiny", "title: Again"))
-    result = pipeline.run(path, tmp_path / "out", progress=False, reuse=finished.folder)
-    applied = [t for t in result.record["trials"] if t["name"].endswith(", recovered")]
-    assert [t["name"] for t in applied] == ["earlier plan 1, recovered"] and asked == [
-        applied[0]["bytes"]
-    ]
+    """What a recovery has given back counts from the candidates where those were kept, else from
+    one sequential pass, by the prices that this run has."""
+    source, start, drop, changes = label_free, "max_drop: 0.2", "max_drop: 0.14", []
+    if candidates:
+        source, start, drop = recipe, "max_drop: 0.03", "max_drop: 0.05"
+        shorter = (RECOVER, "recover: {steps: 5, lr: 0.001, every: 5}\n")
+        changes = [("seed: 0", "seed: 4"), shorter]
+    changes.append(ONE)
+    path = variant(source, tmp_path / "first.yaml", *changes, ("max_drop: 0.2", start))
+    first = run(path, tmp_path / "first")
+    other = variant(source, tmp_path / "other.yaml", *changes, ("max_drop: 0.2", drop))
+    task, space, solved, selection = stages(other, tmp_path / "out", first.folder)
+    # A run for another budget may not have measured the same plans.
+    shipped = runs.certify_plans(task, space, solved, replace(selection, trials=()))
+    trials = named(shipped)
+    known, applied = trials["earlier plan 1, recovered"], trials["earlier plan 1, applied"]
+    assert ("candidates, which were kept" in applied.note) == candidates
+    assert known.expected == selection.prices.expected(known.choices)
+    stitched = next(t for t in selection.trials if t.choices == known.choices)
+    nexts = []
+    for before in (applied, stitched):
+        nexts.append(runs.next_plan(task, selection.prices, [runs.Tried(known, before)]))
+    bolder = trials[f"{selection.best.name}, bolder, applied"]
+    assert bolder.choices == nexts[candidates] != nexts[not candidates]
 
 
-@pytest.mark.parametrize("other", ["steps", "items"])
-def test_what_another_recovery_made_is_not_taken(recipe, finished, tmp_path, monkeypatch, other):
-    path = recipe
-    if other == "steps":
-        path = tmp_path / "shorter.yaml"
-        path.write_text(recipe.read_text().replace("steps: 20", "steps: 10"))
-    else:
-        dealt = pipeline._load_data
-        monkeypatch.setattr(
-            pipeline, "_load_data", lambda *a: replace(s := dealt(*a), recover=s.price)
-        )
-    fresh = pipeline.run(path, tmp_path / "fresh", progress=False)
-    assert files(fresh.folder) != files(finished.folder)
-    source = shutil.copytree(finished.folder, tmp_path / "source")
-    plans = [{layer["name"]: layer["option"] for layer in finished.record["layers"]}]
-    (source / "state" / stages.EARLIER).write_text(json.dumps(plans))  # as if it had reused one
-    reused = pipeline.run(path, tmp_path / "reused", progress=False, reuse=source)
-    assert (
-        files(reused.folder) == files(fresh.folder)
-        and not (reused.folder / "state" / stages.EARLIER).exists()
+def test_what_the_candidates_lost_is_expected_by_the_prices_of_now(recipe, tmp_path):
+    """Trials say what was expected when they were made; prices have been corrected since."""
+    path = variant(
+        recipe,
+        tmp_path / "recipe.yaml",
+        (RECOVER, ""),
+        ("seed: 0", "seed: 1"),
+        ("max_drop: 0.2", "max_drop: 0.1"),
     )
-    assert next(s for s in reused.record["stages"] if s["name"] == "solve options")["resumed"]
+    task, space, solved, selection = stages(path, tmp_path / "out")
+    before = []
+    for trial in selection.trials:
+        before.append(replace(trial, expected=3 * trial.expected))
+    doctored = replace(selection, trials=tuple(before))
+    trials = named(runs.certify_plans(task, space, solved, doctored))
+    best, prices = selection.best, selection.prices
+    assert "candidates, which were kept" in trials[f"{best.name}, applied"].note
+    nexts = []
+    for expected in (prices.expected(best.choices), 3 * best.expected):
+        start = runs.Tried(replace(best, expected=expected), None)
+        nexts.append(runs.next_plan(task, prices, [start]))
+    assert trials[f"{best.name}, bolder, applied"].choices == nexts[0] != nexts[1]
 
 
-def test_earlier_plans_that_do_not_fit_are_left_out(recipe, tmp_path):
-    tight, wide = tmp_path / "tight.yaml", tmp_path / "wide.yaml"
-    tight.write_text(recipe.read_text().replace("max_drop: 0.2", "max_drop: 0.03"))
-    first = pipeline.run(tight, tmp_path / "first", progress=False)
-    job, _ = pipeline.prepare(pipeline.load_recipe(tight), None, progress=False)
-    choices = {layer["name"]: layer["option"] for layer in first.record["layers"]}
-    used = job.bytes_of(choices) + job.within["fixed_bytes"] - job.fixed_bytes  # with the header
-    assert used > job.smallest_bytes()
-    for limit, known in ((used, True), (used - 1, False)):
-        wide.write_text(
-            recipe.read_text().replace("max_drop: 0.2", f"max_drop: 0.9, max_bytes: {limit}")
-        )
-        result = pipeline.run(wide, tmp_path / f"{known}", progress=False, reuse=first.folder)
-        assert (
-            any(t["name"] == "earlier plan 1, recovered" for t in result.record["trials"]) == known
-        )
-        assert result.record["attempts"][0]["status"] == "CERTIFIED"
+def test_an_earlier_plan_that_is_not_safe_is_followed_by_a_more_cautious_one(label_free, tmp_path):
+    """The best plan, which the earlier run has recovered, is not applied a second time."""
+    path = variant(
+        label_free,
+        tmp_path / "recipe.yaml",
+        ("max_drop: 0.2", "max_drop: 0.3"),
+        (RECOVER, "recover: {steps: 1, lr: 1.0e-9}\n"),
+        ONE,
+    )
+    first = run(path, tmp_path / "first")
+    task, space, solved, selection = stages(path, tmp_path / "out", first.folder)
+    trials = named(runs.certify_plans(task, space, solved, selection))
+    names = [name for name in trials if name.endswith(", recovered")]
+    cautious = f"{selection.best.name}, more cautious"
+    assert names == ["earlier plan 1, recovered", f"{cautious}, recovered"]
+    known = trials[names[0]]
+    assert known.choices == selection.best.choices and known.chance < 0.95
+    expected = cheapest(selection.prices.rows, task.within, max_loss=0.6 * known.expected)
+    assert trials[names[1]].choices == expected and trials[names[1]].bytes > known.bytes
 
 
-def count_calls(function, calls):
-    def counted(*arguments, **named):
-        calls.append(named.get("resume"))
-        return function(*arguments, **named)
+def assert_nothing_is_taken(
+    reused: runs.RunResult, fresh: runs.RunResult, first: runs.RunResult
+) -> None:
+    """The options that were solved for another recovery, and nothing that it made."""
+    assert files(fresh.folder) != files(first.folder)
+    assert files(reused.folder) == files(fresh.folder)
+    assert not (reused.folder / "state" / "earlier.json").exists()
+    assert recovered_in(reused.record) == recovered_in(fresh.record)
+    assert not [note for note in reused.record.notes if "by the reused run" in note]
+    for stage in reused.record.stages:
+        if stage.name == "solve options":
+            assert stage.resumed
+        elif stage.name.startswith(("apply", "recover")):
+            assert not stage.resumed
 
-    return counted
+
+def test_what_another_recovery_made_is_not_taken(recipe, finished, again, tmp_path):
+    """Also from a run that holds plans which it has taken over itself."""
+    path = variant(recipe, tmp_path / "other.yaml", ("steps: 20", "steps: 10"))
+    fresh = run(path, tmp_path / "fresh")
+    assert (again.folder / "state" / "earlier.json").exists()
+    assert_nothing_is_taken(run(path, tmp_path / "reused", again.folder), fresh, finished)
 
 
-def test_a_recipe_without_a_budget_recovers_the_one_plan(recipe, tmp_path):
-    text = recipe.read_text().replace("budget: {metric: loss, max_drop: 0.2}", "")
-    for one in ("bits: 3, group_size: 16, symmetric: false", "bits: 8"):
-        text = text.replace(f"      - quantize: {{{one}}}\n", "")
-    path = tmp_path / "plain.yaml"
-    path.write_text(text)
-    result = pipeline.run(path, tmp_path / "out", progress=False)
-    (found,) = result.record["recoveries"]
-    assert found["best_step"] > 0 and result.record["measured"]["items"] == 16
+def test_what_a_recovery_on_other_items_made_is_not_taken(tmp_path):
+    path = tiny.write_recipe(tmp_path)
+    text = path.read_text().replace("  certify: 16\n", "  certify: 16\n  recover: 6\n")
+    path.write_text(text + "recover: {steps: 5, lr: 0.01}\n")
+    first = run(path, tmp_path / "first")
+    recover = task_of(path).splits.recover
+    assert recover is not None
+    for document in set(recover.documents):
+        Path(document).write_text(Path(document).read_text().swapcase())
+    fresh = run(path, tmp_path / "fresh")
+    assert_nothing_is_taken(run(path, tmp_path / "reused", first.folder), fresh, first)
+
+
+def test_a_run_without_a_recovery_takes_nothing_of_one(recipe, finished, tmp_path):
+    path = variant(recipe, tmp_path / "plain.yaml", (RECOVER, ""))
+    fresh = run(path, tmp_path / "fresh")
+    reused = run(path, tmp_path / "reused", finished.folder)
+    assert_nothing_is_taken(reused, fresh, finished)
+    assert not reused.record.recoveries
+
+
+def test_earlier_plans_that_do_not_fit_are_left_out(label_free, two, tmp_path):
+    """The larger of two plans, then both; and the one that gives layers of a group two options."""
+    task, trials = task_of(label_free), named(two.record)
+    plans = [trials[name].choices for name in recovered_in(two.record)]
+    larger, smaller = (task.bytes_of(plan) + task.header_bytes for plan in plans)
+    assert larger > smaller > task.smallest_bytes()
+    first, second = (f"model.layers.0.self_attn.{x}_proj" for x in "qo")
+    assert plans[0][first] == plans[0][second] and plans[1][first] != plans[1][second]
+    for number, limits, fitting in (
+        (1, f"max_drop: 0.9, max_bytes: {smaller}}}", [plans[1]]),
+        (2, f"max_drop: 0.9, max_bytes: {smaller - 1}}}", []),
+        (3, f"max_drop: 0.9}}\nsame_option: [[{first}, {second}]]", [plans[0]]),
+    ):
+        wide = variant(label_free, tmp_path / f"{number}.yaml", ONE, ("max_drop: 0.2}", limits))
+        record = run(wide, tmp_path / f"{number}", two.folder).record
+        names = [name for name in recovered_in(record) if name.startswith("earlier plan")]
+        assert [named(record)[name].choices for name in names] == fitting
+        assert (REUSED in record.notes) == bool(fitting)
+        assert record.attempts[0].verdict.status == "CERTIFIED"
+
+
+# -------------------------------------------------------------------------------- the section
 
 
 def test_check_names_the_cost_and_the_section_agrees_with_the_code(recipe):
-    assert pipeline.check(recipe).minutes["recover"] > 0
-    section = RecoverSection().model_dump()
-    assert Training(**section) == Training()
+    assert runs.check(recipe).minutes["recover"] > 0
+    assert Training(**RecoverSection().model_dump()) == Training()
     assert Training(**RecoverSection(seconds=5.0).model_dump()) == Training(seconds=5.0)
 
 
 @pytest.mark.parametrize(
-    "line, key, message",
+    ("line", "key", "message"),
     [
         (
             "recover: {steps: 0}",
@@ -277,14 +469,11 @@ def test_check_names_the_cost_and_the_section_agrees_with_the_code(recipe):
         ("objective: label-free\nrecover: {loss: task}", "recover.loss", "write distill"),
     ],
 )
-def test_a_wrong_section_is_one_message_with_its_line(
-    recipe, tmp_path, line, key, message, monkeypatch
-):
-    text = recipe.read_text()
-    start = text.index("recover:")
-    path = tmp_path / "wrong.yaml"
-    path.write_text(text[:start] + line + "\n")
-    number = path.read_text().count("\n", 0, path.read_text().index("recover:")) + 1
+def test_a_wrong_section_is_one_message_with_its_line(recipe, tmp_path, line, key, message):
+    path = variant(recipe, tmp_path / "wrong.yaml", (RECOVER, f"{line}\n"))
+    lines = path.read_text().splitlines()
+    number = 1 + next(i for i, text in enumerate(lines) if text.startswith("recover:"))
     with pytest.raises(RecipeError, match=message) as caught:
-        pipeline.run(path, tmp_path / "out", progress=False)
+        run(path, tmp_path / "out")
     assert str(caught.value).startswith(f"{path}:{number}: {key}")
+    assert not (tmp_path / "out").exists()

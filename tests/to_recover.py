@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -45,3 +47,20 @@ def make_net() -> Net:
 def images(n: int = 64, *, seed: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
     g = torch.Generator().manual_seed(seed)
     return [(torch.randn(n, 1, 4, 4, generator=g), torch.randint(0, 5, (n,), generator=g))]
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """The weights of a run's model."""
+    return {file.name: file.read_bytes() for file in (folder / "model").glob("*.safetensors")}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What a run has decided and made."""
+    names = [folder / "plan.json", folder / "verdict.json", *sorted((folder / "model").rglob("*"))]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in names}
+
+
+def times(folder: Path) -> dict[str, int]:
+    """When each file below a folder was last written, in nanoseconds."""
+    written = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp"]
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in written}

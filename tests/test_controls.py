@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from curvprune.model import find_layers
-from curvprune.planning import cheapest
+from curvprune.planning import Within, cheapest
 from curvprune.pricing import Row
 from curvprune.run import controls, sensitive
 from tests import tiny
@@ -33,10 +33,10 @@ def rows_of(options: dict[str, list[str]], prices: dict[str, float]) -> list[Row
 def made(rows, layers, size, *, groups=None):
     """Name → choices, with the planner that the stages pass."""
     groups = groups or [(name,) for name in layers]
-    shared = [group for group in groups if len(group) > 1]
+    shared = tuple(group for group in groups if len(group) > 1)
 
     def plan(rows, size):
-        return cheapest(rows, max_bytes=size, same_option=shared)
+        return cheapest(rows, Within(max_bytes=size, same_option=shared))
 
     return {c.name: c.choices for c in controls(rows, layers, groups, size=size, plan=plan)}
 
@@ -111,7 +111,7 @@ def test_the_controls_near_a_size(stack, rows):
     # Reversed: layer 3 is priced like layer 0, 1 like 2, and the other way round.
     opposite = {"0": 0.5, "1": 2.0, "2": 1.0, "3": 5.0}
     swapped = rows_of({name: list(BYTES) for name in stack}, opposite)
-    assert found["reversed order"] == cheapest(swapped, max_bytes=1500)
+    assert found["reversed order"] == cheapest(swapped, Within(max_bytes=1500))
     names = {"uniform int2", "uniform int3", "static rule, int2 and int3", "reversed order"}
     assert set(made(rows, stack, 800)) == names
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import curvprune as cp
+from curvprune import run as runs
 from curvprune.compression import Moments, solve_layer, visit_layers
 from curvprune.model import (
     BROKEN,
@@ -39,7 +40,7 @@ from curvprune.pricing import (
     divergences,
     measure_highest,
 )
-from curvprune.run import RecipeError, pipeline
+from curvprune.run import RecipeError
 from tests import tiny
 
 
@@ -303,8 +304,8 @@ def test_a_plan_that_breaks_the_model_is_not_chosen(measure_above):
         result.plan.choices == {"b": cp.Quantize(bits=8).key}
         and result.verdict.status == "CERTIFIED"
     )
-    tried = [t for t in result.trials if t["choices"] == {"b": broken.key}]
-    assert all(t["chance"] < 0.01 and t["measured"] > 10 for t in tried)
+    tried = [t for t in result.trials if t.choices == {"b": broken.key}]
+    assert all(t.chance < 0.01 and t.loss > 10 for t in tried)
     assert tried or measure_above is not None, "only a measured price tells before a plan is tried"
     assert any("no finite numbers" in note for note in result.plan.notes)
     if measure_above is not None:
@@ -342,10 +343,10 @@ def test_a_run_measures_once_and_its_report_says_which(tmp_path: Path) -> None:
     path = tiny.write_recipe(tmp_path)
     text = path.read_text()
     path.write_text(text + "price: {measure_above: null}\n")
-    assert "measure prices" not in pipeline.check(path).minutes
+    assert "measure prices" not in runs.check(path).minutes
     path.write_text(text + "price: {measure_above: 0.001}\n")
-    assert pipeline.check(path).minutes["measure prices"] > 0
-    folder = pipeline.run(path, tmp_path / "out", progress=False).folder
+    assert runs.check(path).minutes["measure prices"] > 0
+    folder = runs.run(path, tmp_path / "out", progress=False).folder
     rows = rows_in(folder)
     assert 0 < sum(row.measured for row in rows) < len(rows)
     report = (folder / "report.html").read_text()
@@ -357,11 +358,11 @@ def test_a_run_measures_once_and_its_report_says_which(tmp_path: Path) -> None:
         more = 1.001 * np.array(json.loads(file.read_text()))
         file.write_text(json.dumps(more.tolist()))
     (folder / "report.json").unlink()
-    pipeline.run(path, tmp_path / "out", progress=False)
+    runs.run(path, tmp_path / "out", progress=False)
     for row, before in zip(rows_in(folder), rows, strict=True):
         assert row.measured == before.measured
         price = 1.001 * before.price if row.measured else before.price
         assert row.price == pytest.approx(price, rel=1e-9)
     path.write_text(text + "price: {measure_above: -1}\n")
     with pytest.raises(RecipeError, match="measure_above"):
-        pipeline.check(path)
+        runs.check(path)

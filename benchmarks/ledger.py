@@ -49,7 +49,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import quantization
-from curvprune.curvature import Change, FisherPass, factors, fisher_pass
+from curvprune.curvature import Change, Draws, FisherPass, fisher_pass, kfac
 from curvprune.model import (
     Batch,
     CausalLM,
@@ -403,7 +403,12 @@ def fisher(case: Case, options: list[str], path: Path) -> FisherPass:
     }
     slopes = case.name != "smollm2"  # a fourth of the time there, for a price that has no merit
     measured = fisher_pass(
-        case.model, case.objective, case.price, case.layers, changes, labels=LABELS, slopes=slopes
+        case.model,
+        case.objective,
+        case.price,
+        case.layers,
+        changes,
+        draws=Draws(labels=LABELS, slopes=slopes),
     )
     torch.save({f.name: getattr(measured, f.name) for f in fields(measured)}, path)
     return measured
@@ -447,7 +452,7 @@ def prices(
 ) -> dict[str, dict[tuple[str, str], float]]:
     """What each way of pricing says about every (layer, option)."""
     deltas, total = differences(case, options), float(measured.count.sum())
-    blocks = factors.kfac(case.model, case.objective, case.price[:KFAC], case.layers).blocks
+    blocks = kfac(case.model, case.objective, case.price[:KFAC], case.layers).blocks
     ledger = ledger_of(case, measured, options)
     found: dict[str, dict[tuple[str, str], float]] = {title: {} for title in TITLES}
     for row in ledger.rows:

@@ -13,9 +13,8 @@ from __future__ import annotations
 import random
 import time
 import warnings
-from typing import Any
 
-from curvprune.planning import Choice, Limit, cheapest, frontier
+from curvprune.planning import Choice, Limit, Within, cheapest, frontier
 
 
 def problem(
@@ -50,28 +49,26 @@ def main() -> None:
         most=1.05 * 1e-12 * spent,
         use={k: 1e-12 * v + 1e-6 for k, v in operations.items()},
     )
-    cases: list[tuple[str, dict[str, Any]]] = [
-        ("bytes", {"max_bytes": middle.bytes - 1}),
-        ("loss", {"max_loss": 1.01 * middle.price}),
-        ("operations", {"limits": [fewer]}),
-        ("bytes, operations", {"max_bytes": middle.bytes - 1, "limits": [fewer]}),
-        ("loss, operations", {"max_loss": 1.01 * middle.price, "limits": [fewer]}),
-        (
-            "loss, bytes, operations",
-            {"max_loss": 1.01 * middle.price, "max_bytes": 10**12, "limits": [fewer]},
-        ),
-        ("bytes, operations, latency", {"max_bytes": middle.bytes - 1, "limits": [fewer, other]}),
+    size, loss = middle.bytes - 1, 1.01 * middle.price
+    cases: list[tuple[str, Within, float | None]] = [
+        ("bytes", Within(max_bytes=size), None),
+        ("loss", Within(), loss),
+        ("operations", Within(limits=(fewer,)), None),
+        ("bytes, operations", Within(max_bytes=size, limits=(fewer,)), None),
+        ("loss, operations", Within(limits=(fewer,)), loss),
+        ("loss, bytes, operations", Within(max_bytes=10**12, limits=(fewer,)), loss),
+        ("bytes, operations, latency", Within(max_bytes=size, limits=(fewer, other)), None),
     ]
     print("| limits | seconds | bytes | price | proven |\n|---|---|---|---|---|")
-    size = {(row.layer, row.option): row.bytes for row in rows}
-    price = {(row.layer, row.option): row.price for row in rows}
-    for name, arguments in cases:
+    bytes_of = {(row.layer, row.option): row.bytes for row in rows}
+    price_of = {(row.layer, row.option): row.price for row in rows}
+    for name, within, max_loss in cases:
         start = time.perf_counter()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            plan = cheapest(rows, **arguments)
+            plan = cheapest(rows, within, max_loss=max_loss)
         seconds = time.perf_counter() - start
-        total, cost = (sum(of[pair] for pair in plan.items()) for of in (size, price))
+        total, cost = (sum(of[pair] for pair in plan.items()) for of in (bytes_of, price_of))
         proven = (
             f"no, {str(caught[0].message).split('at most ')[-1].split()[0]}" if caught else "yes"
         )

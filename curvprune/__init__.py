@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from curvprune.api import Result as Result
-    from curvprune.api import StructuredResult as StructuredResult
     from curvprune.api import analyze as analyze
     from curvprune.api import certify as certify
     from curvprune.api import compress as compress
@@ -54,7 +52,9 @@ if TYPE_CHECKING:
     from curvprune.planning import Limit as Limit
     from curvprune.planning import Plan as Plan
     from curvprune.pricing import Ledger as Ledger
+    from curvprune.run import Result as Result
     from curvprune.run import Settings as Settings
+    from curvprune.run import StructuredResult as StructuredResult
     from curvprune.structured import Structured as Structured
 
 _HOME = {

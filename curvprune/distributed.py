@@ -45,6 +45,7 @@ def gather(values: Tensor) -> Tensor:
     """The values of all processes, one after the other, on the CPU."""
     if not shared():
         return values.cpu()
+    # As objects: shares differ in length, and NCCL knows no tensors of the CPU.
     parts: list[Any] = [None] * world()
     dist.all_gather_object(parts, values.cpu())
     return torch.cat(parts)
@@ -69,6 +70,7 @@ def together() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
         yield
         return
+    # One device a process, before anything is allocated on the first.
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")

@@ -1,14 +1,15 @@
 """What a run remembers between processes: atomic files, and a log of its stages with progress and
 time left.
 
-Every file is written under a temporary name, flushed to disk and renamed, so a process killed at
-any moment leaves either the old file or the new one, never half of it.
+Every file is written under a temporary name, flushed to disk and renamed. A process that is killed
+at any moment leaves the old file or the new one, never half of it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -29,11 +31,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
+def as_umask_says_(path: Path) -> None:
+    """Give a file the mode that other new files have: safetensors makes its own readable to nobody
+    but their owner."""
+    # Only a new file tells the umask without setting it, for a moment, in all threads.
+    probe = path.with_name(f".{path.name}.mode")
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    path.chmod(mode)
+
+
 @dataclass(frozen=True, slots=True)
 class State:
-    """A folder of JSON and safetensors files, each written atomically; names are paths inside the
-    folder. Of several processes one writes; to the others ``writes`` is False and writing does
-    nothing."""
+    """A folder of JSON and safetensors files, each written atomically; names are paths inside it.
+
+    Of several processes one writes; to the others ``writes`` is False and writing does nothing.
+    """
 
     folder: Path
     writes: bool = True
@@ -52,20 +66,25 @@ class State:
         if not self.writes:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
+        # 1. Under another name, so that a reader never sees half a file.
         temporary = path.with_name(f".{path.name}.tmp")
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
+            # 2. On the disk before it takes the old one's place, or a power cut may lose both.
             file.flush()
             os.fsync(file.fileno())
+        # 3. One step, in which the new file replaces the old one.
         temporary.replace(path)
 
     def read_text(self, name: str) -> str:
         return self.path(name).read_text(encoding="utf-8")
 
-    def write_json(self, name: str, value: Any) -> None:
+    def write_json(self, name: str, value: object) -> None:
+        """Raises ``ValueError`` for NaN and infinity, which JSON does not have."""
         self.write_text(name, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
     def read_json(self, name: str) -> Any:
+        """Raises ``ValueError`` naming the file if it is not JSON."""
         try:
             return json.loads(self.read_text(name))
         except json.JSONDecodeError as error:
@@ -80,6 +99,7 @@ class State:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
         save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary)
+        as_umask_says_(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -88,13 +108,22 @@ class State:
         return load_file(self.path(name))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageTime:
+    """How long a stage took; ``resumed``: part of it had been done by an earlier process."""
+
+    name: str
+    seconds: float
+    resumed: bool
+
+
 @dataclass(slots=True)
 class StageLog:
     """Times the stages of a run and shows a bar with time left for each, on the terminal, if
     ``show``."""
 
     show: bool = True
-    log: list[dict[str, Any]] = field(default_factory=list)
+    log: list[StageTime] = field(default_factory=list)
 
     @contextmanager
     def stage(self, name: str, total: int, *, done: int = 0) -> Iterator[Callable[[int], None]]:
@@ -110,15 +139,16 @@ class StageLog:
             TimeRemainingColumn(),
         )
         console = Console(stderr=True)
-        with Progress(
-            *columns, console=console, disable=not self.show or done >= total
-        ) as progress:
+        hidden = not self.show or done >= total
+        with Progress(*columns, console=console, disable=hidden) as progress:
             task = progress.add_task(name, total=total, completed=done)
             yield lambda finished: progress.update(task, completed=finished)
         seconds = time.monotonic() - start
+        # A bar leaves no trace in a file of the output: one line does.
         if self.show and not console.is_terminal:
-            console.print(f"{name}: {'resumed, ' if done else ''}{total} done in {seconds:.0f} s")
-        self.log.append({"name": name, "seconds": round(seconds, 2), "resumed": done > 0})
+            resumed = "resumed, " if done else ""
+            console.print(f"{name}: {resumed}{total} done in {seconds:.0f} s")
+        self.log.append(StageTime(name=name, seconds=round(seconds, 2), resumed=done > 0))
 
     @contextmanager
     def steps(self) -> Iterator[Callable[[str, int, int], None]]:
@@ -129,7 +159,7 @@ class StageLog:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
         )
-        tasks: dict[str, Any] = {}
+        tasks: dict[str, TaskID] = {}
         with Progress(*columns, console=Console(stderr=True), disable=not self.show) as progress:
 
             def advance(step: str, done: int, total: int) -> None:

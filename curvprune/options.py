@@ -17,9 +17,8 @@ from typing import Any, Literal
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 SCALE_BYTES = 2  # scales are stored as float16
-ONE_BIT_ZERO_BYTES = (
-    2  # the zero points of one bit are no integers: see `curvprune.compression.grids`
-)
+# The zero points of one bit are no integers: see `curvprune.compression.grids`.
+ONE_BIT_ZERO_BYTES = 2
 SHAPE_BYTES = 16  # pack-quantized stores `weight_shape` as two int64
 
 # How a layer lies on disk: every weight as a float; every weight as a code (compressed-tensors'
@@ -75,10 +74,11 @@ class Quantize:
     symmetric: bool = True
 
     def __post_init__(self) -> None:
+        # A bool is an int to Python, and True would be one bit.
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or self.bits not in BITS:
-            nearest = (
-                min(BITS, key=lambda b: abs(b - self.bits)) if isinstance(self.bits, int) else 4
-            )
+            nearest = 4
+            if isinstance(self.bits, int):
+                nearest = min(BITS, key=lambda b: abs(b - self.bits))
             raise ValueError(
                 f"quantize: bits={self.bits!r} is not offered; choose from {BITS} (nearest: "
                 f"{nearest})"
@@ -120,7 +120,8 @@ class Prune:
             match = re.fullmatch(r"(\d+):(\d+)", str(self.pattern))
             if match is None or not 0 < int(match[1]) < int(match[2]):
                 raise ValueError(
-                    f'prune: pattern={self.pattern!r} must be "N:M" with 0 < N < M (for example "2:4")'
+                    f'prune: pattern={self.pattern!r} must be "N:M" with 0 < N < M (for example '
+                    '"2:4")'
                 )
 
     @property
@@ -211,7 +212,7 @@ def check_fits(
 
     Args:
         reader: who must read the layer packed, besides curvprune: nobody (``None``),
-            ``"transformers"`` or ``"engines"``; see `curvprune.artifact.folder.reader_of`.
+            ``"transformers"`` or ``"engines"``; see `curvprune.artifact.forms.reader_of`.
     """
     _, width = shape
     quantize, prune = quantizer_of(option), pruner_of(option)
@@ -250,12 +251,14 @@ def _check_engines(quantize: Quantize, layer: str, width: int) -> None:
             "true, for transformers)"
         )
     if quantize.group_size not in (None, *ENGINE_GROUP_SIZES):
+        asked = quantize.group_size or 0
         fitting = [g for g in ENGINE_GROUP_SIZES if width % g == 0]
-        nearest_size = min(fitting, key=lambda g: abs(g - (quantize.group_size or 0)), default=None)
+        fitting.sort(key=lambda g: abs(g - asked))
+        near = str(fitting[0]) if fitting else "null (one scale per channel)"
         raise ValueError(
             f"layer {layer}: option {quantize.key}: serving engines have kernels for groups of "
             f"{_or(ENGINE_GROUP_SIZES)} or one scale per channel, not {quantize.group_size}; "
-            f"nearest that divides its {width} inputs: {'null (one scale per channel)' if nearest_size is None else nearest_size}"
+            f"nearest that divides its {width} inputs: {near}"
         )
 
 
@@ -271,8 +274,8 @@ def stored_bytes(
     Args:
         shape: ``(out, in)`` of the weight as a matrix.
         dtype: the layer's own type, in which weights are stored that are neither cast nor rounded.
-        form: how the layer lies on disk; `curvprune.artifact.folder.form_of` says which form an artifact
-            takes.
+        form: how the layer lies on disk; `curvprune.artifact.forms.form_of` says which form an
+            artifact takes.
         groups: see `kept_weights`.
 
     Packed (compressed-tensors ``pack-quantized``): codes in int32 words along the inputs, float16
@@ -283,20 +286,24 @@ def stored_bytes(
     out, width = shape
     prune, quantize = pruner_of(option), quantizer_of(option)
     each = DTYPE_BYTES[stored_dtype(option, dtype)]
+    # Dense: every weight.
     if form == "dense":
         return out * width * each
+    # Sparse: one bit a weight, and the kept ones, or their codes in words of 32 bits.
     if form == "sparse":
         if prune is None:
             raise ValueError(f"option {option.key} prunes nothing: it has no sparse form")
         kept = kept_weights(prune, shape, groups=groups)
-        values = kept * each if quantize is None else math.ceil(kept * quantize.bits / 32) * 4
-        total = math.ceil(out * width / 8) + values + SHAPE_BYTES
-        return total if quantize is None else total + _grid_bytes(quantize, shape)
+        mask = math.ceil(out * width / 8)
+        if quantize is None:
+            return mask + kept * each + SHAPE_BYTES
+        codes = math.ceil(kept * quantize.bits / 32) * 4
+        return mask + codes + SHAPE_BYTES + _grid_bytes(quantize, shape)
+    # Packed: every code, each row in words of its own.
     if quantize is None:
         raise ValueError(f"option {option.key} has no codes: it has no packed form")
-    return (
-        out * math.ceil(width * quantize.bits / 32) * 4 + SHAPE_BYTES + _grid_bytes(quantize, shape)
-    )
+    codes = out * math.ceil(width * quantize.bits / 32) * 4
+    return codes + SHAPE_BYTES + _grid_bytes(quantize, shape)
 
 
 def _grid_bytes(quantize: Quantize, shape: tuple[int, int]) -> int:
@@ -304,6 +311,7 @@ def _grid_bytes(quantize: Quantize, shape: tuple[int, int]) -> int:
     out, width = shape
     groups = 1 if quantize.group_size is None else math.ceil(width / quantize.group_size)
     total = out * groups * SCALE_BYTES
+    # Whole numbers are packed along the outputs, group by group.
     if not quantize.symmetric and quantize.bits == 1:
         total += out * groups * ONE_BIT_ZERO_BYTES
     elif not quantize.symmetric:
@@ -311,14 +319,15 @@ def _grid_bytes(quantize: Quantize, shape: tuple[int, int]) -> int:
     return total
 
 
-def parse_option(value: Any) -> Option:
+def parse_option(value: object) -> Option:
     """Read the YAML form: ``keep``, ``{cast: float16}``, ``{quantize: {bits: 4, group_size: 64}}``,
     ``{prune: {sparsity: 0.5}}``, or ``prune`` beside ``quantize`` or ``cast`` in one mapping."""
     if value == "keep":
         return Keep()
     if not isinstance(value, Mapping) or not value or not all(isinstance(k, str) for k in value):
         raise ValueError(
-            f"option {value!r}: expected one of {sorted(OPTIONS)}, for example {{quantize: {{bits: 4}}}}"
+            f"option {value!r}: expected one of {sorted(OPTIONS)}, for example "
+            "{quantize: {bits: 4}}"
         )
     unknown = set(value) - {"cast", "quantize", "prune"}
     if unknown or (len(value) > 1 and set(value) not in ({"prune", "quantize"}, {"prune", "cast"})):
@@ -326,20 +335,26 @@ def parse_option(value: Any) -> Option:
             f"option {dict(value)!r}: expected keep, cast, quantize, prune, or prune with "
             "quantize or with cast"
         )
-    parts: dict[str, Any] = {}
-    for word, arguments in value.items():
-        if word == "cast":
-            parts[word] = Cast(dtype=arguments)
-            continue
-        fields = {f.name for f in dataclasses.fields(OPTIONS[word])}
-        if not isinstance(arguments, Mapping) or set(arguments) - fields:
-            raise ValueError(
-                f"{word}: {arguments!r}: expected a mapping with keys from {sorted(fields)}"
-            )
-        parts[word] = OPTIONS[word](**arguments)
-    if len(parts) == 2:
-        return PruneQuantize(**parts) if "quantize" in parts else PruneCast(**parts)
+    parts = {word: _parse_part(word, arguments) for word, arguments in value.items()}
+    prune, other = parts.get("prune"), parts.get("quantize", parts.get("cast"))
+    if isinstance(prune, Prune) and isinstance(other, Quantize):
+        return PruneQuantize(prune=prune, quantize=other)
+    if isinstance(prune, Prune) and isinstance(other, Cast):
+        return PruneCast(prune=prune, cast=other)
     return next(iter(parts.values()))
+
+
+def _parse_part(word: str, arguments: Any) -> Cast | Quantize | Prune:
+    """One entry of the YAML form."""
+    if word == "cast":
+        return Cast(dtype=arguments)
+    kind: type[Quantize] | type[Prune] = Quantize if word == "quantize" else Prune
+    fields = {field.name for field in dataclasses.fields(kind)}
+    if not isinstance(arguments, Mapping) or set(arguments) - fields:
+        raise ValueError(
+            f"{word}: {arguments!r}: expected a mapping with keys from {sorted(fields)}"
+        )
+    return kind(**arguments)
 
 
 def option_from_key(key: str) -> Option:
@@ -348,19 +363,20 @@ def option_from_key(key: str) -> Option:
         return Keep()
     if key in ("float16", "bfloat16"):
         return Cast(dtype=key)
+    # Two in one: a pruned layer whose kept weights are cast or rounded.
     if "+" in key:
-        prune, other = (option_from_key(part) for part in key.split("+"))
+        prune, other = map(option_from_key, key.split("+"))
         if isinstance(prune, Prune) and isinstance(other, Cast):
             return PruneCast(prune=prune, cast=other)
         if isinstance(prune, Prune) and isinstance(other, Quantize):
             return PruneQuantize(prune=prune, quantize=other)
-    if match := re.fullmatch(r"int(\d+)-(pc|g(\d+))-(sym|asym)", key):
-        group_size = int(match[3]) if match[3] else None
-        return Quantize(bits=int(match[1]), group_size=group_size, symmetric=match[4] == "sym")
-    if match := re.fullmatch(r"prune(\d+:\d+)", key):
-        return Prune(pattern=match[1])
-    if match := re.fullmatch(r"prune([0-9.e-]+)", key):
-        return Prune(sparsity=float(match[1]))
+    if grid := re.fullmatch(r"int(\d+)-(pc|g(\d+))-(sym|asym)", key):
+        group_size = int(grid[3]) if grid[3] else None
+        return Quantize(bits=int(grid[1]), group_size=group_size, symmetric=grid[4] == "sym")
+    if pattern := re.fullmatch(r"prune(\d+:\d+)", key):
+        return Prune(pattern=pattern[1])
+    if share := re.fullmatch(r"prune([0-9.e-]+)", key):
+        return Prune(sparsity=float(share[1]))
     raise ValueError(
         f"{key!r} is not an option key such as int4-g64-asym, prune0.5, prune2:4+float16 or float16"
     )

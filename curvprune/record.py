@@ -9,9 +9,58 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from curvprune.certificate import Verdict
-from curvprune.curvature import AnalysisRecord
+from curvprune.certificate import ItemColumns, Verdict
+from curvprune.curvature import (
+    AnalysisRecord,
+    DensityRecord,
+    DiagnosisRecord,
+    DiagonalRecord,
+    Disagreement,
+    EigenvaluesRecord,
+    EstimateRecord,
+    LayerCurvatureRecord,
+    ModelCurvatureRecord,
+    TraceRecord,
+)
+from curvprune.files import StageTime
 from curvprune.schema import Json, Number, decode, encode
+
+# With the records of the packages that fill them: whoever reads a run needs no other module.
+__all__ = [
+    "FORMAT",
+    "Alternative",
+    "AnalysisRecord",
+    "Attempt",
+    "BudgetRecord",
+    "CutRecord",
+    "DensityRecord",
+    "DiagnosisRecord",
+    "DiagonalRecord",
+    "Disagreement",
+    "EigenvaluesRecord",
+    "EstimateRecord",
+    "FrontierPoint",
+    "ItemColumns",
+    "LayerCurvatureRecord",
+    "LayerRecord",
+    "LedgerRecord",
+    "LimitUse",
+    "Measurement",
+    "ModelCurvatureRecord",
+    "NamedLimit",
+    "OtherRun",
+    "PairedLoss",
+    "PriceRow",
+    "Provenance",
+    "RecoveryRecord",
+    "RemovedUnits",
+    "RunRecord",
+    "Size",
+    "StageTime",
+    "TraceRecord",
+    "Trial",
+    "Verdict",
+]
 
 FORMAT = 2  # of the record; raised whenever its fields change
 
@@ -83,29 +132,6 @@ class Attempt:
 
     plan: str
     verdict: Verdict
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ItemColumns:
-    """What two models did on every item of a split in which a position counts, by column.
-
-    Attributes:
-        documents: the names that ``document`` numbers.
-        document, index: of each item, its document and its place in the split.
-        count: positions of each item.
-        before, after: loss per position of the uncompressed and the compressed model.
-        right_before, right_after: 1 where the prediction was right, where no item has more than
-            one position; else ``None``.
-    """
-
-    documents: tuple[str, ...]
-    document: tuple[int, ...]
-    index: tuple[int, ...]
-    count: tuple[int, ...]
-    before: tuple[float, ...]
-    after: tuple[float, ...]
-    right_before: tuple[int, ...] | None = None
-    right_after: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -247,15 +273,6 @@ class FrontierPoint:
     bytes: int
     predicted: Number
     predicted_stderr: Number
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StageTime:
-    """How long a stage took; ``resumed``: part of it had been done by an earlier process."""
-
-    name: str
-    seconds: float
-    resumed: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

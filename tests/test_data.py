@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 
-from curvprune.model import PURPOSES, Split, Splits, as_split, collate, itemize, split_items
+from curvprune.model import (
+    PURPOSES,
+    Batch,
+    Split,
+    Splits,
+    as_split,
+    collate,
+    itemize,
+    split_items,
+)
 from curvprune.run import DIGITS_TRAINING, digits, digits_splits, python_docs, text_splits
 
 
 def test_collate_pads_on_the_right_and_says_so():
-    items = [{"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([[1, 2, 3]])},
-             {"input_ids": torch.tensor([[4]]), "labels": torch.tensor([[4]])}]  # fmt: skip
+    items = [
+        {"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([[1, 2, 3]])},
+        {"input_ids": torch.tensor([[4]]), "labels": torch.tensor([[4]])},
+    ]
     batch = collate(items)
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
@@ -91,29 +103,50 @@ def test_entries_that_are_none_are_as_good_as_absent():
     assert item.keys() == {"input_ids"}
 
 
+def parts_of(splits: Splits) -> list[Split]:
+    """The splits of the four purposes, in order."""
+    return [getattr(splits, purpose) for purpose in PURPOSES]
+
+
+def items_of(splits: Splits) -> list[Batch]:
+    """The items of all four purposes."""
+    return list(chain.from_iterable(part.items for part in parts_of(splits)))
+
+
+def documents_of(splits: Splits) -> list[str]:
+    """The documents of all four purposes, each split's once."""
+    return list(chain.from_iterable(set(part.documents) for part in parts_of(splits)))
+
+
+def random_documents(count: int = 30) -> dict[str, list[int]]:
+    """Documents of 40 to 900 random tokens."""
+    rng, documents = np.random.default_rng(0), {}
+    for i in range(count):
+        documents[f"d{i}"] = rng.integers(0, 100, size=rng.integers(40, 900)).tolist()
+    return documents
+
+
 def test_split_items_deals_every_item_once():
     data = [(torch.arange(30.0)[:, None], torch.zeros(30, dtype=torch.long))]
     splits = split_items(data, seed=1)
-    values = [{float(i[0]) for i in getattr(splits, p).items} for p in PURPOSES]
-    assert [len(v) for v in values] == [7, 4, 4, 15]
-    assert set.union(*values) == set(range(30))
+    assert [len(part.items) for part in parts_of(splits)] == [7, 4, 4, 15]
+    assert sorted(float(item[0]) for item in items_of(splits)) == list(range(30))
     assert splits.calibrate.sha256() == split_items(data, seed=1).calibrate.sha256()
     assert splits.calibrate.sha256() != split_items(data, seed=2).calibrate.sha256()
 
 
 def test_split_items_deals_whole_documents_where_they_are_known():
     rng = np.random.default_rng(0)
-    names = [f"d{i}" for i in range(40) for _ in range(rng.integers(1, 6))]
+    names: list[str] = []
+    for i in range(40):
+        names += [f"d{i}"] * int(rng.integers(1, 6))
     items = tuple((torch.tensor([[float(i)]]), torch.zeros(1)) for i in range(len(names)))
     splits = split_items(Split(items=items, documents=tuple(names)), seed=0)
-    parts = [getattr(splits, p) for p in PURPOSES]
-    dealt = [name for part in parts for name in set(part.documents)]
-    assert sorted(dealt) == sorted(set(names)), "every document in exactly one split"
+    parts = parts_of(splits)
+    assert sorted(documents_of(splits)) == sorted(set(names)), "every document in exactly one split"
     for part in parts:
-        assert all(
-            names[int(item[0])] == name
-            for item, name in zip(part.items, part.documents, strict=True)
-        )
+        for item, name in zip(part.items, part.documents, strict=True):
+            assert names[int(item[0])] == name
     shares = [len(part.items) / len(names) for part in parts]
     assert shares == pytest.approx([0.25, 0.125, 0.125, 0.5], abs=0.06)
     with pytest.raises(ValueError, match="20 items in 2 documents"):
@@ -139,22 +172,16 @@ def test_text_splits_keep_one_of_equal_documents():
     counts = dict.fromkeys(PURPOSES, 2)
     splits = text_splits(documents, length=64, counts=counts, seed=0)
     assert splits.leak() is None
-    assert (
-        len({int(item["input_ids"][0, 0]) for p in PURPOSES for item in getattr(splits, p).items})
-        == 8
-    )
+    assert len({int(item["input_ids"][0, 0]) for item in items_of(splits)}) == 8
 
 
 def test_text_splits_share_no_document_and_spread_over_documents():
-    rng = np.random.default_rng(0)
-    documents = {
-        f"d{i}": rng.integers(0, 100, size=rng.integers(40, 900)).tolist() for i in range(30)
-    }
+    documents = random_documents()
     counts = {"calibrate": 12, "price": 6, "select": 10, "certify": 25}
     splits = text_splits(documents, length=64, counts=counts, seed=0)
-    parts = [getattr(splits, p) for p in PURPOSES]
+    parts = parts_of(splits)
     assert [len(p.items) for p in parts] == list(counts.values())
-    names = [name for p in parts for name in set(p.documents)]
+    names = documents_of(splits)
     assert len(names) == len(set(names)) > 25, "no document in two splits, and nearly all take part"
     for part in parts:
         for item, name in zip(part.items, part.documents, strict=True):
@@ -165,30 +192,34 @@ def test_text_splits_share_no_document_and_spread_over_documents():
 
 
 def test_items_to_recover_on_are_a_split_of_their_own():
-    rng = np.random.default_rng(0)
-    documents = {
-        f"d{i}": rng.integers(0, 100, size=rng.integers(40, 900)).tolist() for i in range(30)
-    }
+    documents = random_documents()
     counts = {"calibrate": 8, "price": 6, "select": 6, "certify": 20}
     without = text_splits(documents, length=64, counts={**counts, "recover": 0}, seed=0)
     assert without.recover is None and without.training is without.calibrate
     assert without.sha256() == text_splits(documents, length=64, counts=counts, seed=0).sha256()
-    splits = text_splits(documents, length=64, counts={**counts, "recover": 30}, seed=0)
-    assert splits.recover is not None and splits.training is splits.recover
-    every = [w for d in set(splits.recover.documents) for w in torch.tensor(documents[d]).split(64)]
-    every = sorted(tuple(map(int, w)) for w in every if len(w) >= 32)
-    assert sorted(tuple(i["input_ids"][0].tolist()) for i in splits.recover.items) == every, (
-        "all of its documents"
-    )
-    assert len(every) > 30 and len(set(splits.recover.documents[:5])) == 5, "in turn"
-    others = {name for p in PURPOSES for name in getattr(splits, p).documents}
-    assert not others & set(splits.recover.documents)
+    with pytest.raises(ValueError, match=r"recover [0-9]+ of 900"):
+        text_splits(documents, length=64, counts={**counts, "recover": 900}, seed=0)
+
+
+def test_items_to_recover_on_are_all_of_their_documents():
+    documents = random_documents()
+    counts = {"calibrate": 8, "price": 6, "select": 6, "certify": 20, "recover": 30}
+    splits = text_splits(documents, length=64, counts=counts, seed=0)
+    recover = splits.recover
+    assert recover is not None and splits.training is recover
+    # Every window of theirs that is long enough, cut by hand.
+    every: list[list[int]] = []
+    for name in set(recover.documents):
+        windows = torch.tensor(documents[name]).split(64)
+        every += [window.tolist() for window in windows if len(window) >= 32]
+    assert sorted(item["input_ids"][0].tolist() for item in recover.items) == sorted(every)
+    assert len(every) > 30 and len(set(recover.documents[:5])) == 5, "in turn"
+    assert not set(documents_of(splits)) & set(recover.documents)
     assert splits.sha256().keys() == {*PURPOSES, "recover"}
     assert splits.leak() is None
     repeated = replace(splits, recover=Split(items=splits.certify.items[:3], documents=("a",) * 3))
-    assert (leak := repeated.leak()) is not None and leak.startswith("3 of the 20 items")
-    with pytest.raises(ValueError, match=r"recover [0-9]+ of 900"):
-        text_splits(documents, length=64, counts={**counts, "recover": 900}, seed=0)
+    leak = repeated.leak()
+    assert leak is not None and leak.startswith("3 of the 20 items")
 
 
 def test_too_little_text_says_how_much_there_is():
@@ -221,17 +252,14 @@ def test_digits_splits_are_fresh_and_disjoint():
     assert images.shape == (1797, 1, 8, 8) and float(images.min()) >= 0 and float(images.max()) == 1
     counts = {"calibrate": 50, "price": 20, "select": 60, "certify": 70}
     splits = digits_splits(counts=counts, seed=3)
-    indices = [int(n.split()[1]) for p in PURPOSES for n in getattr(splits, p).documents]
+    indices = [int(name.split()[1]) for name in documents_of(splits)]
     assert len(set(indices)) == 200 and min(indices) >= DIGITS_TRAINING
     item = splits.certify.items[0]
     index = int(splits.certify.documents[0].split()[1])
-    assert torch.equal(item["pixel_values"][0], images[index]) and int(item["labels"]) == int(
-        labels[index]
-    )
+    assert torch.equal(item["pixel_values"][0], images[index])
+    assert int(item["labels"]) == int(labels[index])
     more = digits_splits(counts={**counts, "recover": 30}, seed=3)
     assert more.sha256() == {**splits.sha256(), "recover": more.recover.sha256()}
-    assert not {n for p in PURPOSES for n in getattr(more, p).documents} & set(
-        more.recover.documents
-    )
+    assert not set(documents_of(more)) & set(more.recover.documents)
     with pytest.raises(ValueError, match="897 images"):
         digits_splits(counts={**counts, "certify": 800}, seed=0)

@@ -33,9 +33,17 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import curvprune as cp
-from curvprune.artifact import folder as artifact
+from curvprune import artifact
 from curvprune.compression import Moments, solve_layer, visit_layers
-from curvprune.curvature import Change, factors, fisher_pass, ratio_estimate
+from curvprune.curvature import (
+    Change,
+    Draws,
+    exact_gauss_newton,
+    find_structure,
+    fisher_pass,
+    kfac,
+    ratio_estimate,
+)
 from curvprune.model import CausalLM, Classification, find_layers, left_over
 from tests.test_fisher import exact_fisher
 
@@ -49,9 +57,16 @@ def mixtral(
     *, hidden: int = 8, inner: int = 12, experts: int = 3, vocabulary: int = 20, seed: int = 0
 ) -> Any:
     config = MixtralConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=experts, num_experts_per_tok=2, initializer_range=0.4,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=experts,
+        num_experts_per_tok=2,
+        initializer_range=0.4,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return MixtralForCausalLM(config).eval()
@@ -59,9 +74,17 @@ def mixtral(
 
 def gpt_oss() -> Any:
     config = GptOssConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, num_local_experts=3, num_experts_per_tok=2, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        initializer_range=0.3,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return GptOssForCausalLM(config).eval()
@@ -82,11 +105,10 @@ class Multiplied(TorchFunctionMode):
     def __init__(self, module: nn.Module, names: list[str]) -> None:
         super().__init__()
         self.rows: dict[tuple[str, int], Tensor] = {}
-        self.slices = {
-            w.data_ptr(): (n, e)
-            for n in names
-            for e, w in enumerate(module.get_parameter(n).detach())
-        }
+        self.slices: dict[int, tuple[str, int]] = {}
+        for name in names:
+            for expert, weight in enumerate(module.get_parameter(name).detach()):
+                self.slices[weight.data_ptr()] = name, expert
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (F.linear, Tensor.matmul, Tensor.__matmul__, torch.matmul):
@@ -261,18 +283,15 @@ def test_experts_with_few_tokens_borrow_from_the_average_expert_and_say_so():
     batch = (x, torch.zeros(48, dtype=torch.long))
     moment = moments_of(model, batch, Classification())["experts.gate_up_proj"]
     torch.testing.assert_close(moment.second, borrowing(list(x.split(counts))))
-    torch.testing.assert_close(
-        moment.second[0], x.t() @ x / 48
-    )  # without tokens of its own, the average
+    # Without tokens of its own, the average.
+    torch.testing.assert_close(moment.second[0], x.t() @ x / 48)
     assert moment.notes == (
         "layer experts.gate_up_proj: 2 of 4 experts saw fewer calibration tokens than their 6 "
         "inputs (the fewest 0) and were solved for those of all experts in part",
     )
     result = cp.quantize(model, [batch], bits=3)
-    assert all(
-        any("2 of 4 experts" in n for n in result.solved[f"experts.{p}_proj"].notes)
-        for p in ("gate_up", "down")
-    )
+    for name in ("experts.gate_up_proj", "experts.down_proj"):
+        assert any("2 of 4 experts" in note for note in result.solved[name].notes)
     assert all(bool(s.weight.isfinite().all()) for s in result.solved.values())
     assert not result.solved["head"].notes
     cast = cp.compress(model, [batch], options=[cp.Cast(dtype="bfloat16")])
@@ -328,7 +347,7 @@ def test_the_fisher_of_experts_is_the_enumerated_one():
         items,
         layers,
         {n: [Change.of(d)] for n, d in deltas.items()},
-        labels=2000,
+        draws=Draws(labels=2000),
     )
     for name, layer in layers.items():
         fisher = exact_fisher(model, layer.weight, items, lambda m, b: m(**b).logits[:, :-1])
@@ -395,7 +414,7 @@ def test_experts_are_never_taken_for_layers_with_factors():
     chosen = torch.zeros(8, 1, dtype=torch.long)
     model, batch = Fixed(chosen), (torch.randn(8, 6), torch.tensor([0, 1] * 4))
     layers = find_layers(model)
-    assert factors.structure(model, Classification(), batch, layers).factored == ("head",)
+    assert find_structure(model, Classification(), batch, layers).factored == ("head",)
     for matrix, methods in (("ggn", {"joint probes", "layer probes"}), ("fisher", {"items"})):
         found = cp.analyze(model, [batch], matrix=matrix, quantities=["trace"]).layers
         assert found["experts.gate_up_proj"].method in methods
@@ -404,9 +423,9 @@ def test_experts_are_never_taken_for_layers_with_factors():
     with pytest.raises(
         ValueError, match=r"layer experts\.gate_up_proj: stacked experts have no factors"
     ):
-        factors.exact_gauss_newton(model, Classification(), [batch], layers)
+        exact_gauss_newton(model, Classification(), [batch], layers)
     with pytest.raises(ValueError, match=r"layer experts\.gate_up_proj: .* no Kronecker factors"):
-        factors.kfac(model, Classification(), [batch], layers)
+        kfac(model, Classification(), [batch], layers)
 
 
 OPTIONS = [
@@ -499,9 +518,16 @@ def test_what_does_not_fit_names_the_experts():
 
 def test_experts_of_another_layout_are_not_left_out_in_silence():
     config = Llama4TextConfig(
-        vocab_size=20, hidden_size=16, intermediate_size=32, intermediate_size_mlp=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_local_experts=4,
-    )  # fmt: skip
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=32,
+        intermediate_size_mlp=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_local_experts=4,
+    )
     model = Llama4ForCausalLM(config)
     assert not any("experts" in n for n in find_layers(model))
     assert "experts" in (left_over(model) or "") and left_over(mixtral(hidden=32, inner=64)) is None

@@ -17,18 +17,26 @@ from curvprune.cli import app
 from tests import tiny
 
 GRIDS = [
-    cp.Quantize(bits=bits, group_size=group_size, symmetric=symmetric)
-    for bits in (2, 3, 4, 8)
-    for group_size, symmetric in ((None, True), (32, False))
-] + [cp.Quantize(bits=4, group_size=32), cp.Quantize(bits=4, symmetric=False)]
+    *[cp.Quantize(bits=bits) for bits in (2, 3, 4, 8)],
+    *[cp.Quantize(bits=bits, group_size=32, symmetric=False) for bits in (2, 3, 4, 8)],
+    cp.Quantize(bits=4, group_size=32),
+    cp.Quantize(bits=4, symmetric=False),
+]
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def llama(dtype: torch.dtype = torch.float16) -> LlamaForCausalLM:
     config = LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=False, attention_bias=True, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=False,
+        attention_bias=True,
+        initializer_range=0.2,
+    )
     torch.manual_seed(0)
     return LlamaForCausalLM(config).eval().to(dtype)
 
@@ -145,9 +153,14 @@ def ragged(folder):
 
 def experts(folder):
     config = MixtralConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=2,
-    )  # fmt: skip
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+    )
     cp.quantize(MixtralForCausalLM(config).eval(), DATA, bits=4, layers="*_proj").save(folder)
 
 
@@ -172,7 +185,8 @@ def foreign(folder):
     [
         (
             mixed,
-            r"6 have int4-pc-sym, but not model\.layers\.0\.self_attn\.q_proj \(int3-pc-sym\); compress with one",
+            r"6 have int4-pc-sym, but not model\.layers\.0\.self_attn\.q_proj \(int3-pc-sym\); "
+            "compress with one",
         ),
         (
             some_kept,
@@ -184,7 +198,8 @@ def foreign(folder):
         (ragged, r"q_proj: .*whole groups of 48 inputs; it is 64 x 64"),
         (
             experts,
-            r"no stacked experts, .*layers\.0\.mlp\.experts\.gate_up_proj, .*down_proj and 2 more; export_dense",
+            r"no stacked experts, .*layers\.0\.mlp\.experts\.gate_up_proj, .*down_proj and 2 more; "
+            "export_dense",
         ),
         (other_shapes, "no config describes its shapes"),
         (foreign, "not an artifact of a transformers model"),

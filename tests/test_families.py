@@ -3,17 +3,14 @@ process."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import curvprune as cp
+from tests.fresh import in_fresh_process, logits_of_saved
 
 SMALL = {
     "hidden_size": 32,
@@ -28,11 +25,22 @@ QWEN3_MOE = {"head_dim": 8, "num_experts": 8, "num_experts_per_tok": 2, "moe_int
 T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1}
 CONVNEXT = {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "image_size": 32}
 WHISPER = {
-    "vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "num_mel_bins": 16,
-    "max_source_positions": 20, "max_target_positions": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "vocab_size": 64,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "num_mel_bins": 16,
+    "max_source_positions": 20,
+    "max_target_positions": 20,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
     "decoder_start_token_id": 1,
-}  # fmt: skip
+}
 
 FAMILIES: dict[str, tuple[str, dict, str]] = {
     "gpt2": ("GPT2LMHeadModel", GPT2, "text"),
@@ -47,16 +55,6 @@ FAMILIES: dict[str, tuple[str, dict, str]] = {
     "convnext": ("ConvNextForImageClassification", CONVNEXT, "image"),
     "whisper": ("WhisperForConditionalGeneration", WHISPER, "speech"),
 }
-
-LOAD = """
-import json, sys, torch
-import curvprune as cp
-from safetensors.torch import load_file, save_file
-for folder in json.load(open(sys.argv[1])):
-    model = cp.load(folder)
-    with torch.no_grad():
-        save_file({"logits": model(**load_file(folder + ".batch")).logits.contiguous()}, folder + ".logits")
-"""
 
 
 def batch_of(kind: str) -> dict[str, Tensor]:
@@ -78,7 +76,7 @@ def build(name: str) -> nn.Module:
 
 @pytest.mark.filterwarnings("ignore:.*belong to no Linear")
 def test_every_family_comes_back_in_a_fresh_process(tmp_path):
-    folders, expected = [], {}
+    expected = {}
     for name, (_, _, kind) in FAMILIES.items():
         model, batch = build(name), batch_of(kind)
         settings = cp.Settings(portable=name != "t5")  # transformers cannot unpack a T5
@@ -93,19 +91,14 @@ def test_every_family_comes_back_in_a_fresh_process(tmp_path):
         for key, weight in model.state_dict().items():
             if "experts." in key and weight.ndim == 3:
                 assert not torch.equal(rounded[key], weight), key
-        folders.append(folder)
-    (tmp_path / "folders.json").write_text(json.dumps(folders))
-    ended = subprocess.run(
-        [sys.executable, "-c", LOAD, str(tmp_path / "folders.json")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    for folder in folders:
+    found = in_fresh_process(logits_of_saved, [(folder, False) for folder in expected])
+    for folder, logits in zip(expected, found, strict=True):
         # The same weights; the sums of a mixture's experts may run in another order in another
         # process.
-        logits = load_file(folder + ".logits")["logits"]
         torch.testing.assert_close(
-            logits, expected[folder], rtol=1e-5, atol=1e-6, msg=lambda m, f=folder: f"{f}: {m}"
+            torch.from_numpy(logits),
+            expected[folder],
+            rtol=1e-5,
+            atol=1e-6,
+            msg=lambda m, f=folder: f"{f}: {m}",
         )

@@ -16,7 +16,7 @@ from curvprune import certify_lm_eval
 from curvprune.certificate import certify_accuracy, certify_loss, certify_values
 
 SAMPLES = Path(__file__).parent / "samples"
-Sample = dict[str, Any]
+Sample = dict[str, object]
 
 
 def write(
@@ -106,19 +106,19 @@ def test_perplexity_is_the_loss_behind_it(tmp_path):
 def test_other_metrics_several_files_and_directions(tmp_path):
     rng = np.random.default_rng(1)
     scores = rng.uniform(0.2, 0.8, (2, 40))
-    files = [
-        [
-            write(tmp_path / f"{k}{part}.jsonl", "tiny_mc.jsonl", 20,
-                  lambda s, i, k=k, part=part: s.update(f1=scores[k, 20 * part + i], metrics=["f1"]))
-            for part in (0, 1)
-        ]
-        for k in (0, 1)
-    ]  # fmt: skip
+    files: tuple[list[Path], list[Path]] = ([], [])
+    for model in (0, 1):
+        for part in (0, 1):
+            of_part = scores[model, 20 * part : 20 * part + 20]
+
+            def score(sample: Sample, i: int, of_part=of_part) -> None:
+                sample.update(f1=of_part[i], metrics=["f1"])
+
+            path = tmp_path / f"{model}{part}.jsonl"
+            files[model].append(write(path, "tiny_mc.jsonl", 20, score))
     verdict = certify_lm_eval(*files, max_drop=0.3, bounds=(0, 1))
-    assert (
-        verdict.bound == certify_values(*scores, max_drop=0.3, bounds=(0, 1)).bound
-        and verdict.items == 40
-    )
+    assert verdict.bound == certify_values(*scores, max_drop=0.3, bounds=(0, 1)).bound
+    assert verdict.items == 40
     lower = certify_lm_eval(*files, max_drop=0.3, higher_is_better=False)
     assert lower.drop == pytest.approx(-verdict.drop) and "t bound" in lower.method
 

@@ -6,19 +6,40 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import curvprune as cp
-from curvprune.model import BROKEN, CausalLM, Classification, as_split, find_layers, split_items
-from curvprune.pricing import Ledger, divergences
-from curvprune.pricing import ledger as ledger_room
-from curvprune.run import RecipeError
-from curvprune.run import pipeline as pipeline
-from curvprune.run import stages as stages
+from curvprune.compression import Moments, solve_layer, visit_layers
+from curvprune.model import (
+    BROKEN,
+    CausalLM,
+    Classification,
+    Layer,
+    Splits,
+    as_split,
+    collate,
+    find_layers,
+    split_items,
+)
+from curvprune.pricing import (
+    MEASURED_ROWS,
+    MEASURED_TOGETHER,
+    Forms,
+    Ledger,
+    Row,
+    build_ledger,
+    divergences,
+    measure_highest,
+)
+from curvprune.run import RecipeError, pipeline
 from tests import tiny
 
 
@@ -95,153 +116,154 @@ def test_an_item_that_fails_leaves_the_weights_as_they_were():
     assert torch.equal(model[0].weight, before)
 
 
-def priced(
-    measure_above: float | None, *, agreed: float = ledger_room.AGREED, **arguments
-) -> Ledger:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 6))
-    with torch.no_grad():
-        for layer in (model[0], model[2]):
-            layer.weight.mul_(4)
-    data = [(torch.randn(4, 8), torch.randint(0, 6, (4,))) for _ in range(12)]
-    options = [cp.Prune(sparsity=0.9), cp.Quantize(bits=2), cp.Quantize(bits=4)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ledger_room, "AGREED", agreed)
-        return cp.price(model, data, options=options, measure_above=measure_above, **arguments)
-
-
-def by_price(ledger: Ledger) -> list:
-    return sorted(ledger.rows, key=lambda r: -r.price)
-
-
-def test_the_highest_prices_are_measured_until_they_agree(monkeypatch):
-    """Every block of two against the ratio of measured and quadratic prices, from the outside."""
-    monkeypatch.setattr(ledger_room, "MEASURED_TOGETHER", 2)
-    quadratic = by_price(priced(None))
-    assert not any(r.measured for r in quadratic)
-    seen = {(r.layer, r.option): r for r in priced(0.0, agreed=-9.0).rows}  # never content
-    assert all(r.measured for r in seen.values())
-    ratios = [
-        sum(seen[r.layer, r.option].price for r in quadratic[k : k + 2])
-        / sum(r.price for r in quadratic[k : k + 2])
-        for k in range(0, 6, 2)
-    ]
-    noise = [math.hypot(*(r.stderr for r in quadratic[k : k + 2])) for k in range(0, 6, 2)]
-    off = [
-        abs(1 - ratio) * sum(r.price for r in quadratic[2 * k : 2 * k + 2])
-        for k, ratio in enumerate(ratios)
-    ]
-    costs = [
-        sum(seen[r.layer, r.option].price for r in quadratic[k : k + 2]) for k in range(0, 6, 2)
-    ]
-    errors = [
-        (o - n) / c for o, n, c in zip(off, noise, costs, strict=True)
-    ]  # beyond the noise, relative
-    assert errors[0] > max(0.1, errors[1] + 0.05), (
-        "the larger the change, the worse is the quadratic model"
+def ledger_of(prices: dict[str, float], *, scatter: float = 0.0) -> Ledger:
+    """Layers with one option each, and quadratic prices from four items that scatter as asked."""
+    items = 1 + scatter * torch.tensor([-1.0, 1.0, -1.0, 1.0], dtype=torch.float64)
+    forms = Forms(
+        count=torch.ones(4, dtype=torch.float64),
+        sums={name: (price * items).unsqueeze(1) for name, price in prices.items()},
     )
-    for agreed, blocks in ((errors[0] + 0.01, 1), (errors[0] - 0.01, 2)):
-        ledger = priced(0.0, agreed=agreed)
-        expected = {(r.layer, r.option) for r in quadratic[: 2 * blocks]}
-        assert {(r.layer, r.option) for r in ledger.rows if r.measured} == expected
-        for row in ledger.rows:
-            pair = row.layer, row.option
-            assert row == (
-                seen[pair]
-                if pair in expected
-                else next(r for r in quadratic if (r.layer, r.option) == pair)
-            )
-    assert all(row.model_stderr == 0 and row.stderr > 0 for row in seen.values())
-    only = priced(quadratic[3].price, agreed=-9.0)
-    assert sum(r.measured for r in only.rows) == 3, "none below the threshold"
-    again = Ledger.from_dict(json.loads(json.dumps(only.to_dict())))
-    assert again.rows == only.rows
-    assert not any(r.measured for r in priced(0.0, curvature="input").rows), "has no nats"
+    keys = {name: ["o"] for name in prices}
+    sizes = {name: {"o": 1} for name in prices}
+    return build_ledger(forms, sizes, changed=keys, measure="nats", curvature="kfac")
 
 
-def test_the_measured_price_is_the_loss_of_the_model_with_that_change(monkeypatch):
-    jobs: list = []
-    real = stages._measured
-    monkeypatch.setattr(
-        stages, "_measured", lambda job, *a: jobs.append((job, a[1])) or real(job, *a)
-    )
+@dataclass
+class Costs:
+    """What changes cost when they are measured: their quadratic prices times ``ratios``, by the
+    number of the block; remembers the rows that it was asked for."""
 
-    def look(*arguments, **named):
-        (job, candidates) = jobs[-1]
-        weights.update({(n, s.option.key): s.weight for n in job.layers for s in candidates(n)})
-        return divergences(*arguments, **named)
+    ratios: list[float]
+    asked: list[list[str]] = field(default_factory=list)
 
-    weights: dict = {}
-    monkeypatch.setattr(stages, "divergences", look)
-    ledger = priced(0.0, agreed=-9.0)
-    job = jobs[-1][0]
-    assert sum(r.measured for r in ledger.rows) == 6
-    for row in ledger.rows:
-        other = copy.deepcopy(job.model)
-        find_layers(other)[row.layer].write_(weights[row.layer, row.option])
-        with torch.no_grad():
-            costs = [kl(job.model(x), other(x)) for x, _ in job.splits.price.items]
-        assert row.price == pytest.approx(sum(costs) / len(costs), rel=1e-3, abs=1e-7)
-        spread = torch.tensor(costs).double().std() / len(costs) ** 0.5
-        assert row.stderr == pytest.approx(float(spread), rel=1e-3, abs=1e-7)
+    def __call__(self, rows: Sequence[Row], before: int) -> dict[tuple[str, str], np.ndarray]:
+        assert before == sum(map(len, self.asked))
+        ratio = self.ratios[min(len(self.asked), len(self.ratios) - 1)]
+        self.asked.append([row.layer for row in rows])
+        return {(row.layer, row.option): np.full(4, ratio * row.price) for row in rows}
 
 
-def test_what_a_measured_row_does_with_others_grows_with_the_root_of_its_price():
+# Prices from 12 down to 1, in no order.
+TWELVE = {f"layer{i}": float(1 + 5 * i % 12) for i in range(12)}
+HIGHEST_FIRST = sorted(TWELVE, key=lambda name: -TWELVE[name])
+
+
+@pytest.mark.parametrize(
+    ("ratios", "blocks"),
+    [([1.1], 1), ([0.9], 1), ([3.0, 1.1], 2), ([0.5, 0.9], 2), ([3.0, 0.5, 1.0], 3), ([2.0], 3)],
+)
+def test_the_highest_prices_are_measured_until_they_agree(ratios: list[float], blocks: int) -> None:
+    quadratic, costs = ledger_of(TWELVE), Costs(ratios)
+    ledger, note = measure_highest(quadratic, costs, least=0.0)
+    assert [len(names) for names in costs.asked] == [MEASURED_TOGETHER] * blocks
+    asked = list(chain.from_iterable(costs.asked))
+    assert asked == HIGHEST_FIRST[: MEASURED_TOGETHER * blocks] and note == ""
+    for row, before in zip(ledger.rows, quadratic.rows, strict=True):
+        if row.layer not in asked:
+            assert row == before and not row.measured
+            continue
+        block = asked.index(row.layer) // MEASURED_TOGETHER
+        assert row.measured and row.model_stderr == 0
+        ratio = ratios[min(block, len(ratios) - 1)]
+        assert row.price == pytest.approx(ratio * before.price)
+    again = Ledger.from_dict(json.loads(json.dumps(ledger.to_dict())))
+    assert again.rows == ledger.rows
+
+
+@pytest.mark.parametrize(("scatter", "ratio", "blocks"), [(0.1, 2, 3), (3.0, 2, 1), (3.0, 2.5, 3)])
+def test_what_the_items_scatter_is_no_disagreement(
+    scatter: float, ratio: float, blocks: int
+) -> None:
+    """Four items of 1 ± 3 have a standard error of √3, and a block of four such prices 2√3 in 4."""
+    costs = Costs([float(ratio)])
+    equal = ledger_of(dict.fromkeys(TWELVE, 1.0), scatter=scatter)
+    assert equal.rows[0].stderr == pytest.approx(scatter / math.sqrt(3))
+    measure_highest(equal, costs, least=0.0)
+    assert len(costs.asked) == blocks
+
+
+def test_none_below_the_threshold_is_measured() -> None:
+    costs = Costs([9.0])
+    ledger, note = measure_highest(ledger_of(TWELVE), costs, least=TWELVE[HIGHEST_FIRST[6]])
+    assert {row.layer for row in ledger.rows if row.measured} == set(HIGHEST_FIRST[:6])
+    assert [len(names) for names in costs.asked] == [4, 2] and note == ""
+
+
+def test_of_very_many_the_highest_are_measured_and_a_note_says_so() -> None:
+    prices = {f"layer{i}": float(i + 1) for i in range(MEASURED_ROWS)}
+    _, note = measure_highest(ledger_of(prices), Costs([3.0]), least=0.0)
+    assert note == "", "no price is left"
+    ledger, note = measure_highest(ledger_of({**prices, "low": 0.5}), Costs([3.0]), least=0.0)
+    assert [row.layer for row in ledger.rows if not row.measured] == ["low"]
+    assert f"the {MEASURED_ROWS} highest prices were measured, and the last of them" in note
+    assert "are 3 times what the quadratic model says" in note
+
+
+def test_what_a_measured_row_does_with_others_grows_with_the_root_of_its_price() -> None:
     ledger = priced(None)
-    first, second = (
-        next(r for r in ledger.rows if r.layer == n and "prune" in r.option) for n in ("0", "2")
-    )
+    first, second = (r for r in ledger.rows if "prune" in r.option)
     sums = ledger.sums[:, list(ledger.rows).index(first)] * 4
     changed = replace(ledger, kept=1.0).with_measured({(first.layer, first.option): sums})
     plan = {r.layer: r.option for r in (first, second)}
 
     def pairs(one: Ledger) -> float:
-        return one.predict(plan).value - sum(r.price for r in one.rows if plan[r.layer] == r.option)
+        alone = [r.price for r in one.rows if plan[r.layer] == r.option]
+        return one.predict(plan).value - sum(alone)
 
     assert pairs(changed) == pytest.approx(2 * pairs(replace(ledger, kept=1.0)), rel=1e-6)
     with pytest.raises(KeyError):
         ledger.with_measured({("0", "int7"): sums})
 
 
-def test_of_very_many_the_highest_are_measured_and_a_note_says_so(monkeypatch):
-    monkeypatch.setattr(ledger_room, "MEASURED_ROWS", 3)
-    monkeypatch.setattr(ledger_room, "MEASURED_TOGETHER", 2)
-    notes: list = []
-    real = stages._measured
-    monkeypatch.setattr(
-        stages, "_measured", lambda job, *a: (real(job, *a), notes.append(list(job.notes)))[0]
-    )
-    ledger = priced(0.0, agreed=-9.0)
-    assert {(r.layer, r.option) for r in ledger.rows if r.measured} == {
-        (r.layer, r.option) for r in by_price(priced(None))[:3]
-    }
-    assert any(
-        "the 3 highest prices were measured, and the last of them" in note for note in notes[0]
-    )
+OPTIONS = [cp.Prune(sparsity=0.9), cp.Quantize(bits=2)]
 
 
-def test_a_change_that_breaks_the_model_is_priced_out_of_reach_and_noted(monkeypatch):
-    notes: list = []
-    real, whole = stages._measured, divergences
-    monkeypatch.setattr(
-        stages, "_measured", lambda job, *a: (real(job, *a), notes.append(list(job.notes)))[0]
-    )
+def two_layers() -> tuple[nn.Module, Splits]:
+    """A model with large weights: changes of it are too large for a quadratic model."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 6))
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight.mul_(4)
+    data = [(torch.randn(4, 8), torch.randint(0, 6, (4,))) for _ in range(12)]
+    return model, split_items(data, seed=0)
 
-    def overflowing(*arguments):
-        sums = whole(*arguments)
-        sums[3] = float("nan")  # of one item, by each change of the block
-        return sums
 
-    monkeypatch.setattr(stages, "divergences", overflowing)
-    monkeypatch.setattr(ledger_room, "MEASURED_TOGETHER", 2)
-    ledger, quadratic = priced(0.0), priced(None)
-    assert all(r.measured and r.price == pytest.approx(BROKEN) for r in ledger.rows), (
-        "none of them agrees"
-    )
-    for row in quadratic.rows:
-        assert any(
-            f"layer {row.layer}: with option {row.option} alone" in note for note in notes[0]
-        )
+def priced(measure_above: float | None, *, curvature: str = "fisher") -> Ledger:
+    model, data = two_layers()
+    return cp.price(model, data, options=OPTIONS, measure_above=measure_above, curvature=curvature)
+
+
+def test_the_measured_price_is_the_loss_of_the_model_with_that_change() -> None:
+    """Every change solved from the calibration items here, put into a copy, and run on the price
+    items."""
+    model, splits = two_layers()
+    weights: dict[tuple[str, str], torch.Tensor] = {}
+
+    def solve(layer: Layer, moments: Callable[[], Moments | None]) -> None:
+        for solved in solve_layer(layer, OPTIONS, moments()):
+            weights[layer.name, solved.option.key] = solved.weight
+
+    batch = collate(splits.calibrate.items)
+    visit_layers(model, Classification(), batch, find_layers(model), solve)
+    ledger = priced(0.0)
+    assert len(ledger.rows) == 4 and all(row.measured for row in ledger.rows)
+    for row in ledger.rows:
+        other = copy.deepcopy(model)
+        find_layers(other)[row.layer].write_(weights[row.layer, row.option])
+        with torch.no_grad():
+            costs = torch.tensor([kl(model(x), other(x)) for x, _ in splits.price.items]).double()
+        assert row.price == pytest.approx(float(costs.mean()), rel=1e-3, abs=1e-7)
+        spread = float(costs.std()) / len(costs) ** 0.5
+        assert row.stderr == pytest.approx(spread, rel=1e-3, abs=1e-7)
+    quadratic = {(r.layer, r.option): r.price for r in priced(None).rows}
+    far = [abs(r.price - quadratic[r.layer, r.option]) > 0.2 * r.price for r in ledger.rows]
+    assert any(far), "the quadratic model must be wrong somewhere"
+
+
+def test_prices_that_are_not_asked_for_or_not_in_nats_are_not_measured() -> None:
+    assert not any(row.measured for row in priced(None).rows)
+    assert not any(row.measured for row in priced(0.0, curvature="input").rows)
 
 
 class Divided(nn.Module):
@@ -285,6 +307,11 @@ def test_a_plan_that_breaks_the_model_is_not_chosen(measure_above):
     assert all(t["chance"] < 0.01 and t["measured"] > 10 for t in tried)
     assert tried or measure_above is not None, "only a measured price tells before a plan is tried"
     assert any("no finite numbers" in note for note in result.plan.notes)
+    if measure_above is not None:
+        reason = f"layer b: with option {broken.key} alone the model's outputs are no finite"
+        assert any(note.startswith(reason) for note in result.plan.notes)
+        prices = {row.option: row for row in result.ledger.rows}
+        assert prices[broken.key].measured and prices[broken.key].price == pytest.approx(BROKEN)
     only = cp.compress(net, data, options=[broken], budget=budget, layers="b", settings=settings)
     assert only.plan.choices == {"b": "keep"}
     splits = split_items(data, seed=0)
@@ -307,24 +334,34 @@ def test_a_threshold_that_is_none(wrong):
         cp.Settings(measure_above=wrong)
 
 
-def test_a_run_measures_once_and_its_report_says_which(tmp_path, monkeypatch):
+def rows_in(folder: Path) -> tuple[Row, ...]:
+    return Ledger.from_dict(json.loads((folder / "ledger.json").read_text())).rows
+
+
+def test_a_run_measures_once_and_its_report_says_which(tmp_path: Path) -> None:
     path = tiny.write_recipe(tmp_path)
     text = path.read_text()
     path.write_text(text + "price: {measure_above: null}\n")
     assert "measure prices" not in pipeline.check(path).minutes
     path.write_text(text + "price: {measure_above: 0.001}\n")
     assert pipeline.check(path).minutes["measure prices"] > 0
-    result = pipeline.run(path, tmp_path / "out", progress=False)
-    rows = result.record["ledger"]["rows"]
-    assert 0 < sum(r["measured"] for r in rows) < len(rows)
-    assert (
-        "were measured: the loss of that change alone"
-        in (result.folder / "report.html").read_text()
-    )
-    assert "measure prices" in {s["name"] for s in result.record["stages"]}
-    monkeypatch.setattr(stages, "divergences", None)  # a second time would fail
-    (result.folder / "report.json").unlink()
-    assert pipeline.run(path, tmp_path / "out", progress=False).record["ledger"]["rows"] == rows
+    folder = pipeline.run(path, tmp_path / "out", progress=False).folder
+    rows = rows_in(folder)
+    assert 0 < sum(row.measured for row in rows) < len(rows)
+    report = (folder / "report.html").read_text()
+    assert "were measured: the loss of that change alone" in report
+    stages = json.loads((folder / "report.json").read_text())["stages"]
+    assert "measure prices" in {stage["name"] for stage in stages}
+    # A second run reads what the first one measured: here, a little more.
+    for file in folder.glob("state/**/measured/*.json"):
+        more = 1.001 * np.array(json.loads(file.read_text()))
+        file.write_text(json.dumps(more.tolist()))
+    (folder / "report.json").unlink()
+    pipeline.run(path, tmp_path / "out", progress=False)
+    for row, before in zip(rows_in(folder), rows, strict=True):
+        assert row.measured == before.measured
+        price = 1.001 * before.price if row.measured else before.price
+        assert row.price == pytest.approx(price, rel=1e-9)
     path.write_text(text + "price: {measure_above: -1}\n")
     with pytest.raises(RecipeError, match="measure_above"):
         pipeline.check(path)

@@ -30,9 +30,14 @@ from curvprune.model import (
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -144,9 +149,13 @@ def test_label_free_is_the_kl_divergence_and_zero_at_the_reference(llama):
 def test_label_free_of_sentence_embeddings(tmp_path):
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
         initializer_range=0.5,
-    )  # fmt: skip
+    )
     encoder, batch = (
         BertModel(config).eval(),
         {"input_ids": tokens(3, 5), "attention_mask": torch.ones(3, 5)},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
@@ -29,10 +31,8 @@ OPTIONS = [
     Keep(),
     Cast(dtype="bfloat16"),
     *[
-        Quantize(bits=b, group_size=g, symmetric=s)
-        for b in BITS
-        for g in (None, 8, 7)
-        for s in (True, False)
+        Quantize(bits=bits, group_size=group_size, symmetric=symmetric)
+        for bits, group_size, symmetric in product(BITS, (None, 8, 7), (True, False))
     ],
     Prune(sparsity=0.25),
     Prune(sparsity=1 / 3),
@@ -78,12 +78,16 @@ def test_bytes_are_those_of_the_tensors_on_disk(option, shape):
         ("keep", Keep()),
         ({"cast": "float16"}, Cast(dtype="float16")),
         ({"quantize": {"bits": 4}}, Quantize(bits=4)),
-        ({"prune": {"pattern": "2:4"}, "quantize": {"bits": 4, "group_size": 8}},
-         PruneQuantize(prune=Prune(pattern="2:4"), quantize=Quantize(bits=4, group_size=8))),
-        ({"cast": "bfloat16", "prune": {"sparsity": 0.5}},
-         PruneCast(prune=Prune(sparsity=0.5), cast=Cast(dtype="bfloat16"))),
+        (
+            {"prune": {"pattern": "2:4"}, "quantize": {"bits": 4, "group_size": 8}},
+            PruneQuantize(prune=Prune(pattern="2:4"), quantize=Quantize(bits=4, group_size=8)),
+        ),
+        (
+            {"cast": "bfloat16", "prune": {"sparsity": 0.5}},
+            PruneCast(prune=Prune(sparsity=0.5), cast=Cast(dtype="bfloat16")),
+        ),
     ],
-)  # fmt: skip
+)
 def test_yaml_forms(value, option):
     assert parse_option(value) == option
 
@@ -118,7 +122,8 @@ def test_bad_options_say_what_to_write(value, message):
 def test_options_that_do_not_fit_name_layer_and_nearest_value():
     with pytest.raises(
         ValueError,
-        match=r"layer a\.b: group_size=64 does not divide its 96 inputs.*transformers.*nearest that does: 48.*portable",
+        match=r"layer a\.b: group_size=64 does not divide its 96 inputs.*transformers.*"
+        "nearest that does: 48.*portable",
     ):
         check_fits(Quantize(bits=4, group_size=64), "a.b", (10, 96), reader="transformers")
     with pytest.raises(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
+from functools import cache
 
 import numpy as np
 import pytest
@@ -21,14 +21,14 @@ from curvprune.planning import (
     Limit,
     Measurement,
     Plan,
-    Search,
-    Trial,
+    Within,
     cheapest,
     corrections,
     frontier,
     search_plans,
 )
-from tests.test_knapsack import by_layer, ladder, share, value
+from curvprune.schema import decode
+from tests.plans import combinations, ladder, price_of, share, size_of, used, value
 
 
 class Truth:
@@ -47,24 +47,25 @@ class Truth:
         measured = self.measure(float(value(self.rows, choices)[1]))
         return Measurement(measured <= self.budget, measured, measured)
 
-    def optimum(self) -> int:
-        """The smallest plan of the whole ladder of limits whose measured loss is within the
-        budget."""
-        limits = [point.price for point in frontier(self.rows, points=10_000)]
-        sizes = [value(self.rows, cheapest(self.rows, max_loss=limit)) for limit in limits]
-        return min(size for size, price in sizes if self.measure(float(price)) <= self.budget)
+
+@cache
+def best_at_every_limit() -> list[tuple[int, Fraction]]:
+    """Bytes and price of the smallest plans of `ladder(30)`, along the whole frontier."""
+    rows = ladder(30)
+    limits = [plan.price for plan in frontier(rows, points=10_000)]
+    return [value(rows, cheapest(rows, max_loss=limit)) for limit in limits]
 
 
 def test_search_measures_only_plans_that_share() -> None:
     rows = ladder(12)
-    groups = [("layer0", "layer5", "layer7"), ("layer2", "layer1")]
+    groups = (("layer0", "layer5", "layer7"), ("layer2", "layer1"))
     truth = Truth(rows, lambda p: 1.4 * p, budget=0.02)
-    result = search_plans(rows, truth, start=0.02, max_trials=6, same_option=groups)
-    assert result.best is not None and len(result.trials) > 1
-    for trial in result.trials:
-        assert share(trial.choices, groups)
-        assert value(rows, trial.choices) == (trial.bytes, pytest.approx(Fraction(trial.predicted)))
-    free = search_plans(rows, Truth(rows, lambda p: 1.4 * p, budget=0.02), start=0.02, max_trials=6)
+    result = search_plans(rows, truth, start=0.02, within=Within(same_option=groups))
+    assert result.best is not None and len(result.steps) > 1
+    for step in result.steps:
+        assert share(step.choices, groups)
+        assert value(rows, step.choices) == (step.bytes, pytest.approx(Fraction(step.predicted)))
+    free = search_plans(rows, Truth(rows, lambda p: 1.4 * p, budget=0.02), start=0.02)
     assert free.best is not None and not share(free.best, groups)
 
 
@@ -88,25 +89,23 @@ def test_search_closes_in_on_the_smallest_plan_within_the_budget(
     assert result.best is not None
     size, price = value(rows, result.best)
     assert measure(float(price)) <= 0.02
-    assert size <= truth.optimum() * 1.03 / 0.97
-    assert [trial.choices for trial in result.trials] == truth.seen
-    for trial in result.trials:
-        assert value(rows, trial.choices) == (trial.bytes, pytest.approx(Fraction(trial.predicted)))
-        assert trial.expected <= trial.limit
-        assert (trial.accepted, trial.measured) == (
-            trial.measured <= 0.02,
-            pytest.approx(measure(trial.predicted)),
-        )
+    optimum = min(size for size, price in best_at_every_limit() if measure(float(price)) <= 0.02)
+    assert size <= optimum * 1.03 / 0.97
+    assert [step.choices for step in result.steps] == truth.seen
+    for step in result.steps:
+        assert value(rows, step.choices) == (step.bytes, pytest.approx(Fraction(step.predicted)))
+        assert step.expected <= step.limit
+        assert step.accepted == (step.drop <= 0.02)
+        assert step.drop == pytest.approx(measure(step.predicted))
 
 
 def test_the_second_plan_is_what_the_budget_buys_at_the_measured_prices() -> None:
     rows = ladder(30)
-    first, second = search_plans(
-        rows, Truth(rows, lambda p: 4 * p, budget=0.02), start=0.02, max_trials=3
-    ).trials[:2]
+    truth = Truth(rows, lambda p: 4 * p, budget=0.02)
+    first, second = search_plans(rows, truth, start=0.02, max_trials=3).steps[:2]
     assert (first.limit, first.expected) == (0.02, first.predicted)
     assert second.choices == cheapest(rows, max_loss=0.005) and second.limit == pytest.approx(0.02)
-    assert second.expected == pytest.approx(second.measured) == pytest.approx(4 * second.predicted)
+    assert second.expected == pytest.approx(second.drop) == pytest.approx(4 * second.predicted)
 
 
 @pytest.mark.parametrize("max_trials", [2, 3, 6])
@@ -115,8 +114,8 @@ def test_search_ends_at_the_most_cautious_plan_when_nothing_passes(max_trials: i
     result = search_plans(
         rows, Truth(rows, lambda p: p + 1, budget=0.02), start=0.02, max_trials=max_trials
     )
-    assert result.best is None and len(result.trials) <= max_trials
-    assert set(result.trials[-1].choices.values()) == {"8 bit"}
+    assert result.best is None and len(result.steps) <= max_trials
+    assert set(result.steps[-1].choices.values()) == {"8 bit"}
 
 
 def test_search_falls_back_to_the_cautious_plan_when_only_it_passes() -> None:
@@ -125,7 +124,7 @@ def test_search_falls_back_to_the_cautious_plan_when_only_it_passes() -> None:
         rows, Truth(rows, lambda p: 0.0 if p == 0 else 1.0, budget=0.02), start=0.02, max_trials=4
     )
     assert result.best == {f"layer{i}": "keep" for i in range(10)}
-    assert len(result.trials) == 4
+    assert len(result.steps) == 4
 
 
 def test_search_stops_at_the_smallest_model_when_everything_passes() -> None:
@@ -134,7 +133,7 @@ def test_search_stops_at_the_smallest_model_when_everything_passes() -> None:
         rows, Truth(rows, lambda p: 1e-3 * p, budget=0.02), start=0.001, max_trials=6
     )
     assert result.best == {f"layer{i}": "2 bit" for i in range(10)}
-    assert len(result.trials) <= 3
+    assert len(result.steps) <= 3
 
 
 def test_search_survives_models_that_break() -> None:
@@ -142,7 +141,6 @@ def test_search_survives_models_that_break() -> None:
     truth = Truth(rows, lambda p: p if p < 1e-3 else math.nan, budget=0.02)
     result = search_plans(rows, truth, start=0.02, max_trials=8)
     assert result.best is not None and float(value(rows, result.best)[1]) < 1e-3
-    assert Search.from_dict(json.loads(json.dumps(result.to_dict()))).best == result.best
     with pytest.raises(ValueError, match="accepted a plan"):
         search_plans(rows, lambda choices: Measurement(True, math.nan, 0.0), start=0.02)
 
@@ -169,21 +167,17 @@ def test_search_is_a_pure_function_and_resumes_from_a_cache() -> None:
     whole = search_plans(
         rows, Truth(rows, lambda p: 1.4 * p + 20 * p**2, budget=0.02), start=0.02, max_trials=8
     )
-    cache = {
-        tuple(t.choices.items()): Measurement(t.accepted, t.measured, t.loss)
-        for t in whole.trials[:2]
-    }
+    known = whole.steps[:2]
     fresh = Truth(rows, lambda p: 1.4 * p + 20 * p**2, budget=0.02)
-    resumed = search_plans(
-        rows,
-        lambda c: cache[tuple(c.items())] if tuple(c.items()) in cache else fresh(c),
-        start=0.02,
-        max_trials=8,
-    )
-    assert resumed == whole
-    assert fresh.seen == [t.choices for t in whole.trials[2:]]
-    assert Search.from_dict(json.loads(json.dumps(whole.to_dict()))) == whole
-    assert Trial.from_dict(whole.trials[0].to_dict()) == whole.trials[0]
+
+    def measure(choices: dict[str, str]) -> Measurement:
+        for step in known:
+            if step.choices == choices:
+                return Measurement(step.accepted, step.drop, step.loss)
+        return fresh(choices)
+
+    assert search_plans(rows, measure, start=0.02, max_trials=8) == whole
+    assert fresh.seen == [step.choices for step in whole.steps[2:]]
 
 
 def beyond_second_order(row: Choice) -> float:
@@ -200,15 +194,15 @@ def test_search_learns_which_options_cost_more_than_their_price(
     rows = ladder(30)
     true = [replace(row, price=row.price * beyond_second_order(row)) for row in rows]
 
-    def evaluate(choices: dict[str, str]) -> Measurement:
+    def measure(choices: dict[str, str]) -> Measurement:
         loss = float(value(true, choices)[1])
         return Measurement(loss <= budget, loss, loss)
 
-    result = search_plans(rows, evaluate, start=budget, max_trials=6)
+    result = search_plans(rows, measure, start=budget, max_trials=6)
     assert result.best is not None
     optimum = value(true, cheapest(true, max_loss=budget))[0]
     assert value(rows, result.best)[0] < (1 + (scaled_only - 1) / 2) * optimum
-    first, last = result.trials[0], result.trials[-1]
+    first, last = result.steps[0], result.steps[-1]
     assert first.expected == first.predicted < first.loss / 3
     assert last.expected == pytest.approx(last.loss, rel=0.1) and last.predicted < last.loss / 1.5
     factors = result.factors
@@ -218,56 +212,43 @@ def test_search_learns_which_options_cost_more_than_their_price(
 @pytest.mark.parametrize("seed", range(12))
 def test_search_under_several_limits_finds_the_smallest_plan_that_passes(seed: int) -> None:
     rng = random.Random(seed)
-    rows = [
-        Choice(
-            layer=f"l{layer}",
-            option=f"o{option}",
-            bytes=rng.randint(10, 99),
-            price=rng.random() * 4.0**-option,
-        )
-        for layer in range(5)
-        for option in range(4)
-    ]
+    rows = []
+    for layer in range(5):
+        for option in range(4):
+            size, price = rng.randint(10, 99), rng.random() * 4.0**-option
+            rows.append(Choice(layer=f"l{layer}", option=f"o{option}", bytes=size, price=price))
     use = {(row.layer, row.option): float(rng.randint(0, 9)) for row in rows}
-    plans = list(itertools.product(*by_layer(rows)))
-    sums = [
-        (
-            sum(r.bytes for r in p),
-            math.fsum(r.price for r in p),
-            sum(use[r.layer, r.option] for r in p),
-        )
-        for p in plans
-    ]
-    limit = Limit(name="time", most=sorted(s[2] for s in sums)[len(sums) // 3], use=use)
-    max_bytes = sorted(s[0] for s in sums)[2 * len(sums) // 3]
-    within = [s for s in sums if s[2] <= limit.most and s[0] <= max_bytes]
-    budget = 1.5 * sorted(s[1] for s in within)[len(within) // 5]
+    plans = combinations(rows)
+    time = Limit(name="time", most=0.0, use=use)
+    times = sorted(used(time, plan) for plan in plans)
+    time = replace(time, most=times[len(plans) // 3])
+    max_bytes = sorted(map(size_of, plans))[2 * len(plans) // 3]
+    met = [p for p in plans if used(time, p) <= time.most and size_of(p) <= max_bytes]
+    budget = 1.5 * sorted(map(price_of, met))[len(met) // 5]
 
-    def evaluate(choices: dict[str, str]) -> Measurement:
+    def measure(choices: dict[str, str]) -> Measurement:
         size, price = value(rows, choices)
-        assert size <= max_bytes and limit.used(choices) <= limit.most, (
-            "every plan keeps to the other limits"
-        )
+        kept = size <= max_bytes and time.used(choices) <= time.most
+        assert kept, "every plan keeps to the other limits"
         loss = 1.5 * float(price)
         return Measurement(loss <= budget, loss, loss)
 
-    result = search_plans(
-        rows, evaluate, start=budget, max_trials=40, tolerance=0.0,
-        max_bytes=max_bytes + 7, fixed_bytes=7, limits=[limit],
-    )  # fmt: skip
+    within = Within(max_bytes=max_bytes + 7, fixed_bytes=7, limits=(time,))
+    result = search_plans(rows, measure, start=budget, within=within, max_trials=40, tolerance=0.0)
     assert result.best is not None
     # Limits closer than a thousandth are not told apart.
-    assert value(rows, result.best)[0] <= min(s[0] for s in within if 1.5 * s[1] <= budget * 0.998)
+    passing = [size_of(plan) for plan in met if 1.5 * price_of(plan) <= budget * 0.998]
+    assert value(rows, result.best)[0] <= min(passing)
+    impossible = Within(limits=(replace(time, most=-1.0),))
     with pytest.raises(Infeasible, match="time: at least"):
-        search_plans(rows, evaluate, start=budget, limits=[replace(limit, most=-1.0)])
+        search_plans(rows, measure, start=budget, within=impossible)
 
 
 def test_corrections_in_closed_form() -> None:
     rows = ladder(6)
     layers = sorted({row.layer for row in rows})
-    price = {(row.layer, row.option): row.price for row in rows}
     uniform = {o: dict.fromkeys(layers, o) for o in ("2 bit", "3 bit", "4 bit", "8 bit")}
-    costs = {o: math.fsum(price[pair] for pair in plan.items()) for o, plan in uniform.items()}
+    costs = {o: float(value(rows, plan)[1]) for o, plan in uniform.items()}
     assert corrections(rows, []) == {}
     alike = corrections(rows, [(uniform["3 bit"], 3 * costs["3 bit"], 0.0)])
     assert alike == pytest.approx(dict.fromkeys({row.option for row in rows}, 3.0))
@@ -304,36 +285,44 @@ def test_corrections_in_closed_form() -> None:
         assert corrections(rows, [(uniform["3 bit"], losses_of_nothing, 0.0)]) == {}
 
 
-def test_search_validates_its_arguments() -> None:
-    for arguments in ({"start": -0.1}, {"start": math.inf}, {"start": 0.1, "max_trials": 0}):
-        with pytest.raises(ValueError, match=r"search_plans\("):
-            search_plans(ladder(3), lambda choices: Measurement(True, 0.0, 0.0), **arguments)  # type: ignore[arg-type]
+@pytest.mark.parametrize(("start", "max_trials"), [(-0.1, 6), (math.inf, 6), (0.1, 0)])
+def test_search_validates_its_arguments(start: float, max_trials: int) -> None:
+    with pytest.raises(ValueError, match=r"search_plans\("):
+        search_plans(
+            ladder(3),
+            lambda choices: Measurement(True, 0.0, 0.0),
+            start=start,
+            max_trials=max_trials,
+        )
 
 
 def test_budget_takes_any_limits() -> None:
     assert Budget("loss", max_drop=0.02) == Budget(max_drop=0.02)
     assert Budget(max_bytes=60_000_000).max_bytes == 60_000_000
     assert not Budget(max_drop=0.1).limited and Budget(max_drop=0.1, max_bits=4.5).limited
-    latency = Limit(name="latency", most=2.5, use={("a", "x"): 1.0, ("a", "y"): 2.0})
-    for budget in (
-        Budget("accuracy", max_drop=0.01, confidence=0.9),
-        Budget(max_bytes=5),
-        Budget(
-            max_drop=0.1, max_bytes=5, max_bits=4.25, max_macs=1e9, max_bops=1e12, limits=(latency,)
-        ),
-    ):
-        assert Budget.from_dict(json.loads(json.dumps(budget.to_dict()))) == budget
+    assert type(Budget(max_bits=np.float64(4.5)).max_bits) is float
+
+
+def test_a_budget_is_written_in_one_order() -> None:
+    """The digest of a run's stages and its report hang on it."""
+    latency = Limit(name="latency", most=2, use={("a", "x"): 1, ("b", "x"): 0.5, ("a", "y"): 2.0})
+    budget = Budget("accuracy", max_drop=0.01, max_bits=4, limits=[latency], confidence=0.9)
+    written = (
+        '{"metric": "accuracy", "max_drop": 0.01, "max_bytes": null, "max_bits": 4, '
+        '"max_macs": null, "max_bops": null, "limits": [{"name": "latency", "most": 2, '
+        '"use": {"a": {"x": 1, "y": 2.0}, "b": {"x": 0.5}}, "per": 1.0}], "confidence": 0.9}'
+    )
+    assert json.dumps(budget.to_dict()) == written
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({}, "none given"),
-        ({"metric": "perplexity", "max_drop": 0.1}, "perplexity"),
         ({"max_drop": -0.1}, "-0.1"),
         ({"max_drop": math.nan}, "nan"),
         ({"metric": "accuracy", "max_drop": 1.0}, "max_drop=0.01"),
-        ({"max_bytes": 0}, "max_bytes=0"),
+        ({"max_bytes": 0}, "max_bytes=0: expected a positive whole number of bytes"),
         ({"max_bytes": -5}, "max_bytes=-5"),
         ({"max_bits": 0.0}, "max_bits=0"),
         ({"max_macs": math.inf}, "max_macs=inf"),
@@ -352,16 +341,23 @@ def test_budget_errors_say_what_to_type(arguments: dict[str, object], message: s
 def test_limits_of_a_budget_are_keyword_only() -> None:
     with pytest.raises(TypeError):
         Budget("loss", 0.02)  # type: ignore[call-arg]
-    with pytest.raises(ValueError, match="unknown keys"):
-        Budget.from_dict({"max_drp": 0.1})
 
 
 def test_plan_round_trips_through_json() -> None:
     original = Plan(
-        choices={"a": "x"}, bytes=3, predicted=0.1, predicted_stderr=0.01, notes=("kept b",)
+        choices={"b": "x", "a": "y"},
+        bytes=3,
+        predicted=0.1,
+        predicted_stderr=0.01,
+        notes=("kept b",),
+        uses={"max_bits": 4.0},
     )
-    assert Plan.from_dict(json.loads(json.dumps(original.to_dict()))) == original
-    unknown = Plan(choices={"a": "x"}, bytes=3, predicted=0.1, predicted_stderr=math.nan).to_dict()
-    assert unknown["predicted_stderr"] is None and math.isnan(
-        Plan.from_dict(unknown).predicted_stderr
+    written = json.dumps(original.to_dict())
+    assert written == (
+        '{"choices": {"b": "x", "a": "y"}, "bytes": 3, "predicted": 0.1, '
+        '"predicted_stderr": 0.01, "notes": ["kept b"], "uses": {"max_bits": 4.0}}'
     )
+    assert decode(Plan, json.loads(written), source="plan.json") == original
+    unknown = replace(original, predicted_stderr=math.inf).to_dict()
+    assert unknown["predicted_stderr"] is None
+    assert math.isnan(decode(Plan, unknown, source="plan.json").predicted_stderr)

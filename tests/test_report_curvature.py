@@ -1,347 +1,314 @@
-"""The report's section on curvature: signs and order kept by the charts, every part optional,
-nothing unescaped."""
+"""The report's section on curvature: signs and order kept by the charts, what was not asked for in
+one line, nothing unescaped."""
 
 from __future__ import annotations
 
-import copy
 import math
-import re
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
-from curvprune.report import build, charts, curvature, sections, summary
+from curvprune.record import AnalysisRecord, DensityRecord, RunRecord
+from curvprune.report import summary
 
-from .test_report import HOSTILE, WRONG, Page, parsed, paths, replaced, visible
+from .page import (
+    NOT_A_NUMBER,
+    Chart,
+    Page,
+    assert_harmless,
+    corners,
+    number,
+    parsed,
+    plain,
+    visible,
+)
+from .records import (
+    ANALYSIS,
+    HOSTILE,
+    analysed,
+    density,
+    eigenvalues,
+    language_model,
+    layer_curvature,
+)
 
-NOT_A_NUMBER = re.compile(r"(?<![\w-])(nan|inf|-inf|None|Undefined)(?![\w-])")
-
-
-def bump(x: float, at: float, width: float) -> float:
-    return math.exp(-0.5 * ((x - at) / width) ** 2) / (width * math.sqrt(2 * math.pi))
-
-
-def density(points: int = 400) -> dict[str, Any]:
-    """A bulk at zero, a negative shoulder and an outlier three decades away with a millionth of the
-    mass."""
-    grid = [1e-3 * math.sinh(-7 + 19 * k / (points - 1)) for k in range(points)]
-    heights = [
-        0.9 * bump(x, 0, 0.004) + 0.1 * bump(x, -0.05, 0.03) + 1e-6 * bump(x, 40.0, 1.0)
-        for x in grid
-    ]
-    return {"grid": grid, "density": heights, "num_products": 80}
-
-
-def estimate(value: float, stderr: float | None) -> dict[str, Any]:
-    return {"value": value, "stderr": stderr}
-
-
-def pairs(*values: float) -> dict[str, Any]:
-    n = len(values)
-    return {
-        "values": list(values),
-        "residuals": [1e-4] * n,
-        "errors": [1e-6] * n,
-        "converged": True,
-        "num_products": 40,
-    }
+TRACES, SPECTRUM = "Curvature trace of each layer", "Spectral density of Hessian"
 
 
-def layer(
-    trace: float, *, exact: bool = False, converged: bool = True, other: float | None = None
-) -> dict[str, Any]:
-    return {
-        "parameters": 600,
-        "shape": [20, 30],
-        "trace": estimate(trace, 0.1)
-        | {"num_products": 32, "converged": converged, "method": "joint probes"},
-        "diagonal": {"mean": trace / 600, "max": 1.0, "q50": -0.01, "q99": 0.5},
-        "gauss_newton_trace": None if other is None else estimate(other, 0.2),
-        "exact": exact,
-        "eigenvalues": pairs(3.0, -0.5),
-        "density": density(60),
-    }
+@pytest.fixture(scope="module")
+def page() -> Page:
+    return parsed(analysed())
 
 
-@pytest.fixture
-def record() -> dict[str, Any]:
-    return {
-        "title": "t",
-        "measure": "nats/token",
-        "analysis": {
-            "matrix": "Hessian",
-            "measure": "nats/token",
-            "num_items": 16,
-            "notes": ["fused attention was switched off"],
-            "layers": {
-                "a.first": layer(-40.0, other=60.0),
-                "a.second": layer(0.3, exact=True, other=0.3),
-                "a.third": layer(900.0, converged=False),
-                "a.fourth": layer(12.0),
-            },
-            "model": {
-                "parameters": 2400,
-                "loss": 2.5,
-                "gradient_norm": 0.3,
-                "trace": estimate(872.3, 4.0),
-                "eigenvalues": pairs(40.0, 7.0, -0.2),
-                "density": density()
-                | {"nodes": [[-0.2, 0.0, 40.0], [-0.1, 0.01, 39.9]], "weights": [[0.1, 0.8, 0.1]]},
-            },
-            "diagnosis": {
-                "lambda_max": 40.0,
-                "lambda_min": -0.2,
-                "max_learning_rate": 0.05,
-                "negative_share": estimate(0.031, 0.004),
-                "near_zero_share": estimate(0.912, 0.011),
-                "near_zero_below": 0.004,
-                "effective_rank": 11.2,
-                "sharpness": 41.0,
-                "gradient_norm": 0.3,
-                "relative_gradient": 0.02,
-                "kind": "saddle",
-                "text": ["This point is a saddle.", "Steps above 0.05 diverge."],
-                "disagreements": [
-                    {"layer": "a.first", "hessian": -40.0, "gauss_newton": 60.0, "ratio": -1.5}
-                ],
-            },
-        },
-    }
+def with_layers(**changes: Any) -> RunRecord:
+    """The analysed run with other fields in the curvature of some layers, by the layer's last
+    name."""
+    layers = dict(ANALYSIS.layers)
+    for name, fields in changes.items():
+        layers[f"a.{name}"] = replace(layers[f"a.{name}"], **fields)
+    return analysed(replace(ANALYSIS, layers=layers))
+
+
+def with_diagnosis(**changes: Any) -> RunRecord:
+    assert ANALYSIS.diagnosis is not None
+    return analysed(replace(ANALYSIS, diagnosis=replace(ANALYSIS.diagnosis, **changes)))
+
+
+def with_density(found: DensityRecord) -> Page:
+    assert ANALYSIS.model is not None
+    return parsed(analysed(replace(ANALYSIS, model=replace(ANALYSIS.model, density=found))))
 
 
 def section(page: Page) -> str:
     """The words of the section; its head, unlike the entry in the contents, has no space after the
     number."""
-    return page.words[page.words.index("7Curvature") : page.words.index("8Time and memory")]
+    return page.section("7Curvature", "8Time and memory")
 
 
-def marks(chart: object, class_: str) -> list[tuple[float, float]]:
-    """Centres of the marks of a class, in drawing order."""
-    found = []
-    for tag, a in Page(str(chart)).tags:
-        if class_ not in (a.get("class") or "").split():
-            continue
-        if tag == "circle":
-            found.append((float(a["cx"] or 0), float(a["cy"] or 0)))
-        elif tag == "polygon":
-            corners = [[float(c) for c in p.split(",")] for p in (a["points"] or "").split()]
-            xs, ys = zip(*corners, strict=True)
-            found.append(((min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2))
-    return found
+def upright(chart: Chart, class_: str) -> float:
+    """Where the first line of a class that goes up stands."""
+    lines = [e for e in chart.elements("line", class_) if e.get("x1") == e.get("x2")]
+    return number(lines[0], "x1")
 
 
-def line(chart: object, class_: str, *, across: bool) -> float:
-    same, other = ("y1", "y2") if across else ("x1", "x2")
-    lines = [
-        a
-        for t, a in Page(str(chart)).tags
-        if t == "line" and a.get("class") == class_ and a[same] == a[other]
-    ]
-    return float(lines[0][same] or 0)
+def level(chart: Chart, class_: str) -> float:
+    """The height of the first line of a class that goes across."""
+    lines = [e for e in chart.elements("line", class_) if e.get("y1") == e.get("y2")]
+    return number(lines[0], "y1")
 
 
-def test_nothing_is_missing_and_every_svg_is_named(record: dict[str, Any]) -> None:
-    page = parsed(record)
-    assert "Diagnosis" in section(page) and "not available" not in section(page)
-    for chart in (curvature.spectrum(record)["chart"], curvature.traces(record)["chart"]):
-        assert [t for t, _ in Page(str(chart)).tags][:3] == ["svg", "title", "desc"]
+def exactly(chart: Chart, tag: str, class_: str) -> list[ElementTree.Element]:
+    """Elements with this class and no other."""
+    return [e for e in chart.elements(tag) if e.get("class") == class_]
 
 
-def test_diagnosis_panel_explains_its_figures(record: dict[str, Any]) -> None:
-    page = parsed(record)
+def test_nothing_is_missing_and_every_chart_is_named(page: Page) -> None:
+    words = section(page)
+    assert "Diagnosis" in words and "not available" not in words and "Not asked" not in words
+    for label in (TRACES, SPECTRUM, "Spectral densities of Hessian by layer"):
+        assert [e.tag for e in page.chart(label).root][:2] == ["title", "desc"]
+
+
+def test_diagnosis_panel_explains_its_figures(page: Page) -> None:
     shown, words = dict(page.data), section(page)
     for value in (40.0, 0.05, -0.2, 0.031, 0.912, 11.2):
         assert value in shown
     assert "3.10 \N{PLUS-MINUS SIGN} 0.40" in words and "|λ| below 0.00400" in words
     assert "2/λmax" in words and "This point is a saddle. Steps above 0.05 diverge." in words
-    record["analysis"]["diagnosis"] |= {"lambda_max": -1.0, "max_learning_rate": None}
-    assert "no limit" in section(parsed(record))
+    flat = with_diagnosis(lambda_max=-1.0, max_learning_rate=None)
+    assert "no limit" in section(parsed(flat))
 
 
-def test_learning_rate_that_is_not_two_over_lambda_max_is_reported(record: dict[str, Any]) -> None:
-    assert sections.inconsistencies(record) == []
-    record["analysis"]["diagnosis"]["max_learning_rate"] = 0.5
-    assert any("not 2/λmax" in text for text in sections.inconsistencies(record))
+def test_spectral_axis_keeps_order_and_sign_and_shows_bulk_and_outlier(page: Page) -> None:
+    chart = page.chart(SPECTRUM)
+    assert "linear within about" in section(page) and "logarithmic beyond" in section(page)
+    zero = upright(chart, "zero")
+    # The nodes of the first run: -0.2, 0 and 40.
+    path = chart.elements("path", "rug")[0].attrib["d"]
+    places = [float(part.split()[0]) for part in path.split("M")[1:]]
+    assert places[0] < places[1] == zero < places[2]
+    # The density's shoulder at -0.05 is set apart from zero, the bulk at zero is wide, and the
+    # outlier has room.
+    ticks = chart.ticks("middle")
+    numbers = {float(plain(text)): x for text, x in ticks.items() if "10" not in text}
+    assert [numbers[v] for v in sorted(numbers)] == sorted(numbers.values())
+    assert numbers[0.01] - zero > 30 and places[2] - numbers[0.01] > 100
+    assert zero - numbers[-0.1] > 50
 
 
-def test_spectral_axis_keeps_order_and_sign_and_shows_bulk_and_outlier() -> None:
-    found = density()
-    curve = list(zip(found["grid"], found["density"], strict=True))
-    x = charts.spectral_axis(curve, [40.0, -0.2], start=0.0, stop=1000.0)
-    assert x.kind == "asinh" and 1e-4 < x.knee < 0.02
-    places = [x(v) for v in (-0.2, -0.05, -0.004, 0.0, 0.004, 0.05, 1.0, 40.0)]
-    assert places == sorted(set(places)) and x(-0.05) < x(0.0) - 50
-    assert x(0.004) - x(0.0) > 30 and x(40.0) - x(0.05) > 100
-    assert all(abs(t) >= x.knee or t == 0 for t in x.ticks(about=7))
-    narrow = [(v / 10, 1.0) for v in range(-10, 11)]
-    assert charts.spectral_axis(narrow, [], start=0.0, stop=1.0).kind == "linear"
-
-
-def test_negative_density_is_left_of_zero_and_in_its_own_colour(record: dict[str, Any]) -> None:
-    chart = curvature.spectrum(record)["chart"]
-    zero = line(chart, "zero", across=False)
-    halves = {
-        a["class"]: a["points"] or ""
-        for t, a in Page(str(chart)).tags
-        if t == "polygon" and a.get("points")
-    }
-    xs = {
-        c: [float(p.split(",")[0]) for p in halves[c].split()]
-        for c in ("density", "density negative")
-    }
-    assert max(xs["density negative"]) <= zero + 0.1 and min(xs["density"]) >= zero - 0.1
-    assert len([t for t, a in Page(str(chart)).tags if a.get("class") == "rug"]) == 2
-    eigenvalues = [x for x, _ in marks(chart, "eigenvalue")]
-    assert (
-        eigenvalues == sorted(eigenvalues, reverse=True) and eigenvalues[-1] < zero < eigenvalues[0]
+def test_a_narrow_spectrum_has_a_linear_axis() -> None:
+    grid = tuple(k / 10 for k in range(-10, 11))
+    runs = ((-1.0, 0.0, 1.0),)
+    found = DensityRecord(
+        grid=grid, density=(1.0,) * 21, nodes=runs, weights=((0.3, 0.4, 0.3),), num_products=3
     )
+    assert ANALYSIS.model is not None
+    model = replace(ANALYSIS.model, density=found, eigenvalues=eigenvalues(1.0, -1.0))
+    page = parsed(analysed(replace(ANALYSIS, model=model)))
+    assert "The eigenvalue axis is linear; equal areas" in section(page)
+    chart = page.chart(SPECTRUM)
+    ends = [x for x, _ in chart.marks("eigenvalue")]
+    assert ends[0] - upright(chart, "zero") == pytest.approx(
+        upright(chart, "zero") - ends[1], abs=0.2
+    )
+
+
+def test_negative_density_is_left_of_zero_and_in_its_own_colour(page: Page) -> None:
+    chart = page.chart(SPECTRUM)
+    zero = upright(chart, "zero")
+    (below,), (above,) = (exactly(chart, "polygon", f"density{s}") for s in (" negative", ""))
+    assert max(x for x, _ in corners(below)) <= zero + 0.1
+    assert min(x for x, _ in corners(above)) >= zero - 0.1
+    assert len(chart.elements("path", "rug")) == 2
+    places = [x for x, _ in chart.marks("eigenvalue")]
+    assert places == sorted(places, reverse=True) and places[-1] < zero < places[0]
     # The outlier's bump rises above the axis although it is a millionth of the mass.
-    curve = next(
-        a["points"] or ""
-        for t, a in Page(str(chart)).tags
-        if t == "polyline" and a["class"] == "spectrum"
-    )
-    heights = [
-        float(p.split(",")[1])
-        for p in curve.split()
-        if abs(float(p.split(",")[0]) - eigenvalues[0]) < 15
-    ]
+    (curve,) = exactly(chart, "polyline", "spectrum")
+    heights = [y for x, y in corners(curve) if abs(x - places[0]) < 15]
     assert max(heights) - min(heights) > 10
 
 
-def test_traces_keep_order_and_sign(record: dict[str, Any]) -> None:
-    chart = curvature.traces(record)["chart"]
-    zero = line(chart, "zero", across=True)
-    drawn = sorted(marks(chart, "own"))
-    ys = dict(zip((-40.0, 0.3, 900.0, 12.0), (y for _, y in drawn), strict=True))
-    assert ys[-40.0] > zero > ys[0.3] > ys[12.0] > ys[900.0]
-    assert len(marks(chart, "gauss-newton")) == 2 and len(marks(chart, "hollow")) == 1
-    assert len(marks(chart, "apart")) == 1
-    exact = [
-        a for t, a in Page(str(chart)).tags if t == "polygon" and a.get("class") == "point own"
-    ]
-    assert len(exact) == 1
-    whiskers = str(chart).count('class="whisker"')
-    record["analysis"]["layers"]["a.first"]["trace"]["stderr"] = None
-    assert str(curvature.traces(record)["chart"]).count('class="whisker"') == whiskers - 1
+def test_quadrature_and_density_stand_in_tables(page: Page) -> None:
+    nodes = page.tables["quadrature"]
+    assert nodes.sorts("run") == [1, 1, 1, 2, 2, 2]
+    assert nodes.sorts("node, Hessian") == [-0.2, 0.0, 40.0, -0.1, 0.01, 39.9]
+    assert nodes.sorts("weight") == [0.1, 0.8, 0.1, 0.2, 0.7, 0.1]
+    # 400 points are thinned to at most 120.
+    grid = page.tables["density"].sorts("λ, Hessian")
+    assert grid == pytest.approx(density().grid[::4]) and "one in 4 of 400" in section(page)
 
 
-def test_eigenvalue_table_names_matrix_place_and_state(record: dict[str, Any]) -> None:
-    record["analysis"]["layers"]["a.third"]["eigenvalues"]["converged"] = False
-    record["analysis"]["layers"]["a.fourth"]["eigenvalues"] = None
-    shown = curvature.eigenvalues(record)
-    rows = [[str(c.text) for c in row] for row in shown["table"].rows]
-    assert [r[0] for r in rows] == ["whole model", "a.first", "a.second", "a.third"]
-    assert {r[1] for r in rows} == {"Hessian"} and shown["without"] == "a.fourth"
-    assert (shown["table"].rows[0][2].sort, shown["table"].rows[0][4].sort) == (40.0, -0.2)
-    assert [r[7] for r in rows] == ["yes", "yes", "yes", "no"] and [r[8] for r in rows] == [
-        "",
-        "no",
-        "yes",
-        "no",
-    ]
-    assert len(shown["every"].rows) == 9
-    heads = [c.label for c in curvature.traces(record)["table"].columns]
-    assert any(h.startswith("Hessian trace") for h in heads) and any(
-        h.startswith("Gauss-Newton trace") for h in heads
+def test_points_that_are_no_numbers_are_left_out() -> None:
+    found = density(20)
+    holes = replace(found, density=(math.nan, *found.density[1:-1], math.inf))
+    page = with_density(holes)
+    assert len(page.tables["density"].rows) == 18
+    assert not NOT_A_NUMBER.search(visible(page.html))
+
+
+def test_traces_keep_order_and_sign(page: Page) -> None:
+    chart = page.chart(TRACES)
+    zero = level(chart, "zero")
+    heights = [y for _, y in sorted(chart.marks("own"))]
+    first, second, third, fourth = heights  # -40, 0.3, 900, 12
+    assert first > zero > second > fourth > third
+    assert len(chart.marks("gauss-newton")) == 2 and len(chart.marks("hollow")) == 1
+    assert len(chart.marks("apart")) == 1
+    assert len(exactly(chart, "polygon", "point own")) == 1  # the exact block is a square
+    whiskers = len(chart.elements("line", "whisker"))
+    trace = ANALYSIS.layers["a.first"].trace
+    assert trace is not None
+    unknown = with_layers(first={"trace": replace(trace, stderr=math.nan)})
+    assert len(parsed(unknown).chart(TRACES).elements("line", "whisker")) == whiskers - 1
+
+
+def test_traces_of_both_signs_stand_on_an_inverse_hyperbolic_sine() -> None:
+    values = (-100.0, -1.0, -0.1, 0.1, 1.0, 100.0)
+    layers = {f"a.{k}": layer_curvature(value) for k, value in enumerate(values)}
+    chart = parsed(analysed(replace(ANALYSIS, layers=layers, diagnosis=None))).chart(TRACES)
+    assert chart.label.endswith("scale linear around zero, logarithmic beyond")
+    zero = level(chart, "zero")
+    heights = [zero - y for _, y in sorted(chart.marks("own"))]
+    # The knee is the errors' median, 0.1.
+    scale = heights[-1] / math.asinh(1000)
+    assert heights == pytest.approx([scale * math.asinh(v / 0.1) for v in values], abs=0.2)
+
+
+def test_positive_traces_stand_on_a_logarithm() -> None:
+    layers = {f"a.{k}": layer_curvature(10.0**k) for k in range(5)}
+    chart = parsed(analysed(replace(ANALYSIS, layers=layers, diagnosis=None))).chart(TRACES)
+    assert chart.label == "Curvature trace of each layer, logarithmic scale"
+    heights = [y for _, y in sorted(chart.marks("own"))]
+    steps = [a - b for a, b in pairwise(heights)]
+    assert min(steps) > 10 and max(steps) - min(steps) < 0.25
+
+
+def test_layers_without_a_trace_are_named() -> None:
+    record = with_layers(fourth={"trace": None})
+    page = parsed(record)
+    assert "Not drawn (no trace on record): a.fourth." in section(page)
+    assert len(page.chart(TRACES).marks("own")) == 3
+    assert page.tables["curvature"].texts("method")[3] == "n/a"
+
+
+def test_eigenvalue_table_names_matrix_place_and_state() -> None:
+    loose = eigenvalues(3.0, -0.5, converged=False)
+    page = parsed(with_layers(third={"eigenvalues": loose}, fourth={"eigenvalues": None}))
+    table = page.tables["eigenvalues"]
+    assert table.texts("where") == ["whole model", "a.first", "a.second", "a.third"]
+    assert set(table.texts("matrix")) == {"Hessian"}
+    assert "No eigenvalues on record: a.fourth." in section(page)
+    assert table.sorts("λmax, Hessian")[0] == 40.0 and table.sorts("λmin, Hessian")[0] == -0.2
+    assert table.texts("converged") == ["yes", "yes", "yes", "no"]
+    assert table.texts("exact block") == ["", "no", "yes", "no"]
+    assert len(page.tables["eigenvalues-every"].rows) == 9
+    heads = page.tables["curvature"].columns
+    assert any(head.startswith("Hessian trace") for head in heads)
+    assert any(head.startswith("Gauss-Newton trace") for head in heads)
+
+
+def test_a_layer_called_whole_model_does_not_pass_for_it() -> None:
+    layers = {"whole model": layer_curvature(1.0), **ANALYSIS.layers}
+    table = parsed(analysed(replace(ANALYSIS, layers=layers))).tables["eigenvalues"]
+    model, layer, *_ = table.column("where")
+    assert model.text == layer.text == "whole model" and model.classes != layer.classes
+
+
+def test_disagreements_and_notes_are_listed(page: Page) -> None:
+    assert page.words.count("fused attention was switched off") == 2
+    table = page.tables["disagreements"]
+    assert [cell.sort for cell in table.rows[0]] == [None, -40.0, 60.0, -1.5]
+    assert "The record lists no layer." in section(parsed(with_diagnosis(disagreements=())))
+
+
+def test_what_was_not_asked_for_is_said_in_one_line() -> None:
+    # A run knows the Fisher's traces and diagonals and has looked for nothing else.
+    page = parsed(language_model(blocks=1))
+    words = section(page)
+    assert "Matrix: Fisher (labels sampled from the model)." in words
+    assert (
+        "Not asked for: the diagnosis of the whole model, its spectral density, extreme "
+        "eigenvalues." in words
     )
-
-
-def test_disagreements_and_notes_are_listed(record: dict[str, Any]) -> None:
-    words = parsed(record).words
-    assert words.count("fused attention was switched off") == 2
-    assert [c.sort for c in curvature.disagreements(record).rows[0]][1:] == [-40.0, 60.0, -1.5]
-    record["analysis"]["diagnosis"]["disagreements"] = []
-    assert "The record lists no layer." in section(parsed(record))
-
-
-def test_old_form_is_not_called_incomplete(record: dict[str, Any]) -> None:
-    plain = {
-        "trace": estimate(2.0, 0.1),
-        "parameters": 6,
-        "shape": [2, 3],
-        "diagonal": {"mean": 0.3},
-    }
-    record["analysis"] = {"matrix": "Fisher", "layers": {"a.x": plain, "b.x": plain, "c.x": plain}}
-    words = section(parsed(record))
-    assert "one of traces" in words and "not available" not in words
-    assert "logarithmic scale" in str(curvature.traces(record)["chart"])
+    assert words.count("Not asked for") == 1 and "not available" not in words
+    for head in ("Diagnosis", "Spectral density", "Extreme eigenvalues", "disagree"):
+        assert head not in words
+    chart = page.chart(TRACES)
+    assert chart.label.endswith("logarithmic scale") and len(chart.marks("point")) == 8
 
 
 @pytest.mark.parametrize(
-    ("path", "says"),
+    ("changes", "left_out"),
     [
-        (("diagnosis",), "no 'diagnosis'"),
-        (("model",), "no 'model'"),
-        (("model", "density"), "no 'density'"),
-        (("layers",), "no 'layers'"),
-        (("diagnosis", "disagreements"), "no 'disagreements'"),
-        (("diagnosis", "text"), "no 'text'"),
+        ({"diagnosis": None}, "the diagnosis of the whole model"),
+        ({"model": None}, "its spectral density"),
+        ({"layers": {}, "model": None}, "its spectral density, traces of the layers, extreme"),
     ],
 )
-@pytest.mark.parametrize("delete", [True, False])
-def test_absent_part_is_named(
-    record: dict[str, Any], path: tuple[str, ...], says: str, delete: bool
-) -> None:
-    words = section(parsed(replaced(record, ("analysis", *path), None, delete=delete)))
-    assert re.search(rf"not available: [^.]*{says}", words)
+def test_each_part_that_was_left_out_is_named(changes: dict[str, Any], left_out: str) -> None:
+    words = section(parsed(analysed(replace(ANALYSIS, **changes))))
+    assert f"Not asked for: {left_out}" in words and "not available" not in words
 
 
-def test_no_wrong_value_crashes_or_is_printed_as_a_number(record: dict[str, Any]) -> None:
-    analysis = record["analysis"]
-    analysis["layers"] = {k: analysis["layers"][k] for k in ("a.first", "a.second")}
-    for holder in (analysis["model"], *analysis["layers"].values()):
-        for key in ("grid", "density"):
-            holder["density"][key] = holder["density"][key][:60:20]
-    for k, path in enumerate(paths(analysis)):
-        for value in (WRONG[k % len(WRONG)], WRONG[(5 * k + 3) % len(WRONG)]):
-            changed = replaced(record, ("analysis", *path), value)
-            assert not NOT_A_NUMBER.search(visible(build(changed))), (path, value)
-            summary(changed)
-        if isinstance(path[-1], str):
-            build(replaced(record, ("analysis", *path), None, delete=True))
+def test_a_density_alone_can_be_left_out() -> None:
+    assert ANALYSIS.model is not None
+    model = replace(ANALYSIS.model, density=None)
+    words = section(parsed(analysed(replace(ANALYSIS, model=model))))
+    assert "Not asked for: its spectral density." in words and "Extreme eigenvalues" in words
 
 
-@pytest.mark.parametrize(
-    "value", [float("nan"), float("inf"), -float("inf"), 1e300, -1e300, 0.0, 5e-324]
-)
-def test_every_number_the_same(record: dict[str, Any], value: float) -> None:
-    changed = copy.deepcopy(record)
-    for path in paths(record):
-        parent: Any = changed
-        for key in path[:-1]:
-            parent = parent[key]
-        if isinstance(parent[path[-1]], float):
-            parent[path[-1]] = value
-    assert not NOT_A_NUMBER.search(visible(build(changed)))
-    summary(changed)
-
-
-def test_hostile_names_are_escaped(record: dict[str, Any]) -> None:
-    analysis = record["analysis"]
-    analysis["layers"][HOSTILE] = analysis["layers"].pop("a.first")
-    analysis["diagnosis"]["disagreements"][0]["layer"] = HOSTILE
-    analysis["diagnosis"] |= {"kind": HOSTILE, "text": [HOSTILE]}
-    analysis |= {"matrix": HOSTILE, "notes": [HOSTILE], "measure": HOSTILE}
-    page = parsed(record)
-    assert [t for t, _ in page.tags].count("script") == 1
-    assert {t for t, _ in page.tags}.isdisjoint(
-        {"img", "iframe", "object", "embed", "form", "link"}
+def test_hostile_names_are_escaped() -> None:
+    layers = {HOSTILE: ANALYSIS.layers["a.first"], **ANALYSIS.layers}
+    assert ANALYSIS.diagnosis is not None
+    apart = (replace(ANALYSIS.diagnosis.disagreements[0], layer=HOSTILE),)
+    diagnosis = replace(ANALYSIS.diagnosis, kind=HOSTILE, text=(HOSTILE,), disagreements=apart)
+    hostile = AnalysisRecord(
+        matrix=HOSTILE,
+        measure=HOSTILE,
+        num_items=16,
+        layers=layers,
+        model=ANALYSIS.model,
+        diagnosis=diagnosis,
+        notes=(HOSTILE,),
     )
-    text = build(record)
-    assert "\x1b" not in text and "\x00" not in text and "\x1b" not in summary(record)
-    text.encode("utf-8")
+    page = parsed(analysed(hostile))
+    assert_harmless(page)
+    assert "http://evil.example" in section(page)
+    assert "\x1b" not in summary(analysed(hostile))
 
 
-def test_summary_has_the_diagnosis(record: dict[str, Any]) -> None:
-    text = summary(record).replace("\N{NO-BREAK SPACE}", " ")
+def test_summary_has_the_diagnosis() -> None:
+    text = plain(summary(analysed()))
     for part in (
         "λmax 40.00",
         "SGD step 0.0500",
         "kind of point: saddle",
         "3.10 \N{PLUS-MINUS SIGN} 0.40 % negative",
+        "near zero (|λ| below 0.00400), effective rank 11.2",
     ):
         assert part in text
     assert "This point is a saddle." in text and "traces disagree in a.first" in text
-    record["analysis"]["diagnosis"] = None
-    assert "λmax" not in summary(record)
+    assert "λmax" not in summary(analysed(replace(ANALYSIS, diagnosis=None)))

@@ -2,96 +2,67 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any
+from dataclasses import replace
 
 import pytest
 
-from curvprune.report import build, removed, summary
+from curvprune.record import CutRecord, RunRecord
+from curvprune.report import summary
 
-from .test_report import HOSTILE, WRONG, parsed, paths, replaced, synthetic_record, visible
-
-
-@pytest.fixture
-def record() -> dict[str, Any]:
-    structured = {
-        "cuts": {
-            "a.mlp": {"kind": "mlp", "left": 30, "of": 40},
-            "b.mlp": {"kind": "mlp", "left": 10, "of": 40},
-            "a.attn": {"kind": "heads", "left": 4, "of": 4},
-        },
-        "multiply-adds": [2000, 1250],
-        "parameters": [800, 700],
-        "predicted": 0.0123,
-        "predicted_stderr": 0.0021,
-        "notes": ["40 units of 3 cuts were removed first"],
-    }
-    return synthetic_record(blocks=1) | {"structured": structured}
+from .page import assert_harmless, parsed, plain
+from .records import HOSTILE, REMOVED, language_model
 
 
-def test_totals_by_kind_and_every_cut(record: dict[str, Any]) -> None:
-    shown = removed.removed(record)
-    kinds = [
-        [c.sort if c.sort is not None else str(c.text) for c in row[:6]]
-        for row in shown["kinds"].rows
-    ]
-    assert kinds == [["mlp", 2, 80, 40, 40, 0.5], ["heads", 1, 4, 4, 0, 1.0]]
-    cuts = [
-        [c.sort if c.sort is not None else str(c.text) for c in row[:6]]
-        for row in shown["cuts"].rows
-    ]
-    assert cuts == [
-        ["a.mlp", "mlp", 40, 30, 10, 0.75],
-        ["b.mlp", "mlp", 40, 10, 30, 0.25],
-        ["a.attn", "heads", 4, 4, 0, 1],
-    ]
-    assert 'width="30"' in str(shown["cuts"].rows[1][6].text)  # a quarter of 120
-    words = parsed(record).words
-    section = words[words.index("Removed units") : words.index("Predicted against measured")]
+@pytest.fixture(scope="module")
+def record() -> RunRecord:
+    return replace(language_model(blocks=1), structured=REMOVED)
+
+
+def test_totals_by_kind_and_every_cut(record: RunRecord) -> None:
+    page = parsed(record)
+    kinds = page.tables["kinds"]
+    assert kinds.texts("kind") == ["mlp", "heads"] and kinds.sorts("cuts") == [2, 1]
+    assert kinds.sorts("units before") == [80, 4] and kinds.sorts("left") == [40, 4]
+    assert kinds.sorts("removed") == [40, 0] and kinds.sorts("share left") == [0.5, 1.0]
+    cuts = page.tables["cuts"]
+    assert cuts.texts("cut") == ["a.mlp", "b.mlp", "a.attn"]
+    assert cuts.texts("kind") == ["mlp", "mlp", "heads"]
+    assert cuts.sorts("removed") == [10, 30, 0] and cuts.sorts("share left") == [0.75, 0.25, 1]
+    bars = [a["width"] for t, a in page.tags if t == "rect" and a.get("height") == "8"]
+    assert {"90", "30"} <= set(bars)  # three quarters and a quarter of 120
+    section = plain(page.section("Removed units", "Predicted against measured"))
     for text in (
-        "1,250\N{MINUS SIGN}37.5 %",
-        "700\N{MINUS SIGN}12.5 %",
+        "multiply-adds after1,250-37.5 %",
+        "parameters after700-12.5 %",
         "0.0123 \N{PLUS-MINUS SIGN} 0.0021nats/token",
     ):
         assert text in section, text
+    assert "latency" not in section
 
 
-def test_one_line_in_the_summary(record: dict[str, Any]) -> None:
-    line = next(line for line in summary(record).splitlines() if "removed first" in line)
-    assert line.replace("\N{NO-BREAK SPACE}", " ") == (
-        "- units removed first: 40 of 80 of mlp, 0 of 4 of heads, multiply-adds \N{MINUS SIGN}37.5 %, "
-        "parameters \N{MINUS SIGN}12.5 %, predicted cost 0.0123 \N{PLUS-MINUS SIGN} 0.0021 nats/token"
-    )
-    del record["structured"]["predicted"]
-    assert "predicted cost" not in removed.line(record) and "not priced" in parsed(record).words
-    del record["structured"]
-    assert "removed first" not in summary(record) and "Removed units" not in parsed(record).words
+def test_latency_is_shown_where_it_was_measured(record: RunRecord) -> None:
+    timed = replace(record, structured=replace(REMOVED, latency_seconds=(0.2, 0.25)))
+    facts = parsed(timed).facts
+    assert plain(facts["latency before"]) == "0.20 s"
+    assert plain(facts["latency after"]) == "0.25 s+25.0 %"
 
 
-def test_wrong_values_render_anywhere(record: dict[str, Any]) -> None:
-    bare = {"structured": record["structured"]}
-    for k, path in enumerate(paths(bare)):
-        for value in WRONG if len(path) < 3 else [WRONG[k % len(WRONG)]]:
-            changed = replaced(bare, path, value)
-            text = visible(build(changed)).replace("None on record", "")
-            assert not re.search(r"(?<![\w-])(nan|inf|-inf|None|Undefined)(?![\w-])", text), (
-                path,
-                value,
-            )
-            summary(changed)
-        if isinstance(path[-1], str):
-            summary(replaced(bare, path, None, delete=True))
-            build(replaced(bare, path, None, delete=True))
+def test_one_line_in_the_summary(record: RunRecord) -> None:
     assert (
-        "not available: 'structured' has no cut with units"
-        in parsed({"structured": {"cuts": {}}}).words
-    )
+        "- units removed first: 40 of 80 of mlp, 0 of 4 of heads, multiply-adds -37.5 %, "
+        "parameters -12.5 %, predicted cost 0.0123 \N{PLUS-MINUS SIGN} 0.0021 nats/token\n"
+    ) in plain(summary(record))
+    unpriced = replace(record, structured=replace(REMOVED, predicted=None, predicted_stderr=None))
+    assert "predicted cost" not in summary(unpriced) and "not priced" in parsed(unpriced).words
+    whole = replace(record, structured=None)
+    assert "removed first" not in summary(whole) and "Removed units" not in parsed(whole).words
 
 
-def test_cuts_are_escaped(record: dict[str, Any]) -> None:
-    record["structured"]["cuts"][HOSTILE] = {"kind": HOSTILE, "left": 1, "of": 2}
-    page = parsed(record)
-    assert [t for t, _ in page.tags].count("script") == 1 and [t for t, _ in page.tags].count(
-        "img"
-    ) == 0
-    assert "\n" not in removed.line(record).strip() and "\x1b" not in summary(record)
+def test_cuts_are_escaped(record: RunRecord) -> None:
+    cuts = {**REMOVED.cuts, HOSTILE: CutRecord(kind=HOSTILE, left=1, of=2)}
+    hostile = replace(record, structured=replace(REMOVED, cuts=cuts))
+    page = parsed(hostile)
+    assert_harmless(page)
+    assert "http://evil.example" in page.section("Removed units", "Predicted against measured")
+    lines = [line for line in summary(hostile).splitlines() if "removed first" in line]
+    assert len(lines) == 1 and "\x1b" not in lines[0]

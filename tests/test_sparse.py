@@ -3,10 +3,7 @@ memory, damage."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+from itertools import product
 
 import numpy as np
 import pytest
@@ -25,14 +22,15 @@ from transformers import (
 )
 
 import curvprune as cp
+from curvprune import artifact
 from curvprune.artifact import SparseWeight, write_model
-from curvprune.artifact import folder as artifact
 from curvprune.cli import app
 from curvprune.compression import Moments, Solved, solve, solve_layer
 from curvprune.model import find_layers
 from curvprune.options import kept_weights
 from tests import tiny
-from tests.test_artifact import compress_every_way
+from tests.fresh import in_fresh_process, logits_of_saved
+from tests.test_artifact import batches, bytes_held, compress_every_way
 
 HALF = cp.Prune(sparsity=0.5)
 OURS = cp.Settings(portable=False)
@@ -120,9 +118,14 @@ def models() -> dict[str, tuple[nn.Module, dict]]:
     torch.manual_seed(0)
     ids = {"input_ids": torch.randint(0, 64, (2, 8))}
     mixtral = MixtralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
     gpt2 = GPT2Config(
         vocab_size=64,
         n_embd=32,
@@ -146,20 +149,6 @@ def models() -> dict[str, tuple[nn.Module, dict]]:
     }
 
 
-READ = """
-import json, sys, torch
-import curvprune as cp
-from safetensors.torch import load_file, save_file
-torch.set_num_threads(1)  # as here: sums split over threads differ in the last bit
-for folder in json.load(open(sys.argv[1])):
-    for packed in (False, True):
-        model = cp.load(folder, packed=packed)
-        with torch.no_grad():
-            logits = model(**load_file(folder + ".batch")).logits
-        save_file({"logits": logits.contiguous()}, f"{folder}.{packed}")
-"""
-
-
 def test_every_kind_of_layer_comes_back_in_a_fresh_process(tmp_path):
     """Linear, tied embeddings, Conv1D, stacked experts, grouped and depthwise convolutions; every
     kind of option."""
@@ -169,50 +158,27 @@ def test_every_kind_of_layer_comes_back_in_a_fresh_process(tmp_path):
         cp.PruneQuantize(prune=HALF, quantize=cp.Quantize(bits=4, group_size=16, symmetric=False)),
         cp.PruneQuantize(prune=cp.Prune(sparsity=0.7), quantize=cp.Quantize(bits=6)),
     ]
-    folders, expected = [], {}
+    expected = {}
     for name, (model, batch) in models().items():
         layers = find_layers(model.eval())
         solved = compress_every_way(model, list(layers), options)
-        folder = str(tmp_path / name)
-        write_model(Path(folder), model, solved, {}, portable=False)
-        on_disk = artifact.tensor_names(Path(folder))
-        promised = sum(
-            artifact.layer_bytes(model, layers[n], s.option, portable=False)
-            for n, s in solved.items()
-        )
-        assert sum(size for _, size in on_disk.values()) == promised + artifact.other_bytes(
-            model, layers
-        ), folder
-        assert sum(n.endswith(".weight_bitmask") for n in on_disk) > 0.8 * len(layers), folder
-        header = artifact.weights_file(Path(folder)).stat().st_size - sum(
-            size for _, size in on_disk.values()
-        )
-        assert header <= artifact.header_bytes(model, layers), folder
-        save_file({k: v.contiguous() for k, v in batch.items()}, folder + ".batch")
+        folder = tmp_path / name
+        write_model(folder, model, solved, {}, portable=False)
+        on_disk = artifact.tensor_names(folder)
+        stored = sum(size for _, size in on_disk.values())
+        promised = artifact.other_bytes(model, layers)
+        for key, one in solved.items():
+            promised += artifact.layer_bytes(model, layers[key], one.option, portable=False)
+        assert stored == promised, name
+        assert sum(n.endswith(".weight_bitmask") for n in on_disk) > 0.8 * len(layers), name
+        header = artifact.weights_file(folder).stat().st_size - stored
+        assert header <= artifact.header_bytes(model, layers), name
+        save_file({k: v.contiguous() for k, v in batch.items()}, f"{folder}.batch")
         with torch.no_grad():
-            expected[folder] = model(**batch).logits
-        folders.append(folder)
-    (tmp_path / "folders.json").write_text(json.dumps(folders))
-    ended = subprocess.run(
-        [sys.executable, "-c", READ, str(tmp_path / "folders.json")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    for folder in folders:
-        for packed in (False, True):
-            logits = load_file(f"{folder}.{packed}")["logits"]
-            torch.testing.assert_close(
-                logits, expected[folder], rtol=0, atol=0, msg=f"{folder}, packed={packed}"
-            )
-
-
-def held(model: nn.Module) -> int:
-    return sum(
-        t.untyped_storage().nbytes()
-        for t in {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}.values()
-    )
+            expected[str(folder)] = model(**batch).logits
+    cases = list(product(expected, (False, True)))
+    for case, logits in zip(cases, in_fresh_process(logits_of_saved, cases), strict=True):
+        assert torch.equal(torch.from_numpy(logits), expected[case[0]]), case
 
 
 @pytest.mark.parametrize(
@@ -228,10 +194,10 @@ def held(model: nn.Module) -> int:
 )
 def test_sparse_weights_stay_sparse_in_memory(option, share, tmp_path):
     model = tiny.llama(hidden=64)
-    batch = {"input_ids": torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(0))}
+    (batch,) = batches(1)
     cp.compress(model, [batch], options=[option], settings=OURS).save(tmp_path)
     dense, packed = cp.load(tmp_path), cp.load(tmp_path, packed=True)
-    assert held(packed) < share * held(dense)
+    assert bytes_held(packed) < share * bytes_held(dense)
     with torch.no_grad():
         assert torch.equal(packed(**batch).logits, dense(**batch).logits)
     made = [
@@ -248,7 +214,9 @@ def test_rows_of_a_weight_in_memory(option):
     weight[3] = 0
     solved = solve(weight, [option], layer="a")[0]
     layer = find_layers(nn.Sequential(nn.Linear(12, 7)))["0"]
-    kept = artifact._kept(solved.weight != 0, layer, option)
+    mask = artifact.stored_tensors(layer, solved, form="sparse")["0.weight_bitmask"].numpy()
+    bits = np.unpackbits(mask, bitorder="little")[: layer.numel]
+    kept = torch.from_numpy(bits.astype(bool)).view(layer.shape)
     quantize = getattr(option, "quantize", None)
     matrix = solved.weight if solved.codes is None else solved.codes
     one = SparseWeight(matrix, kept, solved.scale, solved.zero, quantize, torch.float32)
@@ -299,10 +267,7 @@ def test_zeros_that_were_there_before_are_stored_as_if_they_were_not(tmp_path):
 
 def test_a_budget_chooses_among_sparse_and_packed_layers_by_bytes_on_disk(tmp_path):
     model = tiny.llama(tied=False)
-    data = [
-        {"input_ids": torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(i))}
-        for i in range(30)
-    ]
+    data = batches(10)
     options = [
         HALF,
         cp.PruneCast(prune=HALF, cast=cp.Cast(dtype="float16")),
@@ -310,16 +275,14 @@ def test_a_budget_chooses_among_sparse_and_packed_layers_by_bytes_on_disk(tmp_pa
         cp.Quantize(bits=2),
     ]
     result = cp.compress(
-        model, data, options=options, budget=cp.Budget(max_bytes=50_000), settings=OURS
+        model, data, options=options, budget=cp.Budget(max_bytes=45_000), settings=OURS
     )
     result.save(tmp_path)
-    forms = {
-        e["form"] for e in json.loads((tmp_path / artifact.MANIFEST).read_text())["layers"].values()
-    }
-    assert {"sparse", "packed"} <= forms
+    layers = artifact.read_manifest(tmp_path).layers.values()
+    assert {"sparse", "packed"} <= {layer.form for layer in layers}
     on_disk = artifact.tensor_names(tmp_path)
     assert sum(size for _, size in on_disk.values()) == result.plan.bytes
-    assert (tmp_path / artifact.FOREIGN_WEIGHTS).stat().st_size <= 50_000
+    assert (artifact.weights_file(tmp_path)).stat().st_size <= 45_000
     for name, key in result.plan.choices.items():
         mine = sum(size for n, (_, size) in on_disk.items() if n.startswith(f"{name}.weight"))
         assert mine == result.ledger.layer_rows(name)[key].bytes, (name, key)
@@ -331,7 +294,7 @@ def test_a_budget_chooses_among_sparse_and_packed_layers_by_bytes_on_disk(tmp_pa
 
 def test_a_portable_artifact_says_what_its_zeros_cost(tmp_path):
     model = tiny.llama(tied=False)
-    batch = {"input_ids": torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(0))}
+    (batch,) = batches(1)
     portable = cp.prune(model, [batch], sparsity=0.5)
     numel = sum(layer.numel for layer in find_layers(model).values())
     assert len(portable.plan.notes) == 1
@@ -351,7 +314,7 @@ def test_a_portable_artifact_says_what_its_zeros_cost(tmp_path):
 
 def test_what_is_kept_may_be_cast_in_a_portable_artifact_too(tmp_path):
     model = tiny.llama(tied=False)
-    batch = {"input_ids": torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(0))}
+    (batch,) = batches(1)
     result = cp.prune(model, [batch], pattern="2:4", dtype="float16", layers="model.layers.*")
     assert set(result.plan.choices.values()) == {"prune2:4+float16"}
     result.save(tmp_path)
@@ -433,7 +396,7 @@ def test_dense_export_is_an_ordinary_model(portable, tmp_path):
     from typer.testing import CliRunner
 
     model = tiny.llama()
-    batch = {"input_ids": torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(0))}
+    (batch,) = batches(1)
     result = cp.prune(model, [batch], sparsity=0.5, settings=cp.Settings(portable=portable))
     result.save(tmp_path / "sparse", tokenizer=tiny.byte_tokenizer())
     ended = CliRunner().invoke(
@@ -454,10 +417,7 @@ def test_dense_export_is_an_ordinary_model(portable, tmp_path):
 def test_shapes_that_no_config_describes_are_not_exported(tmp_path):
     pytest.importorskip("torch_pruning")
     model = tiny.llama()
-    data = [
-        {"input_ids": torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(i))}
-        for i in range(3)
-    ]
+    data = batches(3)
     result = cp.prune(model, data, structured=0.2)
     assert not result.portable
     with pytest.raises(ValueError, match=r"no config describes its shapes.*uniform=True"):
@@ -467,7 +427,7 @@ def test_shapes_that_no_config_describes_are_not_exported(tmp_path):
 def test_gptq_export_reads_a_sparse_artifact(tmp_path):
     """The same checkpoint from a sparse and from a packed artifact."""
     model = tiny.llama(tied=False, hidden=64)
-    batch = {"input_ids": torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(0))}
+    (batch,) = batches(1)
     option = cp.PruneQuantize(
         prune=HALF, quantize=cp.Quantize(bits=4, group_size=16, symmetric=False)
     )

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import curvprune as cp
 from curvprune.model import CausalLM, Classification, find_layers
 from curvprune.planning import Budget, Choice
-from curvprune.pricing import Work, limits_of, macs_left, multiply_adds, work_of
+from curvprune.pricing import LayerWork, limits_of, macs_left, multiply_adds, work_of
 from tests import tiny
+from tests.plans import table
 from tests.test_experts import mixtral
 
 
@@ -107,7 +108,10 @@ def test_zeros_lower_the_work_only_where_hardware_skips_them():
 
 
 def test_the_limits_of_a_budget_in_closed_form():
-    work = {"a": Work(weights=10, bits=32, macs=100.0), "b": Work(weights=30, bits=16, macs=7.0)}
+    work = {
+        "a": LayerWork(weights=10, bits=32, macs=100.0),
+        "b": LayerWork(weights=30, bits=16, macs=7.0),
+    }
     keys = (
         "keep",
         "float16",
@@ -116,11 +120,7 @@ def test_the_limits_of_a_budget_in_closed_form():
         "prune0.5",
         "prune2:4+float16",
     )
-    rows = [
-        Choice(layer=layer, option=key, bytes=number + 3, price=0.0)
-        for layer in work
-        for number, key in enumerate(keys)
-    ]
+    rows = table(list(work), [(key, number + 3, 0.0) for number, key in enumerate(keys)])
     own = cp.Limit(name="ms", most=2.0, use={(row.layer, row.option): 1.0 for row in rows})
     bits, macs, bops, last = limits_of(
         Budget(max_bits=4, max_macs=150, max_bops=1e4, limits=[own]), rows, work

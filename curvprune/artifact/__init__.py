@@ -1,36 +1,42 @@
 """Packing, saving and loading of compressed models; views of them for other readers."""
 
-from curvprune.artifact.export import export_dense, export_gptq
+from curvprune.artifact.dense import export_dense
 from curvprune.artifact.folder import (
-    MANIFEST,
     WEIGHTS,
-    Portable,
     folder_bytes,
-    form_of,
     header_bytes,
     is_portable,
-    is_transformers,
-    layer_bytes,
     load_into,
     other_bytes,
-    portable_for,
-    reader_of,
     save,
     state_dict_on_disk,
-    stored_tensors,
     tensor_names,
     weights_file,
 )
+from curvprune.artifact.forms import (
+    Portable,
+    form_of,
+    is_transformers,
+    layer_bytes,
+    portable_for,
+    reader_of,
+)
+from curvprune.artifact.gptq import export_gptq
+from curvprune.artifact.manifest import MANIFEST, Manifest, StoredLayer, read_manifest
 from curvprune.artifact.packed_modules import PackedWeight, SparseWeight
+from curvprune.artifact.packing import pack, unpack
 from curvprune.artifact.save_and_load import describe, load_artifact, write_model
+from curvprune.artifact.storage import stored_tensors
 from curvprune.artifact.transformers_folder import loads_packed, quantization_config
 
 __all__ = [
     "MANIFEST",
     "WEIGHTS",
+    "Manifest",
     "PackedWeight",
     "Portable",
     "SparseWeight",
+    "StoredLayer",
     "describe",
     "export_dense",
     "export_gptq",
@@ -44,13 +50,16 @@ __all__ = [
     "load_into",
     "loads_packed",
     "other_bytes",
+    "pack",
     "portable_for",
     "quantization_config",
+    "read_manifest",
     "reader_of",
     "save",
     "state_dict_on_disk",
     "stored_tensors",
     "tensor_names",
+    "unpack",
     "weights_file",
     "write_model",
 ]

@@ -1,11 +1,13 @@
-"""Modules whose weight stays packed in memory: codes of four bits (up to 4 bits) or eight, and
-16-bit scales; of a sparse layer one bit for each weight, and the kept ones. It is unpacked when its
-module runs, layer by layer, to exactly the weight that an unpacked load gives.
+"""Modules whose weight stays packed in memory, and is unpacked when they run, layer by layer, to
+exactly the weight that an unpacked load gives.
+
+A rounded weight is codes of four bits (up to 4 bits) or eight, and 16-bit scales. A sparse one is
+one bit for each weight, and the kept weights or their codes.
 
 Of an embedding only the rows that are looked up are unpacked. Few rows through a per-channel 8-bit
-Linear on the CPU use torch's ``_weight_int8pack_mm``: at one row 4 times as fast as unpacking, at
-16 rows 18 times slower (1536 × 576, torch 2.13, AVX-512 without AMX); its 4-bit kernels lost to
-unpacking and are not used.
+Linear on the CPU are multiplied without unpacking (`curvprune.compat.int8_linear`): at one row 4
+times as fast, at 16 rows 18 times slower (1536 × 576, torch 2.13, AVX-512 without AMX). torch's
+4-bit kernels lost to unpacking and are not used.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int8
 from torch import Tensor, nn
 
+from curvprune.compat import int8_linear
 from curvprune.compression import dequantize
 from curvprune.model import Layer, laid_out
 from curvprune.options import Quantize
@@ -85,10 +88,12 @@ class SparseWeight(nn.Module):
         self.width, self.dtype = kept.shape[1], dtype
         self.group_size = None if quantize is None else quantize.group_size
         self.nibbles = quantize is not None and quantize.bits <= 4
+        # 1. Eight weights a byte, row by row, so that a row can be looked up.
         bits = F.pad(kept, (0, -self.width % 8)).view(len(kept), -1, 8).to(torch.uint8)
         self.register_buffer("mask", (bits << _EIGHT.to(kept.device)).sum(dim=2, dtype=torch.uint8))
+        # 2. Where each row begins among the kept weights, which stand one after another.
         counts = kept.sum(dim=1)
-        self.register_buffer("start", counts.cumsum(0) - counts)  # where each row begins
+        self.register_buffer("start", counts.cumsum(0) - counts)
         values = matrix[kept]
         self.register_buffer("values", _to_nibbles(values[None])[0] if self.nibbles else values)
         self.register_buffer("scale", scale)
@@ -102,24 +107,28 @@ class SparseWeight(nn.Module):
             values = _from_nibbles(self.values[None])[0] if self.nibbles else self.values
             matrix = values.new_zeros(kept.shape).masked_scatter_(kept, values)
         else:
-            at = (self.start[index][:, None] + kept.cumsum(dim=1) - 1).clamp_(min=0)
-            if self.nibbles:
-                pairs = _from_nibbles(self.values[at >> 1].reshape(-1, 1)).view(*at.shape, 2)
-                matrix = pairs.gather(2, (at & 1)[..., None])[..., 0]
-            else:
-                matrix = self.values[at]
+            matrix = self._looked_up(index, kept)
         if self.scale is not None:
             zero = None if self.zero is None else self.zero[index]
             matrix = dequantize(matrix, self.scale[index], zero, self.group_size)
-        return torch.where(
-            kept, matrix, torch.zeros((), dtype=matrix.dtype, device=matrix.device)
-        ).to(self.dtype)
+        nothing = torch.zeros((), dtype=matrix.dtype, device=matrix.device)
+        return torch.where(kept, matrix, nothing).to(self.dtype)
+
+    def _looked_up(self, index: Tensor | slice, kept: Bool[Tensor, "rows in"]) -> Tensor:
+        """Weights or codes of some rows; where ``kept`` is not set, any."""
+        at = (self.start[index][:, None] + kept.cumsum(dim=1) - 1).clamp_(min=0)
+        if not self.nibbles:
+            return self.values[at]
+        # Two codes a byte: the even one is the low half.
+        pairs = _from_nibbles(self.values[at >> 1].reshape(-1, 1)).view(*at.shape, 2)
+        return pairs.gather(2, (at & 1)[..., None])[..., 0]
 
 
 HeldWeight = PackedWeight | SparseWeight
 
 
 def _to_nibbles(codes: Int8[Tensor, "rows columns"]) -> Int8[Tensor, "rows half"]:
+    """Codes from −8 to 7, two a byte."""
     unsigned = F.pad(codes + 8, (0, codes.shape[1] % 2)).to(torch.uint8)
     return (unsigned[:, ::2] | (unsigned[:, 1::2] << 4)).view(torch.int8)
 
@@ -144,7 +153,8 @@ class _Around(nn.Module):
             return getattr(super().__getattr__("module"), name)
 
 
-def _emptied(module: nn.Module, parameter: str, dtype: torch.dtype) -> None:
+def _empty_(module: nn.Module, parameter: str, dtype: torch.dtype) -> None:
+    """Take a module's weight away; its name stays, for those who read its type."""
     setattr(module, parameter, nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False))
 
 
@@ -157,7 +167,8 @@ class Packed(_Around):
     ) -> None:
         super().__init__(module)
         self.packed, self.shape, self.transposed = weight, shape, transposed
-        _emptied(module, "weight", weight.dtype)
+        _empty_(module, "weight", weight.dtype)
+        # By the forward pass itself: a subclass may do something else with its weight.
         self.looks_up = type(module).forward is nn.Embedding.forward and module.max_norm is None
         self.multiplies = type(module).forward is nn.Linear.forward
 
@@ -167,30 +178,29 @@ class Packed(_Around):
         return laid_out(self.packed.rows(), self.shape, transposed=self.transposed)
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
-        if self.looks_up and len(arguments) == 1 and not named:
-            index = arguments[0]
-            return self.packed.rows(index.reshape(-1)).reshape(*index.shape, self.packed.width)
-        held = self.packed
-        if (
-            self.multiplies
-            and len(arguments) == 1
-            and not named
-            and isinstance(held, PackedWeight)
-            and held.int8_kernel
-        ):
+        if len(arguments) == 1 and not named:
             x = arguments[0]
-            if (
-                x.device.type == "cpu"
-                and x.numel() <= FEW_ROWS * held.width
-                and x.dtype == torch.float32
-            ):
-                y = torch._weight_int8pack_mm(
-                    x.reshape(-1, held.width), held.codes, held.scale[:, 0].to(x.dtype)
-                )
-                y = y.reshape(*x.shape[:-1], len(held.codes))
-                bias = self.module.bias
-                return y + bias if isinstance(bias, Tensor) else y
+            if self.looks_up:
+                return self.packed.rows(x.reshape(-1)).reshape(*x.shape, self.packed.width)
+            if self.multiplies and _uses_int8_kernel(self.packed, x):
+                return self._multiplied(x)
         return torch.func.functional_call(self.module, {"weight": self.weight}, arguments, named)
+
+    def _multiplied(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """What a Linear returns, from the codes themselves."""
+        held = cast(PackedWeight, self.packed)
+        y = int8_linear(x.reshape(-1, held.width), held.codes, held.scale[:, 0].to(x.dtype))
+        y = y.reshape(*x.shape[:-1], len(held.codes))
+        bias = self.module.bias
+        return y + bias if isinstance(bias, Tensor) else y
+
+
+def _uses_int8_kernel(held: HeldWeight, x: Tensor) -> bool:
+    """Whether few rows go through a per-channel 8-bit weight in float32 on the CPU."""
+    if not isinstance(held, PackedWeight) or not held.int8_kernel:
+        return False
+    few = x.numel() <= FEW_ROWS * held.width
+    return few and x.device.type == "cpu" and x.dtype == torch.float32
 
 
 class PackedExperts(_Around):
@@ -203,15 +213,15 @@ class PackedExperts(_Around):
         self.layouts: dict[str, tuple[torch.Size, bool]] = {}
 
     def pack(self, parameter: str, weight: HeldWeight, shape: torch.Size, transposed: bool) -> None:
-        _emptied(self.module, parameter, weight.dtype)
+        _empty_(self.module, parameter, weight.dtype)
         self.packed[parameter] = weight
         self.layouts[parameter] = shape, transposed
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
-        weights = {
-            n: laid_out(cast(HeldWeight, self.packed[n]).rows(), shape, transposed=transposed)
-            for n, (shape, transposed) in self.layouts.items()
-        }
+        weights = {}
+        for name, (shape, transposed) in self.layouts.items():
+            held = cast(HeldWeight, self.packed[name])
+            weights[name] = laid_out(held.rows(), shape, transposed=transposed)
         return torch.func.functional_call(self.module, weights, arguments, named)
 
 
@@ -219,10 +229,13 @@ def pack_modules(model: nn.Module, layer: Layer, weight: HeldWeight) -> None:
     """Replace every module that holds or shares the layer's weight."""
     shape, transposed = layer.weight.shape, layer.transposed
     names = (layer.name, *layer.aliases)
-    owners = [name.rpartition(".")[0] if layer.kind == "experts" else name for name in names]
+    owners: list[str] = list(names)
+    if layer.kind == "experts":  # their names are those of parameters
+        owners = [name.rpartition(".")[0] for name in names]
     # All are looked up first: two names may lead to one place, where the first would leave what the
     # second finds.
-    for owner, module in [(owner, model.get_submodule(owner)) for owner in owners]:
+    modules = [model.get_submodule(owner) for owner in owners]
+    for owner, module in zip(owners, modules, strict=True):
         packed: nn.Module
         if layer.kind == "experts":
             packed = module if isinstance(module, PackedExperts) else PackedExperts(module)

@@ -1,13 +1,17 @@
-"""Two models' results on the same items: the paired verdict, and what happened to every item."""
+"""Two models' results on the same items: where a budget becomes a verdict, and what happened to
+every item."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from curvprune.certificate.paired_tests import Verdict, certify_accuracy, certify_loss
+from curvprune.certificate.accuracy import certify_accuracy
+from curvprune.certificate.loss import certify_loss
+from curvprune.certificate.verdict import Verdict
 from curvprune.model import ItemResults, Split
 from curvprune.planning import Budget
 
@@ -15,12 +19,27 @@ from curvprune.planning import Budget
 def compare(
     baseline: ItemResults, compressed: ItemResults, split: Split, budget: Budget, *, measure: str
 ) -> Verdict:
-    """Paired verdict on a split for a budget with ``max_drop``; documents with several items are
-    clusters. Items in which no position counts (all labels ignored) say nothing and are left
-    out."""
+    """Where a budget becomes a verdict: two models' results on a split, judged by ``max_drop``.
+
+    Documents with several items are clusters. Items in which no position counts (all labels
+    ignored) say nothing and are left out.
+
+    Args:
+        baseline, compressed: results of every item of ``split``.
+        budget: its metric chooses the test; it must have a ``max_drop``.
+        measure: what the loss is counted in, such as ``"nats/token"``.
+
+    Raises:
+        ValueError: metric 'accuracy' where an item has more than one prediction; or as the test
+            does.
+    """
+    # 1. The items that count, and the documents that they come from.
     counted = (baseline.count > 0).numpy()
     documents = np.array(split.documents)[counted]
-    clusters = None if len(set(documents)) == len(documents) else documents
+    independent = len(set(documents)) == len(documents)
+    clusters = None if independent else documents
+
+    # 2. The test that the budget's metric asks for.
     assert budget.max_drop is not None
     if budget.metric == "loss":
         return certify_loss(
@@ -45,24 +64,56 @@ def compare(
     )
 
 
-def item_columns(baseline: ItemResults, compressed: ItemResults, split: Split) -> dict[str, Any]:
-    """What two models did on every item of a split in which a position counts, by column:
-    ``document`` (a number in ``documents``), ``index`` in the split, ``count`` of positions, loss
-    per position ``before`` and ``after`` (to nine digits) and, where no item has more than one,
-    ``right_before`` and ``right_after`` (1 or 0)."""
-    at = torch.nonzero(baseline.count > 0).flatten()
-    names = [split.documents[i] for i in at.tolist()]
-    number = {name: k for k, name in enumerate(dict.fromkeys(names))}
-    count = baseline.count[at]
-    columns = {
-        "documents": list(number),
-        "document": [number[name] for name in names],
-        "index": at.tolist(),
-        "count": count.int().tolist(),
-        "before": [float(f"{v:.9g}") for v in (baseline.loss[at] / count).tolist()],
-        "after": [float(f"{v:.9g}") for v in (compressed.loss[at] / count).tolist()],
-    }
-    if float(count.max()) > 1:
-        return columns
-    right = {"right_before": baseline.correct, "right_after": compressed.correct}
-    return columns | {name: (correct[at] > 0.5).int().tolist() for name, correct in right.items()}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ItemColumns:
+    """What two models did on every item of a split in which a position counts, by column.
+
+    Attributes:
+        documents: the names that ``document`` numbers.
+        document, index: of each item, its document and its place in the split.
+        count: positions of each item.
+        before, after: loss per position of the uncompressed and the compressed model, to nine
+            digits.
+        right_before, right_after: 1 where the prediction was right, where no item has more than
+            one position; else ``None``.
+    """
+
+    documents: tuple[str, ...]
+    document: tuple[int, ...]
+    index: tuple[int, ...]
+    count: tuple[int, ...]
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+    right_before: tuple[int, ...] | None = None
+    right_after: tuple[int, ...] | None = None
+
+
+def item_columns(baseline: ItemResults, compressed: ItemResults, split: Split) -> ItemColumns:
+    """What two models did on every item of a split, beside each other."""
+    counted = torch.nonzero(baseline.count > 0).flatten()
+    names = [split.documents[i] for i in counted.tolist()]
+    # Documents are numbered as they first appear.
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    count = baseline.count[counted]
+    right_before = right_after = None
+    if not float(count.max()) > 1:
+        right_before = _right(baseline.correct[counted])
+        right_after = _right(compressed.correct[counted])
+    return ItemColumns(
+        documents=tuple(numbers),
+        document=tuple(numbers[name] for name in names),
+        index=tuple(counted.tolist()),
+        count=tuple(count.int().tolist()),
+        before=_nine_digits(baseline.loss[counted] / count),
+        after=_nine_digits(compressed.loss[counted] / count),
+        right_before=right_before,
+        right_after=right_after,
+    )
+
+
+def _nine_digits(values: Tensor) -> tuple[float, ...]:
+    return tuple(float(f"{value:.9g}") for value in values.tolist())
+
+
+def _right(correct: Tensor) -> tuple[int, ...]:
+    return tuple((correct > 0.5).int().tolist())

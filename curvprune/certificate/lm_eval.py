@@ -5,22 +5,38 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from curvprune.certificate.paired_tests import Verdict, certify_loss, certify_values
+from curvprune.certificate.loss import certify_loss
+from curvprune.certificate.values import certify_values
+from curvprune.certificate.verdict import Verdict
 
-# (log-likelihood, how many): the metric of the corpus is a function of the ratio of the two sums.
+# The metric of the corpus is a function of the ratio of two sums, log-likelihood and how many:
+# metric → its measure, and how much of it a nat is.
 _RATIOS = {
+    "perplexity": ("nats/document", 1.0),
     "word_perplexity": ("nats/word", 1.0),
     "byte_perplexity": ("nats/byte", 1.0),
     "bits_per_byte": ("bits/byte", 1 / math.log(2)),
 }
 _LOWER = {"brier_score", "edit_distance", "ter", "wer", "cer"}
+_HASHES = {"doc_hash": "document", "prompt_hash": "prompt", "target_hash": "target"}
 
 Files = str | Path | Sequence[str | Path]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sample:
+    """A line of a samples file: where it stands (path:line), and its JSON object."""
+
+    at: str
+    values: Mapping[str, object]
+
+
+# One filter's samples by document number.
+_Samples = dict[Hashable, _Sample]
 
 
 def certify_lm_eval(
@@ -35,91 +51,127 @@ def certify_lm_eval(
     higher_is_better: bool | None = None,
     confidence: float = 0.95,
 ) -> Verdict:
-    """Whether a compressed model is at most `max_drop` worse on a task of lm-eval, paired by
+    """Whether a compressed model is at most ``max_drop`` worse on a task of lm-eval, paired by
     document.
-
-    `baseline`, `compressed`: the ``samples_<task>_<date>.jsonl`` of the two models, or lists of
-    them in the same order (the subtasks of a group; every document counts once). `metric`,
-    `filter`: which of the recorded ones, needed only where there are several.
 
     Metrics that are 0 or 1 throughout (acc, exact_match) are tested as accuracy.
     ``word_perplexity``, ``byte_perplexity`` and ``bits_per_byte`` are tested as the loss behind
-    them: `max_drop` is in nats per word, nats per byte or bits per byte, and ``perplexity`` in nats
-    per document. All others are means, in their own unit, as in `certify_values`: `bounds` are
-    those of one document, `higher_is_better` as lm-eval's results file says (default: no for known
-    error rates, yes otherwise). `cluster`: a field of the documents, such as the passage that
-    several questions ask about, whose equal values belong together.
+    them: ``max_drop`` is in nats per word, nats per byte or bits per byte. For ``perplexity`` it is
+    in nats per document. All others are means, in their own unit, as in `certify_values`.
 
-    Raises ValueError, naming file and line, for files that hold other documents, prompts or
-    metrics, a document twice, or a metric that is not one number per document.
+    Args:
+        baseline, compressed: the ``samples_<task>_<date>.jsonl`` of the two models, or lists of
+            them in the same order (the subtasks of a group; every document counts once).
+        metric, filter: which of the recorded ones, needed only where there are several.
+        cluster: a field of the documents, such as the passage that several questions ask about,
+            whose equal values belong together.
+        bounds: the lowest and the highest value of one document.
+        higher_is_better: as lm-eval's results file says; by default no for known error rates, yes
+            otherwise.
+
+    Raises:
+        ValueError: naming file and line, for files that hold other documents, prompts or metrics, a
+            document twice, or a metric that is not one number per document.
     """
-    files = _files(baseline), _files(compressed)
-    if len(files[0]) != len(files[1]):
-        raise ValueError(
-            f"{len(files[0])} file(s) of the baseline, {len(files[1])} of the compressed model; "
-            "pair them"
+    # 1. Read the files, pair their documents.
+    pairs, metric = _read_pairs(_paths(baseline), _paths(compressed), metric, filter)
+    ours, theirs = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    clusters = None
+    if cluster is not None:
+        clusters = [_field(sample, cluster) for sample in ours]
+
+    # 2. Perplexities are judged by the loss behind them.
+    if metric in _RATIOS:
+        return _certify_ratio(
+            ours, theirs, metric, clusters=clusters, max_drop=max_drop, confidence=confidence
         )
-    pairs: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    for path, other in zip(*files, strict=True):
-        samples = _read(path, filter)
-        metric = metric or _only_metric(samples, path)
-        pairs += _paired(samples, _read(other, filter), path, other)
-    if metric is None:
-        raise ValueError("no files: pass the samples_*.jsonl of both models")
-    sides = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    clusters = None if cluster is None else [_field(sample, cluster) for sample in sides[0]]
-    if metric in _RATIOS or metric == "perplexity":
-        measure, factor = _RATIOS.get(metric, ("nats/document", 1.0))
-        before, after = ([_sum_and_count(sample, metric) for sample in side] for side in sides)
-        if [n for _, n in before] != [n for _, n in after]:
-            raise ValueError(
-                f"{metric}: the two runs count different words or bytes in the same documents"
-            )
-        verdict = certify_loss(
-            [-factor * total for total, _ in before],
-            [-factor * total for total, _ in after],
-            [n for _, n in before],
-            clusters=clusters,
-            max_drop=max_drop,
-            confidence=confidence,
-            measure=measure,
-        )
-        return replace(verdict, metric=metric)
-    ours, theirs = ([_number(sample, metric) for sample in side] for side in sides)
-    if bounds is None and {*ours, *theirs} <= {0.0, 1.0}:
+
+    # 3. All others are means.
+    before = [_number(sample, metric) for sample in ours]
+    after = [_number(sample, metric) for sample in theirs]
+    if bounds is None and {*before, *after} <= {0.0, 1.0}:
         bounds = (0, 1)
+    if higher_is_better is None:
+        higher_is_better = metric not in _LOWER
     return certify_values(
-        ours,
-        theirs,
+        before,
+        after,
         max_drop=max_drop,
         bounds=bounds,
-        higher_is_better=metric not in _LOWER if higher_is_better is None else higher_is_better,
+        higher_is_better=higher_is_better,
         clusters=clusters,
         confidence=confidence,
         metric=metric,
     )
 
 
-def _files(given: Files) -> list[Path]:
-    return [Path(given)] if isinstance(given, (str, Path)) else [Path(path) for path in given]
-
-
-def _read(path: Path, wanted: str | None) -> dict[Any, dict[str, Any]]:
-    """Samples of one filter by document number; each remembers where it stands."""
-    found: dict[str, dict[Any, dict[str, Any]]] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+def _certify_ratio(
+    ours: Sequence[_Sample],
+    theirs: Sequence[_Sample],
+    metric: str,
+    *,
+    clusters: Sequence[str] | None,
+    max_drop: float,
+    confidence: float,
+) -> Verdict:
+    measure, factor = _RATIOS[metric]
+    before = [_sum_and_count(sample, metric) for sample in ours]
+    after = [_sum_and_count(sample, metric) for sample in theirs]
+    counts = [count for _, count in before]
+    if counts != [count for _, count in after]:
         raise ValueError(
-            f"{path}: {error}; expected a samples_*.jsonl that lm-eval wrote with --log_samples"
-        ) from error
-    for number, line in enumerate(lines, 1):
+            f"{metric}: the two runs count different words or bytes in the same documents"
+        )
+    verdict = certify_loss(
+        [-factor * total for total, _ in before],
+        [-factor * total for total, _ in after],
+        counts,
+        clusters=clusters,
+        max_drop=max_drop,
+        confidence=confidence,
+        measure=measure,
+    )
+    return replace(verdict, metric=metric)
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+def _paths(given: Files) -> list[Path]:
+    if isinstance(given, (str, Path)):
+        return [Path(given)]
+    return [Path(path) for path in given]
+
+
+def _read_pairs(
+    baseline: Sequence[Path], compressed: Sequence[Path], metric: str | None, filter: str | None
+) -> tuple[list[tuple[_Sample, _Sample]], str]:
+    """The two models' samples, document by document, and the metric to judge."""
+    if len(baseline) != len(compressed):
+        raise ValueError(
+            f"{len(baseline)} file(s) of the baseline, {len(compressed)} of the compressed model; "
+            "pair them"
+        )
+    pairs: list[tuple[_Sample, _Sample]] = []
+    for path, other in zip(baseline, compressed, strict=True):
+        samples = _read(path, filter)
+        metric = metric or _only_metric(samples, path)
+        pairs += _paired(samples, _read(other, filter), path, other)
+    if metric is None:
+        raise ValueError("no files: pass the samples_*.jsonl of both models")
+    return pairs, metric
+
+
+def _read(path: Path, wanted: str | None) -> _Samples:
+    """Samples of one filter by document number; each remembers where it stands."""
+    found: dict[str, _Samples] = {}
+    for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         at = f"{path}:{number}"
         try:
-            sample = json.loads(line)
-            name, document = sample.get("filter", "none"), sample["doc_id"]
+            values = json.loads(line)
+            name, document = values.get("filter", "none"), values["doc_id"]
         except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"{at}: not a sample of lm-eval ({error!r}); expected an object with doc_id"
@@ -127,87 +179,104 @@ def _read(path: Path, wanted: str | None) -> dict[Any, dict[str, Any]]:
         samples = found.setdefault(name, {})
         if document in samples:
             raise ValueError(
-                f"{at}: document {document} stands already at {samples[document]['at']}; lm-eval "
+                f"{at}: document {document} stands already at {samples[document].at}; lm-eval "
                 "appends to files, so this one may hold two runs"
             )
-        samples[document] = {**sample, "at": at}
+        samples[document] = _Sample(at=at, values=values)
+    return _of_filter(found, wanted, path)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path}: {error}; expected a samples_*.jsonl that lm-eval wrote with --log_samples"
+        ) from error
+
+
+def _of_filter(found: Mapping[str, _Samples], wanted: str | None, path: Path) -> _Samples:
     if wanted is None and len(found) > 1:
         raise ValueError(f"{path} holds the filters {sorted(found)}; pass filter=")
-    if not found or (wanted is not None and wanted not in found):
-        raise ValueError(
-            f"{path} has no samples"
-            + (f" of filter {wanted!r}, only {sorted(found)}" if found else "")
-        )
-    return found[wanted if wanted is not None else next(iter(found))]
+    if not found:
+        raise ValueError(f"{path} has no samples")
+    if wanted is None:
+        return next(iter(found.values()))
+    if wanted not in found:
+        raise ValueError(f"{path} has no samples of filter {wanted!r}, only {sorted(found)}")
+    return found[wanted]
 
 
-def _only_metric(samples: dict[Any, dict[str, Any]], path: Path) -> str:
-    names = next(iter(samples.values())).get("metrics") or []
-    if len(names) != 1:
+def _only_metric(samples: _Samples, path: Path) -> str:
+    names = next(iter(samples.values())).values.get("metrics") or []
+    if not isinstance(names, list) or len(names) != 1:
         raise ValueError(f"{path} holds the metrics {names or '(not listed)'}; pass metric=")
     return str(names[0])
 
 
 def _paired(
-    ours: dict[Any, dict[str, Any]], theirs: dict[Any, dict[str, Any]], path: Path, other: Path
-) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    if missing := sorted(set(ours) ^ set(theirs), key=str):
+    ours: _Samples, theirs: _Samples, path: Path, other: Path
+) -> list[tuple[_Sample, _Sample]]:
+    missing = sorted(set(ours) ^ set(theirs), key=str)
+    if missing:
         raise ValueError(
             f"{path} and {other} hold different documents: {len(missing)} stand in one only, "
             f"such as {missing[:5]}; run both models with the same --limit and --samples"
         )
+    pairs = []
     for document, sample in ours.items():
-        for key, what in (
-            ("doc_hash", "document"),
-            ("prompt_hash", "prompt"),
-            ("target_hash", "target"),
-        ):
-            mine, yours = sample.get(key), theirs[document].get(key)
+        partner = theirs[document]
+        for key, what in _HASHES.items():
+            mine, yours = sample.values.get(key), partner.values.get(key)
+            # Older logs have no hashes.
             if mine is not None and yours is not None and mine != yours:
                 raise ValueError(
-                    f"{sample['at']} and {theirs[document]['at']}: document {document} has "
+                    f"{sample.at} and {partner.at}: document {document} has "
                     f"another {what}; run both models on the same version of the task, with the "
                     "same few-shot examples and chat template"
                 )
-    return [(sample, theirs[document]) for document, sample in ours.items()]
+        pairs.append((sample, partner))
+    return pairs
 
 
-def _value(sample: dict[str, Any], metric: str) -> Any:
-    if metric not in sample:
-        known = sample.get("metrics")
-        raise ValueError(
-            f"{sample['at']}: no metric {metric!r}" + (f", only {known}" if known else "")
-        )
-    return sample[metric]
+# ------------------------------------------------------------------------------------------- values
 
 
-def _number(sample: dict[str, Any], metric: str) -> float:
+def _value(sample: _Sample, metric: str) -> object:
+    if metric not in sample.values:
+        known = sample.values.get("metrics")
+        only = f", only {known}" if known else ""
+        raise ValueError(f"{sample.at}: no metric {metric!r}{only}")
+    return sample.values[metric]
+
+
+def _number(sample: _Sample, metric: str) -> float:
     value = _value(sample, metric)
     if not isinstance(value, (int, float)):
         raise ValueError(
-            f"{sample['at']}: {metric} is {json.dumps(value)[:60]}, not one number; only metrics "
+            f"{sample.at}: {metric} is {json.dumps(value)[:60]}, not one number; only metrics "
             "that are means over documents (and perplexities) can be certified"
         )
     return float(value)
 
 
-def _sum_and_count(sample: dict[str, Any], metric: str) -> tuple[float, float]:
+def _sum_and_count(sample: _Sample, metric: str) -> tuple[float, float]:
+    """Log-likelihood of a document, and the words or bytes in it."""
     if metric == "perplexity":
         return _number(sample, metric), 1.0
     value = _value(sample, metric)
     if not (isinstance(value, list) and len(value) == 2):
         raise ValueError(
-            f"{sample['at']}: {metric} is {json.dumps(value)[:60]}, expected [log-likelihood, "
-            "count]"
+            f"{sample.at}: {metric} is {json.dumps(value)[:60]}, expected [log-likelihood, count]"
         )
     return float(value[0]), float(value[1])
 
 
-def _field(sample: dict[str, Any], name: str) -> str:
-    document = sample.get("doc")
+def _field(sample: _Sample, name: str) -> str:
+    document = sample.values.get("doc")
+    known = sorted(document) if isinstance(document, dict) else []
     if not isinstance(document, dict) or name not in document:
-        known = sorted(document) if isinstance(document, dict) else []
         raise ValueError(
-            f"{sample['at']}: cluster={name!r} is no field of the document; its fields are {known}"
+            f"{sample.at}: cluster={name!r} is no field of the document; its fields are {known}"
         )
     return json.dumps(document[name], sort_keys=True)

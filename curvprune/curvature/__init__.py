@@ -1,33 +1,19 @@
 """Operators × estimators, products with the loss's curvature, factors, analysis of a model."""
 
-from curvprune.curvature.analysis import (
-    MATRICES,
-    QUANTITIES,
-    Analysis,
-    LayerCurvature,
-    analyze_curvature,
-)
-from curvprune.curvature.estimators import (
-    EigenPairs,
-    Estimate,
-    density,
-    diagonal,
-    eigenpairs,
-    trace,
-)
-from curvprune.curvature.factors import kfac
-from curvprune.curvature.operators import (
-    BlockDiagonal,
-    Dense,
-    Diagonal,
-    Ekfac,
-    Function,
-    Kronecker,
-    NoClosedForm,
-    Operator,
-    ParamSpace,
-    Sum,
-)
+from curvprune.curvature.analysis import Analysis, analyze_curvature
+from curvprune.curvature.batched_fisher import FisherMoments, fisher_moments
+from curvprune.curvature.closed_forms import BlockDiagonal, Dense, Diagonal, Ekfac, Kronecker
+from curvprune.curvature.diagnosis import Diagnosis
+from curvprune.curvature.draws import Draws
+from curvprune.curvature.estimates import EigenPairs, Estimate
+from curvprune.curvature.estimators import density, diagonal, eigenpairs, trace
+from curvprune.curvature.gauss_newton_blocks import GaussNewton, exact_gauss_newton
+from curvprune.curvature.kronecker_factors import ekfac, kfac
+from curvprune.curvature.lanczos import Lanczos
+from curvprune.curvature.layer_curvature import LayerCurvature
+from curvprune.curvature.lobpcg import Lobpcg
+from curvprune.curvature.model_curvature import ModelCurvature
+from curvprune.curvature.operators import Function, NoClosedForm, Operator, ParamSpace, Sum
 from curvprune.curvature.probes import probe_layers
 from curvprune.curvature.products import empirical_fisher, fisher, gauss_newton, hessian
 from curvprune.curvature.records import (
@@ -42,43 +28,66 @@ from curvprune.curvature.records import (
     ModelCurvatureRecord,
     TraceRecord,
 )
-from curvprune.curvature.sampled_fisher import Change, FisherPass, fisher_pass, ratio_estimate
+from curvprune.curvature.request import MATRICES, QUANTITIES, AnalysisSettings, Remember
+from curvprune.curvature.sampled_fisher import (
+    Change,
+    Checkpoint,
+    FisherPass,
+    fisher_pass,
+    ratio_estimate,
+)
+from curvprune.curvature.structure import Structure, find_structure
 
 __all__ = [
     "MATRICES",
     "QUANTITIES",
     "Analysis",
     "AnalysisRecord",
+    "AnalysisSettings",
     "BlockDiagonal",
     "Change",
+    "Checkpoint",
     "Dense",
     "DensityRecord",
+    "Diagnosis",
     "DiagnosisRecord",
     "Diagonal",
     "DiagonalRecord",
     "Disagreement",
+    "Draws",
     "EigenPairs",
     "EigenvaluesRecord",
     "Ekfac",
     "Estimate",
     "EstimateRecord",
+    "FisherMoments",
     "FisherPass",
     "Function",
+    "GaussNewton",
     "Kronecker",
+    "Lanczos",
     "LayerCurvature",
     "LayerCurvatureRecord",
+    "Lobpcg",
+    "ModelCurvature",
     "ModelCurvatureRecord",
     "NoClosedForm",
     "Operator",
     "ParamSpace",
+    "Remember",
+    "Structure",
     "Sum",
     "TraceRecord",
     "analyze_curvature",
     "density",
     "diagonal",
     "eigenpairs",
+    "ekfac",
     "empirical_fisher",
+    "exact_gauss_newton",
+    "find_structure",
     "fisher",
+    "fisher_moments",
     "fisher_pass",
     "gauss_newton",
     "hessian",

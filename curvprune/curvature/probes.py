@@ -14,15 +14,16 @@ others‖²_F.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvprune.curvature.estimators import Estimate, believable, signs
+from curvprune.curvature.estimates import Estimate, believable
 from curvprune.curvature.operators import Operator
+from curvprune.curvature.random_vectors import signs
 
 PILOT = 8  # probes of a kind before its spread is believed
 RESTRICTED = 1 / 3  # cost of a restricted probe in joint ones (measured: 0.25 to 0.4)
@@ -38,6 +39,7 @@ class _Kind:
     def add(self, sample: Tensor, keep: bool) -> None:
         self.samples.append(float(sample.sum(dtype=torch.float64)))
         if keep:
+            # Two halves, whose difference tells the error of the diagonal.
             half = (len(self.samples) - 1) % 2
             if len(self.halves) <= half:
                 self.halves.append(sample.clone())
@@ -57,7 +59,8 @@ class _Kind:
         """Of one sample."""
         if self.count < 2:
             return math.inf
-        return sum((s - self.mean) ** 2 for s in self.samples) / (self.count - 1)
+        mean = self.mean
+        return sum((s - mean) ** 2 for s in self.samples) / (self.count - 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,142 +105,197 @@ def probe_layers(
         raise ValueError(
             f"rtol must be positive and max_products at least 2, got {rtol} and {max_products}"
         )
-    joint = {n: _Kind() for n in names}
-    alone = {n: _Kind() for n in names}
+    probing = _Probing(op, names, rtol, max_products, diagonal, generator)
+    total = len(names)
 
-    def probe_jointly(count: int) -> None:
-        for _ in range(count):
-            z = signs(op, 1, generator)[:, 0].to(device=op.device, dtype=op.dtype)
-            parts, products = op.space.split(z), op.space.split(op @ z)
-            for layer, parameter in names.items():
-                joint[layer].add((parts[parameter] * products[parameter]).reshape(-1), diagonal)
+    # 1. A pilot of joint probes: often they are enough.
+    pilot = min(PILOT, max_products)
+    probing.jointly(pilot)
+    todo = probing.unmet(names)
+    advance(total - len(todo), total)
 
-    def probe_alone(layer: str, count: int) -> None:
-        if len(names) == 1:  # there is nothing to leave out
-            probe_jointly(count)
-            return
-        block = op.restrict([names[layer]])
-        for _ in range(count):
-            z = signs(block, 1, generator)[:, 0].to(device=op.device, dtype=op.dtype)
-            alone[layer].add(z * (block @ z), diagonal)
-
-    def met(layer: str) -> bool:
-        value, stderr = _combined(joint[layer], alone[layer])
-        probes = joint[layer].count + alone[layer].count
-        return probes >= PILOT and believable(stderr, probes) <= rtol * abs(value)
-
-    probe_jointly(min(PILOT, max_products))
-    todo = [n for n in names if not met(n)]
-    advance(len(names) - len(todo), len(names))
-    if (
-        todo and max_products < 2 * PILOT
-    ):  # no room for a second kind whose spread could be believed
-        probe_jointly(max_products - min(PILOT, max_products))
+    if todo and max_products < 2 * PILOT:
+        # No room for a second kind whose spread could be believed.
+        probing.jointly(max_products - pilot)
         todo = []
-    elif len(names) > 1:
+    elif total > 1:
+        # 2. A pilot of restricted probes for the layers that are not there yet.
         for layer in todo:
-            probe_alone(layer, min(PILOT, max_products - joint[layer].count))
-        todo = [n for n in todo if not met(n)]
-        more = min(
-            _joint_probes_worth(todo, joint, alone, rtol, max_products), max_products - 2 * PILOT
-        )
+            probing.alone(layer, min(PILOT, probing.left(layer)))
+        todo = probing.unmet(todo)
+        # 3. As many more joint probes as make the whole cheapest.
+        more = min(_joint_probes_worth(todo, probing), max_products - 2 * PILOT)
         while more > 0 and todo:
-            probe_jointly(min(more, PILOT))
+            probing.jointly(min(more, PILOT))
             more -= PILOT
-            todo = [n for n in todo if not met(n)]
-    for layer in todo:
-        while (
-            not met(layer) and (left := max_products - joint[layer].count - alone[layer].count) > 0
-        ):
-            value, stderr = _combined(joint[layer], alone[layer])
-            have = alone[layer].count or joint[layer].count
-            want = (
-                have * (stderr / (rtol * abs(value))) ** 2
-                if value and math.isfinite(stderr)
-                else math.inf
-            )
-            probe_alone(layer, max(1, int(min(left, max(2, have), max(2.0, want - have)))))
-        advance(len(names) - len(todo) + todo.index(layer) + 1, len(names))
-    return {n: _result(joint[n], alone[n], rtol, met(n)) for n in names}
+            todo = probing.unmet(todo)
+
+    # 4. Every other layer is finished by itself.
+    for number, layer in enumerate(todo, start=1):
+        probing.finish(layer)
+        advance(total - len(todo) + number, total)
+    return {n: probing.result(n) for n in names}
 
 
-def _joint_probes_worth(
-    todo: list[str],
-    joint: Mapping[str, _Kind],
-    alone: Mapping[str, _Kind],
-    rtol: float,
-    max_products: int,
-) -> int:
+class _Probing:
+    """The probes of all layers so far, of both kinds."""
+
+    def __init__(
+        self,
+        op: Operator,
+        names: Mapping[str, str],
+        rtol: float,
+        max_products: int,
+        diagonal: bool,
+        generator: torch.Generator,
+    ) -> None:
+        self.op, self.names = op, names
+        self.rtol, self.max_products = rtol, max_products
+        self.keep_diagonal, self.generator = diagonal, generator
+        self.joint = {n: _Kind() for n in names}
+        self.restricted = {n: _Kind() for n in names}
+
+    def jointly(self, count: int) -> None:
+        """Probe all layers at once."""
+        space = self.op.space
+        for _ in range(count):
+            z = self._signs(self.op)
+            parts, products = space.split(z), space.split(self.op @ z)
+            for layer, parameter in self.names.items():
+                sample = (parts[parameter] * products[parameter]).reshape(-1)
+                self.joint[layer].add(sample, self.keep_diagonal)
+
+    def alone(self, layer: str, count: int) -> None:
+        """Probe one layer."""
+        if len(self.names) == 1:  # there is nothing to leave out
+            self.jointly(count)
+            return
+        block = self.op.restrict([self.names[layer]])
+        for _ in range(count):
+            z = self._signs(block)
+            self.restricted[layer].add(z * (block @ z), self.keep_diagonal)
+
+    def finish(self, layer: str) -> None:
+        """Probe one layer until its trace is good enough or its products are spent."""
+        while not self.met(layer) and self.left(layer) > 0:
+            value, stderr = self.estimate(layer)
+            have = self.restricted[layer].count or self.joint[layer].count
+            # The error falls with the root of the number of probes.
+            want = math.inf
+            if value and math.isfinite(stderr):
+                want = have * (stderr / (self.rtol * abs(value))) ** 2
+            # Its estimate is rough: at most twice as many as there are, then look again.
+            more = min(self.left(layer), max(2, have), max(2.0, want - have))
+            self.alone(layer, max(1, int(more)))
+
+    def left(self, layer: str) -> int:
+        """Probes that the layer may still have."""
+        return self.max_products - self.joint[layer].count - self.restricted[layer].count
+
+    def estimate(self, layer: str) -> tuple[float, float]:
+        """The trace so far and its standard error."""
+        return _combined(self.joint[layer], self.restricted[layer])
+
+    def met(self, layer: str) -> bool:
+        """Whether the layer's trace is good enough."""
+        value, stderr = self.estimate(layer)
+        probes = self.joint[layer].count + self.restricted[layer].count
+        return probes >= PILOT and believable(stderr, probes) <= self.rtol * abs(value)
+
+    def unmet(self, layers: Iterable[str]) -> list[str]:
+        return [n for n in layers if not self.met(n)]
+
+    def result(self, layer: str) -> LayerTrace:
+        value, stderr = self.estimate(layer)
+        joint, restricted = self.joint[layer], self.restricted[layer]
+        diagonal, error = _diagonal(joint, restricted)
+        count = joint.count + restricted.count
+        trace = Estimate(
+            value=value,
+            stderr=stderr,
+            num_items=count,
+            num_products=count,
+            converged=self.met(layer),
+        )
+        return LayerTrace(
+            trace=trace,
+            diagonal=diagonal,
+            diagonal_error=error,
+            joint=joint.count,
+            restricted=restricted.count,
+        )
+
+    def _signs(self, op: Operator) -> Float[Tensor, " n"]:
+        return signs(op, 1, self.generator)[:, 0].to(device=self.op.device, dtype=self.op.dtype)
+
+
+def _joint_probes_worth(todo: list[str], probing: _Probing) -> int:
     """How many more joint probes make the whole cheapest: those layers that they do not bring there
     go on alone."""
+    most = probing.max_products
 
     def needed(kind: _Kind, layer: str) -> float:
-        value, _ = _combined(joint[layer], alone[layer])
-        target = (rtol * value) ** 2
+        value, _ = probing.estimate(layer)
+        target = (probing.rtol * value) ** 2
         return kind.variance / target if target else math.inf
 
-    def finish(layers: list[str]) -> float:
-        return sum(RESTRICTED * min(needed(alone[n], n), float(max_products)) for n in layers)
+    def cost_alone(layers: list[str]) -> float:
+        probes = [min(needed(probing.restricted[n], n), float(most)) for n in layers]
+        return sum(RESTRICTED * count for count in probes)
 
-    best, cost = 0, finish(todo)
+    # A candidate for each layer: exactly the joint probes that it needs.
+    best, least = 0, cost_alone(todo)
     for layer in todo:
-        count = needed(joint[layer], layer)
-        if (
-            count > max_products
-        ):  # joint probes do not bring this layer there: they would be spent for nothing
+        count = needed(probing.joint[layer], layer)
+        if count > most:
+            # Joint probes do not bring this layer there: they would be spent for nothing.
             continue
-        total = count + finish([n for n in todo if needed(joint[n], n) > count])
-        if total < cost:
-            best, cost = math.ceil(count), total
+        others = [n for n in todo if needed(probing.joint[n], n) > count]
+        cost = count + cost_alone(others)
+        if cost < least:
+            best, least = math.ceil(count), cost
     return best
 
 
 def _combined(joint: _Kind, alone: _Kind) -> tuple[float, float]:
-    """Both kinds weighted by the precision of their means. The weights come from the same probes as
-    the means; with `PILOT` of each kind that costs a little efficiency, not the centre, because
-    sample and variance of symmetric estimates are nearly uncorrelated."""
+    """Both kinds weighted by the precision of their means.
+
+    The weights come from the same probes as the means. With `PILOT` of each kind that costs a
+    little efficiency, not the centre: sample and variance of symmetric estimates are nearly
+    uncorrelated.
+    """
     # The spread of two or three samples can be small by chance, and would then take all the weight.
     parts = [k for k in (joint, alone) if k.count >= PILOT]
     if not parts:
         kind = max(joint, alone, key=lambda k: k.count)
         return kind.mean, (kind.variance / kind.count) ** 0.5 if kind.count else math.inf
-    precisions = [k.count / k.variance if k.variance > 0 else math.inf for k in parts]
-    for kind, precision in zip(parts, precisions, strict=True):
+    precisions = []
+    for kind in parts:
+        precision = kind.count / kind.variance if kind.variance > 0 else math.inf
         if math.isinf(precision):
             return kind.mean, 0.0
+        precisions.append(precision)
     value = sum(p * k.mean for p, k in zip(precisions, parts, strict=True)) / sum(precisions)
     return value, sum(precisions) ** -0.5
 
 
-def _result(joint: _Kind, alone: _Kind, rtol: float, converged: bool) -> LayerTrace:
-    value, stderr = _combined(joint, alone)
-    count = joint.count + alone.count
-    diagonal, error = None, math.inf
-    kinds = [k for k in (joint, alone) if k.halves and k.count >= PILOT] or [
-        k for k in (joint, alone) if k.halves
-    ][:1]
-    if kinds:
-        total = torch.zeros_like(kinds[0].halves[0])
-        difference = torch.zeros_like(total)
-        weights = [k.count / max(k.variance, 1e-300) for k in kinds]
-        for kind, weight in zip(kinds, weights, strict=True):
-            share = weight / sum(weights)
-            first = kind.halves[0]
-            second = kind.halves[1] if len(kind.halves) > 1 else torch.zeros_like(first)
-            total += (first + second) * (share / kind.count)
-            difference += (first / ((kind.count + 1) // 2) - second / max(1, kind.count // 2)) * (
-                share / 2
-            )
-        diagonal = total
-        norm = float(torch.linalg.vector_norm(total))
-        error = float(torch.linalg.vector_norm(difference)) / norm if norm else 0.0
-    trace = Estimate(
-        value=value, stderr=stderr, num_items=count, num_products=count, converged=converged
-    )
-    return LayerTrace(
-        trace=trace,
-        diagonal=diagonal,
-        diagonal_error=error,
-        joint=joint.count,
-        restricted=alone.count,
-    )
+def _diagonal(joint: _Kind, alone: _Kind) -> tuple[Tensor | None, float]:
+    """The diagonal from both kinds, weighted by the precision of their traces, and its relative
+    standard error from the difference of two halves of the probes."""
+    kept = [k for k in (joint, alone) if k.halves]
+    kinds = [k for k in kept if k.count >= PILOT] or kept[:1]
+    if not kinds:
+        return None, math.inf
+    total = torch.zeros_like(kinds[0].halves[0])
+    difference = torch.zeros_like(total)
+    weights = [k.count / max(k.variance, 1e-300) for k in kinds]
+    for kind, weight in zip(kinds, weights, strict=True):
+        share = weight / sum(weights)
+        first = kind.halves[0]
+        second = kind.halves[1] if len(kind.halves) > 1 else torch.zeros_like(first)
+        total += (first + second) * (share / kind.count)
+        means = first / ((kind.count + 1) // 2) - second / max(1, kind.count // 2)
+        difference += means * (share / 2)
+    norm = float(torch.linalg.vector_norm(total))
+    error = float(torch.linalg.vector_norm(difference)) / norm if norm else 0.0
+    return total, error

@@ -1,15 +1,17 @@
 """Matrix-free curvature of a model's mean loss: products with the Hessian, the generalised
 Gauss–Newton matrix, the true Fisher and the empirical Fisher, for all parameters or any of them.
 
-The graph of a first backward pass is kept and differentiated again for every product, so that a
-Hessian product costs two gradients (Pearlmutter 1994) and a Gauss–Newton product about one and a
-half (Schraudolph 2002). Of ``retain`` mini-batches the graph stays in memory; those of further ones
-are built anew for each product (one gradient more). Under ``torchrun`` every process takes its
-share of the mini-batches and the sums are added up.
+The graph of a first backward pass is kept and differentiated again for every product. So a Hessian
+product costs two gradients (Pearlmutter 1994), a Gauss–Newton product about one and a half
+(Schraudolph 2002). The graphs of ``retain`` mini-batches stay in memory; those of further ones are
+built anew for each product (one gradient more). Under ``torchrun`` every process takes its share of
+the mini-batches, and the sums are added up.
 """
 
 from __future__ import annotations
 
+import copy
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,19 +29,25 @@ from curvprune.model import Batch, Objective, evaluating, sampled_losses
 
 def first_items(batch: Batch, count: int) -> Batch:
     """The first items of a batch."""
-    if isinstance(batch, Mapping):
-        return {k: v[:count] if isinstance(v, Tensor) else v for k, v in batch.items()}
-    return batch[0][:count], batch[1][:count]
+    if not isinstance(batch, Mapping):
+        return batch[0][:count], batch[1][:count]
+    items = dict(batch)
+    for name, value in batch.items():
+        if isinstance(value, Tensor):
+            items[name] = value[:count]
+    return items
 
 
 @contextmanager
 def double_backward(model: nn.Module) -> Iterator[None]:
-    """Fused attention has no double backward, nor have transformers' grouped products of experts
-    one for several vectors or in float64: takes the math path and the loop over experts, and gives
-    the user's settings back."""
-    experts = [
-        m.config for m in model.modules() if hasattr(m, "_apply_gate") and hasattr(m, "config")
-    ]
+    """Runs attention and experts in the form that can be differentiated twice, and gives the user's
+    settings back.
+
+    Fused attention has no double backward: takes the math path. Nor have transformers' grouped
+    products of experts one for several vectors or in float64: takes the loop over experts.
+    """
+    modules = [m for m in model.modules() if hasattr(m, "_apply_gate")]
+    experts = [m.config for m in modules if hasattr(m, "config")]
     name = "_experts_implementation_internal"  # the public name would set nested configs as well
     before = [(config, getattr(config, name)) for config in experts if hasattr(config, name)]
     try:
@@ -56,40 +64,44 @@ def check_deterministic(model: nn.Module, objective: Objective, batch: Batch) ->
     """Two forward passes of one item must agree. Raises ``ValueError`` naming the module that makes
     them differ."""
     item = first_items(batch, 1)
-
-    def outputs() -> tuple[Tensor, dict[str, Tensor]]:
-        seen: dict[str, Tensor] = {}
-
-        def see(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-                if isinstance(output, Tensor) and name:
-                    seen.setdefault(name, output.detach().clone())
-
-            return hook
-
-        leaves = [(n, m) for n, m in model.named_modules() if not any(m.children())]
-        handles = [m.register_forward_hook(see(n)) for n, m in leaves]
-        try:
-            with torch.no_grad(), evaluating(model):
-                return objective.logits(model, item), seen
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    (first, ours), (second, theirs) = outputs(), outputs()
+    first, ours = _outputs_of_modules(model, objective, item)
+    second, theirs = _outputs_of_modules(model, objective, item)
     if _close(first, second):
         return
-    names = [n for n in ours if n in theirs and not _close(ours[n], theirs[n])]
-    where = (
-        f"module {names[0]!r} is the first that differs"
-        if names
-        else "no module by itself, so a function between"
-    )
+    where = "no module by itself, so a function between"
+    for name, output in ours.items():  # in the order of the calls
+        if name in theirs and not _close(output, theirs[name]):
+            where = f"module {name!r} is the first that differs"
+            break
     raise ValueError(
         f"{type(model).__name__} gives two different outputs for the same item in evaluation "
         f"mode ({where}): curvature of a random function means nothing; switch it off "
         "(functional dropout needs training=self.training)"
     )
+
+
+def _outputs_of_modules(
+    model: nn.Module, objective: Objective, item: Batch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The model's output, and the first one of every module without children."""
+    seen: dict[str, Tensor] = {}
+
+    def see(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and name:
+                seen.setdefault(name, output.detach().clone())
+
+        return hook
+
+    leaves = [(n, m) for n, m in model.named_modules() if not any(m.children())]
+    handles = [m.register_forward_hook(see(n)) for n, m in leaves]
+    try:
+        # Evaluation mode: dropout and batch statistics are no reason to refuse a model.
+        with torch.no_grad(), evaluating(model):
+            return objective.logits(model, item), seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -112,14 +124,21 @@ class _Forward(nn.Module):
 @dataclass(slots=True)
 class _Graph:
     """One mini-batch: the parameters as leaves of their own, and the retained graph on top of
-    them."""
+    them.
+
+    Attributes:
+        count: positions of the mini-batch.
+        outputs: what was differentiated: the loss, or the outputs z of a Gauss–Newton matrix.
+        gradients: of ``outputs`` by each leaf; those of z are ``Jᵀ seed``, linear in ``seed``.
+        middle: the outputs' own curvature M, by its product.
+    """
 
     leaves: list[Tensor]
     count: int
     outputs: Tensor
     gradients: list[Tensor | None]
-    seed: Tensor | None
-    middle: Callable[[Tensor], Tensor] | None
+    seed: Tensor | None = None
+    middle: Callable[[Tensor], Tensor] | None = None
 
 
 class _Source:
@@ -155,6 +174,7 @@ class _Source:
 
     def graphs(self, build: Callable[[int, Batch], _Graph]) -> Iterator[_Graph]:
         for i, batch in enumerate(self.batches):
+            # The first ``retain`` graphs are kept, the others freed once they have been used.
             if i in self.kept:
                 yield self.kept[i]
                 continue
@@ -173,67 +193,75 @@ class MatrixFree(Operator):
 
     def __init__(self, source: _Source, space: ParamSpace, *, matrix: str, psd: bool) -> None:
         own = dict(source.model.named_parameters())
-        wide = (
-            torch.float64
-            if any(own[n].dtype == torch.float64 for n in source.names)
-            else torch.float32
-        )
-        device = own[source.names[0]].device
+        # Half-precision models are multiplied in their own type and added up in float32.
+        double = any(own[n].dtype == torch.float64 for n in source.names)
         super().__init__(
-            space, measure=source.objective.measure, psd=psd, dtype=wide, device=device
+            space,
+            measure=source.objective.measure,
+            psd=psd,
+            dtype=torch.float64 if double else torch.float32,
+            device=own[source.names[0]].device,
         )
         self.source, self.matrix = source, matrix
         self._index = [source.names.index(n) for n in space.shapes]
 
+    @abstractmethod
     def _build(self, number: int, batch: Batch) -> _Graph:
-        raise NotImplementedError
+        """The graph of mini-batch ``number`` of this process."""
 
+    @abstractmethod
     def _product(self, graph: _Graph, v: list[Tensor]) -> list[Tensor | None]:
-        raise NotImplementedError
+        """The mini-batch's sum times v, a tensor for each parameter (None for zeros)."""
 
     def _restrict(self, space: ParamSpace) -> Operator:
         """Backward passes are pruned to the parameters asked for, on the graph that is already
         there."""
-        part = object.__new__(type(self))
-        part.__dict__.update(self.__dict__)
-        MatrixFree.__init__(part, self.source, space, matrix=self.matrix, psd=self.psd)
+        part = copy.copy(self)
+        part.space = space
+        part._index = [self.source.names.index(n) for n in space.shapes]
         return part
 
     def _matmat(self, v: Tensor) -> Tensor:
         count = torch.zeros((), dtype=torch.float64, device=self.device)
-        own = dict(self.source.model.named_parameters())
         columns: list[Tensor | None] = [None] * v.shape[1]
+        # 1. The sums over this process's mini-batches, a vector at a time.
         for graph in self.source.graphs(self._build):
             count += graph.count
             for j in range(v.shape[1]):
-                parts = [p.to(own[n].dtype) for n, p in self.space.split(v[:, j]).items()]
-                try:
-                    products = self._product(graph, parts)
-                except RuntimeError as error:
-                    raise _explained(error) from error
-                # Vectors as long as the model are moved as seldom as possible: with one mini-batch,
-                # once.
-                flat = torch.cat(
-                    [
-                        torch.zeros_like(x).reshape(-1)
-                        if y is None
-                        else y.reshape(-1).to(self.dtype)
-                        for x, y in zip(parts, products, strict=True)
-                    ]
-                ).to(self.dtype)
+                product = self._flat_product(graph, v[:, j])
                 known = columns[j]
-                columns[j] = flat if known is None else known.add_(flat)
-        positions = _some(count)
-        sums = [
-            all_sum(torch.zeros_like(v[:, j]) if c is None else c) for j, c in enumerate(columns)
-        ]
-        means = [total.div_(positions) for total in sums]
+                columns[j] = product if known is None else known.add_(product)
+
+        # 2. Those of all processes, over all positions.
+        positions = _positions(count)
+        means = []
+        for j, column in enumerate(columns):
+            total = torch.zeros_like(v[:, j]) if column is None else column
+            means.append(all_sum(total).div_(positions))
+        # Vectors as long as the model are moved as seldom as possible: one is not stacked.
         return means[0].unsqueeze(1) if len(means) == 1 else torch.stack(means, 1)
 
+    def _flat_product(self, graph: _Graph, v: Tensor) -> Tensor:
+        # Each parameter is multiplied in its own type, and the result is widened once.
+        own = dict(self.source.model.named_parameters())
+        parts = [x.to(own[name].dtype) for name, x in self.space.split(v).items()]
+        try:
+            products = self._product(graph, parts)
+        except RuntimeError as error:
+            raise _explained(error) from error
+        flat = []
+        for part, product in zip(parts, products, strict=True):
+            if product is None:
+                flat.append(torch.zeros_like(part).reshape(-1))
+            else:
+                flat.append(product.reshape(-1).to(self.dtype))
+        return torch.cat(flat).to(self.dtype)
 
-def _some(count: Tensor) -> float:
+
+def _positions(count: Tensor) -> float:
     """Positions of all processes together."""
-    if not (total := float(all_sum(count))):
+    total = float(all_sum(count))
+    if not total:
         raise ValueError("the data has no position that counts (all labels ignored or padding)")
     return total
 
@@ -255,6 +283,8 @@ def _explained(error: RuntimeError) -> RuntimeError:
 
 
 class _Hessian(MatrixFree):
+    """``∂(gᵀv)/∂θ`` with the gradient g of the loss."""
+
     def _build(self, number: int, batch: Batch) -> _Graph:
         leaves = self.source.leaves()
         loss, count = self.source.objective.loss_of(self.source.logits(leaves, batch), batch)
@@ -264,46 +294,39 @@ class _Hessian(MatrixFree):
                 f"{', '.join(leaves)}: not on the way to the loss; leave these parameters out"
             )
         gradients = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
-        return _Graph(
-            leaves=inputs,
-            count=count,
-            outputs=loss,
-            gradients=list(gradients),
-            seed=None,
-            middle=None,
-        )
+        return _Graph(leaves=inputs, count=count, outputs=loss, gradients=list(gradients))
 
     def _product(self, graph: _Graph, v: list[Tensor]) -> list[Tensor | None]:
-        chosen = [(graph.gradients[i], x) for i, x in zip(self._index, v, strict=True)]
-        # A gradient without a graph is constant: linear parameters of a linear loss have no
-        # curvature.
-        active = [(g, x) for g, x in chosen if g is not None and g.requires_grad]
-        if not active:
+        gradients, vectors = _active(graph, self._index, v)
+        if not gradients:
             return [None] * len(v)
+        # Pearlmutter: the gradient of gᵀv.
+        inputs = [graph.leaves[i] for i in self._index]
         return list(
-            torch.autograd.grad(
-                [g for g, _ in active],
-                [graph.leaves[i] for i in self._index],
-                [x for _, x in active],
-                retain_graph=True,
-                allow_unused=True,
-            )
+            torch.autograd.grad(gradients, inputs, vectors, retain_graph=True, allow_unused=True)
         )
+
+
+# (outputs z, the product with their curvature M, positions) of a mini-batch's logits; its number
+# is the second argument.
+_Outputs = Callable[[Objective, int, Tensor, Batch], tuple[Tensor, Callable[[Tensor], Tensor], int]]
 
 
 class _GaussNewton(MatrixFree):
-    """``Σ Jᵀ M J`` with J the Jacobian of the outputs that ``outputs`` names and M their
-    curvature."""
+    """``Σ Jᵀ M J`` with J the Jacobian of some outputs of the model and M their curvature."""
 
-    outputs: str
-    labels: int
-    seed: int
+    def __init__(
+        self, source: _Source, space: ParamSpace, *, matrix: str, outputs: _Outputs
+    ) -> None:
+        super().__init__(source, space, matrix=matrix, psd=True)
+        self._outputs = outputs
 
     def _build(self, number: int, batch: Batch) -> _Graph:
         leaves = self.source.leaves()
         inputs = list(leaves.values())
         logits = self.source.logits(leaves, batch)
-        z, middle, count = self._outputs(logits, number, batch)
+        z, middle, count = self._outputs(self.source.objective, number, logits, batch)
+        # Jᵀ u as a function of u: differentiated by u once more, it gives J v.
         seed = torch.zeros_like(z).requires_grad_()
         gradients = torch.autograd.grad(z, inputs, seed, create_graph=True, allow_unused=True)
         return _Graph(
@@ -315,49 +338,80 @@ class _GaussNewton(MatrixFree):
             middle=middle,
         )
 
-    def _outputs(
-        self, logits: Tensor, number: int, batch: Batch
-    ) -> tuple[Tensor, Callable[[Tensor], Tensor], int]:
-        objective = self.source.objective
-        if self.outputs == "logits":
-            z = logits.detach().requires_grad_()
-            with torch.enable_grad():
-                loss, count = objective.loss_of(z, batch)
-                slope = torch.autograd.grad(loss, z, create_graph=True)[0]
-            return logits, lambda u: torch.autograd.grad(slope, z, u, retain_graph=True)[0], count
-        with torch.enable_grad():
-            if self.outputs == "losses":
-                losses, count = objective.item_losses(logits, batch)
-                return losses, lambda u: u, count
-            positions = objective.positions(logits, batch)
-            # One stream per mini-batch of the whole data: a graph that is built again draws the
-            # same labels.
-            place = number * world() + rank()
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + place) % 2**63)
-            drawn = [sampled_losses(positions, generator) for _ in range(self.labels)]
-            sums = [x.new_zeros(positions.items).index_add(0, positions.item, x) for x in drawn]
-        return torch.stack(sums), lambda u: u / self.labels, len(positions.item)
-
     def _product(self, graph: _Graph, v: list[Tensor]) -> list[Tensor | None]:
-        chosen = [(graph.gradients[i], x) for i, x in zip(self._index, v, strict=True)]
-        active = [(g, x) for g, x in chosen if g is not None and g.requires_grad]
-        if not active:
+        gradients, vectors = _active(graph, self._index, v)
+        if not gradients:
             return [None] * len(v)
         assert graph.seed is not None and graph.middle is not None
+        # 1. J v
         outer = torch.autograd.grad(
-            [g for g, _ in active],
-            graph.seed,
-            [x for _, x in active],
-            retain_graph=True,
-            allow_unused=True,
+            gradients, graph.seed, vectors, retain_graph=True, allow_unused=True
         )[0]
         if outer is None:
             return [None] * len(v)
-        inputs = [graph.leaves[i] for i in self._index]
+        # 2. M J v
         middle = graph.middle(outer)
+        # 3. Jᵀ M J v
+        inputs = [graph.leaves[i] for i in self._index]
         return list(
             torch.autograd.grad(graph.outputs, inputs, middle, retain_graph=True, allow_unused=True)
         )
+
+
+def _active(
+    graph: _Graph, index: Sequence[int], v: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients that depend on something, and their part of v.
+
+    A gradient without a graph is constant: linear parameters of a linear loss have no curvature.
+    """
+    gradients, vectors = [], []
+    for i, x in zip(index, v, strict=True):
+        gradient = graph.gradients[i]
+        if gradient is not None and gradient.requires_grad:
+            gradients.append(gradient)
+            vectors.append(x)
+    return gradients, vectors
+
+
+def _logits(
+    objective: Objective, number: int, logits: Tensor, batch: Batch
+) -> tuple[Tensor, Callable[[Tensor], Tensor], int]:
+    """z are the logits, M the Hessian of the loss at them."""
+    z = logits.detach().requires_grad_()
+    with torch.enable_grad():
+        loss, count = objective.loss_of(z, batch)
+        slope = torch.autograd.grad(loss, z, create_graph=True)[0]
+    return logits, lambda u: torch.autograd.grad(slope, z, u, retain_graph=True)[0], count
+
+
+def _losses(
+    objective: Objective, number: int, logits: Tensor, batch: Batch
+) -> tuple[Tensor, Callable[[Tensor], Tensor], int]:
+    """z are the items' losses on the data's own labels, M the identity."""
+    with torch.enable_grad():
+        losses, count = objective.item_losses(logits, batch)
+    return losses, lambda u: u, count
+
+
+def _drawn_losses(labels: int, seed: int) -> _Outputs:
+    """z are the items' losses on ``labels`` labels drawn from the model for each position, M the
+    mean over the draws."""
+
+    def outputs(
+        objective: Objective, number: int, logits: Tensor, batch: Batch
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor], int]:
+        # One stream per mini-batch of the whole data: a graph that is built again draws the same
+        # labels.
+        place = number * world() + rank()
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + place) % 2**63)
+        with torch.enable_grad():
+            positions = objective.positions(logits, batch)
+            drawn = [sampled_losses(positions, generator) for _ in range(labels)]
+            sums = [x.new_zeros(positions.items).index_add(0, positions.item, x) for x in drawn]
+        return torch.stack(sums), lambda u: u / labels, len(positions.item)
+
+    return outputs
 
 
 def _source(
@@ -370,24 +424,28 @@ def _source(
     batches = list(batches)
     if not batches:
         raise ValueError("no data: pass at least one batch")
-    globs = [parameters] if isinstance(parameters, str) else list(parameters)
     own = dict(model.named_parameters())
     if not own:
         raise ValueError(f"{type(model).__name__} has no parameters")
+    # A glob may name a shared parameter by any of its names; it counts once, under the first.
     tied = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    globs = [parameters] if isinstance(parameters, str) else list(parameters)
+    wanted: set[int] = set()
     for glob in globs:
-        if not any(fnmatchcase(n, glob) for n in tied):
+        found = [key for name, key in tied.items() if fnmatchcase(name, glob)]
+        if not found:
             raise ValueError(
                 f"parameters={glob!r} matches none of the {len(own)} parameters, e.g. "
                 f"{next(iter(own))!r}"
             )
-    wanted = {key for n, key in tied.items() if any(fnmatchcase(n, g) for g in globs)}
-    names = [n for n, p in own.items() if id(p) in wanted]
-    if wrong := [n for n in names if not own[n].is_floating_point()]:
-        raise ValueError(
-            f"parameter {wrong[0]} has type {own[wrong[0]].dtype}: only floating-point ones have "
-            "curvature"
-        )
+        wanted.update(found)
+    names = [name for name, p in own.items() if id(p) in wanted]
+    for name in names:
+        if not own[name].is_floating_point():
+            raise ValueError(
+                f"parameter {name} has type {own[name].dtype}: only floating-point ones have "
+                "curvature"
+            )
     source = _Source(model, objective, batches, names, retain)
     return source, ParamSpace(shapes={n: tuple(own[n].shape) for n in names})
 
@@ -432,13 +490,13 @@ def gauss_newton(
     parameters: str | Sequence[str] = "*",
     retain: int = 1,
 ) -> MatrixFree:
-    """The generalised Gauss–Newton matrix ``mean Jᵀ (∂²loss/∂logits²) J``: the Hessian without the
-    curvature of the network itself. For the softmax losses here it equals the true Fisher matrix.
-    Arguments as for `hessian`."""
+    """The generalised Gauss–Newton matrix ``mean Jᵀ (∂²loss/∂logits²) J``.
+
+    It is the Hessian without the curvature of the network itself. For the softmax losses here it
+    equals the true Fisher matrix. Arguments as for `hessian`.
+    """
     source, space = _source(model, batches, objective, parameters, retain)
-    operator = _GaussNewton(source, space, matrix="generalised Gauss-Newton", psd=True)
-    operator.outputs = "logits"
-    return operator
+    return _GaussNewton(source, space, matrix="generalised Gauss-Newton", outputs=_logits)
 
 
 def fisher(
@@ -451,15 +509,14 @@ def fisher(
     parameters: str | Sequence[str] = "*",
     retain: int = 1,
 ) -> MatrixFree:
-    """The true Fisher matrix estimated from labels drawn from the model: ``Σₙ mean_s gₙₛ gₙₛᵀ / Σₙ
-    Tₙ`` with ``gₙₛ`` the gradient of item n's summed ``−log p(ŷ)``. Unbiased; its exact value is
-    `gauss_newton`. Arguments as there."""
+    """The true Fisher matrix, estimated from labels drawn from the model.
+
+    ``Σₙ mean_s gₙₛ gₙₛᵀ / Σₙ Tₙ``, with ``gₙₛ`` the gradient of item n's summed ``−log p(ŷ)`` and
+    Tₙ its positions. Unbiased; its exact value is `gauss_newton`. Arguments as there.
+    """
     source, space = _source(model, batches, objective, parameters, retain)
-    operator = _GaussNewton(
-        source, space, matrix=f"Fisher ({labels} sampled label(s) per position)", psd=True
-    )
-    operator.outputs, operator.labels, operator.seed = "samples", labels, seed
-    return operator
+    matrix = f"Fisher ({labels} sampled label(s) per position)"
+    return _GaussNewton(source, space, matrix=matrix, outputs=_drawn_losses(labels, seed))
 
 
 def empirical_fisher(
@@ -470,13 +527,14 @@ def empirical_fisher(
     parameters: str | Sequence[str] = "*",
     retain: int = 1,
 ) -> MatrixFree:
-    """``Σₙ gₙ gₙᵀ / Σₙ Tₙ`` with ``gₙ`` the gradient of item n's summed loss on the data's own
-    labels: not the Fisher matrix (Kunstner et al. 2019), and for sequences not the per-token one.
-    Arguments as for `hessian`."""
+    """The empirical Fisher matrix ``Σₙ gₙ gₙᵀ / Σₙ Tₙ``.
+
+    ``gₙ`` is the gradient of item n's summed loss on the data's own labels, Tₙ its positions. It is
+    not the Fisher matrix (Kunstner et al. 2019), and for sequences not the per-token one. Arguments
+    as for `hessian`.
+    """
     source, space = _source(model, batches, objective, parameters, retain)
-    operator = _GaussNewton(source, space, matrix="empirical Fisher", psd=True)
-    operator.outputs = "losses"
-    return operator
+    return _GaussNewton(source, space, matrix="empirical Fisher", outputs=_losses)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -502,8 +560,9 @@ def loss_and_gradient(operator: MatrixFree) -> LossAndGradient:
         loss += value.detach()
         count += seen
         for name, g in zip(operator.space.shapes, gradients, strict=True):
+            # An unused parameter has no gradient.
             if g is not None:
                 total[operator.space.slices[name]] += g.reshape(-1).to(operator.dtype)
-    positions = _some(count)
+    positions = _positions(count)
     norm = float(torch.linalg.vector_norm(all_sum(total))) / positions
     return LossAndGradient(loss=float(all_sum(loss)) / positions, gradient_norm=norm)

@@ -4,11 +4,13 @@ and its value along any number of given changes.
 For item n with T_n positions, back-propagate from the logits of every position a random vector with
 mean zero and the covariance of the score, ``diag(p) − p pᵀ`` (`curvprune.model.losses.signed_loss`:
 signs instead of sampled labels), and let ``g`` be what arrives at a layer's weight. Positions are
-independent, so ``E[g gᵀ]`` summed over items and divided by the number of positions is exactly the
-Fisher matrix F of the mean loss (cross terms between positions vanish in expectation). Hence, per
-position and in nats,
+independent, so cross terms between positions vanish in expectation. ``E[g gᵀ]`` summed over items
+and divided by the number of positions is then exactly the Fisher matrix F of the mean loss. Hence,
+per position and in nats,
 
-    ½ δᵀ F δ  =  ½ Σ_n E[⟨g_n, δ⟩²] / Σ_n T_n,        tr F = Σ_n E‖g_n‖² / Σ_n T_n,        diag F likewise.
+    ½ δᵀ F δ  =  ½ Σ_n E[⟨g_n, δ⟩²] / Σ_n T_n,      tr F = Σ_n E‖g_n‖² / Σ_n T_n,
+
+and likewise for diag F.
 
 Source: Amari 1998; Martens 2020, "New insights and perspectives on the natural gradient method",
 §5, §9.
@@ -19,12 +21,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvprune.curvature.estimators import Estimate
+from curvprune.curvature.capture import wide
+from curvprune.curvature.draws import TWO_LABELS, Draws
+from curvprune.curvature.estimates import Estimate
 from curvprune.distributed import all_sum, my_share, shared, world
 from curvprune.model import Batch, Layer, Objective, evaluating, signed_loss, to_device
 
@@ -48,18 +53,33 @@ class Change:
         return Change(values=(flat.float() / (peak or 1.0)).half(), scale=peak)
 
     def dot(self, gradient: Float[Tensor, " n"]) -> Tensor:
+        """``⟨g, δ⟩``."""
         return torch.dot(gradient, self.values.to(gradient.dtype)) * self.scale
 
     def products(self, gradient: Float[Tensor, " n"]) -> tuple[Tensor, Tensor]:
         """``⟨g, δ⟩`` and ``Σ (gᵢ δᵢ)²``."""
+        # The scale comes last, in float64: in float32, squares of small changes would underflow.
         parts = self.values.to(gradient.dtype) * gradient
         return parts.sum().double() * self.scale, torch.dot(parts, parts).double() * self.scale**2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """Where a pass goes on, and what it leaves behind after every item.
+
+    Attributes:
+        resume: the totals that ``after_item`` last received, to go on after that item with the same
+            result; ``None`` starts at the first item.
+        after_item: called with (items done, totals) after each item, for progress and checkpoints.
+    """
+
+    resume: dict[str, Tensor] | None = None
+    after_item: Callable[[int, dict[str, Tensor]], None] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FisherPass:
-    """What the pass measured. Sums are per item; divide by ``count.sum()`` for a value per
-    position.
+    """What the pass found. Sums are per item; divide by ``count.sum()`` for a value per position.
 
     Attributes:
         count: positions of each item.
@@ -97,28 +117,10 @@ def ratio_estimate(sums: Float[Tensor, " items"], count: Float[Tensor, " items"]
     value = float(sums.sum() / count.sum())
     if n < 2:
         return Estimate(value=value, stderr=float("inf"), num_items=n)
+    # An item's part in the error of a ratio: what it adds beyond its share of the positions.
     residual = sums - value * count
     variance = n / (n - 1) * float((residual**2).sum()) / float(count.sum()) ** 2
     return Estimate(value=value, stderr=variance**0.5, num_items=n)
-
-
-@contextmanager
-def differentiating(model: nn.Module, layers: Mapping[str, Layer]) -> Iterator[None]:
-    """Only the layers' weights require gradients; flags, modes and ``.grad`` come back as they
-    were."""
-    parameters = list(model.parameters())
-    before = [(p, p.requires_grad, p.grad) for p in parameters]
-    wanted = {id(layer.weight) for layer in layers.values()}
-    try:
-        for p in parameters:
-            p.grad = None
-            p.requires_grad_(id(p) in wanted)
-        with evaluating(model), torch.enable_grad():
-            yield
-    finally:
-        for p, flag, grad in before:
-            p.requires_grad_(flag)
-            p.grad = grad
 
 
 def fisher_pass(
@@ -128,24 +130,18 @@ def fisher_pass(
     layers: Mapping[str, Layer],
     changes: Mapping[str, Sequence[Change]],
     *,
-    labels: int = 2,
-    slopes: bool = False,
-    seed: int = 0,
-    resume: dict[str, Tensor] | None = None,
-    after_item: Callable[[int, dict[str, Tensor]], None] | None = None,
+    draws: Draws = TWO_LABELS,
+    checkpoint: Checkpoint = Checkpoint(),
 ) -> FisherPass:
-    """Run the pass. Cost: one forward and ``labels`` backward passes per item, one dot product per
-    change and label;
-    memory: one float32 diagonal of the layers, one weight gradient at a time.
+    """Run the pass. Cost: one forward and ``draws.labels`` backward passes per item (one more with
+    ``draws.slopes``), one dot product per change and label; memory: one float32 diagonal of the
+    layers, one weight gradient at a time.
 
     Args:
         items: batches of one item.
         changes: layer → changes to price; layers without changes get trace and diagonal only.
-        slopes: also take the first-order term, for one more backward pass an item from the loss on
-            its own labels.
-        resume: the totals that ``after_item`` last received, to go on after that item with the same
-            result.
-        after_item: called with (items done, totals) after each item, for progress and checkpoints.
+        draws: how many labels, from which seed.
+        checkpoint: for long passes, see `Checkpoint`.
 
     Several processes share the items; each counts and resumes its own, and at the end all call
     ``after_item`` once more with the totals of all.
@@ -158,82 +154,49 @@ def fisher_pass(
         raise ValueError(
             f"{world()} processes for {len(items)} items: start at most one process for each item"
         )
+    # 1. Totals, empty or from where an earlier pass was interrupted.
     device = next(model.parameters()).device
-    totals = resume or _empty_totals(layers, changes, len(items), labels, device)
+    totals = checkpoint.resume or _empty_totals(layers, changes, len(items), draws, device)
     totals = {k: v.to(device) for k, v in totals.items()}
-    position = {"item": 0, "label": 0, "slope": 0}
+    sums = _GradientSums(layers, changes, draws, totals)
+    after_item = checkpoint.after_item or (lambda done, totals: None)
 
-    def take(name: str, layer: Layer, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        gradient = layer.as_matrix(parameter.grad)
-        gradient = gradient if gradient.dtype == torch.float64 else gradient.float()
-        i, flat = position["item"], gradient.reshape(-1)
-        if position["slope"]:
-            for k, change in enumerate(changes.get(name, ())):
-                totals[f"slope/{name}"][i, k] = change.dot(flat).double()
-            parameter.grad = None
-            return
-        totals[f"trace/{name}"][i] += torch.dot(flat, flat).double() / labels
-        totals[f"diagonal/{name}"].addcmul_(gradient, gradient, value=1 / labels)
-        for k, change in enumerate(changes.get(name, ())):
-            along, squares = change.products(flat)
-            totals[f"along/{name}"][i, position["label"], k] = along
-            totals[f"diagonals/{name}"][i, k] += 0.5 * squares / labels
-        parameter.grad = None
+    # 2. This process's items, one after the other.
+    with _differentiating(model, layers), sums.taking_gradients():
+        done = int(totals["done"])
+        mine = my_share(range(len(items)))
+        left = mine[done:] if done < len(items) else ()
+        for i in left:
+            sums.take_item(model, objective, i, to_device(items[i], device))
+            totals["done"] += 1
+            after_item(int(totals["done"]), totals)
 
-    with differentiating(model, layers):
-        handles = []
-        for name, layer in layers.items():
-            hook = lambda p, name=name, layer=layer: take(name, layer, p)  # noqa: E731
-            handles.append(layer.weight.register_post_accumulate_grad_hook(hook))
-        try:
-            mine = my_share(range(len(items)))
-            done = int(totals["done"])
-            for i in mine[done:] if done < len(items) else ():
-                position["item"] = i
-                # One generator per item: a resumed pass draws the signs that an uninterrupted one
-                # would.
-                generator = torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63)
-                batch = to_device(items[i], device)
-                logits = objective.logits(model, batch)
-                positions = objective.positions(logits, batch)
-                totals["count"][i] = len(positions.item)
-                for s in range(labels):
-                    position["label"] = s
-                    signed_loss(positions, generator).backward(
-                        retain_graph=slopes or s + 1 < labels
-                    )
-                if slopes:
-                    position["slope"] = 1
-                    objective.loss_of(logits, batch)[0].backward()
-                    position["slope"] = 0
-                _check_finite(totals, layers, i)
-                totals["done"] += 1
-                if after_item is not None:
-                    after_item(int(totals["done"]), totals)
-        finally:
-            for handle in handles:
-                handle.remove()
+    # 3. The other processes' items.
     if shared() and int(totals["done"]) < len(items):
         for key in sorted(totals.keys() - {"done"}):
             all_sum(totals[key])
         totals["done"].fill_(len(items))
-        if after_item is not None:
-            after_item(len(items), totals)
-    if silent := [n for n in layers if not bool(totals[f"trace/{n}"].any())]:
-        raise ValueError(
-            f"layer {silent[0]} received no gradient from any item: it is not on the way to the "
-            "loss; leave it out"
-        )
+        after_item(len(items), totals)
+    return _result(totals, layers, draws)
+
+
+def _result(totals: dict[str, Tensor], layers: Mapping[str, Layer], draws: Draws) -> FisherPass:
+    for name in layers:
+        if not bool(totals[f"trace/{name}"].any()):
+            raise ValueError(
+                f"layer {name} received no gradient from any item: it is not on the way to the "
+                "loss; leave it out"
+            )
     count = totals["count"].cpu()
+    sloped = layers if draws.slopes else ()
     return FisherPass(
         count=count,
         along={n: totals[f"along/{n}"].cpu() for n in layers},
         diagonals={n: totals[f"diagonals/{n}"].cpu() for n in layers},
         traces={n: totals[f"trace/{n}"].cpu() for n in layers},
         diagonal={n: totals[f"diagonal/{n}"] / float(count.sum()) for n in layers},
-        labels=labels,
-        slopes={n: totals[f"slope/{n}"].cpu() for n in layers if slopes},
+        labels=draws.labels,
+        slopes={n: totals[f"slope/{n}"].cpu() for n in sloped},
     )
 
 
@@ -241,31 +204,133 @@ def _empty_totals(
     layers: Mapping[str, Layer],
     changes: Mapping[str, Sequence[Change]],
     items: int,
-    labels: int,
+    draws: Draws,
     device: torch.device,
 ) -> dict[str, Tensor]:
     totals = {
         "done": torch.zeros((), dtype=torch.int64),
         "count": torch.zeros(items, dtype=torch.float64),
     }
+    zeros = partial(torch.zeros, dtype=torch.float64, device=device)
     for name, layer in layers.items():
-        wide = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
-        totals[f"diagonal/{name}"] = torch.zeros(layer.shape, dtype=wide, device=device)
-        totals[f"trace/{name}"] = torch.zeros(items, dtype=torch.float64, device=device)
-        width = len(changes.get(name, ()))
-        totals[f"along/{name}"] = torch.zeros(
-            items, labels, width, dtype=torch.float64, device=device
-        )
-        for kind in ("diagonals", "slope"):
-            totals[f"{kind}/{name}"] = torch.zeros(items, width, dtype=torch.float64, device=device)
+        kept = len(changes.get(name, ()))
+        dtype = wide(layer.weight)
+        totals[f"diagonal/{name}"] = torch.zeros(layer.shape, dtype=dtype, device=device)
+        totals[f"trace/{name}"] = zeros(items)
+        totals[f"along/{name}"] = zeros(items, draws.labels, kept)
+        totals[f"diagonals/{name}"] = zeros(items, kept)
+        totals[f"slope/{name}"] = zeros(items, kept)
     return totals
 
 
-def _check_finite(totals: dict[str, Tensor], layers: Mapping[str, Layer], item: int) -> None:
-    finite = torch.isfinite(torch.stack([totals[f"trace/{n}"][item] for n in layers]))
-    if not bool(finite.all()):
-        name = next(n for n, ok in zip(layers, finite.tolist(), strict=True) if not ok)
-        raise FloatingPointError(
-            f"layer {name}: the gradient of item {item} is not finite; run the model in float32 "
-            "or bfloat16"
-        )
+class _GradientSums:
+    """Takes in each weight's gradient as soon as it is complete, and lets it go, so that one
+    gradient at a time is in memory."""
+
+    def __init__(
+        self,
+        layers: Mapping[str, Layer],
+        changes: Mapping[str, Sequence[Change]],
+        draws: Draws,
+        totals: dict[str, Tensor],
+    ) -> None:
+        self.layers, self.changes, self.draws, self.totals = layers, changes, draws, totals
+        self.item = 0
+        self.label: int | None = 0  # None: the gradient is that of the data's own label
+
+    @contextmanager
+    def taking_gradients(self) -> Iterator[None]:
+        """Hooks on the layers' weights; they are removed at the end."""
+        handles = []
+        try:
+            for name, layer in self.layers.items():
+                hook = self._hook(name)
+                handles.append(layer.weight.register_post_accumulate_grad_hook(hook))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def take_item(self, model: nn.Module, objective: Objective, item: int, batch: Batch) -> None:
+        """Forward and backward passes of one item."""
+        self.item = item
+        labels, slopes = self.draws.labels, self.draws.slopes
+        # The item's own generator: a resumed pass draws what an uninterrupted one would.
+        generator = self.draws.generator(item)
+        # 1. Forward.
+        logits = objective.logits(model, batch)
+        positions = objective.positions(logits, batch)
+        self.totals["count"][item] = len(positions.item)
+        # 2. Back from random signs at every position, once per draw.
+        for s in range(labels):
+            self.label = s
+            retain = slopes or s + 1 < labels
+            signed_loss(positions, generator).backward(retain_graph=retain)
+        # 3. Back from the loss on the item's own labels.
+        if slopes:
+            self.label = None
+            objective.loss_of(logits, batch)[0].backward()
+        self._check_finite()
+
+    def _hook(self, name: str) -> Callable[[Tensor], None]:
+        layer = self.layers[name]
+
+        def take(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            gradient = layer.as_matrix(parameter.grad)
+            gradient = gradient if gradient.dtype == torch.float64 else gradient.float()
+            if self.label is None:
+                self._add_slope(name, gradient)
+            else:
+                self._add_draw(name, gradient, self.label)
+            parameter.grad = None
+
+        return take
+
+    def _add_slope(self, name: str, gradient: Float[Tensor, "out in"]) -> None:
+        flat = gradient.reshape(-1)
+        for k, change in enumerate(self.changes.get(name, ())):
+            self.totals[f"slope/{name}"][self.item, k] = change.dot(flat).double()
+
+    def _add_draw(self, name: str, gradient: Float[Tensor, "out in"], label: int) -> None:
+        totals, i, labels = self.totals, self.item, self.draws.labels
+        flat = gradient.reshape(-1)
+        # 1. Trace and diagonal: means over draws.
+        totals[f"trace/{name}"][i] += torch.dot(flat, flat).double() / labels
+        totals[f"diagonal/{name}"].addcmul_(gradient, gradient, value=1 / labels)
+        # 2. Along the changes: every draw is kept, for what layers do to each other.
+        for k, change in enumerate(self.changes.get(name, ())):
+            along, squares = change.products(flat)
+            totals[f"along/{name}"][i, label, k] = along
+            totals[f"diagonals/{name}"][i, k] += 0.5 * squares / labels
+
+    def _check_finite(self) -> None:
+        traces = torch.stack([self.totals[f"trace/{n}"][self.item] for n in self.layers])
+        finite = torch.isfinite(traces)
+        if bool(finite.all()):
+            return
+        for name, ok in zip(self.layers, finite.tolist(), strict=True):
+            if not ok:
+                raise FloatingPointError(
+                    f"layer {name}: the gradient of item {self.item} is not finite; run the model "
+                    "in float32 or bfloat16"
+                )
+
+
+@contextmanager
+def _differentiating(model: nn.Module, layers: Mapping[str, Layer]) -> Iterator[None]:
+    """Only the layers' weights require gradients; flags, modes and ``.grad`` come back as they
+    were."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    wanted = {id(layer.weight) for layer in layers.values()}
+    try:
+        # Gradients of the pass must not be added to the user's own.
+        for p, _, _ in before:
+            p.grad = None
+            p.requires_grad_(id(p) in wanted)
+        with evaluating(model), torch.enable_grad():
+            yield
+    finally:
+        for p, flag, grad in before:
+            p.requires_grad_(flag)
+            p.grad = grad

@@ -1,5 +1,8 @@
-"""What is compressed and measured: layers, losses, items of data, groups of layers that share an option."""
+"""What is compressed and measured: layers, losses, items of data, and groups of layers that share
+an option."""
 
+from curvprune.model.evaluation import Metric, check_items, evaluate, score_items
+from curvprune.model.forward import Batch, evaluating, to_device
 from curvprune.model.groups import GroupError, Groups, Request, find_groups, read_request
 from curvprune.model.items import (
     EXTRA,
@@ -15,25 +18,19 @@ from curvprune.model.items import (
 from curvprune.model.layers import Layer, find_layers, is_conv1d, key_of, laid_out, left_over
 from curvprune.model.losses import (
     BROKEN,
-    Batch,
     CausalLM,
     Classification,
     ItemResults,
     LabelFree,
-    Metric,
     Objective,
     Positions,
-    check_items,
     divergence,
-    evaluate,
-    evaluating,
     make_objective,
     sampled_losses,
-    score_items,
     signed_loss,
-    to_device,
 )
 from curvprune.model.shapes import (
+    ShapeChange,
     architecture_config,
     changes_of,
     difference,
@@ -58,6 +55,7 @@ __all__ = [
     "Objective",
     "Positions",
     "Request",
+    "ShapeChange",
     "Split",
     "Splits",
     "architecture_config",

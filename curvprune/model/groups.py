@@ -1,5 +1,5 @@
-"""Layers that must share an option, because a serving engine runs them as one: query, key and
-value, gate and up.
+"""Layers that must share an option because a serving engine runs them as one: query, key and value,
+gate and up.
 
 A request is a list whose entries are lists of globs, or the word ``fused`` for the names in
 `FUSED`. The layers that one entry matches are grouped by their parent module, so one entry makes a
@@ -12,13 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any
 
 Request = tuple[str | tuple[str, ...], ...]
 
-FUSED: tuple[
-    tuple[str, ...], ...
-] = (  # last parts of layer names; what is one layer already needs no entry
+# Last parts of layer names. What is one layer already needs no entry.
+FUSED: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
     ("q_lin", "k_lin", "v_lin"),
@@ -31,6 +29,7 @@ FUSED: tuple[
     ("w1", "w3"),
     ("wi_0", "wi_1"),
 )
+_EXAMPLE = 'write fused, or lists of globs such as [["*.q_proj", "*.k_proj", "*.v_proj"]]'
 
 
 class GroupError(ValueError):
@@ -52,33 +51,29 @@ class Groups:
     notes: tuple[str, ...]
 
 
-def read_request(value: Any) -> Request:
+def read_request(value: object) -> Request:
     """A request as a recipe or a caller writes it; the word ``fused`` alone is short for
     ``[fused]``. Raises `GroupError`."""
-    example = 'write fused, or lists of globs such as [["*.q_proj", "*.k_proj", "*.v_proj"]]'
     if value == "fused":
         return ("fused",)
     if isinstance(value, str) or not isinstance(value, Sequence):
-        near = (
-            "; nearest: fused"
-            if isinstance(value, str) and get_close_matches(value, ["fused"])
-            else ""
-        )
-        raise GroupError((), f"{value!r} is not a list of groups; {example}{near}")
-    request: list[str | tuple[str, ...]] = []
-    for index, entry in enumerate(value):
-        if entry == "fused":
-            request.append(entry)
-            continue
-        if isinstance(entry, str) or not isinstance(entry, Sequence) or not entry:
-            raise GroupError((index,), f"{entry!r} is neither fused nor a list of globs; {example}")
-        for position, glob in enumerate(entry):
-            if not isinstance(glob, str) or not glob:
-                raise GroupError(
-                    (index, position), f"{glob!r} is not a glob on layer names; {example}"
-                )
-        request.append(tuple(entry))
-    return tuple(request)
+        misspelt = isinstance(value, str) and get_close_matches(value, ["fused"])
+        near = "; nearest: fused" if misspelt else ""
+        raise GroupError((), f"{value!r} is not a list of groups; {_EXAMPLE}{near}")
+    return tuple(_read_entry(index, entry) for index, entry in enumerate(value))
+
+
+def _read_entry(index: int, entry: object) -> str | tuple[str, ...]:
+    """The word ``fused``, or the globs of one group."""
+    if entry == "fused":
+        return "fused"
+    if isinstance(entry, str) or not isinstance(entry, Sequence) or not entry:
+        raise GroupError((index,), f"{entry!r} is neither fused nor a list of globs; {_EXAMPLE}")
+    for position, glob in enumerate(entry):
+        if not isinstance(glob, str) or not glob:
+            problem = f"{glob!r} is not a glob on layer names; {_EXAMPLE}"
+            raise GroupError((index, position), problem)
+    return tuple(entry)
 
 
 def find_groups(request: Request, options: Mapping[str, Iterable[str]]) -> Groups:
@@ -96,43 +91,55 @@ def find_groups(request: Request, options: Mapping[str, Iterable[str]]) -> Group
     owner: dict[str, int] = {}
     groups: list[tuple[str, ...]] = []
     notes: list[str] = []
-    alone: list[str]
     for index, entry in enumerate(request):
+        # 1. The layers that the entry names, parent module by parent module.
         if isinstance(entry, str):
-            found, alone = _fused(offered), []
+            found = _fused(offered)
             if not found:
                 notes.append(
                     "same_option: no layers of this model have names that are known to be fused"
                 )
         else:
             found, alone = _matched(index, entry, offered)
-        if alone:
-            shown = ", ".join(alone[:3]) + (f" and {len(alone) - 3} more" if len(alone) > 3 else "")
-            notes.append(
-                f"same_option[{index}]: no other layer in the same parent module to share with: "
-                f"{shown}"
-            )
+            if alone:
+                notes.append(_lonely(index, alone))
+        # 2. Each group must be able to share an option, and no layer be in two of them.
         for group in found:
-            for name in group:
-                if name in owner:
-                    raise GroupError(
-                        (index,),
-                        f"layer {name} is already in a group of same_option[{owner[name]}]; "
-                        "expected each layer in one group; merge the two or make one glob "
-                        "narrower",
-                    )
-                owner[name] = index
+            _take(owner, index, group)
             _check_alike(index, group, offered)
             if len(offered[group[0]]) > 1:
                 groups.append(group)
+    # 3. In the model's order.
     place = {name: position for position, name in enumerate(offered)}
-    return Groups(
-        layers=tuple(sorted(groups, key=lambda group: place[group[0]])), notes=tuple(notes)
-    )
+    groups.sort(key=lambda group: place[group[0]])
+    return Groups(layers=tuple(groups), notes=tuple(notes))
+
+
+def _lonely(index: int, alone: Sequence[str]) -> str:
+    """The note on layers that an entry names and that have nobody to share with."""
+    shown = ", ".join(alone[:3])
+    if len(alone) > 3:
+        shown += f" and {len(alone) - 3} more"
+    return f"same_option[{index}]: no other layer in the same parent module to share with: {shown}"
+
+
+def _take(owner: dict[str, int], index: int, group: Sequence[str]) -> None:
+    """Note that entry ``index`` owns the layers of a group, which no other entry may."""
+    for name in group:
+        if name in owner:
+            raise GroupError(
+                (index,),
+                f"layer {name} is already in a group of same_option[{owner[name]}]; "
+                "expected each layer in one group; merge the two or make one glob narrower",
+            )
+        owner[name] = index
 
 
 def _fused(layers: Iterable[str]) -> list[tuple[str, ...]]:
-    known = {leaf: names for names in FUSED for leaf in names}
+    """The groups that names in `FUSED` make, two layers or more each."""
+    known: dict[str, tuple[str, ...]] = {}
+    for names in FUSED:
+        known.update(dict.fromkeys(names, names))
     groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for name in layers:
         parent, _, leaf = name.rpartition(".")
@@ -144,13 +151,13 @@ def _fused(layers: Iterable[str]) -> list[tuple[str, ...]]:
 def _matched(
     index: int, globs: Sequence[str], layers: Mapping[str, frozenset[str]]
 ) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The groups of two layers or more that globs make, and the layers that are alone."""
     for position, glob in enumerate(globs):
         if not any(fnmatchcase(name, glob) for name in layers):
             near = get_close_matches(glob, list(layers), n=1, cutoff=0.0)
             hint = f"; nearest layer: {near[0]}" if near else ""
-            raise GroupError(
-                (index, position), f"{glob!r} matches none of the {len(layers)} layers{hint}"
-            )
+            problem = f"{glob!r} matches none of the {len(layers)} layers{hint}"
+            raise GroupError((index, position), problem)
     parents: dict[str, list[str]] = {}
     for name in layers:
         if any(fnmatchcase(name, glob) for glob in globs):
@@ -160,18 +167,16 @@ def _matched(
 
 
 def _check_alike(index: int, group: Sequence[str], offered: Mapping[str, frozenset[str]]) -> None:
+    """Layers that share an option must be offered the same ones."""
     first = group[0]
     for other in group[1:]:
         if offered[first] == offered[other]:
             continue
-        said = [
-            f"only {name} is offered {', '.join(extra)}"
-            for name, extra in (
-                (first, sorted(offered[first] - offered[other])),
-                (other, sorted(offered[other] - offered[first])),
-            )
-            if extra
-        ]
+        said = []
+        for name, unlike in ((first, other), (other, first)):
+            extra = sorted(offered[name] - offered[unlike])
+            if extra:
+                said.append(f"only {name} is offered {', '.join(extra)}")
         raise GroupError(
             (index,),
             f"layers {first} and {other} must share an option, but {' and '.join(said)}; offer "

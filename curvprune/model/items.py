@@ -1,24 +1,25 @@
-"""Data as items: splits that share nothing, batches made of items of any length, and the sources
-that recipes name."""
+"""Data as items: splits that share nothing, and batches made of items of any length."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from curvprune.model.losses import IGNORED, Batch
+from curvprune.model.forward import Batch
+from curvprune.model.losses import IGNORED
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
-    """Items of one purpose. Each item is a batch of one; ``documents`` says which items belong
-    together (clusters)."""
+    """Items of one purpose. Each is a batch of one; ``documents`` says which belong together."""
 
     items: tuple[Batch, ...]
     documents: tuple[str, ...]
@@ -56,16 +57,15 @@ class Split:
 
 def _digest(digest: Any, item: Batch) -> bytes:
     """Feed an item's content to a hash; returns its digest."""
-    named = (
-        sorted(item.items())
-        if isinstance(item, Mapping)
-        else [("inputs", item[0]), ("targets", item[1])]
-    )
+    if isinstance(item, Mapping):
+        named = sorted(item.items())
+    else:
+        named = [("inputs", item[0]), ("targets", item[1])]
     for name, tensor in named:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        )
+        # As bytes, because NumPy has no bfloat16.
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(content.numpy().tobytes())
     return bytes(digest.digest())
 
 
@@ -100,19 +100,21 @@ class Splits:
 
     def sha256(self) -> dict[str, str]:
         """Hash of each split."""
-        return {
-            p: split.sha256() for p in (*PURPOSES, EXTRA) if (split := getattr(self, p)) is not None
-        }
+        hashes = {purpose: getattr(self, purpose).sha256() for purpose in PURPOSES}
+        if self.recover is not None:
+            hashes[EXTRA] = self.recover.sha256()
+        return hashes
 
     def seen(self) -> frozenset[bytes]:
         """Hashes of the items that a model is made from and chosen by."""
-        return frozenset(
-            d for s in (self.calibrate, self.price, self.select, self.training) for d in s.digests()
-        )
+        found: set[bytes] = set()
+        for split in (self.calibrate, self.price, self.select, self.training):
+            found.update(split.digests())
+        return frozenset(found)
 
     def too_few(self) -> str | None:
-        """Why no bound can be had, if all of select or of certify is one document: what it loses
-        says nothing of others."""
+        """Why no bound can be had, if all items of select or of certify are one document: what it
+        loses says nothing of others."""
         for purpose in ("select", "certify"):
             documents = set(getattr(self, purpose).documents)
             if len(documents) < 2:
@@ -136,35 +138,51 @@ def collate(items: Sequence[Batch]) -> Batch:
     Raises ``ValueError`` for items of different kinds or for ragged tensors that no mask can
     describe.
     """
-    first = items[0]
-    if not isinstance(first, Mapping):
-        pairs = [(item[0], item[1]) for item in items if not isinstance(item, Mapping)]
-        if len(pairs) != len(items) or len({p[0].shape[1:] for p in pairs}) > 1:
-            raise ValueError(
-                "collate: (inputs, targets) items must all have inputs of one shape; use dict "
-                "batches with an attention_mask for sequences of different length"
-            )
-        return torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs])
-    dicts = [dict(item) for item in items if isinstance(item, Mapping)]
-    if len(dicts) != len(items) or any(d.keys() != first.keys() for d in dicts):
-        raise ValueError(f"collate: items must have the same keys as the first, {sorted(first)}")
-    if "input_ids" in first and len({d["input_ids"].shape[1] for d in dicts}) > 1:
-        longest = max(d["input_ids"].shape[1] for d in dicts)
-        for d in dicts:
-            length = d["input_ids"].shape[1]
-            d.setdefault("attention_mask", torch.ones_like(d["input_ids"]))
-            for name, tensor in d.items():
-                if tensor.ndim == 2 and tensor.shape[1] == length:
-                    d[name] = torch.nn.functional.pad(
-                        tensor, (0, longest - length), value=IGNORED if name == "labels" else 0
-                    )
+    if not isinstance(items[0], Mapping):
+        return _collate_pairs(items)
+    names = items[0].keys()
+    dicts = [dict(item) for item in items if isinstance(item, Mapping) and item.keys() == names]
+    if len(dicts) != len(items):
+        raise ValueError(f"collate: items must have the same keys as the first, {sorted(names)}")
+    # 1. Sequences are padded to the longest, with a mask that says where they end.
+    if "input_ids" in names:
+        lengths = {item["input_ids"].shape[1] for item in dicts}
+        if len(lengths) > 1:
+            dicts = [_padded(item, max(lengths)) for item in dicts]
+    # 2. One item below the other, where what is left fits as it is.
+    batch = {}
     for name in dicts[0]:
-        if len({d[name].shape[1:] for d in dicts}) > 1:
+        shapes = {tuple(item[name].shape[1:]) for item in dicts}
+        if len(shapes) > 1:
             raise ValueError(
-                f"collate: {name!r} has different shapes and cannot be padded: "
-                f"{sorted({tuple(d[name].shape[1:]) for d in dicts})}"
+                f"collate: {name!r} has different shapes and cannot be padded: {sorted(shapes)}"
             )
-    return {name: torch.cat([d[name] for d in dicts]) for name in dicts[0]}
+        batch[name] = torch.cat([item[name] for item in dicts])
+    return batch
+
+
+def _collate_pairs(items: Sequence[Batch]) -> Batch:
+    pairs = [item for item in items if not isinstance(item, Mapping)]
+    shapes = {inputs.shape[1:] for inputs, _ in pairs}
+    if len(pairs) != len(items) or len(shapes) > 1:
+        raise ValueError(
+            "collate: (inputs, targets) items must all have inputs of one shape; use dict "
+            "batches with an attention_mask for sequences of different length"
+        )
+    return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
+
+
+def _padded(item: Mapping[str, Tensor], longest: int) -> dict[str, Tensor]:
+    """A sequence with everything that is as long as its tokens padded on the right."""
+    tokens = item["input_ids"]
+    length = tokens.shape[1]
+    padded = {**item}
+    padded.setdefault("attention_mask", torch.ones_like(tokens))
+    for name, tensor in padded.items():
+        if tensor.ndim == 2 and tensor.shape[1] == length:
+            fill = IGNORED if name == "labels" else 0
+            padded[name] = F.pad(tensor, (0, longest - length), value=fill)
+    return padded
 
 
 def itemize(batches: Iterable[Batch]) -> list[Batch]:
@@ -173,33 +191,9 @@ def itemize(batches: Iterable[Batch]) -> list[Batch]:
     items: list[Batch] = []
     for batch in batches:
         if isinstance(batch, Mapping):
-            tensors = {k: v for k, v in batch.items() if v is not None}
-            for name, value in tensors.items():
-                if not isinstance(value, Tensor) or value.ndim == 0:
-                    kind = "a number" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-                    raise ValueError(
-                        f"data: batch entry {name!r} is {kind}; expected a tensor with a row for "
-                        "each item. Leave it out, or give it to the model in a wrapper"
-                    )
-            if not tensors:
-                raise ValueError(f"data: a batch without tensors, with keys {sorted(batch)}")
-            if len({len(v) for v in tensors.values()}) > 1:
-                sizes = {name: len(v) for name, v in tensors.items()}
-                raise ValueError(
-                    f"data: the entries of a batch have different numbers of items, {sizes}"
-                )
-            items += [
-                {k: v[i : i + 1] for k, v in tensors.items()}
-                for i in range(len(next(iter(tensors.values()))))
-            ]
+            items += _items_of_dict(batch)
         elif isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], Tensor):
-            targets = torch.as_tensor(batch[1])
-            if targets.ndim == 0 or len(targets) != len(batch[0]):
-                raise ValueError(
-                    f"data: a batch of {len(batch[0])} inputs with targets of shape "
-                    f"{tuple(targets.shape)}"
-                )
-            items += [(batch[0][i : i + 1], targets[i : i + 1]) for i in range(len(batch[0]))]
+            items += _items_of_pair(batch[0], batch[1])
         else:
             raise ValueError(
                 f"data: a batch is {type(batch).__name__}; expected a dict of tensors or a pair "
@@ -208,6 +202,40 @@ def itemize(batches: Iterable[Batch]) -> list[Batch]:
     if not items:
         raise ValueError("data is empty; it must be re-iterable and hold at least one batch")
     return items
+
+
+def _items_of_dict(batch: Mapping[str, object]) -> list[Batch]:
+    # 1. Every entry must have a row for each item, or it would be lost or given to all.
+    tensors: dict[str, Tensor] = {}
+    for name, value in batch.items():
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            kind = "a number" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ValueError(
+                f"data: batch entry {name!r} is {kind}; expected a tensor with a row for "
+                "each item. Leave it out, or give it to the model in a wrapper"
+            )
+        tensors[name] = value
+    if not tensors:
+        raise ValueError(f"data: a batch without tensors, with keys {sorted(batch)}")
+    sizes = {name: len(value) for name, value in tensors.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"data: the entries of a batch have different numbers of items, {sizes}")
+    # 2. Row by row; a slice keeps the dimension that counts items.
+    items: list[Batch] = []
+    for i in range(next(iter(sizes.values()))):
+        items.append({name: tensor[i : i + 1] for name, tensor in tensors.items()})
+    return items
+
+
+def _items_of_pair(inputs: Tensor, given: Any) -> list[Batch]:
+    targets = torch.as_tensor(given)
+    if targets.ndim == 0 or len(targets) != len(inputs):
+        raise ValueError(
+            f"data: a batch of {len(inputs)} inputs with targets of shape {tuple(targets.shape)}"
+        )
+    return [(inputs[i : i + 1], targets[i : i + 1]) for i in range(len(inputs))]
 
 
 def as_split(data: Split | Iterable[Batch], name: str = "item") -> Split:
@@ -220,9 +248,9 @@ def as_split(data: Split | Iterable[Batch], name: str = "item") -> Split:
 
 def split_items(data: Iterable[Batch] | Split, *, seed: int) -> Splits:
     """Shuffle the items of ``data`` and deal them out: a quarter to calibrate, an eighth to price,
-    an eighth to select,
-    half to certify. A `Split` says which items belong together: of its documents, whole ones are
-    dealt.
+    an eighth to select, half to certify.
+
+    A `Split` says which items belong together: of its documents, whole ones are dealt.
 
     Raises ``ValueError`` below 16 items, with which no budget can be decided, or if documents are
     too few to deal.
@@ -237,8 +265,10 @@ def split_items(data: Iterable[Batch] | Split, *, seed: int) -> Splits:
         )
     order = np.random.default_rng(seed).permutation(len(items))
     bounds = [len(items) * eighths // 8 for eighths in (2, 3, 4)]
-    parts = [as_split([items[i] for i in part]) for part in np.split(order, bounds)]
-    return Splits(**dict(zip(PURPOSES, parts, strict=True)))
+    splits = {}
+    for purpose, part in zip(PURPOSES, np.split(order, bounds), strict=True):
+        splits[purpose] = as_split([items[i] for i in part])
+    return Splits(**splits)
 
 
 def _split_documents(data: Split, *, seed: int) -> Splits:
@@ -253,16 +283,14 @@ def _split_documents(data: Split, *, seed: int) -> Splits:
             "least 16 items, in enough documents for four splits that share none, or pass "
             "Splits(calibrate=..., price=..., select=..., certify=...)"
         )
-    parts = {p: [i for name in names for i in where[name]] for p, names in dealt.items()}
-    return Splits(
-        **{
-            p: Split(
-                items=tuple(data.items[i] for i in part),
-                documents=tuple(data.documents[i] for i in part),
-            )
-            for p, part in parts.items()
-        }
-    )
+    splits = {}
+    for purpose, names in dealt.items():
+        places = list(chain.from_iterable(where[name] for name in names))
+        splits[purpose] = Split(
+            items=tuple(data.items[i] for i in places),
+            documents=tuple(data.documents[i] for i in places),
+        )
+    return Splits(**splits)
 
 
 def deal_documents(
@@ -272,7 +300,10 @@ def deal_documents(
     count."""
     dealt: dict[str, list[str]] = {purpose: [] for purpose in counts}
     filled = dict.fromkeys(counts, 0)
-    for name in [sorted(sizes)[i] for i in np.random.default_rng(seed).permutation(len(sizes))]:
+    names = sorted(sizes)
+    for i in np.random.default_rng(seed).permutation(len(names)):
+        name = names[i]
+        # To whom most is missing of what it is to have.
         target = min(counts, key=lambda purpose: filled[purpose] / counts[purpose])
         dealt[target].append(name)
         filled[target] += sizes[name]

@@ -9,15 +9,18 @@ that share one weight are one layer.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import chain, product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from curvprune.compat import activate_experts, is_stacked_experts
 
 
 def key_of(module: str, part: str) -> str:
@@ -98,16 +101,16 @@ class Layer:
         if self.kind != "conv":
             return x.reshape(1, -1, self.shape[1])
         assert isinstance(reader, (nn.Conv1d, nn.Conv2d))
-        kernel, dilation, stride = (
-            _two(v) for v in (reader.kernel_size, reader.dilation, reader.stride)
-        )
+        # 1. One dimension is two, of height one.
         if isinstance(reader, nn.Conv1d):
             x = x.unsqueeze(-2)
+        kernel, dilation = _two(reader.kernel_size), _two(reader.dilation)
+        # 2. Pads by hand: `unfold` knows none but zeros.
         mode = "constant" if reader.padding_mode == "zeros" else reader.padding_mode
         padded = F.pad(x, _padding(reader, kernel, dilation), mode=mode)
-        patches = F.unfold(
-            padded, kernel, dilation=dilation, stride=stride
-        )  # (batch, channels·kernel, places)
+        # 3. What the kernel sees at each place: (batch, channels · kernel, places).
+        patches = F.unfold(padded, kernel, dilation=dilation, stride=_two(reader.stride))
+        # 4. Channels of a group stand together, so groups split the middle dimension.
         grouped = patches.reshape(len(patches), self.groups, self.shape[1], -1)
         return grouped.permute(1, 0, 3, 2).reshape(self.groups, -1, self.shape[1])
 
@@ -118,9 +121,9 @@ class Layer:
         sends there.
 
         ``hidden`` and ``chosen`` are the first two arguments of the experts' module. What reaches
-        an expert's second matrix comes from its first one as that is now, by the formula that
-        transformers' implementations share (see ``batched_mm_experts_forward``), so that it does
-        not matter which of them the model runs.
+        an expert's second matrix comes from its first one as that is now. The formula is the one
+        that transformers' implementations share (see ``batched_mm_experts_forward``), so that it
+        does not matter which of them the model runs.
         """
         module: Any = self.module
         first = "gate_up_proj" if module.has_gate else "up_proj"
@@ -130,7 +133,7 @@ class Layer:
                 weight = getattr(module, first)[expert]
                 bias = getattr(module, f"{first}_bias")[expert] if module.has_bias else None
                 rows = F.linear(rows, weight.t() if module.is_transposed else weight, bias)
-                rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
+                rows = activate_experts(module, rows)
             yield rows
 
 
@@ -155,12 +158,13 @@ def _padding(
         sides = [(0, 0)] * len(kernel)
     elif conv.padding == "same":
         total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        # An odd pad has its larger half at the end, as torch has it.
         sides = [(t // 2, t - t // 2) for t in total]
     else:
         assert not isinstance(conv.padding, str)
         given = [0, *conv.padding] if len(conv.padding) < len(kernel) else list(conv.padding)
         sides = [(p, p) for p in given]
-    return [side for pair in reversed(sides) for side in pair]
+    return list(chain.from_iterable(reversed(sides)))
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -180,28 +184,34 @@ def _weights(module: nn.Module) -> list[tuple[str, str]]:
         return [("embedding", "weight")]
     if is_conv1d(module) and getattr(module, "weight", None) is not None:
         return [("conv1d", "weight")]
-    if all(hasattr(module, a) for a in ("_apply_gate", "has_gate", "has_bias", "is_transposed")):
-        # What transformers' `use_experts_implementation` sets: these names and layouts are what it
-        # relies on.
-        names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
-        if all(
-            isinstance(w := module._parameters.get(n), Tensor) and (w.ndim == 3 or not w.numel())
-            for n in names
-        ):
-            return [("experts", n) for n in names]
+    if is_stacked_experts(module):
+        first = "gate_up_proj" if module.has_gate else "up_proj"
+        own = _own_parameters(module)
+        if all(_is_stack(own.get(name)) for name in (first, "down_proj")):
+            return [("experts", first), ("experts", "down_proj")]
     return []
+
+
+def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's own parameters. A weight that is computed from others is none of them."""
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
+
+
+def _is_stack(weight: Tensor | None) -> bool:
+    """Whether a parameter is one matrix an expert, or what packing has left of it: no numbers."""
+    return weight is not None and (weight.ndim == 3 or not weight.numel())
 
 
 def left_over(model: nn.Module) -> str | None:
     """What to tell the user if more than 1 % of the parameters are matrices that are no layer's
     weight, such as stacked experts of another layout."""
-    inside = {
-        id(module._parameters.get(p)) for module in model.modules() for _, p in _weights(module)
-    }
+    inside: set[int] = set()
+    for module in model.modules():
+        own = _own_parameters(module)
+        inside.update(id(own.get(parameter)) for _, parameter in _weights(module))
     outside = {n: p for n, p in model.named_parameters() if p.ndim >= 2 and id(p) not in inside}
-    share = sum(p.numel() for p in outside.values()) / max(
-        1, sum(p.numel() for p in model.parameters())
-    )
+    total = sum(p.numel() for p in model.parameters())
+    share = sum(p.numel() for p in outside.values()) / max(1, total)
     if share <= 0.01:
         return None
     largest = max(outside, key=lambda n: outside[n].numel())
@@ -213,6 +223,7 @@ def left_over(model: nn.Module) -> str | None:
 
 
 def _matrix_shape(kind: str, module: nn.Module, weight: Tensor) -> tuple[int, int]:
+    """``(out, in)`` of a weight as a matrix."""
     if kind == "conv1d":
         return weight.shape[1], weight.shape[0]
     if kind == "experts":
@@ -227,68 +238,86 @@ def find_layers(model: nn.Module, globs: str | Sequence[str] = "*") -> dict[str,
 
     Raises ``ValueError`` for a glob that matches nothing, naming the nearest layer.
     """
-    owners: dict[int, tuple[str, str, str, nn.Module]] = {}
-    sharers: dict[int, list[tuple[str, str, nn.Module]]] = {}
-    computed: list[str] = []
-    for module_name, module in model.named_modules(remove_duplicate=False):
-        for kind, parameter in _weights(module):
-            name = (
-                ".".join(n for n in (module_name, parameter) if n)
-                if kind == "experts"
-                else module_name
-            )
-            weight = module._parameters.get(parameter)
-            if weight is None or not weight.numel():  # nothing is left of a packed one
-                computed.append(name)
-            elif id(weight) in owners:
-                sharers[id(weight)].append((name, kind, module))
-            else:
-                owners[id(weight)] = (name, kind, parameter, module)
-                sharers[id(weight)] = []
-    layers: dict[str, Layer] = {}
-    for key, (name, kind, parameter, module) in owners.items():
-        weight = module._parameters[parameter]
-        assert weight is not None
-        readers = {
-            id(m): m for _, k, m in [(name, kind, module), *sharers[key]] if k != "embedding"
-        }
-        layers[name] = Layer(
-            name=name,
-            kind=kind,
-            shape=_matrix_shape(kind, module, weight),
-            groups=len(weight)
-            if kind == "experts"
-            else getattr(module, "groups", 1)
-            if kind == "conv"
-            else 1,
-            module=module,
-            readers=tuple(readers.values()),
-            aliases=tuple(n for n, _, _ in sharers[key]),
-            parameter=parameter,
-        )
+    # 1. All weights, whether asked for or not: a weight may be known by another name.
+    uses, computed = _uses_of_weights(model)
+    layers = {layer.name: layer for layer in map(_layer_of, uses)}
+    # 2. What is asked for must be there, as a parameter.
     globs = [globs] if isinstance(globs, str) else list(globs)
-    if blocked := [n for n in computed if any(fnmatchcase(n, glob) for glob in globs)]:
+    blocked = [name for name in computed if _matches_any((name,), globs)]
+    if blocked:
         raise ValueError(
             f"layer {blocked[0]}: its weight is not a parameter (weight_norm or another "
             "parametrization, or packed); remove the parametrization first "
             "(torch.nn.utils.parametrize.remove_parametrizations) or leave it out"
         )
-    chosen: dict[str, Layer] = {}
     for glob in globs:
-        names = [
-            n
-            for n, layer in layers.items()
-            if any(fnmatchcase(x, glob) for x in (n, *layer.aliases))
-        ]
-        if not names:
-            near = difflib.get_close_matches(glob, list(layers), n=1, cutoff=0.0)
-            hint = (
-                f"; the nearest layer is {near[0]!r}"
-                if near
-                else "; the model has no compressible layers"
-            )
-            raise ValueError(
-                f"layers={glob!r} matches none of the {len(layers)} compressible layers{hint}"
-            )
-        chosen.update({n: layers[n] for n in names})
-    return {n: layer for n, layer in layers.items() if n in chosen}
+        _check_matches(glob, layers)
+    # 3. In the model's order, not in that of the globs.
+    return {n: layer for n, layer in layers.items() if _matches_any((n, *layer.aliases), globs)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Use:
+    """One module's use of a weight, under the name that the weight has there."""
+
+    name: str
+    kind: str
+    module: nn.Module
+    parameter: str
+
+    @property
+    def groups(self) -> int:
+        """Rows of the matrix that see inputs of their own."""
+        if self.kind == "experts":
+            return len(getattr(self.module, self.parameter))
+        return getattr(self.module, "groups", 1) if self.kind == "conv" else 1
+
+
+def _uses_of_weights(model: nn.Module) -> tuple[list[list[_Use]], list[str]]:
+    """Every weight's uses, that of its owner first, in the model's order; and the names of weights
+    that are no parameters."""
+    uses: dict[int, list[_Use]] = {}
+    computed: list[str] = []
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        for kind, parameter in _weights(module):
+            name = key_of(module_name, parameter) if kind == "experts" else module_name
+            weight = _own_parameters(module).get(parameter)
+            if weight is None or not weight.numel():  # nothing is left of a packed one
+                computed.append(name)
+                continue
+            use = _Use(name=name, kind=kind, module=module, parameter=parameter)
+            uses.setdefault(id(weight), []).append(use)
+    return list(uses.values()), computed
+
+
+def _layer_of(uses: Sequence[_Use]) -> Layer:
+    """The layer that a weight is, from all of its uses."""
+    first = uses[0]
+    # By identity, as one module may have two names; an embedding looks up and multiplies nothing.
+    readers = {id(use.module): use.module for use in uses if use.kind != "embedding"}
+    weight: Tensor = getattr(first.module, first.parameter)
+    return Layer(
+        name=first.name,
+        kind=first.kind,
+        shape=_matrix_shape(first.kind, first.module, weight),
+        groups=first.groups,
+        module=first.module,
+        readers=tuple(readers.values()),
+        aliases=tuple(use.name for use in uses[1:]),
+        parameter=first.parameter,
+    )
+
+
+def _matches_any(names: Sequence[str], globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, glob) for name, glob in product(names, globs))
+
+
+def _check_matches(glob: str, layers: Mapping[str, Layer]) -> None:
+    """A glob must match a layer's name or an alias."""
+    if any(_matches_any((name, *layer.aliases), (glob,)) for name, layer in layers.items()):
+        return
+    near = difflib.get_close_matches(glob, list(layers), n=1, cutoff=0.0)
+    hint = "; the model has no compressible layers"
+    if near:
+        hint = f"; the nearest layer is {near[0]!r}"
+    raise ValueError(f"layers={glob!r} matches none of the {len(layers)} compressible layers{hint}")

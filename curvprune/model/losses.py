@@ -1,16 +1,13 @@
 """What "loss" means for a model: which positions count, what each is compared with, and how much it
 costs in nats.
 
-Every loss is a pair ``(sum, count)`` and is divided in one place by whoever needs a mean, so ragged
-batches, padding and ignored labels cannot bias it. A batch is a dict of tensors as transformers
-models take them (labels optional) or a pair ``(inputs, targets)``; the first dimension of every
-tensor counts items.
+Every loss is a pair ``(sum, count)``. Whoever needs a mean divides in one place, so that ragged
+batches, padding and ignored labels cannot bias it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +16,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-Batch = Mapping[str, Tensor] | tuple[Tensor, Tensor]
+from curvprune.model.forward import Batch, evaluating, outputs
+
 IGNORED = -100  # the label that torch and transformers skip
+# Nats a position where a changed model returns no finite numbers: out of any budget's reach.
+BROKEN = 1000.0
 _CHUNK = 512  # positions per log-softmax: bounds memory at vocabularies of 10^5
 
 
@@ -33,10 +33,6 @@ class Positions:
     labels: Int[Tensor, " n"] | None
     item: Int[Tensor, " n"]
     items: int
-
-
-# nats a position where a changed model returns no finite numbers: out of any budget's reach
-BROKEN = 1000.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,41 +55,8 @@ class ItemResults:
     def finite(self) -> ItemResults:
         """The same, with `BROKEN` and no position right where the loss is no finite number."""
         good = self.loss.isfinite()
-        loss, correct = (
-            torch.where(good, self.loss, BROKEN * self.count),
-            self.correct.where(good, 0.0),
-        )
-        return ItemResults(loss=loss, count=self.count, correct=correct)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Metric:
-    """A score of every item that `curvprune.certify` compares, where neither loss nor accuracy is
-    meant.
-
-    Attributes:
-        of: a function of (what the model returned, batch) to one number per item of the batch,
-            shape ``(items,)``.
-        bounds: the lowest and the highest value an item can have, where there are any: the test
-            then holds for every distribution; ``None`` if there are none.
-    """
-
-    of: Callable[[Any, Batch], Tensor]
-    name: str = "metric"
-    measure: str = ""
-    bounds: tuple[float, float] | None = None
-    higher_is_better: bool = True
-
-
-def outputs(model: nn.Module, batch: Batch) -> Any:
-    """What the model returns for a batch, called without its labels and without a cache. One
-    forward pass."""
-    if not isinstance(batch, Mapping):
-        return model(batch[0])
-    arguments: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
-    if getattr(getattr(model, "config", None), "use_cache", False):
-        arguments["use_cache"] = False
-    return model(**arguments)
+        loss = torch.where(good, self.loss, BROKEN * self.count)
+        return ItemResults(loss=loss, count=self.count, correct=self.correct.where(good, 0.0))
 
 
 class Objective:
@@ -101,7 +64,7 @@ class Objective:
 
     Attributes:
         name: the word that recipes and ``objective=`` use.
-        measure: what one loss is counted in loss, e.g. ``"nats/token"``.
+        measure: what one loss is counted in, e.g. ``"nats/token"``.
     """
 
     name: str
@@ -140,9 +103,8 @@ class Objective:
         """Summed loss of every item, and the number of positions of all; differentiable."""
         positions = self.positions(logits, batch)
         losses = self._compare(positions, batch)[0]
-        return losses.new_zeros(positions.items).index_add(0, positions.item, losses), len(
-            positions.item
-        )
+        sums = losses.new_zeros(positions.items).index_add(0, positions.item, losses)
+        return sums, len(positions.item)
 
     def _compare(self, positions: Positions, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss of every position and the class that counts as right there."""
@@ -160,13 +122,14 @@ class Objective:
         """Loss, positions and hits of every item of the batch. One forward pass."""
         positions = self.positions(self.logits(model, batch), batch)
         losses, truth = self._compare(positions, batch)
-        losses, hits = losses.double(), (positions.logits.argmax(-1) == truth).double()
+        losses = losses.double()
+        hits = (positions.logits.argmax(-1) == truth).double()
         zeros = torch.zeros(positions.items, dtype=torch.float64, device=losses.device)
-        loss, count, correct = (
-            zeros.index_add(0, positions.item, values)
-            for values in (losses, torch.ones_like(losses), hits)
+        return ItemResults(
+            loss=zeros.index_add(0, positions.item, losses),
+            count=zeros.index_add(0, positions.item, torch.ones_like(losses)),
+            correct=zeros.index_add(0, positions.item, hits),
         )
-        return ItemResults(loss=loss, count=count, correct=correct)
 
 
 class CausalLM(Objective):
@@ -189,7 +152,9 @@ class CausalLM(Objective):
             )
         labels = _classes(labels[:, 1:])
         keep = labels != IGNORED
-        if (mask := batch.get("attention_mask")) is not None:
+        mask = batch.get("attention_mask")
+        if mask is not None:
+            # A prediction counts where both its token and the one before are no padding.
             keep = keep & mask[:, 1:].bool() & mask[:, :-1].bool()
         return _pick(logits[:, :-1], labels, keep)
 
@@ -292,46 +257,47 @@ def _classes(labels: Tensor) -> Tensor:
 
 
 def _pick(logits: Tensor, labels: Tensor | None, keep: Tensor) -> Positions:
+    """The positions where ``keep`` is set, items one after another."""
     item = torch.arange(len(logits), device=logits.device)
     item = item.view(-1, *[1] * (keep.ndim - 1)).expand_as(keep)[keep]
-    picked = (
-        logits.flatten(0, -2) if bool(keep.all()) else logits[keep]
-    )  # no copy of the largest tensor there is
-    return Positions(
-        logits=picked, labels=None if labels is None else labels[keep], item=item, items=len(logits)
-    )
+    # Where all are kept, no copy is made: logits are the largest tensor there is.
+    picked = logits.flatten(0, -2) if bool(keep.all()) else logits[keep]
+    kept_labels = None if labels is None else labels[keep]
+    return Positions(logits=picked, labels=kept_labels, item=item, items=len(logits))
 
 
 def sampled_losses(positions: Positions, generator: torch.Generator) -> Float[Tensor, " n"]:
-    """``−log p(ŷ)`` of each position with a label ŷ sampled from the model itself (the true
-    Fisher's labels, not the data's). The draw uses inverse-CDF sampling on the CPU generator, so it
-    does not depend on the device."""
+    """``−log p(ŷ)`` of each position with a label ŷ sampled from the model itself: the true
+    Fisher's labels, not the data's.
+
+    The draw inverts the cumulative distribution, with numbers from the CPU generator, so it does
+    not depend on the device.
+    """
     losses = []
     for logits in positions.logits.split(_CHUNK):
         with torch.no_grad():
+            # 1. F(y) = p(0) + … + p(y), and u uniform in [0, 1), for every position.
             cumulative = _wide(logits).softmax(-1).cumsum(-1)
-            uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(
-                logits.device
-            )
-            # Scaling by the last entry keeps the draw inside the vocabulary when the sum rounds to
-            # less than one.
-            target = uniform.to(cumulative.dtype) * cumulative[:, -1:]
-            drawn = (
-                torch.searchsorted(cumulative, target, right=True)
-                .clamp_(max=logits.shape[-1] - 1)
-                .squeeze(1)
-            )
+            uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)
+            # 2. ŷ is the first class with F(ŷ) > u. Scaling by the last entry keeps it inside the
+            # vocabulary where the sum rounds to less than one.
+            target = uniform.to(logits.device).to(cumulative.dtype) * cumulative[:, -1:]
+            drawn = torch.searchsorted(cumulative, target, right=True)
+            drawn = drawn.clamp_(max=logits.shape[-1] - 1).squeeze(1)
         losses.append(F.cross_entropy(_wide(logits), drawn, reduction="none"))
     return torch.cat(losses)
 
 
 def signed_loss(positions: Positions, generator: torch.Generator) -> Tensor:
     """A scalar whose gradient with respect to the logits is ``v = z∘√p − p (z·√p)`` at each
-    position, with random signs ``z``: like the gradient of `sampled_losses` it has mean zero and
-    covariance ``diag(p) − p pᵀ``, the Hessian of the softmax, so squares of what it back-propagates
-    estimate the true Fisher without bias. Every class takes part in every draw, where a label shows
-    a rare class rarely and then with a large gradient: per image of a classifier the squares vary
-    four times less. The signs come from the CPU generator, whatever the device."""
+    position, with random signs ``z``.
+
+    Like the gradient of `sampled_losses`, ``v`` has mean zero and covariance ``diag(p) − p pᵀ``,
+    the Hessian of the softmax. Squares of what it back-propagates therefore estimate the true
+    Fisher without bias. Every class takes part in every draw, where a sampled label shows a rare
+    class rarely and then with a large gradient: per image of a classifier the squares vary four
+    times less. The signs come from the CPU generator, whatever the device.
+    """
     total = positions.logits.new_zeros((), dtype=_wide(positions.logits[:0]).dtype)
     for part in positions.logits.split(_CHUNK):
         logits = _wide(part)
@@ -361,26 +327,8 @@ def make_objective(name: str | Objective, model: nn.Module, batch: Batch) -> Obj
     """
     if isinstance(name, Objective):
         return name
-    labelled = not isinstance(batch, Mapping) or "labels" in batch
     if name == "auto":
-        kind = type(model).__name__
-        if kind.endswith(("ForCausalLM", "LMHeadModel")):
-            name = "causal-lm"
-        elif kind.endswith(("ForSequenceClassification", "ForImageClassification")) and labelled:
-            name = "classification"
-        else:
-            with torch.no_grad(), evaluating(model):
-                shape = CausalLM().logits(model, batch).shape
-            if len(shape) == 2:
-                name = "classification" if labelled else "label-free"
-            elif not labelled:
-                name = "label-free"
-            else:
-                raise ValueError(
-                    f"{kind} with logits {tuple(shape)}: cannot tell what its loss is; pass "
-                    "objective='causal-lm', 'classification' (one label per token) or "
-                    "'label-free'"
-                )
+        name = _objective_of(model, batch)
     if name not in OBJECTIVES:
         raise ValueError(
             f"objective={name!r}: expected auto, {', '.join(OBJECTIVES)} or an Objective"
@@ -392,120 +340,23 @@ def make_objective(name: str | Objective, model: nn.Module, batch: Batch) -> Obj
     return OBJECTIVES[name]()
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode (dropout off, BatchNorm frozen), restored module by module afterwards, also
-    after an error."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    """The batch with every tensor on ``device``."""
-    if isinstance(batch, Mapping):
-        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    return batch[0].to(device), batch[1].to(device)
-
-
-@torch.no_grad()
-def check_items(
-    model: nn.Module, objective: Objective, items: Sequence[Batch], purpose: str
-) -> None:
-    """Whether the model can read the items of a split. One forward pass, over the longest.
-
-    Raises ``ValueError`` naming split and item for a token beyond the embedding table, a label that
-    is no class, or an item on which the model itself fails, such as one longer than its table of
-    positions.
-    """
-    rows, table_of = None, getattr(model, "get_input_embeddings", None)
-    if isinstance(items[0], Mapping) and "input_ids" in items[0] and callable(table_of):
-        rows = getattr(table_of(), "num_embeddings", None)
-    for i, item in enumerate(items):
-        ids = item.get("input_ids") if isinstance(item, Mapping) else None
-        if rows is not None and ids is not None and int(ids.max()) >= rows:
-            raise ValueError(
-                f"{purpose} item {i}: token {int(ids.max())}, and the model's embedding has "
-                f"{rows} rows; use the tokenizer that belongs to the model"
-            )
-    longest = max(
-        items,
-        key=lambda x: max(t.numel() for t in (x.values() if isinstance(x, Mapping) else x[:1])),
-    )
-    batch = to_device(longest, next(model.parameters()).device)
-    try:
-        with evaluating(model):
-            classes = objective.positions(objective.logits(model, batch), batch).logits.shape[-1]
-    except torch.OutOfMemoryError:
-        raise
-    except (IndexError, RuntimeError) as error:
-        shapes = (
-            {k: tuple(v.shape) for k, v in batch.items()}
-            if isinstance(batch, Mapping)
-            else tuple(batch[0].shape)
-        )
-        raise ValueError(
-            f"{purpose}: the model fails on an item of shape {shapes}: {error}; are its sequences "
-            "too long for it?"
-        ) from error
-    if isinstance(objective, LabelFree):
-        return
-    for i, item in enumerate(items):
-        labels = item.get("labels") if isinstance(item, Mapping) else item[1]
-        if not isinstance(labels, Tensor) or labels.is_floating_point():
-            continue
-        wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
-        if len(wrong):
-            raise ValueError(
-                f"{purpose} item {i}: label {int(wrong[0])}, and the model has {classes} "
-                f"classes; expected labels from 0 to {classes - 1}, or {IGNORED} for positions "
-                "that do not count"
-            )
-
-
-def evaluate(model: nn.Module, batches: Iterable[Batch], objective: Objective) -> ItemResults:
-    """Results of every item, on the CPU in float64. One forward pass over the data (two for
-    label-free)."""
-    device = next(model.parameters()).device
-    with evaluating(model):
-        results = [objective.item_results(model, to_device(batch, device)) for batch in batches]
-    if not results:
-        raise ValueError(
-            "evaluate: the data is empty; it must be re-iterable and hold at least one batch"
-        )
-    return ItemResults(
-        loss=torch.cat([r.loss for r in results]).cpu(),
-        count=torch.cat([r.count for r in results]).cpu(),
-        correct=torch.cat([r.correct for r in results]).cpu(),
-    )
-
-
-def score_items(
-    model: nn.Module, batches: Iterable[Batch], metric: Metric
-) -> Float[Tensor, " items"]:
-    """The metric of every item, on the CPU in float64. One forward pass over the data.
-
-    Raises ``ValueError`` naming the metric if it does not return one number per item.
-    """
-    device = next(model.parameters()).device
-    values = []
+def _objective_of(model: nn.Module, batch: Batch) -> str:
+    """The objective that a model's class, its labels and its logits speak for."""
+    labelled = not isinstance(batch, Mapping) or "labels" in batch
+    kind = type(model).__name__
+    # 1. The names of transformers' classes.
+    if kind.endswith(("ForCausalLM", "LMHeadModel")):
+        return "causal-lm"
+    if labelled and kind.endswith(("ForSequenceClassification", "ForImageClassification")):
+        return "classification"
+    # 2. What a forward pass returns: one vector of logits an item, or one a position.
     with torch.no_grad(), evaluating(model):
-        for batch in batches:
-            moved = to_device(batch, device)
-            items = len(next(iter(moved.values())) if isinstance(moved, Mapping) else moved[0])
-            found = torch.as_tensor(metric.of(outputs(model, moved), moved))
-            if found.shape != (items,):
-                raise ValueError(
-                    f"metric {metric.name!r} returned shape {tuple(found.shape)} for a batch of "
-                    f"{items} items; expected one number per item, ({items},)"
-                )
-            values.append(found.detach().double().cpu())
-    if not values:
-        raise ValueError(
-            "score_items: the data is empty; it must be re-iterable and hold at least one batch"
-        )
-    return torch.cat(values)
+        shape = CausalLM().logits(model, batch).shape
+    if not labelled:
+        return "label-free"
+    if len(shape) == 2:
+        return "classification"
+    raise ValueError(
+        f"{kind} with logits {tuple(shape)}: cannot tell what its loss is; pass "
+        "objective='causal-lm', 'classification' (one label per token) or 'label-free'"
+    )

@@ -1,89 +1,125 @@
-"""How a model differs in shape from the one it was made of, as JSON, and making another one differ
-in the same way."""
+"""How a model differs in shape from the one it was made of, and making another one differ in the
+same way."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from curvprune.schema import encode
 
 _COUNTED = ("num_hidden_layers", "layer_types")  # what a config says of the blocks
-# where a model carries its changes, so that later steps on it save them as well
+# Where a model carries its changes, so that later steps on it save them as well.
 _ATTRIBUTE = "curvprune_changes"
 
 
-def changes_of(model: nn.Module) -> list[dict[str, Any]]:
-    """The records of `difference`, in order, that lead from a model's architecture to its shapes;
-    copies keep them."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShapeChange:
+    """One step from a model's architecture to its shapes: blocks that are gone, or new shapes.
+
+    Attributes:
+        dropped: names of the blocks that are gone.
+        config: what the config said of the blocks before, where some are gone.
+        shapes: tensor → its new shape.
+        attributes: module → its whole-number attributes (``in_features``, ``num_heads``) that
+            changed, and their new values.
+    """
+
+    dropped: tuple[str, ...] = ()
+    config: dict[str, int | list[str]] = field(default_factory=dict)
+    shapes: dict[str, list[int]]
+    attributes: dict[str, dict[str, int]]
+
+    def to_json(self) -> dict[str, object]:
+        """Plain JSON values."""
+        record: dict[str, object] = encode(self)
+        # Only where blocks are gone: so it was before blocks could be dropped.
+        if not self.dropped:
+            del record["dropped"], record["config"]
+        return record
+
+
+def changes_of(model: nn.Module) -> list[ShapeChange]:
+    """The steps, in order, that lead from a model's architecture to its shapes; copies keep
+    them."""
     return list(getattr(model, _ATTRIBUTE, ()))
 
 
-def remember_(model: nn.Module, changes: Sequence[Mapping[str, Any]]) -> None:
+def remember_(model: nn.Module, changes: Sequence[ShapeChange]) -> None:
     """Let a model carry its changes."""
     setattr(model, _ATTRIBUTE, list(changes))
 
 
 def difference(
     original: nn.Module, smaller: nn.Module, *, dropped: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Shapes of tensors that changed, and whole-number attributes of modules (``in_features``,
-    ``num_heads``) that did; or, where whole blocks were ``dropped``, which, and what the config
-    said of them before. Otherwise both must have the same modules."""
+) -> ShapeChange:
+    """What changed between two models with the same modules; or, where whole blocks were
+    ``dropped``, which, and what the config said of them before."""
     if dropped:
         config = getattr(original, "config", None)
-        counted = {
-            key: getattr(config, key) for key in _COUNTED if getattr(config, key, None) is not None
-        }
-        return {"dropped": list(dropped), "config": counted, "shapes": {}, "attributes": {}}
-    before = {n: t.shape for n, t in _tensors(original).items()}
-    shapes = {n: list(t.shape) for n, t in _tensors(smaller).items() if t.shape != before[n]}
+        said = {key: getattr(config, key, None) for key in _COUNTED}
+        # Most configs have one kind of layer only, and say none.
+        counted = {key: value for key, value in said.items() if value is not None}
+        return ShapeChange(dropped=tuple(dropped), config=counted, shapes={}, attributes={})
+    before = _tensors(original)
+    shapes: dict[str, list[int]] = {}
+    for name, tensor in _tensors(smaller).items():
+        if tensor.shape != before[name].shape:
+            shapes[name] = list(tensor.shape)
     attributes: dict[str, dict[str, int]] = {}
     for (name, old), new in zip(original.named_modules(), smaller.modules(), strict=True):
-        for key, value in vars(new).items():
-            if type(value) is int and value != vars(old).get(key):
-                attributes.setdefault(name, {})[key] = value
-    return {"shapes": shapes, "attributes": attributes}
+        changed = dict(_changed_numbers(old, new))
+        if changed:
+            attributes[name] = changed
+    return ShapeChange(shapes=shapes, attributes=attributes)
 
 
-def architecture_config(model: nn.Module) -> dict[str, Any]:
+def _changed_numbers(old: nn.Module, new: nn.Module) -> Iterator[tuple[str, int]]:
+    """Whole-number attributes of a module that are not what they were."""
+    for key, value in vars(new).items():
+        if type(value) is int and value != vars(old).get(key):
+            yield key, value
+
+
+def architecture_config(model: nn.Module) -> dict[str, int | list[str]]:
     """What the config must say for the architecture that a model's changes start from, where
     `drop_` had it follow."""
-    said: dict[str, Any] = {}
+    said: dict[str, int | list[str]] = {}
+    # What the first change found stood there before all others.
     for change in reversed(changes_of(model)):
-        said.update(change.get("config", {}))
+        said.update(change.config)
     return said
 
 
-def reshape_(model: nn.Module, record: Mapping[str, Any]) -> nn.Module:
+def reshape_(model: nn.Module, change: ShapeChange) -> nn.Module:
     """Give a model of the original architecture the shapes of `difference`; tensors that change
     hold zeros afterwards.
 
     Raises ``ValueError`` naming a module or tensor that the model does not have.
     """
-    drop_(model, record.get("dropped", ()))
+    drop_(model, change.dropped)
     tensors, modules = _tensors(model), dict(model.named_modules())
-    if strange := [n for n in record["shapes"] if n not in tensors] + [
-        n for n in record["attributes"] if n not in modules
-    ]:
+    strange = [name for name in change.shapes if name not in tensors]
+    strange += [name for name in change.attributes if name not in modules]
+    if strange:
         raise ValueError(
             f"{type(model).__name__} has no {strange[0]!r}: pass an instance of what was pruned "
             "as model="
         )
-    for name, attributes in record["attributes"].items():
+    for name, attributes in change.attributes.items():
         for key, value in attributes.items():
             setattr(modules[name], key, value)
-    for name, shape in record["shapes"].items():
+    for name, shape in change.shapes.items():
         owner, _, key = name.rpartition(".")
         old = tensors[name]
         new = torch.zeros(shape, dtype=old.dtype, device=old.device)
-        value = (
-            nn.Parameter(new, requires_grad=old.requires_grad)
-            if isinstance(old, nn.Parameter)
-            else new
-        )
-        setattr(modules[owner], key, value)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        setattr(modules[owner], key, new)
     return model
 
 
@@ -96,19 +132,20 @@ def drop_(model: nn.Module, names: Sequence[str]) -> None:
         owner, _, index = name.rpartition(".")
         places.setdefault(owner, set()).add(int(index))
     for owner, gone in places.items():
-        holder, _, key = owner.rpartition(".")
         blocks = dict(model.named_modules()).get(owner)
         if not isinstance(blocks, nn.ModuleList) or max(gone) >= len(blocks):
             raise ValueError(
                 f"{type(model).__name__} has no block {owner}.{max(gone)}; pass what was pruned "
                 "as model="
             )
+        # 1. A shorter list in the old one's place.
         left = [i for i in range(len(blocks)) if i not in gone]
+        holder, _, key = owner.rpartition(".")
         setattr(model.get_submodule(holder), key, nn.ModuleList(blocks[i] for i in left))
+        # 2. Layers find their keys and values of earlier tokens by their place in it.
         for place, i in enumerate(left):
-            for module in blocks[i].modules():
-                if isinstance(getattr(module, "layer_idx", None), int):
-                    module.layer_idx = place  # type: ignore[assignment]
+            _place_(blocks[i], place)
+        # 3. The config, where it counted these blocks.
         config: Any = getattr(model, "config", None)
         if getattr(config, "num_hidden_layers", None) == len(blocks):
             config.num_hidden_layers = len(left)
@@ -116,5 +153,12 @@ def drop_(model: nn.Module, names: Sequence[str]) -> None:
                 config.layer_types = [config.layer_types[i] for i in left]
 
 
-def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def _place_(block: nn.Module, place: int) -> None:
+    """Tell a block's layers where it stands now, if they keep that."""
+    for module in block.modules():
+        if isinstance(getattr(module, "layer_idx", None), int):
+            module.layer_idx = place  # type: ignore[assignment]
+
+
+def _tensors(model: nn.Module) -> Mapping[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}

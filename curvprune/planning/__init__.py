@@ -1,31 +1,36 @@
-"""Budget, integer program, pairs of layers, search. No torch, no files."""
+"""Budget, integer program, pairs of layers, search. No torch, no files.
 
-from curvprune.planning.integer_program import Choice, Infeasible, Limit, Row, cheapest, frontier
+Start at `integer_program.cheapest` for how a plan is chosen, at `search.search_plans` for how plans
+are measured until the smallest one that passes is found.
+"""
+
+from curvprune.planning.budget import SIZES, Budget, Limit, Within
+from curvprune.planning.corrections import corrected, corrections
+from curvprune.planning.frontier import FrontierPlan, frontier
+from curvprune.planning.highs import Effort
+from curvprune.planning.infeasible import Infeasible, Shortfall
+from curvprune.planning.integer_program import cheapest
 from curvprune.planning.pairs import Quadratic, scaled
-from curvprune.planning.search import (
-    SIZES,
-    Budget,
-    Measurement,
-    Plan,
-    Search,
-    Trial,
-    corrected,
-    corrections,
-    search_plans,
-)
+from curvprune.planning.plan import Plan
+from curvprune.planning.priced import Choice, Priced
+from curvprune.planning.search import Measurement, Search, SearchStep, search_plans
 
 __all__ = [
     "SIZES",
     "Budget",
     "Choice",
+    "Effort",
+    "FrontierPlan",
     "Infeasible",
     "Limit",
     "Measurement",
     "Plan",
+    "Priced",
     "Quadratic",
-    "Row",
     "Search",
-    "Trial",
+    "SearchStep",
+    "Shortfall",
+    "Within",
     "cheapest",
     "corrected",
     "corrections",

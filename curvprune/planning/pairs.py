@@ -2,26 +2,26 @@
 
 The value of a plan x (a 0/1 vector over all rows, one row per layer) is ``pᵀx + ½ Σ (gᵀx)²`` over
 draws g, the products of two rows of one layer left out. No integer program that is quick has such
-an objective, so it is replaced by its gradient and `curvprune.planning.integer_program.cheapest` solved again
-around what came out (Frank and Wolfe 1956); of all plans on the way the best one by the true value
-is taken, the one by prices that add up included. No torch, no I/O.
+an objective. So it is replaced by its gradient, and `cheapest` is solved again around what came out
+(Frank and Wolfe 1956). Of all plans on the way the best one by the true value is taken, the one by
+prices that add up included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from curvprune.planning.integer_program import Choice, Infeasible, Row, cheapest
+from curvprune.planning.budget import UNLIMITED, Within
+from curvprune.planning.infeasible import Infeasible
+from curvprune.planning.integer_program import cheapest
+from curvprune.planning.priced import Choice, Priced
 
 ROUNDS = 12  # the last ones change nothing on ResNet-20 and a vision transformer
-HALVINGS = (
-    8  # of the interval of sizes in which the smallest plan of a value is looked for, at most
-)
+HALVINGS = 8  # of the sizes in which the smallest plan of a value is looked for, at most
 NEAR = 0.01  # ... and no closer than this share of the size
 SAVED = 0.9  # at most this share of the prices' sum, as `Ledger.predict` has it
 
@@ -32,68 +32,63 @@ class Quadratic:
 
     Args:
         rows: every layer's options, with prices that add up.
-        draws: the pairs' share, of which the products of two columns, halved and summed over the
+        draws: the pairs' share. The products of two of its columns, halved and summed over the
             draws, are what two rows of different layers do to each other, in the unit of the
             prices.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[Priced, ...]
     draws: Float[np.ndarray, "draws rows"]
 
     def value(self, choices: Mapping[str, str]) -> float:
         """What a plan costs. Cost: draws × layers."""
         return self._value(self._vector(choices))
 
-    def cheapest(self, **within: Any) -> dict[str, str]:
-        """A plan with a low value among those within the limits, which are arguments of
-        `curvprune.planning.integer_program.cheapest`. Never worse than the plan for prices that add up, but not
-        proved to be the best.
+    def cheapest(self, within: Within = UNLIMITED) -> dict[str, str]:
+        """A plan with a low value among those within the limits. Never worse than the plan for
+        prices that add up, but not proved to be the best.
 
-        Cost: some ten knapsacks. Raises `Infeasible` as `knapsack.cheapest` does.
+        Cost: some ten knapsacks. Raises `Infeasible` as `curvprune.planning.cheapest` does.
         """
-        choices = cheapest(self.rows, **within)
+        # 1. The plan for prices that add up.
+        choices = cheapest(self.rows, within)
         point = x = self._vector(choices)
         best, least = choices, self._value(x)
         for step in range(ROUNDS):
+            # 2. The plan for the gradient at this point.
             slopes = self._prices() + self._pairs(point)
-            moved = [
-                Choice(layer=row.layer, option=row.option, bytes=row.bytes, price=float(slope))
-                for row, slope in zip(self.rows, slopes, strict=True)
-            ]
-            choices = cheapest(moved, **within)
+            choices = cheapest(self._priced_at(slopes), within)
             x = self._vector(choices)
             value = self._value(x)
             if value < least:
                 best, least = choices, value
             if np.array_equal(x, point):
                 break
+            # 3. Part of the way to it.
             point = point + (x - point) * (2 / (step + 3))
         return best
 
-    def smaller(
-        self, choices: Mapping[str, str], *, fixed_bytes: int = 0, **within: Any
-    ) -> dict[str, str]:
+    def smaller(self, choices: Mapping[str, str], within: Within = UNLIMITED) -> dict[str, str]:
         """The smallest plan found that is no larger than ``choices`` and whose value is no higher;
         ``choices`` itself where there is none. Sizes are halved between it and the smallest there
         is. Cost: some fifty knapsacks.
 
         Args:
-            within: limits besides the bytes, as for `cheapest`, and layers that share an option.
+            within: what plans must keep to, but for its ``max_bytes``.
         """
         stored = {(row.layer, row.option): row.bytes for row in self.rows}
-        limits = {key: value for key, value in within.items() if key != "max_bytes"}
 
         def size(plan: Mapping[str, str]) -> int:
-            return fixed_bytes + sum(stored[pair] for pair in plan.items())
+            return within.fixed_bytes + sum(stored[pair] for pair in plan.items())
 
+        # Half the way down from the best plan while plans are found that cost no more; where none
+        # is, half the way back up.
         best, most = dict(choices), self.value(choices)
-        low = fixed_bytes + sum(
-            min(row.bytes for row in options) for options in self._by_layer().values()
-        )
+        low = within.fixed_bytes + sum(self._least_bytes().values())
         high = size(best)
         for _ in range(HALVINGS):
             try:
-                found = self.cheapest(max_bytes=high, fixed_bytes=fixed_bytes, **limits)
+                found = self.cheapest(replace(within, max_bytes=high))
             except Infeasible:
                 found = None
             if found is not None and self.value(found) <= most and size(found) <= size(best):
@@ -115,20 +110,32 @@ class Quadratic:
         order = np.argsort(layers, kind="stable")
         starts = np.searchsorted(layers[order], np.arange(layers.max() + 1))
         own = np.add.reduceat((self.draws * x)[:, order], starts, axis=1)  # draws × layers
+        # A row meets what all layers do together, less what its own layer does.
         return np.einsum("dr,dr->r", self.draws, own.sum(1, keepdims=True) - own[:, layers])
 
     def _prices(self) -> Float[np.ndarray, " rows"]:
         return np.array([row.price for row in self.rows])
 
-    def _layers(self) -> np.ndarray:
-        names = {name: i for i, name in enumerate(self._by_layer())}
-        return np.array([names[row.layer] for row in self.rows])
+    def _priced_at(self, slopes: Float[np.ndarray, " rows"]) -> list[Choice]:
+        """The rows with other prices."""
+        return [
+            Choice(layer=row.layer, option=row.option, bytes=row.bytes, price=float(slope))
+            for row, slope in zip(self.rows, slopes, strict=True)
+        ]
 
-    def _by_layer(self) -> dict[str, list[Row]]:
-        found: dict[str, list[Row]] = {}
+    def _layers(self) -> Int[np.ndarray, " rows"]:
+        """The number of each row's layer, in the order in which layers first appear."""
+        numbers: dict[str, int] = {}
         for row in self.rows:
-            found.setdefault(row.layer, []).append(row)
-        return found
+            numbers.setdefault(row.layer, len(numbers))
+        return np.array([numbers[row.layer] for row in self.rows])
+
+    def _least_bytes(self) -> dict[str, int]:
+        """Bytes of every layer's smallest option."""
+        least: dict[str, int] = {}
+        for row in self.rows:
+            least[row.layer] = min(row.bytes, least.get(row.layer, row.bytes))
+        return least
 
     def _vector(self, choices: Mapping[str, str]) -> Float[np.ndarray, " rows"]:
         return np.array([float(choices[row.layer] == row.option) for row in self.rows])
@@ -138,8 +145,8 @@ def scaled(quadratic: Quadratic, factors: Mapping[str, float]) -> Quadratic:
     """With the price of every option multiplied by its factor, as if its changes were longer by the
     factor's root."""
     of = np.array([factors.get(row.option, 1.0) for row in quadratic.rows])
-    rows: Iterable[Row] = (
+    rows = [
         Choice(layer=row.layer, option=row.option, bytes=row.bytes, price=row.price * float(factor))
         for row, factor in zip(quadratic.rows, of, strict=True)
-    )
+    ]
     return Quadratic(rows=tuple(rows), draws=quadratic.draws * np.sqrt(of))

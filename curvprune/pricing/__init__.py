@@ -9,8 +9,14 @@ from curvprune.pricing.ledger import (
     build_ledger,
     measure_highest,
 )
-from curvprune.pricing.operations import Work, limits_of, macs_left, multiply_adds, work_of
-from curvprune.pricing.other_curvatures import FORMS, Forms, quadratic_forms
+from curvprune.pricing.operations import (
+    LayerWork,
+    limits_of,
+    macs_left,
+    multiply_adds,
+    work_of,
+)
+from curvprune.pricing.other_curvatures import FORMS, Forms, Parts, quadratic_forms
 from curvprune.pricing.single_changes import divergences
 
 __all__ = [
@@ -19,9 +25,10 @@ __all__ = [
     "MEASURED_ROWS",
     "MEASURED_TOGETHER",
     "Forms",
+    "LayerWork",
     "Ledger",
+    "Parts",
     "Row",
-    "Work",
     "build_ledger",
     "divergences",
     "limits_of",

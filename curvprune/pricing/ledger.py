@@ -2,10 +2,10 @@
 with standard errors.
 
 The price of a change δ of one layer is ``½ δᵀ F δ`` per position, F the layer's Fisher matrix,
-estimated along δ itself (see `curvprune.curvature.sampled_fisher`) and then shrunk towards what the
-diagonal of F says about δ (`_shrunk`). Prices that are too high for a quadratic model are measured
-(`Ledger.with_measured`). A plan costs the sum of its layers' prices and a share of what pairs of
-layers do to each other (`_kept`). Other matrices can take the Fisher's place (`CURVATURES`).
+estimated along δ itself (see `curvprune.curvature.FisherPass`) and then shrunk towards what the
+diagonal of F says about δ (`curvprune.pricing.shrinkage`). Prices that are too high for a quadratic
+model are measured (`Ledger.with_measured`). A plan costs the sum of its layers' prices and a share
+of what pairs of layers do to each other. Other matrices can take the Fisher's place (`CURVATURES`).
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from pydantic import BeforeValidator
 from torch import Tensor
 
 from curvprune.curvature import Estimate, FisherPass, ratio_estimate
+from curvprune.options import Option
 from curvprune.planning import Quadratic
-from curvprune.pricing.operations import Work
+from curvprune.pricing.operations import LayerWork
 from curvprune.pricing.other_curvatures import Forms
+from curvprune.pricing.shrinkage import kept_share, shrunk
+from curvprune.schema import Json, decode, encode
 
 CURVATURES = {
     "fisher": "Fisher along the change, shrunk towards its diagonal",
@@ -32,26 +36,54 @@ CURVATURES = {
     "hessian": "Hessian along the change, on the data's own labels",
     "input": "squared error of the layer's outputs",
 }
-ENOUGH = 8  # layers whose ratios of the two prices say how much ratios vary
 MEASURED_ROWS, MEASURED_TOGETHER = 64, 4  # prices measured: at most, and at a time
 AGREED = 0.15  # ResNet-20's 12 highest prices of 2 bits and 75 % are off by more than that
-QUARTILES = 1.349  # between the quartiles of a normal distribution, in standard deviations
+SAVED = 0.9  # at most this share of the prices' sum is what pairs of layers save
+
+
+def _infinite_if_none(value: object) -> object:
+    return math.inf if value is None else value
+
+
+# Infinite, and ``null`` in the file, where there are too few items to tell.
+_StandardError = Annotated[float, BeforeValidator(_infinite_if_none)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One option of one layer. ``price`` ± ``stderr`` in the ledger's unit; ``model_stderr`` is the
-    part of the latter that does not come from the items but from how well the diagonal stands for
-    the whole block. ``measured``: the price is the divergence that the change was seen to cause
-    alone, and no quadratic form."""
+    """One option of one layer.
+
+    Attributes:
+        price: in the ledger's unit, ± ``stderr``.
+        model_stderr: the part of ``stderr`` that does not come from the items but from how well the
+            diagonal stands for the whole block.
+        measured: the price is the divergence that the change was seen to cause alone, and no
+            quadratic form.
+    """
 
     layer: str
     option: str
     bytes: int
     price: float
-    stderr: float
+    stderr: _StandardError
     model_stderr: float = 0.0
     measured: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _LedgerFile:
+    """What ``ledger.json`` holds."""
+
+    measure: str
+    curvature: str
+    num_items: int
+    labels_per_item: int
+    rows: tuple[Row, ...]
+    count: list[float]
+    sums: list[list[float]]
+    work: dict[str, LayerWork] = field(default_factory=dict)
+    along: list[list[list[float]]] | None = None
+    kept: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +95,8 @@ class Ledger:
         count: positions of each item, ``(items,)``.
         work: weights and multiply-adds of each layer, for limits on size and speed.
         along: ``⟨g, δ⟩`` of every draw, ``(items, labels, rows)``; ``None`` if layers only add up.
-        kept: the share of the sums over pairs of layers that is no noise (`_kept`).
+        kept: the share of the sums over pairs of layers that is no noise
+            (`curvprune.pricing.shrinkage.kept_share`).
     """
 
     rows: tuple[Row, ...]
@@ -74,7 +107,7 @@ class Ledger:
     curvature: str = CURVATURES["fisher"]
     along: Float[np.ndarray, "items labels rows"] | None = None
     kept: float = 0.0
-    work: Mapping[str, Work] = field(default_factory=dict)
+    work: Mapping[str, LayerWork] = field(default_factory=dict)
 
     @property
     def num_items(self) -> int:
@@ -85,13 +118,11 @@ class Ledger:
         ledger."""
         rows = {r.option: r for r in self.rows if r.layer == layer}
         if not rows:
-            raise KeyError(
-                f"{layer!r} is not in the ledger; it has {sorted({r.layer for r in self.rows})[:5]} "
-                "…"
-            )
+            known = sorted({r.layer for r in self.rows})[:5]
+            raise KeyError(f"{layer!r} is not in the ledger; it has {known} …")
         return rows
 
-    def predict(self, choices: Mapping[str, Any]) -> Estimate:
+    def predict(self, choices: Mapping[str, str | Option]) -> Estimate:
         """Predicted loss increase of a plan: layer → option (or its key). Layers left out count as
         kept.
 
@@ -99,30 +130,39 @@ class Ledger:
         δⱼ`` over pairs of layers. The standard error accounts for the items that all layers share.
         Raises ``KeyError`` for an unknown pair.
         """
+        # 1. Every layer by itself.
+        columns = self._columns(choices)
+        total = self.sums[:, columns].sum(1)
+
+        # 2. Pairs of layers: the square of the sum of all changes, less the squares of each. Prices
+        #    were shrunk and pairs were not, so together they could fall below zero.
+        if self.along is not None and self.kept and len(columns) > 1:
+            along = self.along[:, :, columns]
+            pairs = self.kept * 0.5 * (along.sum(2) ** 2 - (along**2).sum(2)).mean(1)
+            least = -SAVED * total.sum()
+            if pairs.sum() < least:
+                pairs *= least / pairs.sum()
+            total = total + pairs
+
+        # 3. Errors: those of the items, and those of the prices' models, which are independent.
+        estimate = ratio_estimate(torch.from_numpy(total), torch.from_numpy(self.count))
+        model = math.hypot(*(self.rows[i].model_stderr for i in columns))
+        return replace(estimate, stderr=math.hypot(estimate.stderr, model))
+
+    def _columns(self, choices: Mapping[str, str | Option]) -> list[int]:
+        """Where the rows of a plan stand; a layer that is kept and was not priced has none."""
         index = {(r.layer, r.option): i for i, r in enumerate(self.rows)}
         columns = []
         for layer, option in choices.items():
             key = option if isinstance(option, str) else option.key
-            if (layer, key) not in index:
-                if key == "keep":
-                    continue
+            if (layer, key) in index:
+                columns.append(index[layer, key])
+            elif key != "keep":
                 raise KeyError(
                     f"layer {layer}: option {key!r} was not priced; it has "
                     f"{list(self.layer_rows(layer))}"
                 )
-            columns.append(index[layer, key])
-        total = self.sums[:, columns].sum(1)
-        if self.along is not None and self.kept and len(columns) > 1:
-            along = self.along[:, :, columns]
-            pairs = self.kept * 0.5 * (along.sum(2) ** 2 - (along**2).sum(2)).mean(1)
-            # Prices were shrunk and pairs were not, so together they could fall below zero: pairs
-            # save 90 % at most.
-            if pairs.sum() < (least := -0.9 * total.sum()):
-                pairs *= least / pairs.sum()
-            total = total + pairs
-        estimate = ratio_estimate(torch.from_numpy(total), torch.from_numpy(self.count))
-        model = math.hypot(*(self.rows[i].model_stderr for i in columns))
-        return replace(estimate, stderr=math.hypot(estimate.stderr, model))
+        return columns
 
     def quadratic(self) -> Quadratic | None:
         """Prices with the pairs of layers, to plan by: a plan's value is what `predict` says;
@@ -139,40 +179,35 @@ class Ledger:
         its positions. What such a row does together with other layers' grows with the root of its
         price. Raises ``KeyError`` for an unknown pair."""
         index = {(r.layer, r.option): i for i, r in enumerate(self.rows)}
-        rows, columns, along = (
-            list(self.rows),
-            self.sums.copy(),
-            None if self.along is None else self.along.copy(),
-        )
+        rows = list(self.rows)
+        columns = self.sums.copy()
+        along = None if self.along is None else self.along.copy()
         for pair, values in sums.items():
             i = index[pair]
             estimate = ratio_estimate(torch.from_numpy(values), torch.from_numpy(self.count))
+            # The change counts as longer by the root of how much more it costs.
             if along is not None and rows[i].price > 0:
                 along[:, :, i] *= math.sqrt(max(0.0, estimate.value) / rows[i].price)
             columns[:, i] = values
-            price, stderr = estimate.value, estimate.stderr
-            rows[i] = replace(rows[i], price=price, stderr=stderr, model_stderr=0.0, measured=True)
+            rows[i] = replace(
+                rows[i],
+                price=estimate.value,
+                stderr=estimate.stderr,
+                model_stderr=0.0,
+                measured=True,
+            )
         return replace(self, rows=tuple(rows), sums=columns, along=along)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
+        """What ``ledger.json`` holds, as plain JSON values."""
         return {
             "measure": self.measure,
             "curvature": self.curvature,
             "num_items": self.num_items,
             "labels_per_item": self.labels,
-            "rows": [
-                {
-                    "layer": r.layer,
-                    "option": r.option,
-                    "bytes": r.bytes,
-                    "price": r.price,
-                    "stderr": _finite(r.stderr),
-                    "model_stderr": r.model_stderr,
-                    "measured": r.measured,
-                }
-                for r in self.rows
-            ],
-            "work": {layer: work.to_dict() for layer, work in self.work.items()},
+            "rows": encode(self.rows, tuple[Row, ...]),
+            "work": encode(dict(self.work), dict[str, LayerWork]),
+            # Many numbers, all of them finite.
             "count": self.count.tolist(),
             "sums": self.sums.tolist(),
             "along": None if self.along is None else self.along.tolist(),
@@ -180,24 +215,21 @@ class Ledger:
         }
 
     @staticmethod
-    def from_dict(record: Mapping[str, Any]) -> Ledger:
-        rows = tuple(
-            Row(**{**r, "stderr": float("inf") if r["stderr"] is None else r["stderr"]})
-            for r in record["rows"]
-        )
-        count = np.array(record["count"], dtype=np.float64)
+    def from_dict(record: Json) -> Ledger:
+        """The inverse of `to_dict`. Raises ``ValueError`` naming what does not fit."""
+        file = decode(_LedgerFile, record, source="this ledger")
+        items, rows = len(file.count), len(file.rows)
+        along = None if file.along is None else np.array(file.along).reshape(items, -1, rows)
         return Ledger(
-            rows=rows,
-            sums=np.array(record["sums"], dtype=np.float64).reshape(len(count), len(rows)),
-            count=count,
-            measure=record["measure"],
-            labels=record["labels_per_item"],
-            curvature=record["curvature"],
-            work={layer: Work(**work) for layer, work in record.get("work", {}).items()},
-            along=None
-            if record.get("along") is None
-            else np.array(record["along"]).reshape(len(count), -1, len(rows)),
-            kept=record.get("kept", 0.0),
+            rows=file.rows,
+            sums=np.array(file.sums, dtype=np.float64).reshape(items, rows),
+            count=np.array(file.count, dtype=np.float64),
+            measure=file.measure,
+            labels=file.labels_per_item,
+            curvature=file.curvature,
+            work=file.work,
+            along=along,
+            kept=file.kept,
         )
 
 
@@ -212,42 +244,46 @@ def build_ledger(
     """Rows from a pricing pass.
 
     Args:
-        measured: `Forms` for the curvatures of `curvprune.pricing.other_curvatures`, else a `FisherPass`.
+        measured: `Forms` for curvatures other than the Fisher's, else a `FisherPass`.
         options: layer → option key → bytes on disk.
         changed: layer → the option keys whose changes were priced, in the order of the pass; others
             (``keep``) cost 0.
         curvature: a key of `CURVATURES`. Prices of ``"input"`` have no unit of loss.
     """
-    if isinstance(measured, Forms) or curvature == "diagonal":
-        of = measured.sums if isinstance(measured, Forms) else measured.diagonals
-        priced = {
-            (n, key): (of[n][:, k], 0.0)
-            for n, keys in changed.items()
-            for k, key in enumerate(keys)
-        }
+    # 1. What every item adds to every price, and the standard error that is not the items'.
+    if isinstance(measured, Forms):
+        priced = _as_measured(measured.sums, changed)
+    elif curvature == "diagonal":
+        priced = _as_measured(measured.diagonals, changed)
     else:
-        priced = _shrunk(measured, changed)
+        priced = shrunk(measured, changed)
+
+    # 2. A row for every option, priced or not.
     rows, columns = [], []
-    for layer, keys in options.items():
-        for key, size in keys.items():
-            sums, model = priced.get((layer, key), (torch.zeros_like(measured.count), 0.0))
+    for layer, sizes in options.items():
+        for key, size in sizes.items():
+            sums, model_stderr = priced.get((layer, key), (torch.zeros_like(measured.count), 0.0))
             estimate = ratio_estimate(sums, measured.count)
-            stderr = math.hypot(estimate.stderr, model) if (layer, key) in priced else 0.0
-            rows.append(
-                Row(
-                    layer=layer,
-                    option=key,
-                    bytes=size,
-                    price=estimate.value,
-                    stderr=stderr,
-                    model_stderr=model,
-                )
+            stderr = 0.0
+            if (layer, key) in priced:
+                stderr = math.hypot(estimate.stderr, model_stderr)
+            row = Row(
+                layer=layer,
+                option=key,
+                bytes=size,
+                price=estimate.value,
+                stderr=stderr,
+                model_stderr=model_stderr,
             )
+            rows.append(row)
             columns.append(sums.numpy())
+
+    # 3. What pairs of layers do to each other. Four digits are far below the noise, and keep the
+    #    record small.
     along, kept = None, 0.0
     if isinstance(measured, FisherPass) and curvature == "fisher":
-        draws, kept = _pairs(measured, rows, changed)
-        # Four digits are far below the noise, and keep the record small.
+        draws = _draws(measured, rows, changed)
+        kept = kept_share(draws, [row.layer for row in rows])
         along = np.vectorize(lambda v: float(f"{v:.4g}"), otypes=[float])(draws.numpy())
     return Ledger(
         rows=tuple(rows),
@@ -259,6 +295,32 @@ def build_ledger(
         along=along,
         kept=kept,
     )
+
+
+def _as_measured(
+    sums: Mapping[str, Float[Tensor, "items options"]], changed: Mapping[str, list[str]]
+) -> dict[tuple[str, str], tuple[Float[Tensor, " items"], float]]:
+    """Prices as the pass has them, with no error but the items'."""
+    priced: dict[tuple[str, str], tuple[Tensor, float]] = {}
+    for layer, keys in changed.items():
+        for column, key in enumerate(keys):
+            priced[layer, key] = sums[layer][:, column], 0.0
+    return priced
+
+
+def _draws(
+    measured: FisherPass, rows: Sequence[Row], changed: Mapping[str, list[str]]
+) -> Float[Tensor, "items labels rows"]:
+    """``⟨g, δ⟩`` of every row; 0 for options that change nothing."""
+    zero = torch.zeros(len(measured.count), measured.labels, dtype=torch.float64)
+    along = []
+    for row in rows:
+        keys = changed[row.layer]
+        if row.option in keys:
+            along.append(measured.along[row.layer][:, :, keys.index(row.option)])
+        else:
+            along.append(zero)
+    return torch.stack(along, 2)
 
 
 def measure_highest(
@@ -298,108 +360,3 @@ def measure_highest(
         f"the {most} highest prices were measured, and the last of them are {ratio:.2g} times "
         "what the quadratic model says: prices below may be wrong as well"
     )
-
-
-def _pairs(
-    measured: FisherPass, rows: list[Row], changed: Mapping[str, list[str]]
-) -> tuple[Float[Tensor, "items labels rows"], float]:
-    zero = torch.zeros(len(measured.count), measured.labels, dtype=torch.float64)
-    along = [
-        measured.along[r.layer][:, :, changed[r.layer].index(r.option)]
-        if r.option in changed[r.layer]
-        else zero
-        for r in rows
-    ]
-    draws = torch.stack(along, 2)
-    return draws, _kept(draws, [r.layer for r in rows])
-
-
-def _shrunk(
-    measured: FisherPass, changed: Mapping[str, list[str]]
-) -> dict[tuple[str, str], tuple[Float[Tensor, " items"], float]]:
-    """Items' contributions to the price of every (layer, option), and the standard error that is
-    not theirs.
-
-    The price along δ, x, is unbiased but has few degrees of freedom: one for each item and draw.
-    The price of the diagonal, d, is biased, but a mean over many entries. Over the layers of an
-    option the ratios x/d scatter around a common m by their own noise (known from the items) and by
-    a spread τ that is left; so, like James and Stein,
-
-        price  =  x + u (m d − x),        u = noise² / (τ² + noise²),
-
-    with a standard error of the items' part together with u τ d. No price moves by more than the
-    noise: a layer unlike all others keeps what was measured (Efron and Morris 1972, "limited
-    translation"). m is such that the sum over the layers stays that of x, and it counts in the
-    errors. Options of fewer than `ENOUGH` layers keep x.
-    """
-    pairs: dict[str, list[str]] = {}
-    for layer, keys in changed.items():
-        for key in keys:
-            pairs.setdefault(key, []).append(layer)
-    priced: dict[tuple[str, str], tuple[Tensor, float]] = {}
-    n = len(measured.count)
-    for key, layers in pairs.items():
-        along = torch.stack(
-            [measured.squares(layer)[:, changed[layer].index(key)] for layer in layers]
-        )
-        diagonal = torch.stack(
-            [measured.diagonals[layer][:, changed[layer].index(key)] for layer in layers]
-        )
-        x, d = along.sum(1), diagonal.sum(1)
-        sums, model = along, torch.zeros_like(x)
-        some = (d > 0) & (x > 0)
-        if n > 1 and int(some.sum()) >= ENOUGH:
-            sums, model = along.clone(), model.clone()
-            sums[some], model[some] = _towards(along[some], diagonal[some])
-        model = model / float(measured.count.sum())
-        for i, layer in enumerate(layers):
-            priced[layer, key] = sums[i], float(model[i])
-    return priced
-
-
-def _kept(along: Float[Tensor, "items labels rows"], layers: list[str]) -> float:
-    """The share of the pairs' correlations r that is not the noise of few draws: ``1 − Σ noise² / Σ
-    r²`` over all pairs of different layers, 0 if that is negative. All pairs are shrunk by it
-    alike."""
-    scale = along.square().mean((0, 1)).sqrt()
-    some = scale > 0
-    draws = (along / scale)[:, :, some].double()
-    names = [n for n, ok in zip(layers, some.tolist(), strict=True) if ok]
-    items, labels = draws.shape[:2]
-    if items < 2 or len(set(names)) < 2:
-        return 0.0
-    index = torch.tensor([names.index(n) for n in names])
-    apart = index[:, None] != index[None]
-    # Draws are independent given the item; items that differ in scale make some pairs' squares
-    # larger.
-    products = torch.einsum("nsi,nsj->ij", draws, draws) / (items * labels)
-    squares = torch.einsum("nsi,nsj->ij", draws.square(), draws.square()) / (items * labels)
-    noise = (squares - products.square()) / (items * labels - 1)
-    return max(0.0, 1 - float(noise[apart].sum() / products.square()[apart].sum()))
-
-
-def _towards(
-    along: Float[Tensor, "layers items"], diagonal: Float[Tensor, "layers items"]
-) -> tuple[Float[Tensor, "layers items"], Float[Tensor, " layers"]]:
-    """The items' sums of one option shrunk, and u τ d."""
-    x, d, n = along.sum(1), diagonal.sum(1), along.shape[1]
-    ratio = x / d
-    residual = along - ratio[:, None] * diagonal
-    noise = (
-        n / (n - 1) * float((residual.square().sum(1) / x.square()).mean())
-    )  # squared, relative to m
-    noise = max(noise, 1e-12)  # exact prices have none
-    low, m, high = ratio.quantile(ratio.new_tensor([0.25, 0.5, 0.75])).tolist()
-    for _ in range(5):  # m and the limits depend on each other; five rounds settle them
-        spread = max(0.0, ((high - low) / QUARTILES / m) ** 2 - noise) ** 0.5
-        limit = noise**0.5 * m * d / (m * d - x).abs()
-        u = limit.clamp(max=noise / (spread**2 + noise))
-        m = float((u * x).sum() / (u * d).sum())
-    # What an item says about m, which is a ratio of sums itself.
-    slope = (u[:, None] * (along - m * diagonal)).sum(0) / (u * d).sum()
-    sums = along + u[:, None] * (m * diagonal - along + d[:, None] * slope)
-    return sums, u * spread * m * d
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None

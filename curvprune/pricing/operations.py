@@ -13,8 +13,8 @@ nor for other patterns. Whole hidden units are removed by ``curvprune.prune(stru
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,15 +30,14 @@ from curvprune.options import (
     pruner_of,
     quantizer_of,
 )
-from curvprune.planning import Budget, Limit, Row
+from curvprune.planning import Budget, Limit, Priced
 
-SKIPPED = {
-    "2:4": 0.5
-}  # pattern of zeros -> share of the multiply-adds that sparse tensor cores are left with
+# Pattern of zeros -> share of the multiply-adds that sparse tensor cores are left with.
+SKIPPED = {"2:4": 0.5}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
+class LayerWork:
     """Of one layer: its weights, the bits of the model's own type (of its activations too), and its
     multiply-adds for a token or item, ``None`` where they were not counted."""
 
@@ -46,51 +45,59 @@ class Work:
     bits: int
     macs: float | None
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def work_of(
     layers: Mapping[str, Layer], macs: Mapping[str, float] | None = None
-) -> dict[str, Work]:
+) -> dict[str, LayerWork]:
     """The work of every layer, with its multiply-adds where they were counted (`multiply_adds`)."""
-    return {
-        n: Work(
-            weights=layer.numel,
-            bits=8 * DTYPE_BYTES[layer.dtype],
-            macs=None if macs is None else macs[n],
-        )
-        for n, layer in layers.items()
-    }
+    work = {}
+    for name, layer in layers.items():
+        counted = None if macs is None else macs[name]
+        work[name] = LayerWork(weights=layer.numel, bits=8 * DTYPE_BYTES[layer.dtype], macs=counted)
+    return work
 
 
-def limits_of(budget: Budget, rows: Iterable[Row], work: Mapping[str, Work]) -> tuple[Limit, ...]:
+def limits_of(
+    budget: Budget, rows: Iterable[Priced], work: Mapping[str, LayerWork]
+) -> tuple[Limit, ...]:
     """The limits of a budget on the options of the rows, but for the bytes and the drop.
 
     Raises ``ValueError`` where multiply-adds are limited that were not counted, or nothing is known
     of a layer.
     """
     rows = list(rows)
-    if unknown := next((row.layer for row in rows if row.layer not in work), None):
-        raise ValueError(
-            f"layer {unknown!r}: its size is not known here; price it with curvprune.price"
-        )
+    for row in rows:
+        if row.layer not in work:
+            raise ValueError(
+                f"layer {row.layer!r}: its size is not known here; price it with curvprune.price"
+            )
     options = {row.option: option_from_key(row.option) for row in rows}
     limits = []
     if budget.max_bits is not None:
         bits = {(row.layer, row.option): 8.0 * row.bytes for row in rows}
-        weights = sum(work[layer].weights for layer in dict.fromkeys(row.layer for row in rows))
+        layers = {row.layer for row in rows}
+        weights = sum(work[layer].weights for layer in layers)
         limits.append(Limit(name="max_bits", most=budget.max_bits, use=bits, per=weights))
-    for name, most, of in (
-        ("max_macs", budget.max_macs, _macs),
-        ("max_bops", budget.max_bops, bit_operations),
-    ):
-        if most is not None:
-            use = {
-                (row.layer, row.option): of(work[row.layer], options[row.option]) for row in rows
-            }
-            limits.append(Limit(name=name, most=most, use=use))
+    if budget.max_macs is not None:
+        macs = _uses(rows, work, options, _macs)
+        limits.append(Limit(name="max_macs", most=budget.max_macs, use=macs))
+    if budget.max_bops is not None:
+        bops = _uses(rows, work, options, _bit_operations)
+        limits.append(Limit(name="max_bops", most=budget.max_bops, use=bops))
     return (*limits, *budget.limits)
+
+
+def _uses(
+    rows: Iterable[Priced],
+    work: Mapping[str, LayerWork],
+    options: Mapping[str, Option],
+    count: Callable[[LayerWork, Option], float],
+) -> dict[tuple[str, str], float]:
+    """A count of every layer under every option that it is offered."""
+    uses = {}
+    for row in rows:
+        uses[row.layer, row.option] = count(work[row.layer], options[row.option])
+    return uses
 
 
 @torch.no_grad()
@@ -108,50 +115,60 @@ def multiply_adds(
     positions = 0
     mask: Tensor | None = None
 
-    def real(shape: torch.Size) -> int:
-        """Rows of a tensor of this shape, its last dimension left out, without padding."""
-        if mask is not None and len(shape) > 2 and shape[:2] == mask.shape:
-            return int(mask.sum()) * shape[2:-1].numel()
-        return shape[:-1].numel()
-
-    def after(
-        layer: Layer, arguments: tuple[Any, ...], named: Mapping[str, Any], output: Tensor
-    ) -> None:
+    def count(layer: Layer, inputs: tuple[Any, ...], output: Tensor) -> None:
         if layer.kind == "experts":
-            chosen: Tensor = (*arguments, *named.values())[1]  # (tokens, experts of each)
-            padded = mask is not None and mask.numel() == len(chosen)
-            rows = (int(mask.sum()) if mask is not None and padded else len(chosen)) * chosen.shape[
-                1
-            ]
-            macs[layer.name] += rows * layer.numel / layer.groups
+            # Each expert is one matrix of several in the weight, and sees the tokens sent to it.
+            chosen: Tensor = inputs[1]  # (tokens, experts of each)
+            tokens = len(chosen)
+            if mask is not None and mask.numel() == tokens:
+                tokens = int(mask.sum())
+            macs[layer.name] += tokens * chosen.shape[1] * layer.numel / layer.groups
         elif layer.kind == "conv":
-            macs[layer.name] += output.numel() // layer.shape[0] * layer.numel
+            places = output.numel() // layer.shape[0]
+            macs[layer.name] += places * layer.numel
         else:
-            macs[layer.name] += real(output.shape) * layer.numel
+            macs[layer.name] += _rows(output.shape, mask) * layer.numel
 
-    handles = [
-        reader.register_forward_hook(
-            lambda module, arguments, named, output, layer=layer: after(
-                layer, arguments, named, output
-            ),
-            with_kwargs=True,
-        )
-        for layer in layers.values()
-        for reader in layer.readers
-    ]
+    def hook(layer: Layer) -> Callable[..., None]:
+        def after(
+            module: nn.Module,
+            arguments: tuple[Any, ...],
+            named: Mapping[str, object],
+            output: Tensor,
+        ) -> None:
+            count(layer, (*arguments, *named.values()), output)
+
+        return after
+
+    # 1. Listen to every module that reads a layer: several where layers share their weight.
+    handles = []
+    for layer in layers.values():
+        for reader in layer.readers:
+            handles.append(reader.register_forward_hook(hook(layer), with_kwargs=True))
+    # 2. Run the batches, and count the positions that the sums are shared by.
+    device = next(model.parameters()).device
     try:
         with evaluating(model):
             for batch in batches:
-                batch = to_device(batch, next(model.parameters()).device)
+                batch = to_device(batch, device)
                 mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
                 logits = objective.logits(model, batch)
-                positions += (
-                    real(logits.shape) if objective.measure == "nats/token" else len(logits)
-                )
+                # Classifiers have one position per item, whatever the shape of their logits.
+                if objective.measure == "nats/token":
+                    positions += _rows(logits.shape, mask)
+                else:
+                    positions += len(logits)
     finally:
         for handle in handles:
             handle.remove()
     return {name: total / positions for name, total in macs.items()}
+
+
+def _rows(shape: torch.Size, mask: Tensor | None) -> int:
+    """Rows of a tensor of this shape, its last dimension left out, without padding."""
+    if mask is not None and len(shape) > 2 and shape[:2] == mask.shape:
+        return int(mask.sum()) * shape[2:-1].numel()
+    return shape[:-1].numel()
 
 
 def macs_left(option: Option) -> float:
@@ -160,7 +177,7 @@ def macs_left(option: Option) -> float:
     return 1.0 if prune is None or prune.pattern is None else SKIPPED.get(prune.pattern, 1.0)
 
 
-def _macs(work: Work, option: Option) -> float:
+def _macs(work: LayerWork, option: Option) -> float:
     if work.macs is None:
         raise ValueError(
             "the multiply-adds of these layers were not counted; price them again with "
@@ -169,10 +186,14 @@ def _macs(work: Work, option: Option) -> float:
     return work.macs * macs_left(option)
 
 
-def bit_operations(work: Work, option: Option) -> float:
+def _bit_operations(work: LayerWork, option: Option) -> float:
     """Multiply-adds x bits of the weight x bits of the activations, which stay in the model's own
     type (van Baalen et al. 2020, Bayesian Bits, where activations may be rounded too)."""
     grid = quantizer_of(option)
     cast = option.cast if isinstance(option, PruneCast) else option
-    bits = grid.bits if grid is not None else 16 if isinstance(cast, Cast) else work.bits
+    bits = work.bits
+    if grid is not None:
+        bits = grid.bits
+    elif isinstance(cast, Cast):
+        bits = 16
     return _macs(work, option) * bits * work.bits

@@ -1,9 +1,12 @@
 """What other curvature matrices say about given changes of the layers, beside the Fisher along
 them.
 
-    kfac      ½ tr(G δ A δᵀ)   A = E[x xᵀ] over rows, G = Σ g gᵀ / positions for sampled labels; nats
-    input     ½ tr(δ A δᵀ)     half the squared error of the layer's outputs per row: GPTQ's objective, no nats
-    hessian   ½ δᵀ H δ         H the block of the Hessian of the loss on the data's own labels; nats, of either sign
+    kfac      ½ tr(G δ A δᵀ)   A = E[x xᵀ] over rows, G = Σ g gᵀ / positions for sampled labels;
+                               in nats
+    input     ½ tr(δ A δᵀ)     half the squared error of the layer's outputs per row, GPTQ's
+                               objective; not in nats
+    hessian   ½ δᵀ H δ         H the block of the Hessian of the loss on the data's own labels; in
+                               nats, of either sign
 
 Sources: Martens & Grosse 2015 (kfac); Frantar et al. 2022, "GPTQ" (input); LeCun et al. 1990
 (hessian).
@@ -24,10 +27,27 @@ from curvprune.model import Batch, Layer, Objective, evaluating, to_device
 
 FORMS = ("kfac", "input", "hessian")
 
+# (layer, δ) -> δᵀ M δ, for the matrix M over some of the items.
+Form = Callable[[str, Tensor], float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """How ``kfac`` and ``input`` see the items: in interleaved parts, whose spread says how far the
+    forms can be trusted.
+
+    Attributes:
+        count: parts, of which each has factors of its own.
+        seed: of the labels drawn for ``kfac``.
+    """
+
+    count: int = 4
+    seed: int = 0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forms:
-    """Quadratic forms measured on parts of the items, which say how far they can be trusted.
+    """Quadratic forms on parts of the items, which say how far they can be trusted.
 
     Attributes:
         count: positions of each part (rows of the layers' inputs count as positions for ``input``).
@@ -46,14 +66,13 @@ def quadratic_forms(
     layers: Mapping[str, Layer],
     changes: Mapping[str, Sequence[Change]],
     *,
-    parts: int = 4,
-    seed: int = 0,
+    parts: Parts = Parts(),
 ) -> Forms:
     """``½ δᵀ M δ`` of every change for the matrix that ``kind`` names (`FORMS`).
 
-    ``kfac`` and ``input`` are taken on ``parts`` interleaved parts of the items: one forward and
-    one backward pass in all, and for each part ``out·in·(out+in)`` multiply-adds per change.
-    ``hessian``: about two gradients for each item, layer and change.
+    ``kfac`` and ``input`` are taken on parts of the items: one forward and one backward pass in
+    all, and for each part ``out·in·(out+in)`` multiply-adds per change. ``hessian`` is taken on
+    single items: about two gradients for each item, layer and change.
 
     Raises:
         ValueError: an unknown kind; a layer without Kronecker factors (grouped, embedding,
@@ -65,58 +84,71 @@ def quadratic_forms(
         )
     device = next(model.parameters()).device
     wanted = {n: layer for n, layer in layers.items() if changes.get(n)}
-    width = 1 if kind == "hessian" else -(-len(items) // min(parts, len(items)))
-    groups = [items[i :: -(-len(items) // width)] for i in range(-(-len(items) // width))]
-    counts, sums = [], {n: list[list[float]]() for n in wanted}
-    for number, group in enumerate(groups):
-        batches = [to_device(item, device) for item in group]
-        form = _hessian_form if kind == "hessian" else _factored(kind, seed + number)
-        along = form(model, objective, batches, wanted)
+    counts: list[int] = []
+    sums: dict[str, list[list[float]]] = {n: [] for n in wanted}
+    for number, part in enumerate(_interleaved(kind, items, parts.count)):
+        # 1. The matrix over this part.
+        batches = [to_device(item, device) for item in part]
+        if kind == "hessian":
+            form = _hessian_form(model, objective, batches, wanted)
+        else:
+            form = _factored_form(kind, model, objective, batches, wanted, parts.seed + number)
+        # 2. Its positions.
         with torch.no_grad(), evaluating(model):
-            counts.append(
-                sum(len(objective.positions(objective.logits(model, b), b).item) for b in batches)
-            )
-        for n, layer in wanted.items():
-            deltas = (
-                (c.values.to(_wide(layer)) * c.scale).reshape(layer.shape) for c in changes[n]
-            )
-            sums[n].append([0.5 * along(n, delta) * counts[-1] for delta in deltas])
+            count = 0
+            for batch in batches:
+                count += len(objective.positions(objective.logits(model, batch), batch).item)
+        counts.append(count)
+        # 3. The form along every change.
+        for name, layer in wanted.items():
+            dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
+            row = []
+            for change in changes[name]:
+                delta = (change.values.to(dtype) * change.scale).reshape(layer.shape)
+                row.append(0.5 * form(name, delta) * count)
+            sums[name].append(row)
     return Forms(
         count=torch.tensor(counts, dtype=torch.float64),
         sums={n: torch.tensor(s, dtype=torch.float64) for n, s in sums.items()},
     )
 
 
-def _wide(layer: Layer) -> torch.dtype:
-    return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
+def _interleaved(kind: str, items: Sequence[Batch], parts: int) -> list[Sequence[Batch]]:
+    """The items dealt to parts of equal size; single ones for the Hessian."""
+    width = 1 if kind == "hessian" else -(-len(items) // min(parts, len(items)))
+    count = -(-len(items) // width)
+    return [items[i::count] for i in range(count)]
 
 
-def _factored(kind: str, seed: int) -> Callable[..., Callable[[str, Tensor], float]]:
-    def build(
-        model: nn.Module,
-        objective: Objective,
-        batches: Sequence[Batch],
-        layers: Mapping[str, Layer],
-    ) -> Callable[[str, Tensor], float]:
-        blocks = kfac(model, objective, batches, layers, seed=seed).blocks
+def _factored_form(
+    kind: str,
+    model: nn.Module,
+    objective: Objective,
+    batches: Sequence[Batch],
+    layers: Mapping[str, Layer],
+    seed: int,
+) -> Form:
+    """``tr(G δ A δᵀ)``, or ``tr(δ A δᵀ)`` for ``input``."""
+    blocks = kfac(model, objective, batches, layers, seed=seed).blocks
 
-        def along(name: str, delta: Tensor) -> float:
-            block = blocks[name]
-            assert isinstance(block, Kronecker)
-            g, a = (
-                (block.right, block.left) if layers[name].transposed else (block.left, block.right)
-            )
-            spread = delta.to(a.dtype) @ a
-            return float((delta * (spread if kind == "input" else g @ spread)).double().sum())
+    def along(name: str, delta: Tensor) -> float:
+        block = blocks[name]
+        assert isinstance(block, Kronecker)
+        g, a = block.left, block.right
+        if layers[name].transposed:
+            g, a = a, g
+        spread = delta.to(a.dtype) @ a
+        if kind != "input":
+            spread = g @ spread
+        return float((delta * spread).double().sum())
 
-        return along
-
-    return build
+    return along
 
 
 def _hessian_form(
     model: nn.Module, objective: Objective, batches: Sequence[Batch], layers: Mapping[str, Layer]
-) -> Callable[[str, Tensor], float]:
+) -> Form:
+    """``δᵀ H δ`` with the layer's block of the Hessian."""
     names = {id(p): n for n, p in model.named_parameters()}
     own = {n: names[id(layer.weight)] for n, layer in layers.items()}
     operator = hessian(model, batches, objective, parameters=[escape(n) for n in own.values()])

@@ -36,6 +36,7 @@ def divergences(
     own = {n: layers[n].as_matrix(layers[n].weight.detach()).clone() for n in dict(changed)}
     sums = torch.zeros(len(items), len(changed), dtype=torch.float64)
     with evaluating(model):
+        # Every item is read once, and its outputs compared with those after each change alone.
         for i, item in enumerate(items):
             batch = to_device(item, device)
             before = objective.positions(objective.logits(model, batch), batch).logits

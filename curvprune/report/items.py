@@ -1,26 +1,14 @@
-"""Which items of the certify split changed, from the record's "items" (columns of equal length). No
-HTML here."""
+"""Which items of the certify split changed, and by how much."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from .figures import MISSING, THIN, count, num, sig
-from .sections import (
-    Cell,
-    Column,
-    Fact,
-    Missing,
-    Record,
-    Table,
-    mapping,
-    measure_of,
-    number_cell,
-    word,
-)
+from curvprune.record import ItemColumns, RunRecord
+from curvprune.report.figures import THIN, count, sig, whole_percent
+from curvprune.report.tables import Cell, Column, Fact, Table, count_cell, number_cell
 
 ROWS = 20  # of each kind of item that a table shows
 DOCUMENTS = 100
@@ -33,8 +21,8 @@ class Item:
     (``None`` if it has several)."""
 
     document: str
-    index: float | None
-    positions: float
+    index: int
+    positions: int
     before: float
     after: float
     right: tuple[bool, bool] | None = None
@@ -63,175 +51,199 @@ class Heads:
     won: str = "wrong \N{RIGHTWARDS ARROW} right"
 
 
-def _column(record: Record, name: str) -> list[Any]:
-    value = record.get(name)
-    if not isinstance(value, list | tuple):
-        raise Missing(f"'items' has no {name!r}")
-    return list(value)
+@dataclass(frozen=True, slots=True)
+class Shortened:
+    """A table, and how many of its rows were left out."""
+
+    table: Table
+    left_out: int
 
 
-def read(record: Record) -> list[Item]:
-    """The items on record, those without usable numbers left out; `Missing` if there is none."""
-    found = mapping(record, "items")
-    names = _column(found, "documents")
-    columns = [_column(found, key) for key in ("document", "index", "count", "before", "after")]
-    rights = [_column(found, key) for key in ("right_before", "right_after") if key in found]
-    if len({len(column) for column in (*columns, *rights)}) > 1:
-        raise Missing("the columns of 'items' differ in length")
+def read(columns: ItemColumns) -> list[Item]:
+    """The items on record."""
     items = []
-    for row, (place, *numbers) in enumerate(zip(*columns, strict=True)):
-        index, positions, before, after = map(num, numbers)
-        if not positions or positions < 0 or before is None or after is None:
-            continue
-        known = isinstance(place, int) and 0 <= place < len(names)
-        flags = [num(column[row]) for column in rights]
-        right = (flags[0] == 1, flags[1] == 1) if len(flags) == 2 and None not in flags else None
-        name = word(names[place]) if known else MISSING
+    for row, document in enumerate(columns.document):
+        right = None
+        if columns.right_before is not None and columns.right_after is not None:
+            right = columns.right_before[row] == 1, columns.right_after[row] == 1
         items.append(
             Item(
-                document=name,
-                index=index,
-                positions=positions,
-                before=before,
-                after=after,
+                document=columns.documents[document],
+                index=columns.index[row],
+                positions=columns.count[row],
+                before=columns.before[row],
+                after=columns.after[row],
                 right=right,
             )
         )
-    if not items:
-        raise Missing("'items' has no item with numbers")
     return items
 
 
-def flips(items: Sequence[Item], heads: Heads, *, name: str, measure: str) -> tuple[Table, int]:
-    """The items that are right under one model only, `ROWS` of either kind at most, and how many
-    were left out."""
-    ranked = sorted(items, key=lambda i: -abs(i.rise))
-    kinds = [i for i in ranked if i.lost], [i for i in ranked if i.won]
-    shown = [item for kind in kinds for item in kind[:ROWS]]
-    return _table(name, shown, heads, measure=measure), sum(map(len, kinds)) - len(shown)
+def flips(items: Sequence[Item], heads: Heads, *, name: str, measure: str) -> Shortened:
+    """The items that are right under one model only, `ROWS` of either kind at most."""
+    # Both kinds get their places, else many of one would hide the few of the other.
+    ranked = sorted(items, key=lambda item: -abs(item.rise))
+    lost, won = [item for item in ranked if item.lost], [item for item in ranked if item.won]
+    shown = [*lost[:ROWS], *won[:ROWS]]
+    left_out = len(lost) + len(won) - len(shown)
+    return Shortened(_table(name, shown, heads, measure=measure), left_out)
 
 
 def _table(name: str, items: Sequence[Item], heads: Heads, *, measure: str) -> Table:
-    flipped = any(i.lost or i.won for i in items)
-    several = any(i.positions != 1 for i in items)
-    columns = [
-        Column("item", "place in the certify split, from 0", "n"),
-        Column("document"),
-        *([Column("change")] if flipped else []),
-        *([Column("positions", "how many of the item count", "n")] if several else []),
+    """Columns that would say the same of every item are left out."""
+    flipped = any(item.lost or item.won for item in items)
+    several = any(item.positions != 1 for item in items)
+    columns = [Column("item", "place in the certify split, from 0", "n"), Column("document")]
+    if flipped:
+        columns.append(Column("change"))
+    if several:
+        columns.append(Column("positions", "how many of the item count", "n"))
+    columns += _loss_columns(heads, measure)
+    rows = []
+    for item in items:
+        row = [count_cell(item.index), Cell(item.document, class_="mono")]
+        if flipped:
+            row.append(Cell(_change(item, heads)))
+        if several:
+            row.append(count_cell(item.positions))
+        rows.append([*row, *_loss_cells(item.before, item.after)])
+    return Table(name, columns, rows)
+
+
+def _change(item: Item, heads: Heads) -> str:
+    if item.lost:
+        return heads.lost
+    return heads.won if item.won else ""
+
+
+def _loss_columns(heads: Heads, measure: str) -> list[Column]:
+    return [
         Column(heads.before, f"loss per position, {measure}", "n"),
         Column(heads.after, f"loss per position, {measure}", "n"),
         Column("rise", f"of the loss per position, {measure}", "n"),
     ]
-    rows = [
-        [
-            number_cell(item.index, count(item.index)),
-            Cell(item.document, class_="mono"),
-            *(
-                [Cell(heads.lost if item.lost else heads.won if item.won else "")]
-                if flipped
-                else []
-            ),
-            *([number_cell(item.positions, count(item.positions))] if several else []),
-            number_cell(item.before, sig(item.before, 4)),
-            number_cell(item.after, sig(item.after, 4)),
-            number_cell(item.rise, sig(item.rise)),
-        ]
-        for item in items
+
+
+def _loss_cells(before: float, after: float) -> list[Cell]:
+    rise = after - before
+    return [
+        number_cell(before, sig(before, 4)),
+        number_cell(after, sig(after, 4)),
+        number_cell(rise, sig(rise)),
     ]
-    return Table(name, columns, rows)
 
 
-def _documents(items: Sequence[Item], *, measure: str) -> tuple[Table, int] | None:
-    """Documents from the largest rise to the largest fall, and how many were left out; ``None``
-    where every item is a document of its own."""
+def _documents(items: Sequence[Item], *, measure: str) -> Shortened | None:
+    """Documents from the largest rise to the largest fall; ``None`` where every item is a document
+    of its own."""
     by_document: dict[str, list[Item]] = {}
     for item in items:
         by_document.setdefault(item.document, []).append(item)
     if len(by_document) == len(items):
         return None
+    # 1. Columns; rights and wrongs only where every item is one prediction.
     predictions, heads = all(item.right is not None for item in items), Heads()
-    rows = []
-    for name, inside in by_document.items():
-        positions = math.fsum(i.positions for i in inside)
-        before = math.fsum(i.before * i.positions for i in inside) / positions
-        after = math.fsum(i.after * i.positions for i in inside) / positions
-        whole = [len(inside), positions]
-        flipped = [sum(i.lost for i in inside), sum(i.won for i in inside)] if predictions else []
-        rows.append(
-            [
-                Cell(name, class_="mono"),
-                *(number_cell(n, count(n)) for n in whole),
-                number_cell(before, sig(before, 4)),
-                number_cell(after, sig(after, 4)),
-                number_cell(after - before, sig(after - before)),
-                *(number_cell(n, count(n)) for n in flipped),
-            ]
-        )
-    rows.sort(key=lambda row: -(row[5].sort or 0.0))
     columns = [
         Column("document"),
         Column("items", "of the certify split", "n"),
         Column("positions", "that count", "n"),
-        Column(heads.before, f"loss per position, {measure}", "n"),
-        Column(heads.after, f"loss per position, {measure}", "n"),
-        Column("rise", f"of the loss per position, {measure}", "n"),
-        *(Column(head, "items", "n") for head in (heads.lost, heads.won) if predictions),
+        *_loss_columns(heads, measure),
     ]
-    return Table("documents", columns, rows[:DOCUMENTS]), max(0, len(rows) - DOCUMENTS)
+    if predictions:
+        columns += [Column(heads.lost, "items", "n"), Column(heads.won, "items", "n")]
+    ranked = []
+    for name, inside in by_document.items():
+        # 2. Means over positions, so that a long item weighs as much as in the verdict.
+        positions = math.fsum(item.positions for item in inside)
+        before = math.fsum(item.before * item.positions for item in inside) / positions
+        after = math.fsum(item.after * item.positions for item in inside) / positions
+        row = [Cell(name, class_="mono"), count_cell(len(inside)), count_cell(positions)]
+        row += _loss_cells(before, after)
+        if predictions:
+            row += [count_cell(sum(item.lost for item in inside))]
+            row += [count_cell(sum(item.won for item in inside))]
+        ranked.append((after - before, row))
+    # 3. The largest rises first; a long tail is left out.
+    ranked.sort(key=lambda found: -found[0])
+    rows = [row for _, row in ranked]
+    left_out = max(0, len(rows) - DOCUMENTS)
+    return Shortened(Table("documents", columns, rows[:DOCUMENTS]), left_out)
 
 
 def worst_share(items: Sequence[Item]) -> tuple[int, float | None]:
     """How many items are the worst `WORST` of all, and their share of the total rise: the rises in
     nats of all items that got worse, added up. ``None`` if none did."""
-    rises = sorted((max(0.0, i.rise * i.positions) for i in items), reverse=True)
+    rises = sorted((max(0.0, item.rise * item.positions) for item in items), reverse=True)
     worst, total = math.ceil(WORST * len(rises)), math.fsum(rises)
     return worst, math.fsum(rises[:worst]) / total if total > 0 else None
 
 
-def changed(record: Record) -> dict[str, Any]:
-    """What the section shows: figures, flipped items, the largest rises and falls, and
-    documents."""
-    items, measure, heads = read(record), measure_of(record), Heads()
-    worse, better = ([i for i in items if sign * i.rise > 0] for sign in (1, -1))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Changed:
+    """Figures, flipped items, the largest rises and falls, documents. ``agreement``: right means
+    the uncompressed model's own answer."""
+
+    facts: list[Fact]
+    flips: Shortened | None
+    agreement: bool
+    rises: Table
+    falls: Table
+    documents: Shortened | None
+
+
+def changed(record: RunRecord) -> Changed | None:
+    """What the section shows; ``None`` where no model was measured on the certify split."""
+    if record.items is None or not record.items.count:
+        return None
+    items, measure, heads = read(record.items), record.measure, Heads()
+    # 1. Items that are one prediction each: which of them flipped.
+    flipped, flip_facts = None, []
+    if all(item.right is not None for item in items):
+        flipped = flips(items, heads, name="flips", measure=measure)
+        flip_facts = _flip_facts(items, heads)
+    # 2. All items, by the rise of their loss.
+    ranked = sorted(items, key=lambda item: -item.rise)
+    rises = [item for item in ranked if item.rise > 0]
+    falls = [item for item in reversed(ranked) if item.rise < 0]
+    return Changed(
+        facts=[*flip_facts, *_loss_facts(items)],
+        flips=flipped,
+        agreement=record.objective == "label-free",
+        rises=_table("rises", rises[:ROWS], heads, measure=measure),
+        falls=_table("falls", falls[:ROWS], heads, measure=measure),
+        documents=_documents(items, measure=measure),
+    )
+
+
+def _flip_facts(items: Sequence[Item], heads: Heads) -> list[Fact]:
+    lost, won = sum(item.lost for item in items), sum(item.won for item in items)
+    return [
+        Fact(heads.lost, count(lost), float(lost), "items", "right before compression only"),
+        Fact(heads.won, count(won), float(won), "items", "right after compression only"),
+    ]
+
+
+def _loss_facts(items: Sequence[Item]) -> list[Fact]:
+    worse, better = sum(item.rise > 0 for item in items), sum(item.rise < 0 for item in items)
     number, share = worst_share(items)
-    facts = [
+    hint = (
+        f"the part of the {count(number)} items that add most to it; the total rise is that "
+        "of all items that got worse, in nats, and leaves out what others gained"
+    )
+    return [
         Fact(
             "got worse",
-            count(len(worse)),
-            float(len(worse)),
+            count(worse),
+            float(worse),
             f"of {count(len(items))}",
             "items whose loss rose",
         ),
-        Fact(
-            "got better", count(len(better)), float(len(better)), "items", "items whose loss fell"
-        ),
+        Fact("got better", count(better), float(better), "items", "items whose loss fell"),
         Fact(
             f"worst {100 * WORST:.0f}{THIN}%",
-            MISSING if share is None else f"{100 * share:.0f}{THIN}%",
+            whole_percent(share),
             share,
             "of the total rise",
-            f"the part of the {count(number)} items that add most to it; the total rise is that "
-            "of all items that got worse, in nats, and leaves out what others gained",
+            hint,
         ),
     ]
-    predictions = all(item.right is not None for item in items)
-    if predictions:
-        lost, won = sum(i.lost for i in items), sum(i.won for i in items)
-        facts = [
-            Fact(heads.lost, count(lost), float(lost), "items", "right before compression only"),
-            Fact(heads.won, count(won), float(won), "items", "right after compression only"),
-            *facts,
-        ]
-    ranked = sorted(items, key=lambda i: -i.rise)
-    return {
-        "facts": facts,
-        "flips": flips(items, heads, name="flips", measure=measure) if predictions else None,
-        "agreement": record.get("objective") == "label-free",
-        "rises": _table("rises", [i for i in ranked if i.rise > 0][:ROWS], heads, measure=measure),
-        "falls": _table(
-            "falls", [i for i in ranked[::-1] if i.rise < 0][:ROWS], heads, measure=measure
-        ),
-        "documents": _documents(items, measure=measure),
-        "measure": measure,
-    }

@@ -1,50 +1,49 @@
-"""Units that were removed before the layers were compressed, from the record's "structured". No
-HTML here."""
+"""Units that were removed before the layers were compressed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
-from . import charts
-from .figures import MINUS, THIN, clean, count, duration, num, plus_minus
-from .sections import (
-    Cell,
-    Column,
-    Fact,
-    Missing,
-    Record,
-    Table,
-    mapping,
-    mapping_or_empty,
-    measure_of,
-    number_cell,
-    word,
+from curvprune.record import CutRecord, RemovedUnits, RunRecord
+from curvprune.report import charts
+from curvprune.report.figures import (
+    MINUS,
+    THIN,
+    count,
+    duration,
+    finite,
+    plus_minus,
+    whole_percent,
 )
-
-WORK = ("multiply-adds", "parameters")
-
-
-def _cuts(found: Record) -> dict[str, tuple[str, float, float]]:
-    """Cut → kind, units left, units before; those without usable numbers are left out."""
-    cuts = {}
-    for name, cut in mapping_or_empty(found, "cuts").items():
-        if not isinstance(cut, Mapping):
-            continue
-        left, of = num(cut.get("left")), num(cut.get("of"))
-        if left is not None and of is not None and 0 <= left <= of and of > 0:
-            cuts[clean(name)] = (word(cut.get("kind")), left, of)
-    return cuts
+from curvprune.report.tables import Cell, Column, Fact, Table, count_cell, number_cell
 
 
-def _work(found: Record, of: str) -> tuple[float, float] | None:
-    """Multiply-adds or parameters (before, after)."""
-    both = found.get(of)
-    values = [num(v) for v in both] if isinstance(both, list | tuple) else []
-    if len(values) != 2 or values[0] is None or values[1] is None or values[0] <= 0:
-        return None
-    return values[0], values[1]
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """All cuts of one kind: how many there are, units left and units before."""
+
+    name: str
+    cuts: int
+    left: float
+    of: float
+
+
+def _kinds(found: RemovedUnits) -> list[_Kind]:
+    by_kind: dict[str, list[CutRecord]] = {}
+    for cut in found.cuts.values():
+        by_kind.setdefault(cut.kind, []).append(cut)
+    # Sums over cuts of one kind; units of different kinds are of different size.
+    kinds = []
+    for name, cuts in by_kind.items():
+        left, of = math.fsum(cut.left for cut in cuts), math.fsum(cut.of for cut in cuts)
+        kinds.append(_Kind(name, len(cuts), left, of))
+    return kinds
+
+
+def _work(found: RemovedUnits) -> tuple[tuple[str, tuple[int, int]], ...]:
+    """What was counted before and after."""
+    return ("multiply-adds", found.multiply_adds), ("parameters", found.parameters)
 
 
 def _gone(before: float, after: float) -> str:
@@ -52,124 +51,96 @@ def _gone(before: float, after: float) -> str:
     return f"{MINUS if after <= before else '+'}{100 * abs(1 - after / before):.1f}{THIN}%"
 
 
-def _kinds(cuts: dict[str, tuple[str, float, float]]) -> dict[str, list[tuple[float, float]]]:
-    kinds: dict[str, list[tuple[float, float]]] = {}
-    for kind, left, of in cuts.values():
-        kinds.setdefault(kind, []).append((left, of))
-    return kinds
+_UNITS = (
+    Column("units before", "", "n"),
+    Column("left", "", "n"),
+    Column("removed", "", "n"),
+    Column("share left", "", "n"),
+    Column("", "share left"),
+)
 
 
-def _table(
-    name: str, head: Column, rows: list[tuple[list[Cell], float, float]], extra: list[Column]
-) -> Table:
-    columns = [
-        head,
-        *extra,
-        Column("units before", "", "n"),
-        Column("left", "", "n"),
-        Column("removed", "", "n"),
-        Column("share left", "", "n"),
-        Column("", "share left"),
+def _unit_cells(left: float, of: float) -> list[Cell]:
+    """The cells below `_UNITS`."""
+    share = left / of
+    return [
+        count_cell(of),
+        count_cell(left),
+        count_cell(of - left),
+        number_cell(share, whole_percent(share)),
+        Cell(charts.progress(share)),
     ]
-    body = [
-        [
-            *first,
-            *(number_cell(n, count(n)) for n in (of, left, of - left)),
-            number_cell(left / of, f"{100 * left / of:.0f}{THIN}%"),
-            Cell(charts.progress(left / of)),
-        ]
-        for first, left, of in rows
-    ]
-    return Table(name, columns, body)
 
 
-def removed(record: Record) -> dict[str, Any]:
-    """What the section shows: work before and after, predicted cost, totals of each kind of unit,
-    every cut."""
-    found = mapping(record, "structured")
-    cuts = _cuts(found)
-    if not cuts:
-        raise Missing("'structured' has no cut with units")
-    facts = []
-    for of in WORK:
-        work = _work(found, of)
-        if work is not None:
-            facts.append(
-                Fact(
-                    f"{of} before",
-                    count(work[0]),
-                    work[0],
-                    "",
-                    "of the original model; multiply-adds of one item",
-                )
-            )
-            facts.append(
-                Fact(
-                    f"{of} after",
-                    count(work[1]),
-                    work[1],
-                    _gone(*work),
-                    "without the removed units",
-                )
-            )
-    seconds = found.get("latency_seconds")
-    times = [num(v) for v in seconds] if isinstance(seconds, list | tuple) else []
-    if len(times) == 2 and times[0] and times[1] is not None:
-        hint = "of a forward pass, measured on the machine of the run; asked and predicted are in the notes"
-        facts.append(Fact("latency before", duration(times[0]), times[0], "", hint))
-        facts.append(
-            Fact("latency after", duration(times[1]), times[1], _gone(times[0], times[1]), hint)
-        )
-    predicted = num(found.get("predicted"))
-    cost = (
-        plus_minus(predicted, found.get("predicted_stderr"))
-        if predicted is not None
-        else "not priced"
-    )
-    measure = measure_of(record) if predicted is not None else ""
-    facts.append(
-        Fact(
-            "predicted cost",
-            cost,
-            predicted,
-            measure,
-            "rise of the loss by the prices of the widths",
-        )
-    )
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """Work before and after, predicted cost; totals of each kind of cut, and every cut."""
+
+    facts: list[Fact]
+    kinds: Table
+    cuts: Table
+
+
+def removed(record: RunRecord) -> Removed | None:
+    """What the section shows; ``None`` where no units were removed first."""
+    found = record.structured
+    if found is None:
+        return None
     kinds = [
-        (
-            [Cell(kind), number_cell(len(units), count(len(units)))],
-            math.fsum(left for left, _ in units),
-            math.fsum(of for _, of in units),
+        [Cell(kind.name), count_cell(kind.cuts), *_unit_cells(kind.left, kind.of)]
+        for kind in _kinds(found)
+    ]
+    cuts = [
+        [Cell(name, class_="mono"), Cell(cut.kind), *_unit_cells(cut.left, cut.of)]
+        for name, cut in found.cuts.items()
+    ]
+    number = Column("cuts", "dimensions inside the model", "n")
+    return Removed(
+        facts=[*_work_facts(found), _cost_fact(found, record.measure)],
+        kinds=Table("kinds", [Column("kind"), number, *_UNITS], kinds),
+        cuts=Table("cuts", [Column("cut"), Column("kind"), *_UNITS], cuts),
+    )
+
+
+def _work_facts(found: RemovedUnits) -> list[Fact]:
+    """Multiply-adds, parameters and, where it was measured, latency."""
+    # 1. Counted work, and its share that is gone.
+    facts = []
+    for name, (before, after) in _work(found):
+        hint = "of the original model; multiply-adds of one item"
+        facts.append(Fact(f"{name} before", count(before), float(before), "", hint))
+        gone, hint = _gone(before, after), "without the removed units"
+        facts.append(Fact(f"{name} after", count(after), float(after), gone, hint))
+    # 2. Measured time.
+    if found.latency_seconds is not None:
+        slow, fast = found.latency_seconds
+        hint = (
+            "of a forward pass, measured on the machine of the run; asked and predicted are in "
+            "the notes"
         )
-        for kind, units in _kinds(cuts).items()
-    ]
-    single = [
-        ([Cell(name, class_="mono"), Cell(kind)], left, of)
-        for name, (kind, left, of) in cuts.items()
-    ]
-    return {
-        "facts": facts,
-        "kinds": _table(
-            "kinds", Column("kind"), kinds, [Column("cuts", "dimensions inside the model", "n")]
-        ),
-        "cuts": _table("cuts", Column("cut"), single, [Column("kind")]),
-    }
+        facts.append(Fact("latency before", duration(slow), slow, "", hint))
+        facts.append(Fact("latency after", duration(fast), fast, _gone(slow, fast), hint))
+    return facts
 
 
-def line(record: Record) -> str:
+def _cost_fact(found: RemovedUnits, measure: str) -> Fact:
+    predicted = finite(found.predicted)
+    hint = "rise of the loss by the prices of the widths"
+    if predicted is None:
+        return Fact("predicted cost", "not priced", None, "", hint)
+    cost = plus_minus(predicted, found.predicted_stderr)
+    return Fact("predicted cost", cost, predicted, measure, hint)
+
+
+def removed_line(record: RunRecord) -> str:
     """The same in one line; empty where no units were removed."""
-    found = mapping_or_empty(record, "structured")
-    kinds = _kinds(_cuts(found))
-    if not kinds:
+    found = record.structured
+    if found is None:
         return ""
-    parts = []
-    for kind, units in kinds.items():
-        left, of = math.fsum(u[0] for u in units), math.fsum(u[1] for u in units)
-        parts.append(f"{count(of - left)} of {count(of)} of {kind}")
-    works = [(of, _work(found, of)) for of in WORK]
-    parts += [f"{of} {_gone(*work)}" for of, work in works if work is not None]
-    if num(found.get("predicted")) is not None:
-        cost = plus_minus(found["predicted"], found.get("predicted_stderr"))
-        parts.append(f"predicted cost {cost} {measure_of(record)}")
+    # Units of each kind, then work, then cost.
+    parts = [f"{count(k.of - k.left)} of {count(k.of)} of {k.name}" for k in _kinds(found)]
+    parts += [f"{name} {_gone(before, after)}" for name, (before, after) in _work(found)]
+    if finite(found.predicted) is not None:
+        cost = plus_minus(found.predicted, found.predicted_stderr)
+        parts.append(f"predicted cost {cost} {record.measure}")
     return f"units removed first: {', '.join(parts)}"

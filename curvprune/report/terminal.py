@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from . import curvature, removed, sections, together
-from .figures import clean, count, duration, fixed, num, plus_minus, short, size
+from curvprune.record import RunRecord
+from curvprune.report.diagnosis import diagnosis_lines
+from curvprune.report.figures import clean, count, duration, fixed, plus_minus, short, size
+from curvprune.report.provenance import notes, state_text, total_seconds
+from curvprune.report.removed import removed_line
+from curvprune.report.sizes import layers_by_option, limit_text, times_smaller
+from curvprune.report.together import together_reading
+from curvprune.report.trials import chosen_point
+from curvprune.report.verdict import (
+    Quantity,
+    advice,
+    bound_text,
+    drop_text,
+    statement,
+    status_of,
+)
 
 NOTES_SHOWN = 5
+WHERE_SHOWN = 60  # characters of where a note comes from
 
 
 def _line(text: str) -> str:
@@ -17,79 +29,86 @@ def _line(text: str) -> str:
     return " ".join(clean(text).split())
 
 
-def _options(record: sections.Record) -> str:
-    counts: dict[str, int] = {}
-    for layer in sections.items_or_none(record, "layers"):
-        counts[sections.word(layer.get("option"))] = (
-            counts.get(sections.word(layer.get("option")), 0) + 1
-        )
-    return ", ".join(f"{counts[o]} {o}" for o in sections.option_order(record) if o in counts)
-
-
-def summary(record: Mapping[str, Any]) -> str:
+def summary(record: RunRecord) -> str:
     """A short Markdown summary that also reads well as plain text: verdict, size, removed units,
-    options, prediction, time, curvature, notes.
+    options, prediction, time, curvature, notes."""
+    # 1. The verdict first: what a reader of a log sees.
+    lines = [f"{status_of(record)}: {record.title}", "", statement(record), ""]
+    # 2. Numbers, then what to do, then what was noted.
+    points = _verdict_points(record)
+    points += _size_points(record)
+    points += _plan_points(record)
+    points += _cost_points(record)
+    points += [f"curvature, {text}" for text in diagnosis_lines(record)]
+    points += [f"next: {text}" for text in advice(record)]
+    points += _note_points(record)
+    # 3. Every line is cleaned once, here.
+    lines += [f"- {point}" for point in points]
+    return "\n".join(_line(text) for text in lines) + "\n"
 
-    Args:
-        record: contents of ``report.json``; missing keys leave their line out or say what is
-            missing.
-    """
-    lines = [
-        f"{_line(sections.status_of(record))}: {_line(str(record.get('title') or 'curvprune run'))}",
-        "",
+
+def _verdict_points(record: RunRecord) -> list[str]:
+    verdict = record.verdict
+    if verdict is None:
+        return []
+    quantity = Quantity.of(verdict)
+    budget = short(quantity.scaled(verdict.max_drop))
+    return [
+        f"drop {drop_text(verdict)} {quantity.measure}, bound {bound_text(verdict)}, budget "
+        f"{budget}; {count(verdict.items)} items, {count(verdict.clusters)} clusters"
     ]
-    lines += [_line(sections.statement(record)), ""]
-    verdict = record.get("verdict")
-    if isinstance(verdict, Mapping):
-        quantity = sections.Quantity.of(verdict)
-        lines.append(
-            _line(
-                f"- drop {sections.drop_text(verdict)} {quantity.measure}, bound "
-                f"{sections.bound_text(verdict)}, budget "
-                f"{short(quantity.scaled(verdict.get('max_drop')))}; "
-                f"{count(verdict.get('items'))} items, {count(verdict.get('clusters'))} clusters"
-            )
-        )
-    sizes = record.get("size")
-    if isinstance(sizes, Mapping):
-        lines.append(
-            _line(
-                f"- weights {size(sizes.get('before_bytes'))} to {size(sizes.get('after_bytes'))}, "
-                f"{fixed(sections.smaller_by(sizes), 2)} times smaller; model folder "
-                f"{size(sizes.get('folder_bytes'))}"
-            )
-        )
-    if text := removed.line(record):
-        lines.append(_line(f"- {text}"))
-    if limits := sections.limits(record):
-        lines.append(_line(f"- within: {'; '.join(f'{name} {text}' for name, _, text in limits)}"))
-    if options := _options(record):
-        lines.append(_line(f"- layers: {options}"))
-    chosen = next((p for p in sections.trial_points(record) if p.chosen), None)
+
+
+def _size_points(record: RunRecord) -> list[str]:
+    sizes = record.size
+    points = [
+        f"weights {size(sizes.before_bytes)} to {size(sizes.after_bytes)}, "
+        f"{fixed(times_smaller(sizes), 2)} times smaller; model folder {size(sizes.folder_bytes)}"
+    ]
+    if units := removed_line(record):
+        points.append(units)
+    if record.limits:
+        limits = [f"{limit.name} {limit_text(limit)}" for limit in record.limits]
+        points.append(f"within: {'; '.join(limits)}")
+    return points
+
+
+def _plan_points(record: RunRecord) -> list[str]:
+    points = []
+    if record.layers:
+        by_option = layers_by_option(record).items()
+        numbers = [f"{len(layers)} {option}" for option, layers in by_option]
+        points.append(f"layers: {', '.join(numbers)}")
+    chosen = chosen_point(record)
     if chosen is not None:
-        lines.append(
-            _line(
-                f"- {chosen.name}: predicted {plus_minus(chosen.predicted, chosen.predicted_stderr)}, "
-                f"measured {plus_minus(chosen.measured, chosen.measured_stderr)} "
-                f"{sections.measure_of(record)} (select split)"
-            )
+        predicted = plus_minus(chosen.predicted, chosen.predicted_stderr)
+        measured = plus_minus(chosen.measured, chosen.measured_stderr)
+        points.append(
+            f"{chosen.name}: predicted {predicted}, measured {measured} {record.measure} "
+            "(select split)"
         )
-    if reading := together.reading(record):
-        lines.append(_line(f"- {reading}"))
-    stages = [num(s.get("seconds")) for s in sections.items_or_none(record, "stages")]
-    seconds = [s for s in stages if s is not None]
-    if seconds:
-        peak = num(record.get("peak_memory_bytes"))
-        memory = "" if peak is None else f", peak memory {size(peak)}"
-        lines.append(_line(f"- time {duration(sum(seconds))}{memory}"))
-    lines += [_line(f"- curvature, {text}") for text in curvature.diagnosis_lines(record)]
-    lines += [_line(f"- next: {text}") for text in sections.advice(record)]
-    notes = sections.notes(record)
-    lines += [_line(f"- note ({_where(where)}): {text}") for where, text in notes[:NOTES_SHOWN]]
-    if len(notes) > NOTES_SHOWN:
-        lines.append(f"- {len(notes) - NOTES_SHOWN} more notes in report.html")
-    return "\n".join(lines) + "\n"
+    if reading := together_reading(record):
+        points.append(reading)
+    return points
 
 
-def _where(where: str) -> str:
-    return where if len(where) <= 60 else f"{where[:57]}..."
+def _cost_points(record: RunRecord) -> list[str]:
+    points = []
+    if record.stages:
+        peak = size(record.peak_memory_bytes)
+        points.append(f"time {duration(total_seconds(record))}, peak memory {peak}")
+    if state := state_text(record):
+        points.append(state)
+    return points
+
+
+def _note_points(record: RunRecord) -> list[str]:
+    found = notes(record)
+    points = []
+    for where, text in found[:NOTES_SHOWN]:
+        if len(where) > WHERE_SHOWN:
+            where = f"{where[: WHERE_SHOWN - 3]}..."
+        points.append(f"note ({where}): {text}")
+    if len(found) > NOTES_SHOWN:
+        points.append(f"{len(found) - NOTES_SHOWN} more notes in report.html")
+    return points

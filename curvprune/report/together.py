@@ -2,54 +2,17 @@
 
 from __future__ import annotations
 
-from .figures import PLUS_MINUS, count, num, plus_minus, size
-from .sections import (
-    Cell,
-    Column,
-    Record,
-    Table,
-    error_cell,
-    error_of,
-    items,
-    items_or_none,
-    measure_of,
-    number_cell,
-    texts,
-    word,
-)
+from curvprune.record import Alternative, RunRecord
+from curvprune.report.figures import PLUS_MINUS, finite, plus_minus, size
+from curvprune.report.tables import Cell, Column, Table, bytes_cell, error_cell
 
 CLEAR = 1.645  # standard errors: one-sided 95 %
 
 
-def table(record: Record) -> Table:
-    """What each family of options could do at the plan's size."""
-    rows = []
-    for k, entry in enumerate(items(record, "together")):
-        name = Cell(word(entry.get("name")))
-        if entry.get("trial") is None:
-            least = entry.get("smallest_bytes")
-            told = f"no plan within {', '.join(texts(entry.get('missed')))}; the smallest model of all:"
-            rows.append(
-                [
-                    name,
-                    Cell(told),
-                    number_cell(least, size(least), title=f"{count(least)} B"),
-                    *[Cell("")] * 3,
-                ]
-            )
-            continue
-        stored = entry.get("bytes")
-        more = error_cell(entry.get("more"), entry.get("more_stderr")) if k else Cell("")
-        rows.append(
-            [
-                name,
-                Cell(word(entry["trial"])),
-                number_cell(stored, size(stored), title=f"{count(stored)} B"),
-                error_cell(entry.get("predicted"), entry.get("predicted_stderr")),
-                error_cell(entry.get("measured"), entry.get("measured_stderr")),
-                more,
-            ]
-        )
+def together_table(record: RunRecord) -> Table | None:
+    """What each kind of options could do at the plan's size; ``None`` where none was compared."""
+    if not record.together:
+        return None
     columns = [
         Column("options"),
         Column("plan", "in the table above"),
@@ -62,39 +25,52 @@ def table(record: Record) -> Table:
             "n",
         ),
     ]
+    plan, *others = record.together
+    rows = [[*_cells(plan), Cell("")]]
+    for other in others:
+        missed = other.trial is None
+        more = Cell("") if missed else error_cell(other.more, other.more_stderr)
+        rows.append([*_cells(other), more])
     return Table("together", columns, rows)
 
 
-def reading(record: Record) -> str:
+def _cells(found: Alternative) -> list[Cell]:
+    """Name, plan, bytes, predicted and measured loss."""
+    if found.trial is None:
+        told = f"no plan within {', '.join(found.missed)}; the smallest model of all:"
+        return [Cell(found.name), Cell(told), bytes_cell(found.smallest_bytes), Cell(""), Cell("")]
+    return [
+        Cell(found.name),
+        Cell(found.trial),
+        bytes_cell(found.bytes),
+        error_cell(found.predicted, found.predicted_stderr),
+        error_cell(found.loss, found.loss_stderr),
+    ]
+
+
+def together_reading(record: RunRecord) -> str:
     """Which won, in a sentence; empty where there was nothing to compare."""
-    found = items_or_none(record, "together")
-    if not found:
+    if not record.together:
         return ""
-    parts = []
-    for entry in found[1:]:
-        name, more, error = (
-            word(entry.get("name")),
-            num(entry.get("more")),
-            error_of(entry.get("more_stderr")),
-        )
-        if entry.get("trial") is None:
-            missed = texts(entry.get("missed"))
-            least = f"does not get below {size(entry.get('smallest_bytes'))}"
-            parts.append(
-                f"{name} {least if missed == ['max_bytes'] else 'cannot keep within ' + ', '.join(missed)}"
-            )
-        elif more is None or error is None:
-            parts.append(f"{name} was not measured with an error")
-        else:
-            told = f"{plus_minus(abs(more), error)} {measure_of(record)}"
-            name = f"{name} ({size(entry.get('bytes'))})"
-            if more > CLEAR * error:
-                parts.append(f"{name} loses {told} more")
-            elif more < -CLEAR * error:
-                parts.append(f"{name} loses {told} less: it won")
-            else:
-                parts.append(
-                    f"{name} differs by {plus_minus(more, error)} {measure_of(record)}, no more than "
-                    "chance may"
-                )
-    return f"At {size(found[0].get('bytes'))}, beside {word(found[0].get('name'))} in one plan: {'; '.join(parts)}."
+    plan, *others = record.together
+    told = "; ".join(_told(other, record.measure) for other in others)
+    return f"At {size(plan.bytes)}, beside {plan.name} in one plan: {told}."
+
+
+def _told(other: Alternative, measure: str) -> str:
+    # 1. The limits leave no plan of this kind.
+    if other.trial is None:
+        if other.missed == ("max_bytes",):
+            return f"{other.name} does not get below {size(other.smallest_bytes)}"
+        return f"{other.name} cannot keep within {', '.join(other.missed)}"
+    more, error = finite(other.more), finite(other.more_stderr)
+    if more is None or error is None:
+        return f"{other.name} was not measured with an error"
+    # 2. A difference counts beyond what chance may do, in either direction.
+    name = f"{other.name} ({size(other.bytes)})"
+    distance = f"{plus_minus(abs(more), error)} {measure}"
+    if more > CLEAR * error:
+        return f"{name} loses {distance} more"
+    if more < -CLEAR * error:
+        return f"{name} loses {distance} less: it won"
+    return f"{name} differs by {plus_minus(more, error)} {measure}, no more than chance may"

@@ -13,7 +13,7 @@ from curvprune.run.pipeline import RunResult, analyze, choose_and_certify, run, 
 from curvprune.run.power import Power
 from curvprune.run.prepare import Prepared, Widths, prepare
 from curvprune.run.price import PricedOptions, Prices, price_options, spread_zeros
-from curvprune.run.recipe import Recipe, load_recipe, lock_text
+from curvprune.run.recipe import Recipe, RecoverSection, load_recipe, lock_text
 from curvprune.run.recipe_errors import RecipeError
 from curvprune.run.recipe_layers import assign_groups, assign_options
 from curvprune.run.results import Result, StructuredResult
@@ -64,6 +64,7 @@ __all__ = [
     "Prices",
     "Recipe",
     "RecipeError",
+    "RecoverSection",
     "Result",
     "RunResult",
     "Selection",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import JsonValue
 from torch import nn
 
 from curvprune import artifact
@@ -29,7 +30,7 @@ from curvprune.model import (
 )
 from curvprune.options import Keep, Option, check_fits
 from curvprune.planning import Budget
-from curvprune.run.task import PlanJson, Settings, Storage, Task, check_task
+from curvprune.run.task import Settings, Storage, Task, check_task
 from curvprune.run.workspace import Workspace
 
 Data = Iterable[Batch] | Split | Splits
@@ -113,7 +114,10 @@ def _storage(model: nn.Module, settings: Settings) -> Storage:
     """Folders that hold an artifact and nothing for other readers."""
 
     def write(
-        folder: Path, written: nn.Module, solved: Mapping[str, Solved], plan: PlanJson
+        folder: Path,
+        written: nn.Module,
+        solved: Mapping[str, Solved],
+        plan: Mapping[str, JsonValue],
     ) -> None:
         layers = find_layers(written)
         artifact.save(folder, written, layers, solved, plan, portable=settings.portable)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import JsonValue
 from torch import nn
 
 from curvprune import artifact, distributed
@@ -37,7 +38,7 @@ from curvprune.run import models, sources
 from curvprune.run.folder import Inputs, claim
 from curvprune.run.recipe import Recipe
 from curvprune.run.recipe_layers import assign_groups, assign_options
-from curvprune.run.task import PlanJson, Settings, Storage, Task, TaskError, check_task
+from curvprune.run.task import Settings, Storage, Task, TaskError, check_task
 from curvprune.run.workspace import Workspace
 from curvprune.schema import decode, encode
 from curvprune.structured import Pruned, Structured, offered_widths, prune_units
@@ -235,7 +236,9 @@ def _training(recipe: Recipe) -> Training | None:
 def _storage(recipe: Recipe, tokenizer: Any, device: torch.device) -> Storage:
     """Folders that transformers reads too, with the tokenizer."""
 
-    def write(folder: Path, model: nn.Module, solved: Mapping[str, Solved], plan: PlanJson) -> None:
+    def write(
+        folder: Path, model: nn.Module, solved: Mapping[str, Solved], plan: Mapping[str, JsonValue]
+    ) -> None:
         write_model(folder, model, solved, plan, tokenizer=tokenizer, portable=recipe.portable)
 
     return Storage(write=write, read=partial(load_artifact, device=device))

@@ -27,9 +27,6 @@ from curvprune.schema import check_fields
 # times.
 FEW_DOCUMENTS = 8
 
-# A plan as `Plan.to_dict` gives it, for an artifact's manifest.
-PlanJson = Mapping[str, JsonValue]
-
 AtLeastOne = Annotated[int, Field(ge=1, description="a whole number of at least 1")]
 
 
@@ -101,7 +98,7 @@ class Settings:
 class Storage:
     """How a compressed model is written to a folder, and read back in evaluation mode."""
 
-    write: Callable[[Path, nn.Module, Mapping[str, Solved], PlanJson], None]
+    write: Callable[[Path, nn.Module, Mapping[str, Solved], Mapping[str, JsonValue]], None]
     read: Callable[[Path], nn.Module]
 
 

@@ -1,23 +1,21 @@
-"""Hidden units that can be removed: cuts, order, latency, surgery."""
+"""Hidden units that can be removed: cuts, order, prices, widths, latency, surgery."""
 
-from curvprune.structured.compensation import Reader, compensate, removal_order
-from curvprune.structured.cuts import find_cuts, remove_, silence_
-from curvprune.structured.latency import Run, seconds
-from curvprune.structured.units import (
-    Pruned,
-    Structured,
-    Work,
-    choose_widths,
-    offered_widths,
-    prune_units,
-)
+from curvprune.structured.asked import Structured
+from curvprune.structured.compensation import Consumer, compensate, removal_order
+from curvprune.structured.finding import find_cuts
+from curvprune.structured.latency import Latency, Run, seconds
+from curvprune.structured.removal import Pruned, prune_units
+from curvprune.structured.surgery import remove_, silence_
+from curvprune.structured.widths import choose_widths, offered_widths
+from curvprune.structured.work import CutWork
 
 __all__ = [
+    "Consumer",
+    "CutWork",
+    "Latency",
     "Pruned",
-    "Reader",
     "Run",
     "Structured",
-    "Work",
     "choose_widths",
     "compensate",
     "find_cuts",

@@ -1,10 +1,10 @@
 """Which hidden units to remove, and what the layers that read them become: the algebra, on plain
 matrices.
 
-A *reader* is a weight ``W[out, in]`` with the second moment ``A = E[x xᵀ]`` of its inputs. Removing
-a unit zeroes the columns that it feeds; the columns that stay take over what they can. Where the
-reader has a bias (or a BatchNorm that holds one), a constant 1 stands last among the inputs, so
-that the mean of what was removed goes into it.
+A *consumer* is a weight ``W[out, in]`` with the second moment ``A = E[x xᵀ]`` of its inputs.
+Removing a unit zeroes the columns that it feeds; the columns that stay take over what they can.
+Where the consumer has a bias (or a BatchNorm that holds one), a constant 1 stands last among the
+inputs, so that the mean of what was removed goes into it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reader:
+class Consumer:
     """One weight that reads the units of a cut.
 
     Attributes:
         weight: ``W[out, in]``.
         second: ``E[x xᵀ]``; one row and column more than ``in`` if a constant 1 is appended.
         columns: the inputs that each unit feeds.
-        rows: how much an error of each output costs (mean squared gradient); makes several readers
-            comparable.
+        rows: how much an error of each output costs (mean squared gradient); makes several
+            consumers comparable.
         name: for messages.
     """
 
@@ -45,9 +45,41 @@ def damped(second: Float[Tensor, "n n"], inputs: int, damping: float) -> Float[T
     return second + torch.diag(ridge)
 
 
+class _State:
+    """One consumer while units go: the inverse of its second moment, and the Gram matrix of its
+    weight."""
+
+    def __init__(self, consumer: Consumer, damping: float) -> None:
+        inputs = consumer.weight.shape[1]
+        H = damped(consumer.second.double(), inputs, damping)
+        self.columns = consumer.columns
+        self.inverse = _inverse(H, consumer.name)
+        scaled = consumer.rows.double().sqrt()[:, None] * consumer.weight.double()
+        self.gram = H.new_zeros(H.shape)
+        self.gram[:inputs, :inputs] = scaled.T @ scaled
+
+    def costs(self, left: Int[Tensor, " left"]) -> Float[Tensor, " left"]:
+        """What each of these units costs, everything else compensated."""
+        S = self.columns[left]
+        rows, columns = S[:, :, None], S[:, None, :]
+        solved = torch.linalg.solve(self.inverse[rows, columns], self.gram[rows, columns])
+        return solved.diagonal(dim1=1, dim2=2).sum(1)
+
+    def remove(self, units: Int[Tensor, " gone"]) -> None:
+        """What the inverse and the Gram matrix are once these units are gone."""
+        S = self.columns[units].flatten()
+        inverse, gram = self.inverse, self.gram
+        B = torch.linalg.solve(inverse[S][:, S], inverse[S])
+        inverse -= inverse[:, S] @ B
+        step = gram[:, S] @ B
+        gram += B.T @ gram[S][:, S] @ B - step - step.T
+        # What is removed is exactly uncoupled: rounding must not bring it back.
+        inverse[S], inverse[:, S], gram[S], gram[:, S] = 0.0, 0.0, 0.0, 0.0
+
+
 @torch.no_grad()
 def removal_order(
-    readers: Sequence[Reader],
+    consumers: Sequence[Consumer],
     *,
     until: int,
     damping: float = 0.01,
@@ -57,59 +89,45 @@ def removal_order(
     """Units in the order in which to remove them, cheapest first, until ``until`` are left.
 
     The cost of a unit with columns S, given all removed before and everything else compensated, is
-    ``Σ_readers Σ_r rows_r W_rS ([H⁻¹]_SS)⁻¹ W_rSᵀ`` with ``H = A + λI``. After each removal ``W``
+    ``Σ_consumers Σ_r rows_r W_rS ([H⁻¹]_SS)⁻¹ W_rSᵀ`` with ``H = A + λI``. After each removal ``W``
     and ``H⁻¹`` are those of the units that are left, so a unit that became indispensable is seen to
     be so. The order does not depend on ``until``: one call gives nested choices for all widths.
+
+    Cost: ``in³`` per consumer, then ``2·in²·k`` per unit removed.
 
     Args:
         at_once: units removed between two updates; more are faster and less exact.
         removed: units that are already gone.
 
-    Cost: ``in³`` per reader, then ``2·in²·k`` per unit removed. Source: ZipLM (arXiv 2302.04089),
-    SlimGPT (2412.18110).
+    Raises:
+        ValueError: a second moment stays singular; names the consumer.
 
-    Raises ``ValueError`` naming the reader whose second moment stays singular.
+    Source: ZipLM (arXiv 2302.04089), SlimGPT (2412.18110).
     """
-    units = len(readers[0].columns)
-    inverses, grams = [], []
-    for reader in readers:
-        inputs = reader.weight.shape[1]
-        H = damped(reader.second.double(), inputs, damping)
-        inverses.append(_inverse(H, reader.name))
-        scaled = reader.rows.double().sqrt()[:, None] * reader.weight.double()
-        gram = H.new_zeros(H.shape)
-        gram[:inputs, :inputs] = scaled.T @ scaled
-        grams.append(gram)
-    alive = torch.ones(units, dtype=torch.bool, device=inverses[0].device)
+    # 1. Before anything goes.
+    units = len(consumers[0].columns)
+    states = [_State(consumer, damping) for consumer in consumers]
+    device = states[0].inverse.device
+    alive = torch.ones(units, dtype=torch.bool, device=device)
 
-    def drop(chosen: Tensor) -> None:
-        for n, reader in enumerate(readers):
-            S = reader.columns[chosen].flatten()
-            inverse, gram = inverses[n], grams[n]
-            B = torch.linalg.solve(inverse[S][:, S], inverse[S])
-            inverse -= inverse[:, S] @ B
-            step = gram[:, S] @ B
-            gram += B.T @ gram[S][:, S] @ B - step - step.T
-            # What is removed is exactly uncoupled: rounding must not bring it back.
-            inverse[S], inverse[:, S], gram[S], gram[:, S] = 0.0, 0.0, 0.0, 0.0
+    def remove(chosen: Tensor) -> None:
+        for state in states:
+            state.remove(chosen)
         alive[chosen] = False
 
     if len(removed):
-        drop(torch.tensor(list(removed), device=alive.device))
+        remove(torch.tensor(list(removed), device=device))
     order: list[int] = []
     while int(alive.sum()) > until:
+        # 2. What each unit that is left would cost, over all consumers.
         left = alive.nonzero()[:, 0]
-        cost = torch.zeros(len(left), dtype=torch.float64, device=alive.device)
-        for reader, inverse, gram in zip(readers, inverses, grams, strict=True):
-            S = reader.columns[left]
-            block, weight = (
-                inverse[S[:, :, None], S[:, None, :]],
-                gram[S[:, :, None], S[:, None, :]],
-            )
-            cost += torch.linalg.solve(block, weight).diagonal(dim1=1, dim2=2).sum(1)
+        cost = torch.zeros(len(left), dtype=torch.float64, device=device)
+        for state in states:
+            cost += state.costs(left)
+        # 3. The cheapest go.
         count = min(at_once, len(left) - until)
         chosen = left[cost.topk(count, largest=False).indices]
-        drop(chosen)
+        remove(chosen)
         order += chosen.tolist()
     return order
 
@@ -138,13 +156,16 @@ def compensate(
 
     Cost: ``kept³/3 + out·in·kept``. Raises ``ValueError`` as `removal_order`.
     """
+    # 1. The weight, the moments and what is kept, with the constant.
     out, inputs = weight.shape
     W = torch.zeros(out, len(second), dtype=torch.float64, device=weight.device)
     W[:, :inputs] = weight.double()
     A = second.double()
     K = keep if len(second) == inputs else torch.cat([keep, keep.new_tensor([inputs])])
+    # 2. How the output of the weight goes together with the inputs that are kept.
     target = A if drift is None else A + share * drift.double()
     wanted = W @ target[:, K] - W[:, K] @ A[K][:, K]
+    # 3. The normal equations.
     factor = _cholesky(damped(A, inputs, damping)[K][:, K], name)
     result = torch.zeros_like(W)
     result[:, K] = W[:, K] + torch.cholesky_solve(wanted.T, factor).T

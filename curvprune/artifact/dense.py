@@ -1,0 +1,56 @@
+"""Write an artifact once more as an ordinary model, for tools that know no packed weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from curvprune.artifact.folder import copy_companions, load_into
+from curvprune.artifact.manifest import MANIFEST
+from curvprune.artifact.transformers_folder import load_foreign
+from curvprune.compat import quiet_libraries
+from curvprune.files import as_umask_says_
+from curvprune.model import changes_of
+
+
+def export_dense(folder: str | Path, out: str | Path) -> Path:
+    """Write a saved artifact of a transformers model once more as an ordinary model: every weight a
+    float of the model's own type, zeros included, for ``from_pretrained`` and converters (GGUF,
+    ONNX).
+
+    Args:
+        folder: what ``Result.save`` or a run (``model/``) wrote, portable or not.
+        out: a new or empty folder.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: not an artifact of a transformers model; shapes that no config describes.
+    """
+    folder, out = Path(folder), Path(out)
+    model = opened(folder, out)
+    with quiet_libraries():
+        model.save_pretrained(out)
+    for weights in out.glob("*.safetensors"):
+        as_umask_says_(weights)
+    copy_companions(folder, out)
+    return out
+
+
+def opened(folder: Path, out: Path) -> Any:
+    """The artifact's model with all weights dense, if it and ``out`` are such that it can be
+    exported."""
+    if not (folder / MANIFEST).is_file() or not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} is not an artifact of a transformers model: it lacks a manifest or a config"
+        )
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; export into a new folder")
+    model = load_into(folder, load_foreign(folder))
+    if changes_of(model):
+        raise ValueError(
+            f"{folder}: no config describes its shapes, as other readers need; prune with "
+            "uniform=True"
+        )
+    return model

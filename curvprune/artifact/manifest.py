@@ -1,0 +1,73 @@
+"""The manifest of an artifact, ``curvprune.json``: which option each layer has, and in which form
+it lies on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from curvprune.artifact.forms import Portable
+from curvprune.files import State
+from curvprune.model import ShapeChange
+from curvprune.options import Form
+from curvprune.schema import decode, encode
+
+MANIFEST = "curvprune.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredLayer:
+    """A compressed layer: the key of its option, and how it lies on disk."""
+
+    option: str
+    form: Form
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What an artifact's weights are.
+
+    Attributes:
+        portable: who can read the folder; see `curvprune.artifact.forms.reader_of`.
+        layers: those that were compressed.
+        plan: what chose them, as the one who wrote it had it.
+        changes: how the shapes differ from those of the model's architecture.
+    """
+
+    format: str = "pack-quantized"
+    version: int = 2
+    portable: Portable = True
+    layers: dict[str, StoredLayer]
+    plan: dict[str, object]
+    changes: tuple[ShapeChange, ...] = ()
+
+    def to_json(self) -> dict[str, object]:
+        """Plain JSON values."""
+        record: dict[str, object] = encode(self)
+        record["changes"] = [change.to_json() for change in self.changes]
+        # Most models have their architecture's shapes, and their manifests say nothing of them.
+        if not self.changes:
+            del record["changes"]
+        return record
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """An artifact's manifest. Raises ``ValueError`` naming the file if that does not hold one."""
+    path = folder / MANIFEST
+    value = State(folder).read_json(MANIFEST)
+    if isinstance(value, dict) and value.get("version") == 1:
+        value = _from_version_1(value)
+    return decode(Manifest, value, source=str(path))
+
+
+def _from_version_1(value: dict[str, object]) -> dict[str, object]:
+    """Version 1 knew no sparse layers, and said of each whether it was packed."""
+    before = value.get("layers")
+    if not isinstance(before, dict):
+        return value
+    layers: dict[str, object] = {}
+    for name, entry in before.items():
+        layers[name] = entry
+        if isinstance(entry, dict):
+            layers[name] = {**entry, "form": "packed" if entry.get("packed") else "dense"}
+    return {"plan": {}, **value, "layers": layers}

@@ -1,0 +1,202 @@
+"""What is exact for which layer, read off one small forward pass and its autograd graph.
+
+Where the path from a layer's output to the logits is piecewise linear (ReLU, pooling, BatchNorm in
+evaluation mode), the layer's block of the **Hessian** equals its Gauss–Newton block wherever it
+exists. The block's diagonal, trace and spectrum are then exact from first-order passes.
+
+Source: Botev et al. 2017, "Practical Gauss-Newton optimisation for deep learning", §2 (piecewise
+linear transfer functions).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvprune.curvature.capture import Capture, capture
+from curvprune.curvature.products import check_deterministic, first_items
+from curvprune.model import Batch, Layer, Objective
+
+MAX_COLUMNS = 128  # classes − 1 above which exact columns are not attempted
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Structure:
+    """Which layers the factors describe.
+
+    Attributes:
+        factored: layers called once, whose weight is used nowhere else and whose rows belong to one
+            item each.
+        piecewise_linear: factored layers whose path to the logits is piecewise linear.
+        heads: piecewise linear layers whose output is the logits, for any number of positions and
+            classes.
+        reasons: layer → why it is not factored.
+        exact: every item has at most one prediction (logits ``(items, classes)``) and few enough
+            classes for exact Gauss–Newton columns.
+    """
+
+    factored: tuple[str, ...]
+    piecewise_linear: tuple[str, ...]
+    heads: tuple[str, ...]
+    reasons: dict[str, str]
+    exact: bool
+
+
+def find_structure(
+    model: nn.Module,
+    objective: Objective,
+    batch: Batch,
+    layers: Mapping[str, Layer],
+    taken: Capture | None = None,
+) -> Structure:
+    """Read the structure off a forward pass of several items (``taken``, or one of the first two)
+    and one of the first.
+
+    Raises ``ValueError`` for a model that is not deterministic, naming the module.
+    """
+    # 1. Two forward passes: what changes with the number of items does not belong to one item.
+    if taken is None:
+        batch = first_items(batch, 2)
+        taken = capture(model, objective, batch, layers)
+    single = capture(model, objective, first_items(batch, 1), layers)
+    if not _rows_belong(single.logits.detach(), taken.logits.detach()):
+        check_deterministic(model, objective, batch)
+
+    # 2. Layers whose gradients have factors per item.
+    reasons: dict[str, str] = {}
+    for name in layers:
+        reason = _why_not_factored(name, single, taken)
+        if reason:
+            reasons[name] = reason
+    factored = tuple(n for n in layers if n not in reasons)
+
+    # 3. Those whose path to the logits is piecewise linear, and those that end there.
+    nonlinear = _nonlinear(taken, factored)
+    piecewise_linear = tuple(n for n in factored if n not in nonlinear)
+    return Structure(
+        factored=factored,
+        piecewise_linear=piecewise_linear,
+        heads=tuple(n for n in piecewise_linear if _is_head(taken, n)),
+        reasons=reasons,
+        # By shape, not by the labels of these few items: others may have more positions that count.
+        exact=taken.logits.ndim == 2 and taken.logits.shape[-1] - 1 <= MAX_COLUMNS,
+    )
+
+
+def _why_not_factored(name: str, single: Capture, several: Capture) -> str:
+    """Why a layer's gradients have no factors per item; empty if they have."""
+    layer, calls, uses = several.layers[name], several.calls[name], several.uses[name]
+    if layer.kind == "experts":
+        return "a router decides which items' rows an expert sees"
+    if len(calls) != 1 or uses != 1:
+        return (
+            f"its weight is used {max(uses, len(calls))} times, {len(calls)} of them by calling it"
+        )
+    x = calls[0].x
+    if len(x) % several.items or not _rows_belong(single.calls[name][0].x, x):
+        return "the first dimension of its input does not count items"
+    renormalised = getattr(layer.module, "max_norm", None) is not None
+    if renormalised or getattr(layer.module, "scale_grad_by_freq", False):
+        return "an embedding with max_norm or scale_grad_by_freq is not linear"
+    return ""
+
+
+def _rows_belong(single: Tensor, several: Tensor) -> bool:
+    """Whether the first item's rows are the same, computed alone and among others."""
+    first = several[: len(single)]
+    if first.shape != single.shape:
+        return False
+    if not single.is_floating_point():
+        return bool((first == single).all())
+    rounding = 1e-3 * float(single.abs().max()) + 1e-8
+    return torch.allclose(first.float(), single.float(), rtol=1e-2, atol=rounding)
+
+
+def _is_head(taken: Capture, name: str) -> bool:
+    """The layer's output is the logits, seen through nothing but views, copies and casts."""
+    call, logits = taken.calls[name][0], taken.logits
+    if taken.layers[name].kind != "linear" or call.shape != logits.shape:
+        return False
+    node: Any = logits.grad_fn
+    while node is not None and node is not call.edge.node:
+        if _kind(node) not in ("View", "UnsafeView", "Alias", "Clone", "ToCopy"):
+            return False
+        node = node.next_functions[0][0]
+    return node is not None
+
+
+# Backward nodes of functions that are piecewise linear in their inputs together ...
+_PIECES = "Relu LeakyRelu Threshold Hardtanh Abs Clamp ClampMin ClampMax Maximum Minimum"
+_MAXIMA = "MaxPool2DWithIndices MaxPool3DWithIndices AdaptiveMaxPool2D Max Amax Min Amin Max1 Min1"
+_MEANS = "AvgPool2D AvgPool3D AdaptiveAvgPool2D MkldnnAdaptiveAvgPool2D Mean Sum Add Sub Neg"
+_VIEWS = "View UnsafeView ReshapeAlias T Transpose Permute Squeeze Unsqueeze Expand Clone ToCopy"
+_PARTS = "Cat Stack Slice Select Index Split SplitWithSizes Unbind Alias AsStrided"
+_PADS = "ConstantPadNd ReflectionPad2D ReplicationPad2D UpsampleNearest2D UpsampleBilinear2D"
+_MOVES = "Flip Roll Where MaskedFill Gather Repeat AccumulateGrad IndexSelect Unfold PixelShuffle"
+_LINEAR = set(" ".join((_PIECES, _MAXIMA, _MEANS, _VIEWS, _PARTS, _PADS, _MOVES)).split())
+# ... and of products, linear in each factor: quadratic where two factors depend on one layer.
+_PRODUCTS = {"Convolution", "Addmm", "Mm", "Bmm", "Baddbmm", "Mul", "PreluKernel"}
+_BATCH_NORMS = {"NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"}
+
+
+def _kind(node: Any) -> str:
+    """The function behind an autograd node: ``Relu`` of ``ReluBackward0``."""
+    return str(node.name().split("::")[-1].rstrip("0123456789").removesuffix("Backward"))
+
+
+def _nonlinear(taken: Capture, names: Sequence[str]) -> set[str]:
+    """Layers on whose way to the logits the autograd graph has a node that is not piecewise linear
+    in them.
+
+    A set of layers is an integer with one bit for each.
+    """
+    bits = {taken.calls[n][0].edge.node: 1 << i for i, n in enumerate(names)}
+    masks: dict[Any, int] = {}  # node -> layers that its inputs depend on
+    crooked = 0
+    # Depth first: a node is judged after all that it depends on.
+    stack: list[tuple[Any, bool]] = [(taken.logits.grad_fn, False)]
+    while stack:
+        node, inputs_done = stack.pop()
+        if node is None or (node in masks and not inputs_done):
+            continue
+        inputs = [n for n, _ in node.next_functions if n is not None]
+        if not inputs_done:
+            stack.append((node, True))
+            stack.extend((n, False) for n in inputs if n not in masks)
+            continue
+        below = [masks[n] | bits.get(n, 0) for n in inputs]
+        masks[node] = _union(below)
+        crooked |= _bent(node, below, masks, bits)
+    return {n for i, n in enumerate(names) if crooked >> i & 1}
+
+
+def _bent(
+    node: Any, below: Sequence[int], masks: Mapping[Any, int], bits: Mapping[Any, int]
+) -> int:
+    """Layers in which a node is not piecewise linear, given those that its inputs depend on."""
+    kind = _kind(node)
+    if kind in _PRODUCTS:
+        bent = 0
+        for i, mask in enumerate(below):
+            for other in below[:i]:
+                bent |= mask & other
+        return bent
+    if kind == "Div":
+        top, bottom = (n for n, _ in node.next_functions[:2])
+        numerator = masks.get(top, 0) | bits.get(top, 0)
+        denominator = masks.get(bottom, 0) | bits.get(bottom, 0)
+        return denominator | (numerator & denominator)
+    if kind in _BATCH_NORMS:
+        return _union(below) if node._saved_training else 0
+    return 0 if kind in _LINEAR else _union(below)
+
+
+def _union(masks: Sequence[int]) -> int:
+    found = 0
+    for mask in masks:
+        found |= mask
+    return found

@@ -1,0 +1,155 @@
+"""How much work a model is whatever the cuts' widths: multiply-adds of one item, and parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvprune.model import Batch, Layer, Objective, evaluating, find_layers
+from curvprune.structured.cuts import BLOCKS, Cut
+
+# (module, side) → cut → the share of that side's width that one unit of the cut is.
+_Shares = dict[tuple[str, str], dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Term:
+    """A part of the work that shrinks with the removed share of its outputs and of its inputs: cut
+    → share per unit."""
+
+    macs: float
+    parameters: float
+    outputs: Mapping[str, float]
+    inputs: Mapping[str, float]
+
+
+class CutWork:
+    """Multiply-adds of one item, and parameters, of the whole model, whatever the cuts' widths.
+
+    Cost: one forward pass of one item to build it; microseconds for each question.
+    """
+
+    def __init__(
+        self, model: nn.Module, objective: Objective, item: Batch, cuts: Mapping[str, Cut]
+    ) -> None:
+        self.units = {n: c.units for n, c in cuts.items()}
+        layers = find_layers(model)
+        self.positions = _positions(model, objective, item, layers)
+        shares = _shares(model, layers, cuts)
+        self.terms = [
+            *_weights(model, layers, self.positions, shares),
+            *_attention_scores(cuts, self.positions),
+        ]
+
+    def __call__(self, of: str, left: Mapping[str, int]) -> int:
+        """Of ``"macs"`` or ``"parameters"`` with ``left[cut]`` units of each cut (all, where it is
+        not named)."""
+        gone = {n: units - left.get(n, units) for n, units in self.units.items()}
+        # Every term shrinks with what is gone of both of its sides.
+        parts = []
+        for term in self.terms:
+            whole = term.macs if of == "macs" else term.parameters
+            outputs, inputs = _remains(term.outputs, gone), _remains(term.inputs, gone)
+            parts.append(whole * outputs * inputs)
+        return round(math.fsum(parts))
+
+    def bytes_of(self, cut: str, left: int, itemsize: int) -> int:
+        """Bytes of what belongs to a cut, the other cuts at full width."""
+        return (self("parameters", {cut: left}) - self("parameters", {cut: 0})) * itemsize
+
+
+def _remains(shares: Mapping[str, float], gone: Mapping[str, int]) -> float:
+    return 1.0 - math.fsum(share * gone[n] for n, share in shares.items())
+
+
+def _shares(model: nn.Module, layers: Mapping[str, Layer], cuts: Mapping[str, Cut]) -> _Shares:
+    sides: _Shares = {}
+    for name, cut in cuts.items():
+        # A block that goes takes all of its modules with it.
+        if cut.kind == BLOCKS:
+            inside = model.get_submodule(cut.name).named_modules(prefix=cut.name)
+            sides.update({(module, "out"): {name: 1.0} for module, _ in inside})
+            continue
+        for slot in (*cut.makes, *cut.reads):
+            shares = sides.setdefault((slot.module, slot.side), {})
+            share = slot.index.shape[1] / _width(model, layers, slot.module, slot.side)
+            shares[name] = shares.get(name, 0.0) + share
+    return sides
+
+
+def _width(model: nn.Module, layers: Mapping[str, Layer], module: str, side: str) -> int:
+    layer = layers.get(module)
+    if layer is not None:
+        return layer.shape[("out", "in").index(side)]
+    norm = model.get_submodule(module)
+    return len(norm.weight)  # type: ignore[arg-type]
+
+
+def _weights(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    positions: Mapping[str, int],
+    shares: _Shares,
+) -> list[_Term]:
+    """Every parameter once, with the multiply-adds of those that are a layer's matrix."""
+    terms = []
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            # Only a layer's matrix is multiplied; biases and norms are parameters alone.
+            layer = layers.get(name)
+            weight = layer is not None and parameter is layer.weight
+            terms.append(
+                _Term(
+                    macs=parameter.numel() * positions.get(name, 0) if weight else 0,
+                    parameters=parameter.numel(),
+                    outputs=shares.get((name, "out"), {}),
+                    inputs=shares.get((name, "in"), {}) if weight else {},
+                )
+            )
+    return terms
+
+
+def _attention_scores(cuts: Mapping[str, Cut], positions: Mapping[str, int]) -> list[_Term]:
+    """Attention's scores and their use, of every position with every other."""
+    terms = []
+    for name, cut in cuts.items():
+        if cut.kind == "heads":
+            (read,) = cut.reads
+            macs = 2.0 * positions[read.module] ** 2 * read.index.numel()
+            terms.append(_Term(macs=macs, parameters=0.0, outputs={name: 1 / cut.units}, inputs={}))
+    return terms
+
+
+@torch.no_grad()
+def _positions(
+    model: nn.Module, objective: Objective, item: Batch, layers: Mapping[str, Layer]
+) -> dict[str, int]:
+    """How often each layer's matrix is multiplied for one item."""
+    found: dict[str, int] = {}
+
+    def watch(name: str, layer: Layer) -> Callable[..., None]:
+        def count(module: nn.Module, args: Any, output: Tensor) -> None:
+            found[name] = found.get(name, 0) + output.numel() // (layer.shape[0] * len(output))
+
+        return count
+
+    handles = []
+    for name, layer in layers.items():
+        for reader in layer.readers:
+            handles.append(reader.register_forward_hook(watch(name, layer)))
+    try:
+        with evaluating(model):
+            objective.logits(model, item)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

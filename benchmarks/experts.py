@@ -1,4 +1,5 @@
-"""How experts with few calibration tokens are best rounded: the choice of ``apply._BORROWED``.
+"""How experts with few calibration tokens are best rounded: how many tokens of the average expert
+count beside their own.
 
     python benchmarks/experts.py
 

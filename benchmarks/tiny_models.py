@@ -57,10 +57,12 @@ def tiny(cls: type, *, narrow: bool, ids: Iterator[int] | None = None) -> dict[s
         default = cls()
     except Exception:
         return {}
+    # 1. What the default says about its layers.
     fields = vars(default)
     ids = ids or itertools.count(101)
     layers = layers_needed(default)
     before = next((fields[k] for k in LAYERS if isinstance(fields.get(k), int)), None)
+    # 2. Every field by its type; None leaves the default.
     asked: dict[str, object] = {}
     for key, value in fields.items():
         if isinstance(value, Config):
@@ -73,6 +75,7 @@ def tiny(cls: type, *, narrow: bool, ids: Iterator[int] | None = None) -> dict[s
             asked[key] = small_list(key, value, per_layer, asked.get("num_hidden_layers", layers))
         elif narrow and isinstance(value, dict) and "mrope_section" in value:
             asked[key] = {**value, "mrope_section": [2, 1, 1]}
+    # 3. What a rule field by field cannot know.
     asked = {key: value for key, value in asked.items() if value is not None}
     if narrow and "kv_lora_rank" in fields and "num_key_value_heads" in asked:
         asked["num_key_value_heads"] = 4  # latent attention: a key and a value for every head
@@ -136,6 +139,7 @@ def configs_for(arch: str, errors: list[str]) -> Iterator[Config]:
     except Exception as error:
         errors.append(f"config: {said(error)}")
         return
+    # A config that takes no arguments of this kind may take them as attributes.
     parts = [part for part in vars(config).values() if hasattr(part, "model_type")]
     for part in (config, *parts):
         for key in LAYERS:
@@ -377,6 +381,7 @@ def form_of(name: str, batch: Inputs) -> tuple[str, dict[str, torch.Size]]:
 
 
 def with_random_weights(cls: type, config: Config) -> nn.Module:
+    # Without memory first: a default config may have billions of parameters.
     with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):
         count = sum(p.numel() for p in cls(copy.deepcopy(config)).parameters())
         if count > MOST_PARAMETERS:
@@ -401,12 +406,14 @@ def settle_(model: nn.Module, make: Callable[[int], Inputs]) -> None:
     scales = ("layer_scale", "lambda_", "gamma", ".ls")
     generator = torch.Generator().manual_seed(2)
     for name, p in model.named_parameters():
+        # LayerScale begins near zero.
         is_scale = p.ndim <= 2 and p.numel() > 1 and any(word in name for word in scales)
         if is_scale and float(p.abs().max()) < 1e-2:
             p.uniform_(0.5, 1.5, generator=generator)
     if not norms:
         return
     for norm in norms:
+        # The last norm of a residual branch often begins at zero.
         if not bool(norm.weight.any()):
             norm.weight.fill_(1.0)
         norm.reset_running_stats()

@@ -136,7 +136,7 @@ class Entry:
         return any(outcome.status != "ok" for outcome in self.outcomes.values())
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Patient:
     """A model to operate on, and a folder that its operations share."""
 
@@ -172,20 +172,22 @@ class Patient:
 
 def quantize(patient: Patient) -> dict[str, object]:
     model, data = patient.model, patient.data()
+    # 1. Groups of 16, or whole rows where a layer has no such groups.
     try:
         result = cp.quantize(model, data, bits=4, group_size=16, **patient.chosen())
     except ValueError as error:
         if "group" not in str(error):
             raise
         result = cp.quantize(model, data, bits=4, **patient.chosen())
+    # 2. For the operation that reads it back, which also tells that it could not be saved.
     few = patient.make(2)
     expected = outputs(result.model, few)
     torch.save(expected.detach(), patient.folder / "expected.pt")
-    # A failure to save is told by the operation that reads it back.
     try:
         result.save(patient.folder / "artifact")
     except Exception as error:
         (patient.folder / "unsaved").write_text(said(error))
+    # 3. What was rounded.
     before, after = find_layers(model), find_layers(result.model)
     same = [n for n in before if torch.equal(before[n].weight, after[n].weight)]
     covered = {id(layer.weight): layer.numel for layer in before.values()}
@@ -245,9 +247,8 @@ def remove_units(patient: Patient) -> dict[str, object]:
 
 
 def hessian(patient: Patient) -> dict[str, object]:
-    quantities = ["trace", "eigenvalues"]
-    limits = {"max_products": 8, "rtol": 0.3}
-    return analyzed(patient, matrix="hessian", quantities=quantities, **limits)
+    asked = {"quantities": ["trace", "eigenvalues"], "max_products": 8, "rtol": 0.3}
+    return analyzed(patient, matrix="hessian", **asked)
 
 
 def fisher(patient: Patient) -> dict[str, object]:
@@ -323,6 +324,7 @@ def failure(error: BaseException) -> Outcome:
 
 def attempt(work: Callable[[], dict[str, object]], limit: float = LIMIT) -> Outcome:
     """``work()`` in a forked process, so that nothing it breaks reaches the next operation."""
+    # 1. The process, which ends here whatever happens.
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -337,6 +339,7 @@ def attempt(work: Callable[[], dict[str, object]], limit: float = LIMIT) -> Outc
             os.write(write, json.dumps(asdict(outcome), default=str).encode())
         finally:
             os._exit(0)
+    # 2. What it says before the limit.
     os.close(write)
     text, end = b"", time.monotonic() + limit
     with os.fdopen(read, "rb", buffering=0) as pipe:
@@ -364,6 +367,7 @@ def quietly(work: Callable[[], object]) -> object:
 
 def examine(entry: Entry, operations: list[str]) -> Entry:
     """Build one model, then run every operation on it."""
+    # 1. The model, in this process: the operations are forked from it.
     signal.signal(signal.SIGALRM, too_slow)
     signal.alarm(BUILD_LIMIT)
     try:
@@ -373,12 +377,11 @@ def examine(entry: Entry, operations: list[str]) -> Entry:
         return replace(entry, error=str(error) or said(error))
     finally:
         signal.alarm(0)
-    gc.freeze()
+    gc.freeze()  # or collections in forked processes would copy its memory
+    # 2. The operations, which hand files on to each other.
     outcomes: dict[str, Outcome] = {}
     with tempfile.TemporaryDirectory() as folder:
-        patient = Patient(
-            category=entry.category, model=tiny.model, make=tiny.make, folder=Path(folder)
-        )
+        patient = Patient(entry.category, tiny.model, tiny.make, Path(folder))
         for name in operations:
             # Without a rounded model there is nothing to read back.
             if name == "read back" and not (patient.folder / "expected.pt").is_file():
@@ -419,9 +422,7 @@ def warm_up(operations: list[str]) -> None:
         examine(Entry(category="causal-lm", arch="llama", cls="LlamaForCausalLM"), [])
         tiny = build("causal-lm", "llama", transformers.LlamaForCausalLM)
         with tempfile.TemporaryDirectory() as folder:
-            patient = Patient(
-                category="causal-lm", model=tiny.model, make=tiny.make, folder=Path(folder)
-            )
+            patient = Patient("causal-lm", tiny.model, tiny.make, Path(folder))
             for name in operations:
                 OPERATIONS[name](patient)
         return {"modules": [name for name in sys.modules if name not in before]}
@@ -569,13 +570,14 @@ def main() -> None:
     )
     parser.add_argument("--one", metavar="ARCH", help="one architecture, its first class")
     parser.add_argument("--only", default=".*", help="expression for names of architectures")
-    parser.add_argument("--first", action="store_true", help="one class of each architecture")
     parser.add_argument("--category", choices=CATEGORIES, help="one category")
     parser.add_argument("--operations", nargs="*", default=list(OPERATIONS))
     parser.add_argument("--out", type=Path, default=Path(".cache/zoo.jsonl"))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="print the tables and stop")
     asked = parser.parse_args()
+    if unknown := [name for name in asked.operations if name not in OPERATIONS]:
+        parser.error(f"unknown operation {unknown[0]!r}; operations: {', '.join(OPERATIONS)}")
     torch.set_num_threads(1)
 
     entries = [e for e in listed() if asked.category in (None, e.category)]
@@ -586,8 +588,6 @@ def main() -> None:
         print(tables([examine(named[0], asked.operations)]))
         return
     entries = [entry for entry in entries if re.fullmatch(asked.only, entry.arch)]
-    if asked.first:
-        entries = list({entry.arch: entry for entry in reversed(entries)}.values())[::-1]
     wanted = {(entry.name, entry.cls) for entry in entries}
     if not asked.table:
         there = {(entry.name, entry.cls) for entry in read(asked.out)}

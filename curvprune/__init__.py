@@ -6,6 +6,7 @@ loaded.
 """
 
 from importlib import import_module
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -86,7 +87,7 @@ _HOME = {
     "run": ("Settings",),
     "structured": ("Structured",),
 }
-__all__ = ["__version__", *sorted(name for names in _HOME.values() for name in names)]
+__all__ = ["__version__", *sorted(chain.from_iterable(_HOME.values()))]
 
 
 def __getattr__(name: str) -> Any:

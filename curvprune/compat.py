@@ -50,7 +50,7 @@ def quiet_libraries() -> Iterator[None]:
     without a switch of their own: while this is on, every new tqdm of the process is disabled.
     """
     try:
-        from tqdm import tqdm  # type: ignore[import-untyped]
+        from tqdm import tqdm
     except ImportError:  # nor do the libraries have it, then
         yield
         return

@@ -97,6 +97,7 @@ class State:
         if not self.writes:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
+        # The same three steps as in `write_text`, and the mode that safetensors does not set.
         temporary = path.with_name(f".{path.name}.tmp")
         save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary)
         as_umask_says_(temporary)
@@ -161,7 +162,7 @@ class StageLog:
         )
         tasks: dict[str, TaskID] = {}
         with Progress(*columns, console=Console(stderr=True), disable=not self.show) as progress:
-
+            # Steps are not known beforehand: each gets its bar when it first reports.
             def advance(step: str, done: int, total: int) -> None:
                 if step not in tasks:
                     tasks[step] = progress.add_task(step, total=total)

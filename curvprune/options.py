@@ -200,6 +200,7 @@ def kept_weights(prune: Prune, shape: tuple[int, int], *, groups: int = 1) -> in
     if prune.nm is not None:
         return out * width // prune.nm[1] * prune.nm[0]
     assert prune.sparsity is not None
+    # Rounded group by group, as they are pruned.
     numel = out // groups * width
     return groups * (numel - round(prune.sparsity * numel))
 

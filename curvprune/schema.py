@@ -82,8 +82,8 @@ def expected_of(kind: Any) -> str:
 def check_fields(value: object) -> None:
     """Check every field of a dataclass against its annotation.
 
-    Arguments that a recipe can give are declared once, as dataclass fields: type, default, bounds and
-    the words for the message stand in one `pydantic.Field`, which recipes read too.
+    Arguments that a recipe can give are declared once, as dataclass fields: type, default, bounds
+    and the words for the message stand in one `pydantic.Field`, which recipes read too.
 
     >>> @dataclass(frozen=True)
     ... class Asked:

@@ -59,4 +59,10 @@ def vectors(n=7, classes=3, shape=(4,)):
 
 def together(batches):
     """The same items as one batch."""
-    return [tuple(torch.cat(column) for column in zip(*batches, strict=True))]
+    first = batches[0]
+    if isinstance(first, tuple):
+        return [tuple(torch.cat(column) for column in zip(*batches, strict=True))]
+    whole = {}
+    for key in first:
+        whole[key] = torch.cat([batch[key] for batch in batches])
+    return [whole]

@@ -1,5 +1,5 @@
 """What an analysis hands over: refused settings, records, and parts that an interrupted one left
-left behind."""
+behind."""
 
 from __future__ import annotations
 
@@ -170,8 +170,8 @@ def test_settings_that_make_no_sense(wrong: dict[str, object], message: str) -> 
 
 
 def test_a_restricted_probe_never_stands_on_a_few_samples() -> None:
-    """Two or three samples can agree by chance and would outweigh eight joint ones: a second kind of
-    probe has at least eight, or none."""
+    """Two or three samples can agree by chance and would outweigh eight joint ones. Of a second
+    kind of probe there are at least eight, or none."""
     model, data = classifier()
     names = {n: f"{n}.weight" for n in find_layers(model)}
     operator = cp.hessian(model, data, objective="classification", parameters=list(names.values()))

@@ -17,15 +17,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distributed": set(),
     "compat": set(),
     "schema": set(),
-    "model": {"options", "schema"},
+    "model": {"options", "schema", "compat"},
     "planning": {"schema"},
     "certificate": {"model", "planning", "schema"},
-    "curvature": {"model", "distributed", "schema"},
-    "compression": {"model", "options", "schema"},
+    "curvature": {"model", "distributed", "schema", "compat"},
+    "compression": {"model", "options", "schema", "compat"},
     "pricing": {"curvature", "compression", "planning", "model", "options", "schema"},
     "structured": {"pricing", "planning", "compression", "curvature", "model", "schema"},
     "artifact": {"compression", "planning", "model", "options", "files", "compat", "schema"},
-    "record": {"planning", "certificate", "curvature", "schema"},
+    "record": {"planning", "certificate", "curvature", "files", "schema"},
     "report": {"record"},
 }
 BELOW_RUN = {*MAY_IMPORT}
@@ -39,7 +39,7 @@ MAY_IMPORT["__main__"] = {"cli"}
 ONLY_IN = {
     "transformers": {"compat"},
     "accelerate": set(),
-    "compressed_tensors": {"artifact/transformers_folder"},
+    "compressed_tensors": {"compat"},
     "datasets": {"run/sources"},
     "torch_pruning": {"structured/cuts"},
 }

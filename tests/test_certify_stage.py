@@ -31,7 +31,8 @@ def task_of(path: Path) -> runs.Task:
 
 
 def ladder(task: runs.Task, priced: int) -> Ledger:
-    """Prices that grow by a tenth from layer to layer; only the first ``priced`` layers have any."""
+    """Prices that grow by a tenth from layer to layer; only the first ``priced`` layers have
+    any."""
     rows = []
     for i, (name, options) in enumerate(task.options.items()):
         steps = (0.0, 0.001, 0.004)[: len(options)]
@@ -133,24 +134,25 @@ def test_a_plan_that_is_not_safe_is_preceded_by_a_more_cautious_one(recipe):
 
 
 def test_the_model_before_a_plan_that_fails_ships_with_its_own_items(recipe, tmp_path):
-    """By prices that call 2 bits free a much bolder plan is applied after a safe one; it fails on
-    the certify split, and the one before it ships."""
-    prepared = runs.prepare(load_recipe(recipe), State(tmp_path / "out"), progress=False)
+    """By prices that are the same for 2 bits and for 8 a much bolder plan is applied after a safe
+    one; it fails on the certify split, and the one before it ships."""
+    strict = tmp_path / "strict.yaml"
+    text = recipe.read_text().replace("max_drop: 0.2", "max_drop: 0.02")
+    strict.write_text(text + "objective: label-free\n")
+    prepared = runs.prepare(load_recipe(strict), State(tmp_path / "out"), progress=False)
     task, space = prepared.task, prepared.space
     candidates, priced = runs.solve_and_price(task, space)
     selection = runs.select_plans(task, space, candidates, priced.prices)
+    (wide,) = [trial for trial in selection.trials if trial.name == "uniform int8-pc-sym"]
     ledger = priced.prices.ledger
-    rows = [
-        dataclasses.replace(row, price=1e-6) if "int2" in row.option else row for row in ledger.rows
-    ]
-    free = runs.Prices(ledger=dataclasses.replace(ledger, rows=tuple(rows)))
-    mixed = [key for key in selection.best.choices.values() if "int2" not in key]
-    assert mixed, "there is something left to make smaller"
-    doctored = dataclasses.replace(selection, prices=free)
+    rows = tuple(dataclasses.replace(row, price=1e-4) for row in ledger.rows)
+    alike = runs.Prices(ledger=dataclasses.replace(ledger, rows=rows))
+    doctored = dataclasses.replace(selection, best=wide, prices=alike)
     shipped = runs.certify_plans(task, space, candidates, doctored)
     statuses = [attempt.verdict.status for attempt in shipped.attempts]
-    assert statuses[0] == "CERTIFIED" and len(statuses) == 2 and statuses[1] != "CERTIFIED"
+    assert statuses == ["CERTIFIED", "VIOLATED"]
     assert shipped.verdict == shipped.attempts[0].verdict
+    assert shipped.plan.choices == wide.choices
     # The items are those of the model in the folder, computed here.
     certify, model = task.splits.certify, cp.load(shipped.folder)
     before, after = (evaluate(m, certify.batches(4), task.objective) for m in (task.model, model))

@@ -136,14 +136,13 @@ def test_the_fisher_of_every_layer_is_unbiased(case):
     layers included."""
     model, batches, _ = CASES[case]()
     analysis = cp.analyze(
-        model, batches, matrix="fisher", quantities=["trace", "diagonal"], labels=600
+        model, together(batches), matrix="fisher", quantities=["trace", "diagonal"], labels=300
     )
     for name, c in analysis.layers.items():
         expected = block(reference(case, "ggn"), model, f"{name}.weight").diagonal()
-        assert float(torch.linalg.norm(c.diagonal.reshape(-1) - expected)) < 0.15 * float(
-            torch.linalg.norm(expected)
-        )
-        assert c.trace.value == pytest.approx(float(expected.sum()), rel=0.12)
+        error = torch.linalg.norm(c.diagonal.reshape(-1) - expected)
+        assert float(error) < 0.12 * float(torch.linalg.norm(expected))
+        assert c.trace.value == pytest.approx(float(expected.sum()), rel=0.1)
 
 
 def test_the_batched_fisher_equals_the_pass_over_single_items():
@@ -154,7 +153,8 @@ def test_the_batched_fisher_equals_the_pass_over_single_items():
         model, batches, matrix="empirical-fisher", quantities=["trace", "diagonal"]
     )
     for name, c in analysis.layers.items():
-        expected = dense(model, batches, Classification(), "empirical", [f"{name}.weight"])
+        names = [f"{name}.weight"]
+        expected = dense(model, batches, Classification(), "empirical", names).detach()
         torch.testing.assert_close(
             c.diagonal.reshape(-1), expected.diagonal(), rtol=1e-8, atol=1e-12
         )
@@ -319,19 +319,16 @@ def test_the_diagnosis_says_what_the_spectrum_is():
     assert abs(d.negative_share.value - below) < 4 * d.negative_share.stderr + 0.05
     parameters = [p.detach().clone().requires_grad_() for p in model.parameters()]
     names = [n for n, _ in model.named_parameters()]
-    x, y = torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
-    loss = F.cross_entropy(
-        torch.func.functional_call(model.eval(), dict(zip(names, parameters, strict=True)), (x,)), y
-    )
+    ((x, y),) = together(batches)
+    own = dict(zip(names, parameters, strict=True))
+    loss = F.cross_entropy(torch.func.functional_call(model.eval(), own, (x,)), y)
     gradient = torch.autograd.grad(loss, parameters)
-    assert whole.loss == pytest.approx(float(loss), rel=1e-9)
-    assert whole.gradient_norm == pytest.approx(
-        math.sqrt(sum(float(g.square().sum()) for g in gradient)), rel=1e-9
-    )
+    length = math.sqrt(sum(float(g.square().sum()) for g in gradient))
+    assert whole.loss == pytest.approx(loss.item(), rel=1e-9)
+    assert whole.gradient_norm == pytest.approx(length, rel=1e-9)
     assert d.kind in ("minimum", "saddle", "not stationary") and d.text
-    assert {"lambda_max", "max_learning_rate", "disagreements"} <= analysis.to_dict()[
-        "diagnosis"
-    ].keys()
+    written = analysis.to_dict()["diagnosis"]
+    assert {"lambda_max", "max_learning_rate", "disagreements"} <= written.keys()
 
 
 def test_a_minimum_is_called_one_and_a_saddle_is_not():

@@ -25,7 +25,7 @@ def run_as(rank: int, world: int, address: str, results) -> None:
 def figures() -> dict[str, float]:
     model = convnet().float()
     ((x, y),) = together(vectors(shape=(1, 6, 6)))
-    data = [(x[i : i + 2].float(), y[i : i + 2]) for i in range(0, 7, 2)]
+    data = [(x[i : i + 3].float(), y[i : i + 3]) for i in range(0, 7, 3)]
     found: dict[str, float] = {}
     for matrix, quantities in ASKED.items():
         analysis = cp.analyze(model, data, matrix=matrix, quantities=quantities)

@@ -161,9 +161,9 @@ def test_restricting_a_block_diagonal_splits_its_blocks() -> None:
     assert list(part.space.shapes) == ["b", "conv"]  # the order of the space, not of the request
     assert isinstance(part, BlockDiagonal)
     np.testing.assert_allclose(part.to_dense().numpy(), dense[4:, 4:], atol=1e-12)
-    assert isinstance(op.restrict(["a"]), BlockDiagonal) and op.restrict(
-        ["a"]
-    ).trace() == pytest.approx(np.trace(dense[:4, :4]))
+    first = op.restrict(["a"])
+    assert isinstance(first, BlockDiagonal)
+    assert first.trace() == pytest.approx(np.trace(dense[:4, :4]))
 
 
 def test_what_is_known_to_be_psd() -> None:
@@ -173,9 +173,8 @@ def test_what_is_known_to_be_psd() -> None:
     assert (positive * 2.0).psd and not (positive * -1.0).psd
     assert positive.damped(0.1).psd and not positive.damped(-0.1).psd
     assert not (positive + negative).psd and not (positive - positive).psd
-    assert not BlockDiagonal(
-        {"p": positive, "n": Diagonal(-torch.ones(2), ParamSpace(shapes={"y": (2,)}))}
-    ).psd
+    elsewhere = Diagonal(-torch.ones(2), ParamSpace(shapes={"y": (2,)}))
+    assert not BlockDiagonal({"p": positive, "n": elsewhere}).psd
 
 
 def test_sums_are_flat_and_solve_through_their_only_part() -> None:

@@ -73,8 +73,8 @@ def price(
     two gradients per item and change) or ``"input"`` (error of the layer's outputs, no unit of
     loss). The highest prices are measured instead, four at a time (five forward passes per item),
     until they agree with the quadratic ones, at most 64 and none below ``measure_above`` nats (see
-    `curvprune.pricing.single_changes.divergences`). ``portable``: of which artifact the bytes are, as
-    in `Settings`. Raises ``ValueError`` naming the layer that an option does not fit.
+    `curvprune.pricing.divergences`). ``portable``: of which artifact the bytes are, as in
+    `Settings`. Raises ``ValueError`` naming the layer that an option does not fit.
     """
     settings = Settings(
         portable=portable,
@@ -418,9 +418,9 @@ def recover(
             ``data`` are split, or pass `Splits`). Without it the result has no verdict: an earlier
             one was about another model.
         objective: what the loss on the select items is; as for the other verbs.
-        training: fields of `curvprune.compression.recovery.Training`: ``loss`` (``"distill"``, KL from
-            ``baseline``, or ``"task"``, the objective with the data's labels), ``steps`` (200) or
-            ``seconds``, ``lr``, ``batch_size``, ``every``, ``patience``, ``clip``, ``codes``,
+        training: fields of `curvprune.compression.Training`: ``loss`` (``"distill"``, KL from
+            ``baseline``, or ``"task"``, the objective with the data's labels), ``steps`` (200)
+            or ``seconds``, ``lr``, ``batch_size``, ``every``, ``patience``, ``clip``, ``codes``,
             ``seed``. Results of a number of steps repeat exactly, those of a time do not.
 
     Returns:

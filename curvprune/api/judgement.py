@@ -43,8 +43,8 @@ def certify(
 
     The items must not have been used to make or choose the compressed model. Items of one document
     of a `Split` are a cluster. Other limits of the budget, on size and speed, are not looked at:
-    data cannot decide them. Cost: one forward pass of each model. `curvprune.certificate.paired_tests` has the
-    tests, for results that are already there; `curvprune.certify_lm_eval` reads those of lm-eval.
+    data cannot decide them. Cost: one forward pass of each model. `curvprune.certify_values` takes
+    results that are already there; `curvprune.certify_lm_eval` reads those of lm-eval.
 
     Args:
         metric: what is compared instead of ``budget.metric``: a function of (what the model

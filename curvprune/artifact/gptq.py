@@ -101,6 +101,7 @@ def _refuse_experts(folder: Path, layers: Iterable[Layer]) -> None:
 
 def _linear_in_blocks(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, Layer]:
     """The Linear layers that are part of a block and share their weight with nothing."""
+    # GPTQ's readers quantize what repeats: blocks, not the output head.
     modules = model.named_modules()
     blocks = tuple(f"{name}." for name, module in modules if isinstance(module, nn.ModuleList))
     found = {}
@@ -116,6 +117,7 @@ def _one_grid(folder: Path, manifest: Manifest, linear: Iterable[str]) -> Quanti
     for name in linear:
         entry = manifest.layers.get(name)
         grids[name] = None if entry is None else quantizer_of(option_from_key(entry.option))
+    # The grid that most have is the one that the others should have had.
     counts = Counter(grid for grid in grids.values() if grid is not None)
     if not counts:
         raise ValueError(
@@ -145,6 +147,7 @@ def _one_grid(folder: Path, manifest: Manifest, linear: Iterable[str]) -> Quanti
 
 def _check_shapes(quantize: Quantize, linear: Mapping[str, Layer]) -> None:
     """Codes must fill whole words, and inputs whole groups."""
+    # 3 bits do not divide a word: 32 codes fill three.
     whole = 32 if quantize.bits == 3 else 32 // quantize.bits
     size = quantize.group_size or 1
     for name, layer in linear.items():
@@ -167,6 +170,7 @@ def _gptq_tensors(layer: Layer, stored: Stored, quantize: Quantize) -> dict[str,
             f"layer {layer.name}: its scales do not fit into float16; compress a float16 or "
             "float32 model"
         )
+    # Symmetric codes have their zero in the middle, which is 0 before it is made unsigned.
     if zero is None:
         zero = torch.zeros(scale.shape, dtype=torch.int8)
     inputs = torch.arange(layer.shape[1], dtype=torch.int32)

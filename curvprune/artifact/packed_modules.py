@@ -58,6 +58,7 @@ class PackedWeight(nn.Module):
 
     def rows(self, index: Tensor | slice = slice(None)) -> Float[Tensor, "rows in"]:
         """Some rows of the weight, or all, unpacked."""
+        # Codes stay as they are until their rows are asked for.
         codes = self.codes[index]
         if self.nibbles:
             codes = _from_nibbles(codes)[:, : self.width]
@@ -218,6 +219,7 @@ class PackedExperts(_Around):
         self.layouts[parameter] = shape, transposed
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
+        # Those that are not packed are the module's own, and stay.
         weights = {}
         for name, (shape, transposed) in self.layouts.items():
             held = cast(HeldWeight, self.packed[name])
@@ -242,6 +244,7 @@ def pack_modules(model: nn.Module, layer: Layer, weight: HeldWeight) -> None:
             packed.pack(layer.parameter, weight, shape, transposed)
         else:
             packed = Packed(module, weight, shape, transposed)
+        # In its place, under its name.
         parent, _, leaf = owner.rpartition(".")
         setattr(model.get_submodule(parent), leaf, packed)
 

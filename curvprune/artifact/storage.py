@@ -216,6 +216,7 @@ def _take_grid(disk: _OnDisk, quantize: Quantize) -> tuple[Tensor, Tensor | None
     out, width = disk.layer.shape
     groups = 1 if quantize.group_size is None else math.ceil(width / quantize.group_size)
     scale = disk.take("scale", None, (out, groups))
+    # One bit has no code for zero: the middle lies between its two.
     if quantize.bits == 1 and quantize.symmetric:
         return scale, torch.full(scale.shape, HALF_WAY, dtype=torch.float16)
     if quantize.symmetric:

@@ -75,6 +75,7 @@ def save_config(
     for key, value in (architecture or {}).items():
         setattr(said, key, value)
     config = json.loads(said.to_json_string(use_diff=True))
+    # What `from_pretrained` and `load_foreign` need to know, whether the model was read or built.
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     if choices:
@@ -175,6 +176,7 @@ def load_foreign(folder: Path) -> nn.Module:
     record = _read_config(folder)
     kind = _class_of(folder, record)
     record.pop("quantization_config", None)  # the weights are ours to unpack
+    # Of the class itself: an Auto class could take another one for the same config.
     config = kind.config_class.from_dict(record)
     with quiet_libraries():
         model = model_from_config(kind, config, getattr(torch, record["dtype"]))

@@ -21,7 +21,9 @@ _RATIOS = {
     "byte_perplexity": ("nats/byte", 1.0),
     "bits_per_byte": ("bits/byte", 1 / math.log(2)),
 }
+# Error rates: less is better.
 _LOWER = {"brier_score", "edit_distance", "ter", "wer", "cer"}
+# What two runs must agree on, document by document.
 _HASHES = {"doc_hash": "document", "prompt_hash": "prompt", "target_hash": "target"}
 
 Files = str | Path | Sequence[str | Path]

@@ -116,6 +116,7 @@ def _status(ratio: Ratio, max_drop: float, alpha: float) -> str:
 
 def _needed(ratio: Ratio, items: int, max_drop: float, alpha: float) -> int | None:
     """Items that would decide; None where the drop is the budget itself, which none decide."""
+    # At the budget itself the margin is 0.
     if ratio.value == max_drop:
         return None
     margin = max_drop - planned_drop(ratio.value, max_drop)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from curvprune.compat import times_written
 from curvprune.compression.moments import Moments, expert_moments, moments_of
 from curvprune.model import Batch, Layer, Objective, evaluating
 
@@ -155,10 +156,10 @@ class _Stops:
         # Two convolutions may unfold the same tensor differently.
         if layer.kind == "conv":
             return moments_of(layer, module, x, original, self.mask)
-        if self.last is not None and self.last[0] is x and self.last[1] == x._version:
+        if self.last is not None and self.last[0] is x and self.last[1] == times_written(x):
             return self.last[2]
         found = moments_of(layer, module, x, original, self.mask)
-        self.last = (x, x._version, found)
+        self.last = (x, times_written(x), found)
         return found
 
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from curvprune.compat import int8_product, multiplies_bytes_fast
 from curvprune.model import Layer
 
 _PANEL = 192  # columns of a Gram matrix computed at a time
@@ -204,12 +205,12 @@ def _narrowed(rows: Tensor) -> _Bytes | None:
     """Rows ``(1, n, in)`` in 8 bits, where the CPU multiplies them four times as fast."""
     if rows.device.type != "cpu" or rows.dtype != torch.float32:
         return None
-    if not torch.cpu._is_vnni_supported() or len(rows) != 1 or rows.shape[2] < _NARROW:
+    if not multiplies_bytes_fast() or len(rows) != 1 or rows.shape[2] < _NARROW:
         return None
     return _Bytes.of(rows[0])
 
 
 def _add_product(total: Tensor, a: _Bytes, b: _Bytes) -> None:
     """``total += aᵀ b``, summed in whole numbers."""
-    product = torch._int_mm(a.values.T, b.values).to(total.dtype)
+    product = int8_product(a.values.T, b.values).to(total.dtype)
     total.addcmul_(product.mul_(b.step), a.step[:, None])

@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from curvprune.compat import multiplies_bfloat16_fast
 from curvprune.compression.distillation import Distillation
 from curvprune.compression.grids import dequantize
 from curvprune.compression.rounding import Rounded
@@ -423,9 +424,7 @@ def _bfloat16_pays(model: nn.Module, baseline: nn.Module) -> bool:
     for tensor in (*model.parameters(), *baseline.parameters()):
         if tensor.device.type != kind or tensor.dtype != torch.float32:
             return False
-    if kind == "cpu":
-        return torch.cpu._is_avx512_bf16_supported()
-    return kind == "cuda" and torch.cuda.is_bf16_supported()
+    return multiplies_bfloat16_fast(kind)
 
 
 def _check(

@@ -109,6 +109,7 @@ def diagonal(
     Tropp & Webber 2024, "XTrace" (XDiag).
     """
     _check_choice("method", method, get_args(DiagonalMethod))
+    # As for the trace.
     needed, first_round = {"hutchinson": (2, 8), "xdiag": (4, 16)}[method]
     _check_budget(op, rtol, max_products, method, needed, generator)
     if op.space.dim <= min(first_round, max_products):
@@ -165,6 +166,7 @@ def eigenpairs(
         raise ValueError(f"k={k} with which={which!r} asks for {total} of {n} eigenpairs")
     if not tol > 0:
         raise ValueError(f"tol must be positive, got {tol}")
+    # Vectors that the method starts with, at one product each.
     name, width = "lanczos", total
     if isinstance(method, Lobpcg):
         name = "lobpcg"

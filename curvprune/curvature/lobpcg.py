@@ -127,7 +127,7 @@ def _with_step(x: np.ndarray, rank: int) -> np.ndarray:
         return x
     step = x.copy()
     step[:rank] = 0
-    # Twice, as one projection leaves rounding errors; directions that vanish are dropped.
+    # Twice, as one projection leaves rounding errors; directions that vanish are left out.
     q, r = np.linalg.qr(step - x @ (x.T @ step))
     q = q[:, np.abs(np.diag(r)) > 1e-10]
     q, r = np.linalg.qr(q - x @ (x.T @ q))

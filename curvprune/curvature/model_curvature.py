@@ -60,8 +60,7 @@ def whole_model(request: AnalysisRequest) -> ModelCurvature:
     # 2. How many Lanczos vectors fit.
     n = operator.space.dim
     vector = n * torch.finfo(operator.dtype).bits // 8
-    room = asked.vector_bytes // vector
-    least = min(n, LEAST_VECTORS)
+    room, least = asked.vector_bytes // vector, min(n, LEAST_VECTORS)
     pairs: EigenPairs | None = None
     spectrum: SpectralDensity | None = None
 

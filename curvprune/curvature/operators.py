@@ -54,8 +54,9 @@ class ParamSpace:
         return slices
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, "*size"]:
-        """One flat vector ``(n,)`` from tensors shaped as the parameters; ``(n, k)`` if all have a
-        trailing axis k.
+        """One flat vector ``(n,)`` from tensors shaped as the parameters.
+
+        Tensors with a trailing axis k give k vectors, ``(n, k)``.
 
         Raises:
             ValueError: a missing or unknown name, or a shape that is not the parameter's, naming
@@ -84,7 +85,7 @@ class ParamSpace:
         return torch.cat(parts)
 
     def split(self, v: Float[Tensor, "*size"]) -> dict[str, Tensor]:
-        """name → view of ``v`` shaped as the parameter, ``(*shape, k)`` for a block ``(n, k)``.
+        """name → view of ``v`` shaped as the parameter; ``(*shape, k)`` for k vectors ``(n, k)``.
 
         Raises:
             ValueError: ``v`` is not ``(n,)`` or ``(n, k)``.
@@ -155,7 +156,7 @@ class Operator(ABC):
 
     @abstractmethod
     def _matmat(self, v: Tensor) -> Tensor:
-        """A v for a block ``(n, k)`` whose shape, dtype and device have been checked."""
+        """A v for k columns ``(n, k)``, whose shape, dtype and device have been checked."""
 
     def __matmul__(self, v: Float[Tensor, "*size"]) -> Float[Tensor, "*size"]:
         """A v. Shapes ``(n,) → (n,)`` or ``(n, k) → (n, k)``. Cost: one product per vector.
@@ -315,7 +316,7 @@ class Operator(ABC):
         )
 
     def _solve(self, v: Tensor, shift: float) -> Tensor:
-        """``(A + shift·I)⁻¹ v`` for a checked block."""
+        """``(A + shift·I)⁻¹ v`` for columns that have been checked."""
         raise NoClosedForm(
             f"{type(self).__name__} has no closed-form inverse; use an iterative solver on its "
             "products"

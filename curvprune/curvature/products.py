@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from curvprune.compat import experts_one_by_one
 from curvprune.curvature.operators import Operator, ParamSpace
 from curvprune.distributed import all_sum, my_share, rank, world
 from curvprune.model import Batch, Objective, evaluating, sampled_losses
@@ -46,18 +47,8 @@ def double_backward(model: nn.Module) -> Iterator[None]:
     Fused attention has no double backward: takes the math path. Nor have transformers' grouped
     products of experts one for several vectors or in float64: takes the loop over experts.
     """
-    modules = [m for m in model.modules() if hasattr(m, "_apply_gate")]
-    experts = [m.config for m in modules if hasattr(m, "config")]
-    name = "_experts_implementation_internal"  # the public name would set nested configs as well
-    before = [(config, getattr(config, name)) for config in experts if hasattr(config, name)]
-    try:
-        for config, _ in before:
-            setattr(config, name, "eager")
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        for config, implementation in reversed(before):
-            setattr(config, name, implementation)
+    with experts_one_by_one(model), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def check_deterministic(model: nn.Module, objective: Objective, batch: Batch) -> None:
@@ -105,6 +96,7 @@ def _outputs_of_modules(
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
+    # Looser than rounding: kernels may add up in another order from one call to the next.
     return a.shape == b.shape and torch.allclose(
         a.float(), b.float(), rtol=1e-4, atol=1e-5, equal_nan=True
     )
@@ -274,6 +266,7 @@ def _explained(error: RuntimeError) -> RuntimeError:
             "second-order products need another implementation of it, e.g. "
             "attn_implementation='eager'"
         )
+    # The graphs kept share memory with the model, which autograd watches.
     if "modified by an inplace operation" in text:
         return RuntimeError(
             "the model's parameters were changed after this operator was built: build a new one "

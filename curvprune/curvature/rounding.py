@@ -51,16 +51,16 @@ def as_vectors(x: np.ndarray, op: Operator) -> Tensor:
 def complement(basis: Tensor, columns: Tensor, floor: float) -> Tensor:
     """Orthonormal columns that span the part of ``columns`` outside ``basis``.
 
-    Directions shorter than ``floor`` are rounding error and are dropped.
+    Directions shorter than ``floor`` are rounding error and are left out.
     """
     columns = columns[:, : basis.shape[0] - basis.shape[1]]
     # 1. Project twice: once leaves rounding errors of the size of what was taken away.
     for _ in range(2):
         columns = columns - basis @ (basis.mT @ columns)
-    # 2. Orthonormalise what is left, and drop what is nothing.
+    # 2. Orthonormalise what is left, without what is nothing.
     q, r = torch.linalg.qr(columns)
     q = q[:, r.diagonal().abs() > floor]
-    # 3. What survives a cancellation may have lost its orthogonality: project once more, and drop
-    #    what that shortens.
+    # 3. What survives a cancellation may have lost its orthogonality: project once more, and keep
+    #    only what that does not shorten.
     q, r = torch.linalg.qr(q - basis @ (basis.mT @ q))
     return q[:, r.diagonal().abs() > 0.5]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvprune.compat import normalises_by_batch, operation_of
 from curvprune.curvature.capture import Capture, capture
 from curvprune.curvature.products import check_deterministic, first_items
 from curvprune.model import Batch, Layer, Objective
@@ -123,7 +124,7 @@ def _is_head(taken: Capture, name: str) -> bool:
         return False
     node: Any = logits.grad_fn
     while node is not None and node is not call.edge.node:
-        if _kind(node) not in ("View", "UnsafeView", "Alias", "Clone", "ToCopy"):
+        if operation_of(node) not in ("View", "UnsafeView", "Alias", "Clone", "ToCopy"):
             return False
         node = node.next_functions[0][0]
     return node is not None
@@ -141,11 +142,6 @@ _LINEAR = set(" ".join((_PIECES, _MAXIMA, _MEANS, _VIEWS, _PARTS, _PADS, _MOVES)
 # ... and of products, linear in each factor: quadratic where two factors depend on one layer.
 _PRODUCTS = {"Convolution", "Addmm", "Mm", "Bmm", "Baddbmm", "Mul", "PreluKernel"}
 _BATCH_NORMS = {"NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"}
-
-
-def _kind(node: Any) -> str:
-    """The function behind an autograd node: ``Relu`` of ``ReluBackward0``."""
-    return str(node.name().split("::")[-1].rstrip("0123456789").removesuffix("Backward"))
 
 
 def _nonlinear(taken: Capture, names: Sequence[str]) -> set[str]:
@@ -178,7 +174,7 @@ def _bent(
     node: Any, below: Sequence[int], masks: Mapping[Any, int], bits: Mapping[Any, int]
 ) -> int:
     """Layers in which a node is not piecewise linear, given those that its inputs depend on."""
-    kind = _kind(node)
+    kind = operation_of(node)
     if kind in _PRODUCTS:
         bent = 0
         for i, mask in enumerate(below):
@@ -191,7 +187,7 @@ def _bent(
         denominator = masks.get(bottom, 0) | bits.get(bottom, 0)
         return denominator | (numerator & denominator)
     if kind in _BATCH_NORMS:
-        return _union(below) if node._saved_training else 0
+        return _union(below) if normalises_by_batch(node) else 0
     return 0 if kind in _LINEAR else _union(below)
 
 

@@ -63,6 +63,7 @@ def score_items(
         for batch in batches:
             moved = to_device(batch, device)
             first = next(iter(moved.values())) if isinstance(moved, Mapping) else moved[0]
+            # A user's function may return a list, or one number for the whole batch by mistake.
             found = torch.as_tensor(metric.of(outputs(model, moved), moved))
             if found.shape != (len(first),):
                 raise ValueError(
@@ -129,6 +130,7 @@ def _classes_of(model: nn.Module, objective: Objective, item: Batch, purpose: st
     try:
         with evaluating(model):
             positions = objective.positions(objective.logits(model, batch), batch)
+    # It is a RuntimeError too, but says nothing about the item.
     except torch.OutOfMemoryError:
         raise
     except (IndexError, RuntimeError) as error:
@@ -147,6 +149,7 @@ def _classes_of(model: nn.Module, objective: Objective, item: Batch, purpose: st
 def _check_labels(items: Sequence[Batch], classes: int, purpose: str) -> None:
     for i, item in enumerate(items):
         labels = item.get("labels") if isinstance(item, Mapping) else item[1]
+        # Labels that are no classes are the objective's to refuse.
         if not isinstance(labels, Tensor) or labels.is_floating_point():
             continue
         counts = labels != IGNORED

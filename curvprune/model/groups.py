@@ -57,6 +57,7 @@ def read_request(value: object) -> Request:
     if value == "fused":
         return ("fused",)
     if isinstance(value, str) or not isinstance(value, Sequence):
+        # A word alone may be meant for the one that is known.
         misspelt = isinstance(value, str) and get_close_matches(value, ["fused"])
         near = "; nearest: fused" if misspelt else ""
         raise GroupError((), f"{value!r} is not a list of groups; {_EXAMPLE}{near}")
@@ -107,6 +108,7 @@ def find_groups(request: Request, options: Mapping[str, Iterable[str]]) -> Group
         for group in found:
             _take(owner, index, group)
             _check_alike(index, group, offered)
+            # Layers with one option share it anyway.
             if len(offered[group[0]]) > 1:
                 groups.append(group)
     # 3. In the model's order.
@@ -158,6 +160,7 @@ def _matched(
             hint = f"; nearest layer: {near[0]}" if near else ""
             problem = f"{glob!r} matches none of the {len(layers)} layers{hint}"
             raise GroupError((index, position), problem)
+    # One entry makes a group in every block: the same globs, another parent.
     parents: dict[str, list[str]] = {}
     for name in layers:
         if any(fnmatchcase(name, glob) for glob in globs):

@@ -32,6 +32,7 @@ class Split:
     def sha256(self) -> str:
         """Hash of the content, for provenance and for telling whether a resumed run sees the same
         data."""
+        # In order, because order decides what a batch is.
         digest = hashlib.sha256()
         for item, document in zip(self.items, self.documents, strict=True):
             digest.update(document.encode())
@@ -230,6 +231,7 @@ def _items_of_dict(batch: Mapping[str, object]) -> list[Batch]:
 
 
 def _items_of_pair(inputs: Tensor, given: Any) -> list[Batch]:
+    # Labels may be a list, as data loaders of other libraries give them.
     targets = torch.as_tensor(given)
     if targets.ndim == 0 or len(targets) != len(inputs):
         raise ValueError(
@@ -263,6 +265,7 @@ def split_items(data: Iterable[Batch] | Split, *, seed: int) -> Splits:
             f"data has {len(items)} items; a budget needs at least 16 (they are split four "
             "ways), or pass Splits(calibrate=..., price=..., select=..., certify=...)"
         )
+    # Bounds at two, three and four eighths: the rest certifies.
     order = np.random.default_rng(seed).permutation(len(items))
     bounds = [len(items) * eighths // 8 for eighths in (2, 3, 4)]
     splits = {}
@@ -272,6 +275,7 @@ def split_items(data: Iterable[Batch] | Split, *, seed: int) -> Splits:
 
 
 def _split_documents(data: Split, *, seed: int) -> Splits:
+    # 1. Whole documents to each purpose, by how many items they have.
     where: dict[str, list[int]] = {}
     for i, name in enumerate(data.documents):
         where.setdefault(name, []).append(i)
@@ -283,6 +287,7 @@ def _split_documents(data: Split, *, seed: int) -> Splits:
             "least 16 items, in enough documents for four splits that share none, or pass "
             "Splits(calibrate=..., price=..., select=..., certify=...)"
         )
+    # 2. Their items, document by document.
     splits = {}
     for purpose, names in dealt.items():
         places = list(chain.from_iterable(where[name] for name in names))
@@ -300,6 +305,7 @@ def deal_documents(
     count."""
     dealt: dict[str, list[str]] = {purpose: [] for purpose in counts}
     filled = dict.fromkeys(counts, 0)
+    # Sorted first: the same documents are dealt the same way in whatever order they come.
     names = sorted(sizes)
     for i in np.random.default_rng(seed).permutation(len(names)):
         name = names[i]

@@ -185,6 +185,7 @@ def _weights(module: nn.Module) -> list[tuple[str, str]]:
     if is_conv1d(module) and getattr(module, "weight", None) is not None:
         return [("conv1d", "weight")]
     if is_stacked_experts(module):
+        # In the order of the forward pass: what is solved first is what the second one sees.
         first = "gate_up_proj" if module.has_gate else "up_proj"
         own = _own_parameters(module)
         if all(_is_stack(own.get(name)) for name in (first, "down_proj")):
@@ -209,6 +210,7 @@ def left_over(model: nn.Module) -> str | None:
     for module in model.modules():
         own = _own_parameters(module)
         inside.update(id(own.get(parameter)) for _, parameter in _weights(module))
+    # Biases and norms are few, and no matrices.
     outside = {n: p for n, p in model.named_parameters() if p.ndim >= 2 and id(p) not in inside}
     total = sum(p.numel() for p in model.parameters())
     share = sum(p.numel() for p in outside.values()) / max(1, total)

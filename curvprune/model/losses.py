@@ -77,6 +77,7 @@ class Objective:
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Run the model (one forward pass) and return its logits."""
+        # transformers' outputs have the field, other models return the tensor, some in a tuple.
         output = outputs(model, batch)
         logits = getattr(output, "logits", output)
         if isinstance(logits, (tuple, list)):
@@ -113,6 +114,7 @@ class Objective:
                 f"objective {self.name}: the batch has no labels; pass them or use "
                 "objective='label-free'"
             )
+        # Part by part: each is widened to float32 and has a log-softmax of its own size.
         parts = zip(positions.logits.split(_CHUNK), positions.labels.split(_CHUNK), strict=True)
         losses = [F.cross_entropy(_wide(z), y, reduction="none") for z, y in parts]
         return torch.cat(losses), positions.labels
@@ -122,6 +124,7 @@ class Objective:
         """Loss, positions and hits of every item of the batch. One forward pass."""
         positions = self.positions(self.logits(model, batch), batch)
         losses, truth = self._compare(positions, batch)
+        # Sums over thousands of positions in float32 would depend on their order.
         losses = losses.double()
         hits = (positions.logits.argmax(-1) == truth).double()
         zeros = torch.zeros(positions.items, dtype=torch.float64, device=losses.device)
@@ -219,6 +222,7 @@ class LabelFree(Objective):
 
     def positions(self, logits: Tensor, batch: Batch) -> Positions:
         keep = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+        # Of logits per item the mask is about something else: the tokens that they come from.
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         if mask is not None and mask.shape == keep.shape:
             keep = mask.bool()
@@ -302,11 +306,13 @@ def signed_loss(positions: Positions, generator: torch.Generator) -> Tensor:
     for part in positions.logits.split(_CHUNK):
         logits = _wide(part)
         with torch.no_grad():
+            # v = z∘√p − p (z·√p), where z·√p is the sum of the first term.
             p = logits.softmax(-1)
             signs = torch.randint(0, 2, p.shape, generator=generator, dtype=torch.int8).to(p.device)
             v = p.sqrt()
             v = torch.where(signs.bool(), v, -v)
             v -= p * v.sum(-1, keepdim=True)
+        # Linear in the logits, so that v is its gradient.
         total = total + (logits * v).sum()
     return total
 

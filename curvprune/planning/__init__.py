@@ -5,8 +5,8 @@ are measured until the smallest one that passes is found.
 """
 
 from curvprune.planning.budget import SIZES, Budget, Limit, Within
-from curvprune.planning.corrections import corrected, corrections
-from curvprune.planning.frontier import FrontierPlan, frontier
+from curvprune.planning.corrected_prices import corrected, corrections
+from curvprune.planning.frontier_plans import FrontierPlan, frontier
 from curvprune.planning.highs import Effort
 from curvprune.planning.infeasible import Infeasible, Shortfall
 from curvprune.planning.integer_program import cheapest

@@ -15,6 +15,7 @@ from pydantic import Field, SkipValidation
 
 from curvprune.schema import Json, check_fields
 
+# The limits of a budget that are counted here; `Limit` is for what a user has measured.
 SIZES = ("max_bytes", "max_bits", "max_macs", "max_bops")
 
 
@@ -50,6 +51,7 @@ class Limit:
     per: Annotated[float, Field(gt=0, allow_inf_nan=False, description="a finite number > 0")] = 1.0
 
     def __post_init__(self) -> None:
+        # Numbers of other libraries as Python's own, which is what is written.
         for name in ("most", "per"):
             object.__setattr__(self, name, _plain(getattr(self, name)))
         check_fields(self)
@@ -196,6 +198,7 @@ class Budget:
                 f"below 1; for {self.max_drop:g} percentage points write "
                 f"max_drop={self.max_drop / 100:g}"
             )
+        # A message names a limit by one word, so no two may share it.
         taken = {*SIZES, "max_drop", "max_loss"}
         for limit in self.limits:
             if limit.name in taken:

@@ -113,16 +113,12 @@ def best_in_core(
     best = incumbent
     for _ in range(_MAX_CUTS):
         answer = _ask(objective, constraints, nodes)
-        proposal = list(base)
-        if answer.x is not None:
-            for place, (number, index) in enumerate(columns):
-                if answer.x[place] > 0.5:
-                    proposal[number] = index
-            if program.fits(proposal):
-                if best is None or program.cost(proposal) < program.cost(best):
-                    best = proposal
-                if answer.status == _OPTIMAL:
-                    return Answer(best)
+        proposal = _read(answer.x, base, columns)
+        if answer.x is not None and program.fits(proposal):
+            if best is None or program.cost(proposal) < program.cost(best):
+                best = proposal
+            if answer.status == _OPTIMAL:
+                return Answer(best)
         if answer.status == _INFEASIBLE and best is None:
             return Answer(None)
         if answer.status != _OPTIMAL:
@@ -140,6 +136,7 @@ def _objective(
         program.costs[number][index] - program.costs[number][base[number]]
         for number, index in columns
     ]
+    # No coefficient above 1e9; with a gap, one of at most 1e4.
     finest = Fraction(10**9, max(1, *map(abs, added)))
     if gap:
         finest = min(Fraction(10_000) / gap, finest)
@@ -160,6 +157,7 @@ def _limit_rows(
             program.uses[number][index][k] - program.uses[number][base[number]][k]
             for number, index in columns
         ]
+        # Dividing by a common divisor loses nothing; what is coarser than that is rounded.
         divisor = math.gcd(*added) or 1
         coarsest = max(Fraction(1), Fraction(max(map(abs, added)), divisor * 10**6))
         row = np.array([float(value // divisor / coarsest) for value in added])
@@ -168,6 +166,7 @@ def _limit_rows(
 
 
 def _one_each(columns: Sequence[tuple[int, int]]) -> LinearConstraint:
+    # Groups in which nothing is left to choose have no row.
     groups = dict.fromkeys(number for number, _ in columns)
     row_of = {number: row for row, number in enumerate(groups)}
     rows = [row_of[number] for number, _ in columns]
@@ -183,6 +182,19 @@ def _forbid(proposal: Sequence[int], columns: Sequence[tuple[int, int]]) -> Line
     signs = np.full(len(columns), -1.0)
     signs[chosen] = 1.0
     return LinearConstraint(signs[None, :], -np.inf, len(chosen) - 1.0)
+
+
+def _read(
+    x: np.ndarray | None, base: Sequence[int], columns: Sequence[tuple[int, int]]
+) -> list[int]:
+    """The plan that the variables stand for."""
+    picks = list(base)
+    if x is not None:
+        for place, (number, index) in enumerate(columns):
+            # Whole numbers but for a tolerance.
+            if x[place] > 0.5:
+                picks[number] = index
+    return picks
 
 
 def _ask(objective: np.ndarray, constraints: Sequence[LinearConstraint], nodes: int) -> Any:

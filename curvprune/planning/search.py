@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from curvprune.planning.budget import UNLIMITED, Within
-from curvprune.planning.corrections import corrected, corrections
+from curvprune.planning.corrected_prices import corrected, corrections
 from curvprune.planning.integer_program import cheapest
 from curvprune.planning.priced import Priced
 

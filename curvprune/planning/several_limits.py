@@ -76,7 +76,7 @@ def best_plan(
         if picks is not None:
             above = bound.above(program.cost(picks))
             reach = min(reach, above)
-            gap = Fraction(above, bound.unit)
+            gap = Fraction(above, bound.scale)
         picks, failure = best_in_core(
             program,
             _core(bound, reach),
@@ -114,6 +114,7 @@ def _program(costs: Sequence[Sequence[int]], resources: Sequence[Resource]) -> P
 def _useful(costs: Sequence[int], uses: Sequence[tuple[int, ...]]) -> list[int]:
     """The options of a group that no other one beats or equals in the cost and in every use, the
     first of equal ones."""
+    # In order of the cost, an option can only be beaten by one that was there before it.
     kept: list[int] = []
     for index in sorted(range(len(costs)), key=lambda i: (costs[i], uses[i], i)):
         if not any(all(map(operator.le, uses[other], uses[index])) for other in kept):
@@ -122,16 +123,16 @@ def _useful(costs: Sequence[int], uses: Sequence[tuple[int, ...]]) -> list[int]:
 
 
 class _Bound(NamedTuple):
-    """A lower bound on the cost of all plans: `lowest` / `unit`. `excess` is how far the reduced
-    cost of every useful option is above the least of its group, times `unit`."""
+    """A lower bound on the cost of all plans: `lowest` / `scale`. `excess` is how far the reduced
+    cost of every useful option is above the least of its group, times `scale`."""
 
     lowest: int
-    unit: int
+    scale: int
     excess: list[dict[int, int]]
 
     def above(self, cost: int) -> int:
-        """How far a cost is above the bound, times `unit`."""
-        return self.unit * cost - self.lowest
+        """How far a cost is above the bound, times `scale`."""
+        return self.scale * cost - self.lowest
 
     def ranked(self) -> list[int]:
         """The excess of all options but the best of each group, ascending."""
@@ -142,7 +143,7 @@ class _Bound(NamedTuple):
 
     def most_gain(self, cost: int) -> float:
         """The share of a cost that a better plan could save at most."""
-        return float(Fraction(self.above(cost), self.unit * max(1, abs(cost))))
+        return float(Fraction(self.above(cost), self.scale * max(1, abs(cost))))
 
 
 def _bound(
@@ -151,16 +152,16 @@ def _bound(
     """Whatever the multipliers, no plan costs less than the sum of the least reduced costs minus
     what the limits are worth. Everything is multiplied by the common denominator to stay in
     integers."""
-    unit = math.lcm(*(value.denominator for value in multipliers))
-    whole = [int(value * unit) for value in multipliers]
+    scale = math.lcm(*(value.denominator for value in multipliers))
+    whole = [int(value * scale) for value in multipliers]
     lowest = 0
     excess = []
     for costs, uses, indices in zip(program.costs, program.uses, useful, strict=True):
-        reduced = {i: unit * costs[i] + _product(whole, uses[i]) for i in indices}
+        reduced = {i: scale * costs[i] + _product(whole, uses[i]) for i in indices}
         low = min(reduced.values())
         lowest += low
         excess.append({index: value - low for index, value in reduced.items()})
-    return _Bound(lowest - _product(whole, program.limits), unit, excess)
+    return _Bound(lowest - _product(whole, program.limits), scale, excess)
 
 
 def _product(one: Sequence[int], other: Sequence[int]) -> int:

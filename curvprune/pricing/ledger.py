@@ -341,16 +341,17 @@ def measure_highest(
         measure: given rows, and how many were measured before, the divergence that each causes
             alone, summed over each item's positions.
     """
+    # Highest first: the smaller a price, the better the quadratic model holds.
     high = sorted((row for row in ledger.rows if row.price > least), key=lambda row: -row.price)
     most = min(len(high), MEASURED_ROWS)
     ratio = 1.0
     for start in range(0, most, MEASURED_TOGETHER):
-        block = high[start : min(most, start + MEASURED_TOGETHER)]
-        found = measure(block, start)
+        rows = high[start : min(most, start + MEASURED_TOGETHER)]
+        found = measure(rows, start)
         ledger = ledger.with_measured(found)
         seen = float(sum(sums.sum() for sums in found.values()) / ledger.count.sum())
-        price = sum(row.price for row in block)
-        noise = math.hypot(*(row.stderr for row in block if math.isfinite(row.stderr)))
+        price = sum(row.price for row in rows)
+        noise = math.hypot(*(row.stderr for row in rows if math.isfinite(row.stderr)))
         if abs(seen - price) <= AGREED * seen + noise:
             return ledger, ""
         ratio = seen / price

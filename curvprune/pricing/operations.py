@@ -124,6 +124,7 @@ def multiply_adds(
                 tokens = int(mask.sum())
             macs[layer.name] += tokens * chosen.shape[1] * layer.numel / layer.groups
         elif layer.kind == "conv":
+            # The weight is used once for each place of the output.
             places = output.numel() // layer.shape[0]
             macs[layer.name] += places * layer.numel
         else:
@@ -191,6 +192,7 @@ def _bit_operations(work: LayerWork, option: Option) -> float:
     type (van Baalen et al. 2020, Bayesian Bits, where activations may be rounded too)."""
     grid = quantizer_of(option)
     cast = option.cast if isinstance(option, PruneCast) else option
+    # Weights that are not rounded keep the model's own type, unless they are cast.
     bits = work.bits
     if grid is not None:
         bits = grid.bits

@@ -6,7 +6,7 @@ again: what is certified is the saved model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -248,7 +248,7 @@ class _Making:
         """Whether a plan keeps to the limits and gives every group one option."""
         if not self.task.keeps_within(choices):
             return False
-        return all(len({choices[name] for name in group}) == 1 for group in self.task.groups)
+        return all(_one_option(choices, group) for group in self.task.groups)
 
     # ------------------------------------------------------------------------------- one plan
 
@@ -345,6 +345,11 @@ class _Making:
             packed = one.codes is not None and self.task.form_of(name, one.option) != "dense"
             light[name] = replace(one, weight=torch.empty(0)) if packed else one
         return light
+
+
+def _one_option(choices: Mapping[str, str], group: Iterable[str]) -> bool:
+    """Whether a plan gives all layers of a group the same option."""
+    return len({choices[name] for name in group}) == 1
 
 
 def _write_solved_into(model: nn.Module, solved: Mapping[str, Solved]) -> None:

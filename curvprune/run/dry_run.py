@@ -1,4 +1,4 @@
-"""`check`: what a run would do, need and risk, from a look at the recipe, the model and the data."""
+"""`check`: what a run would do, need and risk, by a look at recipe, model and data."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib.util
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from curvprune.compat import import_transformers
+from curvprune.compat import import_transformers, plain_config, quiet_libraries
 
 TASKS = {
     "causal-lm": "AutoModelForCausalLM",
@@ -61,7 +60,8 @@ def load_model(
     if gguf_file is not None:
         arguments["gguf_file"] = gguf_file
     try:
-        model, found = auto.from_pretrained(str(source), output_loading_info=True, **arguments)
+        with quiet_libraries():
+            model, found = auto.from_pretrained(str(source), output_loading_info=True, **arguments)
     except (OSError, ImportError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model {source}: {error}") from error
     missing = sorted(found["missing_keys"])
@@ -83,10 +83,7 @@ def load_model(
 def _without_quantization(model: Any, auto: Any, dtype: torch.dtype) -> Any:
     """A plain model with the weights of one read from GGUF, which carries a quantization_config
     that would be saved with it."""
-    config = copy.deepcopy(model.config).to_dict()
-    for key in ("quantization_config", "_name_or_path"):
-        config.pop(key, None)
-    plain = auto.from_config(type(model.config).from_dict(config), dtype=dtype)
+    plain = auto.from_config(plain_config(model.config), dtype=dtype)
     plain.load_state_dict(model.state_dict())
     plain.tie_weights()
     return plain
@@ -99,7 +96,8 @@ def load_tokenizer(
     arguments: dict[str, object] = {"trust_remote_code": trust_remote_code}
     if gguf_file is not None:
         arguments["gguf_file"] = gguf_file
-    return import_transformers().AutoTokenizer.from_pretrained(str(source), **arguments)
+    with quiet_libraries():
+        return import_transformers().AutoTokenizer.from_pretrained(str(source), **arguments)
 
 
 def model_sha256(model: nn.Module) -> str:

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -200,8 +201,7 @@ def _fit(
 
 def _check_packing(task: Task) -> None:
     """Whether transformers can load what the recipe wants it to load."""
-    offered = [option for options in task.options.values() for option in options]
-    rounds = any(quantizer_of(option) for option in offered)
+    rounds = any(quantizer_of(option) for option in task.offered)
     portable = artifact.portable_for(task.model, task.settings.portable)
     if rounds and portable and not artifact.loads_packed(task.model):
         raise TaskError(
@@ -391,7 +391,7 @@ def _structured(recipe: Recipe) -> Structured | None:
         return None
     asked = recipe.structured.model_dump(exclude_none=True)
     # Layers that read what is left must still fit the patterns and groups that they are offered.
-    options = [option for entry in recipe.compress for option in entry.options]
+    options = list(chain.from_iterable(entry.options for entry in recipe.compress))
     steps = _steps(options, groups=bool(recipe.portable))
     if steps:
         asked.setdefault("round_to", math.lcm(8, *steps))

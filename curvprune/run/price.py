@@ -268,9 +268,10 @@ def _measured_sums(
             changed.append((row.layer, candidates.with_option(row.layer, row.option).weight))
         items = task.splits.price.items
         measured = divergences(task.model, task.objective, items, task.layers, changed).T
-        finite = [bool(sums.isfinite().all()) for sums in measured]
-        kept = zip(measured, finite, strict=True)
-        state.write_json(name, [sums.tolist() if good else None for sums, good in kept])
+        kept: list[list[float] | None] = []
+        for sums in measured:
+            kept.append(sums.tolist() if bool(sums.isfinite().all()) else None)
+        state.write_json(name, kept)
     return decode(list[list[float] | None], state.read_json(name), source=str(state.path(name)))
 
 

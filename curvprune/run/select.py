@@ -502,7 +502,7 @@ class _Search:
         else:
             why = f"has {best.bytes:,} bytes; no plan was accepted"
         told = replace(best, beats_plan=True, note=f"a control beats the plan: it {why}")
-        self.trials = [told if trial is best else trial for trial in self.trials]
+        self.trials[self.trials.index(best)] = told
         self.space.note(f"the control {best.name} beats the plan and was used instead: it {why}")
         return told
 
@@ -521,7 +521,7 @@ class _Search:
 def _kinds_alone(task: Task) -> list[str]:
     """What of `ALONE` can be held against both together: nothing, where only one of the two is
     offered."""
-    offered = [option for options in task.options.values() for option in options]
+    offered = task.offered
     both = any(map(pruner_of, offered)) and any(map(quantizer_of, offered))
     if not both:
         return []

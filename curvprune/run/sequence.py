@@ -140,10 +140,10 @@ def fix_sequence(
 ) -> list[int]:
     """The plans to certify, cautious first; everything here is judged on select alone.
 
-    Unless an earlier run has left a safe one, the best plan is applied, and more cautious ones until
-    one is safe; then those that `next_plan` finds, for the applied models leave room (applied
-    sequentially, and recovered, a plan costs less than its candidates did). ``settings.attempts``
-    counts what this run applies.
+    Unless an earlier run has left a safe one, the best plan is applied, and more cautious ones
+    until one is safe. Then come those that `next_plan` finds: applied models leave room, because a
+    plan that is solved sequentially, and recovered, costs less than its candidates did.
+    ``settings.attempts`` counts what this run applies.
 
     Args:
         best: the plan that select found best.

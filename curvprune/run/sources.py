@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curvprune.compat import quiet_libraries
 from curvprune.model import EXTRA, PURPOSES, Batch, Split, Splits, deal_documents
 
 
@@ -190,5 +191,7 @@ def hub_documents(name: str, *, split: str, column: str, limit: int = 20_000) ->
         raise ValueError(
             "data from the hub needs the extra: pip install 'curvprune[hub]'"
         ) from error
-    rows = load_dataset(name, split=split, streaming=True)
-    return {f"row {i}": row[column] for i, row in zip(range(limit), rows, strict=False)}
+    with quiet_libraries():
+        rows = load_dataset(name, split=split, streaming=True)
+        first = zip(range(limit), rows, strict=False)
+        return {f"row {i}": row[column] for i, row in first}

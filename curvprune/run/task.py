@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -103,7 +104,8 @@ class Storage:
 
 
 class TaskError(ValueError):
-    """A part of the task cannot be; ``key`` says which, as in a recipe: ``("budget", "metric")``."""
+    """A part of the task cannot be. ``key`` says which, as in a recipe: ``("budget",
+    "metric")``."""
 
     def __init__(self, message: str, *key: str) -> None:
         super().__init__(message)
@@ -149,13 +151,19 @@ class Task:
         return self.model if self.original is None else self.original
 
     @property
+    def offered(self) -> list[Option]:
+        """All options of all layers, one layer after the other."""
+        return list(chain.from_iterable(self.options.values()))
+
+    @property
     def max_drop(self) -> float | None:
+        """The drop that the budget allows, if it says."""
         return None if self.budget is None else self.budget.max_drop
 
     @property
     def groups(self) -> list[tuple[str, ...]]:
         """Layers that get one option together, and every other layer by itself."""
-        grouped = {name for group in self.same_option for name in group}
+        grouped = set().union(*self.same_option)
         alone = [(name,) for name in self.layers if name not in grouped]
         return [*self.same_option, *alone]
 
@@ -356,8 +364,7 @@ def _with_limits(task: Task) -> Task:
 def _explained(task: Task, error: Infeasible) -> Infeasible:
     """Why no option lowers the multiply-adds, where that is what is missed."""
     missed = {shortfall.name for shortfall in error.shortfalls}
-    offered = [option for options in task.options.values() for option in options]
-    if "max_macs" not in missed or any(macs_left(option) != 1.0 for option in offered):
+    if "max_macs" not in missed or any(macs_left(option) != 1.0 for option in task.offered):
         return error
     return Infeasible(
         f"{error}. No option here lowers max_macs: zeros are multiplied like any other weight, "

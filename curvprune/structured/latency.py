@@ -202,6 +202,7 @@ class Latency:
         widths = tuple(left.get(n, cut.units) for n, cut in part.cuts.items())
         key = (part.looks, widths)
         if key not in self._kept:
+            # A block that is gone takes no time: nothing to measure.
             if any(cut.kind == BLOCKS for cut in part.cuts.values()):
                 self._kept[key] = 0.0
             else:

@@ -1,8 +1,8 @@
 """Rounding and pruning of SmolLM2-135M beside llm-compressor, on the same calibration and
 evaluation tokens.
 
-    python benchmarks/quantization.py [SETTING ...]                 # ours; all unless some are named
-    LLMC_PYTHON=/path/to/python python benchmarks/quantization.py   # ours and llm-compressor's
+    python benchmarks/quantization.py [SETTING ...]                # ours; all unless some are named
+    LLMC_PYTHON=/path/to/python python benchmarks/quantization.py  # ours and llm-compressor's
 
 ``LLMC_PYTHON`` is an interpreter with llmcompressor installed (its pins need an environment of
 their own). Each run is a process of its own on one thread; ``JOBS`` of them at a time (1), each on

@@ -2,8 +2,8 @@
 
     python examples/digits_vit.py --out runs/digits-vit-dense
 
-Takes under a minute on one CPU core. Trains on the first 900 images of `curvprune.model.items.digits`
-only; the recipe measures and certifies on the others.
+Takes under a minute on one CPU core. Trains on the first 900 images of `curvprune.run.digits` only;
+the recipe measures and certifies on the others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
-from curvprune.run.sources import DIGITS_TRAINING, digits
+from curvprune.run import DIGITS_TRAINING, digits
 
 SEED = 0  # of the initial weights and the order of the batches
 
@@ -32,15 +32,16 @@ def train(images: Tensor, labels: Tensor, *, epochs: int, seed: int) -> ViTForIm
         intermediate_size=192,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        initializer_range=0.15,  # about 1/√48: the default, 0.02, is for hidden sizes of a thousand
+        # About 1/√48: the default, 0.02, is for hidden sizes of a thousand.
+        initializer_range=0.15,
         id2label={digit: str(digit) for digit in range(10)},
         label2id={str(digit): digit for digit in range(10)},
     )
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # transformers draws initial weights from the global generator
+    # transformers draws initial weights from the global generator.
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ViTForImageClassification(config)
+
     generator = torch.Generator().manual_seed(seed)
     batch_size = 50
     steps = epochs * len(labels) // batch_size
@@ -68,7 +69,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=25)
     arguments = parser.parse_args()
 
-    torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
+    # Matrices this small gain nothing from a second thread.
+    torch.set_num_threads(1)
     images, labels = digits()
     model = train(
         images[:DIGITS_TRAINING], labels[:DIGITS_TRAINING], epochs=arguments.epochs, seed=SEED

@@ -214,7 +214,7 @@ def test_artifacts_and_exports_have_the_mode_that_the_umask_says(mask, mode, tmp
 
 
 def test_the_manifest_is_what_it_was(tmp_path):
-    """Its text, and that of version 1, which knew no sparse layers."""
+    """Its text."""
     model = Convolutional()
     options = [Quantize(bits=4), Prune(sparsity=0.5)]
     solved = compress_every_way(model, ["head", "flat"], options)
@@ -235,20 +235,19 @@ def test_the_manifest_is_what_it_was(tmp_path):
     whole = cp.load(tmp_path, model=Convolutional()).state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(whole[name], tensor), name
-    # Version 1, of a model without sparse layers.
-    artifact.save(tmp_path, model, find_layers(model), {"head": solved["head"]}, {})
-    first = {"head": {"option": "int4-pc-sym", "packed": True}}
-    path.write_text(json.dumps({"format": "pack-quantized", "version": 1, "layers": first}))
-    again = cp.load(tmp_path, model=Convolutional())
-    assert torch.equal(again.head.weight, model.head.weight)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", r"curvprune\.json is damaged"),
-        ("[]", r"curvprune\.json does not hold a Manifest"),
-        ('{"layers": {"a": {"option": "keep", "form": "woven"}}, "plan": {}}', r"layers\.a\.form"),
+        ("[]", r"curvprune\.json was written by another version"),
+        ('{"version": 1, "layers": {}}', r"another version of curvprune \(manifest 1, this one"),
+        ('{"version": 2, "layers": 1, "plan": {}}', r"curvprune\.json does not hold a Manifest"),
+        (
+            '{"version": 2, "layers": {"a": {"option": "keep", "form": "woven"}}, "plan": {}}',
+            r"layers\.a\.form",
+        ),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_named(text, message, tmp_path):

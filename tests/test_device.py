@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import curvprune as cp
+from curvprune import run as runs
 from curvprune.artifact import tensor_names
 from curvprune.model import evaluate
-from curvprune.run import pipeline as pipeline
-from curvprune.run.sources import digits
+from curvprune.run import digits
 from tests import tiny
 
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
@@ -235,15 +235,13 @@ def test_a_recipe_runs_to_its_verdict_and_goes_on_where_it_stopped(tmp_path):
     recipe = tiny.write_recipe(tmp_path)
     text = recipe.read_text().replace("device: cpu", f"device: {DEVICE}")
     recipe.write_text(text + "recover: {steps: 6, batch_size: 4}\n")
-    first = pipeline.run(recipe, tmp_path / "out", progress=False)
-    assert first.record["verdict"]["status"] == "CERTIFIED"
+    first = runs.run(recipe, tmp_path / "out", progress=False)
+    assert first.record.verdict.status == "CERTIFIED"
     (tmp_path / "out" / "verdict.json").unlink()
     for path in (tmp_path / "out" / "state").rglob("*certify*.json"):
         path.unlink()
-    again = pipeline.run(recipe, tmp_path / "out", progress=False)
-    assert again.record["verdict"]["drop"] == pytest.approx(
-        first.record["verdict"]["drop"], abs=1e-4
-    )
+    again = runs.run(recipe, tmp_path / "out", progress=False)
+    assert again.record.verdict.drop == pytest.approx(first.record.verdict.drop, abs=1e-4)
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert plan["bytes"] == sum(
         size for _, size in tensor_names(Path(tmp_path / "out" / "model")).values()

@@ -13,6 +13,7 @@ from curvprune.options import Form
 from curvprune.schema import decode, encode
 
 MANIFEST = "curvprune.json"
+VERSION = 2  # of the manifest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +36,7 @@ class Manifest:
     """
 
     format: str = "pack-quantized"
-    version: int = 2
+    version: int = VERSION
     portable: Portable = True
     layers: dict[str, StoredLayer]
     plan: dict[str, object]
@@ -52,22 +53,14 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """An artifact's manifest. Raises ``ValueError`` naming the file if that does not hold one."""
+    """An artifact's manifest. Raises ``ValueError`` naming the file if that does not hold one of
+    this version."""
     path = folder / MANIFEST
     value = State(folder).read_json(MANIFEST)
-    if isinstance(value, dict) and value.get("version") == 1:
-        value = _from_version_1(value)
+    written = value.get("version") if isinstance(value, dict) else None
+    if written != VERSION:
+        raise ValueError(
+            f"{path} was written by another version of curvprune (manifest {written}, this one "
+            f"reads {VERSION}); compress the model again"
+        )
     return decode(Manifest, value, source=str(path))
-
-
-def _from_version_1(value: dict[str, object]) -> dict[str, object]:
-    """Version 1 knew no sparse layers, and said of each whether it was packed."""
-    before = value.get("layers")
-    if not isinstance(before, dict):
-        return value
-    layers: dict[str, object] = {}
-    for name, entry in before.items():
-        layers[name] = entry
-        if isinstance(entry, dict):
-            layers[name] = {**entry, "form": "packed" if entry.get("packed") else "dense"}
-    return {"plan": {}, **value, "layers": layers}

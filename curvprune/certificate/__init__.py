@@ -15,8 +15,8 @@ statistics and the simulated error rates.
 """
 
 from curvprune.certificate.accuracy import certify_accuracy
+from curvprune.certificate.budget_to_verdict import ItemColumns, compare, item_columns
 from curvprune.certificate.clusters import design_effect
-from curvprune.certificate.comparison import ItemColumns, compare, item_columns
 from curvprune.certificate.exact_score import exact_p_value
 from curvprune.certificate.lm_eval import certify_lm_eval
 from curvprune.certificate.loss import certify_loss

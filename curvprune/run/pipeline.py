@@ -19,15 +19,7 @@ from curvprune.record import RunRecord
 from curvprune.run.certify import Shipped, apply_and_measure, certify_plans
 from curvprune.run.folder import (
     ANALYSIS,
-    FINISHED,
     INPUTS,
-    LEDGER,
-    PLAN,
-    REPORT_HTML,
-    REPORT_JSON,
-    VERDICT,
-    FinishedRecord,
-    fingerprint,
     finished_record,
     publish,
     run_to_reuse,
@@ -35,11 +27,17 @@ from curvprune.run.folder import (
 from curvprune.run.prepare import Prepared, prepare
 from curvprune.run.price import PricedOptions, price_options
 from curvprune.run.recipe import Recipe, load_recipe
-from curvprune.run.recording import Outcome, run_record
 from curvprune.run.select import Selection, select_plans
 from curvprune.run.solved_layers import SolvedLayers, solve_options
 from curvprune.run.task import Task
 from curvprune.run.workspace import Workspace
+from curvprune.run.write_record import (
+    Outcome,
+    run_record,
+    write_prices,
+    write_report,
+    write_results,
+)
 from curvprune.schema import decode, encode
 
 R = TypeVar("R")
@@ -124,7 +122,7 @@ def run(
         task, space = prepared.task, prepared.space
         if task.budget is not None:
             candidates, priced = solve_and_price(task, space)
-            _write_prices(priced, root)
+            write_prices(priced, root)
     if not first:
         return RunResult(exit_code=0, folder=root.folder, record=None)
 
@@ -137,7 +135,7 @@ def run(
     publish(shipped.folder, root)
     outcome = Outcome(priced=priced, selection=selection, shipped=shipped)
     record = run_record(prepared, outcome, root)
-    _write_results(recipe, root, record, shipped)
+    write_results(recipe, root, record, shipped)
     return _result(root, record)
 
 
@@ -156,14 +154,14 @@ def analyze(recipe_path: str | Path, out: str | Path, *, progress: bool = True) 
         root = replace(root, writes=first)
         prepared = prepare(recipe, root, progress=progress and first)
         _, priced = solve_and_price(prepared.task, prepared.space)
-        _write_prices(priced, root)
+        write_prices(priced, root)
         curvature = _curvature(prepared, recipe)
     if not first:
         return RunResult(exit_code=0, folder=root.folder, record=None)
     fisher = priced.analysis.to_dict()
     root.write_json(ANALYSIS, {**encode(curvature), "fisher": fisher})
     record = run_record(prepared, Outcome(priced=priced, curvature=curvature), root)
-    _write_report(root, record)
+    write_report(root, record)
     return RunResult(exit_code=0, folder=root.folder, record=record)
 
 
@@ -226,39 +224,6 @@ def _remember(state: State, key: str, kind: type[R], compute: Callable[[], R]) -
     value = compute()
     state.write_json(name, encode(value, kind))
     return value
-
-
-# ------------------------------------------------------------------------------------- its files
-
-
-def _write_prices(priced: PricedOptions, root: State) -> None:
-    root.write_json(LEDGER, priced.prices.ledger.to_dict())
-    root.write_json(ANALYSIS, priced.analysis.to_dict())
-
-
-def _write_results(recipe: Recipe, root: State, record: RunRecord, shipped: Shipped) -> None:
-    whole = encode(record)
-    trials = []
-    for trial in whole["trials"]:
-        trials.append({key: value for key, value in trial.items() if key != "choices"})
-    plan = {
-        **shipped.plan.to_dict(),
-        "layers": whole["layers"],
-        "corrections": whole["corrections"],
-        "trials": trials,
-    }
-    root.write_json(PLAN, plan)
-    verdict = whole["verdict"]
-    if verdict is None:
-        verdict = {"status": "NOT ASKED", "measured": whole["measured"]}
-    root.write_json(VERDICT, verdict)
-    _write_report(root, record)
-    root.write_json(FINISHED, encode(FinishedRecord(recipe=fingerprint(recipe))))
-
-
-def _write_report(root: State, record: RunRecord) -> None:
-    root.write_json(REPORT_JSON, record.to_json())
-    root.write_text(REPORT_HTML, report.build(record))
 
 
 def _result(root: State, record: RunRecord) -> RunResult:

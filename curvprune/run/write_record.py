@@ -1,4 +1,5 @@
-"""The record of a run, from what its stages made."""
+"""The record of a run, from what its stages made, and the files that hold it: ``report.json``,
+``report.html``, ``plan.json``, ``verdict.json``, ``ledger.json``."""
 
 from __future__ import annotations
 
@@ -6,12 +7,12 @@ import platform
 import resource
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 import curvprune
-from curvprune import artifact
+from curvprune import artifact, report
 from curvprune.compat import versions
 from curvprune.curvature import AnalysisRecord
 from curvprune.files import State
@@ -32,11 +33,26 @@ from curvprune.record import (
     Size,
 )
 from curvprune.run.certify import Shipped
-from curvprune.run.folder import LOCK, MODEL, state_bytes
+from curvprune.run.folder import (
+    ANALYSIS,
+    FINISHED,
+    LEDGER,
+    LOCK,
+    MODEL,
+    PLAN,
+    REPORT_HTML,
+    REPORT_JSON,
+    VERDICT,
+    FinishedRecord,
+    fingerprint,
+    state_bytes,
+)
 from curvprune.run.prepare import Prepared
 from curvprune.run.price import PricedOptions
+from curvprune.run.recipe import Recipe
 from curvprune.run.select import Selection
 from curvprune.run.task import Task
+from curvprune.schema import encode
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,45 +68,65 @@ class Outcome:
 def run_record(prepared: Prepared, outcome: Outcome, root: State) -> RunRecord:
     """Everything that a report says."""
     task, space = prepared.task, prepared.space
-    shipped, selection = outcome.shipped, outcome.selection
-    ledger = None if outcome.priced is None else outcome.priced.prices.ledger
-    plan = None if shipped is None else shipped.plan
-    used: Mapping[str, float] = {} if plan is None else plan.uses
-    limits = []
-    for name, most in task.most.items():
-        limits.append(LimitUse(name=name, most=most, used=used.get(name)))
-    trials = () if selection is None else selection.trials
-    if shipped is not None:
-        trials = (*trials, *shipped.applied)
-    analysis = outcome.curvature
-    if analysis is None and outcome.priced is not None:
-        analysis = outcome.priced.analysis.to_record()
-    return RunRecord(
+    # 1. What every run has.
+    record = RunRecord(
         title=prepared.title,
         objective=task.objective.name,
         measure=task.objective.measure,
-        budget=None if task.budget is None else _budget_record(task.budget),
-        verdict=None if shipped is None else shipped.verdict,
-        measured=None if shipped is None else shipped.measured,
-        items=None if shipped is None else shipped.items,
-        attempts=() if shipped is None else shipped.attempts,
-        limits=tuple(limits),
-        corrections={} if selection is None else dict(selection.prices.factors),
-        together=() if selection is None else selection.together,
-        recoveries=() if shipped is None else shipped.recoveries,
-        size=_size(task, shipped, root),
+        size=_size(task, outcome.shipped, root),
         structured=prepared.removed,
-        layers=layer_records(task, shipped, ledger),
-        ledger=None if ledger is None else _ledger_record(ledger),
-        trials=trials,
-        frontier=_frontier(task, ledger),
-        analysis=analysis,
         stages=tuple(space.log.log),
         peak_memory_bytes=_peak_memory(),
         state_bytes=state_bytes(root),
         provenance=_provenance(prepared),
         recipe=root.read_text(LOCK),
         notes=(*task.notes, *space.notes),
+    )
+    if task.budget is not None:
+        record = replace(record, budget=_budget_record(task.budget))
+    # 2. What each stage has added.
+    ledger = None
+    if outcome.priced is not None:
+        ledger = outcome.priced.prices.ledger
+        record = replace(
+            record,
+            ledger=_ledger_record(ledger),
+            frontier=_frontier(task, ledger),
+            analysis=outcome.priced.analysis.to_record(),
+        )
+    if outcome.curvature is not None:
+        record = replace(record, analysis=outcome.curvature)
+    if outcome.selection is not None:
+        record = replace(
+            record,
+            trials=outcome.selection.trials,
+            corrections=dict(outcome.selection.prices.factors),
+            together=outcome.selection.together,
+        )
+    uses: Mapping[str, float] = {}
+    if outcome.shipped is not None:
+        uses = outcome.shipped.plan.uses
+        record = _with_shipped(record, task, outcome.shipped, ledger)
+    # 3. What the plan uses of each limit.
+    limits = []
+    for name, most in task.most.items():
+        limits.append(LimitUse(name=name, most=most, used=uses.get(name)))
+    return replace(record, limits=tuple(limits))
+
+
+def _with_shipped(
+    record: RunRecord, task: Task, shipped: Shipped, ledger: Ledger | None
+) -> RunRecord:
+    """The record with the model that ships, its verdict and its layers."""
+    return replace(
+        record,
+        verdict=shipped.verdict,
+        measured=shipped.measured,
+        items=shipped.items,
+        attempts=shipped.attempts,
+        recoveries=shipped.recoveries,
+        layers=_layer_records(task, shipped, ledger),
+        trials=(*record.trials, *shipped.applied),
     )
 
 
@@ -149,9 +185,7 @@ def _ledger_record(ledger: Ledger) -> LedgerRecord:
     )
 
 
-def _frontier(task: Task, ledger: Ledger | None) -> tuple[FrontierPoint, ...]:
-    if ledger is None:
-        return ()
+def _frontier(task: Task, ledger: Ledger) -> tuple[FrontierPoint, ...]:
     points = []
     for point in frontier(ledger.rows, same_option=task.same_option):
         predicted = ledger.predict(point.choices)
@@ -165,12 +199,8 @@ def _frontier(task: Task, ledger: Ledger | None) -> tuple[FrontierPoint, ...]:
     return tuple(points)
 
 
-def layer_records(
-    task: Task, shipped: Shipped | None, ledger: Ledger | None
-) -> tuple[LayerRecord, ...]:
+def _layer_records(task: Task, shipped: Shipped, ledger: Ledger | None) -> tuple[LayerRecord, ...]:
     """What every layer got, and why."""
-    if shipped is None:
-        return ()
     group_of = {}
     for group in task.groups:
         group_of.update(dict.fromkeys(group, group))
@@ -248,3 +278,39 @@ def _peak_memory() -> int:
     """Peak resident memory of this process in bytes (Linux reports KiB, macOS bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+# ------------------------------------------------------------------------------------- the files
+
+
+def write_prices(priced: PricedOptions, root: State) -> None:
+    """Write ``ledger.json`` and ``analysis.json``."""
+    root.write_json(LEDGER, priced.prices.ledger.to_dict())
+    root.write_json(ANALYSIS, priced.analysis.to_dict())
+
+
+def write_results(recipe: Recipe, root: State, record: RunRecord, shipped: Shipped) -> None:
+    """Write ``plan.json``, ``verdict.json`` and the report; last, that the run has ended."""
+    whole = encode(record)
+    trials = []
+    for trial in whole["trials"]:
+        trials.append({key: value for key, value in trial.items() if key != "choices"})
+    plan = {
+        **shipped.plan.to_dict(),
+        "layers": whole["layers"],
+        "corrections": whole["corrections"],
+        "trials": trials,
+    }
+    root.write_json(PLAN, plan)
+    verdict = whole["verdict"]
+    if verdict is None:
+        verdict = {"status": "NOT ASKED", "measured": whole["measured"]}
+    root.write_json(VERDICT, verdict)
+    write_report(root, record)
+    root.write_json(FINISHED, encode(FinishedRecord(recipe=fingerprint(recipe))))
+
+
+def write_report(root: State, record: RunRecord) -> None:
+    """Write ``report.json`` and ``report.html``."""
+    root.write_json(REPORT_JSON, record.to_json())
+    root.write_text(REPORT_HTML, report.build(record))

@@ -15,22 +15,23 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
 
 from curvprune.certificate import (
     CERTIFIED,
     INCONCLUSIVE,
+    Verdict,
     certify_accuracy,
     certify_loss,
     certify_values,
+    exact_p_value,
     fixed_sequence,
     items_needed,
     items_needed_for_accuracy,
 )
-from curvprune.certificate import paired_tests as certificate
 
 ALPHA = 0.05
 ITEMS = (200, 500, 1000, 2000, 5000)
@@ -100,23 +101,21 @@ def loss_size(draw: Draw, items: int, correlation: float, runs: int) -> float:
 
 @functools.cache
 def most_losses(gains: int, items: int, budget: float) -> int:
-    """The largest number of lost items with which `certify_accuracy` certifies; it falls with the
-    number of losses."""
-    lost = np.arange(min(items - gains, gains + int(items * budget)) + 1)
-    score = certificate._score(lost, np.full(lost.shape, gains), items, budget)
-    most = (
-        int(np.searchsorted(score, special.ndtri(ALPHA), side="right")) - 1
-    )  # the score test's; the exact one is near
+    """The largest number of lost items with which `certify_accuracy` certifies, -1 if there is
+    none; the fewer are lost, the smaller its p-value."""
 
     def certified(lost: int) -> bool:
-        return (
-            lost - gains < items * budget
-            and certificate._p_value(lost, gains, items, budget) <= ALPHA
-        )
+        is_less = lost - gains < items * budget
+        return is_less and exact_p_value(lost, gains, items, budget) <= ALPHA
 
+    # 1. A guess by the normal approximation, whose spread depends on what it says.
+    z, most = NormalDist().inv_cdf(1 - ALPHA), gains
+    for _ in range(4):
+        most = max(0, round(gains + items * budget - z * math.sqrt(max(1, most + gains))))
+    # 2. From there to the exact test's.
     while most >= 0 and not certified(most):
         most -= 1
-    while most + 1 < lost.size and certified(most + 1):
+    while most + gains < items and certified(most + 1):
         most += 1
     return most
 
@@ -138,24 +137,24 @@ def clustered_accuracy_size(
     accepted = 0
     for part in np.array_split(np.arange(runs), 20):
         sizes = sizes_of(rng, items)
-        groups = np.repeat(np.arange(sizes.size), sizes)
         own = rng.dirichlet(shares * (1 / correlation - 1), (part.size, sizes.size))
         for row in rng.multinomial(sizes, np.clip(own, 0, 1)):
-            # `certify_accuracy` certifies if both of its tests do; most runs need only the cheap
-            # one.
             lost, won = row[:, 0], row[:, 1]
-            ratio = certificate._clustered_ratio(
-                (lost - won).astype(float), sizes.astype(float), np.arange(sizes.size)
-            )
-            n01, n10 = int(lost.sum()), int(won.sum())
-            if ratio.upper(ALPHA) > budget:
-                continue
-            spread = ((n01 + n10) / items - ((n01 - n10) / items) ** 2) / items
-            inflation = certificate._design_effect(groups, ratio.stderr, spread)
-            counts = certificate._shrunk(n01, n10, items, inflation)
-            if counts[0] - counts[1] < counts[2] * budget:
-                accepted += certificate._p_value(*counts, budget) <= ALPHA
+            # `certify_accuracy` certifies if both of its tests do; most runs need only the cheap
+            # one, which is that of losses.
+            if loss_certified((lost - won).astype(float), sizes.astype(float), budget):
+                verdict = accuracy_verdict(lost, won, sizes, budget)
+                accepted += verdict.status == CERTIFIED
     return accepted / runs
+
+
+def accuracy_verdict(lost: NDArray, won: NDArray, sizes: NDArray, budget: float) -> Verdict:
+    """Of documents that gain their first items and lose the next ones."""
+    documents_of = np.repeat(np.arange(sizes.size), sizes)
+    place = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    before = place >= won[documents_of]
+    after = ~before | (place >= (won + lost)[documents_of])
+    return certify_accuracy(before, after, clusters=documents_of, max_drop=budget)
 
 
 def bounded_size(items: int, correlation: float, runs: int, budget: float = 0.02) -> float:
@@ -165,27 +164,23 @@ def bounded_size(items: int, correlation: float, runs: int, budget: float = 0.02
     accepted = 0
     for part in np.array_split(np.arange(runs), 20):
         sizes = sizes_of(rng, items)
-        groups = np.repeat(np.arange(sizes.size), sizes)
+        clusters = np.repeat(np.arange(sizes.size), sizes)
         for _ in part:
             if correlation:
                 scale = 1 / correlation - 1
-                share = rng.beta(2 * budget * scale, (1 - 2 * budget) * scale, sizes.size)[groups]
+                share = rng.beta(2 * budget * scale, (1 - 2 * budget) * scale, sizes.size)[clusters]
             else:
                 share = np.full(items, 2 * budget)
             difference = (rng.random(items) < share) * rng.random(items)
-            if correlation:
-                ratio = certificate._clustered_ratio(difference, np.ones(items), groups)
-                if ratio.upper(ALPHA) > budget:
-                    continue
-            values = np.append(difference, 1.0)
-            inflation = (
-                certificate._design_effect(groups, ratio.stderr, difference.var() / items)
-                if correlation
-                else 1
+            verdict = certify_values(
+                np.zeros(items),
+                difference,
+                max_drop=budget,
+                bounds=(0, 1),
+                higher_is_better=False,
+                clusters=clusters if correlation else None,
             )
-            weights = np.append(np.full(items, 1 / inflation), 1.0)
-            if difference.mean() < budget:
-                accepted += certificate._gaffke(values, weights, budget) <= ALPHA
+            accepted += verdict.status == CERTIFIED
     return accepted / runs
 
 
@@ -293,142 +288,135 @@ def bounded_power(pilot: int, budget: float, runs: int) -> tuple[float, float]:
     return float(np.mean(accepted)), float(np.median(factors))
 
 
+def size(rate: float, of: int) -> str:
+    """In percent; bold where it is above ALPHA by more than the simulation's noise."""
+    text = f"{100 * rate:.2f}"
+    return f"**{text}**" if rate > ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / of) else text
+
+
+def table(title: str, rows: list[tuple[str, list[str]]], columns: list[str]) -> None:
+    print(f"\n{title}\n\n| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}", flush=True)
+    for name, cells in rows:
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+BY_ITEMS = [f"{items:,}" for items in ITEMS]
+
+
+def accuracy_tables(runs: int) -> None:
+    rows = []
+    for budget in (0.01, 0.02, 0.05):
+        for disagreement in (0.01, 0.02, 0.05, 0.1, 0.2):
+            if disagreement < budget:
+                continue
+            shares = [accuracy_share(n, budget, budget, disagreement, runs) for n in ITEMS]
+            name = f"budget {budget:.0%}, {disagreement:.0%} disagree"
+            rows.append((name, [size(share, runs) for share in shares]))
+    title = "Accuracy, independent items: wrong acceptances at a true drop equal to the budget"
+    table(title, rows, BY_ITEMS)
+    rows = []
+    for rho in CORRELATIONS:
+        shares = [clustered_accuracy_size(items, rho, runs) for items in ITEMS]
+        rows.append((f"ρ = {rho:g}", [size(share, runs) for share in shares]))
+    table("Accuracy, documents of 10 items: budget 3 %, 7 % disagree", rows, BY_ITEMS)
+
+
+def loss_tables(runs: int) -> None:
+    for name, draw in DIFFERENCES.items():
+        rows = []
+        for rho in CORRELATIONS:
+            shares = [loss_size(draw, items, rho, runs) for items in ITEMS]
+            rows.append((f"ρ = {rho:g}", [size(share, runs) for share in shares]))
+        table(f"Loss, documents of 10 items, differences {name}", rows, BY_ITEMS)
+
+
+def bounded_table(runs: int) -> None:
+    runs = max(20, runs // 10)
+    rows = []
+    for rho in (0.0, *CORRELATIONS):
+        shares = [bounded_size(items, rho, runs) for items in ITEMS]
+        name = f"ρ = {rho:g}" if rho else "independent"
+        rows.append((name, [size(share, runs) for share in shares]))
+    title = f"Score in [0, 1], 4 % of the items lose, budget 2 % ({runs} runs)"
+    table(title, rows, BY_ITEMS)
+
+
+def sequence_table(runs: int) -> None:
+    sequences = {
+        "one plan at the budget": ((1.0,), 0.2),
+        "all five at the budget": ((1.0,) * 5, 0.2),
+        "two within, three at the budget": ((0.8, 0.9, 1.0, 1.0, 1.0), 0.2),
+        "one within, then at and above": ((0.0, 1.0, 1.1, 1.3), 0.2),
+        "one plan at the budget, ρ = 1": ((1.0,), 1.0),
+        "one within, then at and above, ρ = 1": ((0.0, 1.0, 1.1, 1.3), 1.0),
+    }
+    rows = []
+    for name, case in sequences.items():
+        shares = [sequence_size(items, *case, runs) for items in ITEMS[:4]]
+        rows.append((name, [size(share, runs) for share in shares]))
+    title = "Fixed sequence of plans on the same documents, lognormal, ρ = 0.2: "
+    table(f"{title}the shipped plan is over the budget", rows, BY_ITEMS[:4])
+
+
+def power_tables(runs: int) -> None:
+    # 1. The spread of the differences is known beforehand.
+    rows = []
+    cases = ((0.01, 0.005), (0.01, 0.01), (0.01, 0.02), (0.02, 0.05), (0.02, 0.1), (0.05, 0.2))
+    for budget, disagreement in cases:
+        needed = items_needed_for_accuracy(disagreement, max_drop=budget)
+        share = accuracy_share(needed, budget, 0.0, disagreement, runs)
+        name = f"accuracy, budget {budget:.0%}, {disagreement:.1%} disagree"
+        rows.append((name, [f"{needed:,}", f"{100 * share:.1f}"]))
+    for items in (200, 1000):
+        sd = math.sqrt(items) / 2.4865
+        needed = items_needed(sd, max_drop=1.0)
+        rng = np.random.default_rng(9)
+        draws = (sd * rng.standard_normal(needed) for _ in range(runs))
+        share = float(np.mean([loss_certified(draw, np.ones(needed), 1.0) for draw in draws]))
+        rows.append((f"loss, normal, sd {sd:.1f} budgets", [f"{needed:,}", f"{100 * share:.1f}"]))
+    title = "An unchanged model with the items needed, planned from a known spread"
+    table(title, rows, ["items", "certified"])
+
+    # 2. It is what a first, inconclusive test saw.
+    few, found = max(20, runs // 10), {}
+    for budget, disagreement in ((0.02, 0.02), (0.02, 0.05), (0.05, 0.1)):
+        name = f"accuracy, 300 items, budget {budget:.0%}, {disagreement:.0%} disagree"
+        found[name] = accuracy_power(300, budget, disagreement, few)
+    found["score in [0, 1], 500 items, budget 2 %, 10 % change"] = bounded_power(
+        500, 0.02, few // 4
+    )
+    for name, draw in DIFFERENCES.items():
+        for pilot, rho in ((200, 0.1), (1000, 0.1)):
+            title = f"loss, {pilot:,} items in documents, {name}"
+            found[title] = loss_power(draw, pilot, rho, few)
+    rows = []
+    for name, (share, factor) in found.items():
+        rows.append((name, [f"{factor:.1f}", f"{100 * share:.1f}"]))
+    title = "An unchanged model, inconclusive at first, with as many new items as its verdict says"
+    table(f"{title} are needed", rows, ["times the items", "certified"])
+
+
+TABLES: dict[str, Callable[[int], None]] = {
+    "accuracy": accuracy_tables,
+    "loss": loss_tables,
+    "bounded": bounded_table,
+    "sequence": sequence_table,
+    "power": power_tables,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=10_000, help="simulated runs a cell")
-    parser.add_argument(
-        "--only", choices=("accuracy", "loss", "bounded", "sequence", "power"), default=None
-    )
+    parser.add_argument("--only", choices=TABLES, default=None)
     asked = parser.parse_args()
-    runs, few = asked.runs, max(20, asked.runs // 10)
     start = time.perf_counter()
-
-    def size(rate: float, of: int = runs) -> str:
-        text = f"{100 * rate:.2f}"
-        return f"**{text}**" if rate > ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / of) else text
-
-    def table(title: str, rows: list[tuple[str, list[str]]], columns: list[str]) -> None:
-        print(f"\n{title}\n\n| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}", flush=True)
-        for name, cells in rows:
-            print(f"| {name} | {' | '.join(cells)} |", flush=True)
-
-    by_items = [f"{items:,}" for items in ITEMS]
-    if asked.only in (None, "accuracy"):
-        rows = [
-            (
-                f"budget {budget:.0%}, {disagreement:.0%} disagree",
-                [
-                    size(accuracy_share(items, budget, budget, disagreement, runs))
-                    for items in ITEMS
-                ],
-            )
-            for budget in (0.01, 0.02, 0.05)
-            for disagreement in (0.01, 0.02, 0.05, 0.1, 0.2)
-            if disagreement >= budget
-        ]
-        table(
-            "Accuracy, independent items: wrong acceptances at a true drop equal to the budget",
-            rows,
-            by_items,
-        )
-        rows = [
-            (f"ρ = {rho:g}", [size(clustered_accuracy_size(items, rho, runs)) for items in ITEMS])
-            for rho in CORRELATIONS
-        ]
-        table("Accuracy, documents of 10 items: budget 3 %, 7 % disagree", rows, by_items)
-    if asked.only in (None, "loss"):
-        for name, draw in DIFFERENCES.items():
-            rows = [
-                (f"ρ = {rho:g}", [size(loss_size(draw, items, rho, runs)) for items in ITEMS])
-                for rho in CORRELATIONS
-            ]
-            table(f"Loss, documents of 10 items, differences {name}", rows, by_items)
-    if asked.only in (None, "bounded"):
-        rows = [
-            (
-                "independent" if not rho else f"ρ = {rho:g}",
-                [size(bounded_size(items, rho, few), few) for items in ITEMS],
-            )
-            for rho in (0.0, *CORRELATIONS)
-        ]
-        table(f"Score in [0, 1], 4 % of the items lose, budget 2 % ({few} runs)", rows, by_items)
-    if asked.only in (None, "sequence"):
-        sequences = {
-            "one plan at the budget": ((1.0,), 0.2),
-            "all five at the budget": ((1.0,) * 5, 0.2),
-            "two within, three at the budget": ((0.8, 0.9, 1.0, 1.0, 1.0), 0.2),
-            "one within, then at and above": ((0.0, 1.0, 1.1, 1.3), 0.2),
-            "one plan at the budget, ρ = 1": ((1.0,), 1.0),
-            "one within, then at and above, ρ = 1": ((0.0, 1.0, 1.1, 1.3), 1.0),
-        }
-        rows = [
-            (name, [size(sequence_size(n, *case, runs)) for n in ITEMS[:4]])
-            for name, case in sequences.items()
-        ]
-        title = "Fixed sequence of plans on the same documents, lognormal, ρ = 0.2: the shipped plan is over the budget"
-        table(title, rows, by_items[:4])
-    if asked.only in (None, "power"):
-        rows = []
-        for budget, disagreement in (
-            (0.01, 0.005),
-            (0.01, 0.01),
-            (0.01, 0.02),
-            (0.02, 0.05),
-            (0.02, 0.1),
-            (0.05, 0.2),
-        ):
-            needed = items_needed_for_accuracy(disagreement, max_drop=budget)
-            share = accuracy_share(needed, budget, 0.0, disagreement, runs)
-            rows.append(
-                (
-                    f"accuracy, budget {budget:.0%}, {disagreement:.1%} disagree",
-                    [f"{needed:,}", f"{100 * share:.1f}"],
-                )
-            )
-        for items in (200, 1000):
-            sd = math.sqrt(items) / 2.4865
-            needed = items_needed(sd, max_drop=1.0)
-            rng = np.random.default_rng(9)
-            draws = (sd * rng.standard_normal(needed) for _ in range(runs))
-            share = float(np.mean([loss_certified(draw, np.ones(needed), 1.0) for draw in draws]))
-            rows.append(
-                (f"loss, normal, sd {sd:.1f} budgets", [f"{needed:,}", f"{100 * share:.1f}"])
-            )
-        table(
-            "An unchanged model with the items needed, planned from a known spread",
-            rows,
-            ["items", "certified"],
-        )
-        rows = []
-        for budget, disagreement in ((0.02, 0.02), (0.02, 0.05), (0.05, 0.1)):
-            share, factor = accuracy_power(300, budget, disagreement, few)
-            rows.append(
-                (
-                    f"accuracy, 300 items, budget {budget:.0%}, {disagreement:.0%} disagree",
-                    [f"{factor:.1f}", f"{100 * share:.1f}"],
-                )
-            )
-        share, factor = bounded_power(500, 0.02, few // 4)
-        rows.append(
-            (
-                "score in [0, 1], 500 items, budget 2 %, 10 % change",
-                [f"{factor:.1f}", f"{100 * share:.1f}"],
-            )
-        )
-        for name, draw in DIFFERENCES.items():
-            for pilot, rho in ((200, 0.1), (1000, 0.1)):
-                share, factor = loss_power(draw, pilot, rho, few)
-                rows.append(
-                    (
-                        f"loss, {pilot:,} items in documents, {name}",
-                        [f"{factor:.1f}", f"{100 * share:.1f}"],
-                    )
-                )
-        title = "An unchanged model, inconclusive at first, with as many new items as its verdict says are needed"
-        table(title, rows, ["times the items", "certified"])
-    print(f"\n{runs} runs a cell, {time.perf_counter() - start:.0f} s")
+    for name, print_tables in TABLES.items():
+        if asked.only in (None, name):
+            print_tables(asked.runs)
+    print(f"\n{asked.runs} runs a cell, {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

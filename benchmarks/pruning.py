@@ -1,7 +1,7 @@
 """Structured pruning without fine-tuning, beside torch-pruning's criteria at equal multiply-adds,
 in one run.
 
-    python benchmarks/pruning.py [resnet] [vit] [smollm2] [storage]      # the first three unless some are named
+    python benchmarks/pruning.py [resnet] [vit] [smollm2] [storage]     # the first three by default
     python benchmarks/pruning.py [latency-resnet] [latency-vit] [latency-smollm2]
 
 resnet: ResNet-20 trained on Fashion-MNIST (Debian's ``dataset-fashion-mnist``, or ``BENCH_FM``),
@@ -53,7 +53,7 @@ from torch import Tensor, nn
 import curvprune as cp
 from curvprune.artifact import tensor_names
 from curvprune.model import CausalLM, Classification, Objective, Split, Splits, collate, find_layers
-from curvprune.structured import Run, Structured, Work, choose_widths, offered_widths, seconds
+from curvprune.structured import CutWork, Run, Structured, choose_widths, offered_widths, seconds
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import quantization
@@ -72,10 +72,18 @@ class ImageLogits(nn.Module):
         from transformers import ViTConfig, ViTForImageClassification
 
         config = ViTConfig(
-            image_size=28, patch_size=4, num_channels=1, hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
-            intermediate_size=256, num_labels=10, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            image_size=28,
+            patch_size=4,
+            num_channels=1,
+            hidden_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=256,
+            num_labels=10,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
             initializer_range=0.12,
-        )  # fmt: skip
+        )
         self.net = ViTForImageClassification(config)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,7 +151,7 @@ def splits(draw: int) -> Splits:
 
 def macs(net: nn.Module) -> int:
     x, y = fashion_mnist("t10k")
-    return Work(net, Classification(), (normalise(x[:1]), y[:1]), {})("macs", {})
+    return CutWork(net, Classification(), (normalise(x[:1]), y[:1]), {})("macs", {})
 
 
 # ------------------------------------------------------------------------------------ torch-pruning
@@ -207,9 +215,17 @@ def peer(
         if name == "fc" or name.endswith("classifier") or (not stream and name.endswith(writes)):
             ignored.append(module)
     pruner = tp.pruner.BasePruner(
-        net, x[:2], importance, global_pruning=ranking == "global", pruning_ratio=ratio, max_pruning_ratio=0.9,
-        ignored_layers=ignored, num_heads=dict(heads), in_channel_groups={}, out_channel_groups={},
-    )  # fmt: skip
+        net,
+        x[:2],
+        importance,
+        global_pruning=ranking == "global",
+        pruning_ratio=ratio,
+        max_pruning_ratio=0.9,
+        ignored_layers=ignored,
+        num_heads=dict(heads),
+        in_channel_groups={},
+        out_channel_groups={},
+    )
     for p, g in zip(net.parameters(), known, strict=True):
         p.grad = g.clone()
     if criterion == "OBD-C":
@@ -415,10 +431,12 @@ def latency(
 
 def latency_of_images(title: str, net: nn.Module) -> None:
     dense = accuracy(net)
+
+    def points(model: nn.Module) -> str:
+        return f"{100 * (dense - accuracy(model)):.2f} points"
+
     for draw in range(int(os.environ.get("DRAWS", "3"))):
-        latency(
-            title, net, splits(draw), Classification(), lambda m: f"{100 * (dense - accuracy(m)):.2f} points", 16
-        )  # fmt: skip
+        latency(title, net, splits(draw), Classification(), points, 16)
 
 
 def latency_of_smollm2() -> None:
@@ -433,10 +451,11 @@ def latency_of_smollm2() -> None:
     )
     data = Splits(calibrate=calibrate, price=price, select=price, certify=price)
     dense = quantization.perplexity(model, parts["certify"])
-    latency(
-        "SmolLM2-135M, 128 tokens", model, data, CausalLM(),
-        lambda m: f"perplexity {dense:.2f} → {quantization.perplexity(m, parts['certify']):.2f}", 1,
-    )  # fmt: skip
+
+    def perplexities(small: nn.Module) -> str:
+        return f"perplexity {dense:.2f} → {quantization.perplexity(small, parts['certify']):.2f}"
+
+    latency("SmolLM2-135M, 128 tokens", model, data, CausalLM(), perplexities, 1)
 
 
 HALF, SIXTEEN = cp.Prune(sparsity=0.5), cp.Cast(dtype="float16")
@@ -473,7 +492,6 @@ def read_back(folder: Path) -> None:
 
 
 def storage() -> None:
-
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model, data, parts = quantization.prepared(folder)
@@ -526,11 +544,12 @@ def storage() -> None:
                 torch.equal(load_file(out / f"logits{p}")["logits"], expected)
                 for p in (False, True)
             ]
+            same = "equal" if all(equal) else f"equal unpacked: {equal[0]}, packed: {equal[1]}"
+            after = quantization.perplexity(small, parts["certify"])
             print(
-                f"| {name} | {inner / 1e6:.1f} | {inner / layers:.3f} | {file / 1e6:.1f} | {file / whole:.3f} "
-                f"| {held[0] / 1e6:.0f} | {held[1] / 1e6:.0f} | {quantization.perplexity(small, parts['certify']):.2f} "
-                f"| {'equal' if all(equal) else f'equal unpacked: {equal[0]}, packed: {equal[1]}'} "
-                "|",
+                f"| {name} | {inner / 1e6:.1f} | {inner / layers:.3f} | {file / 1e6:.1f} "
+                f"| {file / whole:.3f} | {held[0] / 1e6:.0f} | {held[1] / 1e6:.0f} "
+                f"| {after:.2f} | {same} |",
                 flush=True,
             )
 

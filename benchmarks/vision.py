@@ -2,7 +2,7 @@
 scale per channel.
 
     python benchmarks/vision.py
-    BREVITAS_PYTHON=/path/to/python python benchmarks/vision.py      # ours and brevitas's, in one run
+    BREVITAS_PYTHON=/path/to/python python benchmarks/vision.py   # ours and brevitas's
 
 Beside curvprune: rounding to nearest with the smallest scale that clips nothing, and with the scale
 of least squared error. If ``BREVITAS_PYTHON`` is an interpreter with brevitas and safetensors
@@ -143,7 +143,9 @@ def theirs(folder: Path, bits: int) -> dict[str, list[tuple[float, float]]]:
         "Qronos": (gpfq_mode, {"algorithm_impl": Qronos}),
     }
 
-    lost = lambda other: losses(other, given["test"], given["right"])  # noqa: E731
+    def lost(other: nn.Module) -> tuple[float, float]:
+        return losses(other, given["test"], given["right"])
+
     found = (
         {}
         if find_spec("torchao") is None

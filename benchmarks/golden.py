@@ -1,8 +1,8 @@
 """A golden record: what a version of curvprune gives for a fixed set of runs, to hold a refactoring
 against.
 
-    python benchmarks/golden.py record before.json [--quickstart]     # minutes; about 15 more with the quickstart
-    python benchmarks/golden.py compare before.json after.json        # exits 1 if anything differs
+    python benchmarks/golden.py record before.json [--quickstart]  # minutes; with it 15 more
+    python benchmarks/golden.py compare before.json after.json     # exits 1 if anything differs
 
 Recorded are plans, prices, verdicts, and the hashes of model files, of
 

@@ -45,13 +45,13 @@ __all__ = [
     "LayerRecord",
     "LedgerRecord",
     "LimitUse",
-    "Measurement",
     "ModelCurvatureRecord",
     "NamedLimit",
     "OtherRun",
     "PairedLoss",
     "PriceRow",
     "Provenance",
+    "RecoveryMoment",
     "RecoveryRecord",
     "RemovedUnits",
     "RunRecord",
@@ -144,7 +144,7 @@ class LimitUse:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Measurement:
+class RecoveryMoment:
     """A moment of a recovery: mean training loss since the one before, and the loss on select."""
 
     step: int
@@ -165,7 +165,7 @@ class RecoveryRecord:
     trained: int
     flipped: int
     seconds: float
-    history: tuple[Measurement, ...]
+    history: tuple[RecoveryMoment, ...]
     notes: tuple[str, ...] = ()
 
 
@@ -299,7 +299,7 @@ class RunRecord:
     Attributes:
         objective, measure: the loss, and what it is counted in, such as ``"nats/token"``.
         verdict: of the model that ships; ``None`` where no ``max_drop`` was asked.
-        measured: the same test without a budget to judge by, where a model was written.
+        measured: the verdict, or the same test where there is no budget to judge by.
         items: results of every item of the certify split.
         attempts: the plans that were tested, in order.
         corrections: option → factor on its prices, as the trials say.

@@ -25,10 +25,10 @@ from curvprune.record import (
     LayerRecord,
     LedgerRecord,
     LimitUse,
-    Measurement,
     ModelCurvatureRecord,
     PriceRow,
     Provenance,
+    RecoveryMoment,
     RecoveryRecord,
     RemovedUnits,
     RunRecord,
@@ -380,8 +380,8 @@ def everything(small: RunRecord) -> RunRecord:
     """A record with something in every field."""
     assert small.verdict is not None
     history = (
-        Measurement(step=0, training=None, select=3.2),
-        Measurement(step=80, training=3.0, select=3.1),
+        RecoveryMoment(step=0, training=None, select=3.2),
+        RecoveryMoment(step=80, training=3.0, select=3.1),
     )
     recovery = RecoveryRecord(
         plan="plan-3",

@@ -27,7 +27,7 @@ from tests.to_recover import files, times, weights
 RECOVER = "recover: {steps: 20, lr: 0.01, every: 5, codes: true}\n"
 ONE = ("attempts: 2", "attempts: 1")
 LABEL_FREE = "objective: label-free\n"  # a divergence: what a plan loses is never below zero
-REUSED = "1 plan(s) recovered by the reused run were candidates for this budget too"
+REUSED = "1 plan(s) recovered by the reused run were considered for this budget too"
 
 
 def variant(source: Path, path: Path, *changes: tuple[str, str]) -> Path:

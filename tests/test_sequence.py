@@ -16,8 +16,8 @@ from curvprune.planning import Budget, Infeasible, Within, cheapest
 from curvprune.pricing import Ledger, Row
 from curvprune.record import Trial
 from curvprune.run import (
-    Candidate,
     Prices,
+    Prospect,
     Task,
     Tried,
     chance_at,
@@ -28,7 +28,7 @@ from curvprune.run import (
 )
 
 
-def shipped(plans: list[Candidate], luck: float) -> int | None:
+def shipped(plans: list[Prospect], luck: float) -> int | None:
     """What ships if plans with a chance above ``luck`` pass: tested in turn, up to the first that
     does not."""
     last = None
@@ -44,7 +44,7 @@ def shipped(plans: list[Candidate], luck: float) -> int | None:
 def test_the_expected_saving_is_the_mean_of_what_ships(seed):
     rng = np.random.default_rng(seed)
     plans = [
-        Candidate(int(size), float(chance))
+        Prospect(int(size), float(chance))
         for size, chance in zip(rng.integers(10, 99, 5), rng.uniform(size=5), strict=True)
     ]
     lucks = (np.arange(20_000) + 0.5) / 20_000
@@ -57,11 +57,11 @@ def test_no_other_choice_of_plans_to_test_saves_more(seed):
     """Brute force over every subset, tested from the largest to the smallest."""
     rng = np.random.default_rng(100 + seed)
     plans = [
-        Candidate(int(size), float(chance))
+        Prospect(int(size), float(chance))
         for size, chance in zip(rng.integers(10, 99, 5), rng.uniform(size=5), strict=True)
     ]
 
-    def saving(subset: list[Candidate]) -> float:
+    def saving(subset: list[Prospect]) -> float:
         mean, before, passing = 0.0, 120, 1.0
         for size, chance in sorted(subset, reverse=True):
             passing = min(passing, chance)
@@ -73,7 +73,7 @@ def test_no_other_choice_of_plans_to_test_saves_more(seed):
 
 
 def tested(*plans: tuple[int, float]) -> list[int]:
-    return to_test([Candidate(*plan) for plan in plans])
+    return to_test([Prospect(*plan) for plan in plans])
 
 
 def test_a_plan_beside_a_smaller_and_likelier_one_is_not_tested():
@@ -211,11 +211,11 @@ def test_the_next_plan_saves_most_of_all_plans():
     ]
     best = next_plan(task, AT_FIRST, tried)
     assert best is not None
-    plans = [Candidate(one.trial.bytes, one.trial.chance) for one in tried]
+    plans = [Prospect(one.trial.bytes, one.trial.chance) for one in tried]
 
     def saving(choices):
         chance = chance_of(task, price_of(choices), tried)
-        return expected_saving([*plans, Candidate(bytes_of(choices), chance)], 32_000)
+        return expected_saving([*plans, Prospect(bytes_of(choices), chance)], 32_000)
 
     every = [{f"layer {i}": str(n // 4**i % 4) for i in range(4)} for n in range(4**4)]
     assert saving(best) == pytest.approx(max(map(saving, every)), rel=0.02)

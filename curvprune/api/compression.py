@@ -429,12 +429,12 @@ def recover(
     Raises:
         ValueError: nothing to train, outputs that do not fit the baseline's, labels that are
             lacking, too little data, data dealt out here whose part to certify the compression has
-            seen; `curvprune.compression.recovery.Diverged` where the loss stops being finite:
+            seen; `curvprune.compression.Diverged` where the loss stops being finite:
             ``error.recovery`` has the best state.
 
     Cost: a step is a forward pass of both models and a backward one on ``batch_size`` items; a
     measurement (ten of them) a forward pass over the select items. Memory: see
-    `curvprune.compression.recovery.recover_`.
+    `curvprune.compression.recover_`.
     """
     known = {field.name for field in fields(Training)}
     if unknown := sorted(set(training) - known):

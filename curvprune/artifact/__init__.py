@@ -26,7 +26,7 @@ from curvprune.artifact.manifest import MANIFEST, Manifest, StoredLayer, read_ma
 from curvprune.artifact.packed_modules import PackedWeight, SparseWeight
 from curvprune.artifact.packing import pack, unpack
 from curvprune.artifact.save_and_load import describe, load_artifact, write_model
-from curvprune.artifact.storage import stored_tensors
+from curvprune.artifact.stored_layers import stored_tensors
 from curvprune.artifact.transformers_folder import loads_packed, quantization_config
 
 __all__ = [

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from curvprune.artifact.forms import Portable, form_of, portable_for
 from curvprune.artifact.manifest import MANIFEST, Manifest, StoredLayer, read_manifest
 from curvprune.artifact.packed_modules import HeldWeight, give_back_memory, pack_modules
-from curvprune.artifact.storage import Stored, stored_tensors, take_stored
+from curvprune.artifact.stored_layers import Stored, stored_tensors, take_stored
 from curvprune.compression import Solved
 from curvprune.files import State
 from curvprune.model import Layer, changes_of, find_layers, remember_, reshape_

@@ -29,7 +29,7 @@ from curvprune.artifact.dense import opened
 from curvprune.artifact.folder import WEIGHTS, copy_companions, state_dict_on_disk, weights_file
 from curvprune.artifact.manifest import Manifest, read_manifest
 from curvprune.artifact.packing import pack
-from curvprune.artifact.storage import Stored, take_stored
+from curvprune.artifact.stored_layers import Stored, take_stored
 from curvprune.files import State
 from curvprune.model import Layer, find_layers
 from curvprune.options import Quantize, option_from_key, quantizer_of

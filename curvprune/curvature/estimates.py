@@ -9,7 +9,7 @@ from jaxtyping import Float
 from scipy.special import chdtri
 from torch import Tensor
 
-from curvprune.curvature.rounding import check_finite
+from curvprune.curvature.working_precision import check_finite
 
 ENOUGH = 8  # samples before an error bar is believed
 

@@ -28,9 +28,9 @@ from curvprune.curvature.lobpcg import Lobpcg, lobpcg
 from curvprune.curvature.operators import Operator
 from curvprune.curvature.random_vectors import check_generator
 from curvprune.curvature.ritz import Wanted, Which
-from curvprune.curvature.rounding import norm, rounding
 from curvprune.curvature.sketches import hutch_plus_plus
 from curvprune.curvature.spectral_density import SpectralDensity, lanczos_quadrature, smoothed
+from curvprune.curvature.working_precision import norm, rounding
 
 TraceMethod = Literal["hutch++", "hutchinson", "xtrace"]
 DiagonalMethod = Literal["hutchinson", "xdiag"]

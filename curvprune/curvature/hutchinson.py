@@ -20,7 +20,7 @@ from curvprune.curvature.estimates import (
 )
 from curvprune.curvature.operators import Operator
 from curvprune.curvature.random_vectors import moved, signs, widths
-from curvprune.curvature.rounding import norm
+from curvprune.curvature.working_precision import norm
 
 
 def hutchinson_trace(

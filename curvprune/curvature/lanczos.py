@@ -18,7 +18,7 @@ from curvprune.curvature.estimates import EigenPairs
 from curvprune.curvature.operators import Operator
 from curvprune.curvature.random_vectors import LARGEST, gaussian
 from curvprune.curvature.ritz import STEPS, Ritz, Settling, Wanted, nothing_missing
-from curvprune.curvature.rounding import as_vectors, check_finite, negligible, norm
+from curvprune.curvature.working_precision import as_vectors, check_finite, negligible, norm
 
 CHUNK = 16  # basis vectors allocated at once
 

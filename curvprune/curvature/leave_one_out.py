@@ -19,8 +19,8 @@ from curvprune.curvature.estimates import (
 from curvprune.curvature.hutchinson import exact_diagonal, exact_trace
 from curvprune.curvature.operators import Operator
 from curvprune.curvature.random_vectors import gaussian, moved, signs
-from curvprune.curvature.rounding import in_float64, norm, rounding
 from curvprune.curvature.sketches import Sketch
+from curvprune.curvature.working_precision import in_float64, norm, rounding
 
 
 def xtrace(op: Operator, rtol: float, max_products: int, generator: torch.Generator) -> Estimate:

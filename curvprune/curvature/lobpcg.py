@@ -16,7 +16,7 @@ from curvprune.curvature.estimates import EigenPairs
 from curvprune.curvature.operators import Operator
 from curvprune.curvature.random_vectors import gaussian
 from curvprune.curvature.ritz import STEPS, Ritz, Wanted
-from curvprune.curvature.rounding import (
+from curvprune.curvature.working_precision import (
     as_vectors,
     check_finite,
     complement,

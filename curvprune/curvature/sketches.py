@@ -20,7 +20,7 @@ from curvprune.curvature.estimates import (
 from curvprune.curvature.hutchinson import exact_trace
 from curvprune.curvature.operators import Operator
 from curvprune.curvature.random_vectors import moved, signs, widths
-from curvprune.curvature.rounding import complement, in_float64, rounding
+from curvprune.curvature.working_precision import complement, in_float64, rounding
 
 
 class Sketch:

@@ -19,7 +19,7 @@ from curvprune.curvature.estimates import Estimate, mean_and_stderr
 from curvprune.curvature.lanczos import Basis, lanczos_step
 from curvprune.curvature.operators import Operator
 from curvprune.curvature.random_vectors import gaussian
-from curvprune.curvature.rounding import negligible
+from curvprune.curvature.working_precision import negligible
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,6 +5,7 @@ are measured until the smallest one that passes is found.
 """
 
 from curvprune.planning.budget import SIZES, Budget, Limit, Within
+from curvprune.planning.closed_loop import Measurement, Search, SearchStep, search_plans
 from curvprune.planning.corrected_prices import corrected, corrections
 from curvprune.planning.frontier_plans import FrontierPlan, frontier
 from curvprune.planning.highs import Effort
@@ -13,7 +14,6 @@ from curvprune.planning.integer_program import cheapest
 from curvprune.planning.pairs import Quadratic, scaled
 from curvprune.planning.plan import Plan
 from curvprune.planning.priced import Choice, Priced
-from curvprune.planning.search import Measurement, Search, SearchStep, search_plans
 
 __all__ = [
     "SIZES",

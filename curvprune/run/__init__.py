@@ -19,7 +19,7 @@ from curvprune.run.recipe_layers import assign_groups, assign_options
 from curvprune.run.results import Result, StructuredResult
 from curvprune.run.select import Selection, clearly_less, select_plans
 from curvprune.run.sequence import (
-    Candidate,
+    Prospect,
     Tried,
     chance_of,
     expected_saving,
@@ -52,7 +52,6 @@ __all__ = [
     "DIGITS_TRAINING",
     "TASKS",
     "Arguments",
-    "Candidate",
     "Check",
     "Control",
     "Data",
@@ -62,6 +61,7 @@ __all__ = [
     "Prepared",
     "PricedOptions",
     "Prices",
+    "Prospect",
     "Recipe",
     "RecipeError",
     "RecoverSection",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def task_from(
     """The task of a verb, and a workspace in ``folder``.
 
     Args:
-        priced: whether what the calibration items solve is priced, which other items must do.
+        priced: price on other items than those that layers are solved for.
 
     Raises ``ValueError`` for what cannot be; warns of what puts the result in doubt.
     """
@@ -106,8 +107,16 @@ def task_from(
     )
     task = check_task(task)
     for text in task.warnings:
-        warnings.warn(text, UserWarning, stacklevel=4)
+        warn_caller(text)
     return task, Workspace(state=State(folder / "state"), log=StageLog(show=told.progress))
+
+
+def warn_caller(text: str) -> None:
+    """Warn at the line of the user's that called a verb, however deep in the package this is."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("curvprune."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, UserWarning, stacklevel=level)
 
 
 def _storage(model: nn.Module, settings: Settings) -> Storage:

@@ -25,8 +25,8 @@ from curvprune.run.apply import (
     unpriced_plan,
     write_artifact,
 )
-from curvprune.run.baselines import Control
 from curvprune.run.evaluation import results_on
+from curvprune.run.folder import EARLIER
 from curvprune.run.price import Prices
 from curvprune.run.select import Selection, plan_key, trial_file, trial_of
 from curvprune.run.sequence import Tried, fix_sequence
@@ -34,8 +34,6 @@ from curvprune.run.solved_layers import SolvedLayers
 from curvprune.run.task import Task
 from curvprune.run.workspace import Workspace
 from curvprune.schema import decode, encode
-
-EARLIER = "earlier.json"  # plans that a reused run has recovered
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +76,6 @@ class Applied:
     tried: Tried
     folder: Path
     solved: dict[str, Solved]
-    recovery: RecoveryRecord | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -238,7 +235,7 @@ class _Making:
         fitting.sort(key=task.bytes_of, reverse=True)
         if fitting:
             self.space.note(
-                f"{len(fitting)} plan(s) recovered by the reused run were candidates for this "
+                f"{len(fitting)} plan(s) recovered by the reused run were considered for this "
                 "budget too"
             )
         for i, choices in enumerate(fitting, 1):
@@ -267,7 +264,7 @@ class _Making:
                 name, choices, trial, solved, model
             )
         # 2. The recovery.
-        before, tried, recovery = None, Tried(start, None), None
+        before, tried = None, Tried(start, None)
         if task.recover is None:
             model = task.model  # what is not solved is the same there; the copy can go
         else:
@@ -290,15 +287,14 @@ class _Making:
                 tried=tried,
                 folder=folder,
                 solved=self._without_packed_weights(solved),
-                recovery=recovery,
             )
         )
         return tried
 
     def _trial(self, name: str, choices: Mapping[str, str], results: ItemResults) -> Trial:
-        plan = Control(name=name, choices=dict(choices))
+        yardstick = self.selection.yardstick
         return trial_of(
-            self.task, self.selection.yardstick, self.prices, plan, results, kind="applied"
+            self.task, yardstick, self.prices, results, name=name, kind="applied", choices=choices
         )
 
     def _candidates_are_better(self, at: str, choices: Mapping[str, str], trial: Trial) -> bool:

@@ -19,7 +19,6 @@ from curvprune.compat import versions
 from curvprune.files import State
 from curvprune.planning import Budget
 from curvprune.record import RunRecord
-from curvprune.run.certify import EARLIER
 from curvprune.run.recipe import Recipe, load_recipe, lock_text
 from curvprune.run.recipe_errors import RecipeError
 from curvprune.schema import Json, decode, encode
@@ -29,6 +28,7 @@ PLAN, VERDICT = "plan.json", "verdict.json"
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 MODEL, STATE = "model", "state"
 INPUTS, FINISHED = "state/inputs.json", "state/done.json"
+EARLIER = "earlier.json"  # in the state: plans that a reused run has recovered
 RECOVER = "recover"  # the split that only a recovery sees
 # Sections that may differ from those of a run that is reused.
 MAY_DIFFER = ("title", "budget", "search", "recover", "same_option", "analyze")
@@ -84,8 +84,8 @@ class Inputs:
         return [key for key in ours if theirs.get(key) != ours[key]]
 
     def _of_solving(self) -> dict[str, Json]:
-        budget = ("recipe_sha256", "limits_sha256")
-        found = {key: value for key, value in self.to_json().items() if key not in budget}
+        of_budget = ("recipe_sha256", "limits_sha256")
+        found = {key: value for key, value in self.to_json().items() if key not in of_budget}
         shared = {name: value for name, value in self.data_sha256.items() if name != RECOVER}
         return {**found, "data_sha256": dict(shared)}
 

@@ -52,7 +52,7 @@ class RunResult:
 
     Attributes:
         exit_code: 0 certified or no budget asked, 1 otherwise.
-        record: what the report says; of several processes only the first has one.
+        record: what the report says; of several processes that worked only the first has one.
     """
 
     exit_code: int
@@ -97,7 +97,8 @@ def run(
     differ, such as the budget, and so may the items that a recovery trains on. What it has solved,
     priced and measured on the select split is not done again. With the same recovery on the same
     items the plans that it has recovered are candidates too, and tell how far the next may go;
-    without, the result is that of a run from scratch. A folder that has begun goes on alone.
+    without, the result is that of a run from scratch. Where ``out`` has already begun, ``reuse`` is
+    ignored.
 
     Of several processes (``torchrun``, one file system) each solves its share of the layers and
     prices its share of the items; the first goes on alone, and only its result has a record.
@@ -169,7 +170,7 @@ def analyze(recipe_path: str | Path, out: str | Path, *, progress: bool = True) 
 
 
 def _curvature(prepared: Prepared, recipe: Recipe) -> AnalysisRecord:
-    """Second-order curvature of the uncompressed model on the first price items; finished parts are
+    """Second-order curvature of the model to compress on the first price items; finished parts are
     not repeated."""
     task, space, section = prepared.task, prepared.space, recipe.analyze
     parameters = sum(p.numel() for p in task.model.parameters())

@@ -343,7 +343,7 @@ class SearchSection(_SearchKeys):
 
 
 class RecoverSection(_RecoverKeys):
-    """A short training after the compression; see `curvprune.Training`."""
+    """A short training after the compression; see `curvprune.compression.Training`."""
 
     @model_validator(mode="before")
     @classmethod

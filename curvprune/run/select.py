@@ -1,5 +1,4 @@
-"""Stage *select*: where the plan is chosen. Plans along the frontier and their controls, measured
-on the select split.
+"""Stage *select*: plans by their price, and controls, measured on the select split; one is chosen.
 
 Candidates of any plan can be put together without another solve, so that a trial costs one
 evaluation. What is measured corrects the prices, and the next plan is made with those.
@@ -120,10 +119,11 @@ def trial_of(
     task: Task,
     yardstick: Yardstick,
     prices: Prices,
-    plan: Control,
     results: ItemResults,
     *,
+    name: str,
     kind: str,
+    choices: Mapping[str, str],
 ) -> Trial:
     """The record of a plan whose results on the select split are there."""
     select = task.splits.select
@@ -141,15 +141,15 @@ def trial_of(
     chance = None
     if judged is not None:
         chance = chance_at(task, drop.drop, drop.stderr, drop.bound)
-    predicted = prices.ledger.predict(plan.choices)
+    predicted = prices.ledger.predict(choices)
     return Trial(
-        name=plan.name,
+        name=name,
         kind=kind,
-        choices=dict(plan.choices),
-        bytes=task.bytes_of(plan.choices),
+        choices=dict(choices),
+        bytes=task.bytes_of(choices),
         predicted=predicted.value,
         predicted_stderr=predicted.stderr,
-        expected=prices.expected(plan.choices),
+        expected=prices.expected(choices),
         loss=rise,
         loss_stderr=loss.stderr,
         drop=drop.drop,
@@ -157,7 +157,7 @@ def trial_of(
         bound=drop.bound,
         chance=chance,
         accepted=None if chance is None else chance >= ACCEPTABLE,
-        uses=task.uses(plan.choices),
+        uses=task.uses(choices),
         items=len(yardstick.baseline.loss),
     )
 
@@ -258,8 +258,9 @@ class _Search:
         if not self.space.state.has(file):
             model = self.bench.set_to(choices)
         results = results_on(task, self.space, file, model, task.splits.select)
-        plan = Control(name=name, choices=dict(choices))
-        trial = trial_of(task, self.yardstick, self.prices, plan, results, kind=kind)
+        trial = trial_of(
+            task, self.yardstick, self.prices, results, name=name, kind=kind, choices=choices
+        )
         same = next((t.name for t in self.trials if t.choices == choices), None)
         if same is not None:
             trial = replace(trial, note=f"the same as {same}")
@@ -472,10 +473,10 @@ class _Search:
         """
         task = self.task
         controls_ = [t for t in self.trials if t.kind == "control"]
-        within = [plan, *(t for t in controls_ if task.keeps_within(t.choices))]
+        eligible = [plan, *(t for t in controls_ if task.keeps_within(t.choices))]
         # 1. Of those that pass, the ones of the smallest size.
         if task.max_drop is not None:
-            passing = [trial for trial in within if trial.accepted]
+            passing = [trial for trial in eligible if trial.accepted]
             if not passing:
                 self.space.note(
                     "no plan measured on select reached the wanted chance of being certified"
@@ -483,15 +484,15 @@ class _Search:
                 )
             smallest = min(trial.bytes for trial in passing or [plan])
             most = SAME_SIZE * smallest
-            within = [trial for trial in passing or within if trial.bytes <= most]
+            eligible = [trial for trial in passing or eligible if trial.bytes <= most]
         # 2. Against the plan, only those that lost clearly less.
-        if plan in within:
-            others = [trial for trial in within if trial is not plan]
-            within = [plan, *(t for t in others if clearly_less(self.beyond(t, plan)))]
-        best = min(within, key=_lost)
+        if plan in eligible:
+            others = [trial for trial in eligible if trial is not plan]
+            eligible = [plan, *(t for t in others if clearly_less(self.beyond(t, plan)))]
+        best = min(eligible, key=_lost)
         if best is plan:
             return plan
-        return self._instead_of(plan, best, one_size=plan in within)
+        return self._instead_of(plan, best, one_size=plan in eligible)
 
     def _instead_of(self, plan: Trial, best: Trial, *, one_size: bool) -> Trial:
         """The control that is used instead of the plan; why is noted."""

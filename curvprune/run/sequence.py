@@ -42,14 +42,14 @@ class Tried(NamedTuple):
         return self.trial.chance or 0.0
 
 
-class Candidate(NamedTuple):
+class Prospect(NamedTuple):
     """What a plan would save, and whether it would be certified."""
 
     bytes: int
     chance: float
 
 
-def to_test(plans: Sequence[Candidate]) -> list[int]:
+def to_test(plans: Sequence[Prospect]) -> list[int]:
     """Indices of the plans to test, largest first: all but those beside which a smaller one is
     likelier to pass, or `SURE` to. Along the rest chances fall."""
     smallest_first = sorted(range(len(plans)), key=lambda i: (plans[i].bytes, -plans[i].chance))
@@ -60,7 +60,7 @@ def to_test(plans: Sequence[Candidate]) -> list[int]:
     return kept[::-1]
 
 
-def expected_saving(plans: Sequence[Candidate], largest: int) -> float:
+def expected_saving(plans: Sequence[Prospect], largest: int) -> float:
     """Bytes below ``largest`` that the shipped model is expected to have when plans are tested in
     turn. Plans pass together: where one does, all with a higher chance do."""
     saved, before = 0.0, largest
@@ -101,7 +101,7 @@ def next_plan(task: Task, prices: Prices, tried: Sequence[Tried]) -> dict[str, s
     losses = [one.trial.expected or 0.0 for one in tried]
     if not min(losses) > 0:
         return None  # how much bolder another plan is cannot be told
-    plans = [Candidate(one.trial.bytes, one.trial.chance or 0.0) for one in tried]
+    plans = [Prospect(one.trial.bytes, one.trial.chance or 0.0) for one in tried]
     largest = max(plan.bytes for plan in plans)
     smallest = min(plan.bytes for plan in plans)
     least = expected_saving(plans, largest) + (SAME_SIZE - 1) * smallest
@@ -114,7 +114,7 @@ def next_plan(task: Task, prices: Prices, tried: Sequence[Tried]) -> dict[str, s
         expected = prices.expected(choices)
         if not expected > 0:
             continue
-        new = Candidate(task.bytes_of(choices), chance_of(task, expected, tried))
+        new = Prospect(task.bytes_of(choices), chance_of(task, expected, tried))
         saved = expected_saving([*plans, new], largest)
         if saved > least:
             least, best = saved, choices
@@ -172,7 +172,7 @@ def fix_sequence(
         name = f"{best.name}, {'bolder' if safe else 'more cautious'}"
         tried.append(apply(name if number == 1 else f"{name} {number}", choices))
     # 3. In which order, and which are not worth a test.
-    return to_test([Candidate(one.trial.bytes, one.chance) for one in tried])
+    return to_test([Prospect(one.trial.bytes, one.chance) for one in tried])
 
 
 def _any_safe(tried: Sequence[Tried]) -> bool:

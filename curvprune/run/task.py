@@ -117,8 +117,9 @@ class Task:
     """What is to be done, to which model, on which data.
 
     Attributes:
-        model: the model to compress; `original` is what is certified against, where hidden units of
-            that were removed to make it.
+        model: the model to compress.
+        original: the model before hidden units were removed, where some were; the verdict compares
+            with it.
         layers: the layers with options, by name; they belong to ``model``.
         options: layer → the options that it is offered.
         same_option: groups of layers; the layers of one get the same option.
@@ -270,8 +271,8 @@ def check_task(task: Task, *, final: bool = True) -> Task:
     """The task with its limits and notes, if nothing is wrong with it.
 
     Args:
-        final: unless so, hidden units will be removed first: limits on size and speed that cannot
-            be met yet are let pass.
+        final: False where hidden units are still to be removed: limits on size and speed that
+            cannot be met yet are let pass.
 
     Cost: one forward pass over the longest item of each split; one over the calibration items where
     multiply-adds are limited. Raises `TaskError`, and `Infeasible` for limits that no plan meets.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import tempfile
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +36,7 @@ from curvprune.run.arguments import (
     part_of,
     splits_from,
     task_from,
+    warn_caller,
 )
 from curvprune.run.pipeline import choose_and_certify, solve_and_price
 from curvprune.run.price import spread_zeros
@@ -169,7 +169,7 @@ def remove_units(
     settings = told.knobs
     splits = splits_from(data, seed=settings.seed, budget=budget, priced=True)
     if budget is not None and (leak := splits.leak()) is not None:
-        warnings.warn(leak, UserWarning, stacklevel=4)
+        warn_caller(leak)
     if told.device is not None:
         model = copy.deepcopy(model).to(told.device)
     objective = objective_of(told.objective, model, splits.calibrate)
@@ -305,7 +305,7 @@ def _check_leak(splits: RecoverySplits, seen: frozenset[bytes]) -> None:
             f"recover: {leak}: compress with a budget, the same data and the same seed, which sets "
             "them aside, or pass Splits with a certify split of its own"
         )
-    warnings.warn(leak, UserWarning, stacklevel=4)
+    warn_caller(leak)
 
 
 def recovery_splits(

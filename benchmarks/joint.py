@@ -34,8 +34,8 @@ from curvprune.certificate import compare
 from curvprune.model import ItemResults, Split, evaluate, find_layers
 from curvprune.run import (
     Arguments,
+    Candidates,
     Selection,
-    SolvedLayers,
     Task,
     check_task,
     load_model,
@@ -145,9 +145,7 @@ def smollm2() -> Case:
 CASES = {"resnet": lambda: images("resnet"), "vit": lambda: images("vit"), "smollm2": smollm2}
 
 
-def judged(
-    case: Case, task: Task, candidates: SolvedLayers, choices: dict[str, str]
-) -> ItemResults:
+def judged(case: Case, task: Task, candidates: Candidates, choices: dict[str, str]) -> ItemResults:
     model = copy.deepcopy(case.model)
     for name, layer in find_layers(model, case.layers).items():
         layer.write_(candidates.with_option(name, choices[name]).weight)

@@ -131,7 +131,7 @@ def stages_of(
     budget: cp.Budget,
     settings: cp.Settings,
     folder: Path,
-) -> tuple[runs.Task, runs.Workspace, runs.SolvedLayers, cp.Ledger]:
+) -> tuple[runs.Task, runs.Workspace, runs.Candidates, cp.Ledger]:
     """A task as the verbs make it, solved and priced."""
     told = runs.Arguments(settings=settings)
     task, space = runs.task_from(model, data, options, budget, folder, told)

@@ -297,7 +297,7 @@ def test_a_run_that_has_reused_goes_on_and_can_be_reused(recipe, finished, again
 
 def stages(
     recipe: Path, out: Path, reuse: Path | None = None
-) -> tuple[runs.Task, runs.Workspace, runs.SolvedLayers, runs.Selection]:
+) -> tuple[runs.Task, runs.Workspace, runs.Candidates, runs.Selection]:
     """A recipe's task, and what was selected."""
     reused = None if reuse is None else State(reuse)
     prepared = runs.prepare(load_recipe(recipe), State(out), progress=False, reused=reused)

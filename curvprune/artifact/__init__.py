@@ -5,7 +5,6 @@ from curvprune.artifact.folder import (
     WEIGHTS,
     folder_bytes,
     header_bytes,
-    is_portable,
     load_into,
     other_bytes,
     save,
@@ -16,13 +15,12 @@ from curvprune.artifact.folder import (
 from curvprune.artifact.forms import (
     Portable,
     form_of,
-    is_transformers,
     layer_bytes,
     portable_for,
     reader_of,
 )
 from curvprune.artifact.gptq import export_gptq
-from curvprune.artifact.manifest import MANIFEST, Manifest, StoredLayer, read_manifest
+from curvprune.artifact.manifest import MANIFEST, Manifest, read_manifest
 from curvprune.artifact.packed_modules import PackedWeight, SparseWeight
 from curvprune.artifact.packing import pack, unpack
 from curvprune.artifact.save_and_load import describe, load_artifact, write_model
@@ -36,15 +34,12 @@ __all__ = [
     "PackedWeight",
     "Portable",
     "SparseWeight",
-    "StoredLayer",
     "describe",
     "export_dense",
     "export_gptq",
     "folder_bytes",
     "form_of",
     "header_bytes",
-    "is_portable",
-    "is_transformers",
     "layer_bytes",
     "load_artifact",
     "load_into",

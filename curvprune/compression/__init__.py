@@ -31,9 +31,7 @@ from curvprune.compression.solver import DRIFT, RIDGE, Solved, solve, solve_laye
 from curvprune.compression.trainable import (
     CODE_STEP,
     CODES_UP_TO,
-    FreeFloats,
     FreeGrid,
-    FreePart,
     free_parts,
 )
 from curvprune.compression.training import Training
@@ -50,9 +48,7 @@ __all__ = [
     "ZERO_SHIFT_BITS",
     "Distillation",
     "Diverged",
-    "FreeFloats",
     "FreeGrid",
-    "FreePart",
     "Moments",
     "Recovery",
     "RecoveryItems",

@@ -1,13 +1,13 @@
 """Operators × estimators, products with the loss's curvature, factors, analysis of a model."""
 
 from curvprune.curvature.analysis import Analysis, analyze_curvature
-from curvprune.curvature.batched_fisher import FisherMoments, fisher_moments
+from curvprune.curvature.batched_fisher import fisher_moments
 from curvprune.curvature.closed_forms import BlockDiagonal, Dense, Diagonal, Ekfac, Kronecker
 from curvprune.curvature.diagnosis import Diagnosis
 from curvprune.curvature.draws import Draws
 from curvprune.curvature.estimates import EigenPairs, Estimate
 from curvprune.curvature.estimators import density, diagonal, eigenpairs, trace
-from curvprune.curvature.gauss_newton_blocks import GaussNewton, exact_gauss_newton
+from curvprune.curvature.gauss_newton_blocks import exact_gauss_newton
 from curvprune.curvature.kronecker_factors import ekfac, kfac
 from curvprune.curvature.lanczos import Lanczos
 from curvprune.curvature.layer_curvature import LayerCurvature
@@ -36,7 +36,7 @@ from curvprune.curvature.sampled_fisher import (
     fisher_pass,
     ratio_estimate,
 )
-from curvprune.curvature.structure import Structure, find_structure
+from curvprune.curvature.structure import find_structure
 
 __all__ = [
     "MATRICES",
@@ -60,10 +60,8 @@ __all__ = [
     "Ekfac",
     "Estimate",
     "EstimateRecord",
-    "FisherMoments",
     "FisherPass",
     "Function",
-    "GaussNewton",
     "Kronecker",
     "Lanczos",
     "LayerCurvature",
@@ -75,7 +73,6 @@ __all__ = [
     "Operator",
     "ParamSpace",
     "Remember",
-    "Structure",
     "Sum",
     "TraceRecord",
     "analyze_curvature",

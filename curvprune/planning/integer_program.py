@@ -1,4 +1,5 @@
-"""Choose one option per layer: the exact integer program under one or several limits.
+"""Where the plan is chosen: one option per layer, by an exact integer program under one or several
+limits.
 
 Everything here works on rows with four attributes, `layer`, `option`, `bytes` and `price`
 (`Priced`): the ledger's own rows fit, and so does `Choice`. Layers that must share an option

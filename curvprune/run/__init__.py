@@ -2,6 +2,7 @@
 
 from curvprune.run.arguments import Arguments, Data, task_from
 from curvprune.run.baselines import Control, controls, sensitive
+from curvprune.run.candidates import Candidates
 from curvprune.run.certify import Shipped, apply_and_measure, certify_plans
 from curvprune.run.clean import clean
 from curvprune.run.comparison import rebuild_report
@@ -12,7 +13,7 @@ from curvprune.run.models import TASKS, load_model, load_tokenizer, model_sha256
 from curvprune.run.pipeline import RunResult, analyze, choose_and_certify, run, solve_and_price
 from curvprune.run.power import Power
 from curvprune.run.prepare import Prepared, Widths, prepare
-from curvprune.run.price import PricedOptions, Prices, price_options, spread_zeros
+from curvprune.run.price import PricedOptions, Prices
 from curvprune.run.recipe import Recipe, RecoverSection, load_recipe, lock_text
 from curvprune.run.recipe_errors import RecipeError
 from curvprune.run.recipe_layers import assign_groups, assign_options
@@ -27,14 +28,11 @@ from curvprune.run.sequence import (
     next_plan,
     to_test,
 )
-from curvprune.run.solved_layers import SolvedLayers, solve_options
 from curvprune.run.sources import (
     DIGITS_TRAINING,
     digits,
     digits_splits,
-    hub_documents,
     python_docs,
-    text_files,
     text_splits,
 )
 from curvprune.run.task import Settings, Storage, Task, TaskError, check_task
@@ -52,6 +50,7 @@ __all__ = [
     "DIGITS_TRAINING",
     "TASKS",
     "Arguments",
+    "Candidates",
     "Check",
     "Control",
     "Data",
@@ -70,7 +69,6 @@ __all__ = [
     "Selection",
     "Settings",
     "Shipped",
-    "SolvedLayers",
     "Storage",
     "StructuredResult",
     "Task",
@@ -97,7 +95,6 @@ __all__ = [
     "digits_splits",
     "expected_saving",
     "fix_sequence",
-    "hub_documents",
     "joined_names",
     "layer_lines",
     "load_model",
@@ -109,7 +106,6 @@ __all__ = [
     "package_folder",
     "prepare",
     "price_model",
-    "price_options",
     "python_docs",
     "rebuild_report",
     "recover_model",
@@ -119,10 +115,7 @@ __all__ = [
     "select_plans",
     "sensitive",
     "solve_and_price",
-    "solve_options",
-    "spread_zeros",
     "task_from",
-    "text_files",
     "text_splits",
     "to_test",
 ]

@@ -24,8 +24,8 @@ from curvprune.model import ItemResults, find_layers
 from curvprune.options import Option, option_from_key, pruner_of
 from curvprune.planning import Plan
 from curvprune.record import RecoveryRecord
+from curvprune.run.candidates import Sweep, solve_in_one_pass
 from curvprune.run.evaluation import keep_results
-from curvprune.run.solved_layers import Sweep, solve_in_one_pass
 from curvprune.run.task import Task
 from curvprune.run.workspace import Workspace
 from curvprune.schema import decode

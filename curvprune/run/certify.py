@@ -25,12 +25,12 @@ from curvprune.run.apply import (
     unpriced_plan,
     write_artifact,
 )
+from curvprune.run.candidates import Candidates
 from curvprune.run.evaluation import results_on
 from curvprune.run.folder import EARLIER
 from curvprune.run.price import Prices
 from curvprune.run.select import Selection, plan_key, trial_file, trial_of
 from curvprune.run.sequence import Tried, fix_sequence
-from curvprune.run.solved_layers import SolvedLayers
 from curvprune.run.task import Task
 from curvprune.run.workspace import Workspace
 from curvprune.schema import decode, encode
@@ -86,7 +86,7 @@ class StartRecord:
 
 
 def certify_plans(
-    task: Task, space: Workspace, candidates: SolvedLayers, selection: Selection
+    task: Task, space: Workspace, candidates: Candidates, selection: Selection
 ) -> Shipped:
     """Fix a sequence of plans, then test them, cautious first, up to the first that is not
     certified. What ships is the last certified one, or the first if there is none.
@@ -200,7 +200,7 @@ class _Making:
     """Applies plans one after the other; which is next depends on how those before did."""
 
     def __init__(
-        self, task: Task, space: Workspace, candidates: SolvedLayers, selection: Selection
+        self, task: Task, space: Workspace, candidates: Candidates, selection: Selection
     ) -> None:
         assert task.budget is not None
         self.task, self.space, self.candidates = task, space, candidates

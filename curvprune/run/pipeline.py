@@ -16,6 +16,7 @@ from curvprune.curvature import AnalysisRecord, AnalysisSettings, analyze_curvat
 from curvprune.files import State
 from curvprune.model import collate, to_device
 from curvprune.record import RunRecord
+from curvprune.run.candidates import Candidates, solve_options
 from curvprune.run.certify import Shipped, apply_and_measure, certify_plans
 from curvprune.run.folder import (
     ANALYSIS,
@@ -28,7 +29,6 @@ from curvprune.run.prepare import Prepared, prepare
 from curvprune.run.price import PricedOptions, price_options
 from curvprune.run.recipe import Recipe, load_recipe
 from curvprune.run.select import Selection, select_plans
-from curvprune.run.solved_layers import SolvedLayers, solve_options
 from curvprune.run.task import Task
 from curvprune.run.workspace import Workspace
 from curvprune.run.write_record import (
@@ -67,14 +67,14 @@ class RunResult:
 # -------------------------------------------------------------------------------------- the road
 
 
-def solve_and_price(task: Task, space: Workspace) -> tuple[SolvedLayers, PricedOptions]:
+def solve_and_price(task: Task, space: Workspace) -> tuple[Candidates, PricedOptions]:
     """Stages *solve* and *price*."""
     candidates = solve_options(task, space)
     return candidates, price_options(task, space, candidates)
 
 
 def choose_and_certify(
-    task: Task, space: Workspace, candidates: SolvedLayers, priced: PricedOptions
+    task: Task, space: Workspace, candidates: Candidates, priced: PricedOptions
 ) -> tuple[Selection, Shipped]:
     """Stages *select*, *apply* and *certify*."""
     selection = select_plans(task, space, candidates, priced.prices)

@@ -38,7 +38,7 @@ from curvprune.pricing import (
     quadratic_forms,
     work_of,
 )
-from curvprune.run.solved_layers import SolvedLayers
+from curvprune.run.candidates import Candidates
 from curvprune.run.task import Task
 from curvprune.run.workspace import Workspace
 from curvprune.schema import decode, encode
@@ -96,7 +96,7 @@ class FormsRecord:
     sums: dict[str, list[list[float]]]
 
 
-def price_options(task: Task, space: Workspace, candidates: SolvedLayers) -> PricedOptions:
+def price_options(task: Task, space: Workspace, candidates: Candidates) -> PricedOptions:
     """Price every solved change, and measure the highest prices.
 
     Cost: one forward and ``labels`` backward passes per price item; five forward passes more where
@@ -139,7 +139,7 @@ def _changing(task: Task) -> dict[str, list[str]]:
 
 
 def _changes(
-    task: Task, space: Workspace, candidates: SolvedLayers, offered: Mapping[str, list[str]]
+    task: Task, space: Workspace, candidates: Candidates, offered: Mapping[str, list[str]]
 ) -> dict[str, list[Change]]:
     """Layer → the change of its weight that each option makes."""
     changes: dict[str, list[Change]] = {}
@@ -235,7 +235,7 @@ def _analysis(passed: FisherPass, layers: Mapping[str, Layer]) -> Analysis:
 
 
 def _with_highest_measured(
-    task: Task, space: Workspace, ledger: Ledger, candidates: SolvedLayers
+    task: Task, space: Workspace, ledger: Ledger, candidates: Candidates
 ) -> Ledger:
     """The ledger with its highest prices measured: see `measure_highest`."""
     least = task.settings.measure_above
@@ -257,7 +257,7 @@ def _with_highest_measured(
 
 
 def _measured_sums(
-    task: Task, space: Workspace, candidates: SolvedLayers, rows: Sequence[Row], name: str
+    task: Task, space: Workspace, candidates: Candidates, rows: Sequence[Row], name: str
 ) -> list[list[float] | None]:
     """What the change of each row costs each price item, measured, or read; ``None`` for one that
     breaks the model."""

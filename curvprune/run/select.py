@@ -32,6 +32,7 @@ from curvprune.planning import (
 from curvprune.pricing import Row
 from curvprune.record import Alternative, Trial
 from curvprune.run.baselines import Control, controls
+from curvprune.run.candidates import Candidates
 from curvprune.run.evaluation import (
     ACCEPTABLE,
     allowed_drop,
@@ -40,7 +41,6 @@ from curvprune.run.evaluation import (
     results_on,
 )
 from curvprune.run.price import Prices
-from curvprune.run.solved_layers import SolvedLayers
 from curvprune.run.task import Task
 from curvprune.run.workspace import Workspace
 
@@ -83,9 +83,7 @@ class Selection:
     together: tuple[Alternative, ...]
 
 
-def select_plans(
-    task: Task, space: Workspace, candidates: SolvedLayers, prices: Prices
-) -> Selection:
+def select_plans(task: Task, space: Workspace, candidates: Candidates, prices: Prices) -> Selection:
     """Measure plans and controls on the select split and choose.
 
     Cost: one evaluation on the select split per trial; ``settings.trials`` plans, at most six
@@ -187,7 +185,7 @@ class _Bench:
     """A copy of the model whose layers are set to any plan's candidates."""
 
     task: Task
-    candidates: SolvedLayers
+    candidates: Candidates
     model: nn.Module | None = None
     now: dict[str, str] = field(default_factory=dict)
 
@@ -216,7 +214,7 @@ class _Search:
     """The steps of the stage and what they share: trials so far, and prices corrected by them."""
 
     def __init__(
-        self, task: Task, space: Workspace, candidates: SolvedLayers, prices: Prices
+        self, task: Task, space: Workspace, candidates: Candidates, prices: Prices
     ) -> None:
         assert task.budget is not None
         self.task, self.space, self.prices = task, space, prices

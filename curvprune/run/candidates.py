@@ -31,7 +31,7 @@ class SolvedRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SolvedLayers:
+class Candidates:
     """The solutions of layers, read from the workspace as they are asked for."""
 
     state: State
@@ -118,14 +118,14 @@ class Sweep:
     original: nn.Module | None = None
 
 
-def solve_in_one_pass(task: Task, space: Workspace, sweep: Sweep) -> SolvedLayers:
+def solve_in_one_pass(task: Task, space: Workspace, sweep: Sweep) -> Candidates:
     """Visit the layers in one forward pass over the calibration items and solve them into files.
 
     Without an original, each of several processes solves its share of the layers.
     """
     state, layers, sequential = space.state, sweep.layers, sweep.original is not None
     files = {name: f"{sweep.folder}/{i:04d}" for i, name in enumerate(layers)}
-    found = SolvedLayers(state=state, layers=layers, files=files)
+    found = Candidates(state=state, layers=layers, files=files)
 
     # 1. What is left to do, and for this process.
     mine = list(layers) if sequential else list(layers)[rank() :: world()]
@@ -161,7 +161,7 @@ def solve_in_one_pass(task: Task, space: Workspace, sweep: Sweep) -> SolvedLayer
     return found
 
 
-def solve_options(task: Task, space: Workspace) -> SolvedLayers:
+def solve_options(task: Task, space: Workspace) -> Candidates:
     """Stage *solve*: every option of every layer, from the uncompressed model's own inputs.
 
     So any plan can be put together from these candidates without another solve. Cost: one forward

@@ -765,7 +765,7 @@ def test_values_without_bounds_are_the_paired_t_test_in_either_direction() -> No
     for sign in (True, False):
         worse = base - step if sign else base + step
         verdict = certify_values(
-            base, worse, max_drop=0.2, higher_is_better=sign, metric="rouge", measure="points"
+            base, worse, max_drop=0.2, higher_is_better=sign, metric="rouge", unit="points"
         )
         interval = stats.ttest_rel(base, base - step, alternative="less").confidence_interval(0.95)
         assert verdict.bound == pytest.approx(interval.high)

@@ -94,7 +94,7 @@ def _certify_metric(
         bounds=metric.bounds,
         higher_is_better=metric.higher_is_better,
         metric=metric.name,
-        measure=metric.measure,
+        unit=metric.unit,
     )
 
 

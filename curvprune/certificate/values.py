@@ -33,7 +33,7 @@ def certify_values(
     clusters: ArrayLike | None = None,
     confidence: float = 0.95,
     metric: str = "value",
-    measure: str = "",
+    unit: str = "",
 ) -> Verdict:
     """Is the mean of any score per item at most ``max_drop`` worse?
 
@@ -55,6 +55,7 @@ def certify_values(
         bounds: the lowest and the highest value that an item can have (not those that were seen);
             None if there are none.
         clusters: as for `certify_loss`.
+        unit: what a score is counted in, such as ``"points"``: the verdict's ``measure``.
 
     Raises:
         ValueError: mismatched lengths, non-finite values, values outside ``bounds``, a max_drop
@@ -72,7 +73,7 @@ def certify_values(
             clusters=clusters,
             max_drop=max_drop,
             confidence=confidence,
-            measure=measure,
+            measure=unit,
         )
         return replace(
             verdict, metric=metric, baseline=float(base.mean()), compressed=float(comp.mean())
@@ -92,7 +93,7 @@ def certify_values(
     return replace(
         verdict,
         metric=metric,
-        measure=measure,
+        measure=unit,
         baseline=float(base.mean()),
         compressed=float(comp.mean()),
     )

@@ -28,7 +28,7 @@ class Metric:
 
     of: Callable[[Any, Batch], Tensor]
     name: str = "metric"
-    measure: str = ""
+    unit: str = ""
     bounds: tuple[float, float] | None = None
     higher_is_better: bool = True
 

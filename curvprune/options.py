@@ -213,7 +213,7 @@ def check_fits(
 
     Args:
         reader: who must read the layer packed, besides curvprune: nobody (``None``),
-            ``"transformers"`` or ``"engines"``; see `curvprune.artifact.forms.reader_of`.
+            ``"transformers"`` or ``"engines"``; see `curvprune.artifact.bytes_on_disk.reader_of`.
     """
     _, width = shape
     quantize, prune = quantizer_of(option), pruner_of(option)
@@ -275,8 +275,8 @@ def stored_bytes(
     Args:
         shape: ``(out, in)`` of the weight as a matrix.
         dtype: the layer's own type, in which weights are stored that are neither cast nor rounded.
-        form: how the layer lies on disk; `curvprune.artifact.forms.form_of` says which form an
-            artifact takes.
+        form: how the layer lies on disk; `curvprune.artifact.bytes_on_disk.form_of` says which form
+            an artifact takes.
         groups: see `kept_weights`.
 
     Packed (compressed-tensors ``pack-quantized``): codes in int32 words along the inputs, float16

@@ -1,5 +1,12 @@
 """Packing, saving and loading of compressed models; views of them for other readers."""
 
+from curvprune.artifact.bytes_on_disk import (
+    Portable,
+    form_of,
+    layer_bytes,
+    portable_for,
+    reader_of,
+)
 from curvprune.artifact.dense import export_dense
 from curvprune.artifact.folder import (
     WEIGHTS,
@@ -11,13 +18,6 @@ from curvprune.artifact.folder import (
     state_dict_on_disk,
     tensor_names,
     weights_file,
-)
-from curvprune.artifact.forms import (
-    Portable,
-    form_of,
-    layer_bytes,
-    portable_for,
-    reader_of,
 )
 from curvprune.artifact.gptq import export_gptq
 from curvprune.artifact.manifest import MANIFEST, Manifest, read_manifest

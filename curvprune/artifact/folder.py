@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from curvprune.artifact.forms import Portable, form_of, portable_for
+from curvprune.artifact.bytes_on_disk import Portable, form_of, portable_for
 from curvprune.artifact.manifest import MANIFEST, Manifest, StoredLayer, read_manifest
 from curvprune.artifact.packed_modules import HeldWeight, give_back_memory, pack_modules
 from curvprune.artifact.stored_layers import Stored, stored_tensors, take_stored

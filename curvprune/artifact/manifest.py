@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from curvprune.artifact.forms import Portable
+from curvprune.artifact.bytes_on_disk import Portable
 from curvprune.files import State
 from curvprune.model import ShapeChange
 from curvprune.options import Form
@@ -29,7 +29,7 @@ class Manifest:
     """What an artifact's weights are.
 
     Attributes:
-        portable: who can read the folder; see `curvprune.artifact.forms.reader_of`.
+        portable: who can read the folder; see `curvprune.artifact.bytes_on_disk.reader_of`.
         layers: those that were compressed.
         plan: what chose them, as the one who wrote it had it.
         changes: how the shapes differ from those of the model's architecture.

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from curvprune.artifact.bytes_on_disk import Portable, form_of, is_transformers, portable_for
 from curvprune.artifact.folder import load_into, save
-from curvprune.artifact.forms import Portable, form_of, is_transformers, portable_for
 from curvprune.artifact.manifest import MANIFEST, read_manifest
 from curvprune.artifact.transformers_folder import (
     describe_,

@@ -305,43 +305,6 @@ def test_a_violated_budget_exits_with_one(recipe, tmp_path):
     assert (tmp_path / "out" / "model" / WEIGHTS).exists()
 
 
-@pytest.mark.parametrize(
-    ("portable", "group_size", "complaint"),
-    [
-        (
-            "engines",
-            32,
-            "option int3-g32-asym: serving engines have kernels for 4 or 8 bits with zero points, "
-            "not 3",
-        ),
-        (
-            "true",
-            24,
-            "group_size=24 does not divide its 32 inputs, and transformers cannot read a shorter "
-            "last group",
-        ),
-        ("false", 24, None),
-    ],
-)
-def test_check_refuses_what_the_readers_of_the_artifact_cannot_read(
-    recipe, tmp_path, portable, group_size, complaint
-):
-    path, text = (
-        tmp_path / "recipe.yaml",
-        recipe.read_text().replace("bits: 2, group_size: 16", "bits: 2"),
-    )
-    path.write_text(
-        text.replace("group_size: 16", f"group_size: {group_size}") + f"portable: {portable}\n"
-    )
-    result = CliRunner().invoke(app, ["check", str(path)])
-    output = " ".join(result.output.split())
-    if complaint is None:
-        assert result.exit_code == 0 and f"int3-g{group_size}-asym" in output
-    else:
-        where = "recipe.yaml:15: compress[0].options[1]: layer model.layers.0.self_attn.q_proj"
-        assert result.exit_code == 2 and f"{where}: {complaint}" in output
-
-
 def test_the_report_can_be_rebuilt(finished):
     path = finished.folder / "report.html"
     before = path.read_text()

@@ -37,7 +37,6 @@ from curvprune.model import (
     Objective,
     evaluating,
     find_layers,
-    signed_loss,
 )
 from curvprune.run import load_model, load_tokenizer, package_folder
 
@@ -202,8 +201,7 @@ class Blockwise:
                 with torch.enable_grad(), self._summing(layers, n, label):
                     logits = self._call(i, item, leaves)
                     if logits is not None:
-                        positions = self.objective.positions(logits, item)
-                        signed_loss(positions, generator).backward()
+                        self.objective.draw(logits, item, generator).sum().backward()
                     else:
                         output = self._block_output(i)
                         first = output[0] if isinstance(output, tuple) else output

@@ -36,11 +36,24 @@ if TYPE_CHECKING:
     from curvprune.curvature import diagonal as diagonal
     from curvprune.curvature import eigenpairs as eigenpairs
     from curvprune.curvature import trace as trace
+    from curvprune.model import Bernoulli as Bernoulli
     from curvprune.model import CausalLM as CausalLM
     from curvprune.model import Classification as Classification
+    from curvprune.model import Exponential as Exponential
+    from curvprune.model import Gaussian as Gaussian
     from curvprune.model import LabelFree as LabelFree
+    from curvprune.model import Loss as Loss
+    from curvprune.model import MaskedLM as MaskedLM
     from curvprune.model import Metric as Metric
+    from curvprune.model import MultiLabel as MultiLabel
+    from curvprune.model import NegativeBinomial as NegativeBinomial
     from curvprune.model import Objective as Objective
+    from curvprune.model import OutputLoss as OutputLoss
+    from curvprune.model import Poisson as Poisson
+    from curvprune.model import QuestionAnswering as QuestionAnswering
+    from curvprune.model import Regression as Regression
+    from curvprune.model import Segmentation as Segmentation
+    from curvprune.model import Seq2Seq as Seq2Seq
     from curvprune.model import Split as Split
     from curvprune.model import Splits as Splits
     from curvprune.options import Cast as Cast
@@ -80,7 +93,28 @@ _HOME = {
     "certificate": ("Verdict", "certify_lm_eval", "certify_values"),
     "compression": ("Recovery",),
     "curvature": ("Analysis", "density", "diagonal", "eigenpairs", "trace"),
-    "model": ("CausalLM", "Classification", "LabelFree", "Metric", "Objective", "Split", "Splits"),
+    "model": (
+        "Bernoulli",
+        "CausalLM",
+        "Classification",
+        "Exponential",
+        "Gaussian",
+        "LabelFree",
+        "Loss",
+        "MaskedLM",
+        "Metric",
+        "MultiLabel",
+        "NegativeBinomial",
+        "Objective",
+        "OutputLoss",
+        "Poisson",
+        "QuestionAnswering",
+        "Regression",
+        "Segmentation",
+        "Seq2Seq",
+        "Split",
+        "Splits",
+    ),
     "options": ("Cast", "Keep", "Prune", "PruneCast", "PruneQuantize", "Quantize"),
     "planning": ("Budget", "Limit", "Plan"),
     "pricing": ("Ledger",),

@@ -433,7 +433,11 @@ def test_label_free_needs_no_labels():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 5))
     data = [{"input": torch.randn(40, 8)} for _ in range(3)]
-    result = cp.quantize(model, data, budget=cp.Budget("loss", max_drop=0.05))
+    budget = cp.Budget("loss", max_drop=0.05)
+    with pytest.raises(ValueError, match=r"a guess; pass cp\.LabelFree"):
+        cp.quantize(model, data, budget=budget, loss="label-free")
+    loss = cp.LabelFree(model, of=cp.Classification())
+    result = cp.quantize(model, data, budget=budget, loss=loss)
     assert result.verdict is not None and result.verdict.baseline == pytest.approx(0, abs=1e-9)
     assert result.verdict.status == "CERTIFIED"
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from curvprune.curvature import Change, Draws, FisherPass, fisher_pass, ratio_estimate
-from curvprune.model import Classification, Positions, find_layers, signed_loss
+from curvprune.model import Classification, find_layers
 from curvprune.pricing import Ledger, build_ledger
 
 
@@ -60,9 +60,9 @@ def test_what_signs_back_propagate_has_the_covariance_of_the_softmax():
     ).requires_grad_()
     generator, draws = torch.Generator().manual_seed(0), 8000
     total = torch.zeros(8, 8, dtype=torch.float64)
-    positions = Positions(logits=logits, labels=None, item=torch.arange(2), items=2)
     for _ in range(draws):
-        (g,) = torch.autograd.grad(signed_loss(positions, generator), logits)
+        drawn = Classification().draw(logits, {}, generator).sum()
+        (g,) = torch.autograd.grad(drawn, logits)
         total += torch.outer(g.flatten(), g.flatten()) / draws
     p = logits.detach().softmax(-1)
     expected = torch.block_diag(*(row.diag() - torch.outer(row, row) for row in p))
@@ -75,12 +75,10 @@ def test_signs_vary_less_than_labels_where_a_class_is_rare():
     logits = torch.tensor(
         [[math.log(0.98), math.log(0.02)]], dtype=torch.float64, requires_grad=True
     )
-    positions = Positions(logits=logits, labels=None, item=torch.arange(1), items=1)
     squares = []
     for seed in range(200):
-        (g,) = torch.autograd.grad(
-            signed_loss(positions, torch.Generator().manual_seed(seed)), logits
-        )
+        drawn = Classification().draw(logits, {}, torch.Generator().manual_seed(seed)).sum()
+        (g,) = torch.autograd.grad(drawn, logits)
         squares.append(float(g[0, 0] ** 2))
     values = torch.tensor(squares, dtype=torch.float64)
     labels = math.sqrt(0.98 * 0.02**4 + 0.02 * 0.98**4 - (0.98 * 0.02) ** 2)

@@ -21,8 +21,7 @@ from curvprune.model import (
     LabelFree,
     evaluate,
     evaluating,
-    make_objective,
-    sampled_losses,
+    make_loss,
 )
 
 
@@ -121,7 +120,7 @@ def test_sequence_classification_of_transformers():
         "attention_mask": torch.ones(3, 5, dtype=torch.long),
         "labels": torch.tensor([0, 1, 1]),
     }
-    objective = make_objective("auto", model, batch)
+    objective = make_loss("auto", model, batch)
     assert isinstance(objective, Classification) and objective.measure == "nats/example"
     total, count = objective.loss(model, batch)
     assert float(total) / count == pytest.approx(float(model(**batch).loss), rel=1e-6)
@@ -134,7 +133,7 @@ def test_label_free_is_the_kl_divergence_and_zero_at_the_reference(llama):
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
     batch = {"input_ids": ids, "attention_mask": mask}
-    objective = make_objective("label-free", llama, batch)
+    objective = make_loss("label-free", llama, batch)
     assert objective.measure == "nats/token"
     assert evaluate(llama, [batch], objective).loss.abs().max() < 1e-9
     result = evaluate(other, [batch], objective)
@@ -168,7 +167,7 @@ def test_label_free_of_sentence_embeddings(tmp_path):
         return F.normalize((output.last_hidden_state * mask).sum(1), dim=-1) @ anchors.T / 0.1
 
     with pytest.raises(ValueError, match=r"BertModel returned .*objective=LabelFree"):
-        make_objective("label-free", encoder, batch)
+        make_loss("label-free", encoder, batch)
     objective = LabelFree(encoder, of=similarities)
     result = cp.quantize(encoder, [batch], bits=3, objective=objective)
     result.save(tmp_path)
@@ -196,17 +195,20 @@ def test_label_free_of_sentence_embeddings(tmp_path):
 
 def test_sampled_labels_follow_the_model_and_the_seed():
     logits = torch.tensor([0.0, 1.0, 2.0, -30.0]).repeat(20_000, 1)
-    positions = Classification().positions(
-        logits, (logits, torch.zeros(len(logits), dtype=torch.long))
-    )
-    losses = [
-        float(sampled_losses(positions, torch.Generator().manual_seed(s)).sum()) for s in (0, 0, 1)
-    ]
-    assert losses[0] == losses[1] != losses[2]
-    p = logits[0].double().softmax(0)
-    entropy = float(-(p * p.log()).sum())
-    spread = float((p * (p.log() + entropy) ** 2).sum().sqrt()) / len(logits) ** 0.5
-    assert losses[0] / len(logits) == pytest.approx(entropy, abs=5 * spread)
+    logits = logits.double().requires_grad_()
+    batch = (logits, torch.zeros(len(logits), dtype=torch.long))
+    scores = []
+    for seed in (0, 0, 1):
+        drawn = Classification().scores(logits, batch, torch.Generator().manual_seed(seed))
+        scores.append(torch.autograd.grad(drawn.sum(), logits)[0])
+    assert torch.equal(scores[0], scores[1]) and not torch.equal(scores[0], scores[2])
+    # The gradient of −log p(ŷ) is p − e_ŷ: it says which label was drawn, and how often.
+    p = logits[0].detach().softmax(0)
+    drawn = (p - scores[0]).round()
+    torch.testing.assert_close(p - scores[0], drawn, rtol=0, atol=1e-9)
+    assert drawn.sum(1).eq(1).all() and drawn.ge(0).all()
+    spread = (p * (1 - p) / len(logits)).sqrt()
+    assert bool(((drawn.mean(0) - p).abs() <= 5 * spread).all())
 
 
 def test_half_precision_logits_are_compared_in_float32():
@@ -237,10 +239,10 @@ def test_objectives_that_cannot_be_told(name, message):
 
     batch = {"input_ids": torch.tensor([[0, 1, 2]]), "labels": torch.tensor([[0, 1, 2]])}
     if message is None:
-        assert isinstance(make_objective(name, TokenModel(), batch), CausalLM)
+        assert isinstance(make_loss(name, TokenModel(), batch), CausalLM)
     else:
         with pytest.raises(ValueError, match=message):
-            make_objective(name, TokenModel(), batch)
+            make_loss(name, TokenModel(), batch)
 
 
 def test_bad_batches_say_what_is_wrong(llama):

@@ -27,7 +27,7 @@ from curvprune.model import (
     ItemResults,
     as_split,
     evaluate,
-    make_objective,
+    make_loss,
     split_items,
 )
 from curvprune.schema import decode
@@ -111,7 +111,7 @@ def test_losses_before_and_after_are_those_of_the_models_on_select():
     model, select = tiny.llama(layers=1), tokens(16, seed=5)
     before = cp.prune(model, tokens(), sparsity=0.7)
     after = cp.recover(before, model, tokens(), select=select, steps=20, lr=1e-2, every=4)
-    objective = make_objective("auto", model, select[0])
+    objective = make_loss("auto", model, select[0])
     for result, told in (
         (before, after.recovery.loss_before),
         (after, after.recovery.loss_after),
@@ -220,7 +220,7 @@ def test_products_are_in_bfloat16_where_that_is_asked_for_and_possible(asked, fa
     told = "in bfloat16 not here" in "".join(found.notes)
     assert told == (fails and torch.bfloat16 == FAST)
     select = as_split(data).items[3::4]
-    exact = evaluate(found.model, select, make_objective("label-free", model, select[0]))
+    exact = evaluate(found.model, select, make_loss("label-free", model, select[0]))
     assert found.loss_after == pytest.approx(exact.mean_loss, rel=1e-5), "measured in float32"
 
 
@@ -259,7 +259,7 @@ def test_a_loss_that_is_no_longer_finite_names_the_step_and_keeps_the_best_state
         cp.recover(before, net, [*good, *bad], select=select, objective="label-free", **how)
     kept = caught.value.recovery
     assert 0 < kept.best_step < kept.steps and kept.loss_after < kept.loss_before
-    objective = make_objective("label-free", net, good[0])
+    objective = make_loss("label-free", net, good[0])
     loss = evaluate(kept.model, as_split(select).batches(1), objective).mean_loss
     assert loss == pytest.approx(kept.loss_after, abs=1e-9)
     assert f"step {kept.best_step} was kept" in kept.notes[0]

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import curvprune as cp
-from curvprune.model import Classification, as_split, evaluate, find_layers, make_objective
+from curvprune.model import Classification, as_split, evaluate, find_layers, make_loss
 from curvprune.structured import (
     Consumer,
     CutWork,
@@ -235,12 +235,12 @@ def make(kind: str, **changes):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, data = MODELS[kind](**changes)
-    return model, data, make_objective("auto", model, data[0])
+    return model, data, make_loss("auto", model, data[0])
 
 
 def logits(model: nn.Module, batch) -> torch.Tensor:
     with torch.no_grad():
-        return make_objective("auto", model, batch).logits(model, batch)
+        return make_loss("auto", model, batch).logits(model, batch)
 
 
 def two_of(first: str, one: tuple[str, int], second: str, other: tuple[str, int]):
@@ -347,13 +347,13 @@ def reloaded(tmp_path_factory):
     script = f"""
 import torch, curvprune as cp
 from pathlib import Path
-from curvprune.model import make_objective
+from curvprune.model import make_loss
 from tests.test_structured import Residual
 for path in Path({str(root)!r}).glob("*.data"):
     extra = {{"model": Residual()}} if path.stem.startswith("cnn") else {{}}
     model, data = cp.load(path.with_suffix(""), **extra), torch.load(path, weights_only=True)
     with torch.no_grad():
-        logits = make_objective("auto", model, data).logits(model, data)
+        logits = make_loss("auto", model, data).logits(model, data)
     torch.save(logits, path.with_suffix(".logits"))
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=300)

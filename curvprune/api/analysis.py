@@ -14,11 +14,12 @@ from curvprune.curvature import QUANTITIES, Analysis, AnalysisSettings, analyze_
 from curvprune.files import StageLog
 from curvprune.model import (
     Batch,
-    Objective,
+    LossLike,
     Split,
     Splits,
     find_layers,
-    make_objective,
+    make_loss,
+    named_loss,
     to_device,
 )
 from curvprune.run import (
@@ -26,13 +27,14 @@ from curvprune.run import (
 )
 
 
+@named_loss
 def analyze(
     model: nn.Module,
     data: Data,
     *,
     matrix: str = "hessian",
     quantities: Sequence[str] = QUANTITIES,
-    objective: str | Objective = "auto",
+    loss: LossLike = "auto",
     layers: str | Sequence[str] = "*",
     rtol: float = 0.05,
     max_products: int = 32,
@@ -47,9 +49,11 @@ def analyze(
 
     Args:
         data: batches are kept as they are; each is one mini-batch of every pass.
-        matrix: ``"hessian"``, ``"ggn"`` (generalised Gauss–Newton; for these losses the true
-            Fisher), ``"fisher"`` (from labels drawn from the model) or ``"empirical-fisher"``; the
-            last two give trace and diagonal.
+        matrix: ``"hessian"``, ``"ggn"`` (generalised Gauss–Newton; for likelihoods in canonical
+            form the true Fisher), ``"fisher"`` (from labels drawn from the model) or
+            ``"empirical-fisher"``; the last two give trace and diagonal.
+        loss: a name, a `Loss` or a loss module of torch. ``"auto"``: told from the model's class,
+            its config and the labels.
         quantities: some of ``"trace"``, ``"diagonal"``, ``"eigenvalues"`` (of each layer) and
             ``"density"`` (spectrum of the whole model, with the diagnosis), ``"layer-densities"``
             (spectrum of each layer; 90 products each).
@@ -73,7 +77,7 @@ def analyze(
     of one mini-batch, twice; eight vectors of a group of layers; for ``"density"`` up to 40 vectors
     of the model.
 
-    Raises ``ValueError`` for a glob that matches no layer, an objective that cannot be told, an
+    Raises ``ValueError`` for a glob that matches no layer, a loss that cannot be told, an
     unknown matrix or quantity, a model that is not deterministic (naming the module), a layer that
     is not on the way to the loss.
     """
@@ -84,7 +88,7 @@ def analyze(
         model = copy.deepcopy(model).to(device)
     home = next(model.parameters()).device
     batches = [to_device(batch, home) for batch in batches]
-    loss = make_objective(objective, model, batches[0])
+    meant = make_loss(loss, model, batches[0])
     asked = AnalysisSettings(
         matrix=matrix,
         quantities=tuple(quantities),
@@ -97,7 +101,7 @@ def analyze(
     )
     found = find_layers(model, layers)
     with StageLog(show=progress).steps() as advance:
-        return analyze_curvature(model, loss, batches, found, asked, advance=advance)
+        return analyze_curvature(model, meant, batches, found, asked, advance=advance)
 
 
 def _batches(data: Data) -> list[Batch]:
@@ -109,57 +113,61 @@ def _batches(data: Data) -> list[Batch]:
     return list(data)
 
 
+@named_loss
 def hessian(
     model: nn.Module,
     data: Iterable[Batch],
     *,
-    objective: str | Objective = "auto",
+    loss: LossLike = "auto",
     **arguments: Any,
 ) -> Any:
     """The Hessian of the mean loss as an operator; see `curvprune.curvature.products.hessian` for
     the arguments."""
-    return _operator(curvature.hessian, model, data, objective, arguments)
+    return _operator(curvature.hessian, model, data, loss, arguments)
 
 
+@named_loss
 def gauss_newton(
     model: nn.Module,
     data: Iterable[Batch],
     *,
-    objective: str | Objective = "auto",
+    loss: LossLike = "auto",
     **arguments: Any,
 ) -> Any:
     """The generalised Gauss–Newton matrix as an operator; see
     `curvprune.curvature.products.gauss_newton`."""
-    return _operator(curvature.gauss_newton, model, data, objective, arguments)
+    return _operator(curvature.gauss_newton, model, data, loss, arguments)
 
 
+@named_loss
 def fisher(
     model: nn.Module,
     data: Iterable[Batch],
     *,
-    objective: str | Objective = "auto",
+    loss: LossLike = "auto",
     **arguments: Any,
 ) -> Any:
     """The sampled true Fisher as an operator; see `curvprune.curvature.products.fisher`."""
-    return _operator(curvature.fisher, model, data, objective, arguments)
+    return _operator(curvature.fisher, model, data, loss, arguments)
 
 
+@named_loss
 def empirical_fisher(
     model: nn.Module,
     data: Iterable[Batch],
     *,
-    objective: str | Objective = "auto",
+    loss: LossLike = "auto",
     **arguments: Any,
 ) -> Any:
     """The empirical Fisher as an operator; see `curvprune.curvature.products.empirical_fisher`."""
-    return _operator(curvature.empirical_fisher, model, data, objective, arguments)
+    return _operator(curvature.empirical_fisher, model, data, loss, arguments)
 
 
 def _operator(
-    build: Any, model: nn.Module, data: Iterable[Batch], objective: str | Objective, arguments: Any
+    build: Any, model: nn.Module, data: Iterable[Batch], loss: LossLike, arguments: Any
 ) -> Any:
     home = next(model.parameters()).device
     batches = [to_device(batch, home) for batch in data]
     if not batches:
         raise ValueError("the data is empty; pass at least one batch")
-    return build(model, batches, make_objective(objective, model, batches[0]), **arguments)
+    return build(model, batches, make_loss(loss, model, batches[0]), **arguments)

@@ -14,9 +14,10 @@ from curvprune.artifact import Portable
 from curvprune.compression import Recovery, Training
 from curvprune.model import (
     Batch,
-    Objective,
+    LossLike,
     Split,
     find_groups,
+    named_loss,
     read_request,
 )
 from curvprune.options import (
@@ -50,12 +51,13 @@ from curvprune.structured import Structured
 ALLOCATED = (-0.2, -0.1, 0.0, 0.1, 0.2)  # shares around the common one that a layer may get
 
 
+@named_loss
 def price(
     model: nn.Module,
     data: Data,
     *,
     options: Sequence[Option],
-    objective: str | Objective = "auto",
+    loss: LossLike = "auto",
     layers: str | Sequence[str] = "*",
     labels: int = 2,
     curvature: Literal["fisher", "diagonal", "kfac", "hessian", "input"] = "fisher",
@@ -83,9 +85,7 @@ def price(
         labels=labels,
         seed=seed,
     )
-    told = Arguments(
-        objective=objective, layers=layers, settings=settings, device=device, progress=progress
-    )
+    told = Arguments(loss=loss, layers=layers, settings=settings, device=device, progress=progress)
     return price_model(model, data, options, told)
 
 
@@ -158,13 +158,14 @@ def _keeps_within(plan: FrontierPlan, budget: Budget | None, limits: Sequence[Li
     return all(limit.used(plan.choices) <= limit.most for limit in limits)
 
 
+@named_loss
 def compress(
     model: nn.Module,
     data: Data,
     *,
     options: Sequence[Option],
     budget: Budget | None = None,
-    objective: str | Objective = "auto",
+    loss: LossLike = "auto",
     layers: str | Sequence[str] = "*",
     same_option: str | Sequence[str | Sequence[str]] = (),
     settings: Settings | None = None,
@@ -204,7 +205,7 @@ def compress(
     if budget is not None and Keep() not in offered:
         offered.append(Keep())
     told = Arguments(
-        objective=objective,
+        loss=loss,
         layers=layers,
         same_option=same_option,
         settings=settings,
@@ -250,6 +251,7 @@ def _widths_offered(
     return (2, 3, 4, 5, 6, 8)
 
 
+@named_loss
 def prune(
     model: nn.Module,
     data: Data,
@@ -283,7 +285,7 @@ def prune(
             ``of="parameters"`` instead, if that is given; ``{"mlp": 0.25}`` for a share of the
             units of a kind; or a `Structured` with every choice there is. What stays is
             compensated. A ``budget`` with ``max_drop`` then certifies the result. ``arguments``:
-            ``objective``, ``settings`` and ``device``, and the fields of `Structured`.
+            ``loss``, ``settings`` and ``device``, and the fields of `Structured`.
         uniform: one width per kind, so that a plain transformers config describes the result.
     """
     if structured is not None:
@@ -353,7 +355,7 @@ def _prune_structured(
     about_units = {field.name for field in fields(Structured)} - {"share", "uniform"}
     choices = {name: value for name, value in arguments.items() if name in about_units}
     others = {name: value for name, value in arguments.items() if name not in about_units}
-    known = {"objective", "settings", "device"}
+    known = {"loss", "settings", "device"}
     if unknown := sorted(set(others) - known):
         raise ValueError(
             f"prune(structured=...): unknown argument {unknown[0]!r}; expected some of "
@@ -395,7 +397,7 @@ def recover(
     *,
     select: Iterable[Batch] | Split | None = None,
     budget: Budget | None = None,
-    objective: str | Objective = "auto",
+    objective: LossLike = "auto",
     device: str | torch.device | None = None,
     progress: bool = False,
     **training: Any,
@@ -452,5 +454,5 @@ def recover(
             "recover: a plain module has no place for a verdict; call certify on what comes back"
         )
     splits = recovery_splits(data, select=select, budget=budget, seed=how.seed)
-    told = Arguments(objective=objective, device=device, progress=progress)
+    told = Arguments(loss=objective, device=device, progress=progress)
     return recover_model(compressed, baseline, splits, how, budget, told)

@@ -15,26 +15,28 @@ from curvprune.artifact import load_artifact
 from curvprune.certificate import Verdict, certify_values, compare
 from curvprune.model import (
     Batch,
+    LossLike,
     Metric,
-    Objective,
     Split,
     as_split,
     check_items,
     evaluate,
-    make_objective,
+    make_loss,
+    named_loss,
     score_items,
     to_device,
 )
 from curvprune.planning import Budget
 
 
+@named_loss
 def certify(
     baseline: nn.Module,
     compressed: nn.Module,
     data: Iterable[Batch] | Split,
     budget: Budget,
     *,
-    objective: str | Objective = "auto",
+    loss: LossLike = "auto",
     metric: Metric | Callable[[Any, Batch], Tensor] | None = None,
     batch_size: int = 8,
 ) -> Verdict:
@@ -62,11 +64,11 @@ def certify(
     if metric is not None:
         return _certify_metric(baseline, compressed, split, budget, metric, batch_size)
     home = next(baseline.parameters()).device
-    loss = make_objective(objective, baseline, to_device(split.items[0], home))
-    check_items(baseline, loss, split.items, "certify")
-    before = evaluate(baseline, split.batches(batch_size), loss)
-    after = evaluate(compressed, split.batches(batch_size), loss)
-    return compare(before, after, split, budget, measure=loss.measure)
+    meant = make_loss(loss, baseline, to_device(split.items[0], home))
+    check_items(baseline, meant, split.items, "certify")
+    before = evaluate(baseline, split.batches(batch_size), meant)
+    after = evaluate(compressed, split.batches(batch_size), meant)
+    return compare(before, after, split, budget, measure=meant.measure)
 
 
 def _certify_metric(

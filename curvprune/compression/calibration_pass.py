@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from curvprune.compat import times_written
 from curvprune.compression.moments import Moments, expert_moments, moments_of
-from curvprune.model import Batch, Layer, Objective, evaluating
+from curvprune.model import Batch, Layer, Loss, evaluating
 
 # What is called for a layer: given a function that computes the moments of its inputs.
 Visitor = Callable[[Layer, Callable[[], Moments | None]], None]
@@ -39,7 +39,7 @@ class _Finished(Exception):
 @torch.no_grad()
 def visit_layers(
     model: nn.Module,
-    objective: Objective,
+    objective: Loss,
     batch: Batch,
     layers: Mapping[str, Layer],
     visit: Visitor,
@@ -172,7 +172,7 @@ class _Beside:
     def __init__(
         self,
         model: nn.Module,
-        objective: Objective,
+        objective: Loss,
         batch: Batch,
         layers: Mapping[str, Layer],
         *,
@@ -250,7 +250,7 @@ class _Beside:
 @contextmanager
 def _beside(
     reference: tuple[nn.Module, Mapping[str, Layer]] | None,
-    objective: Objective,
+    objective: Loss,
     batch: Batch,
     read: Mapping[str, Layer],
     *,
@@ -270,7 +270,7 @@ def _beside(
         beside.stop()
 
 
-def _pass(model: nn.Module, objective: Objective, batch: Batch, *, half: bool) -> None:
+def _pass(model: nn.Module, objective: Loss, batch: Batch, *, half: bool) -> None:
     """A forward pass, with ``half`` in bfloat16 products: on the CPU twice as fast in half the
     memory.
 
@@ -278,11 +278,11 @@ def _pass(model: nn.Module, objective: Objective, batch: Batch, *, half: bool) -
     in two models.
     """
     if not half:
-        objective.logits(model, batch)
+        objective.outputs(model, batch)
         return
     try:
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            objective.logits(model, batch)
+            objective.outputs(model, batch)
     except RuntimeError:
         # An operation without bfloat16. No layer is visited twice.
         narrow = {
@@ -291,7 +291,7 @@ def _pass(model: nn.Module, objective: Objective, batch: Batch, *, half: bool) -
         try:
             for weight, data in narrow.items():
                 weight.data = data.float()
-            objective.logits(model, batch)
+            objective.outputs(model, batch)
         finally:
             for weight, data in narrow.items():
                 weight.data = data

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from curvprune.compression.trainable import widened
-from curvprune.model import Batch, LabelFree, evaluating
+from curvprune.model import Batch, LabelFree, Softmax, evaluating
 
 _ROWS = 64  # rows of logits compared at a time: some megabytes at vocabularies of 10^5
 
@@ -23,11 +23,14 @@ class Distillation(LabelFree):
     Of a language model they are the largest tensors, and autograd would keep several as large.
     """
 
-    def loss_of(self, logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
+    def loss_of(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, float]:
         with torch.no_grad(), evaluating(self.reference):
-            theirs = self.positions(self.logits(self.reference, batch), batch).logits
-        ours = self.positions(logits, batch).logits
-        return _Divergence.apply(ours, theirs), len(ours)
+            found = self.outputs(self.reference, batch)
+        ours, theirs = self.positions(outputs, batch), self.positions(found, batch)
+        count = float(ours.summed(self.shares(ours)).sum())
+        if isinstance(self.family, Softmax) and ours.weights is None:
+            return _Divergence.apply(ours.logits, theirs.logits), count
+        return self.compare(ours, batch).sum(), count
 
 
 class _Divergence(torch.autograd.Function):

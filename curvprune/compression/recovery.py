@@ -30,7 +30,7 @@ from curvprune.model import (
     Batch,
     ItemResults,
     LabelFree,
-    Objective,
+    Loss,
     Split,
     collate,
     evaluate,
@@ -167,7 +167,7 @@ def recover_(
     model: nn.Module,
     solved: Mapping[str, Solved] | None,
     baseline: nn.Module,
-    objective: Objective,
+    objective: Loss,
     items: RecoveryItems,
     training: Training,
     *,
@@ -204,7 +204,7 @@ def recover_(
     # 2. Choose the loss, and the precision of its products.
     loss = objective
     if training.loss == "distill":
-        of = objective.of if isinstance(objective, LabelFree) else None
+        of = objective.declared if isinstance(objective, LabelFree) else None
         loss = Distillation(baseline, of=of)
     home = next(model.parameters()).device
     first = to_device(items.train.items[0], home)
@@ -247,7 +247,7 @@ class _Run:
         self,
         model: nn.Module,
         parts: Sequence[FreePart],
-        objective: Objective,
+        objective: Loss,
         items: RecoveryItems,
         training: Training,
     ) -> None:
@@ -278,7 +278,7 @@ class _Run:
         return time.monotonic() - self.started
 
     def differentiate(
-        self, loss: Objective, batch: Batch, products: Callable[[], AbstractContextManager[object]]
+        self, loss: Loss, batch: Batch, products: Callable[[], AbstractContextManager[object]]
     ) -> tuple[float, float]:
         """Begin a step: the mean loss of a batch, and the norm of its gradient before clipping."""
         self.step += 1
@@ -395,7 +395,7 @@ def _batches(split: Split, training: Training) -> Iterator[Batch]:
 
 
 def _products(
-    loss: Objective, model: nn.Module, baseline: nn.Module, item: Batch, training: Training
+    loss: Loss, model: nn.Module, baseline: nn.Module, item: Batch, training: Training
 ) -> tuple[Callable[[], AbstractContextManager[object]], str]:
     """What a step's forward passes run under, and a note if that is not what was asked for."""
     if not training.bfloat16 or not _bfloat16_pays(model, baseline):
@@ -430,7 +430,7 @@ def _bfloat16_pays(model: nn.Module, baseline: nn.Module) -> bool:
 def _check(
     model: nn.Module,
     baseline: nn.Module,
-    objective: Objective,
+    objective: Loss,
     parts: Sequence[FreePart],
     items: RecoveryItems,
     training: Training,
@@ -461,7 +461,7 @@ def _check(
     shapes: list[tuple[int, ...]] = []
     for which in (model, baseline):
         with torch.no_grad(), evaluating(which):
-            shapes.append(tuple(objective.logits(which, item).shape))
+            shapes.append(tuple(objective.outputs(which, item).shape))
     if shapes[0] != shapes[1]:
         raise ValueError(
             f"recover: the compressed model's logits are {shapes[0]}, the baseline's "

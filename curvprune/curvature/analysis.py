@@ -32,7 +32,7 @@ from curvprune.curvature.request import (
     Remember,
 )
 from curvprune.curvature.structure import find_structure
-from curvprune.model import Batch, Layer, Objective
+from curvprune.model import Batch, Layer, Loss
 from curvprune.schema import Json, encode
 
 
@@ -72,7 +72,7 @@ def _silent(step: str, done: int, total: int) -> None:
 
 def analyze_curvature(
     model: nn.Module,
-    objective: Objective,
+    objective: Loss,
     batches: Sequence[Batch],
     layers: Mapping[str, Layer],
     asked: AnalysisSettings,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from curvprune.curvature.capture import Capture, backward, capture, wide
 from curvprune.curvature.draws import ONE_LABEL, Draws
 from curvprune.distributed import all_sum, gather, my_share
-from curvprune.model import Batch, Layer, Objective, Positions, sampled_losses
+from curvprune.model import Batch, Layer, Loss
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,17 +95,9 @@ class MomentSums:
         )
 
 
-def positions_per_item(positions: Positions) -> Float[Tensor, " items"]:
-    """How many positions count in each item."""
-    device = positions.item.device
-    ones = torch.ones(len(positions.item), dtype=torch.float64, device=device)
-    counts = torch.zeros(positions.items, dtype=torch.float64, device=device)
-    return counts.index_add(0, positions.item, ones)
-
-
 def fisher_moments(
     model: nn.Module,
-    objective: Objective,
+    objective: Loss,
     batches: Sequence[Batch],
     layers: Mapping[str, Layer],
     *,
@@ -136,18 +128,17 @@ def fisher_moments(
             taken = capture(model, objective, batch, layers)
         first = None
         with torch.enable_grad():
-            positions = objective.positions(taken.logits, batch)
-            sums.counts.append(positions_per_item(positions))
-            device = taken.logits.device
+            sums.counts.append(objective.counts(taken.outputs.detach(), batch))
+            device = taken.outputs.device
             totals = {
                 n: torch.zeros(taken.items, dtype=torch.float64, device=device) for n in layers
             }
             # 2. One backward pass per label, for all layers.
             for s in range(passes):
                 if generator is None:
-                    loss = objective.loss_of(taken.logits, batch)[0]
+                    loss = objective.loss_of(taken.outputs, batch)[0]
                 else:
-                    loss = sampled_losses(positions, generator).sum()
+                    loss = objective.scores(taken.outputs, batch, generator).sum()
                 gradients = backward(taken, list(layers), loss, retain=s + 1 < passes)
                 # 3. Squares of every item's gradient, mean over labels.
                 for name, g in zip(layers, gradients, strict=True):

@@ -4,7 +4,7 @@ A layer computes ``s = x Wᵀ``, so the gradient of item b is ``Gᵦᵀ Xᵦ``. 
 follows from these factors, and no pass over single items is needed:
 
     Fisher                 labels drawn from the model, one backward pass per label for all layers
-    exact Gauss–Newton     one backward pass per column of a square root of the softmax's Hessian
+    exact Gauss–Newton     one backward pass per column of a root of the outputs' own Hessian
     K-FAC, EKFAC           E[x xᵀ] and E[g gᵀ]; EKFAC's scales from a second pass
 
 Source: Dangel, Kunstner & Hennig 2020 (BackPACK), §2.
@@ -23,14 +23,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from curvprune.model import Batch, Layer, Objective, evaluating
+from curvprune.model import Batch, Layer, Loss, evaluating, items_in
 
 ELEMENTS = 1 << 23  # numbers of one chunk of per-item matrices: bounds them at 32 MB
-
-
-def items_in(batch: Batch) -> int:
-    """The number of items of a batch."""
-    return len(next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0])
 
 
 def wide(t: Tensor) -> torch.dtype:
@@ -60,14 +55,14 @@ class Capture:
 
     Attributes:
         items: items of the batch.
-        logits: on the graph.
+        outputs: what the loss is a function of, on the graph.
         calls: layer → the calls of its modules.
         uses: layer → how often its weight was used, in a call or elsewhere.
     """
 
     layers: Mapping[str, Layer]
     items: int
-    logits: Tensor
+    outputs: Tensor
     calls: dict[str, list[Call]]
     uses: dict[str, int]
 
@@ -182,7 +177,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def capture(
-    model: nn.Module, objective: Objective, batch: Batch, layers: Mapping[str, Layer]
+    model: nn.Module, objective: Loss, batch: Batch, layers: Mapping[str, Layer]
 ) -> Capture:
     """Run one forward pass in evaluation mode. The model comes back as it was, also after an
     error."""
@@ -212,12 +207,12 @@ def capture(
     # 2. The forward pass.
     try:
         with evaluating(model), _frozen(model), torch.enable_grad(), uses:
-            logits = objective.logits(model, batch)
+            found = objective.outputs(model, batch)
     finally:
         for handle in handles:
             handle.remove()
     return Capture(
-        layers=layers, items=items_in(batch), logits=logits, calls=calls, uses=uses.count
+        layers=layers, items=items_in(batch), outputs=found, calls=calls, uses=uses.count
     )
 
 
@@ -233,7 +228,7 @@ def backward(
 
     Args:
         names: the layers.
-        outputs: what to go back from, with ``seed`` as its gradient: the logits or a loss.
+        outputs: what to go back from, with ``seed`` as its gradient: the outputs or a loss.
         retain: keep the graph for another backward pass.
 
     Raises:

@@ -1,9 +1,10 @@
 """Exact Gauss–Newton blocks of layers, and the spectra of these blocks.
 
-Where an item has one prediction, its Gauss–Newton matrix is ``Jᵀ (diag p − p pᵀ) J``. One backward
-pass per column of a square root of the softmax's Hessian (classes − 1 of them) gives a square root
-of the layer's block, column by column. For layers whose path to the logits is piecewise linear
-(`curvprune.curvature.structure`) this is their Hessian block.
+Where an item has one prediction, its Gauss–Newton matrix is ``Jᵀ M J`` with M the Hessian of the
+loss at the outputs, ``diag p − p pᵀ`` of a softmax. One backward pass per column of a square root
+of M (classes − 1 of a softmax) gives a square root of the layer's block, column by column. For
+layers whose path to the outputs is piecewise linear (`curvprune.curvature.structure`) this is their
+Hessian block.
 
 Source: Dangel, Kunstner & Hennig 2020 (BackPACK), §2 ("DiagGGN").
 """
@@ -17,14 +18,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvprune.curvature.batched_fisher import FisherMoments, MomentSums, positions_per_item
-from curvprune.curvature.capture import backward, capture, items_in, wide
+from curvprune.curvature.batched_fisher import FisherMoments, MomentSums
+from curvprune.curvature.capture import backward, capture, wide
 from curvprune.curvature.estimates import EigenPairs
 from curvprune.curvature.structure import MAX_COLUMNS
 from curvprune.distributed import all_sum, gather, my_share
-from curvprune.model import Batch, Layer, Objective, evaluating
+from curvprune.model import Batch, Layer, Loss, PositionLoss, evaluating, items_in
 
 VECTORS = 1 << 25  # numbers of the gradient columns that a spectrum keeps at once: 128 MB
+NEGATIVE = 1e-4  # how far from convex a loss may look, relative to its largest curvature
 ITEMS = 16  # items of one forward pass whose columns are propagated together
 
 
@@ -45,7 +47,7 @@ class GaussNewton:
 
 def exact_gauss_newton(
     model: nn.Module,
-    objective: Objective,
+    objective: Loss,
     batches: Sequence[Batch],
     layers: Mapping[str, Layer],
     *,
@@ -84,33 +86,35 @@ def exact_gauss_newton(
 
 def head_moments(
     model: nn.Module,
-    objective: Objective,
+    objective: Loss,
     batches: Sequence[Batch],
     layers: Mapping[str, Layer],
     *,
     diagonal: bool = True,
 ) -> FisherMoments:
-    """Exact block of a layer whose output is the logits, ``Σ (diag p − p pᵀ) ⊗ x xᵀ``: trace ``Σ (1
-    − Σp²)‖x‖²`` and diagonal ``Σ p(1 − p) x²``, whatever the number of positions and classes. Cost:
-    one forward pass, and one product of the size of the layer's own."""
+    """Exact block ``Σ M ⊗ x xᵀ`` of a layer whose outputs are the loss's, with M the Hessian of a
+    position: trace ``Σ tr(M)‖x‖²`` and diagonal ``Σ diag(M) x²``, whatever the number of positions
+    and outputs. Of a softmax ``diag(M) = p(1 − p)``. Cost: one forward pass, and one product of the
+    size of the layer's own."""
+    assert isinstance(objective, PositionLoss)
     sums = MomentSums(layers, diagonal)
     for batch in my_share(batches):
         taken = capture(model, objective, batch, layers)
         with torch.no_grad():
-            positions = objective.positions(taken.logits.detach(), batch)
-            sums.counts.append(positions_per_item(positions))
+            outputs = taken.outputs.detach()
+            positions = objective.positions(outputs, batch)
+            sums.counts.append(objective.counts(outputs, batch))
+            # The rows of the input are those of the outputs; those that count are picked.
+            width = positions.logits.shape[-1]
+            places = objective.where(outputs, batch)[:, 0] // width
             for name in layers:
-                # The rows of the input are those of the logits, so the objective picks the ones
-                # that count.
                 x = taken.calls[name][0].x
-                x = x.view(*taken.logits.shape[:-1], x.shape[-1])
-                rows = objective.positions(x, batch).logits
+                rows = x.reshape(-1, x.shape[-1])[places]
                 per_item = torch.zeros(taken.items, dtype=torch.float64, device=rows.device)
                 for start in range(0, len(rows), ITEMS * MAX_COLUMNS):
                     part = slice(start, start + ITEMS * MAX_COLUMNS)
-                    p = positions.logits[part].to(wide(rows)).softmax(-1)
-                    squares = rows[part].to(p.dtype).square()
-                    curved = p - p.square()
+                    curved = objective.diagonals(positions, part)
+                    squares = rows[part].to(curved.dtype).square()
                     traces = curved.sum(1, dtype=torch.float64)
                     traces = traces * squares.sum(1, dtype=torch.float64)
                     per_item.index_add_(0, positions.item[part], traces)
@@ -120,26 +124,46 @@ def head_moments(
     return sums.result()
 
 
-# --------------------------------------------------------------------------- columns of the softmax
+# ------------------------------------------------------------------ columns at the model's outputs
 
 
-def softmax_columns(
-    logits: Float[Tensor, "items classes"],
-) -> tuple[Float[Tensor, "columns items classes"], Tensor]:
-    """Columns ``c`` with ``Σ c cᵀ = diag(p) − p pᵀ`` for each item, the largest first, and how many
-    of them matter.
+def output_columns(
+    outputs: Float[Tensor, "items k"], objective: Loss, batch: Batch
+) -> tuple[Float[Tensor, "columns items k"], Tensor]:
+    """Columns ``c`` with ``Σ c cᵀ`` the Hessian of each item's loss at its outputs, the largest
+    first, and how many of them matter.
 
-    The rank is at most classes − 1; columns shorter than the rounding error of the longest are
-    counted out.
+    Columns shorter than the rounding error of the longest are counted out. Raises ``ValueError``
+    where the loss is not convex in its outputs.
     """
-    p = logits.double().softmax(-1)
-    matrix = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
-    values, vectors = torch.linalg.eigh(matrix)
-    values, vectors = values.flip(-1).clamp_min(0), vectors.flip(-1)
-    floor = torch.finfo(logits.dtype).eps * values[:, :1]
+    values, vectors = torch.linalg.eigh(objective.item_hessians(outputs, batch))
+    values, vectors = values.flip(-1), vectors.flip(-1)
+    if bool((values[:, -1] < -NEGATIVE * values[:, 0].clamp_min(0)).any()):
+        raise ValueError(
+            f"loss {objective.name} is not convex in the model's outputs, so its Gauss–Newton "
+            "matrix has no root; use matrix='hessian'"
+        )
+    values = values.clamp_min(0)
+    floor = torch.finfo(outputs.dtype).eps * values[:, :1]
     ranks = ((values > floor) & (values > 0)).sum(-1)
     columns = (vectors * values.sqrt().unsqueeze(-2)).permute(2, 0, 1)
-    return columns.to(logits.dtype), ranks
+    return columns.to(outputs.dtype), ranks
+
+
+def has_columns(model: nn.Module, objective: Loss, batches: Sequence[Batch]) -> bool:
+    """Whether the loss is convex in the model's outputs on all these data; where its curvature is
+    known in closed form, it is. Cost otherwise: a forward pass, and a product with the second
+    derivative of the loss for each output."""
+    if objective.curvature != "differentiation":
+        return objective.curvature == "closed form"
+    with evaluating(model):
+        for batch in batches:
+            with torch.no_grad():
+                outputs = objective.outputs(model, batch)
+            values = torch.linalg.eigvalsh(objective.item_hessians(outputs, batch))
+            if bool((values[:, 0] < -NEGATIVE * values[:, -1].clamp_min(0)).any()):
+                return False
+    return True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,54 +172,39 @@ class _Portion:
 
     Attributes:
         batch: the items.
-        seeds: columns at their logits.
+        seeds: columns at their outputs.
         count: positions of each item.
     """
 
     batch: Batch
-    seeds: Float[Tensor, "columns items classes"]
+    seeds: Float[Tensor, "columns items k"]
     count: Float[Tensor, " items"]
 
 
-def _portions(
-    model: nn.Module, objective: Objective, batches: Sequence[Batch]
-) -> Iterator[_Portion]:
+def _portions(model: nn.Module, objective: Loss, batches: Sequence[Batch]) -> Iterator[_Portion]:
     """Small batches with their columns; items of similar rank go together, so that few columns are
     propagated for items whose prediction is certain."""
     for batch in batches:
         # 1. Columns of every item, from a forward pass without a graph.
         with torch.no_grad(), evaluating(model):
-            logits = objective.logits(model, batch)
-        if logits.ndim != 2 or logits.shape[-1] - 1 > MAX_COLUMNS:
+            outputs = objective.outputs(model, batch)
+        if outputs.ndim != 2 or outputs.shape[-1] - 1 > MAX_COLUMNS:
             raise ValueError(
-                f"exact Gauss–Newton columns need logits (items, up to {MAX_COLUMNS + 1} "
-                f"classes), got {tuple(logits.shape)}; use the Fisher from sampled labels"
+                f"exact Gauss–Newton columns need outputs (items, up to {MAX_COLUMNS + 1}), got "
+                f"{tuple(outputs.shape)}; use the Fisher from sampled labels"
             )
-        positions = objective.positions(logits, batch)
-        columns, ranks = softmax_columns(positions.logits.to(wide(logits)))
-        where = _counting_rows(logits, batch, objective)
-        count = positions_per_item(positions)
+        columns, ranks = output_columns(outputs.to(wide(outputs)), objective, batch)
+        count = objective.counts(outputs, batch)
 
         # 2. Items in the order of their rank.
-        item_rank = torch.zeros(positions.items, dtype=ranks.dtype, device=ranks.device)
-        item_rank[positions.item] = ranks
-        order = torch.argsort(item_rank, descending=True)
+        order = torch.argsort(ranks, descending=True)
 
         # 3. A few at a time, with as many columns as the first of them needs.
         for start in range(0, len(order), ITEMS):
             chosen = order[start : start + ITEMS]
-            rank = int(item_rank[chosen].max())
-            seeds = torch.zeros(rank, *logits.shape, dtype=logits.dtype, device=logits.device)
-            seeds.view(rank, -1, logits.shape[-1])[:, where] = columns[:rank].to(logits.dtype)
-            picked = _pick(batch, chosen)
-            yield _Portion(batch=picked, seeds=seeds[:, chosen], count=count[chosen])
-
-
-def _counting_rows(logits: Tensor, batch: Batch, objective: Objective) -> Tensor:
-    """Flat indices of the counting positions among all rows of the logits."""
-    rows = torch.arange(logits[..., 0].numel(), device=logits.device).view(logits.shape[:-1])
-    marked = rows.unsqueeze(-1).expand(logits.shape).to(torch.float64)
-    return objective.positions(marked, batch).logits[:, 0].long()
+            rank = int(ranks[chosen].max())
+            seeds = columns[:rank, chosen].to(outputs.dtype)
+            yield _Portion(batch=_pick(batch, chosen), seeds=seeds, count=count[chosen])
 
 
 def _pick(batch: Batch, items: Tensor) -> Batch:
@@ -213,7 +222,7 @@ def _pick(batch: Batch, items: Tensor) -> Batch:
 
 def _block_moments(
     model: nn.Module,
-    objective: Objective,
+    objective: Loss,
     batches: Sequence[Batch],
     layers: Mapping[str, Layer],
     diagonal: bool,
@@ -223,7 +232,7 @@ def _block_moments(
     for portion in _portions(model, objective, batches):
         taken = capture(model, objective, portion.batch, layers)
         columns = [
-            backward(taken, list(layers), taken.logits, s, retain=True) for s in portion.seeds
+            backward(taken, list(layers), taken.outputs, s, retain=True) for s in portion.seeds
         ]
         sums.counts.append(portion.count)
         for i, name in enumerate(layers):
@@ -252,7 +261,7 @@ def _groups(layers: Mapping[str, Layer], items: int) -> Iterator[dict[str, Layer
 
 
 def _block_columns(
-    model: nn.Module, objective: Objective, batches: Sequence[Batch], layers: Mapping[str, Layer]
+    model: nn.Module, objective: Loss, batches: Sequence[Batch], layers: Mapping[str, Layer]
 ) -> tuple[dict[str, Float[Tensor, "columns n"]], float]:
     """Gradient columns of every layer on this process's share, and the number of positions on
     all."""
@@ -262,7 +271,7 @@ def _block_columns(
         taken = capture(model, objective, portion.batch, layers)
         total += float(portion.count.sum())
         columns = [
-            backward(taken, list(layers), taken.logits, s, retain=True) for s in portion.seeds
+            backward(taken, list(layers), taken.outputs, s, retain=True) for s in portion.seeds
         ]
         if not columns:
             continue

@@ -17,12 +17,12 @@ from curvprune.curvature.closed_forms import BlockDiagonal, Ekfac, Kronecker
 from curvprune.curvature.draws import Draws
 from curvprune.curvature.operators import Operator, ParamSpace
 from curvprune.distributed import all_sum, my_share
-from curvprune.model import Batch, Layer, Objective, sampled_losses
+from curvprune.model import Batch, Layer, Loss
 
 
 def kfac(
     model: nn.Module,
-    objective: Objective,
+    objective: Loss,
     batches: Sequence[Batch],
     layers: Mapping[str, Layer],
     *,
@@ -49,7 +49,7 @@ def kfac(
 
 def ekfac(
     model: nn.Module,
-    objective: Objective,
+    objective: Loss,
     batches: Sequence[Batch],
     layers: Mapping[str, Layer],
     *,
@@ -99,7 +99,7 @@ class _Factors:
 
 def _factors(
     model: nn.Module,
-    objective: Objective,
+    objective: Loss,
     batches: Sequence[Batch],
     layers: Mapping[str, Layer],
     seed: int,
@@ -136,21 +136,21 @@ def _factors(
 
 def _sampled(
     model: nn.Module,
-    objective: Objective,
+    objective: Loss,
     batches: Sequence[Batch],
     layers: Mapping[str, Layer],
     seed: int,
-) -> Iterator[tuple[Capture, list[Tensor], int]]:
+) -> Iterator[tuple[Capture, list[Tensor], float]]:
     """Every mini-batch after its passes: the output gradients for one drawn label per position, and
     how many positions count."""
     draws = Draws(labels=1, seed=seed)
     for number, batch in my_share(list(enumerate(batches))):
         taken = capture(model, objective, batch, layers)
         with torch.enable_grad():
-            positions = objective.positions(taken.logits, batch)
-            loss = sampled_losses(positions, draws.generator(number)).sum()
+            loss = objective.scores(taken.outputs, batch, draws.generator(number)).sum()
             gradients = backward(taken, list(layers), loss)
-        yield taken, gradients, len(positions.item)
+            count = float(objective.counts(taken.outputs.detach(), batch).sum())
+        yield taken, gradients, count
 
 
 def _space(layer: Layer) -> ParamSpace:

@@ -22,7 +22,11 @@ import torch
 from curvprune.curvature.batched_fisher import fisher_moments
 from curvprune.curvature.estimates import EigenPairs
 from curvprune.curvature.estimators import density, eigenpairs
-from curvprune.curvature.gauss_newton_blocks import exact_gauss_newton, head_moments
+from curvprune.curvature.gauss_newton_blocks import (
+    exact_gauss_newton,
+    has_columns,
+    head_moments,
+)
 from curvprune.curvature.layer_curvature import (
     LayerCurvature,
     layers_of_moments,
@@ -34,7 +38,7 @@ from curvprune.curvature.products import MatrixFree
 from curvprune.curvature.records import DensityRecord, EigenvaluesRecord, RememberedLayers
 from curvprune.curvature.request import AnalysisRequest
 from curvprune.curvature.spectral_density import SpectralDensity
-from curvprune.model import Layer
+from curvprune.model import Layer, evaluating
 
 # Asked of eigenvalues whose error shall be below 1e-2: r²/gap is optimistic where the spectrum is
 # dense at its ends.
@@ -54,7 +58,7 @@ def second_order(request: AnalysisRequest) -> dict[str, LayerCurvature]:
     heads = [n for n in rest if n in request.structure.heads]
     found: dict[str, LayerCurvature] = {}
 
-    # 1. Exact blocks, from the columns of the softmax's Hessian.
+    # 1. Exact blocks, from the columns of the loss's Hessian at the outputs.
     if exact:
         request.advance("exact blocks", 0, 1)
         found |= _recall_layers(request, "exact", lambda: _exact_blocks(request, exact))
@@ -95,7 +99,7 @@ def _recall_layers(
 def _exact_layers(request: AnalysisRequest) -> Sequence[str]:
     """Layers whose block is a Gauss–Newton block that columns give exactly."""
     structure = request.structure
-    if not structure.exact:
+    if not structure.exact or not has_columns(request.model, request.objective, request.batches):
         return ()
     return structure.factored if request.asked.matrix == "ggn" else structure.piecewise_linear
 
@@ -319,9 +323,10 @@ def _beside_gauss_newton(
     Cost: one gradient or a few."""
     structure = request.structure
     known = request.some([n for n in layers if n in structure.factored])
-    if not known:
-        return dict(layers)
     model, objective, batches = request.model, request.objective, request.batches
+    # A loss that is not convex in the outputs, or not known as their function, has no such trace.
+    if not known or not _is_drawn(request):
+        return dict(layers)
     if structure.exact:
         moments = exact_gauss_newton(model, objective, batches, known, diagonal=False).moments
     else:
@@ -334,3 +339,21 @@ def _beside_gauss_newton(
     for name, theirs in traces.items():
         result[name] = replace(layers[name], gauss_newton_trace=theirs.trace)
     return result
+
+
+def _is_drawn(request: AnalysisRequest) -> bool:
+    """Whether the loss's curvature at the outputs is a covariance."""
+    objective = request.objective
+    if objective.curvature != "differentiation":
+        return objective.curvature == "closed form"
+    if request.structure.exact:
+        return has_columns(request.model, objective, request.batches)
+    # Beyond a few outputs a draw itself tells.
+    batch = request.batches[0]
+    with torch.no_grad(), evaluating(request.model):
+        outputs = objective.outputs(request.model, batch)
+    try:
+        objective.draw(outputs, batch, request.generator(0))
+    except ValueError:
+        return False
+    return True

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from curvprune.compat import experts_one_by_one
 from curvprune.curvature.operators import Operator, ParamSpace
 from curvprune.distributed import all_sum, my_share, rank, world
-from curvprune.model import Batch, Objective, evaluating, sampled_losses
+from curvprune.model import Batch, Loss, evaluating
 
 
 def first_items(batch: Batch, count: int) -> Batch:
@@ -51,7 +51,7 @@ def double_backward(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def check_deterministic(model: nn.Module, objective: Objective, batch: Batch) -> None:
+def check_deterministic(model: nn.Module, objective: Loss, batch: Batch) -> None:
     """Two forward passes of one item must agree. Raises ``ValueError`` naming the module that makes
     them differ."""
     item = first_items(batch, 1)
@@ -72,7 +72,7 @@ def check_deterministic(model: nn.Module, objective: Objective, batch: Batch) ->
 
 
 def _outputs_of_modules(
-    model: nn.Module, objective: Objective, item: Batch
+    model: nn.Module, objective: Loss, item: Batch
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The model's output, and the first one of every module without children."""
     seen: dict[str, Tensor] = {}
@@ -89,7 +89,7 @@ def _outputs_of_modules(
     try:
         # Evaluation mode: dropout and batch statistics are no reason to refuse a model.
         with torch.no_grad(), evaluating(model):
-            return objective.logits(model, item), seen
+            return objective.outputs(model, item), seen
     finally:
         for handle in handles:
             handle.remove()
@@ -103,14 +103,17 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 class _Forward(nn.Module):
-    """The model as a function of its parameters, for ``torch.func.functional_call``."""
+    """The model as a function of its parameters, for ``torch.func.functional_call``: to its outputs
+    or to the whole ``(sum, count)`` of the loss."""
 
-    def __init__(self, model: nn.Module, objective: Objective) -> None:
+    def __init__(self, model: nn.Module, objective: Loss) -> None:
         super().__init__()
         self.model, self.objective = model, objective
 
-    def forward(self, batch: Batch) -> Tensor:
-        return self.objective.logits(self.model, batch)
+    def forward(self, batch: Batch, whole: bool) -> Any:
+        if whole:
+            return self.objective.loss(self.model, batch)
+        return self.objective.outputs(self.model, batch)
 
 
 @dataclass(slots=True)
@@ -126,7 +129,7 @@ class _Graph:
     """
 
     leaves: list[Tensor]
-    count: int
+    count: float
     outputs: Tensor
     gradients: list[Tensor | None]
     seed: Tensor | None = None
@@ -140,7 +143,7 @@ class _Source:
     def __init__(
         self,
         model: nn.Module,
-        objective: Objective,
+        objective: Loss,
         batches: Sequence[Batch],
         names: Sequence[str],
         retain: int,
@@ -156,13 +159,19 @@ class _Source:
         own = dict(self.model.named_parameters())
         return {n: own[n].detach().requires_grad_() for n in self.names}
 
-    def logits(self, leaves: Mapping[str, Tensor], batch: Batch) -> Tensor:
+    def outputs(self, leaves: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        return self._call(leaves, batch, whole=False)
+
+    def loss(self, leaves: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, float]:
+        return self._call(leaves, batch, whole=True)
+
+    def _call(self, leaves: Mapping[str, Tensor], batch: Batch, *, whole: bool) -> Any:
         function = _Forward(self.model, self.objective)
         # Everything else is passed detached: its own requires_grad must not grow the graph.
         rest = {n: p.detach() for n, p in self.model.named_parameters() if n not in leaves}
         inputs = {f"model.{n}": p for n, p in (*leaves.items(), *rest.items())}
         with evaluating(self.model), torch.enable_grad(), double_backward(self.model):
-            return torch.func.functional_call(function, inputs, (batch,))
+            return torch.func.functional_call(function, inputs, (batch, whole))
 
     def graphs(self, build: Callable[[int, Batch], _Graph]) -> Iterator[_Graph]:
         for i, batch in enumerate(self.batches):
@@ -280,7 +289,7 @@ class _Hessian(MatrixFree):
 
     def _build(self, number: int, batch: Batch) -> _Graph:
         leaves = self.source.leaves()
-        loss, count = self.source.objective.loss_of(self.source.logits(leaves, batch), batch)
+        loss, count = self.source.loss(leaves, batch)
         inputs = list(leaves.values())
         if not loss.requires_grad:
             raise ValueError(
@@ -300,25 +309,32 @@ class _Hessian(MatrixFree):
         )
 
 
-# (outputs z, the product with their curvature M, positions) of a mini-batch's logits; its number
-# is the second argument.
-_Outputs = Callable[[Objective, int, Tensor, Batch], tuple[Tensor, Callable[[Tensor], Tensor], int]]
+# (outputs z, the product with their curvature M, positions) of a mini-batch's model outputs; its
+# number is the second argument.
+_Curved = tuple[Tensor, Callable[[Tensor], Tensor], float]
+_Outputs = Callable[[Loss, int, Tensor, Batch], _Curved]
 
 
 class _GaussNewton(MatrixFree):
     """``Σ Jᵀ M J`` with J the Jacobian of some outputs of the model and M their curvature."""
 
     def __init__(
-        self, source: _Source, space: ParamSpace, *, matrix: str, outputs: _Outputs
+        self,
+        source: _Source,
+        space: ParamSpace,
+        *,
+        matrix: str,
+        outputs: _Outputs,
+        convex: bool = True,
     ) -> None:
-        super().__init__(source, space, matrix=matrix, psd=True)
+        super().__init__(source, space, matrix=matrix, psd=convex)
         self._outputs = outputs
 
     def _build(self, number: int, batch: Batch) -> _Graph:
         leaves = self.source.leaves()
         inputs = list(leaves.values())
-        logits = self.source.logits(leaves, batch)
-        z, middle, count = self._outputs(self.source.objective, number, logits, batch)
+        outputs = self.source.outputs(leaves, batch)
+        z, middle, count = self._outputs(self.source.objective, number, outputs, batch)
         # Jᵀ u as a function of u: differentiated by u once more, it gives J v.
         seed = torch.zeros_like(z).requires_grad_()
         gradients = torch.autograd.grad(z, inputs, seed, create_graph=True, allow_unused=True)
@@ -367,42 +383,33 @@ def _active(
     return gradients, vectors
 
 
-def _logits(
-    objective: Objective, number: int, logits: Tensor, batch: Batch
-) -> tuple[Tensor, Callable[[Tensor], Tensor], int]:
-    """z are the logits, M the Hessian of the loss at them."""
-    z = logits.detach().requires_grad_()
-    with torch.enable_grad():
-        loss, count = objective.loss_of(z, batch)
-        slope = torch.autograd.grad(loss, z, create_graph=True)[0]
-    return logits, lambda u: torch.autograd.grad(slope, z, u, retain_graph=True)[0], count
+def _own(objective: Loss, number: int, outputs: Tensor, batch: Batch) -> _Curved:
+    """z are the model's outputs, M the Hessian of the loss at them."""
+    curvature = objective.hessian_at(outputs, batch)
+    count = float(objective.counts(outputs.detach(), batch).sum())
+    return outputs, curvature.product, count
 
 
-def _losses(
-    objective: Objective, number: int, logits: Tensor, batch: Batch
-) -> tuple[Tensor, Callable[[Tensor], Tensor], int]:
+def _losses(objective: Loss, number: int, outputs: Tensor, batch: Batch) -> _Curved:
     """z are the items' losses on the data's own labels, M the identity."""
     with torch.enable_grad():
-        losses, count = objective.item_losses(logits, batch)
-    return losses, lambda u: u, count
+        losses = objective.item_losses(outputs, batch)
+    return losses, lambda u: u, float(objective.counts(outputs.detach(), batch).sum())
 
 
 def _drawn_losses(labels: int, seed: int) -> _Outputs:
-    """z are the items' losses on ``labels`` labels drawn from the model for each position, M the
+    """z are the items' losses on ``labels`` targets drawn from the model for each position, M the
     mean over the draws."""
 
-    def outputs(
-        objective: Objective, number: int, logits: Tensor, batch: Batch
-    ) -> tuple[Tensor, Callable[[Tensor], Tensor], int]:
+    def outputs(objective: Loss, number: int, found: Tensor, batch: Batch) -> _Curved:
         # One stream per mini-batch of the whole data: a graph that is built again draws the same
         # labels.
         place = number * world() + rank()
         generator = torch.Generator().manual_seed((seed * 1_000_003 + place) % 2**63)
         with torch.enable_grad():
-            positions = objective.positions(logits, batch)
-            drawn = [sampled_losses(positions, generator) for _ in range(labels)]
-            sums = [x.new_zeros(positions.items).index_add(0, positions.item, x) for x in drawn]
-        return torch.stack(sums), lambda u: u / labels, len(positions.item)
+            sums = [objective.scores(found, batch, generator) for _ in range(labels)]
+        count = float(objective.counts(found.detach(), batch).sum())
+        return torch.stack(sums), lambda u: u / labels, count
 
     return outputs
 
@@ -410,7 +417,7 @@ def _drawn_losses(labels: int, seed: int) -> _Outputs:
 def _source(
     model: nn.Module,
     batches: Iterable[Batch],
-    objective: Objective,
+    objective: Loss,
     parameters: str | Sequence[str],
     retain: int,
 ) -> tuple[_Source, ParamSpace]:
@@ -446,7 +453,7 @@ def _source(
 def hessian(
     model: nn.Module,
     batches: Iterable[Batch],
-    objective: Objective,
+    objective: Loss,
     *,
     parameters: str | Sequence[str] = "*",
     retain: int = 1,
@@ -478,24 +485,28 @@ def hessian(
 def gauss_newton(
     model: nn.Module,
     batches: Iterable[Batch],
-    objective: Objective,
+    objective: Loss,
     *,
     parameters: str | Sequence[str] = "*",
     retain: int = 1,
 ) -> MatrixFree:
-    """The generalised Gauss–Newton matrix ``mean Jᵀ (∂²loss/∂logits²) J``.
+    """The generalised Gauss–Newton matrix ``mean Jᵀ (∂²loss/∂outputs²) J``.
 
-    It is the Hessian without the curvature of the network itself. For the softmax losses here it
-    equals the true Fisher matrix. Arguments as for `hessian`.
+    It is the Hessian without the curvature of the network itself. For a likelihood in canonical
+    form (softmax, independent sigmoids, normal errors, Poisson counts) it equals the true Fisher
+    matrix. Arguments as for `hessian`.
     """
     source, space = _source(model, batches, objective, parameters, retain)
-    return _GaussNewton(source, space, matrix="generalised Gauss-Newton", outputs=_logits)
+    convex = objective.curvature == "closed form"
+    return _GaussNewton(
+        source, space, matrix="generalised Gauss-Newton", outputs=_own, convex=convex
+    )
 
 
 def fisher(
     model: nn.Module,
     batches: Iterable[Batch],
-    objective: Objective,
+    objective: Loss,
     *,
     labels: int = 1,
     seed: int = 0,
@@ -515,7 +526,7 @@ def fisher(
 def empirical_fisher(
     model: nn.Module,
     batches: Iterable[Batch],
-    objective: Objective,
+    objective: Loss,
     *,
     parameters: str | Sequence[str] = "*",
     retain: int = 1,
@@ -547,7 +558,7 @@ def loss_and_gradient(operator: MatrixFree) -> LossAndGradient:
     count = torch.zeros_like(loss)
     for batch in source.batches:
         leaves = source.leaves()
-        value, seen = source.objective.loss_of(source.logits(leaves, batch), batch)
+        value, seen = source.loss(leaves, batch)
         wanted = [leaves[n] for n in operator.space.shapes]
         gradients = torch.autograd.grad(value, wanted, allow_unused=True)
         loss += value.detach()

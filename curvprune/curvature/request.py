@@ -14,7 +14,7 @@ from curvprune.curvature.draws import Draws
 from curvprune.curvature.products import MatrixFree, gauss_newton, hessian
 from curvprune.curvature.ritz import Which
 from curvprune.curvature.structure import Structure
-from curvprune.model import Batch, Layer, Objective
+from curvprune.model import Batch, Layer, Loss
 
 MATRICES = {
     "hessian": "Hessian",
@@ -116,7 +116,7 @@ class AnalysisRequest:
     structure, and the notes so far."""
 
     model: nn.Module
-    objective: Objective
+    objective: Loss
     batches: Sequence[Batch]
     layers: Mapping[str, Layer]
     asked: AnalysisSettings

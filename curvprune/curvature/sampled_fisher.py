@@ -1,10 +1,11 @@
 """One pass over the data that yields, for every layer at once, the true Fisher's trace and diagonal
 and its value along any number of given changes.
 
-For item n with T_n positions, back-propagate from the logits of every position a random vector with
-mean zero and the covariance of the score, ``diag(p) − p pᵀ`` (`curvprune.model.losses.signed_loss`:
-signs instead of sampled labels), and let ``g`` be what arrives at a layer's weight. Positions are
-independent, so cross terms between positions vanish in expectation. ``E[g gᵀ]`` summed over items
+For item n with T_n positions, back-propagate from the outputs of every position a random vector
+with mean zero and the covariance of the score: of a softmax ``diag(p) − p pᵀ``, of any loss its
+Hessian at the outputs (`curvprune.model.Loss.draw`: signs instead of sampled labels). Let ``g`` be
+what arrives at a layer's weight. Positions are independent, so cross terms between positions vanish
+in expectation. ``E[g gᵀ]`` summed over items
 and divided by the number of positions is then exactly the Fisher matrix F of the mean loss. Hence,
 per position and in nats,
 
@@ -31,7 +32,7 @@ from curvprune.curvature.capture import wide
 from curvprune.curvature.draws import TWO_LABELS, Draws
 from curvprune.curvature.estimates import Estimate
 from curvprune.distributed import all_sum, my_share, shared, world
-from curvprune.model import Batch, Layer, Objective, evaluating, signed_loss, to_device
+from curvprune.model import Batch, Layer, Loss, evaluating, to_device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,7 +126,7 @@ def ratio_estimate(sums: Float[Tensor, " items"], count: Float[Tensor, " items"]
 
 def fisher_pass(
     model: nn.Module,
-    objective: Objective,
+    objective: Loss,
     items: Sequence[Batch],
     layers: Mapping[str, Layer],
     changes: Mapping[str, Sequence[Change]],
@@ -251,25 +252,24 @@ class _GradientSums:
             for handle in handles:
                 handle.remove()
 
-    def take_item(self, model: nn.Module, objective: Objective, item: int, batch: Batch) -> None:
+    def take_item(self, model: nn.Module, objective: Loss, item: int, batch: Batch) -> None:
         """Forward and backward passes of one item."""
         self.item = item
         labels, slopes = self.draws.labels, self.draws.slopes
         # The item's own generator: a resumed pass draws what an uninterrupted one would.
         generator = self.draws.generator(item)
         # 1. Forward.
-        logits = objective.logits(model, batch)
-        positions = objective.positions(logits, batch)
-        self.totals["count"][item] = len(positions.item)
+        found = objective.outputs(model, batch)
+        self.totals["count"][item] = float(objective.counts(found, batch).sum())
         # 2. Back from random signs at every position, once per draw.
         for s in range(labels):
             self.label = s
             retain = slopes or s + 1 < labels
-            signed_loss(positions, generator).backward(retain_graph=retain)
+            objective.draw(found, batch, generator).sum().backward(retain_graph=retain)
         # 3. Back from the loss on the item's own labels.
         if slopes:
             self.label = None
-            objective.loss_of(logits, batch)[0].backward()
+            objective.loss_of(found, batch)[0].backward()
         self._check_finite()
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:

@@ -1,6 +1,6 @@
 """What is exact for which layer, read off one small forward pass and its autograd graph.
 
-Where the path from a layer's output to the logits is piecewise linear (ReLU, pooling, BatchNorm in
+Where the path from a layer's output to the model's is piecewise linear (ReLU, pooling, BatchNorm in
 evaluation mode), the layer's block of the **Hessian** equals its Gauss–Newton block wherever it
 exists. The block's diagonal, trace and spectrum are then exact from first-order passes.
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from curvprune.compat import normalises_by_batch, operation_of
 from curvprune.curvature.capture import Capture, capture
 from curvprune.curvature.products import check_deterministic, first_items
-from curvprune.model import Batch, Layer, Objective
+from curvprune.model import Batch, Layer, Loss, PositionLoss
 
 MAX_COLUMNS = 128  # classes − 1 above which exact columns are not attempted
 
@@ -32,12 +32,12 @@ class Structure:
     Attributes:
         factored: layers called once, whose weight is used nowhere else and whose rows belong to one
             item each.
-        piecewise_linear: factored layers whose path to the logits is piecewise linear.
-        heads: piecewise linear layers whose output is the logits, for any number of positions and
-            classes.
+        piecewise_linear: factored layers whose path to the outputs is piecewise linear.
+        heads: piecewise linear layers whose outputs are the model's, for any number of positions
+            and classes.
         reasons: layer → why it is not factored.
-        exact: every item has at most one prediction (logits ``(items, classes)``) and few enough
-            classes for exact Gauss–Newton columns.
+        exact: every item has at most one prediction, outputs ``(items, k)``, with few enough of
+            them for exact Gauss–Newton columns.
     """
 
     factored: tuple[str, ...]
@@ -49,7 +49,7 @@ class Structure:
 
 def find_structure(
     model: nn.Module,
-    objective: Objective,
+    objective: Loss,
     batch: Batch,
     layers: Mapping[str, Layer],
     taken: Capture | None = None,
@@ -64,7 +64,7 @@ def find_structure(
         batch = first_items(batch, 2)
         taken = capture(model, objective, batch, layers)
     single = capture(model, objective, first_items(batch, 1), layers)
-    if not _rows_belong(single.logits.detach(), taken.logits.detach()):
+    if not _rows_belong(single.outputs.detach(), taken.outputs.detach()):
         check_deterministic(model, objective, batch)
 
     # 2. Layers whose gradients have factors per item.
@@ -75,16 +75,18 @@ def find_structure(
             reasons[name] = reason
     factored = tuple(n for n in layers if n not in reasons)
 
-    # 3. Those whose path to the logits is piecewise linear, and those that end there.
+    # 3. Those whose path to the outputs is piecewise linear, and those that end there.
     nonlinear = _nonlinear(taken, factored)
     piecewise_linear = tuple(n for n in factored if n not in nonlinear)
     return Structure(
         factored=factored,
         piecewise_linear=piecewise_linear,
-        heads=tuple(n for n in piecewise_linear if _is_head(taken, n)),
+        heads=tuple(n for n in piecewise_linear if _is_head(taken, n, objective, batch)),
         reasons=reasons,
         # By shape, not by the labels of these few items: others may have more positions that count.
-        exact=taken.logits.ndim == 2 and taken.logits.shape[-1] - 1 <= MAX_COLUMNS,
+        exact=objective.curvature != "none"
+        and taken.outputs.ndim == 2
+        and taken.outputs.shape[-1] - 1 <= MAX_COLUMNS,
     )
 
 
@@ -117,12 +119,20 @@ def _rows_belong(single: Tensor, several: Tensor) -> bool:
     return torch.allclose(first.float(), single.float(), rtol=1e-2, atol=rounding)
 
 
-def _is_head(taken: Capture, name: str) -> bool:
-    """The layer's output is the logits, seen through nothing but views, copies and casts."""
-    call, logits = taken.calls[name][0], taken.logits
-    if taken.layers[name].kind != "linear" or call.shape != logits.shape:
+def _is_head(taken: Capture, name: str, objective: Loss, batch: Batch) -> bool:
+    """The layer's output is what the loss judges row by row, seen through nothing but views, copies
+    and casts."""
+    call, outputs = taken.calls[name][0], taken.outputs
+    if taken.layers[name].kind != "linear" or call.shape != outputs.shape:
         return False
-    node: Any = logits.grad_fn
+    if not isinstance(objective, PositionLoss) or objective.curvature != "closed form":
+        return False
+    # The outputs of a position are a row of the layer's, in its order.
+    where = objective.where(outputs.detach(), batch)
+    row = torch.arange(outputs.shape[-1], device=where.device)
+    if where.shape[-1] != len(row) or not bool((where % len(row) == row).all()):
+        return False
+    node: Any = outputs.grad_fn
     while node is not None and node is not call.edge.node:
         if operation_of(node) not in ("View", "UnsafeView", "Alias", "Clone", "ToCopy"):
             return False
@@ -145,7 +155,7 @@ _BATCH_NORMS = {"NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"}
 
 
 def _nonlinear(taken: Capture, names: Sequence[str]) -> set[str]:
-    """Layers on whose way to the logits the autograd graph has a node that is not piecewise linear
+    """Layers on whose way to the outputs the autograd graph has a node that is not piecewise linear
     in them.
 
     A set of layers is an integer with one bit for each.
@@ -154,7 +164,7 @@ def _nonlinear(taken: Capture, names: Sequence[str]) -> set[str]:
     masks: dict[Any, int] = {}  # node -> layers that its inputs depend on
     crooked = 0
     # Depth first: a node is judged after all that it depends on.
-    stack: list[tuple[Any, bool]] = [(taken.logits.grad_fn, False)]
+    stack: list[tuple[Any, bool]] = [(taken.outputs.grad_fn, False)]
     while stack:
         node, inputs_done = stack.pop()
         if node is None or (node in masks and not inputs_done):

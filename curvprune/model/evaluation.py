@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvprune.model.forward import Batch, evaluating, outputs, to_device
-from curvprune.model.losses import IGNORED, ItemResults, LabelFree, Objective
+from curvprune.model.losses import ItemResults, Loss, PositionLoss
+from curvprune.model.losses.families import IGNORED
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +34,7 @@ class Metric:
     higher_is_better: bool = True
 
 
-def evaluate(model: nn.Module, batches: Iterable[Batch], objective: Objective) -> ItemResults:
+def evaluate(model: nn.Module, batches: Iterable[Batch], objective: Loss) -> ItemResults:
     """Results of every item, on the CPU in float64. One forward pass over the data (two for
     label-free)."""
     device = next(model.parameters()).device
@@ -80,9 +81,17 @@ def score_items(
 
 @torch.no_grad()
 def check_items(
-    model: nn.Module, objective: Objective, items: Sequence[Batch], purpose: str
+    model: nn.Module,
+    objective: Loss,
+    items: Sequence[Batch],
+    purpose: str,
+    *,
+    measured: bool = True,
 ) -> None:
     """Whether the model can read the items of a split. One forward pass, over the longest.
+
+    ``measured``: the loss will be measured on them; without, a loss that needs no labels is not
+    asked what the model's outputs are.
 
     Raises ``ValueError`` naming split and item for a token beyond the embedding table, a label that
     is no class, or an item on which the model itself fails, such as one longer than its table of
@@ -94,9 +103,11 @@ def check_items(
         _check_tokens(items, rows, purpose)
     # 2. A forward pass over the longest item: what it can read, it can read of the others.
     longest = max(items, key=_largest_tensor)
-    classes = _classes_of(model, objective, longest, purpose)
+    outputs = _outputs_of(model, objective, longest, purpose, counted=measured)
     # 3. Labels, of which the logits say how many classes there are.
-    if not isinstance(objective, LabelFree):
+    if isinstance(objective, PositionLoss) and objective.classes_by_label:
+        batch = to_device(longest, outputs.device)
+        classes = objective.places(outputs, batch).logits.shape[-1]
         _check_labels(items, classes, purpose)
 
 
@@ -124,12 +135,17 @@ def _largest_tensor(item: Batch) -> int:
     return max(tensor.numel() for tensor in inputs)
 
 
-def _classes_of(model: nn.Module, objective: Objective, item: Batch, purpose: str) -> int:
-    """How many classes the logits of an item have."""
+def _outputs_of(
+    model: nn.Module, objective: Loss, item: Batch, purpose: str, *, counted: bool
+) -> Tensor:
+    """The outputs of an item; what the loss says against them is said here."""
     batch = to_device(item, next(model.parameters()).device)
     try:
         with evaluating(model):
-            positions = objective.positions(objective.logits(model, batch), batch)
+            outputs = objective.outputs(model, batch)
+            if objective.labelled or counted:
+                objective.counts(outputs, batch)
+            return outputs
     # It is a RuntimeError too, but says nothing about the item.
     except torch.OutOfMemoryError:
         raise
@@ -143,7 +159,6 @@ def _classes_of(model: nn.Module, objective: Objective, item: Batch, purpose: st
             f"{purpose}: the model fails on an item of shape {shapes}: {error}; are its sequences "
             "too long for it?"
         ) from error
-    return positions.logits.shape[-1]
 
 
 def _check_labels(items: Sequence[Batch], classes: int, purpose: str) -> None:

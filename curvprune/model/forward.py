@@ -41,14 +41,57 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             module.training = mode
 
 
+# Entries of a batch that a loss reads and a model does not.
+TARGETS = ("labels", "start_positions", "end_positions", "sample_weight")
+
+
 def outputs(model: nn.Module, batch: Batch) -> Any:
     """What the model returns for a batch, called without its labels and without a cache. One
     forward pass."""
     if not isinstance(batch, Mapping):
         return model(batch[0])
-    inputs: dict[str, Tensor | bool] = {**batch}
-    inputs.pop("labels", None)
+    inputs: dict[str, Any] = {name: v for name, v in batch.items() if name not in TARGETS}
+    config = getattr(model, "config", None)
     # Keys and values of earlier tokens take memory, and nobody asks for a next token here.
-    if getattr(getattr(model, "config", None), "use_cache", False):
+    if getattr(config, "use_cache", False):
         inputs["use_cache"] = False
+    # A decoder beside an encoder reads the target, shifted by one.
+    two_parts = getattr(config, "is_encoder_decoder", False) and "labels" in batch
+    if two_parts and not any(name.startswith("decoder_input") for name in inputs):
+        inputs["decoder_input_ids"] = _shifted(model, batch["labels"])
     return model(**inputs)
+
+
+def _shifted(model: nn.Module, labels: Tensor) -> Tensor:
+    """What a decoder sees when it is to say ``labels``: a start token, then all but the last."""
+    own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if callable(own):
+        return own(labels=labels)
+    config: Any = model.config
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is None:
+        raise ValueError(
+            f"{type(model).__name__}: its config has no decoder_start_token_id; give the batch its "
+            "decoder_input_ids"
+        )
+    shifted = labels.roll(1, -1)
+    shifted[:, 0] = start
+    pad = getattr(config, "pad_token_id", None)
+    return shifted.masked_fill(shifted == -100, pad or 0)
+
+
+def one_item(batch: Batch, number: int) -> Batch:
+    """One item of a batch, as a batch of one."""
+    place = slice(number, number + 1)
+    if not isinstance(batch, Mapping):
+        return batch[0][place], batch[1][place]
+    item = dict(batch)
+    for name, value in batch.items():
+        if isinstance(value, Tensor):
+            item[name] = value[place]
+    return item
+
+
+def items_in(batch: Batch) -> int:
+    """The number of items of a batch."""
+    return len(next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curvprune.model.forward import Batch
-from curvprune.model.losses import IGNORED
+from curvprune.model.losses.families import IGNORED
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

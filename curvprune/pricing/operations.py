@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvprune.model import Batch, Layer, Objective, evaluating, to_device
+from curvprune.model import Batch, Layer, Loss, evaluating, to_device
 from curvprune.options import (
     DTYPE_BYTES,
     Cast,
@@ -102,7 +102,7 @@ def _uses(
 
 @torch.no_grad()
 def multiply_adds(
-    model: nn.Module, objective: Objective, batches: Iterable[Batch], layers: Mapping[str, Layer]
+    model: nn.Module, objective: Loss, batches: Iterable[Batch], layers: Mapping[str, Layer]
 ) -> dict[str, float]:
     """Multiply-adds of every layer: per token (padding left out) if the objective counts tokens,
     else per item.
@@ -153,7 +153,7 @@ def multiply_adds(
             for batch in batches:
                 batch = to_device(batch, device)
                 mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-                logits = objective.logits(model, batch)
+                logits = objective.outputs(model, batch)
                 # Classifiers have one position per item, whatever the shape of their logits.
                 if objective.measure == "nats/token":
                     positions += _rows(logits.shape, mask)

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvprune.curvature import Change, Kronecker, hessian, kfac
-from curvprune.model import Batch, Layer, Objective, evaluating, to_device
+from curvprune.model import Batch, Layer, Loss, evaluating, to_device
 
 FORMS = ("kfac", "input", "hessian")
 
@@ -61,7 +61,7 @@ class Forms:
 def quadratic_forms(
     kind: str,
     model: nn.Module,
-    objective: Objective,
+    objective: Loss,
     items: Sequence[Batch],
     layers: Mapping[str, Layer],
     changes: Mapping[str, Sequence[Change]],
@@ -84,7 +84,7 @@ def quadratic_forms(
         )
     device = next(model.parameters()).device
     wanted = {n: layer for n, layer in layers.items() if changes.get(n)}
-    counts: list[int] = []
+    counts: list[float] = []
     sums: dict[str, list[list[float]]] = {n: [] for n in wanted}
     for number, part in enumerate(_interleaved(kind, items, parts.count)):
         # 1. The matrix over this part.
@@ -95,9 +95,9 @@ def quadratic_forms(
             form = _factored_form(kind, model, objective, batches, wanted, parts.seed + number)
         # 2. Its positions.
         with torch.no_grad(), evaluating(model):
-            count = 0
+            count = 0.0
             for batch in batches:
-                count += len(objective.positions(objective.logits(model, batch), batch).item)
+                count += _positions(model, objective, batch)
         counts.append(count)
         # 3. The form along every change.
         for name, layer in wanted.items():
@@ -113,6 +113,10 @@ def quadratic_forms(
     )
 
 
+def _positions(model: nn.Module, objective: Loss, batch: Batch) -> float:
+    return float(objective.counts(objective.outputs(model, batch), batch).sum())
+
+
 def _interleaved(kind: str, items: Sequence[Batch], parts: int) -> list[Sequence[Batch]]:
     """The items dealt to parts of equal size; single ones for the Hessian."""
     width = 1 if kind == "hessian" else -(-len(items) // min(parts, len(items)))
@@ -123,7 +127,7 @@ def _interleaved(kind: str, items: Sequence[Batch], parts: int) -> list[Sequence
 def _factored_form(
     kind: str,
     model: nn.Module,
-    objective: Objective,
+    objective: Loss,
     batches: Sequence[Batch],
     layers: Mapping[str, Layer],
     seed: int,
@@ -146,7 +150,7 @@ def _factored_form(
 
 
 def _hessian_form(
-    model: nn.Module, objective: Objective, batches: Sequence[Batch], layers: Mapping[str, Layer]
+    model: nn.Module, objective: Loss, batches: Sequence[Batch], layers: Mapping[str, Layer]
 ) -> Form:
     """``δᵀ H δ`` with the layer's block of the Hessian."""
     names = {id(p): n for n, p in model.named_parameters()}

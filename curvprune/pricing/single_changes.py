@@ -9,20 +9,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvprune.model import Batch, Layer, Objective, divergence, evaluating, to_device
+from curvprune.model import Batch, Layer, Loss, evaluating, to_device
 
 
 @torch.no_grad()
 def divergences(
     model: nn.Module,
-    objective: Objective,
+    objective: Loss,
     items: Sequence[Batch],
     layers: Mapping[str, Layer],
     changed: Sequence[tuple[str, Tensor]],
 ) -> Float[Tensor, "items changes"]:
-    """KL divergence from the model's own outputs, in nats, summed over an item's positions that
-    count, of every change alone. It is what ``½ δᵀ F δ`` is the second order of, and needs no
-    labels.
+    """What every change alone costs each item beyond the slope of its loss (`Loss.rises`), summed
+    over its positions. For a likelihood it is the KL divergence from the model's own outputs, in
+    nats, and needs no labels. It is what ``½ δᵀ F δ`` is the second order of.
 
     Args:
         items: batches of one item each.
@@ -39,12 +39,12 @@ def divergences(
         # Every item is read once, and its outputs compared with those after each change alone.
         for i, item in enumerate(items):
             batch = to_device(item, device)
-            before = objective.positions(objective.logits(model, batch), batch).logits
+            before = objective.outputs(model, batch)
             for k, (name, weight) in enumerate(changed):
                 try:
                     layers[name].write_(weight)
-                    after = objective.positions(objective.logits(model, batch), batch).logits
+                    after = objective.outputs(model, batch)
                 finally:
                     layers[name].write_(own[name])
-                sums[i, k] = divergence(before, after).double().sum()
+                sums[i, k] = objective.rises(before, after, batch).sum()
     return sums

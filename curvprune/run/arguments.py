@@ -18,13 +18,14 @@ from curvprune.compression import Solved
 from curvprune.files import StageLog, State
 from curvprune.model import (
     Batch,
-    Objective,
+    Loss,
+    LossLike,
     Split,
     Splits,
     as_split,
     find_groups,
     find_layers,
-    make_objective,
+    make_loss,
     read_request,
     split_items,
     to_device,
@@ -41,7 +42,7 @@ Data = Iterable[Batch] | Split | Splits
 class Arguments:
     """What a verb was told besides the model, the data, the options and the budget."""
 
-    objective: str | Objective = "auto"
+    loss: LossLike = "auto"
     layers: str | Sequence[str] = "*"
     same_option: str | Sequence[str | Sequence[str]] = ()
     settings: Settings | None = None
@@ -95,7 +96,7 @@ def task_from(
     # 3. The task.
     task = Task(
         model=model,
-        objective=objective_of(told.objective, model, splits.calibrate),
+        objective=objective_of(told.loss, model, splits.calibrate),
         layers=found,
         options={name: tuple(options) for name in found},
         same_option=groups.layers,
@@ -137,13 +138,13 @@ def _storage(model: nn.Module, settings: Settings) -> Storage:
     return Storage(write=write, read=read)
 
 
-def objective_of(name: str | Objective, model: nn.Module, split: Split) -> Objective:
+def objective_of(name: LossLike, model: nn.Module, split: Split) -> Loss:
     """The loss that a name stands for, told from the model and the first item if need be."""
     first = to_device(split.items[0], next(model.parameters()).device)
-    return make_objective(name, model, first)
+    return make_loss(name, model, first)
 
 
-def check_metric(budget: Budget | None, objective: Objective) -> None:
+def check_metric(budget: Budget | None, objective: Loss) -> None:
     """Accuracy needs one prediction per item."""
     if budget is None or budget.metric != "accuracy":
         return

@@ -193,7 +193,7 @@ def _memory(task: Task, timing: _Timing, dense: int, *, smaller_too: bool) -> in
     weights = sum(layer.numel for layer in task.layers.values())
     options = max(len(offered) for offered in task.options.values())
     with torch.no_grad():
-        logits = task.objective.logits(task.model, timing.item).numel()
+        logits = task.objective.outputs(task.model, timing.item).numel()
     # 1. Two models (four, where a smaller one is made first) and the libraries.
     memory = 2 * dense * (2 if smaller_too else 1) + 500_000_000
     # 2. Three copies of an evaluation batch's logits.

@@ -26,10 +26,10 @@ from curvprune.compression import Solved, Training
 from curvprune.files import StageLog, State
 from curvprune.model import (
     PURPOSES,
-    Objective,
+    Loss,
     Splits,
     find_layers,
-    make_objective,
+    make_loss,
     to_device,
 )
 from curvprune.options import Option, pruner_of, quantizer_of
@@ -342,10 +342,10 @@ def _documents(recipe: Recipe) -> dict[str, str]:
     return sources.hub_documents(section.name, split=section.split, column=section.column)
 
 
-def _objective(recipe: Recipe, model: nn.Module, splits: Splits) -> Objective:
+def _objective(recipe: Recipe, model: nn.Module, splits: Splits) -> Loss:
     try:
         device = next(model.parameters()).device
-        return make_objective(recipe.objective, model, to_device(splits.calibrate.items[0], device))
+        return make_loss(recipe.objective, model, to_device(splits.calibrate.items[0], device))
     except ValueError as error:
         raise recipe.error(("objective",), str(error)) from error
 

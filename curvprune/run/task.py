@@ -18,7 +18,7 @@ from torch import nn
 from curvprune import artifact
 from curvprune.artifact import Portable
 from curvprune.compression import Solved, Training
-from curvprune.model import PURPOSES, LabelFree, Layer, Objective, Splits, check_items, left_over
+from curvprune.model import PURPOSES, LabelFree, Layer, Loss, Splits, check_items, left_over
 from curvprune.options import Form, Option, option_from_key
 from curvprune.planning import Budget, Choice, Infeasible, Limit, Within, cheapest
 from curvprune.pricing import LayerWork, limits_of, macs_left, multiply_adds, work_of
@@ -131,7 +131,7 @@ class Task:
     """
 
     model: nn.Module
-    objective: Objective
+    objective: Loss
     layers: Mapping[str, Layer]
     options: Mapping[str, tuple[Option, ...]]
     splits: Splits
@@ -297,7 +297,9 @@ def _check_splits(task: Task) -> None:
         if not items:
             raise TaskError(f"the {purpose} split has no items; every split needs some", "data")
         try:
-            check_items(task.model, task.objective, items, purpose)
+            check_items(
+                task.model, task.objective, items, purpose, measured=task.budget is not None
+            )
         except ValueError as error:
             raise TaskError(str(error), "data") from error
     if task.budget is not None and (few := task.splits.too_few()) is not None:

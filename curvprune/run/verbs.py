@@ -16,7 +16,7 @@ from curvprune.compression import Recovery, RecoveryItems, Solved, Training, rec
 from curvprune.files import StageLog
 from curvprune.model import (
     Batch,
-    Objective,
+    Loss,
     Split,
     Splits,
     as_split,
@@ -172,7 +172,7 @@ def remove_units(
         warn_caller(leak)
     if told.device is not None:
         model = copy.deepcopy(model).to(told.device)
-    objective = objective_of(told.objective, model, splits.calibrate)
+    objective = objective_of(told.loss, model, splits.calibrate)
     check_metric(budget, objective)
     # 2. The units, and whether a config can say what is left.
     pruned = prune_units(
@@ -207,7 +207,7 @@ def _judge(
     models: tuple[nn.Module, nn.Module],
     certify: Split,
     budget: Budget,
-    objective: Objective,
+    objective: Loss,
     batch_size: int,
 ) -> Verdict:
     """The paired verdict of (uncompressed, compressed) on a split."""
@@ -257,7 +257,7 @@ def recover_model(
     model = copy.deepcopy(own)
     if told.device is not None:
         model, baseline = model.to(told.device), copy.deepcopy(baseline).to(told.device)
-    objective = objective_of(told.objective, baseline, splits.train)
+    objective = objective_of(told.loss, baseline, splits.train)
     check_metric(budget, objective)
 
     # 3. The training. Of a plain module nothing is known; a smaller model has nothing rounded.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvprune.model import Batch, Layer, Objective, evaluating, find_layers
+from curvprune.model import Batch, Layer, Loss, evaluating, find_layers
 from curvprune.structured.cuts import BLOCKS, KINDS, Cut, Found, Slot
 from curvprune.structured.surgery import remove_, silence_
 from curvprune.structured.tracing import Dimension, Graph, failed_at
@@ -29,7 +29,7 @@ _HEAD_WIDTHS = ("all_head_size", "inner_dim", "embed_dim", "split_size")
 
 
 def find_cuts(
-    model: nn.Module, objective: Objective, batch: Batch, *, kinds: Sequence[str] = KINDS
+    model: nn.Module, objective: Loss, batch: Batch, *, kinds: Sequence[str] = KINDS
 ) -> Found:
     """The cuts of a model, in its own order, and why other dimensions are none.
 
@@ -53,7 +53,7 @@ class _NoCut(Exception):
     """Why a dimension cannot be cut."""
 
 
-def _trace(model: nn.Module, objective: Objective, batch: Batch) -> Found:
+def _trace(model: nn.Module, objective: Loss, batch: Batch) -> Found:
     graph = Graph(model, objective, batch)
     layers = find_layers(model)
     cuts: list[Cut] = []
@@ -347,7 +347,7 @@ def _separate_rows(widths: Mapping[str, int], keys: int) -> tuple[Slot, ...]:
 
 
 def _tried(
-    model: nn.Module, objective: Objective, batch: Batch, cuts: Mapping[str, Cut]
+    model: nn.Module, objective: Loss, batch: Batch, cuts: Mapping[str, Cut]
 ) -> tuple[dict[str, Cut], list[str]]:
     """The cuts that survive: without some units the model computes what it computes when nothing
     reads them."""
@@ -367,7 +367,7 @@ def _tried(
 
 @torch.no_grad()
 def _complaint(
-    model: nn.Module, objective: Objective, batch: Batch, cuts: Mapping[str, Cut]
+    model: nn.Module, objective: Loss, batch: Batch, cuts: Mapping[str, Cut]
 ) -> str | None:
     # 1. Half of the units, not one, which might happen to matter little; every other block.
     removed = {n: list(range(c.units - c.units // 2, c.units)) for n, c in cuts.items()}
@@ -378,12 +378,12 @@ def _complaint(
     smaller = copy.deepcopy(model)
     silence_(find_layers(smaller), cuts, removed)
     with evaluating(smaller):
-        expected = objective.logits(smaller, batch).double()
+        expected = objective.outputs(smaller, batch).double()
     # 3. What it computes without them.
     try:
         remove_(smaller, cuts, removed)
         with evaluating(smaller):
-            found = objective.logits(smaller, batch).double()
+            found = objective.outputs(smaller, batch).double()
     except Exception as error:
         return f"with fewer units, the model fails at {failed_at(error)}"
     # 4. The two must agree as closely as the model's precision allows.

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvprune.model import Batch, Layer, Objective, evaluating, signed_loss, to_device
+from curvprune.model import Batch, Layer, Loss, evaluating, to_device
 
 # (name, layer, x rows or None, gradient rows)
 Take = Callable[[str, Layer, Tensor | None, Tensor], None]
@@ -79,7 +79,7 @@ def draws(seed: int, i: int) -> torch.Generator:
 
 def row_costs(
     model: nn.Module,
-    objective: Objective,
+    objective: Loss,
     batches: Iterable[Batch],
     layers: Mapping[str, Layer],
     *,
@@ -103,13 +103,13 @@ def row_costs(
     def take(name: str, layer: Layer, x: Tensor | None, gradient: Tensor) -> None:
         sums[name] += gradient.double().square().sum(0)
 
-    count = 0
+    count = 0.0
     with output_gradients(model, layers, take, inputs=False):
         for i, batch in enumerate(batches):
             batch = to_device(batch, device)
-            positions = objective.positions(objective.logits(model, batch), batch)
-            signed_loss(positions, draws(seed, i)).backward()
-            count += len(positions.item)
+            outputs = objective.outputs(model, batch)
+            objective.draw(outputs, batch, draws(seed, i)).sum().backward()
+            count += float(objective.counts(outputs.detach(), batch).sum())
     # 2. Per position.
     for name, total in sums.items():
         if not bool(total.any()):

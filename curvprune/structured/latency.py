@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvprune.model import Batch, Objective, evaluating, is_conv1d
+from curvprune.model import Batch, Loss, evaluating, is_conv1d
 from curvprune.structured.cuts import BLOCKS, Cut, Slot
 from curvprune.structured.surgery import remove_
 
@@ -142,7 +142,7 @@ class Latency:
     def __init__(
         self,
         model: nn.Module,
-        objective: Objective,
+        objective: Loss,
         batch: Batch,
         cuts: Mapping[str, Cut],
         smallest: Mapping[str, int],
@@ -189,7 +189,7 @@ class Latency:
             return self.beside(smaller)
 
     def _forward(self, model: nn.Module) -> Run:
-        return Run(module=model, call=lambda: self.objective.logits(model, self.batch))
+        return Run(module=model, call=lambda: self.objective.outputs(model, self.batch))
 
     @contextmanager
     def _without(self, left: Mapping[str, int]) -> Iterator[nn.Module]:
@@ -278,7 +278,7 @@ class Latency:
             handles.append(module.register_forward_pre_hook(watch(name), with_kwargs=True))
         try:
             with evaluating(self.model), torch.inference_mode():
-                self.objective.logits(self.model, self.batch)
+                self.objective.outputs(self.model, self.batch)
         finally:
             for handle in handles:
                 handle.remove()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from curvprune.curvature import ratio_estimate
-from curvprune.model import Layer, Objective, Split, signed_loss, to_device
+from curvprune.model import Layer, Loss, Split, to_device
 from curvprune.pricing import Ledger, Row
 from curvprune.structured.gradients import draws, output_gradients
 from curvprune.structured.solving import CutSolution, reading_layers
@@ -20,7 +20,7 @@ PRICED_BY = "Fisher along the compensated change"
 
 def price_widths(
     model: nn.Module,
-    objective: Objective,
+    objective: Loss,
     split: Split,
     solved: Mapping[str, CutSolution],
     work: CutWork,
@@ -69,7 +69,7 @@ def price_widths(
 
 def _measure(
     model: nn.Module,
-    objective: Objective,
+    objective: Loss,
     split: Split,
     solved: Mapping[str, CutSolution],
     *,
@@ -102,13 +102,14 @@ def _measure(
         for i, item in enumerate(items):
             generator = draws(seed, i)
             batch = to_device(item, device)
-            positions = objective.positions(objective.logits(model, batch), batch)
-            counts[i] = len(positions.item)
+            outputs = objective.outputs(model, batch)
+            counts[i] = float(objective.counts(outputs.detach(), batch).sum())
             # The draws of an item share its forward pass.
             for s in range(labels):
                 for value in along.values():
                     value.zero_()
-                signed_loss(positions, generator).backward(retain_graph=s + 1 < labels)
+                drawn = objective.draw(outputs, batch, generator).sum()
+                drawn.backward(retain_graph=s + 1 < labels)
                 for name, products in along.items():
                     sums[name][i] += 0.5 * products.square() / labels
     return sums, counts

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from curvprune.curvature import Estimate
-from curvprune.model import Objective, Splits
+from curvprune.model import Loss, Splits
 from curvprune.pricing import Ledger
 from curvprune.structured.asked import Structured
 from curvprune.structured.cuts import BLOCKS
@@ -81,7 +81,7 @@ class Pruned:
 
 def prune_units(
     model: nn.Module,
-    objective: Objective,
+    objective: Loss,
     splits: Splits,
     asked: Structured,
     *,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from curvprune.compression import Moments, visit_layers
 from curvprune.curvature import Change
-from curvprune.model import Layer, Objective, Split, collate, find_layers, to_device
+from curvprune.model import Layer, Loss, Split, collate, find_layers, to_device
 from curvprune.structured.asked import Structured
 from curvprune.structured.compensation import Consumer, compensate, removal_order
 from curvprune.structured.cuts import BLOCKS, Cut, Found
@@ -51,7 +51,7 @@ def reading_layers(model: nn.Module, cuts: Mapping[str, Cut]) -> dict[str, Layer
 
 def solve_widths(
     model: nn.Module,
-    objective: Objective,
+    objective: Loss,
     split: Split,
     found: Found,
     widths: Mapping[str, list[int]],
@@ -186,7 +186,7 @@ def _kept(layer: Layer, cuts: Mapping[str, Cut], removed: Mapping[str, Sequence[
 
 def apply_removal(
     model: nn.Module,
-    objective: Objective,
+    objective: Loss,
     split: Split,
     found: Found,
     removed: Mapping[str, Sequence[int]],

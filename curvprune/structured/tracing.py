@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from curvprune.model import Batch, Objective, evaluating, is_conv1d
+from curvprune.model import Batch, Loss, evaluating, is_conv1d
 from curvprune.structured.cuts import Conv1DPruner, torch_pruning
 
 
@@ -32,7 +32,7 @@ class Graph:
         ValueError: the model cannot be traced; names the operation that is in the way.
     """
 
-    def __init__(self, model: nn.Module, objective: Objective, batch: Batch) -> None:
+    def __init__(self, model: nn.Module, objective: Loss, batch: Batch) -> None:
         library = torch_pruning()
         self.types = library.ops.OPTYPE
         self.names = {module: name for name, module in model.named_modules()}
@@ -48,7 +48,7 @@ class Graph:
                 self.graph = library.DependencyGraph().build_dependency(
                     model,
                     example_inputs=batch,
-                    forward_fn=lambda m, b: objective.logits(m, b),
+                    forward_fn=lambda m, b: objective.outputs(m, b),
                     verbose=False,
                     customized_pruners={
                         type(m): Conv1DPruner() for m in model.modules() if is_conv1d(m)
@@ -65,7 +65,7 @@ class Graph:
         self.nodes = self.graph.module2node
         if not any(self.makes(node) for node in self.nodes.values()):
             with evaluating(model), _Exits() as exits:
-                objective.logits(model, batch)
+                objective.outputs(model, batch)
             reason = exits.first or "its outputs do not depend on a Linear or convolution"
             raise ValueError(f"torch-pruning cannot trace {type(model).__name__}: {reason}")
 

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from torch import nn
 
-from curvprune.model import Objective, Splits, collate, to_device
+from curvprune.model import Loss, Splits, collate, to_device
 from curvprune.structured.asked import Structured
 from curvprune.structured.cuts import BLOCKS, Cut, Found
 from curvprune.structured.finding import find_cuts
@@ -25,7 +25,7 @@ AIMS = 6  # choices whose latency is measured
 
 def offered_widths(
     model: nn.Module,
-    objective: Objective,
+    objective: Loss,
     splits: Splits,
     asked: Structured,
     *,

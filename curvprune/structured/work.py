@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvprune.model import Batch, Layer, Objective, evaluating, find_layers
+from curvprune.model import Batch, Layer, Loss, evaluating, find_layers
 from curvprune.structured.cuts import BLOCKS, Cut
 
 # (module, side) → cut → the share of that side's width that one unit of the cut is.
@@ -35,7 +35,7 @@ class CutWork:
     """
 
     def __init__(
-        self, model: nn.Module, objective: Objective, item: Batch, cuts: Mapping[str, Cut]
+        self, model: nn.Module, objective: Loss, item: Batch, cuts: Mapping[str, Cut]
     ) -> None:
         self.units = {n: c.units for n, c in cuts.items()}
         layers = find_layers(model)
@@ -131,7 +131,7 @@ def _attention_scores(cuts: Mapping[str, Cut], positions: Mapping[str, int]) -> 
 
 @torch.no_grad()
 def _positions(
-    model: nn.Module, objective: Objective, item: Batch, layers: Mapping[str, Layer]
+    model: nn.Module, objective: Loss, item: Batch, layers: Mapping[str, Layer]
 ) -> dict[str, int]:
     """How often each layer's matrix is multiplied for one item."""
     found: dict[str, int] = {}
@@ -148,7 +148,7 @@ def _positions(
             handles.append(reader.register_forward_hook(watch(name, layer)))
     try:
         with evaluating(model):
-            objective.logits(model, item)
+            objective.outputs(model, item)
     finally:
         for handle in handles:
             handle.remove()

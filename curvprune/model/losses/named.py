@@ -1,0 +1,150 @@
+"""Losses by name, from torch's loss modules and from functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+
+from curvprune.model.forward import Batch, evaluating
+from curvprune.model.losses.families import Poisson
+from curvprune.model.losses.label_free import LabelFree
+from curvprune.model.losses.loss import Loss
+from curvprune.model.losses.positions import Objective, PositionLoss
+from curvprune.model.losses.tasks import (
+    CausalLM,
+    Classification,
+    MaskedLM,
+    MultiLabel,
+    OutputLoss,
+    QuestionAnswering,
+    Regression,
+    Segmentation,
+    Seq2Seq,
+    labels_of,
+)
+from curvprune.model.losses.telling import check_are_logits, class_names, tell
+
+LOSSES: dict[str, Callable[[], PositionLoss]] = {
+    "causal-lm": CausalLM,
+    "classification": Classification,
+    "masked-lm": MaskedLM,
+    "multi-label": MultiLabel,
+    "poisson": lambda: OutputLoss(Poisson()),
+    "question-answering": QuestionAnswering,
+    "regression": Regression,
+    "segmentation": Segmentation,
+    "seq2seq": Seq2Seq,
+}
+FREE = "label-free"
+# Those whose outputs are a distribution without a scale that only the user knows.
+FREE_OF = tuple(f"{FREE}:{name}" for name in LOSSES if name not in ("regression", "poisson"))
+NAMES = ("auto", *LOSSES, FREE, *FREE_OF)
+
+
+LossLike = str | Loss | nn.Module  # what verbs take as their loss
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def named_loss(verb: Callable[P, R]) -> Callable[P, R]:
+    """A verb that also takes ``objective=``, the earlier name of its argument ``loss``."""
+
+    @wraps(verb)
+    def called(*args: P.args, **named: P.kwargs) -> R:
+        if "objective" in named:
+            if "loss" in named:
+                raise ValueError(
+                    f"{verb.__name__}: loss and objective are two names of one argument; pass loss"
+                )
+            named["loss"] = named.pop("objective")
+        return verb(*args, **named)
+
+    return called
+
+
+def make_loss(loss: LossLike, model: nn.Module, batch: Batch) -> Loss:
+    """Turn a name or a loss module of torch into a `Loss`; ``"auto"`` reads it off the model's
+    class, its config and its labels.
+
+    ``"label-free"`` keeps ``model`` as its reference: the caller must hand over a copy that stays
+    uncompressed. ``"label-free:classification"`` says which loss its outputs belong to.
+
+    Raises ``ValueError`` when the loss cannot be told, or outputs that are not what it takes them
+    for. Cost: up to two forward passes over ``batch``.
+    """
+    if isinstance(loss, Loss):
+        _check_declared(loss, model, batch)
+        return loss
+    if isinstance(loss, nn.Module):
+        return _of_module(loss)
+    if not isinstance(loss, str) or loss not in NAMES:
+        raise ValueError(
+            f"objective={loss!r}: expected {', '.join(NAMES)}, a cp.Loss (an Objective is one), or "
+            "one of torch's loss modules"
+        )
+    if loss in LOSSES:
+        named = LOSSES[loss]()
+        _check_declared(named, model, batch)
+        return named
+    if loss == "auto" and (labels_of(batch) is not None or _needs_no_labels(model)):
+        return tell(model, batch)
+    if loss.startswith(f"{FREE}:"):
+        return LabelFree(model, of=LOSSES[loss.split(":")[1]]())
+    return _label_free(model, batch)
+
+
+def _needs_no_labels(model: nn.Module) -> bool:
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in class_names(model))
+
+
+def _label_free(model: nn.Module, batch: Batch) -> LabelFree:
+    """Which distribution it is of is asked where it is first needed: a rounding without a budget
+    measures no divergence."""
+    if any(name.endswith("ForQuestionAnswering") for name in class_names(model)):
+        return LabelFree(model, of=QuestionAnswering())
+    with torch.no_grad(), evaluating(model):
+        per_token = Objective().outputs(model, batch).ndim == 3
+    return LabelFree(model, per_token=per_token)
+
+
+def _check_declared(loss: Loss, model: nn.Module, batch: Batch) -> None:
+    """Whether the outputs can be what the user says that they are."""
+    if type(loss) not in (Classification, Segmentation):
+        return
+    assert isinstance(loss, PositionLoss)
+    try:
+        with torch.no_grad(), evaluating(model):
+            rows = loss.places(loss.outputs(model, batch), batch).logits
+    except (IndexError, RuntimeError):
+        return  # An item that the model cannot read is for the check of the items to name.
+    check_are_logits(loss.family, rows, declared=True)
+
+
+def _of_module(module: nn.Module) -> Loss:
+    """A loss module of torch, with its weights and settings. Whether it takes the mean or the sum
+    does not matter: means are over positions here."""
+    if isinstance(module, nn.CrossEntropyLoss):
+        return Classification(
+            class_axis=1,
+            weight=module.weight,
+            label_smoothing=module.label_smoothing,
+            ignore_index=module.ignore_index,
+        )
+    if isinstance(module, nn.BCEWithLogitsLoss):
+        return MultiLabel(weight=module.weight, pos_weight=module.pos_weight)
+    if isinstance(module, nn.MSELoss):
+        return Regression()
+    if isinstance(module, nn.PoissonNLLLoss) and module.log_input and not module.full:
+        return OutputLoss(Poisson())
+
+    def compared(outputs: Any, batch: Batch) -> Any:
+        labels = labels_of(batch)
+        if labels is None:
+            raise ValueError(f"{type(module).__name__}: the batch has no labels")
+        return module(outputs, labels)
+
+    return Loss.of(compared, outputs="model", name=type(module).__name__)

@@ -1,0 +1,198 @@
+"""Which loss a model is trained with, told from its class, its config and the data's labels; and
+whether its outputs are what that loss takes them for. Where it cannot be told, it is refused: a
+loss is never guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvprune.model.forward import Batch, evaluating
+from curvprune.model.losses.families import Family, Softmax
+from curvprune.model.losses.positions import Objective, PositionLoss
+from curvprune.model.losses.tasks import (
+    CausalLM,
+    Classification,
+    MaskedLM,
+    MultiLabel,
+    QuestionAnswering,
+    Regression,
+    Segmentation,
+    Seq2Seq,
+    labels_of,
+)
+
+# How the names of transformers' classes end, and the loss of those models.
+_ENDINGS: tuple[tuple[str, Callable[[], PositionLoss]], ...] = (
+    ("ForCausalLM", CausalLM),
+    ("LMHeadModel", CausalLM),
+    ("ForMaskedLM", MaskedLM),
+    ("ForTokenClassification", Classification),
+    ("ForAudioFrameClassification", MultiLabel),
+    ("ForMultipleChoice", Classification),
+    ("ForNextSentencePrediction", Classification),
+    ("ForSemanticSegmentation", Segmentation),
+    ("ForQuestionAnswering", QuestionAnswering),
+)
+# Those whose config says, or leaves open, what their labels are.
+_BY_PROBLEM = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification")
+_PROBLEMS: dict[str, Callable[[], PositionLoss]] = {
+    "regression": Regression,
+    "single_label_classification": Classification,
+    "multi_label_classification": MultiLabel,
+}
+_ENOUGH = 8  # outputs, all between 0 and 1, that are no coincidence
+_FITTING = (
+    "loss='classification' (one class for each item or token), 'segmentation' (classes in the "
+    "second dimension), 'multi-label', 'regression', 'causal-lm', 'masked-lm', 'seq2seq', a "
+    "cp.Loss, or cp.Loss.of(function, outputs='model')"
+)
+_FITTING_WITHOUT = (
+    "cp.LabelFree(model, of=cp.Classification()) for the logits of classes, with class_axis=1 if "
+    "they are the second dimension; of=cp.MultiLabel() for independent sigmoids; "
+    "of=cp.Regression(sigma=...) for numbers whose error has that scale; in a recipe "
+    "objective: label-free:classification and the like"
+)
+
+
+def tell(model: nn.Module, batch: Batch) -> PositionLoss:
+    """The loss that a model's class, its config and the labels speak for.
+
+    Raises ``ValueError`` with those that may fit where it cannot be told.
+    """
+    found = _by_class(model, batch)
+    if found is not None:
+        return found
+    with torch.no_grad(), evaluating(model):
+        outputs = Objective().outputs(model, batch)
+        found = _by_labels(outputs, batch)
+        if found is None:
+            raise ValueError(
+                f"{type(model).__name__} with outputs {tuple(outputs.shape)} and "
+                f"{_told_of(labels_of(batch))}: cannot tell what its loss is; pass {_FITTING}; "
+                f"without labels {_FITTING_WITHOUT}"
+            )
+        rows = found.places(found.outputs(model, batch), batch).logits
+    check_are_logits(found.family, rows, declared=False)
+    return found
+
+
+def tell_without_labels(model: nn.Module, batch: Batch) -> PositionLoss:
+    """The loss whose outputs a model returns, where the data's labels are not used. Raises
+    ``ValueError`` where that is not known."""
+    found = _by_class(model, batch)
+    if found is not None:
+        return found
+    with torch.no_grad(), evaluating(model):
+        outputs = Objective().outputs(model, batch)
+    found = _by_labels(outputs, batch)
+    if found is None:
+        raise ValueError(
+            f"label-free: {type(model).__name__} returns {tuple(outputs.shape)}, and neither its "
+            "class nor labels say what these numbers are, so how far two models are apart is a "
+            f"guess; pass {_FITTING_WITHOUT}"
+        )
+    return found
+
+
+def class_names(model: nn.Module) -> list[str]:
+    """Names of the model's class and of those that it comes from; of a wrapper with adapters,
+    those of the model inside."""
+    inside = getattr(model, "get_base_model", None)
+    own = inside() if callable(inside) else model
+    return [kind.__name__ for kind in type(own).__mro__]
+
+
+def _by_class(model: nn.Module, batch: Batch) -> PositionLoss | None:
+    """By the names and config of transformers' models; ``None`` for others."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return None
+    for name in class_names(model):
+        for ending, loss in _ENDINGS:
+            if name.endswith(ending):
+                return loss()
+        if name.endswith("ForConditionalGeneration"):
+            return Seq2Seq() if getattr(config, "is_encoder_decoder", False) else CausalLM()
+        if name.endswith(_BY_PROBLEM):
+            return _by_problem(config, labels_of(batch))
+    return None
+
+
+def _by_problem(config: Any, labels: Tensor | None) -> PositionLoss | None:
+    """What transformers' classifiers compute: told by ``problem_type``, else by the number of
+    outputs and the labels' type."""
+    problem = getattr(config, "problem_type", None)
+    if problem in _PROBLEMS:
+        return _PROBLEMS[problem]()
+    if getattr(config, "num_labels", None) == 1:
+        return Regression()
+    if labels is None:
+        return None
+    several = labels.ndim > 1 and labels.shape[-1] > 1
+    return MultiLabel() if several or labels.is_floating_point() else Classification()
+
+
+def _by_labels(outputs: Tensor, batch: Batch) -> PositionLoss | None:
+    """By labels that can be nothing but the indices of classes, of which there is one for each item
+    or, in the second dimension, for each pixel."""
+    labels = labels_of(batch)
+    if labels is None or labels.is_floating_point() or labels.dtype == torch.bool:
+        return None
+    if outputs.ndim == 2 and labels.shape == outputs.shape[:1]:
+        return _if_classes(labels, outputs.shape[1], Classification())
+    pixels = (outputs.shape[0], *outputs.shape[2:])
+    if outputs.ndim == 4 and labels.shape == pixels and labels.shape != outputs.shape[:-1]:
+        return _if_classes(labels, outputs.shape[1], Segmentation())
+    return None
+
+
+def _if_classes(labels: Tensor, classes: int, loss: PositionLoss) -> PositionLoss | None:
+    # A label beyond the classes is for the check of the items to name.
+    return loss if classes > 1 else None
+
+
+def _told_of(labels: Tensor | None) -> str:
+    if labels is None:
+        return "no labels"
+    return f"labels {tuple(labels.shape)} of {labels.dtype}"
+
+
+def check_are_logits(family: Family, rows: Tensor, *, declared: bool) -> None:
+    """Whether outputs can be the logits that a softmax takes.
+
+    Args:
+        declared: the user has said that they are; then only what they cannot be is refused.
+
+    Raises ``ValueError`` for probabilities and, unless declared, for numbers between 0 and 1 or
+    vectors of length one.
+    """
+    family.check(rows)
+    if not isinstance(family, Softmax) or not rows.numel():
+        return
+    found = rows.detach().float()
+    inside = bool(((found >= 0) & (found <= 1)).all())
+    if inside and bool(((found.sum(-1) - 1).abs() < 1e-3).all()):
+        raise ValueError(
+            "the model's outputs are probabilities (each row sums to 1), no logits: its softmax "
+            "is a part of the model; pass cp.Classification(probabilities=True), without labels "
+            "cp.LabelFree(model, of=cp.Classification(probabilities=True))"
+        )
+    if declared:
+        return
+    if inside and found.numel() >= _ENOUGH:
+        raise ValueError(
+            "the model's outputs all lie between 0 and 1, as a sigmoid's do: whether they are "
+            "logits is a guess; pass cp.MultiLabel(probabilities=True) for probabilities of "
+            "independent labels, cp.Classification() for logits of classes, without labels "
+            "cp.LabelFree(model, of=...) with one of these"
+        )
+    if bool(((torch.linalg.vector_norm(found, dim=-1) - 1).abs() < 1e-3).all()):
+        raise ValueError(
+            "the model's outputs are vectors of length one, embeddings and no logits; pass a "
+            "function to logits, cp.LabelFree(model, of=lambda output, batch: ...), such as the "
+            "similarities to other embeddings over a temperature, or a metric to certify"
+        )

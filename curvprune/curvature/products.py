@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from curvprune.compat import experts_one_by_one
 from curvprune.curvature.operators import Operator, ParamSpace
 from curvprune.distributed import all_sum, my_share, rank, world
-from curvprune.model import Batch, Loss, evaluating
+from curvprune.model import Batch, Loss, evaluating, items_in, one_item
 
 
 def first_items(batch: Batch, count: int) -> Batch:
@@ -537,6 +537,9 @@ def empirical_fisher(
     not the Fisher matrix (Kunstner et al. 2019), and for sequences not the per-token one. Arguments
     as for `hessian`.
     """
+    if objective.curvature == "none":
+        # Of a batch such a loss may tell no more than the sum.
+        batches = [one_item(b, i) for b in batches for i in range(items_in(b))]
     source, space = _source(model, batches, objective, parameters, retain)
     return _GaussNewton(source, space, matrix="empirical Fisher", outputs=_losses)
 

@@ -258,6 +258,9 @@ class _GradientSums:
         labels, slopes = self.draws.labels, self.draws.slopes
         # The item's own generator: a resumed pass draws what an uninterrupted one would.
         generator = self.draws.generator(item)
+        if self.draws.empirical:
+            self._take_own_labels(model, objective, batch)
+            return
         # 1. Forward.
         found = objective.outputs(model, batch)
         self.totals["count"][item] = float(objective.counts(found, batch).sum())
@@ -270,6 +273,14 @@ class _GradientSums:
         if slopes:
             self.label = None
             objective.loss_of(found, batch)[0].backward()
+        self._check_finite()
+
+    def _take_own_labels(self, model: nn.Module, objective: Loss, batch: Batch) -> None:
+        """The gradient of the item's own loss in place of a draw."""
+        self.label = 0
+        loss, count = objective.loss(model, batch)
+        self.totals["count"][self.item] = count
+        loss.backward()
         self._check_finite()
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:

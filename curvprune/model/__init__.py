@@ -42,6 +42,7 @@ from curvprune.model.losses import (
     Segmentation,
     Seq2Seq,
     Softmax,
+    Untold,
     make_loss,
     named_loss,
 )
@@ -92,6 +93,7 @@ __all__ = [
     "Softmax",
     "Split",
     "Splits",
+    "Untold",
     "architecture_config",
     "as_split",
     "changes_of",

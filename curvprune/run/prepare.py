@@ -26,8 +26,10 @@ from curvprune.compression import Solved, Training
 from curvprune.files import StageLog, State
 from curvprune.model import (
     PURPOSES,
+    LabelFree,
     Loss,
     Splits,
+    Untold,
     find_layers,
     make_loss,
     to_device,
@@ -343,11 +345,20 @@ def _documents(recipe: Recipe) -> dict[str, str]:
 
 
 def _objective(recipe: Recipe, model: nn.Module, splits: Splits) -> Loss:
+    first = to_device(splits.calibrate.items[0], next(model.parameters()).device)
     try:
-        device = next(model.parameters()).device
-        return make_loss(recipe.objective, model, to_device(splits.calibrate.items[0], device))
+        loss = make_loss(recipe.loss_name, model, first)
     except ValueError as error:
-        raise recipe.error(("objective",), str(error)) from error
+        raise recipe.error((recipe.loss_key,), str(error)) from error
+    # What outputs are, the model's config tells; where it leaves that open, the task does.
+    if isinstance(loss, LabelFree):
+        try:
+            loss.told(first)
+        except Untold:
+            loss = make_loss("label-free:classification", model, first)
+        except ValueError as error:
+            raise recipe.error((recipe.loss_key,), str(error)) from error
+    return loss
 
 
 def _budget(recipe: Recipe) -> Budget | None:

@@ -395,6 +395,16 @@ class _Source:
     lines: Lines = dataclasses.field(compare=False)
 
 
+LossName = Literal[
+    "auto",
+    "causal-lm",
+    "classification",
+    "label-free",
+    "label-free:classification",
+    "label-free:multi-label",
+]
+
+
 class Recipe(Section):
     """Everything that a run depends on. Frozen; remembers the file and the line of each key
     (`line_of`, `error`)."""
@@ -403,7 +413,8 @@ class Recipe(Section):
     title: str | None = Field(None, min_length=1, description="one line of text")
     model: ModelSection
     data: DataSection
-    objective: Literal["auto", "causal-lm", "classification", "label-free"] = "auto"
+    loss: LossName = "auto"
+    objective: LossName | None = Field(None, description="an earlier name of loss")
     # What may be done to it.
     structured: StructuredSection | None = None
     compress: tuple[CompressEntry, ...] = Field(
@@ -430,8 +441,21 @@ class Recipe(Section):
 
     _source: _Source | None = PrivateAttr(default=None)
 
+    @property
+    def loss_key(self) -> str:
+        """The key that says which loss is meant."""
+        return "loss" if self.objective is None else "objective"
+
+    @property
+    def loss_name(self) -> str:
+        return self.loss if self.objective is None else self.objective
+
     @model_validator(mode="after")
-    def _objective_fits(self) -> Recipe:
+    def _loss_fits(self) -> Recipe:
+        if self.objective is not None and self.loss != "auto":
+            raise Complaint(
+                ("objective",), "objective and loss are two names of one key; write loss alone"
+            )
         task, source = self.model.task, self.data.source
         # Of the sources only digits are images, and only they have labels besides the next token.
         if (source == "digits") != (task == "image-classification"):
@@ -439,20 +463,20 @@ class Recipe(Section):
             raise Complaint(
                 ("data", "source"), f"{source} does not fit task {task}; expected {wanted}"
             )
-        other = None
-        if self.objective == "causal-lm" and task != "causal-lm":
-            other = "classification"
-        if self.objective == "classification" and task == "causal-lm":
-            other = "causal-lm"
-        if other is not None:
+        asked = self.loss_name
+        fitting = ["auto", "label-free"]
+        if task == "causal-lm":
+            fitting.append("causal-lm")
+        else:
+            fitting += ["classification", "label-free:classification", "label-free:multi-label"]
+        if asked not in fitting:
             raise Complaint(
-                ("objective",),
-                f"{self.objective} does not fit task {task}; expected auto, {other} or "
-                "label-free; nearest: auto",
+                (self.loss_key,),
+                f"{asked} does not fit task {task}; expected {', '.join(fitting)}; nearest: auto",
             )
-        if self.objective == "classification" and source != "digits":
+        if asked == "classification" and source != "digits":
             raise Complaint(
-                ("objective",),
+                (self.loss_key,),
                 f"classification needs labels and source {source} has none; expected label-free",
             )
         return self

@@ -51,7 +51,7 @@ class Settings:
         int, Field(ge=1, description="draws per item, a whole number of at least 1")
     ] = 2
     curvature: Annotated[
-        Literal["fisher", "diagonal", "kfac", "hessian", "input"],
+        Literal["fisher", "diagonal", "kfac", "hessian", "input", "empirical"],
         Field(description="fisher, diagonal, kfac, hessian or input"),
     ] = "fisher"
     measure_above: Annotated[

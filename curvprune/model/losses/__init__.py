@@ -34,6 +34,7 @@ from curvprune.model.losses.tasks import (
     Segmentation,
     Seq2Seq,
 )
+from curvprune.model.losses.telling import Untold
 
 __all__ = [
     "BROKEN",
@@ -61,6 +62,7 @@ __all__ = [
     "Segmentation",
     "Seq2Seq",
     "Softmax",
+    "Untold",
     "make_loss",
     "named_loss",
 ]

@@ -227,6 +227,8 @@ class Loss:
         Of second order it is ``½ Δᵀ H Δ``. For a likelihood in canonical form it is the KL
         divergence, whatever the labels.
         """
+        if self.curvature == "none":
+            self.hessian_at(before, batch)  # says why there is none
         start = before.detach().double().requires_grad_()
         with torch.enable_grad():
             losses = self.item_losses(start, batch)

@@ -90,11 +90,15 @@ def make_loss(loss: LossLike, model: nn.Module, batch: Batch) -> Loss:
         named = LOSSES[loss]()
         _check_declared(named, model, batch)
         return named
-    if loss == "auto" and (labels_of(batch) is not None or _needs_no_labels(model)):
+    if loss == "auto" and (_has_labels(batch) or _needs_no_labels(model)):
         return tell(model, batch)
     if loss.startswith(f"{FREE}:"):
         return LabelFree(model, of=LOSSES[loss.split(":")[1]]())
     return _label_free(model, batch)
+
+
+def _has_labels(batch: Batch) -> bool:
+    return labels_of(batch) is not None or "start_positions" in batch
 
 
 def _needs_no_labels(model: nn.Module) -> bool:

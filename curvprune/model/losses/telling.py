@@ -58,6 +58,10 @@ _FITTING_WITHOUT = (
 )
 
 
+class Untold(ValueError):
+    """Neither the model nor the data say what its outputs are."""
+
+
 def tell(model: nn.Module, batch: Batch) -> PositionLoss:
     """The loss that a model's class, its config and the labels speak for.
 
@@ -70,7 +74,7 @@ def tell(model: nn.Module, batch: Batch) -> PositionLoss:
         outputs = Objective().outputs(model, batch)
         found = _by_labels(outputs, batch)
         if found is None:
-            raise ValueError(
+            raise Untold(
                 f"{type(model).__name__} with outputs {tuple(outputs.shape)} and "
                 f"{_told_of(labels_of(batch))}: cannot tell what its loss is; pass {_FITTING}; "
                 f"without labels {_FITTING_WITHOUT}"
@@ -90,7 +94,7 @@ def tell_without_labels(model: nn.Module, batch: Batch) -> PositionLoss:
         outputs = Objective().outputs(model, batch)
     found = _by_labels(outputs, batch)
     if found is None:
-        raise ValueError(
+        raise Untold(
             f"label-free: {type(model).__name__} returns {tuple(outputs.shape)}, and neither its "
             "class nor labels say what these numbers are, so how far two models are apart is a "
             f"guess; pass {_FITTING_WITHOUT}"

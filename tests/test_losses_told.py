@@ -511,3 +511,77 @@ def test_an_output_of_minus_infinity_is_a_class_that_cannot_be():
     y = torch.randint(0, 4, (6,))
     ledger = cp.price(model, [(x, y)] * 3, options=[cp.Quantize(bits=3)], labels=8)
     assert all(row.price == row.price for row in ledger.rows)
+
+
+# ------------------------------------------------------------------------------- from end to end
+
+
+def with_noise(outputs: Tensor) -> Tensor:
+    return outputs + 0.1 * torch.randn(outputs.shape, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "regression",
+        nn.MSELoss(),
+        cp.Loss.of(lambda z, b: F.huber_loss(z, b[1], reduction="none").sum(1), outputs="model"),
+    ],
+    ids=["name", "module", "function"],
+)
+def test_a_regression_is_compressed_within_its_budget(loss, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3))
+    x = torch.randn(200, 8)
+    data = [(x, with_noise(model(x).detach()))]
+    result = cp.quantize(
+        model, data, bits=(2, 4, 8), budget=cp.Budget("loss", max_drop=0.02), loss=loss
+    )
+    assert result.verdict.status == "CERTIFIED" and result.verdict.metric == "loss"
+    assert result.plan.bytes < 32 * 11 * 2
+    result.save(tmp_path)
+    torch.testing.assert_close(cp.load(tmp_path, model=model)(x), result.model(x))
+    with pytest.raises(ValueError, match="no predictions that are right or wrong"):
+        cp.quantize(model, data, bits=8, budget=cp.Budget("accuracy", max_drop=0.1), loss=loss)
+
+
+def test_outputs_that_are_no_numbers_are_worse_than_the_largest_errors():
+    """Squared errors of a million are finite: a plan that returns nan must not look better."""
+    torch.manual_seed(0)
+
+    class Brittle(nn.Module):
+        """Only its own weight, to three digits, gives numbers."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 1, bias=False)
+            self.own = self.linear.weight.detach().clone()
+
+        def forward(self, x: Tensor) -> Tensor:
+            off = (self.linear.weight - self.own).abs().max() > 1e-2
+            return self.linear(x) * torch.where(off, torch.nan, 1.0)
+
+    model = Brittle()
+    x = torch.randn(64, 4)
+    data = [(x, 1e4 + torch.randn(64, 1))]
+    budget = cp.Budget("loss", max_drop=1e4)
+    result = cp.quantize(model, data, bits=(2, 16 // 2), budget=budget, loss="regression")
+    assert result.verdict.status == "CERTIFIED"
+    assert bool(result.model(x).isfinite().all())
+
+
+def test_an_absolute_error_has_no_curvature_and_says_so():
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 2), torch.randn(20, 4)
+    data = [(x, torch.randn(20, 2))]
+    with pytest.raises(ValueError, match=r"no curvature at the model's outputs.*empirical"):
+        cp.price(model, data, options=[cp.Quantize(bits=3)], loss=nn.L1Loss())
+    ledger = cp.price(
+        model,
+        data,
+        options=[cp.Quantize(bits=3)],
+        loss=nn.L1Loss(),
+        curvature="empirical",
+        measure_above=None,
+    )
+    assert all(row.price > 0 for row in ledger.rows if row.option != "keep")

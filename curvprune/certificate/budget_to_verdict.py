@@ -96,7 +96,8 @@ def item_columns(baseline: ItemResults, compressed: ItemResults, split: Split) -
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     count = baseline.count[counted]
     right_before = right_after = None
-    if not float(count.max()) > 1:
+    known = not bool(baseline.correct[counted].isnan().any())
+    if known and not float(count.max()) > 1:
         right_before = _right(baseline.correct[counted])
         right_after = _right(compressed.correct[counted])
     return ItemColumns(

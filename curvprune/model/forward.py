@@ -80,6 +80,17 @@ def _shifted(model: nn.Module, labels: Tensor) -> Tensor:
     return shifted.masked_fill(shifted == -100, pad or 0)
 
 
+def in_double(batch: Batch) -> Batch:
+    """The batch with its numbers in float64, beside outputs in float64."""
+    if not isinstance(batch, Mapping):
+        return _double(batch[0]), _double(batch[1])
+    return {name: _double(value) for name, value in batch.items()}
+
+
+def _double(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value
+
+
 def one_item(batch: Batch, number: int) -> Batch:
     """One item of a batch, as a batch of one."""
     place = slice(number, number + 1)

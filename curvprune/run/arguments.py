@@ -148,6 +148,11 @@ def check_metric(budget: Budget | None, objective: Loss) -> None:
     """Accuracy needs one prediction per item."""
     if budget is None or budget.metric != "accuracy":
         return
+    if not objective.has_accuracy:
+        raise ValueError(
+            f"metric 'accuracy': loss {objective.name} has no predictions that are right or wrong; "
+            "use metric 'loss'"
+        )
     if objective.measure == "nats/token":
         raise ValueError(
             "metric 'accuracy' needs one prediction per item; for language models use metric 'loss'"

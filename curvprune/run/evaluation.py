@@ -12,7 +12,7 @@ from curvprune.certificate import probability_of_certifying
 from curvprune.model import BROKEN, ItemResults, Split, evaluate
 from curvprune.run.task import Task
 from curvprune.run.workspace import Workspace
-from curvprune.schema import decode, encode
+from curvprune.schema import Number, decode, encode
 
 ACCEPTABLE = 0.80  # predicted probability of being certified that a plan must have on select
 
@@ -23,7 +23,7 @@ class ResultsRecord:
 
     loss: list[float]
     count: list[float]
-    correct: list[float]
+    correct: list[Number]
 
 
 def results_on(
@@ -38,15 +38,28 @@ def results_on(
         results = evaluate(model, split.batches(task.settings.batch_size), task.objective)
         if model is task.uncompressed:
             _check_finite(results)
-        keep_results(space, name, results.finite())
+        keep_results(space, name, results.finite(_worst(task, space, split)))
     results = read_results(space, name)
-    broken = int((results.loss >= BROKEN * results.count.clamp_min(1)).sum())
-    if broken:
+    worst = _worst(task, space, split)
+    broken = int((results.loss >= worst * results.count.clamp_min(1)).sum())
+    if broken and model is not task.uncompressed:
         space.note(
             f"for {broken} of {len(results.loss)} items a plan's outputs are no finite numbers: "
-            f"they count as {BROKEN:g} nats for each position"
+            f"they count as {worst:g} {task.objective.measure.split('/')[0]} for each position"
         )
     return results
+
+
+def _worst(task: Task, space: Workspace, split: Split) -> float:
+    """What a position counts for which a model returns no finite numbers: out of any budget's
+    reach, also where the losses of the uncompressed model are large numbers."""
+    purpose = "certify" if split is task.splits.certify else "select"
+    name = f"{purpose}/baseline.json"
+    if not space.state.has(name):
+        return BROKEN
+    baseline = read_results(space, name)
+    largest = float((baseline.loss / baseline.count.clamp_min(1)).abs().max())
+    return max(BROKEN, 10 * largest)
 
 
 def _check_finite(results: ItemResults) -> None:

@@ -299,17 +299,22 @@ def _by_row(
     sums: Sequence[list[float] | None],
     count: np.ndarray,
 ) -> dict[tuple[str, str], np.ndarray]:
-    """(layer, option) → cost of each item. Changes that break the model cost `BROKEN`, and are
-    noted."""
+    """(layer, option) → cost of each item. Changes that break the model cost `BROKEN`, or ten times
+    the highest cost where that is more, and are noted."""
     found = {}
+    highest = 0.0
+    for values in sums:
+        if values is not None:
+            highest = max(highest, float(np.max(np.array(values) / np.maximum(count, 1))))
+    worst = max(BROKEN, 10 * highest)
     for row, values in zip(rows, sums, strict=True):
         if values is not None:
             found[row.layer, row.option] = np.array(values)
             continue
-        found[row.layer, row.option] = BROKEN * count
+        found[row.layer, row.option] = worst * count
         space.note(
             f"layer {row.layer}: with option {row.option} alone the model's outputs are no finite "
-            f"numbers; its price is {BROKEN:g} nats"
+            f"numbers; its price is {worst:g} a position"
         )
     return found
 

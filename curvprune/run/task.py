@@ -326,6 +326,13 @@ def _with_notes(task: Task) -> Task:
 def _check_budget(task: Task) -> None:
     if task.budget is None:
         return
+    if task.budget.metric == "accuracy" and not task.objective.has_accuracy:
+        raise TaskError(
+            f"metric 'accuracy': loss {task.objective.name} has no predictions that are right or "
+            "wrong; use metric 'loss'",
+            "budget",
+            "metric",
+        )
     if task.budget.metric == "accuracy" and task.objective.measure == "nats/token":
         raise TaskError(
             "metric 'accuracy' needs one prediction per item; for language models use metric "

@@ -1,6 +1,7 @@
 """What is compressed and measured: layers, losses, items of data, and groups of layers that share
 an option."""
 
+from curvprune.model.contents import DIGEST_BYTES, Content, content_of, joined
 from curvprune.model.evaluation import Metric, check_items, evaluate, score_items
 from curvprune.model.forward import Batch, evaluating, to_device
 from curvprune.model.groups import GroupError, Groups, Request, find_groups, read_request
@@ -29,6 +30,7 @@ from curvprune.model.losses import (
     sampled_losses,
     signed_loss,
 )
+from curvprune.model.seen import carrying, remember_seen_, seen_by
 from curvprune.model.shapes import (
     ShapeChange,
     architecture_config,
@@ -41,11 +43,13 @@ from curvprune.model.shapes import (
 
 __all__ = [
     "BROKEN",
+    "DIGEST_BYTES",
     "EXTRA",
     "PURPOSES",
     "Batch",
     "CausalLM",
     "Classification",
+    "Content",
     "GroupError",
     "Groups",
     "ItemResults",
@@ -60,9 +64,11 @@ __all__ = [
     "Splits",
     "architecture_config",
     "as_split",
+    "carrying",
     "changes_of",
     "check_items",
     "collate",
+    "content_of",
     "deal_documents",
     "difference",
     "divergence",
@@ -73,15 +79,18 @@ __all__ = [
     "find_layers",
     "is_conv1d",
     "itemize",
+    "joined",
     "key_of",
     "laid_out",
     "left_over",
     "make_objective",
     "read_request",
     "remember_",
+    "remember_seen_",
     "reshape_",
     "sampled_losses",
     "score_items",
+    "seen_by",
     "signed_loss",
     "split_items",
     "to_device",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from curvprune.certificate.accuracy import certify_accuracy
@@ -21,8 +22,9 @@ def compare(
 ) -> Verdict:
     """Where a budget becomes a verdict: two models' results on a split, judged by ``max_drop``.
 
-    Documents with several items are clusters. Items in which no position counts (all labels
-    ignored) say nothing and are left out.
+    Documents with several items are clusters, and so are items that hold the same, with their
+    documents (`Split.clusters`). Items in which no position counts (all labels ignored) say nothing
+    and are left out.
 
     Args:
         baseline, compressed: results of every item of ``split``.
@@ -33,11 +35,9 @@ def compare(
         ValueError: metric 'accuracy' where an item has more than one prediction; or as the test
             does.
     """
-    # 1. The items that count, and the documents that they come from.
+    # 1. The items that count, and which of them belong together.
     counted = (baseline.count > 0).numpy()
-    documents = np.array(split.documents)[counted]
-    independent = len(set(documents)) == len(documents)
-    clusters = None if independent else documents
+    clusters, copies = clusters_of(split, counted)
 
     # 2. The test that the budget's metric asks for.
     assert budget.max_drop is not None
@@ -51,6 +51,11 @@ def compare(
             confidence=budget.confidence,
             measure=measure,
         )
+    if bool(baseline.correct.isnan().any()):
+        raise ValueError(
+            "metric 'accuracy': this loss has no predictions that are right or wrong; use metric "
+            "'loss'"
+        )
     if float(baseline.count.max()) > 1:
         raise ValueError(
             "metric 'accuracy' needs one prediction per item; for language models use metric 'loss'"
@@ -59,9 +64,36 @@ def compare(
         baseline.correct.numpy()[counted] > 0.5,
         compressed.correct.numpy()[counted] > 0.5,
         clusters=clusters,
+        copies=copies,
         max_drop=budget.max_drop,
         confidence=budget.confidence,
     )
+
+
+def clusters_of(
+    split: Split, counted: NDArray[np.bool_] | None = None
+) -> tuple[NDArray[np.int_] | None, NDArray[np.int_] | None]:
+    """The cluster of every item, and a number that items share which are the same; each ``None``
+    where all are different.
+
+    Args:
+        counted: the items that count, by default all.
+
+    Raises:
+        ValueError: several items that are all one cluster.
+    """
+    chosen = np.ones(len(split.documents), dtype=bool) if counted is None else counted
+    clusters, copies = split.clusters()[chosen], split.copies()[chosen]
+    items = clusters.size
+    if items > 1 and len(set(clusters.tolist())) < 2:
+        documents = len(set(np.array(split.documents)[chosen].tolist()))
+        raise ValueError(
+            f"{items} items of {documents} documents are one cluster ({len(set(copies.tolist()))} "
+            "different items): a bound needs at least 2 independent items (20 or more to be of "
+            "use); add documents that share no item, or pass finer documents"
+        )
+    same = None if len(set(copies.tolist())) == items else copies
+    return (None if len(set(clusters.tolist())) == items else clusters), same
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

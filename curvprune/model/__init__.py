@@ -1,6 +1,7 @@
 """What is compressed and measured: layers, losses, items of data, and groups of layers that share
 an option."""
 
+from curvprune.model.contents import DIGEST_BYTES, Content, content_of, joined
 from curvprune.model.evaluation import Metric, check_items, evaluate, score_items
 from curvprune.model.forward import Batch, evaluating, items_in, one_item, to_device
 from curvprune.model.groups import GroupError, Groups, Request, find_groups, read_request
@@ -46,6 +47,7 @@ from curvprune.model.losses import (
     make_loss,
     named_loss,
 )
+from curvprune.model.seen import carrying, remember_seen_, seen_by
 from curvprune.model.shapes import (
     ShapeChange,
     architecture_config,
@@ -58,6 +60,7 @@ from curvprune.model.shapes import (
 
 __all__ = [
     "BROKEN",
+    "DIGEST_BYTES",
     "EXTRA",
     "NAMES",
     "PURPOSES",
@@ -65,6 +68,7 @@ __all__ = [
     "Bernoulli",
     "CausalLM",
     "Classification",
+    "Content",
     "Exponential",
     "Family",
     "Gaussian",
@@ -96,9 +100,11 @@ __all__ = [
     "Untold",
     "architecture_config",
     "as_split",
+    "carrying",
     "changes_of",
     "check_items",
     "collate",
+    "content_of",
     "deal_documents",
     "difference",
     "drop_",
@@ -109,6 +115,7 @@ __all__ = [
     "is_conv1d",
     "itemize",
     "items_in",
+    "joined",
     "key_of",
     "laid_out",
     "left_over",
@@ -117,8 +124,11 @@ __all__ = [
     "one_item",
     "read_request",
     "remember_",
+    "remember_seen_",
     "reshape_",
     "score_items",
+    "seen_by",
+    "signed_loss",
     "split_items",
     "to_device",
 ]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from curvprune.model.contents import Content, content_of, joined, known_among, same_items
 from curvprune.model.forward import Batch
 from curvprune.model.losses.families import IGNORED
 
@@ -23,6 +25,8 @@ class Split:
 
     items: tuple[Batch, ...]
     documents: tuple[str, ...]
+    # What the items hold, filled when it is first asked for.
+    _contents: list[Content] = field(init=False, repr=False, compare=False, default_factory=list)
 
     def batches(self, size: int) -> Iterator[Batch]:
         """Consecutive items, ``size`` at a time; the last batch may be smaller."""
@@ -39,14 +43,38 @@ class Split:
             _digest(digest, item)
         return digest.hexdigest()
 
-    def digests(self) -> list[bytes]:
-        """Each item's hash, tensor by tensor: what tells whether it stands in another split too."""
-        return [_digest(hashlib.sha256(), item) for item in self.items]
+    def contents(self) -> list[Content]:
+        """What every item holds, however it is written: see `curvprune.model.contents`."""
+        if len(self._contents) != len(self.items):
+            self._contents[:] = [content_of(item) for item in self.items]
+        return self._contents
 
-    def leak(self, seen: Collection[bytes]) -> str | None:
+    def digests(self) -> frozenset[bytes]:
+        """Hashes of the items' inputs: what tells whether one stands in another split too."""
+        found: set[bytes] = set()
+        for content in self.contents():
+            found |= content.inputs
+        return frozenset(found)
+
+    def copies(self) -> NDArray[np.int_]:
+        """For every item a number that it shares with those that hold the same."""
+        return joined(self._same())
+
+    def clusters(self) -> NDArray[np.int_]:
+        """The number of every item's cluster: items of one document, and items that hold the same,
+        are one; a document that shares an item with another joins it."""
+        return joined(self.documents, self._same())
+
+    def _same(self) -> list[Hashable]:
+        # Of a split read from a record the documents are known, not the items.
+        if len(self.items) != len(self.documents):
+            return list(range(len(self.documents)))
+        return same_items(self.contents())
+
+    def leak(self, seen: frozenset[bytes]) -> str | None:
         """A warning if items of this split, which is to certify, are among those ``seen``; else
         ``None``."""
-        repeated = sum(digest in seen for digest in self.digests())
+        repeated = known_among(self.contents(), seen)
         if not repeated:
             return None
         return (
@@ -56,8 +84,8 @@ class Split:
         )
 
 
-def _digest(digest: Any, item: Batch) -> bytes:
-    """Feed an item's content to a hash; returns its digest."""
+def _digest(digest: Any, item: Batch) -> None:
+    """Feed an item's tensors to a hash, as they are written."""
     if isinstance(item, Mapping):
         named = sorted(item.items())
     else:
@@ -67,7 +95,6 @@ def _digest(digest: Any, item: Batch) -> bytes:
         # As bytes, because NumPy has no bfloat16.
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(content.numpy().tobytes())
-    return bytes(digest.digest())
 
 
 PURPOSES = ("calibrate", "price", "select", "certify")
@@ -114,20 +141,27 @@ class Splits:
         return frozenset(found)
 
     def too_few(self) -> str | None:
-        """Why no bound can be had, if all items of select or of certify are one document: what it
-        loses says nothing of others."""
+        """Why no bound can be had, if all items of select or of certify are one document, or one
+        and the same: what it loses says nothing of others."""
         for purpose in ("select", "certify"):
-            documents = set(getattr(self, purpose).documents)
-            if len(documents) < 2:
+            split: Split = getattr(self, purpose)
+            documents = len(set(split.documents))
+            if documents < 2:
                 return (
-                    f"the {purpose} split has items of {len(documents)} document only; a budget "
+                    f"the {purpose} split has items of {documents} document only; a budget "
                     "needs two at the very least, better a dozen; give more and shorter "
                     "documents, or more items"
+                )
+            if not split.clusters().any():
+                return (
+                    f"the {len(split.items)} items of the {purpose} split are one cluster: they, "
+                    "or their documents, repeat each other; a bound needs at least 2 independent "
+                    "items; give items that differ"
                 )
         return None
 
     def leak(self) -> str | None:
-        """A warning if items of the certify split also stand in another split, tensor by tensor;
+        """A warning if items of the certify split also stand in another split, however written;
         else ``None``."""
         return self.certify.leak(self.seen())
 

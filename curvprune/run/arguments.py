@@ -14,6 +14,7 @@ from pydantic import JsonValue
 from torch import nn
 
 from curvprune import artifact
+from curvprune.certificate import IN_THIS_PROCESS
 from curvprune.compression import Solved
 from curvprune.files import StageLog, State
 from curvprune.model import (
@@ -109,7 +110,8 @@ def task_from(
     task = check_task(task)
     for text in task.warnings:
         warn_caller(text)
-    return task, Workspace(state=State(folder / "state"), log=StageLog(show=told.progress))
+    log = StageLog(show=told.progress)
+    return task, Workspace(state=State(folder / "state"), log=log, uses=IN_THIS_PROCESS)
 
 
 def warn_caller(text: str) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from scipy import stats
 from torch import nn
 
-from curvprune.certificate import probability_of_certifying
+from curvprune.certificate import (
+    Verdict,
+    fewest_clusters,
+    fewest_without_spread,
+    probability_of_certifying,
+)
 from curvprune.model import BROKEN, ItemResults, Split, evaluate
 from curvprune.run.task import Task
 from curvprune.run.workspace import Workspace
@@ -110,8 +116,13 @@ def chance_at(task: Task, drop: float, stderr: float, bound: float) -> float:
     """
     assert task.budget is not None and task.budget.max_drop is not None
     confidence = task.budget.confidence
+    # Infinite where all documents of select lose the same: what certify will say, its number says.
+    if stderr == 0 and not math.isfinite(bound):
+        bound = drop
     here = len(set(task.splits.select.documents))
     there = len(set(task.splits.certify.documents))
+    if there < fewest_to_certify(confidence, stderr):
+        return 0.0
     fewer = here / there
     t_here = float(stats.t.ppf(confidence, max(1, here - 1)))
     t_there = float(stats.t.ppf(confidence, max(1, there - 1)))
@@ -125,6 +136,19 @@ def chance_at(task: Task, drop: float, stderr: float, bound: float) -> float:
         confidence=confidence,
         reach=reach,
     )
+
+
+def fewest_to_certify(confidence: float, stderr: float) -> int:
+    """The fewest documents with which a certify split can certify: more where those at hand all
+    lose the same (``stderr`` 0), which says nothing of those that are not at hand."""
+    alpha = 1 - confidence
+    return fewest_clusters(alpha) if stderr > 0 else fewest_without_spread(alpha)
+
+
+def finite_reach(verdict: Verdict) -> float:
+    """From drop to bound; 0 where all documents lose the same, and too few for a bound do."""
+    reach = verdict.bound - verdict.drop
+    return reach if math.isfinite(reach) else 0.0
 
 
 def allowed_drop(task: Task, low: float, stderr: float, reach: float) -> float:

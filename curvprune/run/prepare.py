@@ -42,6 +42,7 @@ from curvprune.run.folder import Inputs, claim
 from curvprune.run.recipe import Recipe
 from curvprune.run.recipe_layers import assign_groups, assign_options
 from curvprune.run.task import Settings, Storage, Task, TaskError, check_task
+from curvprune.run.uses import FOLDER, UsesInFolder
 from curvprune.run.workspace import Workspace
 from curvprune.schema import decode, encode
 from curvprune.structured import Pruned, Structured, offered_widths, prune_units
@@ -100,7 +101,10 @@ def prepare(
     state = State(Path(os.devnull))
     if root is not None:
         state = State(root.path("state"), writes=root.writes)
-    space = Workspace(state=state, log=StageLog(show=progress))
+    uses = None
+    if root is not None:
+        uses = UsesInFolder(root.folder.resolve().parent / FOLDER)
+    space = Workspace(state=state, log=StageLog(show=progress), uses=uses)
 
     # 2. The recipe laid over the model, and whether it fits.
     fit = partial(_fit, recipe, tokenizer=tokenizer, splits=splits)

@@ -162,7 +162,10 @@ def trial_of(
 
 def reach_of(trial: Trial) -> float:
     """From a trial's drop to its bound."""
-    return trial.bound - trial.drop if math.isfinite(trial.bound) else math.inf
+    if math.isfinite(trial.bound):
+        return trial.bound - trial.drop
+    # Few documents that all lose the same have no bound; nor does a model that is broken.
+    return 0.0 if trial.drop_stderr == 0 else math.inf
 
 
 def finite_stderr(trial: Trial) -> float:

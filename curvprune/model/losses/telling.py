@@ -179,7 +179,7 @@ def check_are_logits(family: Family, rows: Tensor, *, declared: bool) -> None:
         return
     found = rows.detach().float()
     inside = bool(((found >= 0) & (found <= 1)).all())
-    if inside and bool(((found.sum(-1) - 1).abs() < 1e-3).all()):
+    if inside and _all_one(found.sum(-1), rows.dtype):
         raise ValueError(
             "the model's outputs are probabilities (each row sums to 1), no logits: its softmax "
             "is a part of the model; pass cp.Classification(probabilities=True), without labels "
@@ -194,9 +194,17 @@ def check_are_logits(family: Family, rows: Tensor, *, declared: bool) -> None:
             "independent labels, cp.Classification() for logits of classes, without labels "
             "cp.LabelFree(model, of=...) with one of these"
         )
-    if bool(((torch.linalg.vector_norm(found, dim=-1) - 1).abs() < 1e-3).all()):
+    if _all_one(torch.linalg.vector_norm(found, dim=-1), rows.dtype):
         raise ValueError(
             "the model's outputs are vectors of length one, embeddings and no logits; pass a "
             "function to logits, cp.LabelFree(model, of=lambda output, batch: ...), such as the "
             "similarities to other embeddings over a temperature, or a metric to certify"
         )
+
+
+def _all_one(values: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all are 1 to rounding. One row may be so by chance where rounding is coarse."""
+    rounding = min(32 * torch.finfo(dtype).eps, 5e-3)
+    if rounding > 1e-4 and values.numel() < _ENOUGH:
+        return False
+    return bool(((values - 1).abs() <= rounding).all())

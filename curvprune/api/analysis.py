@@ -74,8 +74,8 @@ def analyze(
     of the model.
 
     Raises ``ValueError`` for a glob that matches no layer, an objective that cannot be told, an
-    unknown matrix or quantity, a model that is not deterministic (naming the module), a layer that
-    is not on the way to the loss.
+    unknown matrix or quantity, a model that is not deterministic (naming the module). Layers that
+    are not on the way to the loss have zeros, and a note names them.
     """
     batches = _batches(data)
     if not batches:

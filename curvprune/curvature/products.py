@@ -282,10 +282,8 @@ class _Hessian(MatrixFree):
         leaves = self.source.leaves()
         loss, count = self.source.objective.loss_of(self.source.logits(leaves, batch), batch)
         inputs = list(leaves.values())
-        if not loss.requires_grad:
-            raise ValueError(
-                f"{', '.join(leaves)}: not on the way to the loss; leave these parameters out"
-            )
+        if not loss.requires_grad:  # none of them is on the way to the loss
+            return _Graph(leaves=inputs, count=count, outputs=loss, gradients=[None] * len(inputs))
         gradients = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
         return _Graph(leaves=inputs, count=count, outputs=loss, gradients=list(gradients))
 
@@ -319,6 +317,8 @@ class _GaussNewton(MatrixFree):
         inputs = list(leaves.values())
         logits = self.source.logits(leaves, batch)
         z, middle, count = self._outputs(self.source.objective, number, logits, batch)
+        if not z.requires_grad:  # none of them is on the way to the loss
+            return _Graph(leaves=inputs, count=count, outputs=z, gradients=[None] * len(inputs))
         # Jᵀ u as a function of u: differentiated by u once more, it gives J v.
         seed = torch.zeros_like(z).requires_grad_()
         gradients = torch.autograd.grad(z, inputs, seed, create_graph=True, allow_unused=True)

@@ -261,6 +261,8 @@ class _GradientSums:
         logits = objective.logits(model, batch)
         positions = objective.positions(logits, batch)
         self.totals["count"][item] = len(positions.item)
+        if not positions.logits.requires_grad:  # no layer is on the way to the loss
+            return
         # 2. Back from random signs at every position, once per draw.
         for s in range(labels):
             self.label = s

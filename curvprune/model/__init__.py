@@ -1,6 +1,7 @@
 """What is compressed and measured: layers, losses, items of data, and groups of layers that share
 an option."""
 
+from curvprune.model.deviations import Deviation, deviations
 from curvprune.model.evaluation import Metric, check_items, evaluate, score_items
 from curvprune.model.forward import Batch, evaluating, to_device
 from curvprune.model.groups import GroupError, Groups, Request, find_groups, read_request
@@ -46,6 +47,7 @@ __all__ = [
     "Batch",
     "CausalLM",
     "Classification",
+    "Deviation",
     "GroupError",
     "Groups",
     "ItemResults",
@@ -64,6 +66,7 @@ __all__ = [
     "check_items",
     "collate",
     "deal_documents",
+    "deviations",
     "difference",
     "divergence",
     "drop_",

@@ -105,7 +105,7 @@ def task_from(
         storage=_storage(model, settings),
         notes=groups.notes,
     )
-    task = check_task(task)
+    task = check_task(task, named=[told.layers] if isinstance(told.layers, str) else told.layers)
     for text in task.warnings:
         warn_caller(text)
     return task, Workspace(state=State(folder / "state"), log=StageLog(show=told.progress))

@@ -188,7 +188,8 @@ def _fit(
         notes=tuple(notes),
     )
     try:
-        task = check_task(task, final=final)
+        named = list(chain.from_iterable(entry.layers for entry in recipe.compress))
+        task = check_task(task, final=final, named=named)
         _check_packing(task)
     except TaskError as error:
         raise recipe.error(error.key, str(error)) from error

@@ -34,6 +34,7 @@ from curvprune.pricing import (
     Row,
     build_ledger,
     divergences,
+    in_parts,
     measure_highest,
     quadratic_forms,
     work_of,
@@ -281,12 +282,12 @@ def _by_row(
     sums: Sequence[list[float] | None],
     count: np.ndarray,
 ) -> dict[tuple[str, str], np.ndarray]:
-    """(layer, option) → cost of each item. Changes that break the model cost `BROKEN`, and are
-    noted."""
+    """(layer, option) → cost of each item, or of each part of the items. Changes that break the
+    model cost `BROKEN`, and are noted."""
     found = {}
     for row, values in zip(rows, sums, strict=True):
         if values is not None:
-            found[row.layer, row.option] = np.array(values)
+            found[row.layer, row.option] = in_parts(np.array(values), len(count))
             continue
         found[row.layer, row.option] = BROKEN * count
         space.note(

@@ -17,7 +17,7 @@ from curvprune.model import CausalLM, Classification, deviations, find_layers
 from tests.dense_curvature import dense
 from tests.networks import seeded, vectors
 
-# ------------------------------------------------------------------------------- what others compute
+# --------------------------------------------------------------------------- what others compute
 
 TEXT = {
     "vocab_size": 6,
@@ -58,7 +58,7 @@ def sequences():
 def test_scaled_and_shifted_embeddings_have_the_trace_of_the_dense_matrix(family):
     model, batches, altered = language_model(family), sequences(), MODELS[family][1]
     layers = find_layers(model, "*embed_*")
-    found = deviations(model, batches[0], find_layers(model))
+    found = deviations(model, CausalLM(), batches[0], find_layers(model))
     assert set(found) == altered and all(one.used for one in found.values())
 
     names = [f"{name}.weight" for name in layers]
@@ -219,13 +219,13 @@ def test_plain_layers_are_matrices_in_every_type(dtype):
     )
     model = seeded(lambda: net).to(dtype)
     x = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
-    assert not deviations(model, (x, torch.zeros(1)), find_layers(model))
+    assert not deviations(model, Classification(), (x, torch.zeros(1)), find_layers(model))
 
 
 def test_a_deviation_is_seen_in_half_precision_too():
     model = seeded(lambda: nn.Sequential(Scaled(64, 32))).bfloat16()
     x = torch.randn(2, 64, dtype=torch.bfloat16)
-    found = deviations(model, (x, torch.zeros(2)), find_layers(model))
+    found = deviations(model, Classification(), (x, torch.zeros(2)), find_layers(model))
     assert "its output is 0." in found["0"].what and not found["0"].used
 
 

@@ -17,6 +17,7 @@ from curvprune.model import (
     Objective,
     Split,
     Splits,
+    as_batch,
     find_layers,
     make_objective,
     to_device,
@@ -96,6 +97,8 @@ def analyze(
         vector_bytes=vector_bytes,
     )
     found = find_layers(model, layers)
+    if not found:
+        raise ValueError("layers is empty: expected names or globs, such as 'model.layers.*'")
     with StageLog(show=progress).steps() as advance:
         return analyze_curvature(model, loss, batches, found, asked, advance=advance)
 
@@ -106,7 +109,7 @@ def _batches(data: Data) -> list[Batch]:
         return list(data.calibrate.items)
     if isinstance(data, Split):
         return list(data.items)
-    return list(data)
+    return [as_batch(batch) for batch in data]
 
 
 def hessian(
@@ -159,7 +162,7 @@ def _operator(
     build: Any, model: nn.Module, data: Iterable[Batch], objective: str | Objective, arguments: Any
 ) -> Any:
     home = next(model.parameters()).device
-    batches = [to_device(batch, home) for batch in data]
+    batches = [to_device(batch, home) for batch in _batches(data)]
     if not batches:
         raise ValueError("the data is empty; pass at least one batch")
     return build(model, batches, make_objective(objective, model, batches[0]), **arguments)

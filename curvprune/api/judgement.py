@@ -19,6 +19,7 @@ from curvprune.model import (
     Objective,
     Split,
     as_split,
+    check_independent,
     check_items,
     evaluate,
     make_objective,
@@ -59,6 +60,8 @@ def certify(
             "certify needs Budget(metric, max_drop=...): a size cannot be certified from data"
         )
     split = as_split(data)
+    check_independent(baseline)
+    check_independent(compressed)
     if metric is not None:
         return _certify_metric(baseline, compressed, split, budget, metric, batch_size)
     home = next(baseline.parameters()).device

@@ -35,7 +35,7 @@ from curvprune.curvature.request import (
 )
 from curvprune.curvature.structure import Structure, find_structure
 from curvprune.curvature.unused import unused_layers
-from curvprune.model import Batch, Layer, Objective
+from curvprune.model import Batch, Layer, Objective, check_independent
 from curvprune.schema import Json, encode
 
 NAMED = 8  # layers that a note names
@@ -102,6 +102,7 @@ def analyze_curvature(
                 f"layer {name}: its weight holds NaN or infinite values; repair the model or "
                 "leave it out"
             )
+    check_independent(model)
     # 1. What is exact for which layer. The first batch's forward pass serves the Fisher as well.
     batches = list(batches)
     wanted, layers = layers, dict(layers)

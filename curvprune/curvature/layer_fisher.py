@@ -84,8 +84,8 @@ def _from_own_labels(
     # 1. One forward and one backward pass for each item.
     with requiring(weights), evaluating(request.model), torch.enable_grad():
         for item in mine:
-            loss, count = request.objective.loss(request.model, item)
-            counts.append(float(count))
+            loss, positions = request.objective.loss(request.model, item)
+            counts.append(float(positions))
             found: Sequence[Tensor | None] = [None] * len(weights)
             if loss.requires_grad:
                 found = torch.autograd.grad(loss, weights, allow_unused=True)

@@ -423,6 +423,8 @@ def _source(
     # A glob may name a shared parameter by any of its names; it counts once, under the first.
     tied = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
     globs = [parameters] if isinstance(parameters, str) else list(parameters)
+    if not globs:
+        raise ValueError("parameters is empty: expected names or globs, such as '*.weight'")
     wanted: set[int] = set()
     for glob in globs:
         found = [key for name, key in tied.items() if fnmatchcase(name, glob)]

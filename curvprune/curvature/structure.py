@@ -70,7 +70,7 @@ def find_structure(
         check_deterministic(model, objective, batch)
 
     # 2. Layers whose gradients have factors per item.
-    found = deviations(model, first_items(batch, 1), layers)
+    found = deviations(model, objective, first_items(batch, 1), layers)
     reasons = {name: deviation.what for name, deviation in found.items()}
     for name in layers:
         if name not in found and (reason := _why_not_factored(name, single, taken)):

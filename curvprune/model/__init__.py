@@ -2,7 +2,7 @@
 an option."""
 
 from curvprune.model.deviations import Deviation, deviations
-from curvprune.model.evaluation import Metric, check_items, evaluate, score_items
+from curvprune.model.evaluation import Metric, check_independent, check_items, evaluate, score_items
 from curvprune.model.forward import Batch, evaluating, to_device
 from curvprune.model.groups import GroupError, Groups, Request, find_groups, read_request
 from curvprune.model.items import (
@@ -10,6 +10,7 @@ from curvprune.model.items import (
     PURPOSES,
     Split,
     Splits,
+    as_batch,
     as_split,
     collate,
     deal_documents,
@@ -61,8 +62,10 @@ __all__ = [
     "Split",
     "Splits",
     "architecture_config",
+    "as_batch",
     "as_split",
     "changes_of",
+    "check_independent",
     "check_items",
     "collate",
     "deal_documents",

@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvprune.model.forward import Batch, evaluating, outputs
+from curvprune.model.forward import Batch, evaluating
 from curvprune.model.layers import Layer
+from curvprune.model.losses import Objective
 
 ROWS, CHANNELS = 256, 2048  # of a module's call that are compared, evenly spaced
 TABLE = 4096  # rows of an embedding that are searched at a time
@@ -40,7 +41,9 @@ class Deviation:
 
 
 @torch.no_grad()
-def deviations(model: nn.Module, batch: Batch, layers: Mapping[str, Layer]) -> dict[str, Deviation]:
+def deviations(
+    model: nn.Module, objective: Objective, batch: Batch, layers: Mapping[str, Layer]
+) -> dict[str, Deviation]:
     """Layer → how its output differs from its matrix times its input, for layers where it does.
 
     Every call of every module that has the layer's weight is looked at, on at most `ROWS` rows and
@@ -79,7 +82,7 @@ def deviations(model: nn.Module, batch: Batch, layers: Mapping[str, Layer]) -> d
             handles.append(module.register_forward_hook(compare(name), with_kwargs=True))
     try:
         with evaluating(model):
-            outputs(model, batch)
+            objective.logits(model, batch)
     finally:
         for handle in handles:
             handle.remove()

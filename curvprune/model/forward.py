@@ -46,9 +46,29 @@ def outputs(model: nn.Module, batch: Batch) -> Any:
     forward pass."""
     if not isinstance(batch, Mapping):
         return model(batch[0])
-    inputs: dict[str, Tensor | bool] = {**batch}
+    inputs: dict[str, Any] = {**batch}
     inputs.pop("labels", None)
     # Keys and values of earlier tokens take memory, and nobody asks for a next token here.
     if getattr(getattr(model, "config", None), "use_cache", False):
         inputs["use_cache"] = False
-    return model(**inputs)
+    return model(**_with_padding(model, inputs))
+
+
+def _with_padding(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with the model's own padding token where the mask says that there is padding.
+
+    Some models tell padding by its token, whatever the mask says: classifiers made of decoders look
+    for the last token that is none, RoBERTa counts its positions by them.
+    """
+    tokens, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+    if pad is None or not isinstance(tokens, Tensor) or not isinstance(mask, Tensor):
+        return inputs
+    if mask.shape != tokens.shape or bool((mask != 0).all()):
+        return inputs
+    if pad < 0:
+        raise ValueError(
+            f"{type(model).__name__}: config.pad_token_id is {pad}, no token, and sequences of "
+            "different length must be padded; set model.config.pad_token_id to the tokenizer's"
+        )
+    return {**inputs, "input_ids": tokens.masked_fill(mask == 0, pad)}

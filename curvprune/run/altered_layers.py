@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from curvprune.model import Batch, Layer, deviations, to_device
+from curvprune.model import Batch, Layer, Objective, deviations, to_device
 
 
-def altered_layers(model: nn.Module, item: Batch, layers: Mapping[str, Layer]) -> dict[str, str]:
+def altered_layers(
+    model: nn.Module, objective: Objective, item: Batch, layers: Mapping[str, Layer]
+) -> dict[str, str]:
     """Layer → what its module computes instead of its weight times its input.
 
     What would be rounded or pruned there is not what is used, and is solved for other inputs.
@@ -17,7 +19,7 @@ def altered_layers(model: nn.Module, item: Batch, layers: Mapping[str, Layer]) -
     are rounded as they are. Cost: one forward pass of ``item``.
     """
     batch = to_device(item, next(model.parameters()).device)
-    found = deviations(model, batch, layers)
+    found = deviations(model, objective, batch, layers)
     return {name: one.what for name, one in found.items() if not one.used}
 
 

@@ -327,7 +327,11 @@ def _load_data(recipe: Recipe, tokenizer: Any) -> Splits:
             if text:
                 tokens[name] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return sources.text_splits(
-            tokens, length=section.sequence_length, counts=counts, seed=recipe.seed
+            tokens,
+            length=section.sequence_length,
+            counts=counts,
+            seed=recipe.seed,
+            first=sources.first_token(tokenizer),
         )
     except ValueError as error:
         raise recipe.error(("data",), str(error)) from error

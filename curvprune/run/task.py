@@ -311,7 +311,8 @@ def _check_splits(task: Task) -> None:
 
 def _without_altered(task: Task, named: Collection[str]) -> Task:
     """The task without layers that are no matrices."""
-    altered = altered_layers(task.model, task.splits.calibrate.items[0], task.layers)
+    item = task.splits.calibrate.items[0]
+    altered = altered_layers(task.model, task.objective, item, task.layers)
     if not altered:
         return task
     dense, groups = with_groups(altered, task.same_option)

@@ -96,12 +96,7 @@ def analyze_curvature(
     Raises:
         ValueError: a layer that holds NaN, a model that is not deterministic.
     """
-    for name, layer in layers.items():
-        if not bool(layer.weight.isfinite().all()):
-            raise ValueError(
-                f"layer {name}: its weight holds NaN or infinite values; repair the model or "
-                "leave it out"
-            )
+    _check_finite(layers)
     check_independent(model)
     # 1. What is exact for which layer. The first batch's forward pass serves the Fisher as well.
     batches = list(batches)
@@ -122,12 +117,7 @@ def analyze_curvature(
         remember=remember,
     )
 
-    request.notes += _of_altered(structure)
-    if unused:
-        request.notes.append(
-            f"{len(unused)} layer(s) are not on the way to the loss, so their curvature is zero: "
-            f"{_named(unused)}"
-        )
+    request.notes += [*_of_altered(structure), *_of_unused(unused), *_of_frozen(wanted)]
 
     # 2. Every layer, and the whole model.
     whole: ModelCurvature | None = None
@@ -161,6 +151,15 @@ def analyze_curvature(
     )
 
 
+def _check_finite(layers: Mapping[str, Layer]) -> None:
+    for name, layer in layers.items():
+        if not bool(layer.weight.isfinite().all()):
+            raise ValueError(
+                f"layer {name}: its weight holds NaN or infinite values; repair the model or "
+                "leave it out"
+            )
+
+
 def _of_altered(structure: Structure) -> list[str]:
     """Which layers are not taken for matrices."""
     names = structure.altered
@@ -170,6 +169,26 @@ def _of_altered(structure: Structure) -> list[str]:
     return [
         f"{len(names)} layer(s) compute more than their weight times their input, so their "
         f"curvature comes from gradients of the weight itself and is estimated: {told}"
+    ]
+
+
+def _of_unused(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    return [
+        f"{len(names)} layer(s) are not on the way to the loss, so their curvature is zero: "
+        f"{_named(names)}"
+    ]
+
+
+def _of_frozen(layers: Mapping[str, Layer]) -> list[str]:
+    """Which layers are frozen, where others are not."""
+    names = [name for name, layer in layers.items() if not layer.weight.requires_grad]
+    if not names or len(names) == len(layers):
+        return []
+    return [
+        f"{len(names)} of {len(layers)} layers are frozen (requires_grad=False) and counted like "
+        f"the others; leave them out by layers= if that is not meant: {_named(names)}"
     ]
 
 

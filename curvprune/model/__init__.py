@@ -1,7 +1,6 @@
 """What is compressed and measured: layers, losses, items of data, and groups of layers that share
 an option."""
 
-from curvprune.model.deviations import Deviation, deviations
 from curvprune.model.evaluation import Metric, check_independent, check_items, evaluate, score_items
 from curvprune.model.forward import Batch, evaluating, to_device
 from curvprune.model.groups import GroupError, Groups, Request, find_groups, read_request
@@ -31,6 +30,7 @@ from curvprune.model.losses import (
     sampled_losses,
     signed_loss,
 )
+from curvprune.model.matrix_check import Deviation, deviations
 from curvprune.model.shapes import (
     ShapeChange,
     architecture_config,

@@ -22,6 +22,7 @@ from curvprune.model import (
     Split,
     Splits,
     as_split,
+    check_independent,
     find_groups,
     find_layers,
     make_objective,
@@ -139,6 +140,7 @@ def _storage(model: nn.Module, settings: Settings) -> Storage:
 
 def objective_of(name: str | Objective, model: nn.Module, split: Split) -> Objective:
     """The loss that a name stands for, told from the model and the first item if need be."""
+    check_independent(model)
     first = to_device(split.items[0], next(model.parameters()).device)
     return make_objective(name, model, first)
 

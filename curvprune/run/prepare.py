@@ -28,6 +28,7 @@ from curvprune.model import (
     PURPOSES,
     Objective,
     Splits,
+    check_independent,
     find_layers,
     make_objective,
     to_device,
@@ -349,6 +350,7 @@ def _documents(recipe: Recipe) -> dict[str, str]:
 
 def _objective(recipe: Recipe, model: nn.Module, splits: Splits) -> Objective:
     try:
+        check_independent(model)
         device = next(model.parameters()).device
         return make_objective(recipe.objective, model, to_device(splits.calibrate.items[0], device))
     except ValueError as error:

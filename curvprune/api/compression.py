@@ -301,6 +301,11 @@ def prune(
                 "prune: structured always goes where it costs least; leave allocate out"
             )
         return _prune_structured(model, data, structured, uniform, budget, arguments)
+    if uniform:
+        raise ValueError(
+            "prune: uniform goes with structured, one width per kind; a sparsity without allocate "
+            "is the same for every layer as it is: leave uniform out"
+        )
     if allocate:
         if not isinstance(sparsity, float) or pattern is not None or budget is not None:
             raise ValueError(

@@ -25,6 +25,7 @@ from curvprune.model import (
     Metric,
     Split,
     as_split,
+    check_independent,
     check_items,
     evaluate,
     make_loss,
@@ -106,6 +107,9 @@ def _check_arguments(
         raise ValueError(
             f"certify: batch_size={batch_size!r}: expected a whole number of at least 1"
         )
+    for model in (baseline, compressed):
+        assert isinstance(model, nn.Module)
+        check_independent(model)
 
 
 def _certify_budget(

@@ -270,7 +270,9 @@ class _GradientSums:
             return
         # 1. Forward.
         found = objective.outputs(model, batch)
-        self.totals["count"][item] = float(objective.counts(found, batch).sum())
+        self.totals["count"][item] = float(objective.counts(found.detach(), batch).sum())
+        if not found.requires_grad:  # no layer is on the way to the loss
+            return
         # 2. Back from random signs at every position, once per draw.
         for s in range(labels):
             self.label = s
@@ -287,7 +289,8 @@ class _GradientSums:
         self.label = 0
         loss, count = objective.loss(model, batch)
         self.totals["count"][self.item] = count
-        loss.backward()
+        if loss.requires_grad:  # else no layer is on the way to the loss
+            loss.backward()
         self._check_finite()
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:

@@ -2,7 +2,13 @@
 an option."""
 
 from curvprune.model.contents import DIGEST_BYTES, Content, content_of, joined
-from curvprune.model.evaluation import Metric, check_items, evaluate, score_items
+from curvprune.model.evaluation import (
+    Metric,
+    check_independent,
+    check_items,
+    evaluate,
+    score_items,
+)
 from curvprune.model.forward import Batch, evaluating, items_in, one_item, to_device
 from curvprune.model.groups import GroupError, Groups, Request, find_groups, read_request
 from curvprune.model.items import (
@@ -10,6 +16,7 @@ from curvprune.model.items import (
     PURPOSES,
     Split,
     Splits,
+    as_batch,
     as_split,
     collate,
     deal_documents,
@@ -47,6 +54,7 @@ from curvprune.model.losses import (
     make_loss,
     named_loss,
 )
+from curvprune.model.matrix_check import Deviation, deviations
 from curvprune.model.seen import carrying, remember_seen_, seen_by
 from curvprune.model.shapes import (
     ShapeChange,
@@ -69,6 +77,7 @@ __all__ = [
     "CausalLM",
     "Classification",
     "Content",
+    "Deviation",
     "Exponential",
     "Family",
     "Gaussian",
@@ -99,13 +108,16 @@ __all__ = [
     "Splits",
     "Untold",
     "architecture_config",
+    "as_batch",
     "as_split",
     "carrying",
     "changes_of",
+    "check_independent",
     "check_items",
     "collate",
     "content_of",
     "deal_documents",
+    "deviations",
     "difference",
     "drop_",
     "evaluate",

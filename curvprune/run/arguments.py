@@ -24,6 +24,7 @@ from curvprune.model import (
     Split,
     Splits,
     as_split,
+    check_independent,
     find_groups,
     find_layers,
     make_loss,
@@ -107,7 +108,7 @@ def task_from(
         storage=_storage(model, settings),
         notes=groups.notes,
     )
-    task = check_task(task)
+    task = check_task(task, named=[told.layers] if isinstance(told.layers, str) else told.layers)
     for text in task.warnings:
         warn_caller(text)
     log = StageLog(show=told.progress)
@@ -142,6 +143,7 @@ def _storage(model: nn.Module, settings: Settings) -> Storage:
 
 def objective_of(name: LossLike, model: nn.Module, split: Split) -> Loss:
     """The loss that a name stands for, told from the model and the first item if need be."""
+    check_independent(model)
     first = to_device(split.items[0], next(model.parameters()).device)
     return make_loss(name, model, first)
 

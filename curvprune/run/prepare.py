@@ -30,6 +30,7 @@ from curvprune.model import (
     Loss,
     Splits,
     Untold,
+    check_independent,
     find_layers,
     make_loss,
     to_device,
@@ -194,7 +195,8 @@ def _fit(
         notes=tuple(notes),
     )
     try:
-        task = check_task(task, final=final)
+        named = list(chain.from_iterable(entry.layers for entry in recipe.compress))
+        task = check_task(task, final=final, named=named)
         _check_packing(task)
     except TaskError as error:
         raise recipe.error(error.key, str(error)) from error
@@ -332,7 +334,11 @@ def _load_data(recipe: Recipe, tokenizer: Any) -> Splits:
             if text:
                 tokens[name] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return sources.text_splits(
-            tokens, length=section.sequence_length, counts=counts, seed=recipe.seed
+            tokens,
+            length=section.sequence_length,
+            counts=counts,
+            seed=recipe.seed,
+            first=sources.first_token(tokenizer),
         )
     except ValueError as error:
         raise recipe.error(("data",), str(error)) from error
@@ -351,6 +357,7 @@ def _documents(recipe: Recipe) -> dict[str, str]:
 def _objective(recipe: Recipe, model: nn.Module, splits: Splits) -> Loss:
     first = to_device(splits.calibrate.items[0], next(model.parameters()).device)
     try:
+        check_independent(model)
         loss = make_loss(recipe.loss_name, model, first)
     except ValueError as error:
         raise recipe.error((recipe.loss_key,), str(error)) from error

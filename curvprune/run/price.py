@@ -34,6 +34,7 @@ from curvprune.pricing import (
     Row,
     build_ledger,
     divergences,
+    in_parts,
     measure_highest,
     quadratic_forms,
     work_of,
@@ -299,17 +300,18 @@ def _by_row(
     sums: Sequence[list[float] | None],
     count: np.ndarray,
 ) -> dict[tuple[str, str], np.ndarray]:
-    """(layer, option) → cost of each item. Changes that break the model cost `BROKEN`, or ten times
-    the highest cost where that is more, and are noted."""
+    """(layer, option) → cost of each item, or of each part of the items. Changes that break the
+    model cost `BROKEN`, or ten times the highest cost where that is more, and are noted."""
     found = {}
     highest = 0.0
     for values in sums:
         if values is not None:
-            highest = max(highest, float(np.max(np.array(values) / np.maximum(count, 1))))
+            costs = in_parts(np.array(values), len(count)) / np.maximum(count, 1)
+            highest = max(highest, float(np.max(costs)))
     worst = max(BROKEN, 10 * highest)
     for row, values in zip(rows, sums, strict=True):
         if values is not None:
-            found[row.layer, row.option] = np.array(values)
+            found[row.layer, row.option] = in_parts(np.array(values), len(count))
             continue
         found[row.layer, row.option] = worst * count
         space.note(

@@ -212,9 +212,17 @@ def test_what_ends_in_a_sigmoid_or_softmax_is_judged_by_its_probabilities():
         cp.certify(
             model, emptied(model), data, BUDGET, loss=cp.LabelFree(model, of=cp.Classification())
         )
-    labelled = [(x["input"], torch.tensor([0])) for x in data]
+    labelled = [(torch.cat([x["input"] for x in data]), torch.arange(40) % 20)]
     with pytest.raises(ValueError, match="each row sums to 1"):
         cp.hessian(model, labelled, loss=cp.Classification())
+    cp.hessian(model, labelled, loss=cp.Classification(probabilities=False))
+    sigmoid = nn.Sequential(nn.Linear(6, 20), nn.Sigmoid())
+    yes = [(labelled[0][0], torch.ones(40, 20))]
+    for loss, batches in (("classification", labelled), ("multi-label", yes)):
+        with pytest.raises(ValueError, match="all lie between 0 and 1"):
+            cp.hessian(sigmoid, batches, loss=loss)
+        with pytest.raises(ValueError, match="all lie between 0 and 1"):
+            cp.certify(sigmoid, emptied(sigmoid), batches, BUDGET, loss=loss)
 
 
 class Voice(nn.Module):

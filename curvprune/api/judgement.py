@@ -122,7 +122,7 @@ def _certify_budget(
 ) -> Verdict:
     """The verdict on the budget's own metric."""
     home = next(baseline.parameters()).device
-    meant = make_loss(loss, baseline, to_device(split.items[0], home))
+    meant = make_loss(loss, baseline, to_device(split.first(), home))
     check_items(baseline, meant, split.items, "certify")
     before = evaluate(baseline, split.batches(batch_size), meant)
     after = evaluate(compressed, split.batches(batch_size), meant)

@@ -28,6 +28,14 @@ class Split:
     # What the items hold, filled when it is first asked for.
     _contents: list[Content] = field(init=False, repr=False, compare=False, default_factory=list)
 
+    def first(self, size: int = 8) -> Batch:
+        """The first items as one batch, to tell a loss by; one alone where they do not go
+        together."""
+        try:
+            return collate(self.items[:size])
+        except ValueError:
+            return self.items[0]
+
     def batches(self, size: int) -> Iterator[Batch]:
         """Consecutive items, ``size`` at a time; the last batch may be smaller."""
         for start in range(0, len(self.items), size):

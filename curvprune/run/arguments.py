@@ -144,7 +144,7 @@ def _storage(model: nn.Module, settings: Settings) -> Storage:
 def objective_of(name: LossLike, model: nn.Module, split: Split) -> Loss:
     """The loss that a name stands for, told from the model and the first item if need be."""
     check_independent(model)
-    first = to_device(split.items[0], next(model.parameters()).device)
+    first = to_device(split.first(), next(model.parameters()).device)
     return make_loss(name, model, first)
 
 

@@ -355,7 +355,7 @@ def _documents(recipe: Recipe) -> dict[str, str]:
 
 
 def _objective(recipe: Recipe, model: nn.Module, splits: Splits) -> Loss:
-    first = to_device(splits.calibrate.items[0], next(model.parameters()).device)
+    first = to_device(splits.calibrate.first(), next(model.parameters()).device)
     try:
         check_independent(model)
         loss = make_loss(recipe.loss_name, model, first)

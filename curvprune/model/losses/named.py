@@ -117,15 +117,16 @@ def _label_free(model: nn.Module, batch: Batch) -> LabelFree:
 
 def _check_declared(loss: Loss, model: nn.Module, batch: Batch) -> None:
     """Whether the outputs can be what the user says that they are."""
-    if type(loss) not in (Classification, Segmentation):
+    if not isinstance(loss, (Classification, MultiLabel)) or loss.curvature != "closed form":
         return
-    assert isinstance(loss, PositionLoss)
+    if isinstance(loss, (MaskedLM, Seq2Seq)):
+        return
     try:
         with torch.no_grad(), evaluating(model):
             rows = loss.places(loss.outputs(model, batch), batch).logits
     except (IndexError, RuntimeError):
         return  # An item that the model cannot read is for the check of the items to name.
-    check_are_logits(loss.family, rows, declared=True)
+    check_are_logits(loss, rows, embeddings=False)
 
 
 def _of_module(module: nn.Module) -> Loss:

@@ -123,7 +123,12 @@ def test_a_narrow_spectrum_has_a_linear_axis() -> None:
     grid = tuple(k / 10 for k in range(-10, 11))
     runs = ((-1.0, 0.0, 1.0),)
     found = DensityRecord(
-        grid=grid, density=(1.0,) * 21, nodes=runs, weights=((0.3, 0.4, 0.3),), num_products=3
+        grid=grid,
+        density=(1.0,) * 21,
+        nodes=runs,
+        weights=((0.3, 0.4, 0.3),),
+        num_products=3,
+        dim=600,
     )
     assert ANALYSIS.model is not None
     model = replace(ANALYSIS.model, density=found, eigenvalues=eigenvalues(1.0, -1.0))

@@ -5,7 +5,7 @@ from curvprune.curvature.batched_fisher import fisher_moments
 from curvprune.curvature.closed_forms import BlockDiagonal, Dense, Diagonal, Ekfac, Kronecker
 from curvprune.curvature.diagnosis import Diagnosis
 from curvprune.curvature.draws import Draws
-from curvprune.curvature.estimates import EigenPairs, Estimate
+from curvprune.curvature.estimates import EigenPairs, End, Estimate
 from curvprune.curvature.estimators import density, diagonal, eigenpairs, trace
 from curvprune.curvature.gauss_newton_blocks import exact_gauss_newton
 from curvprune.curvature.kronecker_factors import ekfac, kfac
@@ -58,6 +58,7 @@ __all__ = [
     "EigenPairs",
     "EigenvaluesRecord",
     "Ekfac",
+    "End",
     "Estimate",
     "EstimateRecord",
     "FisherPass",

@@ -252,6 +252,7 @@ def density(
         grid=torch.from_numpy(grid),
         density=torch.from_numpy(smooth),
         num_products=products,
+        dim=op.space.dim,
     )
 
 

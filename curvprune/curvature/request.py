@@ -141,9 +141,16 @@ class AnalysisRequest:
     def operator(self, parameters: Sequence[str] | None = None) -> MatrixFree:
         """The Hessian or the Gauss–Newton matrix over all parameters, or over some."""
         # Parameters are globs for an operator.
-        build = hessian if self.asked.matrix == "hessian" else gauss_newton
         globs = ["*"] if parameters is None else [escape(n) for n in parameters]
-        return build(self.model, self.batches, self.objective, parameters=globs)
+        return self._build(self.batches, globs)
+
+    def operator_of(self, batches: Sequence[Batch]) -> MatrixFree:
+        """The same matrix over all parameters, of other batches."""
+        return self._build(batches, ["*"])
+
+    def _build(self, batches: Sequence[Batch], globs: Sequence[str]) -> MatrixFree:
+        build = hessian if self.asked.matrix == "hessian" else gauss_newton
+        return build(self.model, batches, self.objective, parameters=globs)
 
     def recall(
         self,

@@ -328,7 +328,10 @@ def test_the_diagnosis_says_what_the_spectrum_is():
     length = math.sqrt(sum(float(g.square().sum()) for g in gradient))
     assert whole.loss == pytest.approx(loss.item(), rel=1e-9)
     assert whole.gradient_norm == pytest.approx(length, rel=1e-9)
-    assert d.kind in ("minimum", "saddle", "not stationary") and d.text
+    # Seven items: the gradient may be noise, and so may the lowest curvature.
+    assert d.kind == "flat" and "cannot be told from zero" in " ".join(d.text)
+    assert d.lambda_min + 2 * d.lambda_min_over_items > 0
+    assert whole.gradient_noise.chance > 0.05 and d.gradient_noise > 0.5 * length
     written = analysis.to_dict()["diagnosis"]
     assert {"lambda_max", "max_learning_rate", "disagreements"} <= written.keys()
 

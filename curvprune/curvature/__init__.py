@@ -13,6 +13,7 @@ from curvprune.curvature.lanczos import Lanczos
 from curvprune.curvature.layer_curvature import LayerCurvature
 from curvprune.curvature.lobpcg import Lobpcg
 from curvprune.curvature.model_curvature import ModelCurvature
+from curvprune.curvature.moment_bounds import Moments
 from curvprune.curvature.operators import Function, NoClosedForm, Operator, ParamSpace, Sum
 from curvprune.curvature.probes import probe_layers
 from curvprune.curvature.products import empirical_fisher, fisher, gauss_newton, hessian
@@ -70,6 +71,7 @@ __all__ = [
     "Lobpcg",
     "ModelCurvature",
     "ModelCurvatureRecord",
+    "Moments",
     "NoClosedForm",
     "Operator",
     "ParamSpace",

@@ -134,15 +134,18 @@ class Spectrum:
         n, units = self.op.space.dim, self.units
         if self.exact:
             values, vectors = self._eigenpairs()
-            ends = [n - 1, 0] if n > 1 else [0]
-            pairs = self._exact_pairs(values[ends], vectors[:, ends])
+            places = [n - 1, 0] if n > 1 else [0]
+            pairs = self._exact_pairs(values[places], vectors[:, places])
         else:
             pairs = self._lanczos(self.op, EIGENVALUES)
         if n < 2 or not units.enough:
             return Extremes(pairs=pairs)
 
         # Along the eigenvectors of all items, and along those of each half.
-        own = units.forms(pairs.vectors)
+        found = [pairs.vectors]
+        for half in units.halves:
+            found.append(self._lanczos(units.build(half), EIGENVALUES).vectors)
+        own, first, second = units.forms(torch.cat(found, 1)).split(2, 1)
         total = own.sum(0) / units.count.sum()
         apart = (total - pairs.values.double().cpu()).abs().max()
         if float(apart) > 1e-2 * float(pairs.values.abs().max()):
@@ -151,20 +154,16 @@ class Spectrum:
                 "the mean of its items' losses"
             )
             return Extremes(pairs=pairs)
-        crossed = []
-        for half in units.halves:
-            theirs = self._lanczos(units.build(half), EIGENVALUES)
-            crossed.append(units.forms(theirs.vectors))
-        found = []
+        ends = []
         for column in (0, 1):
-            other = crossed[0][:, column], crossed[1][:, column]
-            found.append(units.end(own[:, column], other))
-        return Extremes(pairs=pairs, highest=found[0], lowest=found[1])
+            ends.append(units.end(own[:, column], (first[:, column], second[:, column])))
+        return Extremes(pairs=pairs, highest=ends[0], lowest=ends[1])
 
     def trace(self) -> Estimate:
         """The trace, exact or by probes, with its errors over probes and over items."""
         generator = self.effort.generator(TRACE)
-        most = max(self.effort.max_products, 8)
+        # Where the trace is known, probes are for the spread of items only.
+        most = 8 if self.exact else max(self.effort.max_products, 8)
         probed = self.units.trace(self.effort.rtol, most, generator)
         over_items = probed.over_items if self.units.enough else None
         if not self.exact:
@@ -285,8 +284,21 @@ def whole_model(request: AnalysisRequest) -> ModelCurvature:
     return replace(
         found,
         trace=trace,
-        eigenpairs=ends.pairs,
+        eigenpairs=_checked(ends.pairs, density),
         density=density,
         highest=ends.highest,
         lowest=ends.lowest,
     )
+
+
+def _checked(pairs: EigenPairs, density: SpectralDensity) -> EigenPairs:
+    """The ends with errors that reach to whatever the density's runs found beyond them: their
+    nodes lie inside the spectrum, so a search that stopped short of one missed something."""
+    high, low = float(density.nodes.max()), float(density.nodes.min())
+    errors = pairs.errors.clone()
+    for i, value in enumerate(pairs.values.tolist()):
+        beyond = high - value if i == 0 else value - low
+        errors[i] = max(float(errors[i]), beyond)
+    met = bool((errors <= EIGEN_TOL * pairs.values.abs()).all())
+    missed = bool((errors > pairs.errors).any()) and not met
+    return replace(pairs, errors=errors, converged=pairs.converged and not missed)

@@ -180,8 +180,27 @@ class Units:
             num_items=probes,
             num_products=probes,
             converged=met,
-            over_items=ratio_estimate(forms.mean(1), self.count).stderr,
+            over_items=self._spread(forms),
         )
+
+    def _spread(self, forms: Tensor) -> float:
+        """Standard error over items of the mean of several probes' ratios, without what the probes
+        add to it.
+
+        Args:
+            forms: sums of the parts by each probe, ``(parts, probes)``.
+        """
+        parts, probes = forms.shape
+        # 1. What a part adds beyond its share of the positions, by each probe.
+        ratios = forms.sum(0) / self.count.sum()
+        rest = forms - self.count.unsqueeze(1) * ratios
+        mean = rest.mean(1)
+        raw = float(mean.square().sum())
+        # 2. Its mean over probes varies for two reasons: the part, and the probes it met.
+        noise = float((rest - mean.unsqueeze(1)).square().sum()) / (probes * (probes - 1))
+        # No less than a quarter, since the difference is an estimate.
+        variance = max(raw - noise, raw / 4) * parts / max(1, parts - 1)
+        return math.sqrt(variance) / float(self.count.sum())
 
 
 def every(batch: Batch, start: int, step: int) -> Batch:

@@ -55,9 +55,14 @@ def overview(analysis: AnalysisRecord) -> Overview:
 
 def _model_facts(analysis: AnalysisRecord, model: ModelCurvatureRecord) -> list[Fact]:
     matrix = short_matrix(analysis)
-    trace, stderr = None, None
+    trace, stderr, hint = None, None, "sum of all eigenvalues of the whole model"
     if model.trace is not None:
         trace, stderr = finite(model.trace.value), model.trace.stderr
+        hint += "; ± its standard error over probes, on these items"
+        if model.trace.over_items is not None:
+            hint += f"; over items it is {sig(model.trace.over_items, 2)}"
+        if model.trace.converged is False:
+            hint += "; the tolerance asked for was not reached"
     return [
         Fact(
             "parameters",
@@ -82,7 +87,7 @@ def _model_facts(analysis: AnalysisRecord, model: ModelCurvatureRecord) -> list[
             plus_minus(trace, stderr),
             trace,
             "",
-            f"sum of all eigenvalues of the whole model, {curvature_measure(analysis)}",
+            f"{hint}, {curvature_measure(analysis)}",
         ),
     ]
 

@@ -3,6 +3,7 @@
 from curvprune.curvature.analysis import Analysis, analyze_curvature
 from curvprune.curvature.batched_fisher import fisher_moments
 from curvprune.curvature.closed_forms import BlockDiagonal, Dense, Diagonal, Ekfac, Kronecker
+from curvprune.curvature.comparison import Compared, CurvatureComparison, compare
 from curvprune.curvature.diagnosis import Diagnosis
 from curvprune.curvature.draws import Draws
 from curvprune.curvature.estimates import EigenPairs, End, Estimate
@@ -14,6 +15,7 @@ from curvprune.curvature.layer_curvature import LayerCurvature
 from curvprune.curvature.lobpcg import Lobpcg
 from curvprune.curvature.model_curvature import ModelCurvature
 from curvprune.curvature.moment_bounds import Moments
+from curvprune.curvature.monitor import CurvatureMonitor, Sharpness
 from curvprune.curvature.operators import Function, NoClosedForm, Operator, ParamSpace, Sum
 from curvprune.curvature.probes import probe_layers
 from curvprune.curvature.products import empirical_fisher, fisher, gauss_newton, hessian
@@ -48,6 +50,9 @@ __all__ = [
     "BlockDiagonal",
     "Change",
     "Checkpoint",
+    "Compared",
+    "CurvatureComparison",
+    "CurvatureMonitor",
     "Dense",
     "DensityRecord",
     "Diagnosis",
@@ -76,9 +81,11 @@ __all__ = [
     "Operator",
     "ParamSpace",
     "Remember",
+    "Sharpness",
     "Sum",
     "TraceRecord",
     "analyze_curvature",
+    "compare",
     "density",
     "diagonal",
     "eigenpairs",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -23,6 +24,7 @@ from curvprune.curvature.layer_curvature import LayerCurvature
 from curvprune.curvature.layer_fisher import first_order
 from curvprune.curvature.layer_hessian import second_order
 from curvprune.curvature.model_curvature import ModelCurvature, whole_model
+from curvprune.curvature.plots import plot_analysis
 from curvprune.curvature.records import AnalysisRecord
 from curvprune.curvature.request import (
     MATRICES,
@@ -59,6 +61,11 @@ class Analysis:
             diagnosis=None if self.diagnosis is None else self.diagnosis.to_record(),
             notes=self.notes,
         )
+
+    def plot(self) -> Any:
+        """Traces by layer and the whole model's density, as a matplotlib figure. Raises
+        ``ValueError`` where there is neither, or no matplotlib."""
+        return plot_analysis(self.to_record())
 
     def to_dict(self) -> dict[str, Json]:
         """The record as JSON."""

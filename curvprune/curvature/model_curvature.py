@@ -117,12 +117,21 @@ class Effort:
 
 
 class Spectrum:
-    """Ends, trace and density of one operator, exact where it is small."""
+    """Ends, trace and density of one operator, exact where it is small.
+
+    Attributes:
+        along: forms of every part along both extreme eigenvectors, once `extremes` has run.
+        probed: forms along the probes of the trace, once `trace` has run.
+    """
+
+    along: Tensor | None = None
+    probed: Tensor | None = None
 
     def __init__(self, op: MatrixFree, units: Units, effort: Effort) -> None:
         self.op, self.units, self.effort = op, units, effort
         self.notes: list[str] = []
         self._all: tuple[np.ndarray, Tensor] | None = None
+        self._matrix: Tensor | None = None
 
     @property
     def exact(self) -> bool:
@@ -145,8 +154,8 @@ class Spectrum:
         found = [pairs.vectors]
         for half in units.halves:
             found.append(self._lanczos(units.build(half), EIGENVALUES).vectors)
-        own, first, second = units.forms(torch.cat(found, 1)).split(2, 1)
-        total = own.sum(0) / units.count.sum()
+        self.along, first, second = units.forms(torch.cat(found, 1)).split(2, 1)
+        total = self.along.sum(0) / units.count.sum()
         apart = (total - pairs.values.double().cpu()).abs().max()
         if float(apart) > 1e-2 * float(pairs.values.abs().max()):
             self.notes.append(
@@ -156,7 +165,7 @@ class Spectrum:
             return Extremes(pairs=pairs)
         ends = []
         for column in (0, 1):
-            ends.append(units.end(own[:, column], (first[:, column], second[:, column])))
+            ends.append(units.end(self.along[:, column], (first[:, column], second[:, column])))
         return Extremes(pairs=pairs, highest=ends[0], lowest=ends[1])
 
     def trace(self) -> Estimate:
@@ -164,12 +173,12 @@ class Spectrum:
         generator = self.effort.generator(TRACE)
         # Where the trace is known, probes are for the spread of items only.
         most = 8 if self.exact else max(self.effort.max_products, 8)
-        probed = self.units.trace(self.effort.rtol, most, generator)
-        over_items = probed.over_items if self.units.enough else None
+        self.probed = self.units.probe(self.effort.rtol, most, generator)
+        found = self.units.trace(self.probed, self.effort.rtol)
         if not self.exact:
-            return replace(probed, over_items=over_items)
+            return found
         values, _ = self._eigenpairs()
-        return Estimate(value=float(values.sum()), stderr=0.0, over_items=over_items)
+        return Estimate(value=float(values.sum()), stderr=0.0, over_items=found.over_items)
 
     def density(self) -> SpectralDensity:
         """The distribution of the eigenvalues."""
@@ -193,11 +202,17 @@ class Spectrum:
             generator=self.effort.generator(stream),
         )
 
+    def matrix(self) -> Tensor:
+        """The matrix itself, in float64; only of a small operator."""
+        if self._matrix is None:
+            matrix = self.op.to_dense().to(device="cpu", dtype=torch.float64)
+            self._matrix = (matrix + matrix.mT) / 2
+        return self._matrix
+
     def _eigenpairs(self) -> tuple[np.ndarray, Tensor]:
         """All of them, in float64."""
         if self._all is None:
-            matrix = self.op.to_dense().to(device="cpu", dtype=torch.float64)
-            values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+            values, vectors = torch.linalg.eigh(self.matrix())
             self._all = values.numpy(), vectors
         return self._all
 

@@ -66,6 +66,7 @@ class Units:
     """Parts of the data, each by itself, in two halves.
 
     Attributes:
+        given: the batches as they came.
         batches: the parts.
         half: 0 or 1 for each part.
         halves: the items of each half, in as few batches as they came in.
@@ -73,6 +74,7 @@ class Units:
         count: positions of each part, once `gradients` has run.
     """
 
+    given: Sequence[Batch]
     batches: list[Batch]
     half: list[int]
     halves: tuple[list[Batch], list[Batch]]
@@ -100,11 +102,18 @@ class Units:
             for piece in range(pieces):
                 units.append(every(batch, piece, pieces))
                 half.append(piece % 2)
-        return Units(batches=units, half=half, halves=halves, build=build)
+        return Units(given=batches, batches=units, half=half, halves=halves, build=build)
 
     @property
     def enough(self) -> bool:
         return len(self.batches) >= LEAST and all(self.halves)
+
+    def fold(self, number: int, folds: int) -> list[Batch]:
+        """One of several folds of the items; there must be as many parts."""
+        # As few batches as there can be: each has a graph of its own.
+        if min(items_in(batch) for batch in self.given) >= folds:
+            return [every(batch, number, folds) for batch in self.given]
+        return self.batches[number::folds]
 
     def gradients(self, *, keep: bool) -> GradientNoise | None:
         """Counts the positions of every part and, where vectors may be kept, compares the gradients
@@ -157,9 +166,9 @@ class Units:
             held_out_error=held_out.stderr,
         )
 
-    def trace(self, rtol: float, max_products: int, generator: torch.Generator) -> Estimate:
-        """The trace by Hutchinson's probes, the same for every part: errors over probes and over
-        items."""
+    def probe(self, rtol: float, max_products: int, generator: torch.Generator) -> Tensor:
+        """Forms along Hutchinson's probes, ``(parts, probes)``, the same for every part: as many as
+        make the error over probes ``rtol`` of the trace."""
         op = self.build(self.batches[:1])
         forms = torch.zeros(len(self.batches), 0, dtype=torch.float64)
         add = ENOUGH
@@ -167,23 +176,26 @@ class Units:
             # 1. One round of probes.
             add = min(add, max_products - forms.shape[1])
             forms = torch.cat([forms, self.forms(signs(op, add, generator))], 1)
-            probes = forms.shape[1]
             # 2. The trace by each probe, and whether their spread will do.
-            value, stderr = mean_and_stderr(forms.sum(0) / self.count.sum())
-            met = accurate(stderr, value, probes, rtol)
-            if met or probes >= max_products:
-                break
-            add = samples_to_add(stderr, value, probes, rtol)
+            found = self.trace(forms, rtol)
+            if found.converged or forms.shape[1] >= max_products:
+                return forms
+            add = samples_to_add(found.stderr, found.value, forms.shape[1], rtol)
+
+    def trace(self, forms: Tensor, rtol: float) -> Estimate:
+        """The trace from `probe`: errors over probes and over items."""
+        probes = forms.shape[1]
+        value, stderr = mean_and_stderr(forms.sum(0) / self.count.sum())
         return Estimate(
             value=value,
             stderr=stderr,
             num_items=probes,
             num_products=probes,
-            converged=met,
-            over_items=self._spread(forms),
+            converged=accurate(stderr, value, probes, rtol),
+            over_items=self.spread(forms) if self.enough else None,
         )
 
-    def _spread(self, forms: Tensor) -> float:
+    def spread(self, forms: Tensor) -> float:
         """Standard error over items of the mean of several probes' ratios, without what the probes
         add to it.
 

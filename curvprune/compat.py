@@ -210,7 +210,7 @@ def decompress_(model: Any) -> None:
 
 def step_callback(on_step: Callable[[int, Any], None], on_end: Callable[[], None]) -> Any:
     """A ``TrainerCallback`` that calls ``on_step(step, optimizer)`` before the first and after
-    every step, and ``on_end()`` when training ends."""
+    every step, and ``on_end()`` on the main process when training ends."""
     base: Any = import_transformers().TrainerCallback
 
     class StepCallback(base):
@@ -221,6 +221,7 @@ def step_callback(on_step: Callable[[int, Any], None], on_end: Callable[[], None
             on_step(state.global_step, rest.get("optimizer"))
 
         def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-            on_end()
+            if state.is_world_process_zero:
+                on_end()
 
     return StepCallback()

@@ -62,8 +62,8 @@ def analyze(
             ``"density"`` (spectrum of the whole model, with the diagnosis), ``"layer-densities"``
             (spectrum of each layer; 90 products each).
         rtol: relative standard error asked of every probed trace.
-        max_products: most products for one layer's trace, and for one eigenvalue problem; results
-            that needed more say so in ``converged``.
+        max_products: most products for one layer's trace, and for one eigenvalue problem or trace
+            of the whole model; results that needed more say so in ``converged``.
         labels: draws per position for the Fisher.
         vector_bytes: memory for vectors: layers are probed together in groups whose vectors fit,
             and the whole model's spectrum is left out, with a note, if eight Lanczos vectors do
@@ -76,10 +76,15 @@ def analyze(
     BatchNorm in evaluation mode); of an output layer (lm_head, not tied) trace and diagonal for any
     number of positions and classes.
 
+    Errors of probes are about these items. The whole model's λ_max, λ_min, trace and gradient also
+    have errors over items, from at least 32 parts of the data where there are as many items (see
+    `Diagnosis` for what is concluded from them).
+
     Cost: exact blocks about 0.8 gradients per class; a joint probe two gradients for all layers, a
-    restricted one about 0.7 for one layer; Fisher about 1.2 gradients per label. Memory: the graph
-    of one mini-batch, twice; eight vectors of a group of layers; for ``"density"`` up to 40 vectors
-    of the model.
+    restricted one about 0.7 for one layer; Fisher about 1.2 gradients per label. The whole
+    model's spectrum takes 200 products, its ends and trace up to ``3 · max_products``; up to 1,024
+    parameters one product a parameter gives all eigenvalues. Memory: the graph of one mini-batch,
+    twice; eight vectors of a group of layers; for ``"density"`` up to 100 vectors of the model.
 
     Raises ``ValueError`` for a glob that matches no layer, an objective that cannot be told, an
     unknown matrix or quantity, a model that is not deterministic (naming the module), a layer that

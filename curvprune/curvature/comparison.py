@@ -28,7 +28,7 @@ from curvprune.curvature.model_curvature import (
     Effort,
     Spectrum,
 )
-from curvprune.curvature.over_items import Build, Units
+from curvprune.curvature.over_items import Build, Parts
 from curvprune.curvature.plots import plot_densities
 from curvprune.curvature.products import gauss_newton, hessian, loss_and_gradient
 from curvprune.curvature.records import DensityRecord, EstimateRecord
@@ -125,9 +125,9 @@ class _Side:
                 f"do not fit into {MEMORY / 1e9:.0f} GB; compare fewer of them with "
                 "curvprune.hessian(..., parameters=...) and curvprune.density"
             )
-        units = Units.of(batches, build)
-        units.gradients(keep=False)
-        spectrum = Spectrum(op, units, replace(effort, room=room))
+        parts = Parts.of(batches, build)
+        parts.gradients(keep=False)
+        spectrum = Spectrum(op, parts, replace(effort, room=room))
         extremes = spectrum.extremes()
         values, errors = extremes.pairs.values, extremes.pairs.errors
         return _Side(
@@ -144,8 +144,8 @@ class _Side:
     def without(self, fold: int) -> SpectralDensity:
         """The density without every fifth item, from the same start for each fold."""
         # 1. The fold's own matrix, and its share of the positions.
-        part, whole = self.build(self.spectrum.units.fold(fold, FOLDS)), self.spectrum.op
-        positions = float(self.spectrum.units.count.sum())
+        part, whole = self.build(self.spectrum.parts.fold(fold, FOLDS)), self.spectrum.op
+        positions = float(self.spectrum.parts.count.sum())
         share = loss_and_gradient(part).positions / positions
         # 2. (H − share · H_fold) / (1 − share).
         if self.spectrum.exact:
@@ -229,21 +229,21 @@ def _end(name: str, a: _Side, b: _Side, end: int) -> Compared:
     ours, theirs = a.spectrum.along, b.spectrum.along
     if ours is not None and theirs is not None and None not in (a.ends[end], b.ends[end]):
         apart = theirs[:, end] - ours[:, end]
-        spread = ratio_estimate(apart, a.spectrum.units.count).stderr
+        spread = ratio_estimate(apart, a.spectrum.parts.count).stderr
         paired = math.hypot(spread, fits[1] - fits[0])
     return _compared(name, estimates, math.hypot(a.errors[end], b.errors[end]), paired)
 
 
 def _trace(a: _Side, b: _Side) -> Compared:
-    ours, theirs, units = a.spectrum.probed, b.spectrum.probed, a.spectrum.units
+    ours, theirs, parts = a.spectrum.probed, b.spectrum.probed, a.spectrum.parts
     assert ours is not None and theirs is not None
     probes = min(ours.shape[1], theirs.shape[1])
     apart = theirs[:, :probes] - ours[:, :probes]
     stderr = math.hypot(a.trace.stderr, b.trace.stderr)
     if stderr > 0 and a.spectrum.op.space.dim == b.spectrum.op.space.dim:
         # The same probes: what they do to both cancels.
-        _, stderr = mean_and_stderr(apart.sum(0) / units.count.sum())
-    paired = units.spread(apart) if units.enough else None
+        _, stderr = mean_and_stderr(apart.sum(0) / parts.count.sum())
+    paired = parts.spread(apart) if parts.enough else None
     return _compared("trace", (a.trace, b.trace), stderr, paired)
 
 
@@ -254,7 +254,7 @@ def _shares(a: _Side, b: _Side, threshold: float) -> list[Compared]:
         "above": (math.nextafter(threshold, math.inf), math.inf),
     }
     # 1. The shares without each fold of the items.
-    paired_items = len(a.spectrum.units.batches) >= FOLDS
+    paired_items = len(a.spectrum.parts.batches) >= FOLDS
     left_out: list[np.ndarray] = []
     for side in (a, b) if paired_items else ():
         folds = [side.without(fold) for fold in range(FOLDS)]

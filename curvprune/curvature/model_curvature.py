@@ -15,7 +15,7 @@ from curvprune.curvature.estimators import density, eigenpairs
 from curvprune.curvature.lanczos import Lanczos
 from curvprune.curvature.layer_hessian import EIGEN_TOL
 from curvprune.curvature.operators import Operator
-from curvprune.curvature.over_items import GradientNoise, Units
+from curvprune.curvature.over_items import GradientNoise, Parts
 from curvprune.curvature.products import MatrixFree, loss_and_gradient
 from curvprune.curvature.records import (
     DensityRecord,
@@ -127,8 +127,8 @@ class Spectrum:
     along: Tensor | None = None
     probed: Tensor | None = None
 
-    def __init__(self, op: MatrixFree, units: Units, effort: Effort) -> None:
-        self.op, self.units, self.effort = op, units, effort
+    def __init__(self, op: MatrixFree, parts: Parts, effort: Effort) -> None:
+        self.op, self.parts, self.effort = op, parts, effort
         self.notes: list[str] = []
         self._all: tuple[np.ndarray, Tensor] | None = None
         self._matrix: Tensor | None = None
@@ -140,22 +140,22 @@ class Spectrum:
 
     def extremes(self) -> Extremes:
         """The largest and the smallest eigenvalue, with errors over items."""
-        n, units = self.op.space.dim, self.units
+        n, parts = self.op.space.dim, self.parts
         if self.exact:
             values, vectors = self._eigenpairs()
             places = [n - 1, 0] if n > 1 else [0]
             pairs = self._exact_pairs(values[places], vectors[:, places])
         else:
             pairs = self._lanczos(self.op, EIGENVALUES)
-        if n < 2 or not units.enough:
+        if n < 2 or not parts.enough:
             return Extremes(pairs=pairs)
 
         # Along the eigenvectors of all items, and along those of each half.
         found = [pairs.vectors]
-        for half in units.halves:
-            found.append(self._lanczos(units.build(half), EIGENVALUES).vectors)
-        self.along, first, second = units.forms(torch.cat(found, 1)).split(2, 1)
-        total = self.along.sum(0) / units.count.sum()
+        for half in parts.halves:
+            found.append(self._lanczos(parts.build(half), EIGENVALUES).vectors)
+        self.along, first, second = parts.forms(torch.cat(found, 1)).split(2, 1)
+        total = self.along.sum(0) / parts.count.sum()
         apart = (total - pairs.values.double().cpu()).abs().max()
         if float(apart) > 1e-2 * float(pairs.values.abs().max()):
             self.notes.append(
@@ -165,7 +165,7 @@ class Spectrum:
             return Extremes(pairs=pairs)
         ends = []
         for column in (0, 1):
-            ends.append(units.end(self.along[:, column], (first[:, column], second[:, column])))
+            ends.append(parts.end(self.along[:, column], (first[:, column], second[:, column])))
         return Extremes(pairs=pairs, highest=ends[0], lowest=ends[1])
 
     def trace(self) -> Estimate:
@@ -173,8 +173,8 @@ class Spectrum:
         generator = self.effort.generator(TRACE)
         # Where the trace is known, probes are for the spread of items only.
         most = 8 if self.exact else max(self.effort.max_products, 8)
-        self.probed = self.units.probe(self.effort.rtol, most, generator)
-        found = self.units.trace(self.probed, self.effort.rtol)
+        self.probed = self.parts.probe(self.effort.rtol, most, generator)
+        found = self.parts.trace(self.probed, self.effort.rtol)
         if not self.exact:
             return found
         values, _ = self._eigenpairs()
@@ -242,8 +242,8 @@ def whole_model(request: AnalysisRequest) -> ModelCurvature:
     n = operator.space.dim
     vector = n * torch.finfo(operator.dtype).bits // 8
     room, least = int(asked.vector_bytes // vector), min(n, LEAST_VECTORS)
-    units = Units.of(request.batches, request.operator_of)
-    noise = units.gradients(keep=least <= room)
+    parts = Parts.of(request.batches, request.operator_of)
+    noise = parts.gradients(keep=least <= room)
     found = ModelCurvature(
         parameters=n,
         loss=start.loss,
@@ -265,7 +265,28 @@ def whole_model(request: AnalysisRequest) -> ModelCurvature:
     effort = Effort(
         room=room, max_products=asked.max_products, rtol=asked.rtol, generator=request.generator
     )
-    spectrum = Spectrum(operator, units, effort)
+    spectrum = Spectrum(operator, parts, effort)
+    ends, trace, density = _recalled(request, spectrum)
+    request.notes += spectrum.notes
+    if not trace.converged:
+        request.notes.append(
+            f"the whole model's trace has a standard error of {trace.stderr:.2g} where rtol asks "
+            f"for {asked.rtol * abs(trace.value):.2g}; raise max_products"
+        )
+    return replace(
+        found,
+        trace=trace,
+        eigenpairs=_checked(ends.pairs, density),
+        density=density,
+        highest=ends.highest,
+        lowest=ends.lowest,
+    )
+
+
+def _recalled(
+    request: AnalysisRequest, spectrum: Spectrum
+) -> tuple[Extremes, Estimate, SpectralDensity]:
+    """The parts of a spectrum, computed or found where an interrupted analysis left them."""
     ends = request.recall(
         "model-eigenvalues",
         ExtremesRecord,
@@ -290,20 +311,7 @@ def whole_model(request: AnalysisRequest) -> ModelCurvature:
         from_record=DensityRecord.spectral_density,
     )
     request.advance("spectrum", 3, 3)
-    request.notes += spectrum.notes
-    if not trace.converged:
-        request.notes.append(
-            f"the whole model's trace has a standard error of {trace.stderr:.2g} where rtol asks "
-            f"for {asked.rtol * abs(trace.value):.2g}; raise max_products"
-        )
-    return replace(
-        found,
-        trace=trace,
-        eigenpairs=_checked(ends.pairs, density),
-        density=density,
-        highest=ends.highest,
-        lowest=ends.lowest,
-    )
+    return ends, trace, density
 
 
 def _checked(pairs: EigenPairs, density: SpectralDensity) -> EigenPairs:

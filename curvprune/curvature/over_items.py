@@ -33,7 +33,7 @@ from curvprune.curvature.random_vectors import moved, signs, widths
 from curvprune.curvature.sampled_fisher import ratio_estimate
 from curvprune.model import Batch
 
-UNITS = 32  # parts of the data whose spread is looked at: no fewer where there are items enough
+PARTS = 32  # parts of the data whose spread is looked at: no fewer where there are items enough
 LEAST = 4  # below this there is no spread worth a number
 FOLDS, LEAST_FOLDS = 8, 6  # of the gradient: 2⁷ patterns of signs; 2⁵ can still reject at 5 %
 LEVEL = 0.05
@@ -62,7 +62,7 @@ class GradientNoise:
 
 
 @dataclass(kw_only=True)
-class Units:
+class Parts:
     """Parts of the data, each by itself, in two halves.
 
     Attributes:
@@ -82,17 +82,17 @@ class Units:
     count: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
 
     @staticmethod
-    def of(batches: Sequence[Batch], build: Build) -> Units:
+    def of(batches: Sequence[Batch], build: Build) -> Parts:
         """Whole batches where they are many, else every so many-th item of each batch."""
-        units: list[Batch] = []
+        parts: list[Batch] = []
         half: list[int] = []
         halves: tuple[list[Batch], list[Batch]] = ([], [])
-        wanted = 2 * math.ceil(UNITS / (2 * len(batches)))
+        wanted = 2 * math.ceil(PARTS / (2 * len(batches)))
         for number, batch in enumerate(batches):
             items = items_in(batch)
             pieces = min(wanted, items - items % 2)
-            if len(batches) >= UNITS or pieces < 2:
-                units.append(batch)
+            if len(batches) >= PARTS or pieces < 2:
+                parts.append(batch)
                 half.append(number % 2)
                 halves[number % 2].append(batch)
                 continue
@@ -100,9 +100,9 @@ class Units:
             for side in (0, 1):
                 halves[side].append(every(batch, side, 2))
             for piece in range(pieces):
-                units.append(every(batch, piece, pieces))
+                parts.append(every(batch, piece, pieces))
                 half.append(piece % 2)
-        return Units(given=batches, batches=units, half=half, halves=halves, build=build)
+        return Parts(given=batches, batches=parts, half=half, halves=halves, build=build)
 
     @property
     def enough(self) -> bool:
@@ -137,7 +137,7 @@ class Units:
         return _noise(torch.stack(folds), weights) if len(folds) > 1 else None
 
     def forms(self, vectors: Tensor) -> Tensor:
-        """``vᵀH_u v`` of every part u and every column v, summed over the part's positions,
+        """``vᵀH_i v`` of every part i and every column v, summed over the part's positions,
         ``(parts, columns)``. Cost: a gradient and one product per column, over the data."""
         rows = []
         for batch, positions in zip(self.batches, self.count, strict=True):

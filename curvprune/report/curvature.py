@@ -59,11 +59,9 @@ def _model_facts(analysis: AnalysisRecord, model: ModelCurvatureRecord) -> list[
     if model.trace is not None:
         trace, stderr = finite(model.trace.value), model.trace.stderr
         hint += "; ± its standard error over probes, on these items"
-        if model.trace.over_items is not None:
-            hint += f"; over items it is {sig(model.trace.over_items, 2)}"
         if model.trace.converged is False:
             hint += "; the tolerance asked for was not reached"
-    return [
+    facts = [
         Fact(
             "parameters",
             count(model.parameters),
@@ -90,6 +88,11 @@ def _model_facts(analysis: AnalysisRecord, model: ModelCurvatureRecord) -> list[
             f"{hint}, {curvature_measure(analysis)}",
         ),
     ]
+    if model.trace is not None and model.trace.over_items is not None:
+        over_items = finite(model.trace.over_items)
+        hint = "what the trace of other items of this population would differ by"
+        facts.append(Fact("its se over items", sig(over_items, 2), over_items, "", hint))
+    return facts
 
 
 def _not_asked(analysis: AnalysisRecord) -> str:

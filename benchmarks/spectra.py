@@ -20,7 +20,7 @@ import argparse
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -71,17 +71,21 @@ def train(
         see(step)
 
 
-def dense(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def dense(model: nn.Module, x: Tensor, y: Tensor, piece: int = 128) -> Tensor:
     own = dict(model.named_parameters())
     sizes = [p.numel() for p in own.values()]
-
-    def loss(flat: Tensor) -> Tensor:
-        parts = zip(own.items(), flat.split(sizes), strict=True)
-        values = {name: part.view_as(p) for (name, p), part in parts}
-        return F.cross_entropy(torch.func.functional_call(model, values, (x,)), y)
-
     flat = torch.cat([p.detach().reshape(-1) for p in own.values()])
-    return torch.func.hessian(loss)(flat).detach()
+    total = torch.zeros(len(flat), len(flat), dtype=flat.dtype)
+    for some, labels in zip(x.split(piece), y.split(piece), strict=True):
+
+        def loss(v: Tensor, some: Tensor = some, labels: Tensor = labels) -> Tensor:
+            parts = zip(own.items(), v.split(sizes), strict=True)
+            values = {name: part.view_as(p) for (name, p), part in parts}
+            outputs = torch.func.functional_call(model, values, (some,))
+            return F.cross_entropy(outputs, labels, reduction="sum")
+
+        total += torch.func.hessian(loss)(flat).detach()
+    return total / len(x)
 
 
 def truths(values: Tensor, near: float) -> dict[str, float]:
@@ -120,14 +124,14 @@ def inside(value: float, error: float, truth: float) -> bool:
     return abs(value - truth) <= 2 * error + 1e-9 * max(1.0, abs(truth))
 
 
-def coverage() -> None:
+def coverage(nets: Sequence[str] = tuple(NETS)) -> None:
     x, y = digits()
     sums: dict[str, list[int]] = defaultdict(list)
     print("| net (parameters) | steps | quantity | truth | told | these items | population |")
     print("|---|---|---|---|---|---|---|", flush=True)
-    for name, build in NETS.items():
+    for name in nets:
         torch.manual_seed(0)
-        model, done = build().double(), 0
+        model, done = NETS[name]().double(), 0
         for stage in STAGES:
             train(model, stage - done, seed=stage)
             done = stage
@@ -224,4 +228,9 @@ def wide() -> nn.Module:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=["coverage", "monitor"])
-    {"coverage": coverage, "monitor": monitor}[parser.parse_args().what]()
+    parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
+    asked = parser.parse_args()
+    if asked.what == "coverage":
+        coverage(asked.nets)
+    else:
+        monitor()

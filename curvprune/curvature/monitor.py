@@ -24,7 +24,7 @@ from curvprune.curvature.products import MatrixFree, hessian
 from curvprune.model import Batch, Objective, make_objective, to_device
 
 TOL, MOST = 5e-3, 60  # asked of λ_max, and the most products that a look may take
-LEAST = 4  # products of a look that starts from the last eigenvector
+LEAST = 3  # products of a look that starts from the last eigenvector
 FRESH = (
     0.05  # share of a random direction in the start: the old eigenvector may have lost its place
 )
@@ -95,7 +95,7 @@ class CurvatureMonitor:
     """Every ``every`` steps λ_max of the Hessian on a fixed probe batch, and every ``trace_every``
     its trace.
 
-    Each look starts from the eigenvector of the last one, so it takes about 4 to 15 products, of
+    Each look starts from the eigenvector of the last one, so it takes about 3 to 15 products, of
     two gradients of the probe batch each. The model is looked at in evaluation mode; its modes and
     gradients and all random numbers stay as they are. Only parameters with ``requires_grad`` count.
     The limit is that of plain gradient descent or, where it is told, with momentum: optimizers that

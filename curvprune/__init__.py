@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from curvprune.api import analyze as analyze
     from curvprune.api import certify as certify
+    from curvprune.api import compare_curvature as compare_curvature
     from curvprune.api import compress as compress
     from curvprune.api import empirical_fisher as empirical_fisher
     from curvprune.api import fisher as fisher
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from curvprune.certificate import certify_values as certify_values
     from curvprune.compression import Recovery as Recovery
     from curvprune.curvature import Analysis as Analysis
+    from curvprune.curvature import CurvatureComparison as CurvatureComparison
+    from curvprune.curvature import CurvatureMonitor as CurvatureMonitor
     from curvprune.curvature import density as density
     from curvprune.curvature import diagonal as diagonal
     from curvprune.curvature import eigenpairs as eigenpairs
@@ -77,6 +80,7 @@ _HOME = {
         "StructuredResult",
         "analyze",
         "certify",
+        "compare_curvature",
         "compress",
         "empirical_fisher",
         "fisher",
@@ -92,7 +96,15 @@ _HOME = {
     "artifact": ("export_dense", "export_gptq"),
     "certificate": ("Verdict", "certify_lm_eval", "certify_values"),
     "compression": ("Recovery",),
-    "curvature": ("Analysis", "density", "diagonal", "eigenpairs", "trace"),
+    "curvature": (
+        "Analysis",
+        "CurvatureComparison",
+        "CurvatureMonitor",
+        "density",
+        "diagonal",
+        "eigenpairs",
+        "trace",
+    ),
     "model": (
         "Bernoulli",
         "CausalLM",

@@ -5,7 +5,14 @@
 model is untouched unless ``inplace=True``.
 """
 
-from curvprune.api.analysis import analyze, empirical_fisher, fisher, gauss_newton, hessian
+from curvprune.api.analysis import (
+    analyze,
+    compare_curvature,
+    empirical_fisher,
+    fisher,
+    gauss_newton,
+    hessian,
+)
 from curvprune.api.compression import compress, frontier, price, prune, quantize, recover
 from curvprune.api.judgement import certify, load
 from curvprune.run import Result, StructuredResult
@@ -15,6 +22,7 @@ __all__ = [
     "StructuredResult",
     "analyze",
     "certify",
+    "compare_curvature",
     "compress",
     "empirical_fisher",
     "fisher",

@@ -10,7 +10,15 @@ import torch
 from torch import nn
 
 from curvprune import curvature
-from curvprune.curvature import QUANTITIES, Analysis, AnalysisSettings, analyze_curvature
+from curvprune.curvature import (
+    QUANTITIES,
+    Analysis,
+    AnalysisSettings,
+    CurvatureComparison,
+    Draws,
+    analyze_curvature,
+    compare,
+)
 from curvprune.files import StageLog
 from curvprune.model import (
     Batch,
@@ -59,8 +67,8 @@ def analyze(
             ``"density"`` (spectrum of the whole model, with the diagnosis), ``"layer-densities"``
             (spectrum of each layer; 90 products each).
         rtol: relative standard error asked of every probed trace.
-        max_products: most products for one layer's trace, and for one eigenvalue problem; results
-            that needed more say so in ``converged``.
+        max_products: most products for one layer's trace, and for one eigenvalue problem or trace
+            of the whole model; results that needed more say so in ``converged``.
         labels: draws per position for the Fisher.
         vector_bytes: memory for vectors: layers are probed together in groups whose vectors fit,
             and the whole model's spectrum is left out, with a note, if eight Lanczos vectors do
@@ -73,10 +81,15 @@ def analyze(
     BatchNorm in evaluation mode); of an output layer (lm_head, not tied) trace and diagonal for any
     number of positions and classes.
 
+    Errors of probes are about these items. The whole model's λ_max, λ_min, trace and gradient also
+    have errors over items, from at least 32 parts of the data where there are as many items (see
+    `Diagnosis` for what is concluded from them).
+
     Cost: exact blocks about 0.8 gradients per class; a joint probe two gradients for all layers, a
-    restricted one about 0.7 for one layer; Fisher about 1.2 gradients per label. Memory: the graph
-    of one mini-batch, twice; eight vectors of a group of layers; for ``"density"`` up to 40 vectors
-    of the model.
+    restricted one about 0.7 for one layer; Fisher about 1.2 gradients per label. The whole
+    model's spectrum takes 200 products, its ends and trace up to ``3 · max_products``; up to 1,024
+    parameters one product a parameter gives all eigenvalues. Memory: the graph of one mini-batch,
+    twice; eight vectors of a group of layers; for ``"density"`` up to 100 vectors of the model.
 
     Raises ``ValueError`` for a glob that matches no layer, a loss that cannot be told, an
     unknown matrix or quantity, a model that is not deterministic (naming the module). Layers that
@@ -114,6 +127,90 @@ def _batches(data: Data) -> list[Batch]:
     if isinstance(data, Split):
         return list(data.items)
     return [as_batch(batch) for batch in data]
+
+
+def compare_curvature(
+    a: nn.Module,
+    b: nn.Module,
+    data: Data,
+    *,
+    loss: LossLike = "auto",
+    matrix: Literal["hessian", "ggn"] = "hessian",
+    max_products: int = 64,
+    seed: int = 0,
+) -> CurvatureComparison:
+    """Curvature of two models on the same items: λ_max, λ_min, trace, and shares of the spectrum
+    below, within and above a threshold that both have in common.
+
+    Every quantity has an error about these items and one over items; a difference has the error of
+    the items' own differences, so that what both models share cancels. For the ends that is the
+    spread of ``vᵀH_i v`` along each model's eigenvector, and what the fit of v adds; for the trace
+    that of Hutchinson's probes, the same for both; for shares a jackknife over five folds.
+
+    >>> import torch, curvprune as cp
+    >>> make = lambda: torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3))
+    >>> a, b = make(), make()
+    >>> data = [(torch.randn(64, 4), torch.randint(0, 3, (64,)))]
+    >>> found = cp.compare_curvature(a, b, data)
+    >>> found["trace"].difference.value == found["trace"].b.value - found["trace"].a.value
+    True
+
+    Args:
+        a, b: two checkpoints of one architecture, or two models of any.
+        data: batches are kept as they are; of splits the calibration items.
+        matrix: ``"hessian"`` or ``"ggn"`` (generalised Gauss–Newton).
+        max_products: for each eigenvalue problem, and probes of the trace.
+
+    Returns:
+        A record with ``text``, ``to_dict()`` and ``plot()``.
+
+    Cost: for each model about ``3 · max_products + 200`` products for the ends, the trace and the
+    density, and 600 for the errors of shares; up to 1,024 parameters all eigenvalues are computed,
+    at two products each. Memory: up to 100 vectors of the model.
+
+    Raises:
+        ValueError: empty data, a loss that cannot be told or differs between the models, weights
+            that are not finite, a model that is not deterministic, vectors that do not fit.
+    """
+    if matrix not in ("hessian", "ggn"):
+        raise ValueError(f"compare_curvature: matrix={matrix!r}; expected 'hessian' or 'ggn'")
+    if max_products < 8:
+        raise ValueError(
+            f"compare_curvature: max_products={max_products}; expected at least 8, better 64"
+        )
+    batches = _batches(data)
+    if not batches:
+        raise ValueError("compare_curvature: the data is empty; pass at least one batch")
+    home = next(a.parameters()).device
+    batches = [to_device(batch, home) for batch in batches]
+    losses = []
+    for name, model in (("a", a), ("b", b)):
+        for parameter, value in model.named_parameters():
+            if value.device != home:
+                raise ValueError(
+                    f"compare_curvature: {parameter} of model {name} is on {value.device}, the "
+                    f"first of model a on {home}; move both to one device"
+                )
+            if not bool(value.isfinite().all()):
+                raise ValueError(
+                    f"compare_curvature: {parameter} of model {name} holds NaN or infinite values; "
+                    "compare a checkpoint from before it diverged"
+                )
+        losses.append(make_loss(loss, model, batches[0]))
+    first, second = losses
+    if first.measure != second.measure:
+        raise ValueError(
+            f"compare_curvature: the loss of a is in {first.measure}, that of b in "
+            f"{second.measure}; pass loss=... for both"
+        )
+    return compare(
+        (a, b),
+        (first, second),
+        batches,
+        matrix=matrix,
+        max_products=max_products,
+        generator=Draws(seed=seed).generator,
+    )
 
 
 @named_loss

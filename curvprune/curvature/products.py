@@ -548,11 +548,13 @@ def empirical_fisher(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossAndGradient:
-    """The mean loss over the data, and the norm of its gradient over the parameters of an
-    operator."""
+    """The mean loss over the data, its gradient over the parameters of an operator with its norm,
+    and the positions that the mean is over."""
 
     loss: float
     gradient_norm: float
+    gradient: Tensor
+    positions: float
 
 
 def loss_and_gradient(operator: MatrixFree) -> LossAndGradient:
@@ -573,5 +575,10 @@ def loss_and_gradient(operator: MatrixFree) -> LossAndGradient:
             if g is not None:
                 total[operator.space.slices[name]] += g.reshape(-1).to(operator.dtype)
     positions = _positions(count)
-    norm = float(torch.linalg.vector_norm(all_sum(total))) / positions
-    return LossAndGradient(loss=float(all_sum(loss)) / positions, gradient_norm=norm)
+    gradient = all_sum(total).div_(positions)
+    return LossAndGradient(
+        loss=float(all_sum(loss)) / positions,
+        gradient_norm=float(torch.linalg.vector_norm(gradient)),
+        gradient=gradient,
+        positions=positions,
+    )

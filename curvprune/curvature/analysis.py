@@ -123,7 +123,8 @@ def analyze_curvature(
         remember=remember,
     )
 
-    request.notes += [*_of_altered(structure), *_of_unused(unused), *_of_frozen(wanted)]
+    request.notes += [*_of_loss(objective), *_of_altered(structure)]
+    request.notes += [*_of_unused(unused), *_of_frozen(wanted)]
 
     # 2. Every layer, and the whole model.
     whole: ModelCurvature | None = None
@@ -164,6 +165,14 @@ def _check_finite(layers: Mapping[str, Layer]) -> None:
                 f"layer {name}: its weight holds NaN or infinite values; repair the model or "
                 "leave it out"
             )
+
+
+def _of_loss(objective: Loss) -> list[str]:
+    """How the loss's own curvature is known, where that is no closed form."""
+    if objective.curvature == "closed form":
+        return []
+    how = "not known at outputs" if objective.curvature == "none" else "had by differentiation"
+    return [f"the curvature of loss {objective.name} at the model's outputs is {how}"]
 
 
 def _of_altered(structure: Structure) -> list[str]:

@@ -179,7 +179,8 @@ def check_are_logits(loss: PositionLoss, rows: Tensor, *, embeddings: bool = Tru
     if loss.probabilities is not None:
         return
     found = rows.detach().float()
-    inside = bool(((found >= 0) & (found <= 1)).all())
+    # Outputs that are all the same are those of a head that has not been trained.
+    inside = bool(((found >= 0) & (found <= 1)).all()) and bool(found.max() > found.min())
     if inside and _all_one(found.sum(-1), rows.dtype):
         raise ValueError(
             "the model's outputs are probabilities (each row sums to 1), no logits: its softmax "

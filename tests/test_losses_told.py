@@ -476,6 +476,10 @@ def test_one_argument_has_two_names():
         cp.hessian(model, data, objective="regression", loss="regression")
     with pytest.raises(ValueError, match="expected auto, causal-lm, classification"):
         cp.hessian(model, data, loss="perplexity")
+    with pytest.raises(ValueError, match=r"pass cp\.Loss\.of\(function, outputs='model'\)"):
+        cp.hessian(model, data, loss=F.mse_loss)
+    with pytest.raises(ValueError, match="of='classification': expected a loss"):
+        cp.LabelFree(model, of="classification")
 
 
 # ------------------------------------------------------------------------------ outputs at the edge

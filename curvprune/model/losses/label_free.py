@@ -50,6 +50,11 @@ class LabelFree(Objective):
     ) -> None:
         self.reference = reference
         self.measure = "nats/token" if per_token else "nats/example"
+        if of is not None and not isinstance(of, Loss) and not callable(of):
+            raise ValueError(
+                f"label-free: of={of!r}: expected a loss whose outputs these are, such as "
+                "cp.Classification(), or a function of (what the model returned, batch) to logits"
+            )
         self.declared = of
         self._told: PositionLoss | None = None
         if isinstance(of, Loss):

@@ -82,9 +82,11 @@ class LabelFree(Objective):
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         if self.declared is not None and not isinstance(self.declared, Loss):
             return self.declared(outputs(model, batch), batch)
-        if self._told is not None:
-            return self._told.outputs(model, batch)
-        return super().logits(model, batch)
+        try:
+            return self.told(batch).outputs(model, batch)
+        except ValueError:
+            # A rounding that is never measured needs no more than outputs.
+            return super().logits(model, batch)
 
     def told(self, batch: Batch) -> PositionLoss:
         """The loss whose outputs these are. Raises ``ValueError`` where that is not known."""

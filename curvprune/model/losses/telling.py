@@ -35,6 +35,8 @@ _ENDINGS: tuple[tuple[str, Callable[[], PositionLoss]], ...] = (
     ("ForNextSentencePrediction", Classification),
     ("ForSemanticSegmentation", Segmentation),
     ("ForQuestionAnswering", QuestionAnswering),
+    ("MTModel", Seq2Seq),
+    ("EncoderDecoderModel", Seq2Seq),
 )
 # Those whose config says, or leaves open, what their labels are.
 _BY_PROBLEM = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification")
@@ -111,6 +113,14 @@ def class_names(model: nn.Module) -> list[str]:
 
 def _by_class(model: nn.Module, batch: Batch) -> PositionLoss | None:
     """By the names and config of transformers' models; ``None`` for others."""
+    found = _by_name(model, batch)
+    # What these models return are logits.
+    if isinstance(found, (Classification, MultiLabel)):
+        found.probabilities = False
+    return found
+
+
+def _by_name(model: nn.Module, batch: Batch) -> PositionLoss | None:
     config = getattr(model, "config", None)
     if config is None:
         return None

@@ -17,6 +17,7 @@ from curvprune.model import (
     LossLike,
     Split,
     Splits,
+    as_batch,
     find_layers,
     make_loss,
     named_loss,
@@ -110,7 +111,7 @@ def _batches(data: Data) -> list[Batch]:
         return list(data.calibrate.items)
     if isinstance(data, Split):
         return list(data.items)
-    return list(data)
+    return [as_batch(batch) for batch in data]
 
 
 @named_loss
@@ -167,7 +168,7 @@ def _operator(
     build: Any, model: nn.Module, data: Iterable[Batch], loss: LossLike, arguments: Any
 ) -> Any:
     home = next(model.parameters()).device
-    batches = [to_device(batch, home) for batch in data]
+    batches = [to_device(batch, home) for batch in _batches(data)]
     if not batches:
         raise ValueError("the data is empty; pass at least one batch")
     return build(model, batches, make_loss(loss, model, batches[0]), **arguments)

@@ -186,20 +186,47 @@ def _padded(item: Mapping[str, Tensor], longest: int) -> dict[str, Tensor]:
     return padded
 
 
+def as_batch(given: Any) -> Batch:
+    """A batch as the user gave it: a dict of tensors, ``(inputs, targets)``, or a dict of inputs
+    with its targets, which become its labels.
+
+    Raises ``ValueError`` for anything else, saying what to pass instead.
+    """
+    if isinstance(given, Mapping):
+        return given
+    if isinstance(given, (tuple, list)) and len(given) == 2:
+        inputs, targets = given
+        if isinstance(inputs, Tensor) and targets is not None:
+            return inputs, torch.as_tensor(targets)
+        if isinstance(inputs, Mapping) and targets is not None:
+            if inputs.get("labels") is not None:
+                raise ValueError(
+                    "data: a batch is (dict, targets), and the dict has labels too; leave one of "
+                    "them out"
+                )
+            return {**inputs, "labels": torch.as_tensor(targets)}
+    if isinstance(given, (tuple, list)):
+        kinds = ", ".join(type(part).__name__ for part in given)
+        what = f"a {type(given).__name__} of {len(given)} ({kinds})"
+    else:
+        what = f"a {type(given).__name__}"
+    raise ValueError(
+        f"data: a batch is {what}; expected (inputs, targets) or a dict of tensors, named as the "
+        'model\'s arguments: {"x": x} without targets, {"x": x, "labels": y} with them, and '
+        '"sample_weight" for weights of items'
+    )
+
+
 def itemize(batches: Iterable[Batch]) -> list[Batch]:
     """Take batches apart into items of one, in order. Entries of a dict that are None are as good
     as absent."""
     items: list[Batch] = []
     for batch in batches:
-        if isinstance(batch, Mapping):
-            items += _items_of_dict(batch)
-        elif isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], Tensor):
-            items += _items_of_pair(batch[0], batch[1])
+        known = as_batch(batch)
+        if isinstance(known, Mapping):
+            items += _items_of_dict(known)
         else:
-            raise ValueError(
-                f"data: a batch is {type(batch).__name__}; expected a dict of tensors or a pair "
-                "(inputs, targets)"
-            )
+            items += _items_of_pair(known[0], known[1])
     if not items:
         raise ValueError("data is empty; it must be re-iterable and hold at least one batch")
     return items

@@ -153,6 +153,19 @@ class Loss:
             sums.append(self.loss_of(outputs[i : i + 1], one_item(batch, i))[0])
         return torch.stack(sums)
 
+    def place_losses(self, outputs: Tensor, batch: Batch) -> Float[Tensor, " n"]:
+        """Loss of every place that counts (an image, a token, a pixel), over all its outputs;
+        differentiable.
+
+        Raises ``ValueError`` where a loss is only known for whole items of several positions.
+        """
+        if bool((self.counts(outputs.detach(), batch) > 1).any()):
+            raise ValueError(
+                f"loss {self.name} is known for whole items only, and they have several positions; "
+                "take per='item', or pass a loss that returns one number for each position"
+            )
+        return self.item_losses(outputs, batch)
+
     def counts(self, outputs: Tensor, batch: Batch) -> Float[Tensor, " items"]:
         """Positions of every item, in float64. They need not be whole where targets are
         weighed."""

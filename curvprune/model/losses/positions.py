@@ -97,6 +97,11 @@ class PositionLoss(Loss):
         positions = self.positions(outputs, batch)
         return positions.summed(self.compare(positions, batch))
 
+    def place_losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        if type(self).loss_of is not PositionLoss.loss_of and not self._closed:
+            return super().place_losses(outputs, batch)
+        return self.compare(self.positions(outputs, batch), batch)
+
     def counts(self, outputs: Tensor, batch: Batch) -> Tensor:
         if type(self).loss_of is not PositionLoss.loss_of and not self._closed:
             return super().counts(outputs, batch)

@@ -5,7 +5,7 @@
 model is untouched unless ``inplace=True``.
 """
 
-from curvprune.api.analysis import analyze, empirical_fisher, fisher, gauss_newton, hessian
+from curvprune.api.analysis import analyze, empirical_fisher, fisher, gauss_newton, hessian, kfac
 from curvprune.api.compression import compress, frontier, price, prune, quantize, recover
 from curvprune.api.judgement import certify, load
 from curvprune.run import Result, StructuredResult
@@ -21,6 +21,7 @@ __all__ = [
     "frontier",
     "gauss_newton",
     "hessian",
+    "kfac",
     "load",
     "price",
     "prune",

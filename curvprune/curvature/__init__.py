@@ -8,7 +8,9 @@ from curvprune.curvature.draws import Draws
 from curvprune.curvature.estimates import EigenPairs, Estimate
 from curvprune.curvature.estimators import density, diagonal, eigenpairs, trace
 from curvprune.curvature.gauss_newton_blocks import exact_gauss_newton
-from curvprune.curvature.kronecker_factors import ekfac, kfac
+from curvprune.curvature.kronecker_factors import ekfac, kfac, kronecker_factored
+from curvprune.curvature.kronecker_operators import KroneckerFactored, Lookup, Scattered
+from curvprune.curvature.kronecker_parts import KfacSettings, layers_with_norms
 from curvprune.curvature.lanczos import Lanczos
 from curvprune.curvature.layer_curvature import LayerCurvature
 from curvprune.curvature.lobpcg import Lobpcg
@@ -62,17 +64,21 @@ __all__ = [
     "EstimateRecord",
     "FisherPass",
     "Function",
+    "KfacSettings",
     "Kronecker",
+    "KroneckerFactored",
     "Lanczos",
     "LayerCurvature",
     "LayerCurvatureRecord",
     "Lobpcg",
+    "Lookup",
     "ModelCurvature",
     "ModelCurvatureRecord",
     "NoClosedForm",
     "Operator",
     "ParamSpace",
     "Remember",
+    "Scattered",
     "Sum",
     "TraceRecord",
     "analyze_curvature",
@@ -89,6 +95,8 @@ __all__ = [
     "gauss_newton",
     "hessian",
     "kfac",
+    "kronecker_factored",
+    "layers_with_norms",
     "probe_layers",
     "ratio_estimate",
     "trace",

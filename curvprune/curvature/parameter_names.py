@@ -10,9 +10,9 @@ from torch import nn
 
 def parameter_names(model: nn.Module, globs: str | Sequence[str]) -> list[str]:
     """Names of the parameters that some globs match, in the model's order."""
-    own = dict(model.namedparameter_names())
+    own = dict(model.named_parameters())
     # A glob may name a shared parameter by any of its names; it counts once, under the first.
-    tied = {name: id(p) for name, p in model.namedparameter_names(remove_duplicate=False)}
+    tied = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
     globs = [globs] if isinstance(globs, str) else list(globs)
     if not globs:
         raise ValueError("parameters is empty: expected names or globs, such as '*.weight'")

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from curvprune.model import Batch, Loss, evaluating
 
-Mode = Literal["eval", "train"]
+MODES = ("eval", "train")
 
 
 def first_items(batch: Batch, count: int) -> Batch:

@@ -4,7 +4,6 @@ convolution, the rows of a lookup; and the inverse of all of them, damped."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +12,7 @@ from torch import Tensor
 from curvprune.curvature.closed_forms import BlockDiagonal, Dense, Diagonal, Ekfac, Kronecker
 from curvprune.curvature.operators import Operator, ParamSpace
 
-DampingSplit = Literal["exact", "factored", "each"]
+SPLITS = ("exact", "factored", "each")
 
 
 class Scattered(Operator):
@@ -170,7 +169,7 @@ class KroneckerFactored(BlockDiagonal):
             return part
         return KroneckerFactored(part.blocks, matrix=self.matrix, stochastic=self.stochastic)
 
-    def inverse(self, damping: float, *, split: DampingSplit = "exact") -> KroneckerFactored:
+    def inverse(self, damping: float, *, split: str = "exact") -> KroneckerFactored:
         """The inverse of the damped matrix, in closed form, as an operator of the same blocks.
 
         Args:
@@ -202,16 +201,14 @@ class KroneckerFactored(BlockDiagonal):
         """
         if not damping > 0:
             raise ValueError(f"damping={damping!r}: expected a number above 0, such as 1e-3")
-        if split not in get_args(DampingSplit):
-            raise ValueError(
-                f"split={split!r}: expected one of {', '.join(get_args(DampingSplit))}"
-            )
+        if split not in SPLITS:
+            raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
         blocks = {name: _inverted(block, damping, split) for name, block in self.blocks.items()}
         matrix = f"inverse of {self.matrix}, damped by {damping:g} ({split})"
         return KroneckerFactored(blocks, matrix=matrix, stochastic=self.stochastic)
 
 
-def _inverted(op: Operator, damping: float, split: DampingSplit) -> Operator:
+def _inverted(op: Operator, damping: float, split: str) -> Operator:
     """``(A + damping · I)⁻¹`` of one block."""
     measure = f"1 / ({op.measure})"
     if isinstance(op, Kronecker) and split == "exact":
@@ -237,7 +234,7 @@ def _inverted(op: Operator, damping: float, split: DampingSplit) -> Operator:
     return Dense(_damped_inverse(op.matrix, damping), op.space, measure=measure, psd=True)
 
 
-def _shares(op: Kronecker, damping: float, split: DampingSplit) -> tuple[float, float]:
+def _shares(op: Kronecker, damping: float, split: str) -> tuple[float, float]:
     """What is added to the diagonal of the left and of the right factor."""
     means = float(op.left.diagonal().mean()), float(op.right.diagonal().mean())
     if split == "each" or min(means) <= 0:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -24,10 +24,11 @@ from curvprune.curvature.capture import Call, Capture
 from curvprune.curvature.operators import ParamSpace
 from curvprune.model import Layer, evaluating, find_layers
 
-FisherOf = Literal["type-2", "mc", "empirical", "forward-only"]
-Sharing = Literal["expand", "reduce"]
+FISHERS = ("type-2", "mc", "empirical", "forward-only")
+SHARINGS = ("expand", "reduce")
 Form = Literal["matrix", "bias", "lookup", "scale"]
 SCALE = "scale"  # the kind of a layer that is a norm's scale
+FORMS: dict[str, Form] = {"embedding": "lookup", SCALE: "scale"}  # of kinds; others are matrices
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,17 +51,17 @@ class KfacSettings:
         ValueError: a value that is not among these.
     """
 
-    fisher: FisherOf = "mc"
-    kfac_approx: Sharing = "expand"
+    fisher: str = "mc"
+    kfac_approx: str = "expand"
     eigenvalues: bool = False
-    bias: bool | Literal["separate"] = True
+    bias: bool | str = True
     labels: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, kind in (("fisher", FisherOf), ("kfac_approx", Sharing)):
-            if getattr(self, name) not in get_args(kind):
-                offered = ", ".join(repr(word) for word in get_args(kind))
+        for name, words in (("fisher", FISHERS), ("kfac_approx", SHARINGS)):
+            if getattr(self, name) not in words:
+                offered = ", ".join(repr(word) for word in words)
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {offered}")
         if self.bias not in (True, False, "separate"):
             raise ValueError(f"bias={self.bias!r}: expected True, False or 'separate'")
@@ -253,7 +254,7 @@ def parts_of(model: nn.Module, layers: Mapping[str, Layer], settings: KfacSettin
                 f"layer {name}: its weight is used with {len(biases)} biases ({', '.join(biases)})"
                 ", which have no block in common with it; pass bias='separate'"
             )
-        form: Form = {"embedding": "lookup", SCALE: "scale"}.get(layer.kind, "matrix")  # type: ignore[assignment]
+        form = FORMS.get(layer.kind, "matrix")
         both = joint or form == "scale"
         own = next(iter(biases)) if biases and both else None
         weight = names[id(layer.weight)]
@@ -292,8 +293,8 @@ def places_in(part: Part) -> Int[Tensor, "groups n"]:
     start = 0
     if part.weight is not None:
         start = part.layer.numel
-        numbers = torch.arange(start).view(part.layer.weight.shape)
-        columns.append(part.layer.as_matrix(numbers))
+        numbers = torch.arange(start, dtype=torch.float64).view(part.layer.weight.shape)
+        columns.append(part.layer.as_matrix(numbers).long())
     if part.bias is not None:
         columns.append(start + torch.arange(part.layer.shape[0]).unsqueeze(1))
     return torch.cat(columns, 1).reshape(part.groups, -1)

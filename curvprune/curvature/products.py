@@ -15,7 +15,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, Unpack, get_args
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvprune.compat import experts_one_by_one
 from curvprune.curvature.determinism import (
-    Mode,
+    MODES,
     buffers_of,
     check_deterministic,
     is_random,
@@ -87,7 +87,7 @@ class Over(TypedDict, total=False):
 
     parameters: str | Sequence[str]
     retain: int
-    mode: Mode
+    mode: str
 
 
 class _Source:
@@ -108,7 +108,7 @@ class _Source:
         names: Sequence[str],
         *,
         retain: int,
-        mode: Mode,
+        mode: str,
         seed: int,
     ) -> None:
         self.model, self.objective, self.names, self.retain = model, objective, list(names), retain
@@ -430,7 +430,7 @@ def _source(
             f"unknown argument {min(unknown)!r}; expected some of {', '.join(Over.__annotations__)}"
         )
     mode = over.get("mode", "eval")
-    if mode not in get_args(Mode):
+    if mode not in MODES:
         raise ValueError(f"mode={mode!r}: expected 'eval' or 'train'")
     names = parameter_names(model, over.get("parameters", "*"))
     source = _Source(
@@ -525,7 +525,7 @@ def empirical_fisher(
     batches: Iterable[Batch],
     objective: Loss,
     *,
-    per: Literal["item", "place"] = "item",
+    per: str = "item",
     seed: int = 0,
     **over: Unpack[Over],
 ) -> MatrixFree:

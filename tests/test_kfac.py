@@ -205,6 +205,96 @@ def test_many_positions_take_random_signs_and_stay_exact_where_rows_do_not_mix()
     blocks_equal(operator, lambda names: squared_error(model, x, names))
 
 
+# --------------------------------------------------------------------------- columns at the outputs
+
+
+def places(k=3, n=4):
+    """Logits of several places an item."""
+    return random(n, 5, k), torch.arange(5 * n).view(n, 5) % k
+
+
+def weighted():
+    weight = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    z, y = places()
+    y[1, 2:] = -100
+    return cp.Classification(weight=weight, label_smoothing=0.1), z, (z, y)
+
+
+def yes_or_no():
+    z, y = places()
+    given = cp.MultiLabel(pos_weight=torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64))
+    return given, z, (z, F.one_hot(y).double())
+
+
+def pixels():
+    z = random(2, 3, 2, 4)
+    return cp.Segmentation(), z, (z, torch.arange(16).view(2, 2, 4) % 3)
+
+
+def important():
+    z, y = random(4, 3), torch.arange(4) % 3
+    batch = {"x": z, "labels": y, "sample_weight": torch.tensor([1.0, 0.0, 2.0, 0.5])}
+    return cp.Classification(), z, batch
+
+
+def differentiated():
+    z = random(4, 3)
+    return cp.Loss.of(lambda z, batch: (z**4).sum(1), outputs="model"), z, (z, z)
+
+
+LOSSES = {
+    "classes": lambda: (cp.Classification(), *reversed_pair(places())),
+    "weights of classes": weighted,
+    "labels": yes_or_no,
+    "numbers": lambda: (cp.Regression(), random(4, 3), (random(4, 3), random(4, 3, seed=1))),
+    "counts": lambda: (
+        cp.OutputLoss(cp.Poisson()),
+        random(4, 3),
+        (random(4, 3), random(4, 3, seed=1).abs()),
+    ),
+    "pixels": pixels,
+    "weights of items": important,
+    "function": differentiated,
+}
+
+
+def reversed_pair(pair):
+    z, y = pair
+    return z, (z, y)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_columns_are_a_root_of_the_hessian_at_the_outputs(name):
+    loss, z, batch = LOSSES[name]()
+    sums = torch.zeros(len(z), z[0].numel(), z[0].numel(), dtype=torch.float64)
+    for column in loss.root_columns(z, batch, torch.Generator()):
+        assert column.shape == z.shape
+        rows = column.flatten(1)
+        sums += rows.unsqueeze(2) * rows.unsqueeze(1)
+    for i in range(len(z)):
+
+        def own(v, i=i):
+            return loss.item_losses(torch.cat([z[:i], v[None], z[i + 1 :]]), batch)[i]
+
+        exact = torch.func.hessian(own)(z[i]).reshape(sums[i].shape)
+        torch.testing.assert_close(sums[i], exact, rtol=1e-8, atol=1e-10)
+
+
+def test_signs_of_many_positions_are_unbiased_between_them():
+    z = random(1, 50, 3)
+    batch = (z, torch.arange(50).view(1, 50) % 3)
+    generator, sums = torch.Generator().manual_seed(0), torch.zeros(150, 150, dtype=torch.float64)
+    for _ in range(400):
+        columns = list(cp.Classification().root_columns(z, batch, generator))
+        assert len(columns) == 3
+        rows = torch.stack(columns).reshape(3, -1)
+        sums += rows.T @ rows / 400
+    exact = cp.Classification().item_hessians(z, batch)[0]
+    inside = exact != 0
+    torch.testing.assert_close(sums[inside], exact[inside], **CLOSE)
+    assert float(sums[~inside].abs().max()) < 0.25 * float(exact.abs().max())
+
+
 # ------------------------------------------------------------------------------- norms and lookups
 
 

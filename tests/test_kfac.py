@@ -199,9 +199,8 @@ def test_many_positions_take_random_signs_and_stay_exact_where_rows_do_not_mix()
     """60 tokens of 3 outputs are more than one backward pass each."""
     model = seeded(lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))).double()
     x = random(2, 60, 4)
-    columns = cp.Regression().root_columns(model(x), (x, x[..., :3]), torch.Generator())
-    assert len(list(columns)) == 3
     operator = cp.kfac(model, [(x, random(2, 60, 3))], loss="regression", fisher="type-2")
+    assert operator.stochastic
     blocks_equal(operator, lambda names: squared_error(model, x, names))
 
 
@@ -480,15 +479,47 @@ def test_what_factors_cannot_describe_is_named():
             return self.head(h @ self.used.weight)
 
     model, data = seeded(Odd).double(), [(torch.tensor([1, 3, 4]), torch.tensor([0, 1, 2]))]
-    for layer, words in {
-        "table": "table: its weight is looked up and also multiplies",
-        "idle": "idle was not called",
-        "aside": "aside received no gradient",
-        "used": "used: its weight is used 1 times, 0 of them by calling it",
-        "nothing": "layers='nothing' matches none",
-    }.items():
-        with pytest.raises(ValueError, match=words):
+    words = {
+        "table": "looked up and also multiplies",
+        "idle": "not called",
+        "aside": "received no gradient",
+        "used": "used 1 times, 0 of them by calling it",
+    }
+    for layer, word in words.items():
+        with pytest.raises(ValueError, match=f"layer {layer}: .*{word}.*leave it out"):
             cp.kfac(model, data, loss="classification", layers=layer)
+    with pytest.raises(ValueError, match="layers='nothing' matches none"):
+        cp.kfac(model, data, loss="classification", layers="nothing")
+    # Beside others they are left out, and that is said; if nothing is left, it is raised.
+    model.last = nn.Linear(5, 5).double()
+    model.forward = lambda tokens: model.last(Odd.forward(model, tokens))
+    operator = cp.kfac(model, data, loss="classification")
+    assert list(operator.blocks) == ["last"] and operator.left_out.keys() == words.keys()
+    assert all(word in operator.left_out[layer] for layer, word in words.items())
+    assert "left out: table, idle, aside, used" in repr(operator)
+    with pytest.raises(ValueError, match="layer idle"):
+        cp.kfac(model, data, loss="classification", layers="[iu]*")
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_table_of_positions_has_no_row_for_each_item(flat):
+    """Six positions for three items could be two positions each."""
+
+    class Placed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.places = nn.Embedding(5, 3), nn.Embedding(6, 3)
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, tokens):
+            numbers = torch.arange(tokens.shape[1])
+            numbers = numbers if flat else numbers.unsqueeze(0)
+            return self.head(self.table(tokens) + self.places(numbers)).mean(1)
+
+    tokens = torch.randint(0, 5, (3, 6), generator=torch.Generator().manual_seed(0))
+    operator = cp.kfac(seeded(Placed).double(), [(tokens, random(3, 2))], loss="regression")
+    assert list(operator.blocks) == ["table", "head"]
+    assert "does not count items" in operator.left_out["places"]
 
 
 @pytest.mark.parametrize(

@@ -196,14 +196,15 @@ def kfac(
     and inverted in closed form.
 
     Of a layer's weight with its bias, ``G ⊗ A`` with A the second moment of its inputs (and 1) and
-    G that of the gradients at its outputs. Norms' scales have their exact block (its diagonal
+    G that of the gradients at its outputs. Norms' scales have their whole block (its diagonal
     beyond 1,024 parameters), embeddings a diagonal A, each group of a convolution factors of its
     own.
 
     Args:
         data: batches are kept as they are; each is one mini-batch.
         loss: a name, a `Loss` or a loss module of torch.
-        layers: globs of layers and norms.
+        layers: names or globs of layers and norms. A layer without factors is left out, with the
+            reason in ``left_out``, unless it is named without a wildcard.
         fisher: what is approximated. ``"mc"``, unless given: the Fisher, from ``labels`` draws per
             position. ``"type-2"``: the generalised Gauss–Newton matrix, from the columns of a root
             of the loss's Hessian at the outputs. ``"empirical"``: the empirical Fisher.
@@ -228,9 +229,12 @@ def kfac(
     ``"empirical"``, one for each output of a position for ``"type-2"``; twice that for EKFAC.
     Memory: ``in² + out²`` for each layer.
 
-    Raises ``ValueError`` for empty data, a glob without a match, an unknown setting, stacked
-    experts, a layer that is never called, that is tied to another kind of layer, or that is not on
-    the way to the loss.
+    No factors have: stacked experts, an embedding that is tied to the output layer, a layer that is
+    never called or not on the way to the loss, whose weight is used outside of its own call, or
+    that does not see a row for each item (a table of positions).
+
+    Raises ``ValueError`` for empty data, a glob without a match, an unknown setting, a layer
+    without factors that was named, and if no layer has any.
 
     Source: Martens & Grosse 2015; George et al. 2018 (EKFAC); Eschenhagen et al. 2023 (expand,
     reduce); Benzing 2022 (forward-only).
@@ -250,8 +254,9 @@ def kfac(
         raise TypeError(f"kfac: unknown argument {unknown[0]!r}; expected {', '.join(known)}")
     asked = KfacSettings(**settings)
     found = layers_with_norms(model, layers)
+    optional = found.keys() - ({layers} if isinstance(layers, str) else set(layers))
 
     def build(model: nn.Module, batches: list[Batch], meant: Loss) -> KroneckerFactored:
-        return kronecker_factored(model, meant, batches, found, asked)
+        return kronecker_factored(model, meant, batches, found, asked, optional=optional)
 
     return _operator(build, model, data, loss, {})

@@ -16,20 +16,22 @@ Sources: Martens & Grosse 2015 (K-FAC); Grosse & Martens 2016 (convolutions); Ge
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from curvprune.curvature.capture import Capture, capture, wide
+from curvprune.curvature.determinism import first_items
 from curvprune.curvature.draws import Draws
 from curvprune.curvature.kronecker_operators import KroneckerFactored
-from curvprune.curvature.kronecker_parts import DEFAULT, KfacSettings, check_calls, parts_of
+from curvprune.curvature.kronecker_parts import DEFAULT, KfacSettings, parts_of, why_no_factors
 from curvprune.curvature.kronecker_sums import Arrived, BlockSums, sums_of
 from curvprune.distributed import all_sum, my_share
 from curvprune.model import Batch, Layer, Loss
 
+EXPERTS = "a router decides which items' rows an expert sees"
 WORDS = {
     "type-2": "generalised Gauss-Newton matrix",
     "mc": "Fisher ({labels} sampled label(s) per position)",
@@ -88,11 +90,19 @@ def kronecker_factored(
     batches: Sequence[Batch],
     layers: Mapping[str, Layer],
     settings: KfacSettings = DEFAULT,
+    *,
+    optional: Collection[str] = (),
 ) -> KroneckerFactored:
     """K-FAC or EKFAC of layers and of norms' scales, one block for each.
 
     Args:
         layers: of `find_layers` or `layers_with_norms`.
+        optional: layers that are left out where they have no factors, with the reason in
+            `KroneckerFactored.left_out`; of others it is raised.
+
+    A layer has no factors where it is a stack of experts, is never called, is not on the way to the
+    loss, has a weight that is used elsewhere or by layers of another kind, or does not see a row
+    for each item.
 
     Cost: a forward pass, and as many backward passes as the settings back-propagate: one for
     ``"mc"`` (times ``labels``) and ``"empirical"``, one for each output of a position for
@@ -100,38 +110,60 @@ def kronecker_factored(
     layer, its weight's size for EKFAC.
 
     Raises:
-        ValueError: no batch; experts; a layer that is never called, used elsewhere, looked up and
-            multiplied, or not on the way to the loss; a loss without curvature at outputs, or too
+        ValueError: no batch; a layer without factors; a loss without curvature at outputs, or too
             many outputs for ``"type-2"``.
     """
     if not batches:
         raise ValueError("no data: pass at least one batch")
-    task = _Task(
-        model=model, objective=objective, batches=batches, layers=layers, settings=settings
-    )
     # 1. The factors.
-    parts = parts_of(model, layers, settings)
+    reasons = dict.fromkeys((n for n, layer in layers.items() if layer.kind == "experts"), EXPERTS)
+    _refuse(reasons, layers, optional)
+    task = _Task(
+        model=model,
+        objective=objective,
+        batches=batches,
+        layers={n: layer for n, layer in layers.items() if n not in reasons},
+        settings=settings,
+    )
     measure = "squared outputs of the layer" if settings.fisher == "forward-only" else ""
     measure = measure or objective.measure
+    parts = parts_of(model, task.layers, settings)
     sums = [sums_of(model, part, settings, measure=measure) for part in parts]
-    positions = _pass(task, sums, fitting=False)
-    if not positions:
+    seen = _pass(task, sums, fitting=False)
+    if not seen.positions:
         raise ValueError("the data has no position that counts (all labels ignored or padding)")
     for block in sums:
-        block.take_means(positions)
+        name = block.part.layer.name
+        if reason := block.take_means(seen.positions, seen.reasons.get(name, "")):
+            reasons.setdefault(name, reason)
+    _refuse(reasons, layers, optional)
+    sums = [block for block in sums if block.part.layer.name not in reasons]
     # 2. EKFAC's eigenvalues in their basis.
     if settings.eigenvalues:
         _pass(task, sums, fitting=True)
         for block in sums:
-            block.fit(block.divisor(positions))
+            block.fit(block.divisor(seen.positions))
     # 3. One operator for each part.
     kind = "EKFAC" if settings.eigenvalues else "K-FAC"
     what = WORDS[settings.fisher].format(labels=settings.labels)
     return KroneckerFactored(
         {block.part.name: block.operator() for block in sums},
         matrix=f"{kind} ({settings.kfac_approx}) of the {what}",
-        stochastic=settings.stochastic,
+        stochastic=seen.drawn,
+        left_out=reasons,
     )
+
+
+def _refuse(
+    reasons: Mapping[str, str], layers: Mapping[str, Layer], optional: Collection[str]
+) -> None:
+    """Raises ``ValueError`` for a layer that has no factors and must have some, or if none has."""
+    for name, reason in reasons.items():
+        if name not in optional or len(reasons) == len(layers):
+            raise ValueError(
+                f"layer {name}: {reason}, so it has no Kronecker factors; leave it out, with "
+                "layers=..."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,30 +177,56 @@ class _Task:
     settings: KfacSettings
 
 
-def _pass(task: _Task, sums: Sequence[BlockSums], *, fitting: bool) -> float:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Seen:
+    """What a pass has found: the positions of all processes, layers without factors with the
+    reasons of this process, and whether anything was drawn."""
+
+    positions: float
+    reasons: dict[str, str]
+    drawn: bool
+
+
+def _pass(task: _Task, sums: Sequence[BlockSums], *, fitting: bool) -> _Seen:
     """One pass over this process's mini-batches, whose rows go into the factors or, when these are
-    known, into the eigenvalues. Returns the positions of all processes."""
+    known, into the eigenvalues."""
     draws = Draws(labels=1, seed=task.settings.seed)
-    total = torch.zeros((), dtype=torch.float64)
+    total, drawn = torch.zeros(2, dtype=torch.float64)
+    reasons: dict[str, str] = {}
     for number, batch in my_share(list(enumerate(task.batches))):
         # 1. Forward: the inputs of every call of every layer.
         taken = capture(task.model, task.objective, batch, task.layers)
-        for name in task.layers:
-            check_calls(taken, name)
         total += float(task.objective.counts(taken.outputs.detach(), batch).sum())
         if not fitting:
+            reasons |= _without_factors(task, taken, batch)
             for block in sums:
-                block.add_inputs(taken)
+                if block.part.layer.name not in reasons:
+                    block.add_inputs(taken)
         # 2. Backward, as often as there are vectors: the gradients at their outputs.
+        generator = draws.generator(number)
+        before = generator.get_state()
         with torch.enable_grad():
-            for reached in _backward(task, taken, batch, draws.generator(number)):
+            for reached in _backward(task, taken, batch, generator):
                 for block in sums:
                     arrived = block.own(reached[block.part.layer.name])
-                    if arrived and fitting:
+                    if not arrived or block.part.layer.name in reasons:
+                        continue
+                    if fitting:
                         block.add_squares(taken, arrived)
-                    elif arrived:
+                    else:
                         block.add_gradients(taken, arrived)
-    return float(all_sum(total))
+        drawn += float(not torch.equal(before, generator.get_state()))
+    found = float(all_sum(drawn)) > 0
+    return _Seen(positions=float(all_sum(total)), reasons=reasons, drawn=found)
+
+
+def _without_factors(task: _Task, taken: Capture, batch: Batch) -> dict[str, str]:
+    """Layers whose calls in a mini-batch have no factors, with the reason."""
+    single = None
+    if taken.items > 1:
+        single = capture(task.model, task.objective, first_items(batch, 1), task.layers)
+    found = {name: why_no_factors(name, taken, single) for name in task.layers}
+    return {name: reason for name, reason in found.items() if reason}
 
 
 def _backward(

@@ -4,6 +4,7 @@ convolution, the rows of a lookup; and the inverse of all of them, damped."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Float, Int
@@ -152,16 +153,25 @@ class KroneckerFactored(BlockDiagonal):
     Attributes:
         matrix: what it approximates, and how; for labels.
         stochastic: another seed gives another matrix.
+        left_out: layers without factors, and why.
     """
 
     def __init__(
-        self, blocks: Mapping[str, Operator], *, matrix: str = "K-FAC", stochastic: bool = False
+        self,
+        blocks: Mapping[str, Operator],
+        *,
+        matrix: str = "K-FAC",
+        stochastic: bool = False,
+        left_out: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         super().__init__(blocks)
-        self.matrix, self.stochastic = matrix, stochastic
+        self.matrix, self.stochastic, self.left_out = matrix, stochastic, dict(left_out)
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}, matrix={self.matrix!r}, stochastic={self.stochastic})"
+        said = f"matrix={self.matrix!r}, stochastic={self.stochastic}"
+        if self.left_out:
+            said += f", left out: {', '.join(self.left_out)}"
+        return f"{super().__repr__()[:-1]}, {said})"
 
     def _restrict(self, space: ParamSpace) -> Operator:
         part = super()._restrict(space)
@@ -204,8 +214,12 @@ class KroneckerFactored(BlockDiagonal):
         if split not in SPLITS:
             raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
         blocks = {name: _inverted(block, damping, split) for name, block in self.blocks.items()}
-        matrix = f"inverse of {self.matrix}, damped by {damping:g} ({split})"
-        return KroneckerFactored(blocks, matrix=matrix, stochastic=self.stochastic)
+        return KroneckerFactored(
+            blocks,
+            matrix=f"inverse of {self.matrix}, damped by {damping:g} ({split})",
+            stochastic=self.stochastic,
+            left_out=self.left_out,
+        )
 
 
 def _inverted(op: Operator, damping: float, split: str) -> Operator:

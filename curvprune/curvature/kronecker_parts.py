@@ -68,11 +68,6 @@ class KfacSettings:
         if self.labels < 1:
             raise ValueError(f"labels={self.labels!r}: expected at least 1 draw per position")
 
-    @property
-    def stochastic(self) -> bool:
-        """Another seed gives other factors."""
-        return self.fisher == "mc"
-
 
 DEFAULT = KfacSettings()
 
@@ -235,18 +230,11 @@ def layers_with_norms(model: nn.Module, globs: str | Sequence[str] = "*") -> dic
 def parts_of(model: nn.Module, layers: Mapping[str, Layer], settings: KfacSettings) -> list[Part]:
     """The blocks of some layers.
 
-    Raises:
-        ValueError: stacked experts, or modules with one weight and two biases, of which no block is
-            common.
+    Raises ``ValueError`` for modules with one weight and two biases, which have no block in common.
     """
     names = {id(p): n for n, p in model.named_parameters()}
     parts: list[Part] = []
     for name, layer in layers.items():
-        if layer.kind == "experts":
-            raise ValueError(
-                f"layer {name}: a router decides which items' rows an expert sees, so stacked "
-                "experts have no Kronecker factors; leave it out"
-            )
         biases = _biases(layer, names) if settings.bias else {}
         joint = settings.bias is True
         if joint and len(biases) > 1:
@@ -300,32 +288,25 @@ def places_in(part: Part) -> Int[Tensor, "groups n"]:
     return torch.cat(columns, 1).reshape(part.groups, -1)
 
 
-def check_calls(taken: Capture, name: str) -> None:
-    """Raises ``ValueError`` where a layer's calls do not say all about its weight."""
+def why_no_factors(name: str, taken: Capture, single: Capture | None) -> str:
+    """Why a layer's calls do not say all about its weight; empty if they do.
+
+    Args:
+        single: the first item of the mini-batch alone, to see whether rows belong to one item.
+    """
     layer, calls, uses = taken.layers[name], taken.calls[name], taken.uses[name]
-    if layer.kind == SCALE:
-        return
-    if uses != len(calls):
-        raise ValueError(
-            f"layer {name}: its weight is used {uses} times, {len(calls)} of them by calling it; "
-            "of other uses there are no factors, leave it out, with layers=..."
-        )
-    if layer.kind == "embedding" and any(c.x.is_floating_point() for c in calls):
-        raise ValueError(
-            f"layer {name}: its weight is looked up and also multiplies inputs (tied to the "
-            "output layer), which have no factors in common; leave it out, with layers=..."
-        )
     module = layer.module
-    if getattr(module, "max_norm", None) is not None or getattr(
-        module, "scale_grad_by_freq", False
-    ):
-        raise ValueError(
-            f"layer {name}: an embedding with max_norm or scale_grad_by_freq is not linear; leave "
-            "it out, with layers=..."
-        )
-    for call in calls:
-        if len(call.x) % taken.items:
-            raise ValueError(
-                f"layer {name}: its input {tuple(call.x.shape)} does not count the {taken.items} "
-                "items in its first dimension; leave it out, with layers=..."
-            )
+    if layer.kind != SCALE and uses != len(calls):
+        return f"its weight is used {uses} times, {len(calls)} of them by calling it"
+    if layer.kind == "embedding" and any(c.x.is_floating_point() for c in calls):
+        return "its weight is looked up and also multiplies inputs: it is tied to another layer"
+    if getattr(module, "max_norm", None) or getattr(module, "scale_grad_by_freq", False):
+        return "an embedding with max_norm or scale_grad_by_freq is not linear"
+    alone = calls if single is None else single.calls[name]
+    if len(alone) != len(calls):
+        return "how often it is called depends on the items of a mini-batch"
+    for one, call in zip(alone, calls, strict=True):
+        several = len(one.x) * (1 if single is None else taken.items)
+        if len(call.x) != several or len(call.x) % taken.items:
+            return "the first dimension of its input does not count items"
+    return ""

@@ -83,22 +83,19 @@ class BlockSums(ABC):
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=self.dtype, device=self.device)
 
-    def take_means(self, positions: float) -> None:
-        """`means` over all processes. Raises ``ValueError`` for a layer that nothing has
-        reached."""
-        name = self.part.layer.name
-        rows = float(all_sum(torch.tensor(self.rows, dtype=torch.float64)))
-        reached = float(all_sum(torch.tensor(float(self.reached), dtype=torch.float64)))
+    def take_means(self, positions: float, reason: str) -> str:
+        """`means` over all processes. Returns why the layer has no factors, if it has none:
+        ``reason``, where this process has found one, or that nothing has reached it."""
+        facts = [self.rows, float(self.reached), float(bool(reason))]
+        rows, reached, refused = all_sum(torch.tensor(facts, dtype=torch.float64)).tolist()
+        if refused:
+            return reason or "its calls on other items have no factors"
         if not rows:
-            raise ValueError(
-                f"layer {name} was not called on these items, so its factors are not known; leave "
-                "it out, with layers=..., or pass items that reach it"
-            )
+            return "it was not called on these items"
         if not reached:
-            raise ValueError(
-                f"layer {name} received no gradient: it is not on the way to the loss; leave it out"
-            )
+            return "it received no gradient: it is not on the way to the loss"
         self.means(rows, self.divisor(positions))
+        return ""
 
     def divisor(self, positions: float) -> float:
         """What sums over backward passes are divided by."""

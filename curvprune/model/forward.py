@@ -65,7 +65,10 @@ def outputs(model: nn.Module, batch: Batch) -> Any:
 
 def _takes_whole(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     """Whether the model takes the dict as it is, its only argument, not its entries by name."""
-    given = inspect.signature(model.forward).parameters.values()
+    try:
+        given = inspect.signature(model.forward).parameters.values()
+    except ValueError:  # of a traced module, say
+        return False
     kinds = [argument.kind for argument in given]
     if inspect.Parameter.VAR_KEYWORD in kinds or inspect.Parameter.VAR_POSITIONAL in kinds:
         return False

@@ -258,7 +258,7 @@ class PositionLoss(Loss):
         numbers = positions.numbers()
         most = int(numbers.max()) + 1 if len(numbers) else 0
         alone = most == 1 or most * columns <= MAX_WIDTH
-        signs = 2.0 * random_signs(positions.item, generator) - 1
+        signs = None if alone else 2.0 * random_signs(positions.item, generator) - 1
         # 2. Every column, at the places of its positions' outputs.
         where, scales = self.where(outputs.detach(), batch), self._scales(positions)
         for number in range(most if alone else 1):
@@ -266,7 +266,7 @@ class PositionLoss(Loss):
             for column in self.family.root_columns(wide(positions.logits[chosen])):
                 if scales is not None:
                     column = column * scales[chosen].to(column.dtype).sqrt()
-                if not alone:
+                if signs is not None:
                     column = column * signs.to(column.dtype).unsqueeze(-1)
                 whole = column.new_zeros(outputs.numel())
                 whole[where[chosen].flatten()] = column.flatten()

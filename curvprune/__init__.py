@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from curvprune.api import frontier as frontier
     from curvprune.api import gauss_newton as gauss_newton
     from curvprune.api import hessian as hessian
+    from curvprune.api import kfac as kfac
     from curvprune.api import load as load
     from curvprune.api import price as price
     from curvprune.api import prune as prune
@@ -87,6 +88,7 @@ _HOME = {
         "frontier",
         "gauss_newton",
         "hessian",
+        "kfac",
         "load",
         "price",
         "prune",

@@ -12,6 +12,7 @@ from curvprune.api.analysis import (
     fisher,
     gauss_newton,
     hessian,
+    kfac,
 )
 from curvprune.api.compression import compress, frontier, price, prune, quantize, recover
 from curvprune.api.judgement import certify, load
@@ -29,6 +30,7 @@ __all__ = [
     "frontier",
     "gauss_newton",
     "hessian",
+    "kfac",
     "load",
     "price",
     "prune",

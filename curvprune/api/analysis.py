@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, Literal
 
 import torch
@@ -16,12 +17,17 @@ from curvprune.curvature import (
     AnalysisSettings,
     CurvatureComparison,
     Draws,
+    KfacSettings,
+    KroneckerFactored,
     analyze_curvature,
     compare,
+    kronecker_factored,
+    layers_with_norms,
 )
 from curvprune.files import StageLog
 from curvprune.model import (
     Batch,
+    Loss,
     LossLike,
     Split,
     Splits,
@@ -216,7 +222,7 @@ def compare_curvature(
 @named_loss
 def hessian(
     model: nn.Module,
-    data: Iterable[Batch],
+    data: Data,
     *,
     loss: LossLike = "auto",
     **arguments: Any,
@@ -229,7 +235,7 @@ def hessian(
 @named_loss
 def gauss_newton(
     model: nn.Module,
-    data: Iterable[Batch],
+    data: Data,
     *,
     loss: LossLike = "auto",
     **arguments: Any,
@@ -242,7 +248,7 @@ def gauss_newton(
 @named_loss
 def fisher(
     model: nn.Module,
-    data: Iterable[Batch],
+    data: Data,
     *,
     loss: LossLike = "auto",
     **arguments: Any,
@@ -254,7 +260,7 @@ def fisher(
 @named_loss
 def empirical_fisher(
     model: nn.Module,
-    data: Iterable[Batch],
+    data: Data,
     *,
     loss: LossLike = "auto",
     **arguments: Any,
@@ -263,11 +269,88 @@ def empirical_fisher(
     return _operator(curvature.empirical_fisher, model, data, loss, arguments)
 
 
-def _operator(
-    build: Any, model: nn.Module, data: Iterable[Batch], loss: LossLike, arguments: Any
-) -> Any:
+def _operator(build: Any, model: nn.Module, data: Data, loss: LossLike, arguments: Any) -> Any:
     home = next(model.parameters()).device
     batches = [to_device(batch, home) for batch in _batches(data)]
     if not batches:
         raise ValueError("the data is empty; pass at least one batch")
     return build(model, batches, make_loss(loss, model, batches[0]), **arguments)
+
+
+@named_loss
+def kfac(
+    model: nn.Module,
+    data: Data,
+    *,
+    loss: LossLike = "auto",
+    layers: str | Sequence[str] = "*",
+    **settings: Any,
+) -> KroneckerFactored:
+    """K-FAC or EKFAC: an approximation of the curvature of every layer that can be stored, solved
+    and inverted in closed form.
+
+    Of a layer's weight with its bias, ``G ⊗ A`` with A the second moment of its inputs (and 1) and
+    G that of the gradients at its outputs. Norms' scales have their whole block (its diagonal
+    beyond 1,024 parameters), embeddings a diagonal A, each group of a convolution factors of its
+    own.
+
+    Args:
+        data: batches are kept as they are; each is one mini-batch.
+        loss: a name, a `Loss` or a loss module of torch.
+        layers: names or globs of layers and norms. A layer without factors is left out, with the
+            reason in ``left_out``, unless it is named without a wildcard.
+        fisher: what is approximated. ``"mc"``, unless given: the Fisher, from ``labels`` draws per
+            position. ``"type-2"``: the generalised Gauss–Newton matrix, from the columns of a root
+            of the loss's Hessian at the outputs. ``"empirical"``: the empirical Fisher.
+            ``"forward-only"``: G = I, no backward pass.
+        kfac_approx: rows of one item (tokens, patches) as items of their own (``"expand"``, unless
+            given), or by their mean input and summed gradient (``"reduce"``).
+        eigenvalues: EKFAC: eigenvalues fitted to the items' gradients, in the factors' eigenbasis.
+            ``"forward-only"`` keeps those of the factors, which are these already.
+        bias: ``True``, unless given, together with the weight; ``"separate"`` a block of its own;
+            ``False`` left out.
+        labels, seed: of the draws; 1 and 0 unless given.
+
+    Returns:
+        A `KroneckerFactored` operator: products, ``diagonal()``, ``trace()``, ``restrict(names)``,
+        ``damped(λ).solve(v)`` and ``inverse(λ)``.
+
+    Exact, equal to the block of the matrix itself, for deep linear networks with squared error,
+    where rows of an item do not mix (``"expand"``) or are averaged (``"reduce"``); for one item
+    with one row also with other losses.
+
+    Cost: a forward pass and, for each mini-batch, ``labels`` backward passes; one for
+    ``"empirical"``, one for each output of a position for ``"type-2"``; twice that for EKFAC.
+    Memory: ``in² + out²`` for each layer.
+
+    No factors have: stacked experts, an embedding that is tied to the output layer, a layer that is
+    never called or not on the way to the loss, whose weight is used outside of its own call, or
+    that does not see a row for each item (a table of positions).
+
+    Raises ``ValueError`` for empty data, a glob without a match, an unknown setting, a layer
+    without factors that was named, and if no layer has any.
+
+    Source: Martens & Grosse 2015; George et al. 2018 (EKFAC); Eschenhagen et al. 2023 (expand,
+    reduce); Benzing 2022 (forward-only).
+
+    Example:
+        >>> import torch, curvprune as cp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 3)).double()
+        >>> x, y = torch.randn(16, 4).double(), torch.randn(16, 3).double()
+        >>> K = cp.kfac(model, [(x, y)], loss="regression", fisher="type-2")
+        >>> names = ["1.weight", "1.bias"]
+        >>> G = cp.gauss_newton(model, [(x, y)], loss="regression", parameters=names)
+        >>> bool(torch.allclose(K.restrict(names).to_dense(), G.to_dense()))
+        True
+    """
+    known = [field.name for field in fields(KfacSettings)]
+    if unknown := sorted(settings.keys() - set(known)):
+        raise TypeError(f"kfac: unknown argument {unknown[0]!r}; expected {', '.join(known)}")
+    asked = KfacSettings(**settings)
+    found = layers_with_norms(model, layers)
+    optional = found.keys() - ({layers} if isinstance(layers, str) else set(layers))
+
+    def build(model: nn.Module, batches: list[Batch], meant: Loss) -> KroneckerFactored:
+        return kronecker_factored(model, meant, batches, found, asked, optional=optional)
+
+    return _operator(build, model, data, loss, {})

@@ -9,7 +9,9 @@ from curvprune.curvature.draws import Draws
 from curvprune.curvature.estimates import EigenPairs, End, Estimate
 from curvprune.curvature.estimators import density, diagonal, eigenpairs, trace
 from curvprune.curvature.gauss_newton_blocks import exact_gauss_newton
-from curvprune.curvature.kronecker_factors import ekfac, kfac
+from curvprune.curvature.kronecker_factors import ekfac, kfac, kronecker_factored
+from curvprune.curvature.kronecker_operators import KroneckerFactored, Lookup, Scattered
+from curvprune.curvature.kronecker_parts import KfacSettings, layers_with_norms
 from curvprune.curvature.lanczos import Lanczos
 from curvprune.curvature.layer_curvature import LayerCurvature
 from curvprune.curvature.lobpcg import Lobpcg
@@ -69,11 +71,14 @@ __all__ = [
     "EstimateRecord",
     "FisherPass",
     "Function",
+    "KfacSettings",
     "Kronecker",
+    "KroneckerFactored",
     "Lanczos",
     "LayerCurvature",
     "LayerCurvatureRecord",
     "Lobpcg",
+    "Lookup",
     "ModelCurvature",
     "ModelCurvatureRecord",
     "Moments",
@@ -81,6 +86,7 @@ __all__ = [
     "Operator",
     "ParamSpace",
     "Remember",
+    "Scattered",
     "Sharpness",
     "Sum",
     "TraceRecord",
@@ -99,6 +105,8 @@ __all__ = [
     "gauss_newton",
     "hessian",
     "kfac",
+    "kronecker_factored",
+    "layers_with_norms",
     "probe_layers",
     "ratio_estimate",
     "trace",

@@ -103,7 +103,8 @@ def _why_not_factored(name: str, single: Capture, several: Capture) -> str:
             f"its weight is used {max(uses, len(calls))} times, {len(calls)} of them by calling it"
         )
     x = calls[0].x
-    if len(x) % several.items or not _rows_belong(single.calls[name][0].x, x):
+    alone = single.calls[name][0].x
+    if len(x) != several.items * len(alone) or not _rows_belong(alone, x):
         return "the first dimension of its input does not count items"
     renormalised = getattr(layer.module, "max_norm", None) is not None
     if renormalised or getattr(layer.module, "scale_grad_by_freq", False):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from curvprune.certificate import ItemColumns, Verdict
+from curvprune.certificate import Estimate, ItemColumns, ModelComparison, Verdict
 from curvprune.curvature import (
     AnalysisRecord,
     DensityRecord,
@@ -38,6 +38,7 @@ __all__ = [
     "DiagonalRecord",
     "Disagreement",
     "EigenvaluesRecord",
+    "Estimate",
     "EstimateRecord",
     "FrontierPoint",
     "ItemColumns",
@@ -45,6 +46,7 @@ __all__ = [
     "LayerRecord",
     "LedgerRecord",
     "LimitUse",
+    "ModelComparison",
     "ModelCurvatureRecord",
     "NamedLimit",
     "OtherRun",
@@ -189,6 +191,7 @@ class BudgetRecord:
     max_bops: float | None
     confidence: float
     limits: tuple[NamedLimit, ...] = ()
+    quantile: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@ model is untouched unless ``inplace=True``.
 
 from curvprune.api.analysis import analyze, empirical_fisher, fisher, gauss_newton, hessian
 from curvprune.api.compression import compress, frontier, price, prune, quantize, recover
-from curvprune.api.judgement import certify, load
+from curvprune.api.judgement import certify, claim, compare, load
 from curvprune.run import Result, StructuredResult
 
 __all__ = [
@@ -15,6 +15,8 @@ __all__ = [
     "StructuredResult",
     "analyze",
     "certify",
+    "claim",
+    "compare",
     "compress",
     "empirical_fisher",
     "fisher",

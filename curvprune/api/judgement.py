@@ -1,8 +1,9 @@
-"""`certify` two models, and `load` what was saved."""
+"""`certify` and `compare` two models, and `load` what was saved."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,16 @@ from torch import Tensor, nn
 
 from curvprune import artifact
 from curvprune.artifact import load_artifact
-from curvprune.certificate import Verdict, certify_values, compare
+from curvprune.certificate import (
+    Claim,
+    ModelComparison,
+    Verdict,
+    certify_values,
+    compare_models,
+    judge,
+    loss_for,
+)
+from curvprune.files import StageLog
 from curvprune.model import (
     Batch,
     LossLike,
@@ -56,48 +66,158 @@ def certify(
     Raises ``ValueError`` for a budget without ``max_drop`` or a metric that does not return one
     number per item.
     """
+    test = _test_of(
+        (baseline, compressed), as_split(data), budget, loss, metric, batch_size=batch_size
+    )
+    return test(budget.confidence)
+
+
+@named_loss
+def claim(
+    baseline: nn.Module,
+    compressed: nn.Module,
+    data: Iterable[Batch] | Split,
+    budget: Budget,
+    *,
+    loss: LossLike = "auto",
+    metric: Metric | Callable[[Any, Batch], Tensor] | None = None,
+    batch_size: int = 8,
+) -> Claim:
+    """`certify` as one task of several, for `curvprune.certify_all`: the same arguments. Both
+    models are run here; the verdict comes when all tasks are judged together.
+
+    Raises ``ValueError`` as `certify` does.
+    """
+    test = _test_of(
+        (baseline, compressed), as_split(data), budget, loss, metric, batch_size=batch_size
+    )
+    return Claim(judge=test, confidence=budget.confidence)
+
+
+def _test_of(
+    models: tuple[nn.Module, nn.Module],
+    split: Split,
+    budget: Budget,
+    loss: LossLike,
+    metric: Metric | Callable[[Any, Batch], Tensor] | None,
+    *,
+    batch_size: int,
+) -> Callable[[float], Verdict]:
+    """The test of (baseline, compressed) at any confidence. Both are run once."""
     if budget.max_drop is None:
         raise ValueError(
             "certify needs Budget(metric, max_drop=...): a size cannot be certified from data"
         )
-    split = as_split(data)
     if metric is not None:
-        return _certify_metric(baseline, compressed, split, budget, metric, batch_size)
+        return _test_of_metric(models, split, budget, metric, batch_size)
+    baseline, compressed = models
     home = next(baseline.parameters()).device
-    meant = make_loss(loss, baseline, to_device(split.items[0], home))
+    told = make_loss(loss, baseline, to_device(split.items[0], home))
+    meant = loss_for(budget, told, baseline)
     check_items(baseline, meant, split.items, "certify")
     before = evaluate(baseline, split.batches(batch_size), meant)
     after = evaluate(compressed, split.batches(batch_size), meant)
-    return compare(before, after, split, budget, measure=meant.measure)
+
+    def test(confidence: float) -> Verdict:
+        asked = replace(budget, confidence=confidence)
+        return judge(before, after, split, asked, measure=meant.measure)
+
+    return test
 
 
-def _certify_metric(
-    baseline: nn.Module,
-    compressed: nn.Module,
+@named_loss
+def compare(
+    before: nn.Module,
+    after: nn.Module,
+    data: Iterable[Batch] | Split,
+    *,
+    loss: LossLike = "auto",
+    names: tuple[str, str] = ("before", "after"),
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool = False,
+) -> ModelComparison:
+    """How far two models are apart, in the figures that are quoted beside a compressed model.
+
+    Mean, median, 99 % and 99.9 % quantile over positions of the KL divergence of ``after`` from
+    ``before``; top-1 agreement; losses and their change; perplexities of causal language models;
+    flips from right to wrong and back. Each has a standard error over documents: the jackknife's,
+    and of quantiles the cluster bootstrap's (200 resamples of documents). These are estimates; for
+    a decision see `certify` with ``Budget("kl", ...)`` and the like.
+
+    Args:
+        before, after: any two models with the same outputs; ``before`` is the reference.
+        data: items of one document of a `Split` belong together.
+        loss: which positions count, and what is right. Without labels there are divergences and
+            agreement only.
+        names: what the two are called in the result.
+        seed: of the bootstrap.
+
+    Cost: one forward pass of each model. Memory: the outputs of one batch of both, and four bytes a
+    position.
+
+    Raises ``ValueError`` for models with different outputs (such as two vocabularies), no data, no
+    position that counts, a loss that cannot be told, NaN.
+
+    Source: Dutta et al. 2024, "Accuracy is not all you need" (arXiv:2407.09141), for the flips;
+    llama.cpp's ``--kl-divergence`` for the quantiles.
+
+    Example:
+        >>> import torch, curvprune as cp
+        >>> model = torch.nn.Linear(6, 3)
+        >>> data = [(torch.randn(8, 6), torch.randint(0, 3, (8,))) for _ in range(4)]
+        >>> found = cp.compare(model, model, data)
+        >>> found.kl.value, found.top1_agreement.value, found.positions
+        (0.0, 1.0, 32)
+    """
+    split = as_split(data)
+    home = next(before.parameters()).device
+    meant = make_loss(loss, before, to_device(split.items[0], home))
+    with StageLog(show=progress).stage("compare", len(split.items)) as advance:
+        return compare_models(
+            (before, after),
+            split,
+            meant,
+            names=names,
+            batch_size=batch_size,
+            seed=seed,
+            advance=advance,
+        )
+
+
+def _test_of_metric(
+    models: tuple[nn.Module, nn.Module],
     split: Split,
     budget: Budget,
     metric: Metric | Callable[[Any, Batch], Tensor],
     batch_size: int,
-) -> Verdict:
+) -> Callable[[float], Verdict]:
     """The same with a score of the user's own."""
-    if not isinstance(metric, Metric):
-        metric = Metric(of=metric, name=getattr(metric, "__name__", "metric"))
-    assert budget.max_drop is not None
-    before = score_items(baseline, split.batches(batch_size), metric).numpy()
-    after = score_items(compressed, split.batches(batch_size), metric).numpy()
+    scored = metric
+    if not isinstance(scored, Metric):
+        scored = Metric(of=scored, name=getattr(metric, "__name__", "metric"))
+    max_drop = budget.max_drop
+    assert max_drop is not None
+    before, after = (
+        score_items(model, split.batches(batch_size), scored).numpy() for model in models
+    )
     documents = np.array(split.documents)
     several = len(set(split.documents)) < len(documents)
-    return certify_values(
-        before,
-        after,
-        clusters=documents if several else None,
-        max_drop=budget.max_drop,
-        confidence=budget.confidence,
-        bounds=metric.bounds,
-        higher_is_better=metric.higher_is_better,
-        metric=metric.name,
-        unit=metric.unit,
-    )
+
+    def test(confidence: float) -> Verdict:
+        return certify_values(
+            before,
+            after,
+            clusters=documents if several else None,
+            max_drop=max_drop,
+            confidence=confidence,
+            bounds=scored.bounds,
+            higher_is_better=scored.higher_is_better,
+            metric=scored.name,
+            unit=scored.unit,
+        )
+
+    return test
 
 
 def load(

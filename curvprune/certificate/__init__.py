@@ -3,21 +3,38 @@
 Every test is paired (both models, same items) and one-sided against the budget (non-inferiority):
 the null hypothesis is "the drop exceeds the budget". A small sample therefore yields INCONCLUSIVE,
 never a certificate. Drop > 0 means that the compressed model is worse. The functions take results
-of items as arrays and know nothing about models; only `compare` does. `docs/certificate.md` has the
-statistics and the simulated error rates.
+of items as arrays and know nothing about models; only `judge` and `compare_models` do.
+`docs/certificate.md` has the statistics and the simulated error rates.
 
-    a budget and two models' results → a verdict     comparison.compare
+    a budget and two models' results → a verdict     budget_to_verdict.judge
+    what is quoted of two models                     two_models, document_errors
     losses, scores, answers → a verdict              loss, values, accuracy
+    a quantile over documents → a verdict            quantile
     logs of lm-eval → a verdict                      lm_eval
+    several tasks → one verdict                      joint
     items of one document: what clusters cost        clusters
     bounds that hold exactly                         exact_score, gaffke
     how many items it takes                          power
 """
 
 from curvprune.certificate.accuracy import certify_accuracy
-from curvprune.certificate.budget_to_verdict import ItemColumns, compare, item_columns
+from curvprune.certificate.budget_to_verdict import (
+    ItemColumns,
+    foreseen,
+    item_columns,
+    judge,
+    loss_for,
+)
 from curvprune.certificate.clusters import design_effect
+from curvprune.certificate.document_errors import Estimate, quantiles_of, ratio_of
 from curvprune.certificate.exact_score import exact_p_value
+from curvprune.certificate.joint import (
+    Claim,
+    JointVerdict,
+    certify_all,
+    claim_lm_eval,
+    claim_values,
+)
 from curvprune.certificate.lm_eval import certify_lm_eval
 from curvprune.certificate.loss import certify_loss
 from curvprune.certificate.power import (
@@ -26,25 +43,48 @@ from curvprune.certificate.power import (
     power_for_accuracy,
     probability_of_certifying,
 )
+from curvprune.certificate.quantile import (
+    Foreseen,
+    certify_quantile,
+    documents_needed,
+    foreseen_quantile,
+)
+from curvprune.certificate.two_models import ModelComparison, compare_models
 from curvprune.certificate.values import certify_values
 from curvprune.certificate.verdict import CERTIFIED, INCONCLUSIVE, Verdict, fixed_sequence
 
 __all__ = [
     "CERTIFIED",
     "INCONCLUSIVE",
+    "Claim",
+    "Estimate",
+    "Foreseen",
     "ItemColumns",
+    "JointVerdict",
+    "ModelComparison",
     "Verdict",
     "certify_accuracy",
+    "certify_all",
     "certify_lm_eval",
     "certify_loss",
+    "certify_quantile",
     "certify_values",
-    "compare",
+    "claim_lm_eval",
+    "claim_values",
+    "compare_models",
     "design_effect",
+    "documents_needed",
     "exact_p_value",
     "fixed_sequence",
+    "foreseen",
+    "foreseen_quantile",
     "item_columns",
     "items_needed",
     "items_needed_for_accuracy",
+    "judge",
+    "loss_for",
     "power_for_accuracy",
     "probability_of_certifying",
+    "quantiles_of",
+    "ratio_of",
 ]

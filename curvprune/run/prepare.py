@@ -22,6 +22,7 @@ from torch import nn
 
 from curvprune import artifact, distributed
 from curvprune.artifact import describe, load_artifact, write_model
+from curvprune.certificate import loss_for
 from curvprune.compression import Solved, Training
 from curvprune.files import StageLog, State
 from curvprune.model import (
@@ -90,7 +91,7 @@ def prepare(
     """
     # 1. The model and the data.
     _check_folder(recipe, root)
-    device = _device(recipe)
+    device = device_of(recipe)
     structured = _structured(recipe)
     model, tokenizer = _load_model(recipe)
     splits = _load_data(recipe, tokenizer)
@@ -173,15 +174,16 @@ def _fit(
         )
 
     # 3. The task; a divergence is from the original model.
+    budget = _budget(recipe)
     task = Task(
         model=model,
         original=original,
-        objective=_objective(recipe, model if original is None else original, splits),
+        objective=_objective(recipe, model if original is None else original, splits, budget),
         layers=layers,
         options={name: tuple(options) for name, options in assigned.items()},
         same_option=groups.layers,
         splits=splits,
-        budget=_budget(recipe),
+        budget=budget,
         settings=_settings(recipe),
         storage=_storage(recipe, tokenizer, next(model.parameters()).device),
         recover=_training(recipe),
@@ -256,7 +258,7 @@ def _check_folder(recipe: Recipe, root: State | None) -> None:
         )
 
 
-def _device(recipe: Recipe) -> torch.device:
+def device_of(recipe: Recipe) -> torch.device:
     name = recipe.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -283,14 +285,30 @@ def _load_model(recipe: Recipe) -> tuple[nn.Module, Any]:
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
         )
-        tokenizer = None
-        if section.task != "image-classification" and recipe.data.source != "digits":
-            tokenizer = models.load_tokenizer(
-                source, gguf_file=gguf, trust_remote_code=section.trust_remote_code
-            )
+        tokenizer = _load_tokenizer(recipe)
     except (ValueError, OSError) as error:
         raise recipe.error(("model",), str(error)) from error
     return model, tokenizer
+
+
+def _load_tokenizer(recipe: Recipe) -> Any:
+    """The tokenizer that the data need; ``None`` for images."""
+    section = recipe.model
+    if section.task == "image-classification" or recipe.data.source == "digits":
+        return None
+    source, gguf = _model_source(recipe)
+    return models.load_tokenizer(
+        source, gguf_file=gguf, trust_remote_code=section.trust_remote_code
+    )
+
+
+def load_splits(recipe: Recipe) -> Splits:
+    """The data of a recipe, without its model."""
+    try:
+        tokenizer = _load_tokenizer(recipe)
+    except (ValueError, OSError) as error:
+        raise recipe.error(("model",), str(error)) from error
+    return _load_data(recipe, tokenizer)
 
 
 def _model_source(recipe: Recipe) -> tuple[str | Path, str | None]:
@@ -342,12 +360,16 @@ def _documents(recipe: Recipe) -> dict[str, str]:
     return sources.hub_documents(section.name, split=section.split, column=section.column)
 
 
-def _objective(recipe: Recipe, model: nn.Module, splits: Splits) -> Loss:
+def _objective(recipe: Recipe, model: nn.Module, splits: Splits, budget: Budget | None) -> Loss:
     try:
         device = next(model.parameters()).device
-        return make_loss(recipe.objective, model, to_device(splits.calibrate.items[0], device))
+        told = make_loss(recipe.objective, model, to_device(splits.calibrate.items[0], device))
     except ValueError as error:
         raise recipe.error(("objective",), str(error)) from error
+    try:
+        return loss_for(budget, told, model)
+    except ValueError as error:
+        raise recipe.error(("budget", "metric"), str(error)) from error
 
 
 def _budget(recipe: Recipe) -> Budget | None:

@@ -30,7 +30,7 @@ from curvprune.artifact import Portable
 from curvprune.compression import Training
 from curvprune.model import GroupError, Request, read_request
 from curvprune.options import Option
-from curvprune.planning import SIZES, Budget, Limit
+from curvprune.planning import SHARES, SIZES, Budget, Limit
 from curvprune.run.recipe_errors import (
     Complaint,
     KeyPath,
@@ -315,13 +315,23 @@ class BudgetSection(_BudgetKeys):
         return self
 
     @model_validator(mode="after")
+    def _quantile_is_of_kl(self) -> BudgetSection:
+        if self.quantile is not None and (self.metric != "kl" or self.max_drop is None):
+            raise Complaint(
+                ("quantile",),
+                f"{self.quantile:g} is a quantile of the KL divergence; expected metric: kl and a "
+                "max_drop beside it",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _accuracy_is_a_fraction(self) -> BudgetSection:
-        if self.metric == "accuracy" and self.max_drop is not None and self.max_drop >= 1:
+        if self.metric in SHARES and self.max_drop is not None and self.max_drop >= 1:
             nearest = f"{self.max_drop / 100:g}" if self.max_drop < 100 else "0.01"
             raise Complaint(
                 ("max_drop",),
-                f"{self.max_drop:g} is not a fall of accuracy; expected a fraction below 1 (0.01 "
-                f"is 1 pp); nearest: {nearest}",
+                f"{self.max_drop:g} is not a fall of {self.metric}; expected a fraction below 1 "
+                f"(0.01 is 1 pp); nearest: {nearest}",
             )
         return self
 

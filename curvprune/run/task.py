@@ -17,6 +17,7 @@ from torch import nn
 
 from curvprune import artifact
 from curvprune.artifact import Portable
+from curvprune.certificate import documents_needed
 from curvprune.compression import Solved, Training
 from curvprune.model import PURPOSES, LabelFree, Layer, Loss, Splits, check_items, left_over
 from curvprune.options import Form, Option, option_from_key
@@ -333,6 +334,17 @@ def _check_budget(task: Task) -> None:
             "budget",
             "metric",
         )
+    if task.budget.quantile is not None:
+        least = documents_needed(task.budget.quantile, task.budget.confidence)
+        found = len(set(task.splits.certify.documents))
+        if found < least:
+            raise TaskError(
+                f"the certify split has items of {found} documents, and to bound the "
+                f"{task.budget.quantile:g} quantile at {task.budget.confidence:g} confidence it "
+                f"takes {least} at least; give more documents, or ask for a lower quantile",
+                "budget",
+                "quantile",
+            )
     if task.settings.curvature == "input" and task.max_drop is not None:
         raise TaskError(
             'curvature="input" prices the error of layers, in no unit of loss: it cannot plan for '

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from curvprune.artifact import describe
-from curvprune.certificate import Verdict, compare
+from curvprune.certificate import Verdict, judge, loss_for
 from curvprune.compression import Recovery, RecoveryItems, Solved, Training, recover_
 from curvprune.files import StageLog
 from curvprune.model import (
@@ -172,7 +172,7 @@ def remove_units(
         warn_caller(leak)
     if told.device is not None:
         model = copy.deepcopy(model).to(told.device)
-    objective = objective_of(told.loss, model, splits.calibrate)
+    objective = objective_of(told.loss, model, splits.calibrate, budget)
     check_metric(budget, objective)
     # 2. The units, and whether a config can say what is left.
     pruned = prune_units(
@@ -212,7 +212,7 @@ def _judge(
 ) -> Verdict:
     """The paired verdict of (uncompressed, compressed) on a split."""
     before, after = (evaluate(m, certify.batches(batch_size), objective) for m in models)
-    return compare(before, after, certify, budget, measure=objective.measure)
+    return judge(before, after, certify, budget, measure=objective.measure)
 
 
 # -------------------------------------------------------------------------------------- recovery
@@ -259,6 +259,7 @@ def recover_model(
         model, baseline = model.to(told.device), copy.deepcopy(baseline).to(told.device)
     objective = objective_of(told.loss, baseline, splits.train)
     check_metric(budget, objective)
+    judged = loss_for(budget, objective, baseline)
 
     # 3. The training. Of a plain module nothing is known; a smaller model has nothing rounded.
     solved: Mapping[str, Solved] | None = None
@@ -278,7 +279,7 @@ def recover_model(
     if budget is not None:
         assert splits.certify is not None
         models = (baseline, model)
-        verdict = _judge(models, splits.certify, budget, objective, training.batch_size)
+        verdict = _judge(models, splits.certify, budget, judged, training.batch_size)
     if isinstance(compressed, Result):
         return replace(
             compressed,

@@ -11,7 +11,7 @@ import torch
 
 import curvprune as cp
 from curvprune import run as runs
-from curvprune.certificate import judge, item_columns
+from curvprune.certificate import item_columns, judge
 from curvprune.files import State
 from curvprune.model import ItemResults, Split, evaluate
 from curvprune.planning import cheapest

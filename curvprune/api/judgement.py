@@ -66,9 +66,8 @@ def certify(
     Raises ``ValueError`` for a budget without ``max_drop`` or a metric that does not return one
     number per item.
     """
-    test = _test_of(
-        (baseline, compressed), as_split(data), budget, loss, metric, batch_size=batch_size
-    )
+    models = (baseline, compressed)
+    test = _test_of(models, data, budget, loss, metric, batch_size=batch_size)
     return test(budget.confidence)
 
 
@@ -88,15 +87,14 @@ def claim(
 
     Raises ``ValueError`` as `certify` does.
     """
-    test = _test_of(
-        (baseline, compressed), as_split(data), budget, loss, metric, batch_size=batch_size
-    )
+    models = (baseline, compressed)
+    test = _test_of(models, data, budget, loss, metric, batch_size=batch_size)
     return Claim(judge=test, confidence=budget.confidence)
 
 
 def _test_of(
     models: tuple[nn.Module, nn.Module],
-    split: Split,
+    data: Iterable[Batch] | Split,
     budget: Budget,
     loss: LossLike,
     metric: Metric | Callable[[Any, Batch], Tensor] | None,
@@ -108,6 +106,7 @@ def _test_of(
         raise ValueError(
             "certify needs Budget(metric, max_drop=...): a size cannot be certified from data"
         )
+    split = as_split(data)
     if metric is not None:
         return _test_of_metric(models, split, budget, metric, batch_size)
     baseline, compressed = models

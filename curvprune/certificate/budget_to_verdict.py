@@ -109,6 +109,11 @@ def _judge_agreement(results: ItemResults, documents: NDArray[np.str_], budget: 
     # 1. One 0 or 1 for every position; in which order within an item does not matter.
     counted = (results.count > 0).numpy()
     positions, same = results.count.numpy()[counted], results.correct.numpy()[counted]
+    if np.any(np.isnan(same)):
+        raise ValueError(
+            "metric 'top1' asks for the same best guess, and the model's outputs have none; use "
+            "metric 'kl' or 'loss'"
+        )
     if np.any(positions != np.round(positions)) or np.any(same > positions):
         raise ValueError(
             "metric 'top1' counts positions, which are not whole where items are weighed; leave "

@@ -21,7 +21,7 @@ from curvprune.certificate import documents_needed
 from curvprune.compression import Solved, Training
 from curvprune.model import PURPOSES, LabelFree, Layer, Loss, Splits, check_items, left_over
 from curvprune.options import Form, Option, option_from_key
-from curvprune.planning import Budget, Choice, Infeasible, Limit, Within, cheapest
+from curvprune.planning import OF_OUTPUTS, Budget, Choice, Infeasible, Limit, Within, cheapest
 from curvprune.pricing import LayerWork, limits_of, macs_left, multiply_adds, work_of
 from curvprune.schema import check_fields
 
@@ -400,6 +400,13 @@ def with_work(task: Task) -> Task:
 def _check_recovery(task: Task) -> None:
     if task.recover is None or task.recover.loss != "task":
         return
+    if task.budget is not None and task.budget.metric in OF_OUTPUTS:
+        raise TaskError(
+            f"task trains on labels, and metric {task.budget.metric!r} measures how far outputs "
+            "are from the uncompressed model's; write distill",
+            "recover",
+            "loss",
+        )
     if isinstance(task.objective, LabelFree):
         raise TaskError(
             f"task needs labels, which the objective {task.objective.name} has none of; write "

@@ -107,6 +107,13 @@ def _load(source: str | Path, recipe: Recipe) -> nn.Module:
             f"{source} is no model: it has neither {artifact.MANIFEST} (as artifacts have) nor "
             "config.json (as folders of transformers have)"
         )
+    # No hub has names that are absolute, relative or nested.
+    is_path = str(source).startswith((".", "/", "~")) or len(folder.parts) > 2
+    if is_path and not folder.is_dir():
+        raise ValueError(
+            f"{source} is no folder; expected a model's folder, such as runs/quickstart/model, or "
+            "the name of a model on the hub"
+        )
     section = recipe.model
     return models.load_model(
         source,

@@ -239,7 +239,10 @@ def report(
 
 @app.command()
 def compare(
-    dense: Annotated[str, typer.Argument(help="the reference: a folder or the name of a model")],
+    dense: Annotated[
+        str,
+        typer.Argument(help="the reference: a folder, the name of a model, or a recipe for its"),
+    ],
     other: Annotated[str, typer.Argument(help="another model, for example runs/quickstart/model")],
     recipe: RecipeArgument,
     out: Annotated[

@@ -302,6 +302,11 @@ def _load_tokenizer(recipe: Recipe) -> Any:
     )
 
 
+def load_model_of(recipe: Recipe) -> nn.Module:
+    """The model that a recipe names, without its data."""
+    return _load_model(recipe)[0]
+
+
 def load_splits(recipe: Recipe) -> Splits:
     """The data of a recipe, without its model."""
     try:

@@ -14,7 +14,7 @@ from curvprune.files import StageLog, State
 from curvprune.model import Split, make_loss, to_device
 from curvprune.run import models
 from curvprune.run.folder import MODEL, REPORT_JSON
-from curvprune.run.prepare import device_of, load_splits
+from curvprune.run.prepare import device_of, load_model_of, load_splits
 from curvprune.run.recipe import Recipe, load_recipe
 
 COMPARISON_JSON, COMPARISON_HTML = "comparison.json", "comparison.html"
@@ -53,9 +53,9 @@ def compare_folders(
 
     Args:
         dense, other: folders or hub names: an artifact, or what transformers loads, quantized or
-            not. ``dense`` is the reference.
-        recipe_path: its data, the tokenizer and task of its model, its objective and device count;
-            its model itself is not loaded.
+            not; or a recipe, which stands for its model. ``dense`` is the reference.
+        recipe_path: its data, its objective and device, tokenizer and task of its model; that model
+            itself is not loaded.
         out: a folder for ``comparison.json`` and ``comparison.html``.
 
     Raises ``ValueError`` for what cannot be loaded, models with different outputs, a recipe that is
@@ -96,8 +96,11 @@ def certify_split(recipe: Recipe) -> Split:
 
 
 def _load(source: str | Path, recipe: Recipe) -> nn.Module:
-    """A model by folder or name: an artifact of curvprune, or what transformers loads."""
+    """A model by folder or name: an artifact of curvprune, or what transformers loads; of a recipe
+    its model."""
     folder = Path(source)
+    if folder.suffix in (".yaml", ".yml"):
+        return load_model_of(load_recipe(folder))
     if (folder / artifact.MANIFEST).is_file():
         return load_artifact(folder)
     if (folder / REPORT_JSON).is_file() and (folder / MODEL).is_dir():

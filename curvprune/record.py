@@ -2,7 +2,8 @@
 
 Everything is a frozen dataclass; `curvprune.schema` turns it into JSON and back. A number that is
 not finite is ``null`` in the file and NaN in memory. Losses, prices and drops are in nats per
-position (`RunRecord.measure`), unless a budget's metric is accuracy: then its drops are fractions.
+position (`RunRecord.measure`), unless a budget's metric is accuracy or top1: then its drops are
+fractions.
 """
 
 from __future__ import annotations

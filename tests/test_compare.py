@@ -145,6 +145,20 @@ def test_the_error_of_the_change_is_that_of_the_certificate() -> None:
     assert found.top1_agreement.value == pytest.approx(1 - agreement.drop, abs=1e-9)
 
 
+def test_the_quantile_of_a_budget_is_over_means_of_documents() -> None:
+    a = tiny.llama()
+    b, items = nearby(a), texts([12, 31, 20, 17, 40, 9, 25, 33])
+    documents = ("x", "y", "x", "z", "z", "w", "v", "w")
+    hand = ByHand(a, b, items, documents)
+    split = cp.Split(items=tuple(items), documents=documents)
+    found = cp.certify(a, b, split, cp.Budget("kl", max_drop=5, quantile=0.5))
+    means = np.sort(hand.table[:, 1] / hand.table[:, 0])
+    assert found.drop == pytest.approx(means[2], abs=1e-5)
+    # 0.5^5 is below 5 %: the largest of five is a bound of the median.
+    assert found.bound == pytest.approx(means[4], abs=1e-5)
+    assert (found.items, found.clusters, found.status) == (8, 5, "CERTIFIED")
+
+
 def classifiers() -> tuple[nn.Module, nn.Module, list[tuple[torch.Tensor, torch.Tensor]]]:
     torch.manual_seed(0)
     a = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4))

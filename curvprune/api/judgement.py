@@ -55,8 +55,10 @@ def certify(
 
     The items must not have been used to make or choose the compressed model. Items of one document
     of a `Split` are a cluster. Other limits of the budget, on size and speed, are not looked at:
-    data cannot decide them. Cost: one forward pass of each model. `curvprune.certify_values` takes
-    results that are already there; `curvprune.certify_lm_eval` reads those of lm-eval.
+    data cannot decide them. Metrics ``"kl"`` and ``"top1"`` compare the two models' outputs at the
+    positions that count for ``loss``. Cost: one forward pass of each model, for these metrics two
+    of ``baseline``. `curvprune.certify_values` takes results that are already there;
+    `curvprune.certify_lm_eval` reads those of lm-eval. For several tasks at once see `claim`.
 
     Args:
         metric: what is compared instead of ``budget.metric``: a function of (what the model

@@ -22,7 +22,9 @@ from pydantic import (
     PlainSerializer,
     PlainValidator,
     PrivateAttr,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -313,6 +315,14 @@ class BudgetSection(_BudgetKeys):
                 )
             taken.add(limit.name)
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_no_quantile(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+        # Locks of runs without one are as they were before there were any.
+        found: dict[str, object] = handler(self)
+        if self.quantile is None:
+            found.pop("quantile", None)
+        return found
 
     @model_validator(mode="after")
     def _quantile_is_of_kl(self) -> BudgetSection:

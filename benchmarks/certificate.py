@@ -396,12 +396,111 @@ def power_tables(runs: int) -> None:
     table(f"{title} are needed", rows, ["times the items", "certified"])
 
 
+RARE = 0.05
+CLUSTERS = (10, 22, 40, 58, 59, 100, 200)
+
+
+def rare_losses(items: int, noise: float, runs: int, *, bounded: bool) -> tuple[float, float]:
+    """One item in twenty loses 0.9, the others differ by as much noise; budget and true drop are
+    both 0.045. Shares certified, and certified without a word of losses that would not be seen."""
+    rng = np.random.default_rng([10, items, round(1000 * noise)])
+    certified = silent = 0
+    for _ in range(runs):
+        loss = 0.9 * (rng.random(items) < RARE) + noise * rng.standard_normal(items)
+        verdict = certify_values(
+            np.full(items, 0.95),
+            0.95 - loss,
+            max_drop=0.9 * RARE,
+            bounds=(0, 1) if bounded else None,
+        )
+        certified += verdict.status == CERTIFIED
+        silent += verdict.status == CERTIFIED and "not have been seen" not in verdict.note
+    return certified / runs, silent / runs
+
+
+def repeated(items: int, times: int, runs: int, *, bounded: bool) -> float:
+    """Scores with normal differences at the budget, every item ``times`` times."""
+    rng = np.random.default_rng([11, items, times])
+    certified = 0
+    for _ in range(runs):
+        before = np.repeat(rng.random(items), times)
+        loss = np.repeat(0.02 + 0.05 * rng.standard_normal(items), times)
+        bounds = (-2, 3) if bounded else None
+        verdict = certify_values(before, before - loss, max_drop=0.02, bounds=bounds)
+        certified += verdict.status == CERTIFIED
+    return certified / runs
+
+
+def confident(items: int, confidence: float, runs: int) -> tuple[float, float]:
+    """Lognormal differences at the budget: share certified wrongly, and how often a model without
+    loss is, with a budget of ten standard deviations."""
+    rng = np.random.default_rng([12, items])
+    wrong = right = 0
+    for _ in range(runs):
+        loss = lognormal(rng, (items,))
+        asked = {"confidence": confidence, "higher_is_better": False}
+        zeros = np.zeros(items)
+        wrong += certify_values(zeros, 1 + loss, max_drop=1.0, **asked).status == CERTIFIED
+        right += certify_values(zeros, loss, max_drop=10.0, **asked).status == CERTIFIED
+    return wrong / runs, right / runs
+
+
+def unseen_tables(runs: int) -> None:
+    # 1. Losses that many samples do not hold.
+    rows = []
+    for name, noise, bounded in (
+        ("the others do not change", 0.0, False),
+        ("the others change by ± 0.01", 0.01, False),
+        ("the others do not change, bounds (0, 1)", 0.0, True),
+        ("the others change by ± 0.01, bounds (0, 1)", 0.01, True),
+    ):
+        found = [rare_losses(items, noise, runs, bounded=bounded) for items in CLUSTERS]
+        rows.append((name, [size(share, runs) for share, _ in found]))
+        rows.append((f"{name}; not said so", [size(share, runs) for _, share in found]))
+    title = "One item in twenty loses 0.9, without a word where nothing is said of rare losses"
+    table(title, rows, [str(items) for items in CLUSTERS])
+
+    # 2. Items that are there several times.
+    rows = []
+    for name, bounded in (("no bounds", False), ("bounds (-2, 3)", True)):
+        shares = [repeated(*case, runs, bounded=bounded) for case in ((10, 10), (20, 5), (60, 3))]
+        rows.append((name, [size(share, runs) for share in shares]))
+    columns = ["10 items ten times", "20 five times", "60 three times"]
+    table("Items with normal differences at the budget, each several times", rows, columns)
+    one = certify_values([1.23456] * 30, [1.22456] * 30, max_drop=0.5)
+    print(f"\nOne item 30 times: {one.status}, needed {one.needed}", flush=True)
+
+    # 3. No difference at all.
+    rows = []
+    for confidence in (0.95, 0.999999):
+        for budget in (0.0, 0.01):
+            cells = []
+            for items in (2, 10, 58, 59, 270):
+                zeros = np.zeros(items)
+                asked = {"max_drop": budget, "confidence": confidence}
+                cells.append(certify_values(zeros, zeros, **asked).status)
+            rows.append((f"confidence {confidence}, budget {budget}", cells))
+    table("No item differs", rows, ["2", "10", "58", "59", "270"])
+
+    # 4. More confidence than few clusters carry.
+    rows = []
+    for items in (9, 20, 60):
+        cells = []
+        for confidence in (0.95, 0.999, 0.999999):
+            wrong, right = confident(items, confidence, runs)
+            cells.append(f"{size(wrong, runs)}, {100 * right:.1f}")
+        rows.append((f"{items} items", cells))
+    title = "Lognormal differences: wrong acceptances, and acceptances of an unchanged model"
+    table(title, rows, ["95 %", "99.9 %", "99.9999 %"])
+
+
 TABLES: dict[str, Callable[[int], None]] = {
     "accuracy": accuracy_tables,
     "loss": loss_tables,
     "bounded": bounded_table,
     "sequence": sequence_table,
     "power": power_tables,
+    "unseen": unseen_tables,
 }
 
 

@@ -174,12 +174,15 @@ def test_a_drop_equal_to_the_budget_needs_no_number_of_items() -> None:
 
 
 def test_identical_differences_are_decided_by_their_value() -> None:
-    count = np.array([3.0, 5.0, 11.0, 2.0])
+    # As many as show what hits one in twenty.
+    count = np.tile([3.0, 5.0, 11.0, 2.0], 15)
     for max_drop, status in ((0.3, "CERTIFIED"), (0.29, "VIOLATED")):
         verdict = certify_loss(2.1 * count, 2.4 * count, count, max_drop=max_drop + 1e-9)
         assert (verdict.status, verdict.stderr) == (status, 0.0)
-    same = certify_loss(count, count, count, max_drop=0.0)
-    assert (same.status, same.drop, same.bound) == ("CERTIFIED", 0.0, 0.0)
+    same = certify_loss(count, count, count, max_drop=1e-9)
+    assert (same.status, same.drop) == ("CERTIFIED", 0.0) and 0 < same.bound < 1e-14
+    # That a loss is nowhere at all, no sample shows.
+    assert certify_loss(count, count, count, max_drop=0.0).status == "INCONCLUSIVE"
 
 
 def simulate_loss(clusters: int, spread: float, correlation: float, runs: int, seed: int) -> float:
@@ -698,7 +701,8 @@ def test_items_needed_are_the_published_numbers() -> None:
     for found, published in zip(numbers, (1237, 3092, 6183), strict=True):
         assert published < found < 1.03 * published, "and what the correction for skewness costs"
     assert items_needed(0.5, max_drop=0.02, drop=0.01) == items_needed(1.0, max_drop=0.02)
-    assert items_needed(0.0, max_drop=0.02) == 2, "no test takes one item"
+    assert items_needed(1e-9, max_drop=0.02) == 5, "with fewer nothing is decided"
+    assert items_needed(0.0, max_drop=0.02) == 59, "nor with fewer that are all alike"
     for arguments in ({"drop": 0.02}, {"drop": 0.03}, {"power": 1.0}, {"power": 0.2}):
         with pytest.raises(ValueError, match="items_needed"):
             items_needed(0.1, max_drop=0.02, **arguments)
@@ -718,7 +722,7 @@ def test_items_needed_give_the_promised_power() -> None:
 
 
 def test_fixed_sequence_stops_at_the_first_failure() -> None:
-    passed = loss_verdict(np.zeros(4), np.ones(4), max_drop=0.1)
+    passed = loss_verdict(symmetric(40), np.ones(40), max_drop=1.0)
     failed = loss_verdict(np.array([1.0, -1.0, 2.0, -2.0]), np.ones(4), max_drop=0.1)
     assert (passed.status, failed.status) == ("CERTIFIED", "INCONCLUSIVE")
     assert fixed_sequence([]) is None

@@ -108,10 +108,17 @@ def test_a_shared_weight_is_not_taken_for_a_simple_layer():
     assert abs(trace.value - float(matrix.trace())) < 4 * trace.stderr + 1e-12
 
 
-def test_a_layer_off_the_way_to_the_loss_is_named():
+@pytest.mark.parametrize("matrix", ["hessian", "ggn", "fisher", "empirical-fisher"])
+@pytest.mark.parametrize("layers", ["*", "idle"])
+def test_a_layer_off_the_way_to_the_loss_is_named_and_has_no_curvature(matrix, layers):
     model, batches, _ = CASES["shared"]()
-    with pytest.raises(ValueError, match="idle"):
-        cp.analyze(model, batches, matrix="fisher", quantities=["trace"])
+    found = cp.analyze(
+        model, batches, matrix=matrix, layers=layers, quantities=["trace", "diagonal"]
+    )
+    assert any("not on the way to the loss" in note and "idle" in note for note in found.notes)
+    assert (found.layers["idle"].trace.value, found.layers["idle"].trace.stderr) == (0, 0)
+    assert not found.layers["idle"].diagonal.any()
+    assert list(found.layers) == list(find_layers(model, layers))
 
 
 @pytest.mark.parametrize("case", ["mlp", "conv"])

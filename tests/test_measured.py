@@ -21,6 +21,7 @@ from curvprune import run as runs
 from curvprune.compression import Moments, solve_layer, visit_layers
 from curvprune.model import (
     BROKEN,
+    PURPOSES,
     CausalLM,
     Classification,
     Layer,
@@ -42,6 +43,7 @@ from curvprune.pricing import (
 )
 from curvprune.run import RecipeError
 from tests import tiny
+from tests.networks import seeded
 
 
 class Net(nn.Module):
@@ -366,3 +368,23 @@ def test_a_run_measures_once_and_its_report_says_which(tmp_path: Path) -> None:
     path.write_text(text + "price: {measure_above: -1}\n")
     with pytest.raises(RecipeError, match="measure_above"):
         runs.check(path)
+
+
+@pytest.mark.parametrize("items", [3, 5, 8, 11])
+@pytest.mark.parametrize("curvature", ["kfac", "hessian", "diagonal"])
+def test_measured_prices_of_every_curvature_are_divergences(items, curvature):
+    """Forms of K-FAC are of four parts of the items, measured prices of single items."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double())
+    x = torch.randn(items, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    data = [(x, torch.zeros(items, dtype=torch.long))]
+    splits = Splits(**dict.fromkeys(PURPOSES, as_split(data)))
+    options = [cp.Quantize(bits=2), cp.Quantize(bits=3)]
+    ledger = cp.price(model, splits, options=options, curvature=curvature, measure_above=0.0)
+    measured = [row for row in ledger.rows if row.measured]
+    assert measured and len(ledger.count) == ledger.sums.shape[0]
+    for row in measured:
+        bits = int(row.option[3])
+        other = cp.quantize(model, splits, bits=bits, layers=row.layer).model
+        p, q = model(x).log_softmax(-1), other(x).log_softmax(-1)
+        truth = float((p.exp() * (p - q)).sum(-1).mean())
+        assert row.price == pytest.approx(truth, rel=1e-6)

@@ -117,7 +117,7 @@ def test_what_random_modules_do_is_named():
         def forward(self, x):
             return F.dropout(x, 0.5, training=True)
 
-    model = nn.Sequential(nn.Linear(4, 5), Noisy(), nn.Linear(5, 3)).double()
+    model = nn.Sequential(nn.Linear(4, 64), Noisy(), nn.Linear(64, 3)).double()
     for call in (lambda: cp.hessian(model, vectors()), lambda: cp.analyze(model, vectors())):
         with pytest.raises(ValueError, match="module '1' is the first that differs"):
             call()

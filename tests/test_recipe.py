@@ -67,7 +67,8 @@ def test_defaults_of_a_short_recipe(tmp_path: Path) -> None:
             "certify": 96,
             "recover": 0,
         },
-        "objective": "auto",
+        "loss": "auto",
+        "objective": None,
         "structured": None,
         "same_option": (),
         "budget": {

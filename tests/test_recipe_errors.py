@@ -429,7 +429,7 @@ REJECTED = {
     "no labels": (OFFERS + BUDGET + "price: {labels: 0} #!\n", "price.labels: 0", "nearest: 1"),
     "unknown curvature": (
         OFFERS + BUDGET + "price: {curvature: fischer} #!\n",
-        'price.curvature: "fischer" is not offered; expected fisher, diagonal, kfac, hessian or',
+        'price.curvature: "fischer" is not offered; expected fisher, diagonal, kfac, hessian,',
         "nearest: fisher",
     ),
     "no steps": (
@@ -482,6 +482,16 @@ REJECTED = {
         OFFERS + BUDGET + 'same_option:\n  - - "*.q_proj"\n    - 3 #!\n',
         "same_option[0][1]: 3 is not a glob",
         "write fused",
+    ),
+    "two names of the loss": (
+        OFFERS + BUDGET + "objective: label-free #!\nloss: causal-lm\n",
+        "objective: objective and loss are two names",
+        "write loss alone",
+    ),
+    "a loss against task": (
+        OFFERS + BUDGET + "loss: label-free:multi-label #!\n",
+        "loss: label-free:multi-label does not fit",
+        "label-free",
     ),
     "an empty group": (
         OFFERS + BUDGET + "same_option: [[]] #!\n",

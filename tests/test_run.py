@@ -184,7 +184,9 @@ def test_another_budget_reuses_what_was_solved(recipe, finished, tmp_path):
     resumed = {stage["name"]: stage["resumed"] for stage in record["stages"]}
     assert resumed["solve options"] and resumed["price options"]
     shutil.rmtree(tmp_path / "fresh")
-    again = runs.run(recipe, tmp_path / "third", progress=False, reuse=tmp_path / "out")
+    # Where no run beside it has asked another budget of the same items, of which it would tell.
+    third = tmp_path / "elsewhere" / "third"
+    again = runs.run(recipe, third, progress=False, reuse=tmp_path / "out")
     assert contents(again.folder) == before == contents(finished.folder), (
         "also from a run that has reused"
     )

@@ -17,6 +17,7 @@ from curvprune.model import (
     LossLike,
     Split,
     Splits,
+    as_batch,
     find_layers,
     make_loss,
     named_loss,
@@ -78,8 +79,8 @@ def analyze(
     of the model.
 
     Raises ``ValueError`` for a glob that matches no layer, a loss that cannot be told, an
-    unknown matrix or quantity, a model that is not deterministic (naming the module), a layer that
-    is not on the way to the loss.
+    unknown matrix or quantity, a model that is not deterministic (naming the module). Layers that
+    are not on the way to the loss have zeros, and a note names them.
     """
     batches = _batches(data)
     if not batches:
@@ -100,6 +101,8 @@ def analyze(
         vector_bytes=vector_bytes,
     )
     found = find_layers(model, layers)
+    if not found:
+        raise ValueError("layers is empty: expected names or globs, such as 'model.layers.*'")
     with StageLog(show=progress).steps() as advance:
         return analyze_curvature(model, meant, batches, found, asked, advance=advance)
 
@@ -110,7 +113,7 @@ def _batches(data: Data) -> list[Batch]:
         return list(data.calibrate.items)
     if isinstance(data, Split):
         return list(data.items)
-    return list(data)
+    return [as_batch(batch) for batch in data]
 
 
 @named_loss
@@ -167,7 +170,7 @@ def _operator(
     build: Any, model: nn.Module, data: Iterable[Batch], loss: LossLike, arguments: Any
 ) -> Any:
     home = next(model.parameters()).device
-    batches = [to_device(batch, home) for batch in data]
+    batches = [to_device(batch, home) for batch in _batches(data)]
     if not batches:
         raise ValueError("the data is empty; pass at least one batch")
     return build(model, batches, make_loss(loss, model, batches[0]), **arguments)

@@ -60,7 +60,7 @@ def price(
     loss: LossLike = "auto",
     layers: str | Sequence[str] = "*",
     labels: int = 2,
-    curvature: Literal["fisher", "diagonal", "kfac", "hessian", "input"] = "fisher",
+    curvature: Literal["fisher", "diagonal", "kfac", "hessian", "input", "empirical"] = "fisher",
     measure_above: float | None = 0.005,
     portable: Portable = True,
     device: str | torch.device | None = None,
@@ -72,8 +72,10 @@ def price(
     Every option is solved (one forward pass over the data), then priced along its own change (one
     forward and ``labels`` backward passes per item). ``curvature``: ``"fisher"`` along the change,
     ``"diagonal"`` of the Fisher, ``"kfac"``, ``"hessian"`` along the change (on the data's labels;
-    two gradients per item and change) or ``"input"`` (error of the layer's outputs, no unit of
-    loss). The highest prices are measured instead, four at a time (five forward passes per item),
+    two gradients per item and change), ``"input"`` (error of the layer's outputs, no unit of
+    loss) or ``"empirical"``: of the Fisher from the data's own labels, a stand-in for losses that
+    are not known at outputs. The highest prices are measured instead, four at a time (five
+    forward passes per item),
     until they agree with the quadratic ones, at most 64 and none below ``measure_above`` nats (see
     `curvprune.pricing.divergences`). ``portable``: of which artifact the bytes are, as in
     `Settings`. Raises ``ValueError`` naming the layer that an option does not fit.
@@ -299,6 +301,11 @@ def prune(
                 "prune: structured always goes where it costs least; leave allocate out"
             )
         return _prune_structured(model, data, structured, uniform, budget, arguments)
+    if uniform:
+        raise ValueError(
+            "prune: uniform goes with structured, one width per kind; a sparsity without allocate "
+            "is the same for every layer as it is: leave uniform out"
+        )
     if allocate:
         if not isinstance(sparsity, float) or pattern is not None or budget is not None:
             raise ValueError(

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from curvprune import artifact
 from curvprune.artifact import load_artifact
 from curvprune.certificate import (
+    IN_THIS_PROCESS,
     Claim,
     ModelComparison,
     Verdict,
     certify_values,
+    clusters_of,
     compare_models,
+    counted,
     judge,
     loss_for,
 )
@@ -29,14 +31,17 @@ from curvprune.model import (
     Metric,
     Split,
     as_split,
+    check_independent,
     check_items,
     evaluate,
     make_loss,
     named_loss,
     score_items,
+    seen_by,
     to_device,
 )
 from curvprune.planning import Budget
+from curvprune.run import warn_caller
 
 
 @named_loss
@@ -53,24 +58,29 @@ def certify(
     """Whether ``compressed`` is within ``budget.max_drop`` of ``baseline``, paired on the items of
     ``data``.
 
-    The items must not have been used to make or choose the compressed model. Items of one document
-    of a `Split` are a cluster. Other limits of the budget, on size and speed, are not looked at:
-    data cannot decide them. Metrics ``"kl"`` and ``"top1"`` compare the two models' outputs at the
-    positions that count for ``loss``. Cost: one forward pass of each model, for these metrics two
-    of ``baseline``. `curvprune.certify_values` takes results that are already there;
-    `curvprune.certify_lm_eval` reads those of lm-eval. For several tasks at once see `claim`.
+    The items must not have been used to make or choose the compressed model; a model that curvprune
+    compressed carries the hashes of those that were, and a warning and the verdict's ``note`` say
+    if they are among ``data``. Items of one document of a `Split` are a cluster, and so are items
+    that hold the same, however they are written: with a mask of ones or none, padded or not. The
+    verdict's ``earlier`` says what else the items were used for in this process. Other limits of
+    the budget, on size and speed, are not looked at: data cannot decide them.
+
+    Metrics ``"kl"`` and ``"top1"`` compare the two models' outputs at the positions that count for
+    ``loss``. Cost: one forward pass of each model, for these metrics two of ``baseline``.
+    `curvprune.certify_values` takes results that are already there; `curvprune.certify_lm_eval`
+    reads those of lm-eval. For several tasks at once see `claim`.
 
     Args:
         metric: what is compared instead of ``budget.metric``: a function of (what the model
             returned, batch) to one number per item, higher is better, or a `Metric` with bounds,
             direction, name and unit. ``max_drop`` is then in its unit.
 
-    Raises ``ValueError`` for a budget without ``max_drop`` or a metric that does not return one
-    number per item.
+    Raises ``ValueError`` for a budget without ``max_drop``, a metric that does not return one
+    number per item, or items that are all one cluster.
     """
-    models = (baseline, compressed)
-    test = _test_of(models, data, budget, loss, metric, batch_size=batch_size)
-    return test(budget.confidence)
+    asked = _Asked(baseline=baseline, compressed=compressed, data=data, budget=budget)
+    verdict, _ = asked.judged(loss, metric, batch_size)
+    return verdict
 
 
 @named_loss
@@ -89,31 +99,96 @@ def claim(
 
     Raises ``ValueError`` as `certify` does.
     """
-    models = (baseline, compressed)
-    test = _test_of(models, data, budget, loss, metric, batch_size=batch_size)
-    return Claim(judge=test, confidence=budget.confidence)
+    asked = _Asked(baseline=baseline, compressed=compressed, data=data, budget=budget)
+    first, test = asked.judged(loss, metric, batch_size)
+
+    def judged(confidence: float) -> Verdict:
+        # The same look at the items, however often it is judged.
+        if confidence == budget.confidence:
+            return first
+        return replace(test(confidence), earlier=first.earlier)
+
+    return Claim(judge=judged, confidence=budget.confidence)
 
 
-def _test_of(
-    models: tuple[nn.Module, nn.Module],
-    data: Iterable[Batch] | Split,
-    budget: Budget,
-    loss: LossLike,
-    metric: Metric | Callable[[Any, Batch], Tensor] | None,
-    *,
-    batch_size: int,
-) -> Callable[[float], Verdict]:
-    """The test of (baseline, compressed) at any confidence. Both are run once."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Asked:
+    """Two models, and the items and the budget that they are to be judged by."""
+
+    baseline: nn.Module
+    compressed: nn.Module
+    data: Iterable[Batch] | Split
+    budget: Budget
+
+    def judged(
+        self,
+        loss: LossLike,
+        metric: Metric | Callable[[Any, Batch], Tensor] | None,
+        batch_size: int,
+    ) -> tuple[Verdict, Callable[[float], Verdict]]:
+        """The verdict, which is a use of the items, and the same test at any confidence."""
+        # 1. What was passed.
+        _check_arguments(self.baseline, self.compressed, self.budget, batch_size)
+        split = as_split(self.data)
+        leak = split.leak(seen_by(self.compressed))
+        if leak is not None:
+            warn_caller(leak)
+
+        # 2. The verdict.
+        models = (self.baseline, self.compressed)
+        if metric is not None:
+            test = _test_of_metric(models, split, self.budget, metric, batch_size)
+        else:
+            test = _test_of_budget(models, split, self.budget, loss, batch_size)
+        verdict = test(self.budget.confidence).noting(leak)
+
+        # 3. What the items were used for.
+        return counted([verdict], split, IN_THIS_PROCESS)[0], test
+
+
+def _check_arguments(
+    baseline: object, compressed: object, budget: object, batch_size: object
+) -> None:
+    _check_models("certify", baseline=baseline, compressed=compressed)
+    if not isinstance(budget, Budget):
+        raise ValueError(
+            f"certify: budget={budget!r}: expected a Budget, such as Budget('loss', max_drop=0.02)"
+        )
     if budget.max_drop is None:
         raise ValueError(
             "certify needs Budget(metric, max_drop=...): a size cannot be certified from data"
         )
-    split = as_split(data)
-    if metric is not None:
-        return _test_of_metric(models, split, budget, metric, batch_size)
+    _check_batch_size("certify", batch_size)
+
+
+def _check_models(verb: str, **models: object) -> None:
+    for name, model in models.items():
+        if not isinstance(model, nn.Module):
+            held = "; pass its .model" if hasattr(model, "model") else ""
+            raise ValueError(
+                f"{verb}: {name} is a {type(model).__name__}, expected a torch.nn.Module{held}"
+            )
+        check_independent(model)
+
+
+def _check_batch_size(verb: str, batch_size: object) -> None:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(
+            f"{verb}: batch_size={batch_size!r}: expected a whole number of at least 1"
+        )
+
+
+def _test_of_budget(
+    models: tuple[nn.Module, nn.Module],
+    split: Split,
+    budget: Budget,
+    loss: LossLike,
+    batch_size: int,
+) -> Callable[[float], Verdict]:
+    """The test of the budget's own metric. Both models are run once."""
     baseline, compressed = models
     home = next(baseline.parameters()).device
-    told = make_loss(loss, baseline, to_device(split.items[0], home))
+    told = make_loss(loss, baseline, to_device(split.first(), home))
     meant = loss_for(budget, told, baseline)
     check_items(baseline, meant, split.items, "certify")
     before = evaluate(baseline, split.batches(batch_size), meant)
@@ -171,9 +246,11 @@ def compare(
         >>> found.kl.value, found.top1_agreement.value, found.positions
         (0.0, 1.0, 32)
     """
+    _check_models("compare", before=before, after=after)
+    _check_batch_size("compare", batch_size)
     split = as_split(data)
     home = next(before.parameters()).device
-    meant = make_loss(loss, before, to_device(split.items[0], home))
+    meant = make_loss(loss, before, to_device(split.first(), home))
     with StageLog(show=progress).stage("compare", len(split.items)) as advance:
         return compare_models(
             (before, after),
@@ -202,14 +279,14 @@ def _test_of_metric(
     before, after = (
         score_items(model, split.batches(batch_size), scored).numpy() for model in models
     )
-    documents = np.array(split.documents)
-    several = len(set(split.documents)) < len(documents)
+    clusters, copies = clusters_of(split)
 
     def test(confidence: float) -> Verdict:
         return certify_values(
             before,
             after,
-            clusters=documents if several else None,
+            clusters=clusters,
+            copies=copies,
             max_drop=max_drop,
             confidence=confidence,
             bounds=scored.bounds,

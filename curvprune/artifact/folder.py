@@ -20,7 +20,15 @@ from curvprune.artifact.packed_modules import HeldWeight, give_back_memory, pack
 from curvprune.artifact.stored_layers import Stored, stored_tensors, take_stored
 from curvprune.compression import Solved
 from curvprune.files import State
-from curvprune.model import Layer, changes_of, find_layers, remember_, reshape_
+from curvprune.model import (
+    Layer,
+    changes_of,
+    find_layers,
+    remember_,
+    remember_seen_,
+    reshape_,
+    seen_by,
+)
 from curvprune.options import option_from_key
 
 WEIGHTS = "model.safetensors"
@@ -114,7 +122,11 @@ def save(
         form = form_of(model, layers[name], one.option, portable=portable)
         entries[name] = StoredLayer(option=one.option.key, form=form)
     manifest = Manifest(
-        portable=portable, layers=entries, plan=dict(plan), changes=tuple(changes_of(model))
+        portable=portable,
+        layers=entries,
+        plan=dict(plan),
+        changes=tuple(changes_of(model)),
+        seen=b"".join(sorted(seen_by(model))).hex(),
     )
     state.write_json(MANIFEST, manifest.to_json())
 
@@ -146,6 +158,7 @@ def load_into(folder: Path, model: nn.Module, *, packed: bool = False) -> nn.Mod
         for change in changes:
             reshape_(model, change)
         remember_(model, changes)
+    remember_seen_(model, manifest.digests())
     # 2. What is packed or sparse, unpacked among the other tensors or held back.
     layers = find_layers(model)
     held: list[tuple[Layer, HeldWeight]] = []

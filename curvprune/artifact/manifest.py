@@ -8,7 +8,7 @@ from pathlib import Path
 
 from curvprune.artifact.bytes_on_disk import Portable
 from curvprune.files import State
-from curvprune.model import ShapeChange
+from curvprune.model import DIGEST_BYTES, ShapeChange
 from curvprune.options import Form
 from curvprune.schema import decode, encode
 
@@ -33,6 +33,7 @@ class Manifest:
         layers: those that were compressed.
         plan: what chose them, as the one who wrote it had it.
         changes: how the shapes differ from those of the model's architecture.
+        seen: hashes of the items that it was made from and chosen by, one after the other in hex.
     """
 
     format: str = "pack-quantized"
@@ -41,6 +42,13 @@ class Manifest:
     layers: dict[str, StoredLayer]
     plan: dict[str, object]
     changes: tuple[ShapeChange, ...] = ()
+    seen: str = ""
+
+    def digests(self) -> frozenset[bytes]:
+        """``seen``, hash by hash."""
+        content = bytes.fromhex(self.seen)
+        starts = range(0, len(content), DIGEST_BYTES)
+        return frozenset(content[start : start + DIGEST_BYTES] for start in starts)
 
     def to_json(self) -> dict[str, object]:
         """Plain JSON values."""
@@ -49,6 +57,8 @@ class Manifest:
         # Most models have their architecture's shapes, and their manifests say nothing of them.
         if not self.changes:
             del record["changes"]
+        if not self.seen:
+            del record["seen"]
         return record
 
 

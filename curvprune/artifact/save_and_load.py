@@ -21,7 +21,14 @@ from curvprune.artifact.transformers_folder import (
     save_config,
 )
 from curvprune.compression import Solved
-from curvprune.model import architecture_config, changes_of, difference, find_layers, remember_
+from curvprune.model import (
+    architecture_config,
+    changes_of,
+    difference,
+    find_layers,
+    remember_,
+    remember_seen_,
+)
 from curvprune.options import Quantize, quantizer_of
 
 
@@ -98,6 +105,9 @@ def load_artifact(
 ) -> nn.Module:
     """Load a saved transformers model, portable or not, in evaluation mode, weights unpacked unless
     ``packed``."""
-    if read_manifest(folder).portable and not packed:
-        return load_portable(folder, device=device)
+    manifest = read_manifest(folder)
+    if manifest.portable and not packed:
+        model = load_portable(folder, device=device)
+        remember_seen_(model, manifest.digests())
+        return model
     return load_into(folder, load_foreign(folder), packed=packed).to(device).eval()

@@ -14,12 +14,15 @@ of items as arrays and know nothing about models; only `judge` and `compare_mode
     several tasks → one verdict                      joint
     items of one document: what clusters cost        clusters
     bounds that hold exactly                         exact_score, gaffke
+    what no sample shows, and items counted twice    unseen, repeated
     how many items it takes                          power
+    what a split was used for before                 uses
 """
 
 from curvprune.certificate.accuracy import certify_accuracy
 from curvprune.certificate.budget_to_verdict import (
     ItemColumns,
+    clusters_of,
     foreseen,
     item_columns,
     judge,
@@ -50,18 +53,33 @@ from curvprune.certificate.quantile import (
     foreseen_quantile,
 )
 from curvprune.certificate.two_models import ModelComparison, compare_models
+from curvprune.certificate.unseen import confidence_text, fewest_clusters, fewest_without_spread
+from curvprune.certificate.uses import (
+    IN_THIS_PROCESS,
+    Entry,
+    Use,
+    Uses,
+    UsesInMemory,
+    counted,
+    known_entry,
+)
 from curvprune.certificate.values import certify_values
 from curvprune.certificate.verdict import CERTIFIED, INCONCLUSIVE, Verdict, fixed_sequence
 
 __all__ = [
     "CERTIFIED",
     "INCONCLUSIVE",
+    "IN_THIS_PROCESS",
     "Claim",
+    "Entry",
     "Estimate",
     "Foreseen",
     "ItemColumns",
     "JointVerdict",
     "ModelComparison",
+    "Use",
+    "Uses",
+    "UsesInMemory",
     "Verdict",
     "certify_accuracy",
     "certify_all",
@@ -71,10 +89,15 @@ __all__ = [
     "certify_values",
     "claim_lm_eval",
     "claim_values",
+    "clusters_of",
     "compare_models",
+    "confidence_text",
+    "counted",
     "design_effect",
     "documents_needed",
     "exact_p_value",
+    "fewest_clusters",
+    "fewest_without_spread",
     "fixed_sequence",
     "foreseen",
     "foreseen_quantile",
@@ -82,6 +105,7 @@ __all__ = [
     "items_needed",
     "items_needed_for_accuracy",
     "judge",
+    "known_entry",
     "loss_for",
     "power_for_accuracy",
     "probability_of_certifying",

@@ -9,8 +9,9 @@ from numpy.typing import ArrayLike
 
 from curvprune.certificate.arguments import check_limits, check_same_length, zero_one
 from curvprune.certificate.clusters import Evidence, evidence_of, planned_drop
-from curvprune.certificate.exact_score import exact_p_value, exact_upper
+from curvprune.certificate.exact_score import exact_p_value, exact_upper, nuisance_miss
 from curvprune.certificate.power import score_items
+from curvprune.certificate.unseen import fewest_clusters
 from curvprune.certificate.verdict import CERTIFIED, INCONCLUSIVE, VIOLATED, Verdict
 
 _INDEPENDENT = "paired, exact unconditional score test"
@@ -24,6 +25,7 @@ def certify_accuracy(
     compressed_correct: ArrayLike,
     *,
     clusters: ArrayLike | None = None,
+    copies: ArrayLike | None = None,
     max_drop: float,
     confidence: float = 0.95,
 ) -> Verdict:
@@ -47,6 +49,11 @@ def certify_accuracy(
 
     Args:
         baseline_correct, compressed_correct: booleans or 0/1, ``(items,)``.
+        clusters: the document that each item comes from; None when the items are independent.
+        copies: a number that items share which are the same item. Copies are one cluster, and say
+            no more than one of them.
+
+    Clusters too few for the confidence (see `certify_loss`) decide nothing.
 
     Raises:
         ValueError: mismatched lengths, values other than 0/1, no items, fewer than two clusters.
@@ -55,7 +62,7 @@ def certify_accuracy(
     base = zero_one(baseline_correct, "baseline_correct")
     comp = zero_one(compressed_correct, "compressed_correct")
     check_same_length(baseline_correct=base, compressed_correct=comp)
-    check_limits(max_drop, confidence)
+    max_drop, confidence = check_limits(max_drop, confidence)
     if max_drop >= 1:
         raise ValueError(
             f"max_drop={max_drop:g}: accuracy drops are fractions below 1; write 0.01 for one "
@@ -72,9 +79,9 @@ def certify_accuracy(
     # 3. How much these items tell: fewer independent ones, where they come in clusters.
     variance = max(rho - drop**2, 0.0)
     difference = base.astype(float) - comp.astype(float)
-    evidence = evidence_of(difference, clusters, variance=variance, alpha=alpha)
+    evidence = evidence_of(difference, clusters, variance=variance, alpha=alpha, copies=copies)
     counts = (n01, n10, items)
-    if clusters is not None:
+    if evidence.clusters is not None:
         counts = _effective_counts(n01, n10, items, evidence.inflation)
 
     # 4. The bound and the verdict.
@@ -92,12 +99,12 @@ def certify_accuracy(
         drop=drop,
         stderr=evidence.stderr,
         bound=float(bound),
-        max_drop=float(max_drop),
-        confidence=float(confidence),
+        max_drop=max_drop,
+        confidence=confidence,
         items=items,
         clusters=evidence.clusters,
         needed=needed,
-        method=_INDEPENDENT if clusters is None else _CLUSTERED,
+        method=_INDEPENDENT if evidence.clusters is None else _CLUSTERED,
         note=evidence.note,
     )
 
@@ -118,12 +125,14 @@ def _status(
     max_drop: float,
     alpha: float,
 ) -> str:
+    if evidence.few:
+        return INCONCLUSIVE
     if bound <= max_drop:
         return CERTIFIED
     if evidence.lower > max_drop and drop > max_drop:
         # A violation is the same test with the two models exchanged.
         losses, gains, items = counts
-        if exact_p_value(gains, losses, items, -max_drop) <= alpha:
+        if exact_p_value(gains, losses, items, -max_drop, nuisance_miss(alpha)) <= alpha:
             return VIOLATED
     return INCONCLUSIVE
 
@@ -142,4 +151,5 @@ def _needed(
         # What clusters really cost is in the standard error; the design effect covers what few
         # losses cannot show.
         wanted = max(wanted, items * evidence.ratio.growth(max_drop - planned, alpha))
+        wanted = max(wanted, items * fewest_clusters(alpha) / evidence.ratio.clusters)
     return max(math.ceil(wanted), items + 1)

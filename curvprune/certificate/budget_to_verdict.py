@@ -54,8 +54,9 @@ def judge(
 ) -> Verdict:
     """Where a budget becomes a verdict: two models' results on a split, judged by ``max_drop``.
 
-    Documents with several items are clusters. Items in which no position counts (all labels
-    ignored) say nothing and are left out.
+    Documents with several items are clusters, and so are items that hold the same, with their
+    documents (`Split.clusters`). Items in which no position counts (all labels ignored) say nothing
+    and are left out.
 
     Args:
         baseline, compressed: results of every item of ``split``, of the loss that `loss_for` names.
@@ -66,11 +67,9 @@ def judge(
         ValueError: metric 'accuracy' where an item has more than one prediction; or as the test
             does.
     """
-    # 1. The items that count, and the documents that they come from.
+    # 1. The items that count, and which of them belong together.
     counted = (baseline.count > 0).numpy()
-    documents = np.array(split.documents)[counted]
-    independent = len(set(documents)) == len(documents)
-    clusters = None if independent else documents
+    clusters, copies = clusters_of(split, counted)
 
     # 2. The test that the budget's metric asks for.
     assert budget.max_drop is not None
@@ -88,7 +87,12 @@ def judge(
         )
         return verdict if budget.metric == "loss" else replace(verdict, metric="kl")
     if budget.metric == "top1":
-        return _judge_agreement(compressed, documents, budget)
+        return _judge_agreement(compressed, split, budget)
+    if bool(baseline.correct.isnan().any()):
+        raise ValueError(
+            "metric 'accuracy': this loss has no predictions that are right or wrong; use metric "
+            "'loss'"
+        )
     if float(baseline.count.max()) > 1:
         raise ValueError(
             "metric 'accuracy' needs one prediction per item; for language models use metric 'loss'"
@@ -97,14 +101,15 @@ def judge(
         baseline.correct.numpy()[counted] > 0.5,
         compressed.correct.numpy()[counted] > 0.5,
         clusters=clusters,
+        copies=copies,
         max_drop=budget.max_drop,
         confidence=budget.confidence,
     )
 
 
-def _judge_agreement(results: ItemResults, documents: NDArray[np.str_], budget: Budget) -> Verdict:
+def _judge_agreement(results: ItemResults, split: Split, budget: Budget) -> Verdict:
     """Whether both models have the same best guess at all but ``max_drop`` of the positions, which
-    are one or many an item; those of one document are a cluster."""
+    are one or many an item; those of one cluster belong together."""
     assert budget.max_drop is not None
     # 1. One 0 or 1 for every position; in which order within an item does not matter.
     counted = (results.count > 0).numpy()
@@ -121,14 +126,17 @@ def _judge_agreement(results: ItemResults, documents: NDArray[np.str_], budget: 
         )
     runs = np.stack([same, positions - same], 1).astype(int).ravel()
     agree = np.repeat(np.tile([True, False], len(same)), runs)
-    owners = np.repeat(documents, positions.astype(int))
 
-    # 2. Independent only where each document has one.
-    clusters = None if len(set(documents)) == len(owners) else owners
+    # 2. Independent only where each item has one and is a cluster.
+    clusters, copies = clusters_of(split, counted)
+    if len(agree) > len(same):
+        clusters, copies = split.clusters()[counted], None
+        clusters = np.repeat(clusters, positions.astype(int))
     verdict = certify_accuracy(
         np.ones(len(agree)),
         agree,
         clusters=clusters,
+        copies=copies,
         max_drop=budget.max_drop,
         confidence=budget.confidence,
     )
@@ -160,10 +168,10 @@ def _judge_quantile(results: ItemResults, split: Split, budget: Budget, measure:
 
 
 def document_means(results: ItemResults, split: Split) -> NDArray[np.float64]:
-    """The mean loss of every document of a split in which a position counts."""
+    """The mean loss of every cluster of a split in which a position counts: documents, those that
+    share an item as one."""
     counted = (results.count > 0).numpy()
-    names = np.array(split.documents)[counted]
-    _, owner = np.unique(names, return_inverse=True)
+    _, owner = np.unique(split.clusters()[counted], return_inverse=True)
     totals = np.bincount(owner, weights=results.loss.numpy()[counted])
     return np.asarray(totals / np.bincount(owner, weights=results.count.numpy()[counted]))
 
@@ -177,6 +185,32 @@ def foreseen(results: ItemResults, split: Split, budget: Budget, documents: int)
         confidence=budget.confidence,
         documents=documents,
     )
+
+
+def clusters_of(
+    split: Split, counted: NDArray[np.bool_] | None = None
+) -> tuple[NDArray[np.int_] | None, NDArray[np.int_] | None]:
+    """The cluster of every item, and a number that items share which are the same; each ``None``
+    where all are different.
+
+    Args:
+        counted: the items that count, by default all.
+
+    Raises:
+        ValueError: several items that are all one cluster.
+    """
+    chosen = np.ones(len(split.documents), dtype=bool) if counted is None else counted
+    clusters, copies = split.clusters()[chosen], split.copies()[chosen]
+    items = clusters.size
+    if items > 1 and len(set(clusters.tolist())) < 2:
+        documents = len(set(np.array(split.documents)[chosen].tolist()))
+        raise ValueError(
+            f"{items} items of {documents} documents are one cluster ({len(set(copies.tolist()))} "
+            "different items): a bound needs at least 2 independent items (20 or more to be of "
+            "use); add documents that share no item, or pass finer documents"
+        )
+    same = None if len(set(copies.tolist())) == items else copies
+    return (None if len(set(clusters.tolist())) == items else clusters), same
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,7 +245,8 @@ def item_columns(baseline: ItemResults, compressed: ItemResults, split: Split) -
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     count = baseline.count[counted]
     right_before = right_after = None
-    if not float(count.max()) > 1:
+    known = not bool(baseline.correct[counted].isnan().any())
+    if known and not float(count.max()) > 1:
         right_before = _right(baseline.correct[counted])
         right_after = _right(compressed.correct[counted])
     return ItemColumns(

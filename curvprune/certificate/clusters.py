@@ -14,7 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from curvprune.certificate.arguments import numbered_clusters
+from curvprune.certificate.unseen import too_few_text, unseen_share
 from curvprune.certificate.verdict import POWER
+from curvprune.model import joined
 
 # The correlation between items of a cluster that few disagreements cannot rule out.
 _ASSUMED_CORRELATION = 0.1
@@ -39,6 +41,12 @@ class Ratio:
         degrees: degrees of freedom of the t distribution that it is compared with.
         skewness: of the clusters towards large losses, in units of the standard error.
         heaviest: share of the variance that the cluster with the largest loss makes up.
+        clusters: how many.
+        largest_loss, largest_gain: by how much the value would be higher, or lower, if every
+            cluster deviated as far as the one that lost, or gained, most.
+        resolution: rounding of the sums, below which no difference is seen.
+        spread: whether fewer than half of the clusters differ by the same. Else losses are rare
+            events, or none was seen, and what is seen is no scale for them.
     """
 
     value: float
@@ -46,12 +54,25 @@ class Ratio:
     degrees: float
     skewness: float
     heaviest: float
+    clusters: int
+    largest_loss: float
+    largest_gain: float
+    resolution: float
+    spread: bool
 
     def upper(self, alpha: float) -> float:
-        return self.value + sum(self._reach(alpha, self.skewness))
+        """The larger of two bounds: that of the clusters seen, and what a share of unseen ones
+        would add that each lose as much as the one that lost most."""
+        reach = sum(self._reach(alpha, self.skewness))
+        return self.value + max(reach, self._unseen(alpha, self.largest_loss))
 
     def lower(self, alpha: float) -> float:
-        return self.value - sum(self._reach(alpha, -self.skewness))
+        """`upper` of the opposite difference, turned round."""
+        reach = sum(self._reach(alpha, -self.skewness))
+        return self.value - max(reach, self._unseen(alpha, self.largest_gain))
+
+    def _unseen(self, alpha: float, largest: float) -> float:
+        return max(unseen_share(self.clusters, alpha) * largest, self.resolution)
 
     def growth(self, margin: float, alpha: float) -> float:
         """How many times the clusters at hand decide with 80 % power, if drop and ``max_drop`` are
@@ -60,7 +81,10 @@ class Ratio:
         straight += float(special.ndtri(POWER)) * self.stderr
         # Where one cluster makes up much of the variance, more like it are to come: without this,
         # 80 % are 70 % for lognormal losses (simulated).
-        return (1 + 2 * self.heaviest) * growth(straight, skewed, abs(margin))
+        found = (1 + 2 * self.heaviest) * growth(straight, skewed, abs(margin))
+        # The unseen share falls in proportion to the number of clusters.
+        largest = self.largest_loss if margin > 0 else self.largest_gain
+        return max(found, growth(0.0, self._unseen(alpha, largest), abs(margin)))
 
     def _reach(self, alpha: float, skewness: float) -> tuple[float, float]:
         """From drop to bound: what falls with the root of the number of clusters, and what falls in
@@ -128,7 +152,20 @@ def clustered_ratio(
         degrees=min(equal_variances, shrinking_variances),
         skewness=skewness,
         heaviest=heaviest,
+        clusters=number,
+        largest_loss=number * max(float(residual.max()), 0.0) / total,
+        largest_gain=number * max(-float(residual.min()), 0.0) / total,
+        resolution=float(noise.sum()) / total + np.finfo(float).eps,
+        spread=bool(_most_alike((residual + value * sizes) / sizes, noise / sizes) <= number / 2),
     )
+
+
+def _most_alike(rates: NDArray[np.float64], noise: NDArray[np.float64]) -> int:
+    """The largest number of clusters whose differences per position are the same, up to
+    rounding."""
+    ordered = np.sort(rates)
+    ends = np.searchsorted(ordered, ordered + 2 * noise.max(), side="right")
+    return int((ends - np.arange(ordered.size)).max())
 
 
 def _satterthwaite(
@@ -174,17 +211,30 @@ def doubts(ratio: Ratio, number: int, what: str, *, bounded: bool = False) -> st
     return "; ".join(found)
 
 
-def design_effect(documents: ArrayLike) -> float:
+def design_effect(documents: ArrayLike, copies: ArrayLike | None = None) -> float:
     """How many items of these documents are assumed to carry as much as one independent item.
 
-    1 + 0.1 (mean size of the document of an item - 1).
+    1 + 0.1 (s - 1), s the mean size of the document of an item. Where each item stands there c
+    times, for a mean item, c + 0.1 (s - c): copies say nothing new at all.
+
+    Args:
+        copies: a number that items share which are the same.
     """
-    sizes = np.unique(np.asarray(documents), return_counts=True)[1].astype(float)
-    return 1 + _ASSUMED_CORRELATION * (float(np.sum(sizes**2) / sizes.sum()) - 1)
+    times = 1.0 if copies is None else _mean_size(copies)
+    return times + _ASSUMED_CORRELATION * max(_mean_size(documents) - times, 0.0)
+
+
+def _mean_size(labels: ArrayLike) -> float:
+    """How many items the cluster of a mean item has."""
+    sizes = np.unique(np.asarray(labels), return_counts=True)[1].astype(float)
+    return float(np.sum(sizes**2) / sizes.sum())
 
 
 def plausible_design_effect(
-    clusters: NDArray[np.int_], stderr: float, independent_variance: float
+    clusters: NDArray[np.int_],
+    stderr: float,
+    independent_variance: float,
+    copies: NDArray[np.int_] | None = None,
 ) -> float:
     """The largest plausible number of items that carry as much as one independent item.
 
@@ -195,7 +245,7 @@ def plausible_design_effect(
     no gains at all it was up to 10 %.
     """
     observed = stderr**2 / independent_variance if independent_variance > 0 else 1.0
-    return max(1.0, observed, design_effect(clusters))
+    return max(1.0, observed, design_effect(clusters, copies))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,6 +260,7 @@ class Evidence:
         clusters: how many; None where items are independent.
         ratio: the mean difference judged by its clusters, where there are some.
         note: see `doubts`.
+        few: why so few clusters decide nothing; empty where they are enough.
     """
 
     stderr: float
@@ -219,14 +270,24 @@ class Evidence:
     clusters: int | None
     ratio: Ratio | None
     note: str
+    few: str
 
 
 def evidence_of(
-    difference: NDArray[np.float64], clusters: ArrayLike | None, *, variance: float, alpha: float
+    difference: NDArray[np.float64],
+    clusters: ArrayLike | None,
+    *,
+    variance: float,
+    alpha: float,
+    copies: ArrayLike | None = None,
 ) -> Evidence:
-    """What `Evidence` holds, of paired differences ``(items,)`` with this variance."""
+    """What `Evidence` holds, of paired differences ``(items,)`` with this variance.
+
+    Args:
+        copies: a number that items share which are the same; ``None`` where no two are.
+    """
     items = difference.size
-    if clusters is None:
+    if clusters is None and copies is None:
         return Evidence(
             stderr=math.sqrt(variance / items),
             inflation=1.0,
@@ -235,16 +296,24 @@ def evidence_of(
             clusters=None,
             ratio=None,
             note="",
+            few="",
         )
-    numbers = numbered_clusters(clusters, items)
+    same = None if copies is None else numbered_clusters(copies, items)
+    numbers = same if clusters is None else numbered_clusters(clusters, items)
+    assert numbers is not None
+    if same is not None:
+        numbers = joined(numbers.tolist(), same.tolist())
     number = int(numbers.max()) + 1
     ratio = clustered_ratio(difference, np.ones(items), numbers)
+    few = too_few_text(number, "clusters", alpha)
+    note = few or doubts(ratio, number, "clusters", bounded=True)
     return Evidence(
         stderr=ratio.stderr,
-        inflation=plausible_design_effect(numbers, ratio.stderr, variance / items),
+        inflation=plausible_design_effect(numbers, ratio.stderr, variance / items, same),
         upper=ratio.upper(alpha),
         lower=ratio.lower(alpha),
         clusters=number,
         ratio=ratio,
-        note=doubts(ratio, number, "clusters", bounded=True),
+        note=note,
+        few=few,
     )

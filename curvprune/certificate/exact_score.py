@@ -19,28 +19,40 @@ _NUISANCE_POINTS = 64
 _TAIL = 1e-10
 
 
-def exact_p_value(n01: int, n10: int, items: int, drop: float) -> float:
+def nuisance_miss(alpha: float) -> float:
+    """How often the interval of the nuisance parameter may miss it at this level: little beside
+    it."""
+    return min(_NUISANCE_MISS, alpha / 500)
+
+
+def exact_p_value(
+    n01: int, n10: int, items: int, drop: float, miss: float = _NUISANCE_MISS
+) -> float:
     """Exact p-value of the hypothesis that accuracy truly falls by ``drop`` or more.
 
     The probability of outcomes whose score is at most the observed one, at the worst probability
     that only the compressed model is right. Cost: milliseconds at hundreds of items.
 
+    Args:
+        miss: see `nuisance_miss`; it is part of the p-value.
+
     Source: Tango (1998, Statistics in Medicine 17); Berger and Boos (1994, JASA 89).
     """
     # 1. An interval for the nuisance parameter, P(only the compressed model is right).
-    half = _NUISANCE_MISS / 2
+    half = miss / 2
     low = float(stats.beta.ppf(half, n10, items - n10 + 1)) if n10 else 0.0
     high = float(stats.beta.isf(half, n10 + 1, items - n10)) if n10 < items else 1.0
     low, high = max(low, 0.0, -drop), min(high, (1 - drop) / 2)
     if low > high:
-        return _NUISANCE_MISS
+        return miss
     # Even steps in arcsin(sqrt(q)) are even in standard errors, so the grid misses no peak at
     # either end.
     angles = math.asin(math.sqrt(low)), math.asin(math.sqrt(high))
     gains = np.sin(np.linspace(*angles, _NUISANCE_POINTS)[:, None]) ** 2
 
     # 2. The outcomes as extreme as the observed one: for every n10 = c the largest n01.
-    first, last = stats.binom.ppf(_TAIL, items, low), stats.binom.isf(_TAIL, items, high)
+    tail = _TAIL * miss / _NUISANCE_MISS
+    first, last = stats.binom.ppf(tail, items, low), stats.binom.isf(tail, items, high)
     c = np.arange(max(0, int(first)), min(items, int(last)) + 1)
     observed = float(score_statistic(np.array(n01), np.array(n10), items, drop)[0])
     reach = _last_as_extreme(observed, c, items, drop)
@@ -50,7 +62,7 @@ def exact_p_value(n01: int, n10: int, items: int, drop: float) -> float:
     within = special.bdtr(np.maximum(reach, 0).astype(float), items - c, losses)
     inside = np.where(reach >= 0, within, 0.0)
     p = np.sum(stats.binom.pmf(c, items, gains) * inside, axis=1).max()
-    return min(1.0, float(p) + _NUISANCE_MISS + 2 * _TAIL)
+    return min(1.0, float(p) + miss + 2 * tail)
 
 
 def exact_upper(n01: int, n10: int, items: int, max_drop: float, alpha: float) -> float:
@@ -58,9 +70,9 @@ def exact_upper(n01: int, n10: int, items: int, max_drop: float, alpha: float) -
 
     It is <= ``max_drop`` exactly when the test at ``max_drop`` rejects.
     """
-    drop = (n01 - n10) / items
+    drop, miss = (n01 - n10) / items, nuisance_miss(alpha)
     # 1. On which side of ``max_drop`` the bound lies.
-    if drop < max_drop and exact_p_value(n01, n10, items, max_drop) <= alpha:
+    if drop < max_drop and exact_p_value(n01, n10, items, max_drop, miss) <= alpha:
         low, high = drop, max_drop
     else:
         low, high = max(drop, max_drop), 1.0
@@ -69,7 +81,7 @@ def exact_upper(n01: int, n10: int, items: int, max_drop: float, alpha: float) -
         middle = (low + high) / 2
         if high - low <= 1e-7:
             break
-        if exact_p_value(n01, n10, items, middle) <= alpha:
+        if exact_p_value(n01, n10, items, middle, miss) <= alpha:
             high = middle
         else:
             low = middle

@@ -9,9 +9,13 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from curvprune.certificate.loss import certify_loss
 from curvprune.certificate.values import certify_values
 from curvprune.certificate.verdict import Verdict
+from curvprune.model import joined
 
 # The metric of the corpus is a function of the ratio of two sums, log-likelihood and how many:
 # metric → its measure, and how much of it a nat is.
@@ -60,6 +64,7 @@ def certify_lm_eval(
     ``word_perplexity``, ``byte_perplexity`` and ``bits_per_byte`` are tested as the loss behind
     them: ``max_drop`` is in nats per word, nats per byte or bits per byte. For ``perplexity`` it is
     in nats per document. All others are means, in their own unit, as in `certify_values`.
+    Documents with the same hashes of text, prompt and target are one cluster.
 
     Args:
         baseline, compressed: the ``samples_<task>_<date>.jsonl`` of the two models, or lists of
@@ -76,14 +81,20 @@ def certify_lm_eval(
             document twice, or a metric that is not one number per document.
     """
     # 1. Read the files, pair their documents.
-    pairs, metric = _read_pairs(_paths(baseline), _paths(compressed), metric, filter)
+    pairs, metric = _read_pairs(
+        _paths(baseline, "baseline"), _paths(compressed, "compressed"), metric, filter
+    )
     ours, theirs = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    clusters = None
+    clusters: Sequence[str] | NDArray[np.int_] | None = None
     if cluster is not None:
         clusters = [_field(sample, cluster) for sample in ours]
 
+    copies = _copies(ours)
+
     # 2. Perplexities are judged by the loss behind them.
     if metric in _RATIOS:
+        if copies is not None:
+            clusters = joined(copies, copies if clusters is None else list(clusters))
         return _certify_ratio(
             ours, theirs, metric, clusters=clusters, max_drop=max_drop, confidence=confidence
         )
@@ -102,6 +113,7 @@ def certify_lm_eval(
         bounds=bounds,
         higher_is_better=higher_is_better,
         clusters=clusters,
+        copies=None if copies is None else joined(copies),
         confidence=confidence,
         metric=metric,
     )
@@ -112,7 +124,7 @@ def _certify_ratio(
     theirs: Sequence[_Sample],
     metric: str,
     *,
-    clusters: Sequence[str] | None,
+    clusters: Sequence[str] | NDArray[np.int_] | None,
     max_drop: float,
     confidence: float,
 ) -> Verdict:
@@ -139,10 +151,13 @@ def _certify_ratio(
 # -------------------------------------------------------------------------------------------- files
 
 
-def _paths(given: Files) -> list[Path]:
-    if isinstance(given, (str, Path)):
-        return [Path(given)]
-    return [Path(path) for path in given]
+def _paths(given: Files, name: str) -> list[Path]:
+    found = [given] if isinstance(given, (str, Path)) else given
+    if not isinstance(found, (list, tuple)) or not all(isinstance(f, (str, Path)) for f in found):
+        raise ValueError(
+            f"{name}={given!r}: expected a samples_*.jsonl that lm-eval wrote, or a list of them"
+        )
+    return [Path(path) for path in found]
 
 
 def _read_pairs(
@@ -272,6 +287,19 @@ def _sum_and_count(sample: _Sample, metric: str) -> tuple[float, float]:
             f"{sample.at}: {metric} is {json.dumps(value)[:60]}, expected [log-likelihood, count]"
         )
     return float(value[0]), float(value[1])
+
+
+def _copies(samples: Sequence[_Sample]) -> list[Hashable] | None:
+    """For every document a label that it shares with those of the same text, prompt and target;
+    ``None`` if there are no two. Older logs have no hashes: then each is its own."""
+    labels: list[Hashable] = []
+    for sample in samples:
+        hashes = tuple(sample.values.get(key) for key in _HASHES)
+        known = all(isinstance(value, str) for value in hashes)
+        # Of one file: subtasks may number their hashes alike.
+        file = sample.at.rpartition(":")[0]
+        labels.append((file, *hashes) if known else sample.at)
+    return labels if len(set(labels)) < len(labels) else None
 
 
 def _field(sample: _Sample, name: str) -> str:

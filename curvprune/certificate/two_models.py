@@ -143,7 +143,7 @@ def compare_models(
         check_items(model, loss, split.items, "compare")
     if isinstance(loss, LabelFree):
         # Tells what its outputs are, or refuses them.
-        first = to_device(split.items[0], next(models[0].parameters()).device)
+        first = to_device(split.first(), next(models[0].parameters()).device)
         loss.item_results(models[0], first)
     # 2. What happened, item by item.
     rows = _Rows()
@@ -268,7 +268,7 @@ def _flips(first: Tensor, second: Tensor, positions: Positions) -> Tensor:
 def _figures(
     rows: _Rows, split: Split, loss: Loss, names: tuple[str, str], seed: int
 ) -> ModelComparison:
-    # 1. Documents in which a position counts, numbered as they first appear.
+    # 1. Documents in which a position counts; those that share an item are one.
     count = torch.cat(rows.count).numpy()
     counted = count > 0
     if not counted.any():
@@ -276,11 +276,10 @@ def _figures(
             f"compare: no position counts in any of {len(count)} items: all are padding or have "
             "labels that the loss ignores"
         )
-    numbers: dict[str, int] = {}
     owner = np.zeros(len(count), dtype=np.int32)
-    for i in np.flatnonzero(counted):
-        owner[i] = numbers.setdefault(split.documents[i], len(numbers))
-    documents = len(numbers)
+    found_documents, numbers = np.unique(split.clusters()[counted], return_inverse=True)
+    owner[counted] = numbers
+    documents = len(found_documents)
 
     def summed(parts: list[Tensor]) -> Floats:
         values = torch.cat(parts).double().numpy()[counted]

@@ -4,18 +4,27 @@ without bounds."""
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from curvprune.certificate.accuracy import certify_accuracy
-from curvprune.certificate.arguments import check_limits, check_same_length, column
+from curvprune.certificate.arguments import (
+    check_bounds,
+    check_limits,
+    check_same_length,
+    column,
+    numbered_clusters,
+)
 from curvprune.certificate.clusters import Evidence, evidence_of, growth, planned_drop
 from curvprune.certificate.gaffke import gaffke_upper
 from curvprune.certificate.loss import certify_loss
+from curvprune.certificate.repeated import same_results
+from curvprune.certificate.unseen import fewest_clusters, too_few_text
 from curvprune.certificate.verdict import CERTIFIED, INCONCLUSIVE, POWER, VIOLATED, Verdict
+from curvprune.model import joined
 
 _BOUNDED = "paired, Gaffke's bound"
 _BOUNDED_CLUSTERED = (
@@ -31,6 +40,7 @@ def certify_values(
     bounds: tuple[float, float] | None = None,
     higher_is_better: bool = True,
     clusters: ArrayLike | None = None,
+    copies: ArrayLike | None = None,
     confidence: float = 0.95,
     metric: str = "value",
     unit: str = "",
@@ -55,6 +65,8 @@ def certify_values(
         bounds: the lowest and the highest value that an item can have (not those that were seen);
             None if there are none.
         clusters: as for `certify_loss`.
+        copies: as for `certify_accuracy`. Without it, items whose two scores are the same to the
+            last digit, and not round, are taken for copies.
         unit: what a score is counted in, such as ``"points"``: the verdict's ``measure``.
 
     Raises:
@@ -63,8 +75,12 @@ def certify_values(
     """
     base, comp = column(baseline, "baseline"), column(compressed, "compressed")
     check_same_length(baseline=base, compressed=comp)
-    check_limits(max_drop, confidence)
+    max_drop, confidence = check_limits(max_drop, confidence)
     if bounds is None:
+        if copies is not None:
+            numbers = numbered_clusters(copies, base.size)
+            documents = numbers if clusters is None else numbered_clusters(clusters, base.size)
+            clusters = joined(numbers.tolist(), documents.tolist())
         # A score that should be high is a loss with the sign turned.
         losses = (-base, -comp) if higher_is_better else (base, comp)
         verdict = certify_loss(
@@ -78,18 +94,27 @@ def certify_values(
         return replace(
             verdict, metric=metric, baseline=float(base.mean()), compressed=float(comp.mean())
         )
-    _check_bounds(base, comp, bounds, max_drop)
-    if tuple(bounds) == (0, 1) and _zero_or_one(base) and _zero_or_one(comp):
+    low, high = check_bounds(bounds)
+    _check_range(base, comp, (low, high), max_drop)
+    if (low, high) == (0, 1) and _zero_or_one(base) and _zero_or_one(comp):
         right = (base, comp) if higher_is_better else (1 - base, 1 - comp)
         verdict = certify_accuracy(
-            *right, clusters=clusters, max_drop=max_drop, confidence=confidence
+            *right, clusters=clusters, copies=copies, max_drop=max_drop, confidence=confidence
         )
     else:
-        low, high = bounds
         difference = base - comp if higher_is_better else comp - base
-        verdict = _certify_bounded(
-            difference, high - low, clusters, max_drop=float(max_drop), confidence=float(confidence)
+        repeated = None
+        if copies is None:
+            labels = same_results(base, comp, np.ones(base.size))
+            repeated = None if labels is None else joined(labels)
+        given = _Given(
+            difference=difference,
+            span=high - low,
+            clusters=clusters,
+            copies=repeated if copies is None else copies,
+            repeated=repeated is not None,
         )
+        verdict = _certify_bounded(given, max_drop=max_drop, confidence=confidence)
     return replace(
         verdict,
         metric=metric,
@@ -99,18 +124,25 @@ def certify_values(
     )
 
 
-def _check_bounds(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Given:
+    """Paired differences between -``span`` and ``span``, and which items depend on each other;
+    ``repeated``: copies are those with the same results."""
+
+    difference: NDArray[np.float64]
+    span: float
+    clusters: ArrayLike | None
+    copies: ArrayLike | None
+    repeated: bool
+
+
+def _check_range(
     base: NDArray[np.float64],
     comp: NDArray[np.float64],
     bounds: tuple[float, float],
     max_drop: float,
 ) -> None:
     low, high = bounds
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ValueError(
-            f"bounds={bounds!r}: expected the lowest and the highest value of an item, such as "
-            "(0, 1)"
-        )
     if max_drop >= high - low:
         raise ValueError(
             f"max_drop={max_drop:g}: no drop of a score between {low:g} and {high:g} exceeds it"
@@ -129,26 +161,21 @@ def _zero_or_one(values: NDArray[np.float64]) -> bool:
     return bool(np.all((values == 0) | (values == 1)))
 
 
-def _certify_bounded(
-    difference: NDArray[np.float64],
-    span: float,
-    clusters: ArrayLike | None,
-    *,
-    max_drop: float,
-    confidence: float,
-) -> Verdict:
-    """The verdict on differences between -``span`` and ``span``; the caller names the metric and
-    the means."""
+def _certify_bounded(given: _Given, *, max_drop: float, confidence: float) -> Verdict:
+    """The verdict on bounded differences; the caller names the metric and the means."""
     # 1. What the items and their clusters say.
+    difference, span = given.difference, given.span
     alpha, items = 1 - confidence, difference.size
     drop, variance = float(difference.mean()), float(difference.var())
-    evidence = evidence_of(difference, clusters, variance=variance, alpha=alpha)
+    evidence = _evidence(given, variance, alpha)
 
     # 2. The bound: of two that could be too low, the larger.
     bound = max(evidence.upper, gaffke_upper(difference, span, alpha, evidence.inflation))
 
     # 3. The verdict.
-    if bound <= max_drop:
+    if evidence.few:
+        status = INCONCLUSIVE
+    elif bound <= max_drop:
         status = CERTIFIED
     elif (
         evidence.lower > max_drop
@@ -174,9 +201,31 @@ def _certify_bounded(
         items=items,
         clusters=evidence.clusters,
         needed=needed,
-        method=_BOUNDED if clusters is None else _BOUNDED_CLUSTERED,
+        method=_BOUNDED if evidence.clusters is None else _BOUNDED_CLUSTERED,
         note=evidence.note,
     )
+
+
+def _evidence(given: _Given, variance: float, alpha: float) -> Evidence:
+    """What the items say, those with the same results counted once."""
+    difference, items, copies = given.difference, given.difference.size, given.copies
+    if not given.repeated:
+        return evidence_of(
+            difference, given.clusters, variance=variance, alpha=alpha, copies=copies
+        )
+    distinct = len(np.unique(np.asarray(copies)))
+    note = (
+        f"{items - distinct} of the {items} items have the very results of others and count as "
+        "the same"
+    )
+    # One item has no standard error, and is too few by any measure.
+    if distinct < 2:
+        alone = evidence_of(difference, None, variance=variance, alpha=alpha)
+        few = too_few_text(1, "items", alpha)
+        note = f"{few}; {note}"
+        return replace(alone, inflation=float(items), clusters=1, few=few, note=note)
+    found = evidence_of(difference, given.clusters, variance=variance, alpha=alpha, copies=copies)
+    return replace(found, note="; ".join(filter(None, (found.note, note))))
 
 
 def _needed(
@@ -207,4 +256,5 @@ def _needed(
     by_clusters = 0.0
     if evidence.ratio is not None:
         by_clusters = evidence.ratio.growth(margin, alpha)
+        by_clusters = max(by_clusters, fewest_clusters(alpha) / evidence.ratio.clusters)
     return max(math.ceil(wanted), math.ceil(items * by_clusters), items + 1)

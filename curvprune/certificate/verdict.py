@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from pydantic import ConfigDict
 
+from curvprune.certificate.unseen import confidence_text, share_text
 from curvprune.schema import Json, Number, decode, encode
 
 CERTIFIED, VIOLATED, INCONCLUSIVE = "CERTIFIED", "VIOLATED", "INCONCLUSIVE"
@@ -22,17 +23,22 @@ class Verdict:
 
     Attributes:
         status: CERTIFIED (drop <= max_drop at ``confidence``), VIOLATED (drop > max_drop at
-            ``confidence``) or INCONCLUSIVE.
+            ``confidence``) or INCONCLUSIVE. Where clusters are too few for the confidence it is
+            INCONCLUSIVE whatever the bound.
         metric: what was compared, such as ``"loss"`` or ``"accuracy"``.
         measure: what ``drop`` and the means are counted in, such as ``"nats/token"``.
         baseline, compressed: mean loss or accuracy of the two models.
         drop: how much worse the compressed model is; ``stderr`` is its standard error.
-        bound: one-sided upper confidence bound of the drop. CERTIFIED iff bound <= max_drop.
+        bound: one-sided upper confidence bound of the drop. CERTIFIED needs bound <= max_drop.
+            Infinite where too few clusters, all with the same difference, give none.
         items, clusters: how much evidence there is. ``clusters`` is None for independent items.
         needed: items that would decide an INCONCLUSIVE verdict with 80 % power, if drop and
             variance stay as observed; None otherwise. A drop below 0 is planned as 0.
         method: the name of the test.
         note: what makes the confidence doubtful, if anything was seen that does.
+        unseen: share of the clusters (or items) that a loss may hit and be in none of those at
+            hand, with probability 1 - confidence; None where ``bound`` covers such losses.
+        earlier: what the items were used for before this verdict, one line for each use.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -52,6 +58,33 @@ class Verdict:
     needed: int | None
     method: str
     note: str = ""
+    unseen: float | None = None
+    earlier: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        evidence = f"{self.items} items"
+        if self.clusters is not None:
+            evidence += f" in {self.clusters} clusters"
+        lines = [
+            f"{self.status} at {confidence_text(self.confidence)} confidence: {self.metric} drop "
+            f"{self.drop:.4g} ± {self.stderr:.2g}, bound {self.bound:.4g} of {self.max_drop:g} "
+            f"{self.measure} ({evidence})"
+        ]
+        if self.unseen is not None and "would not have been seen" not in self.note:
+            what = "items" if self.clusters is None else "clusters"
+            lines.append(
+                f"a loss that hits fewer than {share_text(self.unseen)} of {what} would not have "
+                "been seen"
+            )
+        if self.needed is not None:
+            lines.append(f"needed: {self.needed} items")
+        if self.note:
+            lines.append(f"note: {self.note}")
+        return "\n  ".join(lines)
+
+    def noting(self, *texts: str | None) -> Verdict:
+        """The same verdict with more in its ``note``."""
+        return replace(self, note="; ".join(filter(None, (self.note, *texts))))
 
     def to_dict(self) -> Any:
         """Plain JSON values; numbers that are not finite become None."""

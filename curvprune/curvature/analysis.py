@@ -15,10 +15,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from curvprune.curvature.capture import capture, items_in
+from curvprune.curvature.capture import capture, items_in, wide
 from curvprune.curvature.diagnosis import Diagnosis, diagnose
+from curvprune.curvature.estimates import Estimate
 from curvprune.curvature.layer_curvature import LayerCurvature
 from curvprune.curvature.layer_fisher import first_order
 from curvprune.curvature.layer_hessian import second_order
@@ -31,9 +33,12 @@ from curvprune.curvature.request import (
     AnalysisSettings,
     Remember,
 )
-from curvprune.curvature.structure import find_structure
-from curvprune.model import Batch, Layer, Loss
+from curvprune.curvature.structure import Structure, find_structure
+from curvprune.curvature.unused import unused_layers
+from curvprune.model import Batch, Layer, Loss, check_independent
 from curvprune.schema import Json, encode
+
+NAMED = 8  # layers that a note names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,17 +94,16 @@ def analyze_curvature(
             a group of layers, eigenvalues or density of a layer.
 
     Raises:
-        ValueError: a layer that holds NaN, a model that is not deterministic, a layer that is not
-            on the way to the loss.
+        ValueError: a layer that holds NaN, a model that is not deterministic.
     """
-    for name, layer in layers.items():
-        if not bool(layer.weight.isfinite().all()):
-            raise ValueError(
-                f"layer {name}: its weight holds NaN or infinite values; repair the model or "
-                "leave it out"
-            )
+    _check_finite(layers)
+    check_independent(model)
     # 1. What is exact for which layer. The first batch's forward pass serves the Fisher as well.
     batches = list(batches)
+    wanted, layers = layers, dict(layers)
+    unused = unused_layers(model, objective, batches, layers)
+    for name in unused:
+        del layers[name]
     taken = capture(model, objective, batches[0], layers) if asked.first_order else None
     structure = find_structure(model, objective, batches[0], layers, taken)
     request = AnalysisRequest(
@@ -112,6 +116,8 @@ def analyze_curvature(
         advance=advance,
         remember=remember,
     )
+
+    request.notes += [*_of_altered(structure), *_of_unused(unused), *_of_frozen(wanted)]
 
     # 2. Every layer, and the whole model.
     whole: ModelCurvature | None = None
@@ -127,6 +133,9 @@ def analyze_curvature(
         if asked.wants("density"):
             whole = whole_model(request)
 
+    found |= {name: _nothing(wanted[name], asked) for name in unused}
+    found = {name: found[name] for name in wanted}
+
     # 3. In words.
     diagnosis: Diagnosis | None = None
     if whole is not None:
@@ -139,6 +148,68 @@ def analyze_curvature(
         model=whole,
         diagnosis=diagnosis,
         notes=tuple(request.notes),
+    )
+
+
+def _check_finite(layers: Mapping[str, Layer]) -> None:
+    for name, layer in layers.items():
+        if not bool(layer.weight.isfinite().all()):
+            raise ValueError(
+                f"layer {name}: its weight holds NaN or infinite values; repair the model or "
+                "leave it out"
+            )
+
+
+def _of_altered(structure: Structure) -> list[str]:
+    """Which layers are not taken for matrices."""
+    names = structure.altered
+    if not names:
+        return []
+    told = _named([f"{name} ({structure.reasons[name]})" for name in names])
+    return [
+        f"{len(names)} layer(s) compute more than their weight times their input, so their "
+        f"curvature comes from gradients of the weight itself and is estimated: {told}"
+    ]
+
+
+def _of_unused(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    return [
+        f"{len(names)} layer(s) are not on the way to the loss, so their curvature is zero: "
+        f"{_named(names)}"
+    ]
+
+
+def _of_frozen(layers: Mapping[str, Layer]) -> list[str]:
+    """Which layers are frozen, where others are not."""
+    names = [name for name, layer in layers.items() if not layer.weight.requires_grad]
+    if not names or len(names) == len(layers):
+        return []
+    return [
+        f"{len(names)} of {len(layers)} layers are frozen (requires_grad=False) and counted like "
+        f"the others; leave them out by layers= if that is not meant: {_named(names)}"
+    ]
+
+
+def _named(names: Sequence[str]) -> str:
+    """The first of the names, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def _nothing(layer: Layer, asked: AnalysisSettings) -> LayerCurvature:
+    """What is asked of a layer on which the loss does not depend."""
+    diagonal = None
+    if asked.wants("diagonal"):
+        weight = layer.weight
+        diagonal = torch.zeros(layer.shape, dtype=wide(weight), device=weight.device)
+    return LayerCurvature(
+        trace=Estimate(value=0.0, stderr=0.0) if asked.wants("trace", "diagonal") else None,
+        diagonal=diagonal,
+        shape=layer.shape,
+        method="exact",
+        diagonal_error=0.0,
     )
 
 

@@ -183,14 +183,18 @@ def capture(
     error."""
     calls: dict[str, list[Call]] = {n: [] for n in layers}
 
-    def keep_calls_of(name: str) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    def keep_calls_of(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> Any:
+            given = [value for value in (*inputs, *named.values()) if isinstance(value, Tensor)]
+            # Of anything else there are no factors; its weight counts as used.
+            if not given or not isinstance(output, Tensor):
+                return output
             bare = output
             if not output.requires_grad:
                 bare = output.detach().requires_grad_()
                 output = bare.clone()  # a leaf may not be changed in place by what follows
             edge = get_gradient_edge(bare)
-            calls[name].append(Call(module, inputs[0].detach(), bare.shape, edge))
+            calls[name].append(Call(module, given[0].detach(), bare.shape, edge))
             return output
 
         return hook
@@ -203,7 +207,7 @@ def capture(
             continue
         modules = {id(m): m for m in (layer.module, *layer.readers)}
         for module in modules.values():
-            handles.append(module.register_forward_hook(keep_calls_of(name)))
+            handles.append(module.register_forward_hook(keep_calls_of(name), with_kwargs=True))
     # 2. The forward pass.
     try:
         with evaluating(model), _frozen(model), torch.enable_grad(), uses:
@@ -238,11 +242,17 @@ def backward(
         raise ValueError(
             f"layer {experts[0]}: stacked experts have no factors per item; leave it out"
         )
-    edges = [taken.calls[n][0].edge for n in names]
-    gradients = torch.autograd.grad(outputs, edges, seed, retain_graph=retain, allow_unused=True)
-    for name, g in zip(names, gradients, strict=True):
+    edges = [taken.calls[n][0].edge for n in names if taken.calls[n]]
+    found: tuple[Tensor | None, ...] = (None,) * len(names)
+    if outputs.requires_grad and len(edges) == len(names):
+        found = torch.autograd.grad(outputs, edges, seed, retain_graph=retain, allow_unused=True)
+    gradients: list[Tensor] = []
+    for name, g in zip(names, found, strict=True):
+        if g is None and taken.calls[name] and len(edges) < len(names):
+            continue  # another layer was never called
         if g is None:
             raise ValueError(
                 f"layer {name} received no gradient: it is not on the way to the loss; leave it out"
             )
-    return [g.to(wide(g)) for g in gradients]
+        gradients.append(g.to(wide(g)))
+    return gradients

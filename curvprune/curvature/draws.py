@@ -16,11 +16,15 @@ class Draws:
         seed: of all draws.
         slopes: go back from the data's own labels as well, for the first-order term; only
             `fisher_pass` does.
+        empirical: go back from the loss on the data's own labels instead of draws: the empirical
+            Fisher, for a loss that cannot be drawn from; only `fisher_pass` does. ``labels`` is 1
+            then.
     """
 
     labels: int = 2
     seed: int = 0
     slopes: bool = False
+    empirical: bool = False
 
     def generator(self, number: int) -> torch.Generator:
         """The generator of one item, mini-batch or step: what it draws does not depend on the

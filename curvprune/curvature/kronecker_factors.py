@@ -16,6 +16,7 @@ from curvprune.curvature.capture import Capture, backward, capture
 from curvprune.curvature.closed_forms import BlockDiagonal, Ekfac, Kronecker
 from curvprune.curvature.draws import Draws
 from curvprune.curvature.operators import Operator, ParamSpace
+from curvprune.curvature.structure import find_structure
 from curvprune.distributed import all_sum, my_share
 from curvprune.model import Batch, Layer, Loss
 
@@ -110,6 +111,8 @@ def _factors(
                 f"layer {name}: a grouped convolution, an embedding or experts have no Kronecker "
                 "factors"
             )
+    for name, why in find_structure(model, objective, batches[0], layers).reasons.items():
+        raise ValueError(f"layer {name}: {why}; it has no Kronecker factors, leave it out")
     # 1. Sums of outer products on this process's share of the mini-batches.
     a: dict[str, Tensor] = {}
     g: dict[str, Tensor] = {}

@@ -6,14 +6,19 @@ Standard errors are over items: about the population that the items come from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
 
 from curvprune.curvature.batched_fisher import fisher_moments
-from curvprune.curvature.capture import Capture, items_in
+from curvprune.curvature.capture import Capture, items_in, wide
 from curvprune.curvature.layer_curvature import LayerCurvature, layers_of_moments
 from curvprune.curvature.request import AnalysisRequest
-from curvprune.curvature.sampled_fisher import fisher_pass
-from curvprune.model import Batch, Layer
+from curvprune.curvature.sampled_fisher import fisher_pass, ratio_estimate
+from curvprune.curvature.unused import requiring
+from curvprune.distributed import all_sum, gather, my_share
+from curvprune.model import Batch, Layer, evaluating
 
 
 def first_order(request: AnalysisRequest, taken: Capture) -> dict[str, LayerCurvature]:
@@ -50,15 +55,11 @@ def _from_factors(
 
 def _from_items(request: AnalysisRequest, layers: Mapping[str, Layer]) -> dict[str, LayerCurvature]:
     asked = request.asked
-    if asked.matrix == "empirical-fisher":
-        name = next(iter(layers))
-        raise ValueError(
-            f"layer {name}: {request.structure.reasons[name]}; the empirical Fisher needs layers "
-            "that are called once; leave it out"
-        )
     singles: list[Batch] = []
     for batch in request.batches:
         singles += [_item(batch, i) for i in range(items_in(batch))]
+    if asked.matrix == "empirical-fisher":
+        return _from_own_labels(request, layers, singles)
     passed = fisher_pass(request.model, request.objective, singles, layers, {}, draws=asked.draws)
     found = {}
     for name, layer in layers.items():
@@ -66,6 +67,45 @@ def _from_items(request: AnalysisRequest, layers: Mapping[str, Layer]) -> dict[s
             trace=passed.trace(name), diagonal=passed.diagonal[name], shape=layer.shape
         )
     return found
+
+
+def _from_own_labels(
+    request: AnalysisRequest, layers: Mapping[str, Layer], items: Sequence[Batch]
+) -> dict[str, LayerCurvature]:
+    """Squares of the gradients of every item's loss on its own labels, by the weights."""
+    mine = my_share(items)
+    weights = [layer.weight for layer in layers.values()]
+    counts: list[float] = []
+    traces: dict[str, list[float]] = {name: [] for name in layers}
+    diagonals = {}
+    for name, layer in layers.items():
+        w = layer.weight
+        diagonals[name] = torch.zeros(layer.shape, dtype=wide(w), device=w.device)
+    # 1. One forward and one backward pass for each item.
+    with requiring(weights), evaluating(request.model), torch.enable_grad():
+        for item in mine:
+            loss, positions = request.objective.loss(request.model, item)
+            counts.append(float(positions))
+            found: Sequence[Tensor | None] = [None] * len(weights)
+            if loss.requires_grad:
+                found = torch.autograd.grad(loss, weights, allow_unused=True)
+            for (name, layer), g in zip(layers.items(), found, strict=True):
+                square = torch.zeros_like(diagonals[name])
+                if g is not None:
+                    square = layer.as_matrix(g).to(square.dtype).square()
+                traces[name].append(float(square.sum(dtype=torch.float64)))
+                diagonals[name] += square
+    # 2. Means over the positions of all.
+    count = gather(torch.tensor(counts, dtype=torch.float64))
+    result = {}
+    for name, layer in layers.items():
+        sums = gather(torch.tensor(traces[name], dtype=torch.float64))
+        result[name] = LayerCurvature(
+            trace=ratio_estimate(sums, count),
+            diagonal=all_sum(diagonals[name]) / float(count.sum()),
+            shape=layer.shape,
+        )
+    return result
 
 
 def _item(batch: Batch, number: int) -> Batch:

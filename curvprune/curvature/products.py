@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from curvprune.compat import experts_one_by_one
 from curvprune.curvature.operators import Operator, ParamSpace
 from curvprune.distributed import all_sum, my_share, rank, world
-from curvprune.model import Batch, Loss, evaluating
+from curvprune.model import Batch, Loss, evaluating, items_in, one_item
 
 
 def first_items(batch: Batch, count: int) -> Batch:
@@ -291,10 +291,8 @@ class _Hessian(MatrixFree):
         leaves = self.source.leaves()
         loss, count = self.source.loss(leaves, batch)
         inputs = list(leaves.values())
-        if not loss.requires_grad:
-            raise ValueError(
-                f"{', '.join(leaves)}: not on the way to the loss; leave these parameters out"
-            )
+        if not loss.requires_grad:  # none of them is on the way to the loss
+            return _Graph(leaves=inputs, count=count, outputs=loss, gradients=[None] * len(inputs))
         gradients = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
         return _Graph(leaves=inputs, count=count, outputs=loss, gradients=list(gradients))
 
@@ -335,6 +333,8 @@ class _GaussNewton(MatrixFree):
         inputs = list(leaves.values())
         outputs = self.source.outputs(leaves, batch)
         z, middle, count = self._outputs(self.source.objective, number, outputs, batch)
+        if not z.requires_grad:  # none of them is on the way to the loss
+            return _Graph(leaves=inputs, count=count, outputs=z, gradients=[None] * len(inputs))
         # Jᵀ u as a function of u: differentiated by u once more, it gives J v.
         seed = torch.zeros_like(z).requires_grad_()
         gradients = torch.autograd.grad(z, inputs, seed, create_graph=True, allow_unused=True)
@@ -430,6 +430,8 @@ def _source(
     # A glob may name a shared parameter by any of its names; it counts once, under the first.
     tied = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
     globs = [parameters] if isinstance(parameters, str) else list(parameters)
+    if not globs:
+        raise ValueError("parameters is empty: expected names or globs, such as '*.weight'")
     wanted: set[int] = set()
     for glob in globs:
         found = [key for name, key in tied.items() if fnmatchcase(name, glob)]
@@ -537,6 +539,9 @@ def empirical_fisher(
     not the Fisher matrix (Kunstner et al. 2019), and for sequences not the per-token one. Arguments
     as for `hessian`.
     """
+    if objective.curvature == "none":
+        # Of a batch such a loss may tell no more than the sum.
+        batches = [one_item(b, i) for b in batches for i in range(items_in(b))]
     source, space = _source(model, batches, objective, parameters, retain)
     return _GaussNewton(source, space, matrix="empirical Fisher", outputs=_losses)
 

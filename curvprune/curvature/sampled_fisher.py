@@ -182,6 +182,13 @@ def fisher_pass(
 
 
 def _result(totals: dict[str, Tensor], layers: Mapping[str, Layer], draws: Draws) -> FisherPass:
+    if layers and not any(bool(totals[f"trace/{name}"].any()) for name in layers):
+        raise ValueError(
+            "no layer received a gradient from any item: the loss has no curvature at the model's "
+            "outputs (an absolute error, or predictions that are all certain), so every change "
+            "would cost nothing; take another loss, or prices by curvature='hessian' or "
+            "'empirical'"
+        )
     for name in layers:
         if not bool(totals[f"trace/{name}"].any()):
             raise ValueError(
@@ -258,9 +265,14 @@ class _GradientSums:
         labels, slopes = self.draws.labels, self.draws.slopes
         # The item's own generator: a resumed pass draws what an uninterrupted one would.
         generator = self.draws.generator(item)
+        if self.draws.empirical:
+            self._take_own_labels(model, objective, batch)
+            return
         # 1. Forward.
         found = objective.outputs(model, batch)
-        self.totals["count"][item] = float(objective.counts(found, batch).sum())
+        self.totals["count"][item] = float(objective.counts(found.detach(), batch).sum())
+        if not found.requires_grad:  # no layer is on the way to the loss
+            return
         # 2. Back from random signs at every position, once per draw.
         for s in range(labels):
             self.label = s
@@ -270,6 +282,15 @@ class _GradientSums:
         if slopes:
             self.label = None
             objective.loss_of(found, batch)[0].backward()
+        self._check_finite()
+
+    def _take_own_labels(self, model: nn.Module, objective: Loss, batch: Batch) -> None:
+        """The gradient of the item's own loss in place of a draw."""
+        self.label = 0
+        loss, count = objective.loss(model, batch)
+        self.totals["count"][self.item] = count
+        if loss.requires_grad:  # else no layer is on the way to the loss
+            loss.backward()
         self._check_finite()
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:

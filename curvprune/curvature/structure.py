@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from curvprune.compat import normalises_by_batch, operation_of
 from curvprune.curvature.capture import Capture, capture
 from curvprune.curvature.products import check_deterministic, first_items
-from curvprune.model import Batch, Layer, Loss, PositionLoss
+from curvprune.model import Batch, Layer, Loss, PositionLoss, deviations
 
 MAX_COLUMNS = 128  # classes − 1 above which exact columns are not attempted
 
@@ -30,12 +30,13 @@ class Structure:
     """Which layers the factors describe.
 
     Attributes:
-        factored: layers called once, whose weight is used nowhere else and whose rows belong to one
-            item each.
+        factored: layers called once, whose output is their weight times their input, whose weight
+            is used nowhere else and whose rows belong to one item each.
         piecewise_linear: factored layers whose path to the outputs is piecewise linear.
         heads: piecewise linear layers whose outputs are the model's, for any number of positions
             and classes.
         reasons: layer → why it is not factored.
+        altered: those of them whose output is not their weight times their input.
         exact: every item has at most one prediction, outputs ``(items, k)``, with few enough of
             them for exact Gauss–Newton columns.
     """
@@ -44,6 +45,7 @@ class Structure:
     piecewise_linear: tuple[str, ...]
     heads: tuple[str, ...]
     reasons: dict[str, str]
+    altered: tuple[str, ...]
     exact: bool
 
 
@@ -68,10 +70,10 @@ def find_structure(
         check_deterministic(model, objective, batch)
 
     # 2. Layers whose gradients have factors per item.
-    reasons: dict[str, str] = {}
+    found = deviations(model, objective, first_items(batch, 1), layers)
+    reasons = {name: deviation.what for name, deviation in found.items()}
     for name in layers:
-        reason = _why_not_factored(name, single, taken)
-        if reason:
+        if name not in found and (reason := _why_not_factored(name, single, taken)):
             reasons[name] = reason
     factored = tuple(n for n in layers if n not in reasons)
 
@@ -83,6 +85,7 @@ def find_structure(
         piecewise_linear=piecewise_linear,
         heads=tuple(n for n in piecewise_linear if _is_head(taken, n, objective, batch)),
         reasons=reasons,
+        altered=tuple(found),
         # By shape, not by the labels of these few items: others may have more positions that count.
         exact=objective.curvature != "none"
         and taken.outputs.ndim == 2

@@ -1,7 +1,14 @@
 """What is compressed and measured: layers, losses, items of data, and groups of layers that share
 an option."""
 
-from curvprune.model.evaluation import Metric, check_items, evaluate, score_items
+from curvprune.model.contents import DIGEST_BYTES, Content, content_of, joined
+from curvprune.model.evaluation import (
+    Metric,
+    check_independent,
+    check_items,
+    evaluate,
+    score_items,
+)
 from curvprune.model.forward import Batch, evaluating, items_in, one_item, to_device
 from curvprune.model.groups import GroupError, Groups, Request, find_groups, read_request
 from curvprune.model.items import (
@@ -9,6 +16,7 @@ from curvprune.model.items import (
     PURPOSES,
     Split,
     Splits,
+    as_batch,
     as_split,
     collate,
     deal_documents,
@@ -43,6 +51,7 @@ from curvprune.model.losses import (
     Segmentation,
     Seq2Seq,
     Softmax,
+    Untold,
     agreement_of,
     divergences_of,
     has_guesses,
@@ -51,6 +60,8 @@ from curvprune.model.losses import (
     positions_that_count,
     unlabelled_positions,
 )
+from curvprune.model.matrix_check import Deviation, deviations
+from curvprune.model.seen import carrying, remember_seen_, seen_by
 from curvprune.model.shapes import (
     ShapeChange,
     architecture_config,
@@ -63,6 +74,7 @@ from curvprune.model.shapes import (
 
 __all__ = [
     "BROKEN",
+    "DIGEST_BYTES",
     "EXTRA",
     "NAMES",
     "PURPOSES",
@@ -70,6 +82,8 @@ __all__ = [
     "Bernoulli",
     "CausalLM",
     "Classification",
+    "Content",
+    "Deviation",
     "Divergence",
     "Exponential",
     "Family",
@@ -99,13 +113,19 @@ __all__ = [
     "Softmax",
     "Split",
     "Splits",
+    "Untold",
     "agreement_of",
     "architecture_config",
+    "as_batch",
     "as_split",
+    "carrying",
     "changes_of",
+    "check_independent",
     "check_items",
     "collate",
+    "content_of",
     "deal_documents",
+    "deviations",
     "difference",
     "divergences_of",
     "drop_",
@@ -117,6 +137,7 @@ __all__ = [
     "is_conv1d",
     "itemize",
     "items_in",
+    "joined",
     "key_of",
     "laid_out",
     "left_over",
@@ -126,8 +147,11 @@ __all__ = [
     "positions_that_count",
     "read_request",
     "remember_",
+    "remember_seen_",
     "reshape_",
     "score_items",
+    "seen_by",
+    "signed_loss",
     "split_items",
     "to_device",
     "unlabelled_positions",

@@ -65,7 +65,7 @@ def score_items(
             moved = to_device(batch, device)
             first = next(iter(moved.values())) if isinstance(moved, Mapping) else moved[0]
             # A user's function may return a list, or one number for the whole batch by mistake.
-            found = torch.as_tensor(metric.of(outputs(model, moved), moved))
+            found = _numbers(metric.of(outputs(model, moved), moved), metric.name)
             if found.shape != (len(first),):
                 raise ValueError(
                     f"metric {metric.name!r} returned shape {tuple(found.shape)} for a batch of "
@@ -77,6 +77,36 @@ def score_items(
             "score_items: the data is empty; it must be re-iterable and hold at least one batch"
         )
     return torch.cat(values)
+
+
+def _numbers(given: Any, name: str) -> Tensor:
+    """What a metric returned, as a tensor of real numbers."""
+    try:
+        found = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        found = None
+    if found is None or found.is_complex():
+        kind = type(given).__name__
+        if isinstance(given, (list, tuple)) and given:
+            kind = f"{kind} of {type(given[0]).__name__}"
+        raise ValueError(
+            f"metric {name!r} returned a {kind}; expected a tensor or a list of one real number "
+            "per item of the batch"
+        )
+    return found
+
+
+def check_independent(model: nn.Module) -> None:
+    """Raises ``ValueError`` for a BatchNorm without running statistics, by name: what the model
+    says of an item would depend on the others of its batch."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    for name, module in model.named_modules():
+        if isinstance(module, kinds) and module.running_mean is None:
+            raise ValueError(
+                f"layer {name}: {type(module).__name__} has no running statistics, so what the "
+                "model says of an item depends on the others of its batch; build it with "
+                "track_running_stats=True and train it so, or use GroupNorm"
+            )
 
 
 @torch.no_grad()
@@ -97,6 +127,7 @@ def check_items(
     is no class, or an item on which the model itself fails, such as one longer than its table of
     positions.
     """
+    check_independent(model)
     # 1. Tokens, first of all: one beyond the table ends a process that runs on a GPU.
     rows = _rows_of_embedding(model, items[0])
     if rows is not None:

@@ -59,7 +59,7 @@ def outputs(model: nn.Module, batch: Batch) -> Any:
     two_parts = getattr(config, "is_encoder_decoder", False) and "labels" in batch
     if two_parts and not any(name.startswith("decoder_input") for name in inputs):
         inputs["decoder_input_ids"] = _shifted(model, batch["labels"])
-    return model(**inputs)
+    return model(**_with_padding(model, inputs))
 
 
 def _shifted(model: nn.Module, labels: Tensor) -> Tensor:
@@ -80,6 +80,17 @@ def _shifted(model: nn.Module, labels: Tensor) -> Tensor:
     return shifted.masked_fill(shifted == -100, pad or 0)
 
 
+def in_double(batch: Batch) -> Batch:
+    """The batch with its numbers in float64, beside outputs in float64."""
+    if not isinstance(batch, Mapping):
+        return _double(batch[0]), _double(batch[1])
+    return {name: _double(value) for name, value in batch.items()}
+
+
+def _double(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value
+
+
 def one_item(batch: Batch, number: int) -> Batch:
     """One item of a batch, as a batch of one."""
     place = slice(number, number + 1)
@@ -95,3 +106,23 @@ def one_item(batch: Batch, number: int) -> Batch:
 def items_in(batch: Batch) -> int:
     """The number of items of a batch."""
     return len(next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0])
+
+
+def _with_padding(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with the model's own padding token where the mask says that there is padding.
+
+    Some models tell padding by its token, whatever the mask says: classifiers made of decoders look
+    for the last token that is none, RoBERTa counts its positions by them.
+    """
+    tokens, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+    if pad is None or not isinstance(tokens, Tensor) or not isinstance(mask, Tensor):
+        return inputs
+    if mask.shape != tokens.shape or bool((mask != 0).all()):
+        return inputs
+    if pad < 0:
+        raise ValueError(
+            f"{type(model).__name__}: config.pad_token_id is {pad}, no token, and sequences of "
+            "different length must be padded; set model.config.pad_token_id to the tokenizer's"
+        )
+    return {**inputs, "input_ids": tokens.masked_fill(mask == 0, pad)}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from curvprune.model.contents import Content, content_of, joined, known_among, same_items
 from curvprune.model.forward import Batch
 from curvprune.model.losses.families import IGNORED
 
@@ -23,6 +25,16 @@ class Split:
 
     items: tuple[Batch, ...]
     documents: tuple[str, ...]
+    # What the items hold, filled when it is first asked for.
+    _contents: list[Content] = field(init=False, repr=False, compare=False, default_factory=list)
+
+    def first(self, size: int = 8) -> Batch:
+        """The first items as one batch, to tell a loss by; one alone where they do not go
+        together."""
+        try:
+            return collate(self.items[:size])
+        except ValueError:
+            return self.items[0]
 
     def batches(self, size: int) -> Iterator[Batch]:
         """Consecutive items, ``size`` at a time; the last batch may be smaller."""
@@ -39,14 +51,38 @@ class Split:
             _digest(digest, item)
         return digest.hexdigest()
 
-    def digests(self) -> list[bytes]:
-        """Each item's hash, tensor by tensor: what tells whether it stands in another split too."""
-        return [_digest(hashlib.sha256(), item) for item in self.items]
+    def contents(self) -> list[Content]:
+        """What every item holds, however it is written: see `curvprune.model.contents`."""
+        if len(self._contents) != len(self.items):
+            self._contents[:] = [content_of(item) for item in self.items]
+        return self._contents
 
-    def leak(self, seen: Collection[bytes]) -> str | None:
+    def digests(self) -> frozenset[bytes]:
+        """Hashes of the items' inputs: what tells whether one stands in another split too."""
+        found: set[bytes] = set()
+        for content in self.contents():
+            found |= content.inputs
+        return frozenset(found)
+
+    def copies(self) -> NDArray[np.int_]:
+        """For every item a number that it shares with those that hold the same."""
+        return joined(self._same())
+
+    def clusters(self) -> NDArray[np.int_]:
+        """The number of every item's cluster: items of one document, and items that hold the same,
+        are one; a document that shares an item with another joins it."""
+        return joined(self.documents, self._same())
+
+    def _same(self) -> list[Hashable]:
+        # Of a split read from a record the documents are known, not the items.
+        if len(self.items) != len(self.documents):
+            return list(range(len(self.documents)))
+        return same_items(self.contents())
+
+    def leak(self, seen: frozenset[bytes]) -> str | None:
         """A warning if items of this split, which is to certify, are among those ``seen``; else
         ``None``."""
-        repeated = sum(digest in seen for digest in self.digests())
+        repeated = known_among(self.contents(), seen)
         if not repeated:
             return None
         return (
@@ -56,8 +92,8 @@ class Split:
         )
 
 
-def _digest(digest: Any, item: Batch) -> bytes:
-    """Feed an item's content to a hash; returns its digest."""
+def _digest(digest: Any, item: Batch) -> None:
+    """Feed an item's tensors to a hash, as they are written."""
     if isinstance(item, Mapping):
         named = sorted(item.items())
     else:
@@ -67,7 +103,6 @@ def _digest(digest: Any, item: Batch) -> bytes:
         # As bytes, because NumPy has no bfloat16.
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(content.numpy().tobytes())
-    return bytes(digest.digest())
 
 
 PURPOSES = ("calibrate", "price", "select", "certify")
@@ -114,20 +149,27 @@ class Splits:
         return frozenset(found)
 
     def too_few(self) -> str | None:
-        """Why no bound can be had, if all items of select or of certify are one document: what it
-        loses says nothing of others."""
+        """Why no bound can be had, if all items of select or of certify are one document, or one
+        and the same: what it loses says nothing of others."""
         for purpose in ("select", "certify"):
-            documents = set(getattr(self, purpose).documents)
-            if len(documents) < 2:
+            split: Split = getattr(self, purpose)
+            documents = len(set(split.documents))
+            if documents < 2:
                 return (
-                    f"the {purpose} split has items of {len(documents)} document only; a budget "
+                    f"the {purpose} split has items of {documents} document only; a budget "
                     "needs two at the very least, better a dozen; give more and shorter "
                     "documents, or more items"
+                )
+            if not split.clusters().any():
+                return (
+                    f"the {len(split.items)} items of the {purpose} split are one cluster: they, "
+                    "or their documents, repeat each other; a bound needs at least 2 independent "
+                    "items; give items that differ"
                 )
         return None
 
     def leak(self) -> str | None:
-        """A warning if items of the certify split also stand in another split, tensor by tensor;
+        """A warning if items of the certify split also stand in another split, however written;
         else ``None``."""
         return self.certify.leak(self.seen())
 
@@ -186,20 +228,47 @@ def _padded(item: Mapping[str, Tensor], longest: int) -> dict[str, Tensor]:
     return padded
 
 
+def as_batch(given: Any) -> Batch:
+    """A batch as the user gave it: a dict of tensors, ``(inputs, targets)``, or a dict of inputs
+    with its targets, which become its labels.
+
+    Raises ``ValueError`` for anything else, saying what to pass instead.
+    """
+    if isinstance(given, Mapping):
+        return given
+    if isinstance(given, (tuple, list)) and len(given) == 2:
+        inputs, targets = given
+        if isinstance(inputs, Tensor) and targets is not None:
+            return inputs, torch.as_tensor(targets)
+        if isinstance(inputs, Mapping) and targets is not None:
+            if inputs.get("labels") is not None:
+                raise ValueError(
+                    "data: a batch is (dict, targets), and the dict has labels too; leave one of "
+                    "them out"
+                )
+            return {**inputs, "labels": torch.as_tensor(targets)}
+    if isinstance(given, (tuple, list)):
+        kinds = ", ".join(type(part).__name__ for part in given)
+        what = f"a {type(given).__name__} of {len(given)} ({kinds})"
+    else:
+        what = f"a {type(given).__name__}"
+    raise ValueError(
+        f"data: a batch is {what}; expected (inputs, targets) or a dict of tensors, named as the "
+        'model\'s arguments: {"x": x} without targets, {"x": x, "labels": y} with them, and '
+        '"sample_weight" for weights of items'
+    )
+
+
 def itemize(batches: Iterable[Batch]) -> list[Batch]:
     """Take batches apart into items of one, in order. Entries of a dict that are None are as good
     as absent."""
     items: list[Batch] = []
     for batch in batches:
-        if isinstance(batch, Mapping):
-            items += _items_of_dict(batch)
-        elif isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], Tensor):
-            items += _items_of_pair(batch[0], batch[1])
+        known = as_batch(batch)
+        if isinstance(known, Mapping):
+            items += _items_of_dict(known)
         else:
-            raise ValueError(
-                f"data: a batch is {type(batch).__name__}; expected a dict of tensors or a pair "
-                "(inputs, targets)"
-            )
+            items += _items_of_pair(known[0], known[1])
     if not items:
         raise ValueError("data is empty; it must be re-iterable and hold at least one batch")
     return items

@@ -16,7 +16,7 @@ from curvprune.pricing.operations import (
     multiply_adds,
     work_of,
 )
-from curvprune.pricing.other_curvatures import FORMS, Forms, Parts, quadratic_forms
+from curvprune.pricing.other_curvatures import FORMS, Forms, Parts, in_parts, quadratic_forms
 from curvprune.pricing.single_changes import divergences
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Row",
     "build_ledger",
     "divergences",
+    "in_parts",
     "limits_of",
     "macs_left",
     "measure_highest",

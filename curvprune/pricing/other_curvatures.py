@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -122,6 +123,11 @@ def _interleaved(kind: str, items: Sequence[Batch], parts: int) -> list[Sequence
     width = 1 if kind == "hessian" else -(-len(items) // min(parts, len(items)))
     count = -(-len(items) // width)
     return [items[i::count] for i in range(count)]
+
+
+def in_parts(values: Float[np.ndarray, " items"], parts: int) -> Float[np.ndarray, " parts"]:
+    """What single items add up to in each part, as `quadratic_forms` deals them."""
+    return np.array([values[i::parts].sum() for i in range(parts)])
 
 
 def _factored_form(

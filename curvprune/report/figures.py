@@ -175,9 +175,16 @@ def duration(value: float | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share as per cent: all the digits of a chosen level such as 0.95."""
+    """A share as per cent: all the digits of a chosen level such as 0.95, and never 100 for less
+    than all."""
     number = finite(value)
-    return MISSING if number is None else f"{100 * number:.8g}{THIN}%"
+    if number is None:
+        return MISSING
+    for digits in range(8, 18):
+        text = f"{100 * number:.{digits}g}"
+        if number >= 1 or float(text) < 100:
+            break
+    return f"{text}{THIN}%"
 
 
 def whole_percent(share: float | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from curvprune.record import RunRecord
 from curvprune.report.diagnosis import diagnosis_lines
-from curvprune.report.figures import clean, count, duration, fixed, plus_minus, short, size
+from curvprune.report.figures import at_most, clean, count, duration, fixed, plus_minus, short, size
 from curvprune.report.provenance import notes, state_text, total_seconds
 from curvprune.report.removed import removed_line
 from curvprune.report.sizes import layers_by_option, limit_text, times_smaller
@@ -53,10 +53,20 @@ def _verdict_points(record: RunRecord) -> list[str]:
         return []
     quantity = Quantity.of(verdict)
     budget = short(quantity.scaled(verdict.max_drop))
-    return [
+    points = [
         f"drop {drop_text(verdict)} {quantity.measure}, bound {bound_text(verdict)}, budget "
         f"{budget}; {count(verdict.items)} items, {count(verdict.clusters)} clusters"
     ]
+    # Here too, because of notes only the first few are shown.
+    if verdict.unseen is not None:
+        share = at_most(100 * verdict.unseen, None, 1)
+        points.append(f"a loss that hits fewer than {share} % of documents may not have been seen")
+    if verdict.earlier:
+        points.append(
+            f"uses of the certify split before this verdict: {count(len(verdict.earlier))} "
+            f"({'; '.join(verdict.earlier[-3:])})"
+        )
+    return points
 
 
 def _size_points(record: RunRecord) -> list[str]:

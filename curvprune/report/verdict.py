@@ -12,6 +12,7 @@ from curvprune.report import charts
 from curvprune.report.figures import (
     MINUS,
     PLUS_MINUS,
+    THIN,
     at_most,
     count,
     decimals_of,
@@ -27,7 +28,9 @@ SHARES = ("accuracy", "top1")  # metrics that are fractions
 STATUSES = ("CERTIFIED", "VIOLATED", "INCONCLUSIVE")
 NOT_ASKED = "NO ACCURACY BUDGET ASKED"
 NOT_FINISHED = "NOT FINISHED"
-WHERE = "on data like the certify split, which no earlier step touched"
+WHERE = "on data like the certify split"
+UNTOUCHED = ", which no earlier step touched"
+LEAKED = "have also made or chosen the model"  # so a note says that it was touched
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,18 +127,27 @@ def _claim(verdict: Verdict) -> str:
         return f"The record's status is none of {', '.join(STATUSES)}, so nothing is claimed."
     quantity = Quantity.of(verdict)
     bound = quantity.scaled(verdict.bound)
-    if bound is None:
+    asked = (finite(verdict.max_drop), finite(verdict.confidence))
+    if bound is None and (verdict.status == "CERTIFIED" or None in asked):
         return (
             f"The record says {verdict.status} without its bound, budget and confidence, so the "
             "statement cannot be made here."
+        )
+    if verdict.status == "INCONCLUSIVE" and (bound is None or verdict.bound <= verdict.max_drop):
+        return (
+            f"The certify split cannot decide at {percent(verdict.confidence)} confidence, "
+            f"whatever the measured drop of {drop_text(verdict)} {quantity.measure}: "
+            f"{verdict.note or 'too few documents differ'}."
         )
     # 2. Not certified: the budget is not met, or the data cannot tell.
     sure = f"With {percent(verdict.confidence)} confidence"
     budget = f"{short(quantity.scaled(verdict.max_drop))} {quantity.measure}"
     limit = bound_text(verdict)
+    touched = verdict.earlier or LEAKED in verdict.note
+    where = WHERE if touched else f"{WHERE}{UNTOUCHED}"
     if verdict.status == "VIOLATED":
         return (
-            f"{sure} {_said_of(verdict, f'more than {budget}', quantity.worse)} {WHERE}: the "
+            f"{sure} {_said_of(verdict, f'more than {budget}', quantity.worse)} {where}: the "
             "budget is not met."
         )
     if verdict.status == "INCONCLUSIVE":
@@ -148,11 +160,11 @@ def _claim(verdict: Verdict) -> str:
     # 3. Certified: the bound, rounded up. Where it says that the model is better for certain, the
     #    claim turns round, and so does the rounding.
     amount, side = f"at most {limit} {quantity.measure}", quantity.worse
-    if bound <= 0 and not _of_divergence(verdict):
+    if bound is not None and bound <= 0 and not _of_divergence(verdict):
         better = at_most(bound, 0.0, _decimals(verdict)).lstrip(f"-{MINUS}")
         side = "above" if quantity.worse == "below" else "below"
         amount = f"at least {better} {quantity.measure}"
-    return f"{sure} {_said_of(verdict, amount, side)} {WHERE}."
+    return f"{sure} {_said_of(verdict, amount, side)} {where}."
 
 
 def _of_divergence(verdict: Verdict) -> bool:
@@ -236,6 +248,26 @@ def verdict_facts(record: RunRecord) -> list[Fact]:
         needed = count(verdict.needed)
         evidence.append(
             Fact("needed", needed, float(verdict.needed), "items", "items that would decide it")
+        )
+    if verdict.unseen is not None:
+        evidence.append(
+            Fact(
+                "unseen losses",
+                f"below {at_most(100 * verdict.unseen, None, 1)}{THIN}%",
+                finite(verdict.unseen),
+                "",
+                "a loss that hits a smaller share of documents may be in none of those at hand",
+            )
+        )
+    if verdict.earlier:
+        evidence.append(
+            Fact(
+                "earlier uses",
+                count(len(verdict.earlier)),
+                float(len(verdict.earlier)),
+                "",
+                f"verdicts on these items before this one: {'; '.join(verdict.earlier)}",
+            )
         )
     return [*_drop_facts(verdict), *_level_facts(verdict), *evidence]
 

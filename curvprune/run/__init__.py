@@ -1,6 +1,6 @@
 """From a recipe or arguments to a certified model: task, stages, baselines, checks."""
 
-from curvprune.run.arguments import Arguments, Data, task_from
+from curvprune.run.arguments import Arguments, Data, task_from, warn_caller
 from curvprune.run.baselines import Control, controls, sensitive
 from curvprune.run.candidates import Candidates
 from curvprune.run.certify import Shipped, apply_and_measure, certify_plans
@@ -121,4 +121,5 @@ __all__ = [
     "task_from",
     "text_splits",
     "to_test",
+    "warn_caller",
 ]

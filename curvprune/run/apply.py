@@ -20,7 +20,7 @@ from curvprune.compression import (
     restore_,
     trained_tensors,
 )
-from curvprune.model import ItemResults, find_layers
+from curvprune.model import ItemResults, carrying, find_layers
 from curvprune.options import Option, option_from_key, pruner_of
 from curvprune.planning import Plan
 from curvprune.record import RecoveryRecord
@@ -137,7 +137,9 @@ def write_artifact(
     path = space.state.path(f"{folder}/model")
     if not (path / "complete").exists():
         shutil.rmtree(path, ignore_errors=True)  # what an interrupted run left
-        task.storage.write(path, model, solved, plan.to_dict())
+        # The baseline's own module may be what is written.
+        with carrying(model, task.splits.seen()):
+            task.storage.write(path, model, solved, plan.to_dict())
         (path / "complete").touch()
     return path
 

@@ -14,7 +14,7 @@ from pydantic import JsonValue
 from torch import nn
 
 from curvprune import artifact
-from curvprune.certificate import loss_for
+from curvprune.certificate import IN_THIS_PROCESS, loss_for
 from curvprune.compression import Solved
 from curvprune.files import StageLog, State
 from curvprune.model import (
@@ -24,6 +24,7 @@ from curvprune.model import (
     Split,
     Splits,
     as_split,
+    check_independent,
     find_groups,
     find_layers,
     make_loss,
@@ -107,10 +108,11 @@ def task_from(
         storage=_storage(model, settings),
         notes=groups.notes,
     )
-    task = check_task(task)
+    task = check_task(task, named=[told.layers] if isinstance(told.layers, str) else told.layers)
     for text in task.warnings:
         warn_caller(text)
-    return task, Workspace(state=State(folder / "state"), log=StageLog(show=told.progress))
+    log = StageLog(show=told.progress)
+    return task, Workspace(state=State(folder / "state"), log=log, uses=IN_THIS_PROCESS)
 
 
 def warn_caller(text: str) -> None:
@@ -144,7 +146,8 @@ def objective_of(
 ) -> Loss:
     """The loss that a name stands for, told from the model and the first item if need be; where a
     budget is of the model's outputs, their divergence from this model's."""
-    first = to_device(split.items[0], next(model.parameters()).device)
+    check_independent(model)
+    first = to_device(split.first(), next(model.parameters()).device)
     return loss_for(budget, make_loss(name, model, first), model)
 
 
@@ -152,6 +155,11 @@ def check_metric(budget: Budget | None, objective: Loss) -> None:
     """Accuracy needs one prediction per item."""
     if budget is None or budget.metric != "accuracy":
         return
+    if not objective.has_accuracy:
+        raise ValueError(
+            f"metric 'accuracy': loss {objective.name} has no predictions that are right or wrong; "
+            "use metric 'loss'"
+        )
     if objective.measure == "nats/token":
         raise ValueError(
             "metric 'accuracy' needs one prediction per item; for language models use metric 'loss'"

@@ -13,7 +13,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from curvprune.certificate import ItemColumns, Verdict, fixed_sequence, item_columns, judge
+from curvprune.certificate import (
+    ItemColumns,
+    Verdict,
+    counted,
+    fixed_sequence,
+    item_columns,
+    judge,
+)
 from curvprune.compression import Solved
 from curvprune.model import ItemResults, find_layers
 from curvprune.planning import Budget, Plan
@@ -109,7 +116,9 @@ def certify_plans(
         items.append(columns)
         if verdict.status != "CERTIFIED":
             break
-    # 3. What ships.
+    # 3. What the split was used for before.
+    verdicts = _counted(task, space, verdicts, judged=judged is not None)
+    # 4. What ships.
     place = 0
     if judged is not None:
         place = fixed_sequence(verdicts) or 0
@@ -148,6 +157,7 @@ def apply_and_measure(task: Task, space: Workspace, choices: Mapping[str, str]) 
     space.note(*notes_on_zeros(task, choices))
     path = write_artifact(task, space, folder, model, solved, plan)
     measured, items = _verdict_of(task, space, path, "certify/1.json", title="measure", budget=None)
+    (measured,) = _counted(task, space, [measured], judged=False)
     return Shipped(
         folder=path,
         plan=plan,
@@ -177,6 +187,21 @@ def _verdict_of(
         budget = Budget("loss", max_drop=0.0, confidence=confidence)
     verdict = judge(baseline, results, certify, budget, measure=task.objective.measure)
     return verdict, item_columns(baseline, results, certify)
+
+
+def _counted(
+    task: Task, space: Workspace, verdicts: list[Verdict], *, judged: bool
+) -> list[Verdict]:
+    """Verdicts with what makes the split unfit for them: what its items were used for before."""
+    certify, leak = task.splits.certify, task.splits.leak()
+    found = [verdict.noting(leak) for verdict in verdicts]
+    if space.uses is None:
+        return found
+    try:
+        return counted(found, certify, space.uses, judged=judged)
+    except OSError as error:
+        space.note(f"what the certify split is used for could not be kept: {error}")
+        return found
 
 
 def _plan_of(task: Task, space: Workspace, trial: Trial) -> Plan:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from scipy import stats
 from torch import nn
 
-from curvprune.certificate import probability_of_certifying
+from curvprune.certificate import (
+    Verdict,
+    fewest_clusters,
+    fewest_without_spread,
+    probability_of_certifying,
+)
 from curvprune.model import BROKEN, ItemResults, Split, evaluate
 from curvprune.run.task import Task
 from curvprune.run.workspace import Workspace
-from curvprune.schema import decode, encode
+from curvprune.schema import Number, decode, encode
 
 ACCEPTABLE = 0.80  # predicted probability of being certified that a plan must have on select
 
@@ -23,7 +29,7 @@ class ResultsRecord:
 
     loss: list[float]
     count: list[float]
-    correct: list[float]
+    correct: list[Number]
 
 
 def results_on(
@@ -38,15 +44,28 @@ def results_on(
         results = evaluate(model, split.batches(task.settings.batch_size), task.objective)
         if model is task.uncompressed:
             _check_finite(results)
-        keep_results(space, name, results.finite())
+        keep_results(space, name, results.finite(_worst(task, space, split)))
     results = read_results(space, name)
-    broken = int((results.loss >= BROKEN * results.count.clamp_min(1)).sum())
-    if broken:
+    worst = _worst(task, space, split)
+    broken = int((results.loss >= worst * results.count.clamp_min(1)).sum())
+    if broken and model is not task.uncompressed:
         space.note(
             f"for {broken} of {len(results.loss)} items a plan's outputs are no finite numbers: "
-            f"they count as {BROKEN:g} nats for each position"
+            f"they count as {worst:g} {task.objective.measure.split('/')[0]} for each position"
         )
     return results
+
+
+def _worst(task: Task, space: Workspace, split: Split) -> float:
+    """What a position counts for which a model returns no finite numbers: out of any budget's
+    reach, also where the losses of the uncompressed model are large numbers."""
+    purpose = "certify" if split is task.splits.certify else "select"
+    name = f"{purpose}/baseline.json"
+    if not space.state.has(name):
+        return BROKEN
+    baseline = read_results(space, name)
+    largest = float((baseline.loss / baseline.count.clamp_min(1)).abs().max())
+    return max(BROKEN, 10 * largest)
 
 
 def _check_finite(results: ItemResults) -> None:
@@ -107,8 +126,13 @@ def chance_at(task: Task, drop: float, stderr: float, bound: float) -> float:
             confidence=confidence,
             reach=max(bound - drop, 0.0),
         )
+    # Infinite where all documents of select lose the same: what certify will say, its number says.
+    if stderr == 0 and not math.isfinite(bound):
+        bound = drop
     here = len(set(task.splits.select.documents))
     there = len(set(task.splits.certify.documents))
+    if there < fewest_to_certify(confidence, stderr):
+        return 0.0
     fewer = here / there
     t_here = float(stats.t.ppf(confidence, max(1, here - 1)))
     t_there = float(stats.t.ppf(confidence, max(1, there - 1)))
@@ -122,6 +146,19 @@ def chance_at(task: Task, drop: float, stderr: float, bound: float) -> float:
         confidence=confidence,
         reach=reach,
     )
+
+
+def fewest_to_certify(confidence: float, stderr: float) -> int:
+    """The fewest documents with which a certify split can certify: more where those at hand all
+    lose the same (``stderr`` 0), which says nothing of those that are not at hand."""
+    alpha = 1 - confidence
+    return fewest_clusters(alpha) if stderr > 0 else fewest_without_spread(alpha)
+
+
+def finite_reach(verdict: Verdict) -> float:
+    """From drop to bound; 0 where all documents lose the same, and too few for a bound do."""
+    reach = verdict.bound - verdict.drop
+    return reach if math.isfinite(reach) else 0.0
 
 
 def allowed_drop(task: Task, low: float, stderr: float, reach: float) -> float:

@@ -204,7 +204,7 @@ def _curvature(prepared: Prepared, recipe: Recipe) -> AnalysisRecord:
             remember=partial(_remember, space.state),
         )
     record = analysis.to_record()
-    if spectra:
+    if spectra or section.spectra is False:
         return record
     left_out = (
         f"eigenvalues and spectral density were left out ({parameters} parameters); "

@@ -14,6 +14,7 @@ from curvprune.certificate import (
     Verdict,
     design_effect,
     documents_needed,
+    fewest_clusters,
     items_needed_for_accuracy,
     judge,
     power_for_accuracy,
@@ -22,6 +23,7 @@ from curvprune.certificate import (
 from curvprune.compression import solve_layer
 from curvprune.model import Batch, ItemResults, Split, evaluate, find_layers, to_device
 from curvprune.planning import Budget
+from curvprune.run.evaluation import fewest_to_certify, finite_reach
 from curvprune.run.task import Task
 
 # Parameters above which rounding a copy of the model takes longer than a check should.
@@ -155,6 +157,11 @@ def _power_of(task: Task, budget: Budget, rounding: _Rounding) -> Power:
     return _power_for_loss(task, budget, rounding, milder)
 
 
+def _clusters(split: Split) -> int:
+    """How many clusters a split has."""
+    return int(split.clusters().max()) + 1
+
+
 def _power_for_accuracy(task: Task, budget: Budget, rounding: _Rounding, milder: float) -> Power:
     assert budget.max_drop is not None
     certify = task.splits.certify
@@ -162,15 +169,21 @@ def _power_for_accuracy(task: Task, budget: Budget, rounding: _Rounding, milder:
     differ = int((before != after).sum())
     # One more than were seen: no disagreement among few items does not mean that there is none.
     share = milder * (differ + 1) / (len(before) + 1)
-    cost = design_effect(certify.documents)
+    cost = design_effect(certify.clusters(), certify.copies())
     asked = {"max_drop": budget.max_drop, "confidence": budget.confidence}
-    items = len(certify.items)
+    items, documents = len(certify.items), _clusters(certify)
+    chance = power_for_accuracy(items / cost, share, **asked)
+    wanted = cost * items_needed_for_accuracy(share, **asked)
+    # Items of documents take some of these, too.
+    fewest = fewest_clusters(1 - budget.confidence)
+    if documents < min(items, fewest):
+        chance, wanted = 0.0, max(wanted, items * fewest / documents)
     return Power(
         items=items,
-        documents=len(set(certify.documents)),
+        documents=documents,
         trial_drop=rounding.verdict.drop,
-        chance=power_for_accuracy(items / cost, share, **asked),
-        needed=int(np.ceil(cost * items_needed_for_accuracy(share, **asked))),
+        chance=chance,
+        needed=int(np.ceil(wanted)),
         disagreement=share,
     )
 
@@ -180,7 +193,7 @@ def _power_for_quantile(
 ) -> Power:
     """A model without any loss exceeds no budget: what counts is the number of documents."""
     certify = task.splits.certify
-    documents = len(set(certify.documents))
+    documents = _clusters(certify)
     least = documents_needed(quantile, confidence)
     return Power(
         items=len(certify.items),
@@ -195,18 +208,23 @@ def _power_for_quantile(
 def _power_for_loss(task: Task, budget: Budget, rounding: _Rounding, milder: float) -> Power:
     assert budget.max_drop is not None
     certify, verdict = task.splits.certify, rounding.verdict
-    items, documents = len(certify.items), len(set(certify.documents))
-    fewer = len(set(rounding.split.documents)) / documents
+    items, documents = len(certify.items), _clusters(certify)
+    fewer = _clusters(rounding.split) / documents
     shrink = milder * fewer**0.5
-    stderr, reach = verdict.stderr * shrink, (verdict.bound - verdict.drop) * shrink
+    stderr, reach = verdict.stderr * shrink, finite_reach(verdict) * shrink
     chance = probability_of_certifying(
         0.0, 0.0, stderr, max_drop=budget.max_drop, confidence=budget.confidence, reach=reach
     )
+    # So few documents decide nothing, whatever they lose.
+    fewest = fewest_to_certify(budget.confidence, verdict.stderr)
+    if documents < fewest:
+        chance = 0.0
     wanted = np.inf
     if budget.max_drop > 0:
         wanted = items * ((reach + POWER_QUANTILE * stderr) / budget.max_drop) ** 2
     if not np.isfinite(wanted):
         raise ValueError("max_drop: 0 can only be met by a model that is better")
+    wanted = max(wanted, items * fewest / documents)
     return Power(
         items=items,
         documents=documents,

@@ -27,8 +27,12 @@ from curvprune.compression import Solved, Training
 from curvprune.files import StageLog, State
 from curvprune.model import (
     PURPOSES,
+    Batch,
+    LabelFree,
     Loss,
     Splits,
+    Untold,
+    check_independent,
     find_layers,
     make_loss,
     to_device,
@@ -41,6 +45,7 @@ from curvprune.run.folder import Inputs, claim
 from curvprune.run.recipe import Recipe
 from curvprune.run.recipe_layers import assign_groups, assign_options
 from curvprune.run.task import Settings, Storage, Task, TaskError, check_task
+from curvprune.run.uses import FOLDER, UsesInFolder
 from curvprune.run.workspace import Workspace
 from curvprune.schema import decode, encode
 from curvprune.structured import Pruned, Structured, offered_widths, prune_units
@@ -99,7 +104,10 @@ def prepare(
     state = State(Path(os.devnull))
     if root is not None:
         state = State(root.path("state"), writes=root.writes)
-    space = Workspace(state=state, log=StageLog(show=progress))
+    uses = None
+    if root is not None:
+        uses = UsesInFolder(root.folder.resolve().parent / FOLDER)
+    space = Workspace(state=state, log=StageLog(show=progress), uses=uses)
 
     # 2. The recipe laid over the model, and whether it fits.
     fit = partial(_fit, recipe, tokenizer=tokenizer, splits=splits)
@@ -190,7 +198,8 @@ def _fit(
         notes=tuple(notes),
     )
     try:
-        task = check_task(task, final=final)
+        named = list(chain.from_iterable(entry.layers for entry in recipe.compress))
+        task = check_task(task, final=final, named=named)
         _check_packing(task)
     except TaskError as error:
         raise recipe.error(error.key, str(error)) from error
@@ -349,7 +358,11 @@ def _load_data(recipe: Recipe, tokenizer: Any) -> Splits:
             if text:
                 tokens[name] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return sources.text_splits(
-            tokens, length=section.sequence_length, counts=counts, seed=recipe.seed
+            tokens,
+            length=section.sequence_length,
+            counts=counts,
+            seed=recipe.seed,
+            first=sources.first_token(tokenizer),
         )
     except ValueError as error:
         raise recipe.error(("data",), str(error)) from error
@@ -366,15 +379,30 @@ def _documents(recipe: Recipe) -> dict[str, str]:
 
 
 def _objective(recipe: Recipe, model: nn.Module, splits: Splits, budget: Budget | None) -> Loss:
+    first = to_device(splits.calibrate.first(), next(model.parameters()).device)
+    loss = loss_of(recipe, model, first)
     try:
-        device = next(model.parameters()).device
-        told = make_loss(recipe.objective, model, to_device(splits.calibrate.items[0], device))
-    except ValueError as error:
-        raise recipe.error(("objective",), str(error)) from error
-    try:
-        return loss_for(budget, told, model)
+        return loss_for(budget, loss, model)
     except ValueError as error:
         raise recipe.error(("budget", "metric"), str(error)) from error
+
+
+def loss_of(recipe: Recipe, model: nn.Module, first: Batch) -> Loss:
+    """The loss that a recipe names, told from the model and its first items."""
+    try:
+        check_independent(model)
+        loss = make_loss(recipe.loss_name, model, first)
+    except ValueError as error:
+        raise recipe.error((recipe.loss_key,), str(error)) from error
+    # What outputs are, the model's config tells; where it leaves that open, the task does.
+    if isinstance(loss, LabelFree):
+        try:
+            loss.told(first)
+        except Untold:
+            loss = make_loss("label-free:classification", model, first)
+        except ValueError as error:
+            raise recipe.error((recipe.loss_key,), str(error)) from error
+    return loss
 
 
 def _budget(recipe: Recipe) -> Budget | None:

@@ -22,7 +22,7 @@ from curvprune.curvature import (
     fisher_pass,
 )
 from curvprune.distributed import rank, shared, wait, world
-from curvprune.model import BROKEN, Layer
+from curvprune.model import BROKEN
 from curvprune.options import Keep, Prune, kept_weights, pruner_of
 from curvprune.planning import Limit, Priced, Within, cheapest, corrected
 from curvprune.pricing import (
@@ -34,6 +34,7 @@ from curvprune.pricing import (
     Row,
     build_ledger,
     divergences,
+    in_parts,
     measure_highest,
     quadratic_forms,
     work_of,
@@ -124,9 +125,12 @@ def price_options(task: Task, space: Workspace, candidates: Candidates) -> Price
         measure=task.objective.measure,
         curvature=kind,
     )
-    ledger = replace(ledger, work=task.work or work_of(task.layers))
+    named = ledger.curvature
+    if task.objective.curvature == "differentiation":
+        named += "; curvature of the loss by differentiation"
+    ledger = replace(ledger, work=task.work or work_of(task.layers), curvature=named)
     ledger = _with_highest_measured(task, space, ledger, candidates)
-    return PricedOptions(prices=Prices(ledger=ledger), analysis=_analysis(passed, task.layers))
+    return PricedOptions(prices=Prices(ledger=ledger), analysis=_analysis(task, passed))
 
 
 def _changing(task: Task) -> dict[str, list[str]]:
@@ -192,9 +196,19 @@ def _pass_over_items(
             items,
             task.layers,
             changes,
-            draws=Draws(labels=task.settings.labels, seed=task.settings.seed),
+            draws=_draws(task),
             checkpoint=Checkpoint(resume=resume, after_item=after_item),
         )
+
+
+def _draws(task: Task) -> Draws:
+    """What the pass goes back from. Where another curvature prices and the loss cannot be drawn
+    from, the data's own labels make the traces."""
+    settings = task.settings
+    unknown = task.objective.curvature == "none" and settings.curvature == "hessian"
+    if settings.curvature == "empirical" or unknown:
+        return Draws(labels=1, seed=settings.seed, empirical=True)
+    return Draws(labels=settings.labels, seed=settings.seed)
 
 
 def _forms(task: Task, space: Workspace, changes: Mapping[str, list[Change]]) -> Forms:
@@ -222,13 +236,14 @@ def _forms(task: Task, space: Workspace, changes: Mapping[str, list[Change]]) ->
     return forms
 
 
-def _analysis(passed: FisherPass, layers: Mapping[str, Layer]) -> Analysis:
+def _analysis(task: Task, passed: FisherPass) -> Analysis:
     found = {}
-    for name, layer in layers.items():
+    for name, layer in task.layers.items():
         found[name] = LayerCurvature(
             trace=passed.trace(name), diagonal=passed.diagonal[name], shape=layer.shape
         )
-    return Analysis(matrix=MATRICES["fisher"], layers=found, num_items=len(passed.count))
+    matrix = MATRICES["empirical-fisher" if _draws(task).empirical else "fisher"]
+    return Analysis(matrix=matrix, layers=found, num_items=len(passed.count))
 
 
 # ------------------------------------------------------------------------------- measured prices
@@ -241,6 +256,10 @@ def _with_highest_measured(
     least = task.settings.measure_above
     alone = rank() == 0  # the first of several processes goes on alone
     if least is None or task.settings.curvature == "input" or not alone:
+        return ledger
+    if task.objective.curvature == "none":
+        # What a change costs beyond the slope needs a loss that is known at outputs.
+        space.note(f"no price was measured: loss {task.objective.name} is not known at outputs")
         return ledger
     with space.log.stage("measure prices", MEASURED_ROWS) as advance:
 
@@ -281,17 +300,23 @@ def _by_row(
     sums: Sequence[list[float] | None],
     count: np.ndarray,
 ) -> dict[tuple[str, str], np.ndarray]:
-    """(layer, option) → cost of each item. Changes that break the model cost `BROKEN`, and are
-    noted."""
+    """(layer, option) → cost of each item, or of each part of the items. Changes that break the
+    model cost `BROKEN`, or ten times the highest cost where that is more, and are noted."""
     found = {}
+    highest = 0.0
+    for values in sums:
+        if values is not None:
+            costs = in_parts(np.array(values), len(count)) / np.maximum(count, 1)
+            highest = max(highest, float(np.max(costs)))
+    worst = max(BROKEN, 10 * highest)
     for row, values in zip(rows, sums, strict=True):
         if values is not None:
-            found[row.layer, row.option] = np.array(values)
+            found[row.layer, row.option] = in_parts(np.array(values), len(count))
             continue
-        found[row.layer, row.option] = BROKEN * count
+        found[row.layer, row.option] = worst * count
         space.note(
             f"layer {row.layer}: with option {row.option} alone the model's outputs are no finite "
-            f"numbers; its price is {BROKEN:g} nats"
+            f"numbers; its price is {worst:g} a position"
         )
     return found
 

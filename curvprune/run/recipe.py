@@ -22,9 +22,7 @@ from pydantic import (
     PlainSerializer,
     PlainValidator,
     PrivateAttr,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 
@@ -32,7 +30,7 @@ from curvprune.artifact import Portable
 from curvprune.compression import Training
 from curvprune.model import GroupError, Request, read_request
 from curvprune.options import Option
-from curvprune.planning import SHARES, SIZES, Budget, Limit
+from curvprune.run.recipe_budget import BudgetSection
 from curvprune.run.recipe_errors import (
     Complaint,
     KeyPath,
@@ -272,80 +270,6 @@ def _request_yaml(request: Request) -> list[str | list[str]]:
     return written
 
 
-# ------------------------------------------------------------ the budget
-
-_LimitKeys: Any = section_from(Limit, only=("name", "most"))
-_BudgetKeys: Any = section_from(Budget)
-
-
-class LimitSection(_LimitKeys):
-    """A limit of the user's own; see `curvprune.planning.Limit`.
-
-    What every layer takes under every option is in a table, and must add up to less.
-    """
-
-    table: str = Field(min_length=1, description="a JSON file: layer, then option, then a number")
-
-
-class BudgetSection(_BudgetKeys):
-    """How much accuracy may be lost (``max_drop``), and how large or slow the model may be (the
-    rest); see `curvprune.Budget`."""
-
-    # Tables are files here, which a run reads.
-    limits: tuple[LimitSection, ...] = Field(
-        (),
-        strict=False,
-        description="a list of {name: milliseconds, most: 12, table: milliseconds.json}",
-    )
-
-    @model_validator(mode="after")
-    def _at_least_one_limit(self) -> BudgetSection:
-        known = ("max_drop", *SIZES)
-        if not self.limits and all(getattr(self, key) is None for key in known):
-            raise Complaint(
-                (),
-                f"no limit given; expected some of {any_of((*known, 'limits'))}, for example "
-                "max_drop: 0.05",
-            )
-        taken = {*known}
-        for index, limit in enumerate(self.limits):
-            if limit.name in taken:
-                raise Complaint(
-                    ("limits", index, "name"), f"{limit.name} is taken; expected a name of its own"
-                )
-            taken.add(limit.name)
-        return self
-
-    @model_serializer(mode="wrap")
-    def _without_no_quantile(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
-        # Locks of runs without one are as they were before there were any.
-        found: dict[str, object] = handler(self)
-        if self.quantile is None:
-            found.pop("quantile", None)
-        return found
-
-    @model_validator(mode="after")
-    def _quantile_is_of_kl(self) -> BudgetSection:
-        if self.quantile is not None and (self.metric != "kl" or self.max_drop is None):
-            raise Complaint(
-                ("quantile",),
-                f"{self.quantile:g} is a quantile of the KL divergence; expected metric: kl and a "
-                "max_drop beside it",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _accuracy_is_a_fraction(self) -> BudgetSection:
-        if self.metric in SHARES and self.max_drop is not None and self.max_drop >= 1:
-            nearest = f"{self.max_drop / 100:g}" if self.max_drop < 100 else "0.01"
-            raise Complaint(
-                ("max_drop",),
-                f"{self.max_drop:g} is not a fall of {self.metric}; expected a fraction below 1 "
-                f"(0.01 is 1 pp); nearest: {nearest}",
-            )
-        return self
-
-
 # ------------------------------------------------------------ how the work is done
 
 _PriceKeys: Any = section_from(Settings, only=("labels", "curvature", "measure_above"))
@@ -415,6 +339,16 @@ class _Source:
     lines: Lines = dataclasses.field(compare=False)
 
 
+LossName = Literal[
+    "auto",
+    "causal-lm",
+    "classification",
+    "label-free",
+    "label-free:classification",
+    "label-free:multi-label",
+]
+
+
 class Recipe(Section):
     """Everything that a run depends on. Frozen; remembers the file and the line of each key
     (`line_of`, `error`)."""
@@ -423,7 +357,8 @@ class Recipe(Section):
     title: str | None = Field(None, min_length=1, description="one line of text")
     model: ModelSection
     data: DataSection
-    objective: Literal["auto", "causal-lm", "classification", "label-free"] = "auto"
+    loss: LossName = "auto"
+    objective: LossName | None = Field(None, description="an earlier name of loss")
     # What may be done to it.
     structured: StructuredSection | None = None
     compress: tuple[CompressEntry, ...] = Field(
@@ -450,8 +385,21 @@ class Recipe(Section):
 
     _source: _Source | None = PrivateAttr(default=None)
 
+    @property
+    def loss_key(self) -> str:
+        """The key that says which loss is meant."""
+        return "loss" if self.objective is None else "objective"
+
+    @property
+    def loss_name(self) -> str:
+        return self.loss if self.objective is None else self.objective
+
     @model_validator(mode="after")
-    def _objective_fits(self) -> Recipe:
+    def _loss_fits(self) -> Recipe:
+        if self.objective is not None and self.loss != "auto":
+            raise Complaint(
+                ("objective",), "objective and loss are two names of one key; write loss alone"
+            )
         task, source = self.model.task, self.data.source
         # Of the sources only digits are images, and only they have labels besides the next token.
         if (source == "digits") != (task == "image-classification"):
@@ -459,20 +407,20 @@ class Recipe(Section):
             raise Complaint(
                 ("data", "source"), f"{source} does not fit task {task}; expected {wanted}"
             )
-        other = None
-        if self.objective == "causal-lm" and task != "causal-lm":
-            other = "classification"
-        if self.objective == "classification" and task == "causal-lm":
-            other = "causal-lm"
-        if other is not None:
+        asked = self.loss_name
+        fitting = ["auto", "label-free"]
+        if task == "causal-lm":
+            fitting.append("causal-lm")
+        else:
+            fitting += ["classification", "label-free:classification", "label-free:multi-label"]
+        if asked not in fitting:
             raise Complaint(
-                ("objective",),
-                f"{self.objective} does not fit task {task}; expected auto, {other} or "
-                "label-free; nearest: auto",
+                (self.loss_key,),
+                f"{asked} does not fit task {task}; expected {', '.join(fitting)}; nearest: auto",
             )
-        if self.objective == "classification" and source != "digits":
+        if asked == "classification" and source != "digits":
             raise Complaint(
-                ("objective",),
+                (self.loss_key,),
                 f"classification needs labels and source {source} has none; expected label-free",
             )
         return self

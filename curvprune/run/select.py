@@ -168,14 +168,17 @@ def trial_of(
 def _foreseen(task: Task, results: ItemResults, drop: Verdict, budget: Budget) -> Verdict:
     """The drop, its bound and its error as they are expected on the certify split: few documents
     have no high quantile of their own."""
-    there = len(set(task.splits.certify.documents))
+    there = len(set(task.splits.certify.clusters().tolist()))
     seen = foreseen(results, task.splits.select, budget, there)
     return replace(drop, drop=seen.value, stderr=seen.stderr, bound=seen.bound)
 
 
 def reach_of(trial: Trial) -> float:
     """From a trial's drop to its bound."""
-    return trial.bound - trial.drop if math.isfinite(trial.bound) else math.inf
+    if math.isfinite(trial.bound):
+        return trial.bound - trial.drop
+    # Few documents that all lose the same have no bound; nor does a model that is broken.
+    return 0.0 if trial.drop_stderr == 0 else math.inf
 
 
 def finite_stderr(trial: Trial) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,12 @@ from curvprune.model import EXTRA, PURPOSES, Batch, Split, Splits, deal_document
 
 
 def text_splits(
-    documents: Mapping[str, Sequence[int]], *, length: int, counts: Mapping[str, int], seed: int
+    documents: Mapping[str, Sequence[int]],
+    *,
+    length: int,
+    counts: Mapping[str, int],
+    seed: int,
+    first: int | None = None,
 ) -> Splits:
     """Cut tokenised documents into sequences and deal whole documents to the splits that ``counts``
     asks for.
@@ -22,8 +28,9 @@ def text_splits(
     Documents are dealt in a seeded random order, each to the split that is furthest from its count,
     so no document lies in two splits; of several with the same tokens only the first counts.
     Sequences are then taken from a split's documents in turn, so that as many documents as possible
-    take part; a recovery gets all of its own, which serve nothing else. They are ``length`` tokens;
-    a document's shorter rest is kept if it has at least 32 tokens.
+    take part; a recovery gets all of its own, which serve nothing else. They are ``length`` tokens,
+    with the token ``first`` at the start of each, where there is one; a document's shorter rest is
+    kept if it has at least 32 tokens.
 
     Raises ``ValueError`` if the documents hold too few sequences, saying how many each split could
     get.
@@ -36,7 +43,7 @@ def text_splits(
         if text in seen:
             continue
         seen.add(text)
-        pieces = _windows(text, length)
+        pieces = _windows(text, length, first)
         if pieces:
             windows[name] = pieces
     # 2. Whole documents, dealt to the splits.
@@ -65,10 +72,22 @@ def text_splits(
 SHORTEST = 32
 
 
-def _windows(tokens: Sequence[int], length: int) -> list[Batch]:
+def first_token(tokenizer: Any) -> int | None:
+    """The token that a tokenizer puts before every text, as the model saw it in training; ``None``
+    if it puts none there."""
+    begin = getattr(tokenizer, "bos_token_id", None)
+    if begin is None:
+        return None
+    tokens = tokenizer("a")["input_ids"]
+    return begin if tokens and tokens[0] == begin else None
+
+
+def _windows(tokens: Sequence[int], length: int, first: int | None) -> list[Batch]:
     """A document cut into sequences ``(1, length)``; its rest may be a shorter one."""
     found: list[Batch] = []
-    for piece in torch.tensor(tokens, dtype=torch.long).split(length):
+    before = torch.tensor([] if first is None else [first], dtype=torch.long)
+    for part in torch.tensor(tokens, dtype=torch.long).split(max(1, length - len(before))):
+        piece = torch.cat([before, part])
         if len(piece) >= min(SHORTEST, length):
             mask = torch.ones_like(piece)
             found.append({"input_ids": piece[None], "attention_mask": mask[None]})

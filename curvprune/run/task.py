@@ -6,7 +6,7 @@ through `check_task`, so that the same is refused and noted on either road.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -23,6 +23,7 @@ from curvprune.model import PURPOSES, LabelFree, Layer, Loss, Splits, check_item
 from curvprune.options import Form, Option, option_from_key
 from curvprune.planning import OF_OUTPUTS, Budget, Choice, Infeasible, Limit, Within, cheapest
 from curvprune.pricing import LayerWork, limits_of, macs_left, multiply_adds, work_of
+from curvprune.run.altered_layers import altered_layers, note, refusal, with_groups
 from curvprune.schema import check_fields
 
 # Documents of the select split: on 4 an outlier moved a plan's bound from twice its drop to five
@@ -52,7 +53,7 @@ class Settings:
         int, Field(ge=1, description="draws per item, a whole number of at least 1")
     ] = 2
     curvature: Annotated[
-        Literal["fisher", "diagonal", "kfac", "hessian", "input"],
+        Literal["fisher", "diagonal", "kfac", "hessian", "input", "empirical"],
         Field(description="fisher, diagonal, kfac, hessian or input"),
     ] = "fisher"
     measure_above: Annotated[
@@ -268,18 +269,22 @@ class Task:
 # --------------------------------------------------------------------------------------- checks
 
 
-def check_task(task: Task, *, final: bool = True) -> Task:
+def check_task(task: Task, *, final: bool = True, named: Collection[str] = ()) -> Task:
     """The task with its limits and notes, if nothing is wrong with it.
 
     Args:
         final: False where hidden units are still to be removed: limits on size and speed that
             cannot be met yet are let pass.
+        named: layers that were asked for by their names, not by globs.
 
-    Cost: one forward pass over the longest item of each split; one over the calibration items where
-    multiply-adds are limited. Raises `TaskError`, and `Infeasible` for limits that no plan meets.
+    Layers whose output is not their weight times their input stay as they are, with a note.
+
+    Cost: one forward pass over the longest item of each split and one more item; one over the
+    calibration items where multiply-adds are limited. Raises `TaskError`, and `Infeasible` for
+    limits that no plan meets.
     """
     _check_splits(task)
-    task = _with_notes(task)
+    task = _with_notes(_without_altered(task, named))
     _check_budget(task)
     try:
         task = _with_limits(task)
@@ -307,6 +312,29 @@ def _check_splits(task: Task) -> None:
         raise TaskError(few, "data")
 
 
+def _without_altered(task: Task, named: Collection[str]) -> Task:
+    """The task without layers that are no matrices."""
+    item = task.splits.calibrate.items[0]
+    altered = altered_layers(task.model, task.objective, item, task.layers)
+    if not altered:
+        return task
+    dense, groups = with_groups(altered, task.same_option)
+    asked = next((name for name in dense if name in named), None)
+    if asked is None and len(dense) == len(task.layers):
+        asked = next(iter(dense))
+    if asked is not None:
+        raise TaskError(refusal(asked, dense[asked]), "compress")
+    text = note(dense)
+    return replace(
+        task,
+        layers={name: layer for name, layer in task.layers.items() if name not in dense},
+        options={name: options for name, options in task.options.items() if name not in dense},
+        same_option=groups,
+        notes=(*task.notes, text),
+        warnings=(*task.warnings, text),
+    )
+
+
 def _with_notes(task: Task) -> Task:
     """What the model and the data give reason to say."""
     doubts, rough = [], []
@@ -321,12 +349,20 @@ def _with_notes(task: Task) -> Task:
             "chance is rough, and plans are chosen with more caution than need be; give more "
             "select items, or more documents"
         )
-    return replace(task, notes=(*task.notes, *doubts, *rough), warnings=tuple(doubts))
+    warnings = (*task.warnings, *doubts)
+    return replace(task, notes=(*task.notes, *doubts, *rough), warnings=warnings)
 
 
 def _check_budget(task: Task) -> None:
     if task.budget is None:
         return
+    if task.budget.metric == "accuracy" and not task.objective.has_accuracy:
+        raise TaskError(
+            f"metric 'accuracy': loss {task.objective.name} has no predictions that are right or "
+            "wrong; use metric 'loss'",
+            "budget",
+            "metric",
+        )
     if task.budget.metric == "accuracy" and task.objective.measure == "nats/token":
         raise TaskError(
             "metric 'accuracy' needs one prediction per item; for language models use metric "
@@ -336,7 +372,7 @@ def _check_budget(task: Task) -> None:
         )
     if task.budget.quantile is not None:
         least = documents_needed(task.budget.quantile, task.budget.confidence)
-        found = len(set(task.splits.certify.documents))
+        found = len(set(task.splits.certify.clusters().tolist()))
         if found < least:
             raise TaskError(
                 f"the certify split has items of {found} documents, and to bound the "

@@ -11,10 +11,10 @@ from curvprune import artifact, report
 from curvprune.artifact import load_artifact
 from curvprune.certificate import ModelComparison, compare_models
 from curvprune.files import StageLog, State
-from curvprune.model import Split, make_loss, to_device
+from curvprune.model import Split, to_device
 from curvprune.run import models
 from curvprune.run.folder import MODEL, REPORT_JSON
-from curvprune.run.prepare import device_of, load_model_of, load_splits
+from curvprune.run.prepare import device_of, load_model_of, load_splits, loss_of
 from curvprune.run.recipe import Recipe, load_recipe
 
 COMPARISON_JSON, COMPARISON_HTML = "comparison.json", "comparison.html"
@@ -68,7 +68,7 @@ def compare_folders(
     split = certify_split(recipe)
 
     # 2. The figures.
-    loss = make_loss(recipe.objective, pair[0], to_device(split.items[0], device))
+    loss = loss_of(recipe, pair[0], to_device(split.first(), device))
     with StageLog(show=progress).stage("compare", len(split.items)) as advance:
         found = compare_models(
             (pair[0], pair[1]),

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from curvprune.artifact import describe
-from curvprune.certificate import Verdict, judge, loss_for
+from curvprune.certificate import IN_THIS_PROCESS, Verdict, counted, judge, loss_for
 from curvprune.compression import Recovery, RecoveryItems, Solved, Training, recover_
 from curvprune.files import StageLog
 from curvprune.model import (
@@ -22,6 +22,8 @@ from curvprune.model import (
     as_split,
     evaluate,
     find_layers,
+    remember_seen_,
+    seen_by,
     split_items,
 )
 from curvprune.options import Option
@@ -143,6 +145,7 @@ def _handed_over(result: Result, model: nn.Module, *, inplace: bool) -> Result:
     """The result with modules in the modes of the input model, whose weights are overwritten where
     that was asked for."""
     compressed = result.model
+    remember_seen_(compressed, result.seen)
     for module, original in zip(compressed.modules(), model.modules(), strict=True):
         module.training = original.training
     if not inplace or compressed is model:
@@ -150,6 +153,7 @@ def _handed_over(result: Result, model: nn.Module, *, inplace: bool) -> Result:
     own = find_layers(model)
     for name, layer in find_layers(compressed).items():
         own[name].write_(layer.as_matrix(layer.weight.detach()))
+    remember_seen_(model, result.seen)
     return replace(result, model=model)
 
 
@@ -170,6 +174,7 @@ def remove_units(
     splits = splits_from(data, seed=settings.seed, budget=budget, priced=True)
     if budget is not None and (leak := splits.leak()) is not None:
         warn_caller(leak)
+    seen = splits.seen()
     if told.device is not None:
         model = copy.deepcopy(model).to(told.device)
     objective = objective_of(told.loss, model, splits.calibrate, budget)
@@ -184,7 +189,9 @@ def remove_units(
     verdict = None
     if budget is not None:
         models = (model, pruned.model)
-        verdict = _judge(models, splits.certify, budget, objective, settings.batch_size)
+        size = settings.batch_size
+        verdict = _judge(models, splits.certify, budget, objective, size, seen=seen)
+    remember_seen_(pruned.model, seen)
     latency = None
     if pruned.latency is not None:
         latency = (pruned.latency[1], pruned.latency[0])
@@ -199,7 +206,7 @@ def remove_units(
         notes=notes,
         portable=why is None,
         latency=latency,
-        seen=splits.seen(),
+        seen=seen,
     )
 
 
@@ -209,10 +216,14 @@ def _judge(
     budget: Budget,
     objective: Loss,
     batch_size: int,
+    *,
+    seen: frozenset[bytes],
 ) -> Verdict:
-    """The paired verdict of (uncompressed, compressed) on a split."""
+    """The paired verdict of (uncompressed, compressed) on a split; of items that were ``seen``
+    before it says so."""
     before, after = (evaluate(m, certify.batches(batch_size), objective) for m in models)
-    return judge(before, after, certify, budget, measure=objective.measure)
+    verdict = judge(before, after, certify, budget, measure=objective.measure)
+    return counted([verdict.noting(certify.leak(seen))], certify, IN_THIS_PROCESS)[0]
 
 
 # -------------------------------------------------------------------------------------- recovery
@@ -229,7 +240,7 @@ class RecoverySplits:
     dealt: Splits | None = None
 
     def seen(self) -> frozenset[bytes]:
-        return frozenset([*self.train.digests(), *self.select.digests()])
+        return self.train.digests() | self.select.digests()
 
 
 def recover_model(
@@ -248,7 +259,7 @@ def recover_model(
             "recover: the compressed model is the baseline itself (inplace=True?); pass the model "
             "as it was before"
         )
-    seen = splits.seen()
+    seen = splits.seen() | seen_by(own)
     if not isinstance(compressed, nn.Module):
         seen |= compressed.seen
     _check_leak(splits, seen)
@@ -271,6 +282,7 @@ def recover_model(
     log = StageLog(show=told.progress)
     with log.stage("recover", training.steps or 1) as advance:
         recovery = recover_(model, solved, baseline, objective, items, training, advance=advance)
+    remember_seen_(model, seen)
     if isinstance(compressed, nn.Module):
         return recovery
 
@@ -279,7 +291,8 @@ def recover_model(
     if budget is not None:
         assert splits.certify is not None
         models = (baseline, model)
-        verdict = _judge(models, splits.certify, budget, judged, training.batch_size)
+        size = training.batch_size
+        verdict = _judge(models, splits.certify, budget, judged, size, seen=seen)
     if isinstance(compressed, Result):
         return replace(
             compressed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from curvprune.certificate import Uses
 from curvprune.files import StageLog, State
 
 
@@ -16,11 +17,13 @@ class Workspace:
         state: files that each stage leaves, and skips when it finds them there.
         log: names and seconds of the stages; shows their progress.
         notes: what the report must say, in the order in which it was noticed.
+        uses: where uses of the certify split are kept; ``None``: nowhere.
     """
 
     state: State
     log: StageLog
     notes: list[str] = field(default_factory=list)
+    uses: Uses | None = None
 
     def note(self, *texts: str) -> None:
         """Add what is not noted yet."""

@@ -42,6 +42,7 @@ from curvprune.model.losses.tasks import (
     Segmentation,
     Seq2Seq,
 )
+from curvprune.model.losses.telling import Untold
 
 __all__ = [
     "BROKEN",
@@ -70,6 +71,7 @@ __all__ = [
     "Segmentation",
     "Seq2Seq",
     "Softmax",
+    "Untold",
     "agreement_of",
     "divergences_of",
     "has_guesses",

@@ -75,7 +75,9 @@ class LossOfOutputs(Loss):
 class LossOfModel(Loss):
     """A function of (model, batch) of which nothing else is known.
 
-    Its "outputs" are the sum and the count of each item, from one forward pass an item.
+    Its "outputs" are loss and count of each item, ``(items, 2)``. Where the function returns no
+    more than a number for the batch, every item is given the same part of it: only their sum means
+    something then, and who needs single items passes batches of one.
     """
 
     curvature = "none"
@@ -85,15 +87,20 @@ class LossOfModel(Loss):
         self.is_mean: bool | None = None  # of one number for a batch; unknown before the first
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        rows = []
-        for i in range(items_in(batch)):
-            total, count = self.loss(model, one_item(batch, i))
-            rows.append(torch.stack([total, total.new_tensor(count)]))
-        return torch.stack(rows)
-
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, float]:
         items = items_in(batch)
         found = self.function(model, batch)
+        if isinstance(found, Tensor) and found.ndim > 0 and len(found) == items:
+            losses = found.flatten(1).sum(1) if found.ndim > 1 else found
+            counts = torch.full_like(losses, found.numel() / items)
+            return torch.stack([losses, counts], 1)
+        total, count = self._of_batch(found, model, batch)
+        return torch.stack([total, total.new_tensor(count)]).expand(items, 2) / items
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, float]:
+        return self._of_batch(self.function(model, batch), model, batch)
+
+    def _of_batch(self, found: Any, model: nn.Module, batch: Batch) -> tuple[Tensor, float]:
+        items = items_in(batch)
         if not _is_one_number(found) or items == 1:
             return _summed(found, items, self.name)
         # Whether one number is a mean or a sum, only the items themselves can say.

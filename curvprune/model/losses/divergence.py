@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from curvprune.model.forward import TARGETS, Batch
+from curvprune.model.forward import TARGETS, Batch, evaluating
 from curvprune.model.losses.label_free import LabelFree
 from curvprune.model.losses.loss import ItemResults, Loss
 from curvprune.model.losses.positions import PositionLoss, Positions, divergences
@@ -34,6 +34,11 @@ class Divergence(LabelFree):
 
     def positions(self, outputs: Tensor, batch: Batch) -> Positions:
         return counted_positions(self.told(batch), outputs, batch)
+
+    def _theirs(self, batch: Batch) -> Positions:
+        # That outputs are what ``of`` takes them for was asked of it, on more than this batch.
+        with torch.no_grad(), evaluating(self.reference):
+            return self.positions(self.outputs(self.reference, batch), batch)
 
     def shares(self, positions: Positions) -> Tensor:
         return torch.ones_like(positions.item, dtype=torch.float64)

@@ -35,10 +35,12 @@ class Family(ABC):
         name: for messages and records.
         distribution: the outputs determine a distribution of the target, so that two models have
             a divergence.
+        has_accuracy: a prediction is right or wrong.
     """
 
     name: str
     distribution: bool = True
+    has_accuracy: bool = False
 
     @abstractmethod
     def losses(self, rows: Float[Tensor, "n k"], targets: Tensor) -> Float[Tensor, " n"]:
@@ -117,6 +119,7 @@ class Softmax(Family):
     """
 
     name = "softmax"
+    has_accuracy = True
 
     def __init__(self, weight: Tensor | None = None, smoothing: float = 0.0) -> None:
         if not 0 <= smoothing <= 1:
@@ -291,6 +294,7 @@ class Bernoulli(Separate):
     """
 
     name = "independent sigmoids"
+    has_accuracy = True
 
     def __init__(self, weight: Tensor | None = None, pos_weight: Tensor | None = None) -> None:
         self.weight, self.pos_weight = weight, pos_weight

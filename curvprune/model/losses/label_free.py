@@ -102,5 +102,6 @@ class LabelFree(Objective):
     def _theirs(self, batch: Batch) -> Positions:
         with torch.no_grad(), evaluating(self.reference):
             theirs = self.positions(self.outputs(self.reference, batch), batch)
-        check_are_logits(self.family, theirs.logits, declared=self.declared is not None)
+        told = self.told(batch)
+        check_are_logits(told, theirs.logits, embeddings=self.declared is None)
         return theirs

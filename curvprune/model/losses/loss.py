@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvprune.model.forward import Batch, items_in, one_item, outputs
+from curvprune.model.forward import Batch, in_double, items_in, one_item, outputs
 from curvprune.model.losses.output_hessian import OutputHessian
 
-# Nats a position where a changed model returns no finite numbers: out of any budget's reach.
+# A position counts so many nats where a changed model returns no finite numbers: out of any
+# budget's reach.
 BROKEN = 1000.0
 
 
@@ -39,10 +40,11 @@ class ItemResults:
     def accuracy(self) -> float:
         return float(self.correct.sum() / self.count.sum())
 
-    def finite(self) -> ItemResults:
-        """The same, with `BROKEN` and no position right where the loss is no finite number."""
+    def finite(self, worst: float = BROKEN) -> ItemResults:
+        """The same, with ``worst`` a position, and none right, where the loss is no finite
+        number."""
         good = self.loss.isfinite()
-        loss = torch.where(good, self.loss, BROKEN * self.count)
+        loss = torch.where(good, self.loss, worst * self.count)
         return ItemResults(loss=loss, count=self.count, correct=self.correct.where(good, 0.0))
 
 
@@ -63,6 +65,7 @@ class Loss:
         labelled: it compares with labels of the data.
         distribution: outputs determine a distribution of the target, so that two models have a
             divergence without labels.
+        has_accuracy: predictions are right or wrong.
     """
 
     name: str = "loss"
@@ -70,6 +73,7 @@ class Loss:
     curvature: str = "differentiation"
     labelled: bool = True
     distribution: bool = False
+    has_accuracy: bool = False
 
     @staticmethod
     def of(
@@ -218,7 +222,7 @@ class Loss:
 
     def item_hessians(self, outputs: Tensor, batch: Batch) -> Float[Tensor, "items k k"]:
         """The Hessian of each item's loss at its outputs, ``k`` numbers in all, in float64."""
-        return self.hessian_at(outputs.double(), batch).of_items()
+        return self.hessian_at(outputs.double(), in_double(batch)).of_items()
 
     def rises(self, before: Tensor, after: Tensor, batch: Batch) -> Float[Tensor, " items"]:
         """What a change of the outputs costs each item beyond the slope: ``ℓ(after) − ℓ(before) −
@@ -227,6 +231,9 @@ class Loss:
         Of second order it is ``½ Δᵀ H Δ``. For a likelihood in canonical form it is the KL
         divergence, whatever the labels.
         """
+        if self.curvature == "none":
+            self.hessian_at(before, batch)  # says why there is none
+        batch = in_double(batch)
         start = before.detach().double().requires_grad_()
         with torch.enable_grad():
             losses = self.item_losses(start, batch)

@@ -90,11 +90,15 @@ def make_loss(loss: LossLike, model: nn.Module, batch: Batch) -> Loss:
         named = LOSSES[loss]()
         _check_declared(named, model, batch)
         return named
-    if loss == "auto" and (labels_of(batch) is not None or _needs_no_labels(model)):
+    if loss == "auto" and (_has_labels(batch) or _needs_no_labels(model)):
         return tell(model, batch)
     if loss.startswith(f"{FREE}:"):
         return LabelFree(model, of=LOSSES[loss.split(":")[1]]())
     return _label_free(model, batch)
+
+
+def _has_labels(batch: Batch) -> bool:
+    return labels_of(batch) is not None or "start_positions" in batch
 
 
 def _needs_no_labels(model: nn.Module) -> bool:
@@ -113,15 +117,16 @@ def _label_free(model: nn.Module, batch: Batch) -> LabelFree:
 
 def _check_declared(loss: Loss, model: nn.Module, batch: Batch) -> None:
     """Whether the outputs can be what the user says that they are."""
-    if type(loss) not in (Classification, Segmentation):
+    if not isinstance(loss, (Classification, MultiLabel)) or loss.curvature != "closed form":
         return
-    assert isinstance(loss, PositionLoss)
+    if isinstance(loss, (MaskedLM, Seq2Seq)):
+        return
     try:
         with torch.no_grad(), evaluating(model):
             rows = loss.places(loss.outputs(model, batch), batch).logits
     except (IndexError, RuntimeError):
         return  # An item that the model cannot read is for the check of the items to name.
-    check_are_logits(loss.family, rows, declared=True)
+    check_are_logits(loss, rows, embeddings=False)
 
 
 def _of_module(module: nn.Module) -> Loss:

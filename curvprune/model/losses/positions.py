@@ -82,6 +82,10 @@ class PositionLoss(Loss):
         return self.labelled and self._closed and isinstance(self.family, Softmax)
 
     @property
+    def has_accuracy(self) -> bool:  # type: ignore[override]
+        return self._closed and self.family.has_accuracy
+
+    @property
     def distribution(self) -> bool:  # type: ignore[override]
         return self._closed and self.family.distribution
 

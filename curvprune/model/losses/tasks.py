@@ -72,8 +72,9 @@ class Classification(Objective):
         weight: what each class counts, ``(classes,)``; the mean is over the sum of weights, as
             torch has it.
         label_smoothing, ignore_index: as torch has them.
-        probabilities: the model ends in a softmax: its outputs are probabilities, whose logarithms
-            are the logits.
+        probabilities: True: the model ends in a softmax, and its outputs are probabilities, whose
+            logarithms are the logits. False: they are logits, also where they all lie between 0 and
+            1, which is refused otherwise.
     """
 
     name = "classification"
@@ -86,7 +87,7 @@ class Classification(Objective):
         weight: Tensor | None = None,
         label_smoothing: float = 0.0,
         ignore_index: int = IGNORED,
-        probabilities: bool = False,
+        probabilities: bool | None = None,
     ) -> None:
         self.family = Softmax(weight, label_smoothing)
         self.class_axis, self.ignore_index = class_axis, ignore_index
@@ -245,7 +246,8 @@ class MultiLabel(OutputLoss):
 
     Args:
         weight, pos_weight: as torch's ``BCEWithLogitsLoss`` has them.
-        probabilities: the model ends in a sigmoid: its outputs are probabilities.
+        probabilities: True: the model ends in a sigmoid, and its outputs are probabilities. False:
+            they are logits, also where they all lie between 0 and 1.
     """
 
     measure = "nats/label"
@@ -255,7 +257,7 @@ class MultiLabel(OutputLoss):
         *,
         weight: Tensor | None = None,
         pos_weight: Tensor | None = None,
-        probabilities: bool = False,
+        probabilities: bool | None = None,
     ) -> None:
         super().__init__(Bernoulli(weight, pos_weight))
         self.name = "multi-label"

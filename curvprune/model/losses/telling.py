@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from curvprune.model.forward import Batch, evaluating
-from curvprune.model.losses.families import Family, Softmax
 from curvprune.model.losses.positions import Objective, PositionLoss
 from curvprune.model.losses.tasks import (
     CausalLM,
@@ -58,6 +57,10 @@ _FITTING_WITHOUT = (
 )
 
 
+class Untold(ValueError):
+    """Neither the model nor the data say what its outputs are."""
+
+
 def tell(model: nn.Module, batch: Batch) -> PositionLoss:
     """The loss that a model's class, its config and the labels speak for.
 
@@ -70,13 +73,13 @@ def tell(model: nn.Module, batch: Batch) -> PositionLoss:
         outputs = Objective().outputs(model, batch)
         found = _by_labels(outputs, batch)
         if found is None:
-            raise ValueError(
+            raise Untold(
                 f"{type(model).__name__} with outputs {tuple(outputs.shape)} and "
                 f"{_told_of(labels_of(batch))}: cannot tell what its loss is; pass {_FITTING}; "
                 f"without labels {_FITTING_WITHOUT}"
             )
         rows = found.places(found.outputs(model, batch), batch).logits
-    check_are_logits(found.family, rows, declared=False)
+    check_are_logits(found, rows)
     return found
 
 
@@ -90,7 +93,7 @@ def tell_without_labels(model: nn.Module, batch: Batch) -> PositionLoss:
         outputs = Objective().outputs(model, batch)
     found = _by_labels(outputs, batch)
     if found is None:
-        raise ValueError(
+        raise Untold(
             f"label-free: {type(model).__name__} returns {tuple(outputs.shape)}, and neither its "
             "class nor labels say what these numbers are, so how far two models are apart is a "
             f"guess; pass {_FITTING_WITHOUT}"
@@ -161,38 +164,47 @@ def _told_of(labels: Tensor | None) -> str:
     return f"labels {tuple(labels.shape)} of {labels.dtype}"
 
 
-def check_are_logits(family: Family, rows: Tensor, *, declared: bool) -> None:
-    """Whether outputs can be the logits that a softmax takes.
+def check_are_logits(loss: PositionLoss, rows: Tensor, *, embeddings: bool = True) -> None:
+    """Whether outputs can be the logits that a softmax or independent sigmoids take.
 
     Args:
-        declared: the user has said that they are; then only what they cannot be is refused.
+        loss: one whose ``probabilities`` are given has been told what its outputs are.
+        embeddings: whether vectors of length one are refused too.
 
-    Raises ``ValueError`` for probabilities and, unless declared, for numbers between 0 and 1 or
-    vectors of length one.
+    Raises ``ValueError`` for what looks like probabilities, or like embeddings.
     """
-    family.check(rows)
-    if not isinstance(family, Softmax) or not rows.numel():
+    loss.family.check(rows)
+    if not isinstance(loss, (Classification, MultiLabel)) or not rows.numel():
+        return
+    if loss.probabilities is not None:
         return
     found = rows.detach().float()
     inside = bool(((found >= 0) & (found <= 1)).all())
-    if inside and bool(((found.sum(-1) - 1).abs() < 1e-3).all()):
+    if inside and _all_one(found.sum(-1), rows.dtype):
         raise ValueError(
             "the model's outputs are probabilities (each row sums to 1), no logits: its softmax "
             "is a part of the model; pass cp.Classification(probabilities=True), without labels "
-            "cp.LabelFree(model, of=cp.Classification(probabilities=True))"
+            "cp.LabelFree(model, of=cp.Classification(probabilities=True)); if they are logits all "
+            "the same, probabilities=False"
         )
-    if declared:
-        return
     if inside and found.numel() >= _ENOUGH:
         raise ValueError(
             "the model's outputs all lie between 0 and 1, as a sigmoid's do: whether they are "
             "logits is a guess; pass cp.MultiLabel(probabilities=True) for probabilities of "
-            "independent labels, cp.Classification() for logits of classes, without labels "
-            "cp.LabelFree(model, of=...) with one of these"
+            "independent labels, cp.Classification(probabilities=False) for logits of classes, "
+            "without labels cp.LabelFree(model, of=...) with one of these"
         )
-    if bool(((torch.linalg.vector_norm(found, dim=-1) - 1).abs() < 1e-3).all()):
+    if embeddings and _all_one(torch.linalg.vector_norm(found, dim=-1), rows.dtype):
         raise ValueError(
             "the model's outputs are vectors of length one, embeddings and no logits; pass a "
             "function to logits, cp.LabelFree(model, of=lambda output, batch: ...), such as the "
             "similarities to other embeddings over a temperature, or a metric to certify"
         )
+
+
+def _all_one(values: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all are 1 to rounding. One row may be so by chance where rounding is coarse."""
+    rounding = min(32 * torch.finfo(dtype).eps, 5e-3)
+    if rounding > 1e-4 and values.numel() < _ENOUGH:
+        return False
+    return bool(((values - 1).abs() <= rounding).all())

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 import curvprune as cp
-from curvprune.certificate import compare
+from curvprune.certificate import judge
 from curvprune.model import ItemResults, Split, evaluate, find_layers
 from curvprune.run import (
     Arguments,
@@ -153,7 +153,7 @@ def judged(case: Case, task: Task, candidates: Candidates, choices: dict[str, st
 
 
 def rise(task: Task, before: ItemResults, after: ItemResults, test: Split) -> tuple[float, float]:
-    verdict = compare(
+    verdict = judge(
         before, after, test, cp.Budget("loss", max_drop=0.0), measure=task.objective.measure
     )
     return verdict.drop, verdict.stderr

@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from curvprune.api import analyze as analyze
     from curvprune.api import certify as certify
+    from curvprune.api import claim as claim
+    from curvprune.api import compare as compare
     from curvprune.api import compare_curvature as compare_curvature
     from curvprune.api import compress as compress
     from curvprune.api import empirical_fisher as empirical_fisher
@@ -29,9 +31,15 @@ if TYPE_CHECKING:
     from curvprune.api import recover as recover
     from curvprune.artifact import export_dense as export_dense
     from curvprune.artifact import export_gptq as export_gptq
+    from curvprune.certificate import Claim as Claim
+    from curvprune.certificate import JointVerdict as JointVerdict
+    from curvprune.certificate import ModelComparison as ModelComparison
     from curvprune.certificate import Verdict as Verdict
+    from curvprune.certificate import certify_all as certify_all
     from curvprune.certificate import certify_lm_eval as certify_lm_eval
     from curvprune.certificate import certify_values as certify_values
+    from curvprune.certificate import claim_lm_eval as claim_lm_eval
+    from curvprune.certificate import claim_values as claim_values
     from curvprune.compression import Recovery as Recovery
     from curvprune.curvature import Analysis as Analysis
     from curvprune.curvature import CurvatureComparison as CurvatureComparison
@@ -81,6 +89,8 @@ _HOME = {
         "StructuredResult",
         "analyze",
         "certify",
+        "claim",
+        "compare",
         "compare_curvature",
         "compress",
         "empirical_fisher",
@@ -96,7 +106,17 @@ _HOME = {
         "recover",
     ),
     "artifact": ("export_dense", "export_gptq"),
-    "certificate": ("Verdict", "certify_lm_eval", "certify_values"),
+    "certificate": (
+        "Claim",
+        "JointVerdict",
+        "ModelComparison",
+        "Verdict",
+        "certify_all",
+        "certify_lm_eval",
+        "certify_values",
+        "claim_lm_eval",
+        "claim_values",
+    ),
     "compression": ("Recovery",),
     "curvature": (
         "Analysis",

@@ -238,6 +238,43 @@ def report(
 
 
 @app.command()
+def compare(
+    dense: Annotated[
+        str,
+        typer.Argument(help="the reference: a folder, the name of a model, or a recipe for its"),
+    ],
+    other: Annotated[str, typer.Argument(help="another model, for example runs/quickstart/model")],
+    recipe: RecipeArgument,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="a folder for comparison.json and comparison.html")
+    ] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """How far two models are apart on the certify split of a recipe: KL divergence, top-1
+    agreement, losses, flips."""
+    try:
+        found = runs.compare_folders(dense, other, recipe, out=out, progress=not quiet)
+    except BAD_INPUT as error:
+        raise _bad_input(error) from error
+    console = Console(highlight=False)
+    _print_comparison(console, found)
+    if out is not None:
+        console.print(f"{out}/comparison.json and comparison.html")
+
+
+def _print_comparison(console: Console, found: runs.ComparedModels) -> None:
+    table = Table(title=escape(found.title), caption=escape(found.evidence))
+    table.add_column("figure", overflow="fold")
+    table.add_column("value ± se", justify="right", overflow="fold")
+    table.add_column("measure", overflow="fold")
+    for row in found.rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+    for note in found.record.notes:
+        console.print(f"note: {escape(note)}", soft_wrap=True)
+
+
+@app.command()
 def clean(folder: FolderArgument) -> None:
     """Remove a run's intermediate results, state/; its model and report stay."""
     try:

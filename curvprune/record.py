@@ -2,14 +2,15 @@
 
 Everything is a frozen dataclass; `curvprune.schema` turns it into JSON and back. A number that is
 not finite is ``null`` in the file and NaN in memory. Losses, prices and drops are in nats per
-position (`RunRecord.measure`), unless a budget's metric is accuracy: then its drops are fractions.
+position (`RunRecord.measure`), unless a budget's metric is accuracy or top1: then its drops are
+fractions.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from curvprune.certificate import ItemColumns, Verdict
+from curvprune.certificate import Estimate, ItemColumns, ModelComparison, Verdict
 from curvprune.curvature import (
     AnalysisRecord,
     DensityRecord,
@@ -38,6 +39,7 @@ __all__ = [
     "DiagonalRecord",
     "Disagreement",
     "EigenvaluesRecord",
+    "Estimate",
     "EstimateRecord",
     "FrontierPoint",
     "ItemColumns",
@@ -45,6 +47,7 @@ __all__ = [
     "LayerRecord",
     "LedgerRecord",
     "LimitUse",
+    "ModelComparison",
     "ModelCurvatureRecord",
     "NamedLimit",
     "OtherRun",
@@ -189,6 +192,7 @@ class BudgetRecord:
     max_bops: float | None
     confidence: float
     limits: tuple[NamedLimit, ...] = ()
+    quantile: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import curvprune as cp
 from curvprune import run as runs
-from curvprune.certificate import compare
+from curvprune.certificate import judge
 from curvprune.cli import app
 from curvprune.model import ItemResults, Split, evaluate, find_layers
 from curvprune.planning import corrections
@@ -449,7 +449,7 @@ def test_only_a_difference_beyond_chance_is_a_reason_to_leave_the_plan():
         before, after = (
             ItemResults(loss=loss, count=count, correct=count) for loss in (0 * noise, losses)
         )
-        return compare(before, after, split, cp.Budget(max_drop=0.0), measure="nats")
+        return judge(before, after, split, cp.Budget(max_drop=0.0), measure="nats")
 
     assert not runs.clearly_less(beyond(1.6)) and runs.clearly_less(beyond(1.7))
     assert not runs.clearly_less(beyond(-3.0))

@@ -11,7 +11,7 @@ import torch
 
 import curvprune as cp
 from curvprune import run as runs
-from curvprune.certificate import compare, item_columns
+from curvprune.certificate import item_columns, judge
 from curvprune.files import State
 from curvprune.model import ItemResults, Split, evaluate
 from curvprune.planning import cheapest
@@ -206,7 +206,7 @@ def test_the_chance_that_select_sees_is_that_of_certify(recipe, documents):
             ItemResults(loss=torch.tensor(x).double(), count=count, correct=count)
             for x in (np.zeros(len(count)), losses)
         )
-        return compare(before, after, split, task.budget, measure="nats")
+        return judge(before, after, split, task.budget, measure="nats")
 
     chances, certified = [], []
     for drop in np.repeat([0.15, 0.17, 0.18, 0.19, 0.2], 60):  # of a budget of 0.2

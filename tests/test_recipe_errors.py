@@ -419,7 +419,7 @@ REJECTED = {
     "unknown metric": (
         OFFERS + "budget: {metric: acc, max_drop: 0.1} #!\n",
         "budget.metric",
-        "expected loss or accuracy; nearest: accuracy",
+        "expected loss, accuracy, kl or top1; nearest: accuracy",
     ),
     "confidence in percent": (
         OFFERS + "budget: {max_drop: 0.1, confidence: 95} #!\n",

@@ -22,12 +22,12 @@ from curvprune.certificate import (
     certify_accuracy,
     certify_loss,
     certify_values,
-    compare,
     confidence_text,
     design_effect,
     fewest_clusters,
     fewest_without_spread,
     items_needed,
+    judge,
     probability_of_certifying,
 )
 from curvprune.model import ItemResults, Split
@@ -315,7 +315,7 @@ def test_equal_items_are_one_cluster_with_their_documents() -> None:
     before, after = np.zeros(8), 0.1 * np.random.default_rng(0).normal(size=8)
     after[2] = after[1]
     budget = Budget("loss", max_drop=1.0)
-    verdict = compare(results_of(before), results_of(after), split, budget, measure="nats")
+    verdict = judge(results_of(before), results_of(after), split, budget, measure="nats")
     joined = certify_loss(
         before, after, np.ones(8), clusters=[0, 0, 0, 1, 2, 3, 4, 5], max_drop=1.0
     )
@@ -324,7 +324,7 @@ def test_equal_items_are_one_cluster_with_their_documents() -> None:
     same = results_of(np.zeros(30))
     for metric in ("loss", "accuracy"):
         with pytest.raises(ValueError, match=r"30 items .* one cluster .*at least 2 independent"):
-            compare(same, same, many, Budget(metric, max_drop=0.1), measure="nats")
+            judge(same, same, many, Budget(metric, max_drop=0.1), measure="nats")
 
 
 class Lookup(torch.nn.Module):

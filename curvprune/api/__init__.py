@@ -15,7 +15,7 @@ from curvprune.api.analysis import (
     kfac,
 )
 from curvprune.api.compression import compress, frontier, price, prune, quantize, recover
-from curvprune.api.judgement import certify, load
+from curvprune.api.judgement import certify, claim, compare, load
 from curvprune.run import Result, StructuredResult
 
 __all__ = [
@@ -23,6 +23,8 @@ __all__ = [
     "StructuredResult",
     "analyze",
     "certify",
+    "claim",
+    "compare",
     "compare_curvature",
     "compress",
     "empirical_fisher",

@@ -3,21 +3,53 @@ every item."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvprune.certificate.accuracy import certify_accuracy
 from curvprune.certificate.loss import certify_loss
+from curvprune.certificate.quantile import Foreseen, certify_quantile, foreseen_quantile
 from curvprune.certificate.verdict import Verdict
-from curvprune.model import ItemResults, Split
-from curvprune.planning import Budget
+from curvprune.model import (
+    Divergence,
+    ItemResults,
+    LabelFree,
+    Loss,
+    PositionLoss,
+    Split,
+    has_guesses,
+)
+from curvprune.planning import OF_OUTPUTS, Budget
 
 
-def compare(
+def loss_for(budget: Budget | None, loss: Loss, reference: nn.Module) -> Loss:
+    """The loss whose results `judge` takes for a budget: of metrics ``"kl"`` and ``"top1"`` the
+    divergence from ``reference``, the uncompressed model, at the positions that count for ``loss``.
+
+    Raises:
+        ValueError: outputs of ``loss`` determine no distribution, or have no best guess.
+    """
+    if budget is None or budget.metric not in OF_OUTPUTS:
+        return loss
+    if not isinstance(loss, PositionLoss) or not (isinstance(loss, LabelFree) or loss.distribution):
+        raise ValueError(
+            f"metric {budget.metric!r} compares distributions, and outputs of the loss "
+            f"{loss.name} determine none; use metric 'loss', or loss=cp.Regression(sigma=...), "
+            "cp.Classification() and the like, if that is what the outputs are"
+        )
+    if budget.metric == "top1" and not has_guesses(loss):
+        raise ValueError(
+            f"metric 'top1' asks for the same best guess, and outputs of the loss {loss.name} have "
+            "none; use metric 'kl' or 'loss'"
+        )
+    return loss if isinstance(loss, LabelFree) else Divergence(reference, of=loss)
+
+
+def judge(
     baseline: ItemResults, compressed: ItemResults, split: Split, budget: Budget, *, measure: str
 ) -> Verdict:
     """Where a budget becomes a verdict: two models' results on a split, judged by ``max_drop``.
@@ -27,7 +59,7 @@ def compare(
     and are left out.
 
     Args:
-        baseline, compressed: results of every item of ``split``.
+        baseline, compressed: results of every item of ``split``, of the loss that `loss_for` names.
         budget: its metric chooses the test; it must have a ``max_drop``.
         measure: what the loss is counted in, such as ``"nats/token"``.
 
@@ -41,8 +73,10 @@ def compare(
 
     # 2. The test that the budget's metric asks for.
     assert budget.max_drop is not None
-    if budget.metric == "loss":
-        return certify_loss(
+    if budget.quantile is not None:
+        return _judge_quantile(compressed, split, budget, measure)
+    if budget.metric in ("loss", "kl"):
+        verdict = certify_loss(
             baseline.loss.numpy()[counted],
             compressed.loss.numpy()[counted],
             baseline.count.numpy()[counted],
@@ -51,6 +85,9 @@ def compare(
             confidence=budget.confidence,
             measure=measure,
         )
+        return verdict if budget.metric == "loss" else replace(verdict, metric="kl")
+    if budget.metric == "top1":
+        return _judge_agreement(compressed, split, budget)
     if bool(baseline.correct.isnan().any()):
         raise ValueError(
             "metric 'accuracy': this loss has no predictions that are right or wrong; use metric "
@@ -67,6 +104,86 @@ def compare(
         copies=copies,
         max_drop=budget.max_drop,
         confidence=budget.confidence,
+    )
+
+
+def _judge_agreement(results: ItemResults, split: Split, budget: Budget) -> Verdict:
+    """Whether both models have the same best guess at all but ``max_drop`` of the positions, which
+    are one or many an item; those of one cluster belong together."""
+    assert budget.max_drop is not None
+    # 1. One 0 or 1 for every position; in which order within an item does not matter.
+    counted = (results.count > 0).numpy()
+    positions, same = results.count.numpy()[counted], results.correct.numpy()[counted]
+    if np.any(np.isnan(same)):
+        raise ValueError(
+            "metric 'top1' asks for the same best guess, and the model's outputs have none; use "
+            "metric 'kl' or 'loss'"
+        )
+    if np.any(positions != np.round(positions)) or np.any(same > positions):
+        raise ValueError(
+            "metric 'top1' counts positions, which are not whole where items are weighed; leave "
+            "sample_weight out, or use metric 'kl'"
+        )
+    runs = np.stack([same, positions - same], 1).astype(int).ravel()
+    agree = np.repeat(np.tile([True, False], len(same)), runs)
+
+    # 2. Independent only where each item has one and is a cluster.
+    clusters, copies = clusters_of(split, counted)
+    if len(agree) > len(same):
+        clusters, copies = split.clusters()[counted], None
+        clusters = np.repeat(clusters, positions.astype(int))
+    verdict = certify_accuracy(
+        np.ones(len(agree)),
+        agree,
+        clusters=clusters,
+        copies=copies,
+        max_drop=budget.max_drop,
+        confidence=budget.confidence,
+    )
+    needed = verdict.needed
+    if needed is not None:
+        needed = max(len(same) + 1, -(-needed * len(same) // len(agree)))
+    return replace(verdict, metric="top1", items=len(same), needed=needed)
+
+
+def _judge_quantile(results: ItemResults, split: Split, budget: Budget, measure: str) -> Verdict:
+    """Whether a quantile over documents is within the budget; with the items that hold them."""
+    assert budget.max_drop is not None and budget.quantile is not None
+    values = document_means(results, split)
+    verdict = certify_quantile(
+        values,
+        quantile=budget.quantile,
+        max_drop=budget.max_drop,
+        confidence=budget.confidence,
+        metric=f"{budget.quantile:g} quantile of kl",
+        measure=measure,
+    )
+    items, documents = int((results.count > 0).sum()), len(values)
+    if items == documents:
+        return verdict
+    needed = verdict.needed
+    if needed is not None:
+        needed = -(-needed * items // documents)
+    return replace(verdict, items=items, clusters=documents, needed=needed)
+
+
+def document_means(results: ItemResults, split: Split) -> NDArray[np.float64]:
+    """The mean loss of every cluster of a split in which a position counts: documents, those that
+    share an item as one."""
+    counted = (results.count > 0).numpy()
+    _, owner = np.unique(split.clusters()[counted], return_inverse=True)
+    totals = np.bincount(owner, weights=results.loss.numpy()[counted])
+    return np.asarray(totals / np.bincount(owner, weights=results.count.numpy()[counted]))
+
+
+def foreseen(results: ItemResults, split: Split, budget: Budget, documents: int) -> Foreseen:
+    """What results on one split say of a quantile's verdict on another with so many documents."""
+    assert budget.quantile is not None
+    return foreseen_quantile(
+        document_means(results, split),
+        quantile=budget.quantile,
+        confidence=budget.confidence,
+        documents=documents,
     )
 
 

@@ -4,7 +4,7 @@ Start at `integer_program.cheapest` for how a plan is chosen, at `search.search_
 are measured until the smallest one that passes is found.
 """
 
-from curvprune.planning.budget import SIZES, Budget, Limit, Within
+from curvprune.planning.budget import OF_OUTPUTS, SHARES, SIZES, Budget, Limit, Within
 from curvprune.planning.closed_loop import Measurement, Search, SearchStep, search_plans
 from curvprune.planning.corrected_prices import corrected, corrections
 from curvprune.planning.frontier_plans import FrontierPlan, frontier
@@ -16,6 +16,8 @@ from curvprune.planning.plan import Plan
 from curvprune.planning.priced import Choice, Priced
 
 __all__ = [
+    "OF_OUTPUTS",
+    "SHARES",
     "SIZES",
     "Budget",
     "Choice",

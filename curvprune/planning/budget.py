@@ -15,6 +15,10 @@ from pydantic import Field, SkipValidation
 
 from curvprune.schema import Json, check_fields
 
+# Metrics that compare the two models' outputs with each other, without labels.
+OF_OUTPUTS = ("kl", "top1")
+# Metrics of which a drop is a fraction.
+SHARES = ("accuracy", "top1")
 # The limits of a budget that are counted here; `Limit` is for what a user has measured.
 SIZES = ("max_bytes", "max_bits", "max_macs", "max_bops")
 
@@ -104,9 +108,13 @@ class Budget:
     without it the best one.
 
     Args:
-        metric: what `max_drop` is a drop of, "loss" or "accuracy".
-        max_drop: a rise of the loss in nats per token (or example), or a fall of accuracy as a
-            fraction (0.01 is one percentage point).
+        metric: what `max_drop` is a drop of: "loss", "accuracy", "kl" (the mean KL divergence from
+            the uncompressed model, per position) or "top1" (the share of positions at which both
+            models have the same best guess).
+        max_drop: a rise of the loss in nats per token (or example), a KL divergence in nats, or a
+            fall of accuracy or agreement as a fraction (0.01 is one percentage point).
+        quantile: with metric "kl": `max_drop` is for this quantile over documents of a document's
+            mean KL divergence, such as 0.99, instead of the mean.
         max_bytes: of the file of weights, header included.
         max_bits: stored bits (codes, scales, zero points and shapes) per weight of the layers that
             have options; a weight that several modules share counts once.
@@ -121,9 +129,10 @@ class Budget:
     Raises ValueError.
     """
 
-    metric: Annotated[Literal["loss", "accuracy"], Field(description="loss or accuracy")] = field(
-        default="loss", kw_only=False
-    )
+    metric: Annotated[
+        Literal["loss", "accuracy", "kl", "top1"],
+        Field(description="loss, accuracy, kl or top1"),
+    ] = field(default="loss", kw_only=False)
     max_drop: Annotated[
         float | None,
         Field(
@@ -132,6 +141,10 @@ class Budget:
             description="a number of at least 0: nats of loss, or a fraction of accuracy (0.01 is "
             "1 pp)",
         ),
+    ] = None
+    quantile: Annotated[
+        float | None,
+        Field(gt=0, lt=1, description="a number strictly between 0 and 1, for example 0.99"),
     ] = None
     max_bytes: Annotated[
         int | None, Field(ge=1, description="a positive whole number of bytes")
@@ -177,7 +190,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         # 1. Numbers of other libraries, and whole numbers of bytes such as 6e7, as Python's own.
-        for name in ("max_drop", *SIZES, "confidence"):
+        for name in ("max_drop", "quantile", *SIZES, "confidence"):
             object.__setattr__(self, name, _plain(getattr(self, name)))
         if isinstance(self.max_bytes, float) and self.max_bytes.is_integer():
             object.__setattr__(self, "max_bytes", int(self.max_bytes))
@@ -192,10 +205,15 @@ class Budget:
             )
         if self.max_drop is not None:
             object.__setattr__(self, "max_drop", float(self.max_drop))
-        if self.metric == "accuracy" and self.max_drop is not None and self.max_drop >= 1:
+        if self.quantile is not None and (self.metric != "kl" or self.max_drop is None):
             raise ValueError(
-                f"Budget('accuracy', max_drop={self.max_drop:g}): accuracy drops are fractions "
-                f"below 1; for {self.max_drop:g} percentage points write "
+                f"Budget({self.metric!r}, quantile={self.quantile:g}): a quantile is of the KL "
+                f"divergence; write Budget('kl', quantile={self.quantile:g}, max_drop=0.1)"
+            )
+        if self.metric in SHARES and self.max_drop is not None and self.max_drop >= 1:
+            raise ValueError(
+                f"Budget({self.metric!r}, max_drop={self.max_drop:g}): {self.metric} drops are "
+                f"fractions below 1; for {self.max_drop:g} percentage points write "
                 f"max_drop={self.max_drop / 100:g}"
             )
         # A message names a limit by one word, so no two may share it.
@@ -217,6 +235,8 @@ class Budget:
         """JSON-ready record."""
         record: dict[str, Json] = {f.name: getattr(self, f.name) for f in fields(self)}
         record["limits"] = [limit.to_dict() for limit in self.limits]
+        if self.quantile is None:
+            del record["quantile"]
         return record
 
 

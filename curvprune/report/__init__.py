@@ -2,5 +2,18 @@
 
 from curvprune.report.html import build
 from curvprune.report.terminal import summary
+from curvprune.report.two_models import (
+    comparison_evidence,
+    comparison_page,
+    comparison_table,
+    comparison_title,
+)
 
-__all__ = ["build", "summary"]
+__all__ = [
+    "build",
+    "comparison_evidence",
+    "comparison_page",
+    "comparison_table",
+    "comparison_title",
+    "summary",
+]

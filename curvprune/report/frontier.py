@@ -17,9 +17,11 @@ def _max_bytes(record: RunRecord) -> int | None:
 
 def _max_loss(record: RunRecord) -> float | None:
     """The budget when it is one in the measure of the predicted loss."""
+    if record.budget is not None and record.budget.quantile is not None:
+        return None
     # The verdict's budget comes first; one of accuracy has no place on an axis of losses.
     for asked in (record.verdict, record.budget):
-        if asked is not None and asked.metric == "loss" and asked.max_drop is not None:
+        if asked is not None and asked.metric in ("loss", "kl") and asked.max_drop is not None:
             return finite(asked.max_drop)
     return None
 
@@ -45,8 +47,8 @@ def frontier_budget(record: RunRecord) -> str:
     """Which line of the chart is the budget, or why there is none."""
     if _max_loss(record) is not None or _max_bytes(record) is not None:
         return "Dashed red: the budget."
-    if record.verdict is not None and record.verdict.metric == "accuracy":
-        return "No budget line: the budget is one of accuracy, this axis is loss."
+    if record.verdict is not None and record.verdict.metric not in ("loss", "kl"):
+        return f"No budget line: the budget is one of {record.verdict.metric}, this axis is loss."
     return ""
 
 

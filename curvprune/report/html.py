@@ -63,7 +63,7 @@ CONTENTS = (
 )
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
     return files("curvprune.report").joinpath(name).read_text(encoding="utf-8")
 
 
@@ -73,7 +73,8 @@ def _printable(value: object) -> object:
 
 
 @cache
-def _template() -> Template:
+def template_of(name: str) -> Template:
+    """A template whose every printed value is escaped."""
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
@@ -81,7 +82,7 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.from_string(_asset("report.html.j2"))
+    return environment.from_string(asset(name))
 
 
 def _subtitle(record: RunRecord) -> str:
@@ -129,19 +130,19 @@ def build(record: RunRecord, against: OtherRun | None = None) -> str:
     """
     status = status_of(record)
     # The policy in the page's head allows this script alone, by its hash.
-    script = "\n" + _asset("report.js")
+    script = "\n" + asset("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # A comparison is the last section, with its own place in the contents.
     contents = [*CONTENTS]
     if against is not None:
         contents.append(("against", f"Compared with {against.name}"))
     method = record.verdict.method if record.verdict is not None else ""
-    return _template().render(
+    return template_of("report.html.j2").render(
         title=record.title,
         subtitle=_subtitle(record),
         measure=record.measure,
         contents=contents,
-        css=Markup(_asset("report.css")),
+        css=Markup(asset("report.css")),
         js=Markup(script),
         script_hash=Markup(f"sha256-{digest}"),
         status=status,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from curvprune.record import RunRecord, Trial
+from curvprune.record import RunRecord, Trial, Verdict
 from curvprune.report import charts
 from curvprune.report.figures import (
     MISSING,
@@ -31,7 +31,7 @@ from curvprune.report.tables import (
     number_cell,
     yes_no,
 )
-from curvprune.report.verdict import judged
+from curvprune.report.verdict import SHARES, judged
 
 # How a trial is drawn: shape, class of the style sheet, words of the legend.
 _DRAWN = {
@@ -223,9 +223,21 @@ _MEASURED = (
         lambda trial: count_cell(trial.items),
     ),
 )
-_ACCURACY = _TrialColumn(
-    Column("accuracy drop", "fall of the accuracy on the select split", "n"), _accuracy_cell
-)
+
+
+def _drop_column(verdict: Verdict) -> _TrialColumn | None:
+    """What the budget counts, where that is not the loss."""
+    if verdict.metric in SHARES:
+        head = Column(
+            f"{verdict.metric} drop", f"fall of the {verdict.metric} on the select split", "n"
+        )
+        return _TrialColumn(head, _accuracy_cell)
+    if verdict.metric in ("loss", "kl"):
+        return None
+    head = Column(verdict.metric, "as expected from the select split", "n")
+    return _TrialColumn(head, lambda trial: error_cell(trial.drop, trial.drop_stderr))
+
+
 _CHANCE = _TrialColumn(
     Column("chance", "estimated probability that certification succeeds", "n"),
     lambda trial: number_cell(trial.chance, fixed(trial.chance, 2)),
@@ -249,8 +261,9 @@ def _trial_columns(record: RunRecord) -> list[_TrialColumn]:
     if record.corrections:
         shown.append(_EXPECTED)
     shown += _MEASURED
-    if verdict is not None and verdict.metric == "accuracy":
-        shown.append(_ACCURACY)
+    of_budget = None if verdict is None else _drop_column(verdict)
+    if of_budget is not None:
+        shown.append(of_budget)
     if any(trial.chance is not None for trial in record.trials):
         shown.append(_CHANCE)
     return [*shown, *_JUDGED]

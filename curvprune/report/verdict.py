@@ -24,6 +24,7 @@ from curvprune.report.figures import (
 )
 from curvprune.report.tables import Cell, Column, Fact, Table, count_cell, number_cell
 
+SHARES = ("accuracy", "top1")  # metrics that are fractions
 STATUSES = ("CERTIFIED", "VIOLATED", "INCONCLUSIVE")
 NOT_ASKED = "NO ACCURACY BUDGET ASKED"
 NOT_FINISHED = "NOT FINISHED"
@@ -43,7 +44,7 @@ class Quantity:
 
     @classmethod
     def of(cls, result: Verdict | PairedLoss) -> Quantity:
-        if result.metric == "accuracy":
+        if result.metric in SHARES:
             return cls(100.0, "percentage points", "%", "below")
         return cls(1.0, result.measure, result.measure, "above")
 
@@ -146,8 +147,8 @@ def _claim(verdict: Verdict) -> str:
     where = WHERE if touched else f"{WHERE}{UNTOUCHED}"
     if verdict.status == "VIOLATED":
         return (
-            f"{sure} the compressed model's {verdict.metric} is more than {budget} "
-            f"{quantity.worse} the uncompressed one's {where}: the budget is not met."
+            f"{sure} {_said_of(verdict, f'more than {budget}', quantity.worse)} {where}: the "
+            "budget is not met."
         )
     if verdict.status == "INCONCLUSIVE":
         return (
@@ -158,15 +159,30 @@ def _claim(verdict: Verdict) -> str:
         )
     # 3. Certified: the bound, rounded up. Where it says that the model is better for certain, the
     #    claim turns round, and so does the rounding.
-    relation = f"at most {limit} {quantity.measure} {quantity.worse}"
-    if bound is not None and bound <= 0:
+    amount, side = f"at most {limit} {quantity.measure}", quantity.worse
+    if bound is not None and bound <= 0 and not _of_divergence(verdict):
         better = at_most(bound, 0.0, _decimals(verdict)).lstrip(f"-{MINUS}")
-        other = "above" if quantity.worse == "below" else "below"
-        relation = f"at least {better} {quantity.measure} {other}"
-    return (
-        f"{sure} the compressed model's {verdict.metric} is {relation} the uncompressed one's "
-        f"{where}."
-    )
+        side = "above" if quantity.worse == "below" else "below"
+        amount = f"at least {better} {quantity.measure}"
+    return f"{sure} {_said_of(verdict, amount, side)} {where}."
+
+
+def _of_divergence(verdict: Verdict) -> bool:
+    return verdict.metric.endswith("kl")
+
+
+def _said_of(verdict: Verdict, amount: str, side: str) -> str:
+    """What is claimed of the compressed model; a divergence is a comparison by itself."""
+    if _of_divergence(verdict):
+        which = f"{verdict.metric.removesuffix('kl')}the "
+        if verdict.metric == "kl":
+            which = "mean "
+        return (
+            f"the {which}KL divergence of the compressed model from the uncompressed one is "
+            f"{amount}"
+        )
+    name = "top-1 agreement" if verdict.metric == "top1" else verdict.metric
+    return f"the compressed model's {name} is {amount} {side} the uncompressed one's"
 
 
 def advice(record: RunRecord) -> list[str]:
@@ -265,8 +281,8 @@ def _drop_facts(verdict: Verdict) -> list[Fact]:
     )
     if quantity.worse == "below":
         hint = (
-            "accuracy of the uncompressed model minus the compressed one's, paired by item; "
-            "positive is worse"
+            f"{verdict.metric} of the uncompressed model minus the compressed one's, paired by "
+            "item; positive is worse"
         )
     # A bound below the drop bounds it from below.
     side = "lower" if (finite(verdict.bound) or 0.0) < (finite(verdict.drop) or 0.0) else "upper"
@@ -316,7 +332,7 @@ def verdict_chart(record: RunRecord) -> Markup | None:
     quantity = Quantity.of(verdict)
     what = f"change of the {verdict.metric}"
     if quantity.worse == "below":
-        what = "fall of the accuracy"
+        what = f"fall of the {verdict.metric}"
     return charts.interval(
         drop=drop,
         stderr=finite(verdict.stderr) or 0.0,

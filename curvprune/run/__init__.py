@@ -36,6 +36,7 @@ from curvprune.run.sources import (
     text_splits,
 )
 from curvprune.run.task import Settings, Storage, Task, TaskError, check_task
+from curvprune.run.two_models import ComparedModels, compare_folders
 from curvprune.run.verbs import (
     allocate_zeros,
     compress_model,
@@ -52,6 +53,7 @@ __all__ = [
     "Arguments",
     "Candidates",
     "Check",
+    "ComparedModels",
     "Control",
     "Data",
     "LayerRow",
@@ -89,6 +91,7 @@ __all__ = [
     "choose_and_certify",
     "clean",
     "clearly_less",
+    "compare_folders",
     "compress_model",
     "controls",
     "digits",

@@ -14,7 +14,7 @@ from pydantic import JsonValue
 from torch import nn
 
 from curvprune import artifact
-from curvprune.certificate import IN_THIS_PROCESS
+from curvprune.certificate import IN_THIS_PROCESS, loss_for
 from curvprune.compression import Solved
 from curvprune.files import StageLog, State
 from curvprune.model import (
@@ -98,7 +98,7 @@ def task_from(
     # 3. The task.
     task = Task(
         model=model,
-        objective=objective_of(told.loss, model, splits.calibrate),
+        objective=objective_of(told.loss, model, splits.calibrate, budget),
         layers=found,
         options={name: tuple(options) for name in found},
         same_option=groups.layers,
@@ -141,11 +141,14 @@ def _storage(model: nn.Module, settings: Settings) -> Storage:
     return Storage(write=write, read=read)
 
 
-def objective_of(name: LossLike, model: nn.Module, split: Split) -> Loss:
-    """The loss that a name stands for, told from the model and the first item if need be."""
+def objective_of(
+    name: LossLike, model: nn.Module, split: Split, budget: Budget | None = None
+) -> Loss:
+    """The loss that a name stands for, told from the model and the first item if need be; where a
+    budget is of the model's outputs, their divergence from this model's."""
     check_independent(model)
     first = to_device(split.first(), next(model.parameters()).device)
-    return make_loss(name, model, first)
+    return loss_for(budget, make_loss(name, model, first), model)
 
 
 def check_metric(budget: Budget | None, objective: Loss) -> None:

@@ -16,10 +16,10 @@ from torch import nn
 from curvprune.certificate import (
     ItemColumns,
     Verdict,
-    compare,
     counted,
     fixed_sequence,
     item_columns,
+    judge,
 )
 from curvprune.compression import Solved
 from curvprune.model import ItemResults, find_layers
@@ -185,7 +185,7 @@ def _verdict_of(
     if budget is None:
         confidence = 0.95 if task.budget is None else task.budget.confidence
         budget = Budget("loss", max_drop=0.0, confidence=confidence)
-    verdict = compare(baseline, results, certify, budget, measure=task.objective.measure)
+    verdict = judge(baseline, results, certify, budget, measure=task.objective.measure)
     return verdict, item_columns(baseline, results, certify)
 
 

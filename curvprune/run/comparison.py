@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from curvprune import report
-from curvprune.certificate import ItemColumns, compare
+from curvprune.certificate import ItemColumns, judge
 from curvprune.files import State
 from curvprune.model import ItemResults, LabelFree, Split
 from curvprune.planning import Budget
@@ -44,7 +44,7 @@ def _other_run(record: RunRecord, other: RunRecord, name: str) -> OtherRun:
     for metric in metrics:
         budget = Budget(metric, max_drop=0.0)
         before, after = _results(there), _results(here)
-        verdict = compare(before, after, split, budget, measure=record.measure)
+        verdict = judge(before, after, split, budget, measure=record.measure)
         # Without a budget there is nothing to judge.
         paired.append(
             PairedLoss(

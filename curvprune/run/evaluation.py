@@ -116,6 +116,16 @@ def chance_at(task: Task, drop: float, stderr: float, bound: float) -> float:
     """
     assert task.budget is not None and task.budget.max_drop is not None
     confidence = task.budget.confidence
+    if task.budget.quantile is not None:
+        # `foreseen` is of the certify split: its bound is that of the certificate.
+        return probability_of_certifying(
+            drop,
+            stderr,
+            0.0,
+            max_drop=task.budget.max_drop,
+            confidence=confidence,
+            reach=max(bound - drop, 0.0),
+        )
     # Infinite where all documents of select lose the same: what certify will say, its number says.
     if stderr == 0 and not math.isfinite(bound):
         bound = drop

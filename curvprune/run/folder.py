@@ -17,7 +17,7 @@ import curvprune
 from curvprune import artifact
 from curvprune.compat import versions
 from curvprune.files import State
-from curvprune.planning import Budget
+from curvprune.planning import OF_OUTPUTS, Budget
 from curvprune.record import RunRecord
 from curvprune.run.recipe import Recipe, load_recipe, lock_text
 from curvprune.run.recipe_errors import RecipeError
@@ -167,7 +167,19 @@ def run_to_reuse(recipe: Recipe, folder: Path) -> State:
             f"{changed[0]} is not that of the run in {folder}, whose results would not fit; only "
             f"{', '.join(MAY_DIFFER)} may differ, otherwise run without --reuse",
         )
+    if _judged_loss(load_recipe(source.path(LOCK))) != _judged_loss(recipe):
+        raise recipe.error(
+            ("budget", "metric"),
+            f"the run in {folder} measured another loss, which its budget was of; run without "
+            "--reuse",
+        )
     return source
+
+
+def _judged_loss(recipe: Recipe) -> str:
+    """Which loss prices and trials are of: metrics of outputs have one of their own."""
+    metric = "loss" if recipe.budget is None else recipe.budget.metric
+    return "divergence" if metric in OF_OUTPUTS else "loss"
 
 
 def _what_solving_reads(recipe: Recipe) -> dict[str, object]:

@@ -38,6 +38,7 @@ def load_model(
     gguf_file: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    original: bool = True,
 ) -> nn.Module:
     """Load a model in evaluation mode on the CPU.
 
@@ -46,6 +47,7 @@ def load_model(
         task: ``"causal-lm"``, ``"sequence-classification"`` or ``"image-classification"``.
         gguf_file: a GGUF file inside ``source``; its weights are dequantized into an ordinary
             model.
+        original: refuse a model that is quantized already, which cannot be compressed.
 
     Raises ``ValueError`` for a source that cannot be loaded, with the library's reason.
     """
@@ -74,7 +76,7 @@ def load_model(
     # 2. Only original weights can be compressed; those of a GGUF file are floats by now.
     if gguf_file is not None:
         model = _without_quantization(model, auto, getattr(torch, dtype))
-    elif getattr(model.config, "quantization_config", None) is not None:
+    elif original and getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"model {source} is already quantized; start from the original weights")
     loaded: nn.Module = model.eval()
     return loaded

@@ -12,10 +12,11 @@ import torch
 
 from curvprune.certificate import (
     Verdict,
-    compare,
     design_effect,
+    documents_needed,
     fewest_clusters,
     items_needed_for_accuracy,
+    judge,
     power_for_accuracy,
     probability_of_certifying,
 )
@@ -127,7 +128,7 @@ def _nearest_rounding(task: Task, budget: Budget, target: float) -> _Rounding:
             (solved,) = solve_layer(task.layers[name], [option], None)
             own[name].write_(solved.weight)
         results = evaluate(model, split.batches(size), task.objective)
-        verdict = compare(baseline, results, split, budget, measure=task.objective.measure)
+        verdict = judge(baseline, results, split, budget, measure=task.objective.measure)
         found = _Rounding(verdict=verdict, baseline=baseline, results=results, split=split)
         tried.append((abs(verdict.drop - target), found))
         if verdict.drop > target:
@@ -148,7 +149,10 @@ def _power_of(task: Task, budget: Budget, rounding: _Rounding) -> Power:
     # The scatter of small differences grows with the change of the weights, their mean with its
     # square.
     milder = min(1.0, (target / drop) ** 0.5) if drop > 0 else 1.0
-    if budget.metric == "accuracy":
+    if budget.quantile is not None:
+        return _power_for_quantile(task, rounding, budget.quantile, budget.confidence)
+    one_each = float(rounding.baseline.count.max()) <= 1
+    if budget.metric == "accuracy" or (budget.metric == "top1" and one_each):
         return _power_for_accuracy(task, budget, rounding, milder)
     return _power_for_loss(task, budget, rounding, milder)
 
@@ -181,6 +185,23 @@ def _power_for_accuracy(task: Task, budget: Budget, rounding: _Rounding, milder:
         chance=chance,
         needed=int(np.ceil(wanted)),
         disagreement=share,
+    )
+
+
+def _power_for_quantile(
+    task: Task, rounding: _Rounding, quantile: float, confidence: float
+) -> Power:
+    """A model without any loss exceeds no budget: what counts is the number of documents."""
+    certify = task.splits.certify
+    documents = _clusters(certify)
+    least = documents_needed(quantile, confidence)
+    return Power(
+        items=len(certify.items),
+        documents=documents,
+        trial_drop=rounding.verdict.drop,
+        chance=float(documents >= least),
+        needed=-(-least * len(certify.items) // documents),
+        disagreement=None,
     )
 
 

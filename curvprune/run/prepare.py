@@ -22,10 +22,12 @@ from torch import nn
 
 from curvprune import artifact, distributed
 from curvprune.artifact import describe, load_artifact, write_model
+from curvprune.certificate import loss_for
 from curvprune.compression import Solved, Training
 from curvprune.files import StageLog, State
 from curvprune.model import (
     PURPOSES,
+    Batch,
     LabelFree,
     Loss,
     Splits,
@@ -94,7 +96,7 @@ def prepare(
     """
     # 1. The model and the data.
     _check_folder(recipe, root)
-    device = _device(recipe)
+    device = device_of(recipe)
     structured = _structured(recipe)
     model, tokenizer = _load_model(recipe)
     splits = _load_data(recipe, tokenizer)
@@ -180,15 +182,16 @@ def _fit(
         )
 
     # 3. The task; a divergence is from the original model.
+    budget = _budget(recipe)
     task = Task(
         model=model,
         original=original,
-        objective=_objective(recipe, model if original is None else original, splits),
+        objective=_objective(recipe, model if original is None else original, splits, budget),
         layers=layers,
         options={name: tuple(options) for name, options in assigned.items()},
         same_option=groups.layers,
         splits=splits,
-        budget=_budget(recipe),
+        budget=budget,
         settings=_settings(recipe),
         storage=_storage(recipe, tokenizer, next(model.parameters()).device),
         recover=_training(recipe),
@@ -264,7 +267,7 @@ def _check_folder(recipe: Recipe, root: State | None) -> None:
         )
 
 
-def _device(recipe: Recipe) -> torch.device:
+def device_of(recipe: Recipe) -> torch.device:
     name = recipe.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -291,14 +294,35 @@ def _load_model(recipe: Recipe) -> tuple[nn.Module, Any]:
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
         )
-        tokenizer = None
-        if section.task != "image-classification" and recipe.data.source != "digits":
-            tokenizer = models.load_tokenizer(
-                source, gguf_file=gguf, trust_remote_code=section.trust_remote_code
-            )
+        tokenizer = _load_tokenizer(recipe)
     except (ValueError, OSError) as error:
         raise recipe.error(("model",), str(error)) from error
     return model, tokenizer
+
+
+def _load_tokenizer(recipe: Recipe) -> Any:
+    """The tokenizer that the data need; ``None`` for images."""
+    section = recipe.model
+    if section.task == "image-classification" or recipe.data.source == "digits":
+        return None
+    source, gguf = _model_source(recipe)
+    return models.load_tokenizer(
+        source, gguf_file=gguf, trust_remote_code=section.trust_remote_code
+    )
+
+
+def load_model_of(recipe: Recipe) -> nn.Module:
+    """The model that a recipe names, without its data."""
+    return _load_model(recipe)[0]
+
+
+def load_splits(recipe: Recipe) -> Splits:
+    """The data of a recipe, without its model."""
+    try:
+        tokenizer = _load_tokenizer(recipe)
+    except (ValueError, OSError) as error:
+        raise recipe.error(("model",), str(error)) from error
+    return _load_data(recipe, tokenizer)
 
 
 def _model_source(recipe: Recipe) -> tuple[str | Path, str | None]:
@@ -354,8 +378,17 @@ def _documents(recipe: Recipe) -> dict[str, str]:
     return sources.hub_documents(section.name, split=section.split, column=section.column)
 
 
-def _objective(recipe: Recipe, model: nn.Module, splits: Splits) -> Loss:
+def _objective(recipe: Recipe, model: nn.Module, splits: Splits, budget: Budget | None) -> Loss:
     first = to_device(splits.calibrate.first(), next(model.parameters()).device)
+    loss = loss_of(recipe, model, first)
+    try:
+        return loss_for(budget, loss, model)
+    except ValueError as error:
+        raise recipe.error(("budget", "metric"), str(error)) from error
+
+
+def loss_of(recipe: Recipe, model: nn.Module, first: Batch) -> Loss:
+    """The loss that a recipe names, told from the model and its first items."""
     try:
         check_independent(model)
         loss = make_loss(recipe.loss_name, model, first)

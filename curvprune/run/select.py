@@ -16,10 +16,11 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from curvprune.certificate import Verdict, compare
+from curvprune.certificate import Verdict, foreseen, judge
 from curvprune.model import ItemResults, find_layers
 from curvprune.options import Option, pruner_of, quantizer_of
 from curvprune.planning import (
+    SHARES,
     Budget,
     Infeasible,
     Measurement,
@@ -46,6 +47,8 @@ from curvprune.run.workspace import Workspace
 
 TRIALS_BESIDES = 8  # the uncompressed model, at most six controls, and a plan after the first four
 CLEAR = 1.645  # standard errors: one-sided 95 %
+# (metric, quantile) of budgets whose drop is the rise of the mean loss.
+AS_LOSS = (("loss", None), ("kl", None))
 # Two plans whose bytes differ by less are one size: what they lost on select decides.
 SAME_SIZE = 1.002
 # What is held against a plan of both kinds: the part that its options have, and the one that they
@@ -130,10 +133,12 @@ def trial_of(
     budget = judged or as_loss
 
     # 1. The drop that the budget counts, and the rise of the loss that the prices foretell.
-    drop = compare(yardstick.baseline, results, select, budget, measure=task.objective.measure)
+    drop = judge(yardstick.baseline, results, select, budget, measure=task.objective.measure)
     loss = drop
-    if budget.metric != "loss" or yardstick.start is not yardstick.baseline:
-        loss = compare(yardstick.start, results, select, as_loss, measure=task.objective.measure)
+    if budget.quantile is not None:
+        drop = _foreseen(task, results, drop, budget)
+    if (budget.metric, budget.quantile) not in AS_LOSS or yardstick.start is not yardstick.baseline:
+        loss = judge(yardstick.start, results, select, as_loss, measure=task.objective.measure)
     rise = float((results.loss.sum() - yardstick.start.loss.sum()) / yardstick.start.count.sum())
     # 2. Whether it would be certified.
     chance = None
@@ -158,6 +163,14 @@ def trial_of(
         uses=task.uses(choices),
         items=len(yardstick.baseline.loss),
     )
+
+
+def _foreseen(task: Task, results: ItemResults, drop: Verdict, budget: Budget) -> Verdict:
+    """The drop, its bound and its error as they are expected on the certify split: few documents
+    have no high quantile of their own."""
+    there = len(set(task.splits.certify.clusters().tolist()))
+    seen = foreseen(results, task.splits.select, budget, there)
+    return replace(drop, drop=seen.value, stderr=seen.stderr, bound=seen.bound)
 
 
 def reach_of(trial: Trial) -> float:
@@ -273,7 +286,7 @@ class _Search:
         """What a measured plan loses beyond another one, paired by item."""
         first = read_results(self.space, trial_file(other.choices))
         second = read_results(self.space, trial_file(trial.choices))
-        return compare(
+        return judge(
             first,
             second,
             self.task.splits.select,
@@ -300,14 +313,14 @@ class _Search:
         """What the removed units cost on select, in the budget's metric; it is noted."""
         task = self.task
         budget = self.budget if task.max_drop is not None else Budget("loss", max_drop=0.0)
-        verdict = compare(
+        verdict = judge(
             self.yardstick.baseline,
             self.yardstick.start,
             task.splits.select,
             budget,
             measure=task.objective.measure,
         )
-        measure = "of accuracy" if budget.metric == "accuracy" else task.objective.measure
+        measure = f"of {budget.metric}" if budget.metric in SHARES else task.objective.measure
         self.space.note(
             f"the removed units alone cost {verdict.drop:.4g} ± {verdict.stderr:.2g} {measure} on "
             "the select split; prices, predictions and trials come on top of that, the verdict "

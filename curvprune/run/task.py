@@ -17,10 +17,11 @@ from torch import nn
 
 from curvprune import artifact
 from curvprune.artifact import Portable
+from curvprune.certificate import documents_needed
 from curvprune.compression import Solved, Training
 from curvprune.model import PURPOSES, LabelFree, Layer, Loss, Splits, check_items, left_over
 from curvprune.options import Form, Option, option_from_key
-from curvprune.planning import Budget, Choice, Infeasible, Limit, Within, cheapest
+from curvprune.planning import OF_OUTPUTS, Budget, Choice, Infeasible, Limit, Within, cheapest
 from curvprune.pricing import LayerWork, limits_of, macs_left, multiply_adds, work_of
 from curvprune.run.altered_layers import altered_layers, note, refusal, with_groups
 from curvprune.schema import check_fields
@@ -369,6 +370,17 @@ def _check_budget(task: Task) -> None:
             "budget",
             "metric",
         )
+    if task.budget.quantile is not None:
+        least = documents_needed(task.budget.quantile, task.budget.confidence)
+        found = len(set(task.splits.certify.clusters().tolist()))
+        if found < least:
+            raise TaskError(
+                f"the certify split has items of {found} documents, and to bound the "
+                f"{task.budget.quantile:g} quantile at {task.budget.confidence:g} confidence it "
+                f"takes {least} at least; give more documents, or ask for a lower quantile",
+                "budget",
+                "quantile",
+            )
     if task.settings.curvature == "input" and task.max_drop is not None:
         raise TaskError(
             'curvature="input" prices the error of layers, in no unit of loss: it cannot plan for '
@@ -424,6 +436,13 @@ def with_work(task: Task) -> Task:
 def _check_recovery(task: Task) -> None:
     if task.recover is None or task.recover.loss != "task":
         return
+    if task.budget is not None and task.budget.metric in OF_OUTPUTS:
+        raise TaskError(
+            f"task trains on labels, and metric {task.budget.metric!r} measures how far outputs "
+            "are from the uncompressed model's; write distill",
+            "recover",
+            "loss",
+        )
     if isinstance(task.objective, LabelFree):
         raise TaskError(
             f"task needs labels, which the objective {task.objective.name} has none of; write "

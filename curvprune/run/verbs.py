@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from curvprune.artifact import describe
-from curvprune.certificate import IN_THIS_PROCESS, Verdict, compare, counted
+from curvprune.certificate import IN_THIS_PROCESS, Verdict, counted, judge, loss_for
 from curvprune.compression import Recovery, RecoveryItems, Solved, Training, recover_
 from curvprune.files import StageLog
 from curvprune.model import (
@@ -177,7 +177,7 @@ def remove_units(
     seen = splits.seen()
     if told.device is not None:
         model = copy.deepcopy(model).to(told.device)
-    objective = objective_of(told.loss, model, splits.calibrate)
+    objective = objective_of(told.loss, model, splits.calibrate, budget)
     check_metric(budget, objective)
     # 2. The units, and whether a config can say what is left.
     pruned = prune_units(
@@ -222,7 +222,7 @@ def _judge(
     """The paired verdict of (uncompressed, compressed) on a split; of items that were ``seen``
     before it says so."""
     before, after = (evaluate(m, certify.batches(batch_size), objective) for m in models)
-    verdict = compare(before, after, certify, budget, measure=objective.measure)
+    verdict = judge(before, after, certify, budget, measure=objective.measure)
     return counted([verdict.noting(certify.leak(seen))], certify, IN_THIS_PROCESS)[0]
 
 
@@ -270,6 +270,7 @@ def recover_model(
         model, baseline = model.to(told.device), copy.deepcopy(baseline).to(told.device)
     objective = objective_of(told.loss, baseline, splits.train)
     check_metric(budget, objective)
+    judged = loss_for(budget, objective, baseline)
 
     # 3. The training. Of a plain module nothing is known; a smaller model has nothing rounded.
     solved: Mapping[str, Solved] | None = None
@@ -291,7 +292,7 @@ def recover_model(
         assert splits.certify is not None
         models = (baseline, model)
         size = training.batch_size
-        verdict = _judge(models, splits.certify, budget, objective, size, seen=seen)
+        verdict = _judge(models, splits.certify, budget, judged, size, seen=seen)
     if isinstance(compressed, Result):
         return replace(
             compressed,

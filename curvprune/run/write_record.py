@@ -139,6 +139,7 @@ def _budget_record(budget: Budget) -> BudgetRecord:
         max_macs=budget.max_macs,
         max_bops=budget.max_bops,
         confidence=budget.confidence,
+        quantile=budget.quantile,
         limits=tuple(NamedLimit(name=limit.name, most=limit.most) for limit in budget.limits),
     )
 

@@ -3,13 +3,21 @@
     what a loss is; any function as one          loss, any_function
     sums over positions, in closed form          positions, families
     the losses of usual tasks                    tasks
-    divergence from another model                label_free
+    divergence from another model                label_free, divergence
     which loss a model has; by name              telling, named
     curvature at the outputs by differentiation  output_hessian
 
 Nothing outside this package may assume a softmax.
 """
 
+from curvprune.model.losses.divergence import (
+    Divergence,
+    agreement_of,
+    divergences_of,
+    has_guesses,
+    positions_that_count,
+    unlabelled_positions,
+)
 from curvprune.model.losses.families import (
     Bernoulli,
     Exponential,
@@ -42,6 +50,7 @@ __all__ = [
     "Bernoulli",
     "CausalLM",
     "Classification",
+    "Divergence",
     "Exponential",
     "Family",
     "Gaussian",
@@ -63,6 +72,11 @@ __all__ = [
     "Seq2Seq",
     "Softmax",
     "Untold",
+    "agreement_of",
+    "divergences_of",
+    "has_guesses",
     "make_loss",
     "named_loss",
+    "positions_that_count",
+    "unlabelled_positions",
 ]

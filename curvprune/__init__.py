@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from curvprune.api import certify as certify
     from curvprune.api import claim as claim
     from curvprune.api import compare as compare
+    from curvprune.api import compare_curvature as compare_curvature
     from curvprune.api import compress as compress
     from curvprune.api import empirical_fisher as empirical_fisher
     from curvprune.api import fisher as fisher
     from curvprune.api import frontier as frontier
     from curvprune.api import gauss_newton as gauss_newton
     from curvprune.api import hessian as hessian
+    from curvprune.api import kfac as kfac
     from curvprune.api import load as load
     from curvprune.api import price as price
     from curvprune.api import prune as prune
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from curvprune.certificate import claim_values as claim_values
     from curvprune.compression import Recovery as Recovery
     from curvprune.curvature import Analysis as Analysis
+    from curvprune.curvature import CurvatureComparison as CurvatureComparison
+    from curvprune.curvature import CurvatureMonitor as CurvatureMonitor
     from curvprune.curvature import density as density
     from curvprune.curvature import diagonal as diagonal
     from curvprune.curvature import eigenpairs as eigenpairs
@@ -87,12 +91,14 @@ _HOME = {
         "certify",
         "claim",
         "compare",
+        "compare_curvature",
         "compress",
         "empirical_fisher",
         "fisher",
         "frontier",
         "gauss_newton",
         "hessian",
+        "kfac",
         "load",
         "price",
         "prune",
@@ -112,7 +118,15 @@ _HOME = {
         "claim_values",
     ),
     "compression": ("Recovery",),
-    "curvature": ("Analysis", "density", "diagonal", "eigenpairs", "trace"),
+    "curvature": (
+        "Analysis",
+        "CurvatureComparison",
+        "CurvatureMonitor",
+        "density",
+        "diagonal",
+        "eigenpairs",
+        "trace",
+    ),
     "model": (
         "Bernoulli",
         "CausalLM",

@@ -8,7 +8,7 @@ take it to do, and `tests/test_compat.py` fails where a release takes that away.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,14 @@ def import_transformers() -> Any:
             "Hugging Face models need the extra: pip install 'curvprune[hf]'"
         ) from error
     return transformers
+
+
+def import_pyplot() -> Any:
+    try:
+        import matplotlib.pyplot
+    except ImportError as error:
+        raise ValueError("plots need the extra: pip install 'curvprune[plot]'") from error
+    return matplotlib.pyplot
 
 
 def versions() -> dict[str, str]:
@@ -195,3 +203,25 @@ def decompress_(model: Any) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
+
+
+# --------------------------------------------------------------------- transformers: the Trainer
+
+
+def step_callback(on_step: Callable[[int, Any], None], on_end: Callable[[], None]) -> Any:
+    """A ``TrainerCallback`` that calls ``on_step(step, optimizer)`` before the first and after
+    every step, and ``on_end()`` on the main process when training ends."""
+    base: Any = import_transformers().TrainerCallback
+
+    class StepCallback(base):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            on_step(state.global_step, rest.get("optimizer"))
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            on_step(state.global_step, rest.get("optimizer"))
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            if state.is_world_process_zero:
+                on_end()
+
+    return StepCallback()

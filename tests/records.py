@@ -485,6 +485,7 @@ def density(points: int = 400) -> DensityRecord:
         nodes=((-0.2, 0.0, 40.0), (-0.1, 0.01, 39.9)),
         weights=((0.1, 0.8, 0.1), (0.2, 0.7, 0.1)),
         num_products=80,
+        dim=2400,
     )
 
 

@@ -77,7 +77,7 @@ def test_an_interrupted_analysis_goes_on_to_the_same_record() -> None:
     fresh = analyzed(asked, notebook)
     whole = fresh.to_record()
     layers = ("exact", "traces-0", "eigenvalues-0", "density-0", "density-1", "density-2")
-    parts = [*layers, "model-eigenvalues", "model-density"]
+    parts = [*layers, "model-eigenvalues", "model-trace", "model-density"]
     assert notebook.computed == parts
 
     notebook = Notebook(last=4)

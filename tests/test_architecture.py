@@ -22,7 +22,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "certificate": {"model", "planning", "schema"},
     "curvature": {"model", "distributed", "schema", "compat"},
     "compression": {"model", "options", "schema", "compat"},
-    "pricing": {"curvature", "compression", "planning", "model", "options", "schema"},
+    "pricing": {
+        *("curvature", "compression", "planning", "model", "options", "schema", "compat"),
+    },
     "structured": {"pricing", "planning", "compression", "curvature", "model", "schema"},
     "artifact": {"compression", "planning", "model", "options", "files", "compat", "schema"},
     "record": {"planning", "certificate", "curvature", "files", "schema"},
@@ -41,6 +43,7 @@ ONLY_IN = {
     "accelerate": set(),
     "compressed_tensors": {"compat"},
     "datasets": {"run/sources"},
+    "matplotlib": {"compat"},
     "torch_pruning": {"structured/cuts"},
 }
 WITHOUT_TORCH = {"planning", "record", "report", "options"}  # nor do they import what imports it

@@ -321,9 +321,11 @@ def test_the_diagnosis_says_what_the_spectrum_is():
     assert d.lambda_min == pytest.approx(float(values[0]), rel=0.02)
     assert d.max_learning_rate == pytest.approx(2 / float(values[-1]), rel=0.02)
     assert whole.parameters == len(values)
-    assert abs(whole.trace.value - float(values.sum())) < 4 * whole.trace.stderr
+    # So few parameters: every eigenvalue is computed.
+    assert whole.trace.stderr == 0 and whole.density.exact
+    assert whole.trace.value == pytest.approx(float(values.sum()), rel=1e-9)
     below = float((values < -d.near_zero_below).double().mean())
-    assert abs(d.negative_share.value - below) < 4 * d.negative_share.stderr + 0.05
+    assert d.negative_share.value == pytest.approx(below) and d.negative_share.stderr == 0
     parameters = [p.detach().clone().requires_grad_() for p in model.parameters()]
     names = [n for n, _ in model.named_parameters()]
     ((x, y),) = together(batches)
@@ -333,7 +335,10 @@ def test_the_diagnosis_says_what_the_spectrum_is():
     length = math.sqrt(sum(float(g.square().sum()) for g in gradient))
     assert whole.loss == pytest.approx(loss.item(), rel=1e-9)
     assert whole.gradient_norm == pytest.approx(length, rel=1e-9)
-    assert d.kind in ("minimum", "saddle", "not stationary") and d.text
+    # Seven items: the gradient may be noise, and so may the lowest curvature.
+    assert d.kind == "flat" and "cannot be told from zero" in " ".join(d.text)
+    assert d.lambda_min + 2 * d.lambda_min_over_items > 0
+    assert whole.gradient_noise.chance > 0.05 and d.gradient_noise > 0.5 * length
     written = analysis.to_dict()["diagnosis"]
     assert {"lambda_max", "max_learning_rate", "disagreements"} <= written.keys()
 

@@ -72,6 +72,7 @@ def ends(spectrum: np.ndarray, k: int, which: str) -> np.ndarray:
         "SA": rising[:k],
         "BE": np.r_[rising[::-1][:k], rising[:k]],
         "LM": rising[np.argsort(-np.abs(rising), kind="stable")][:k],
+        "SM": rising[np.argsort(np.abs(rising), kind="stable")][:k],
     }[which]
 
 
@@ -385,6 +386,32 @@ def test_a_nearly_invisible_outlier_is_not_missed() -> None:
     for method in EIGEN.values():
         pairs = eigenpairs(Diagonal(values), method=method, generator=seeded())
         assert float(pairs.values[0]) == pytest.approx(100)
+
+
+def test_values_nearest_to_zero_are_found_or_not_called_converged() -> None:
+    spectrum = SPECTRA["negative end larger"]
+    op = dense(spectrum)
+    pairs = eigenpairs(op, 3, which="SM", max_products=200, generator=seeded())
+    assert pairs.converged and pairs.num_products <= N
+    np.testing.assert_allclose(pairs.values, ends(spectrum, 3, "SM"), rtol=1e-2)
+    for most in (10, 25, 40):
+        early = eigenpairs(op, 3, which="SM", max_products=most, generator=seeded())
+        assert not early.converged
+        # An eigenvalue lies within each residual.
+        for value, residual in zip(early.values, early.residuals, strict=True):
+            assert np.abs(spectrum - float(value)).min() <= float(residual) + 1e-12
+    # A gap around zero is seen from both of its sides long before the bulk is resolved.
+    apart = np.r_[np.linspace(-3, -2, 40), 0.01, -0.02, np.linspace(2, 3, 38)]
+    found = eigenpairs(dense(apart), 2, which="SM", generator=seeded())
+    assert found.converged and found.num_products < N / 2
+    np.testing.assert_allclose(found.values, [0.01, -0.02], rtol=1e-2)
+    # Where nothing is negative they are the smallest.
+    flat = Dense(dense(SPECTRA["flat"]).matrix, psd=True)
+    for method in EIGEN.values():
+        low = eigenpairs(flat, 2, which="SM", method=method, generator=seeded())
+        np.testing.assert_allclose(low.values, ends(SPECTRA["flat"], 2, "SA"), rtol=1e-2)
+    with pytest.raises(ValueError, match="use method=Lanczos"):
+        eigenpairs(op, which="SM", method=Lobpcg(), generator=seeded())
 
 
 # ------------------------------------------------------------------------------------------ density

@@ -138,6 +138,36 @@ def test_pixels_have_their_classes_in_the_second_dimension():
     assert verdict.status == "VIOLATED" and verdict.measure == "nats/pixel"
 
 
+def test_maps_are_compared_at_the_size_of_the_labels():
+    model = segformer()
+    batch = {
+        "pixel_values": torch.randn(2, 3, 16, 16),
+        "labels": torch.randint(0, 3, (2, 16, 16)),
+    }
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.decode_head.classifier.bias[0] += 1
+    p, q = (
+        F.interpolate(m(batch["pixel_values"]).logits, (16, 16), mode="bilinear").double()
+        for m in (model, other)
+    )
+    kl = F.kl_div(q.log_softmax(1), p.log_softmax(1), log_target=True, reduction="none").sum(1)
+    found = evaluate(other, [batch], make_loss("label-free", model, batch))
+    torch.testing.assert_close(found.loss, kl.flatten(1).sum(1).detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_an_untrained_head_of_transformers_is_known_by_its_class():
+    """All its logits happen to lie between 0 and 1."""
+    model = bert(
+        BertForSequenceClassification, num_labels=4, problem_type="single_label_classification"
+    )
+    with torch.no_grad():
+        model.classifier.weight.mul_(1e-3)
+        model.classifier.bias.copy_(torch.tensor([0.2, 0.4, 0.6, 0.8]))
+    data = sentences()
+    assert cp.certify(model, copy.deepcopy(model), data, BUDGET, loss="label-free").drop == 0
+
+
 def test_the_loss_of_pixels_is_that_of_transformers():
     model = segformer()
     labels = torch.randint(0, 3, (2, 16, 16))
@@ -476,6 +506,10 @@ def test_one_argument_has_two_names():
         cp.hessian(model, data, objective="regression", loss="regression")
     with pytest.raises(ValueError, match="expected auto, causal-lm, classification"):
         cp.hessian(model, data, loss="perplexity")
+    with pytest.raises(ValueError, match=r"pass cp\.Loss\.of\(function, outputs='model'\)"):
+        cp.hessian(model, data, loss=F.mse_loss)
+    with pytest.raises(ValueError, match="of='classification': expected a loss"):
+        cp.LabelFree(model, of="classification")
 
 
 # ------------------------------------------------------------------------------ outputs at the edge

@@ -269,3 +269,51 @@ def test_spaces_that_differ_only_in_order_do_not_add() -> None:
     other = Diagonal(torch.ones(3), ParamSpace(shapes={"b": (2,), "a": (1,)}))
     with pytest.raises(ValueError, match="different spaces"):
         one + other
+
+
+# ----------------------------------------------------------------------------------------- inverses
+
+
+@pytest.mark.parametrize("name", cases())
+def test_inverses_are_those_of_the_dense_matrix(name: str) -> None:
+    """In closed form where there is one, and by conjugate gradients from products alone."""
+    operator, matrix = cases()[name]
+    damping = 0.5 + max(0.0, -float(np.linalg.eigvalsh(matrix)[0]))
+    expected = np.linalg.inv(matrix + damping * np.eye(len(matrix)))
+    products = 0
+
+    def product(v: torch.Tensor) -> torch.Tensor:
+        nonlocal products
+        products += 1
+        return operator @ v
+
+    free = Function(product, operator.space, dtype=operator.dtype)
+    v = tensor(RNG.standard_normal((len(matrix), 3)))
+    v[:, 1] = 0  # nothing to solve for
+    for given in (operator, free):
+        inverse = given.inverse(damping, tol=1e-10)
+        np.testing.assert_allclose((inverse @ v).numpy(), expected @ v.numpy(), atol=1e-7)
+        np.testing.assert_allclose(
+            (inverse @ v[:, 0]).numpy(), expected @ v[:, 0].numpy(), atol=1e-7
+        )
+        back = inverse.solve(inverse @ v)
+        np.testing.assert_allclose(back.numpy(), v.numpy(), atol=1e-7)
+    assert 0 < products <= 4 * len(matrix) + 8
+
+
+def test_inverses_say_what_they_cannot_do() -> None:
+    m = tensor(np.diag([-2.0, 1.0, 3.0]))
+    free = Function(lambda v: m @ v, ParamSpace(shapes={"x": (3,)}), dtype=torch.float64)
+    v = torch.ones(3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="curves down"):
+        free.inverse(0.5) @ v
+    np.testing.assert_allclose((free.inverse(2.5) @ v).numpy(), [2.0, 1 / 3.5, 1 / 5.5])
+    with pytest.raises(ValueError, match=r"after 1 products the relative residual is .* raise"):
+        free.inverse(2.5, max_products=1) @ v
+    with pytest.raises(ValueError, match="damping=-1"):
+        free.inverse(-1.0)
+    with pytest.raises(NoClosedForm, match=r"iterative solver op.inverse\(damping\)"):
+        free.solve(v)
+    broken = Function(lambda v: v * float("nan"), free.space, dtype=torch.float64)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        broken.inverse(1.0) @ v

@@ -102,6 +102,30 @@ def test_diagnosis_panel_explains_its_figures(page: Page) -> None:
     assert "no limit" in section(parsed(flat))
 
 
+def test_errors_over_items_are_told_from_those_of_probes() -> None:
+    changes = {
+        "lambda_max_over_items": 3.0,
+        "lambda_min_over_items": 0.4,
+        "effective_rank_stderr": 1.5,
+        "gradient_noise": 0.21,
+        "kind": "flat",
+    }
+    record = with_diagnosis(**changes)
+    assert record.analysis is not None and record.analysis.model is not None
+    trace = replace(record.analysis.model.trace, over_items=55.0, converged=False)
+    model = replace(record.analysis.model, trace=trace)
+    page = parsed(replace(record, analysis=replace(record.analysis, model=model)))
+    words = section(page)
+    assert "40.0\xa0±\xa03.0" in words or "40.0 ± 3.0" in words
+    assert "standard error over items" in words and "11.2 ± 1.5" in words.replace("\xa0", " ")
+    assert "a minimum and a saddle are both possible" in words
+    assert "gradient noise over items" in words
+    assert "its se over items" in words and 55.0 in dict(page.data)
+    assert "standard error over probes, on these items" in page.html
+    assert "the tolerance asked for was not reached" in page.html
+    assert "λmax 40.0 ± 3.0" in summary(record).replace("\xa0", " ")
+
+
 def test_spectral_axis_keeps_order_and_sign_and_shows_bulk_and_outlier(page: Page) -> None:
     chart = page.chart(SPECTRUM)
     assert "linear within about" in section(page) and "logarithmic beyond" in section(page)
@@ -123,7 +147,12 @@ def test_a_narrow_spectrum_has_a_linear_axis() -> None:
     grid = tuple(k / 10 for k in range(-10, 11))
     runs = ((-1.0, 0.0, 1.0),)
     found = DensityRecord(
-        grid=grid, density=(1.0,) * 21, nodes=runs, weights=((0.3, 0.4, 0.3),), num_products=3
+        grid=grid,
+        density=(1.0,) * 21,
+        nodes=runs,
+        weights=((0.3, 0.4, 0.3),),
+        num_products=3,
+        dim=600,
     )
     assert ANALYSIS.model is not None
     model = replace(ANALYSIS.model, density=found, eigenvalues=eigenvalues(1.0, -1.0))

@@ -5,7 +5,15 @@
 model is untouched unless ``inplace=True``.
 """
 
-from curvprune.api.analysis import analyze, empirical_fisher, fisher, gauss_newton, hessian
+from curvprune.api.analysis import (
+    analyze,
+    compare_curvature,
+    empirical_fisher,
+    fisher,
+    gauss_newton,
+    hessian,
+    kfac,
+)
 from curvprune.api.compression import compress, frontier, price, prune, quantize, recover
 from curvprune.api.judgement import certify, claim, compare, load
 from curvprune.run import Result, StructuredResult
@@ -17,12 +25,14 @@ __all__ = [
     "certify",
     "claim",
     "compare",
+    "compare_curvature",
     "compress",
     "empirical_fisher",
     "fisher",
     "frontier",
     "gauss_newton",
     "hessian",
+    "kfac",
     "load",
     "price",
     "prune",

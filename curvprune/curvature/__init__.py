@@ -3,16 +3,21 @@
 from curvprune.curvature.analysis import Analysis, analyze_curvature
 from curvprune.curvature.batched_fisher import fisher_moments
 from curvprune.curvature.closed_forms import BlockDiagonal, Dense, Diagonal, Ekfac, Kronecker
+from curvprune.curvature.comparison import Compared, CurvatureComparison, compare
 from curvprune.curvature.diagnosis import Diagnosis
 from curvprune.curvature.draws import Draws
-from curvprune.curvature.estimates import EigenPairs, Estimate
+from curvprune.curvature.estimates import EigenPairs, End, Estimate
 from curvprune.curvature.estimators import density, diagonal, eigenpairs, trace
 from curvprune.curvature.gauss_newton_blocks import exact_gauss_newton
-from curvprune.curvature.kronecker_factors import ekfac, kfac
+from curvprune.curvature.kronecker_factors import ekfac, kfac, kronecker_factored
+from curvprune.curvature.kronecker_operators import KroneckerFactored, Lookup, Scattered
+from curvprune.curvature.kronecker_parts import KfacSettings, layers_with_norms
 from curvprune.curvature.lanczos import Lanczos
 from curvprune.curvature.layer_curvature import LayerCurvature
 from curvprune.curvature.lobpcg import Lobpcg
 from curvprune.curvature.model_curvature import ModelCurvature
+from curvprune.curvature.moment_bounds import Moments
+from curvprune.curvature.monitor import CurvatureMonitor, Sharpness
 from curvprune.curvature.operators import Function, NoClosedForm, Operator, ParamSpace, Sum
 from curvprune.curvature.probes import probe_layers
 from curvprune.curvature.products import empirical_fisher, fisher, gauss_newton, hessian
@@ -47,6 +52,9 @@ __all__ = [
     "BlockDiagonal",
     "Change",
     "Checkpoint",
+    "Compared",
+    "CurvatureComparison",
+    "CurvatureMonitor",
     "Dense",
     "DensityRecord",
     "Diagnosis",
@@ -58,24 +66,32 @@ __all__ = [
     "EigenPairs",
     "EigenvaluesRecord",
     "Ekfac",
+    "End",
     "Estimate",
     "EstimateRecord",
     "FisherPass",
     "Function",
+    "KfacSettings",
     "Kronecker",
+    "KroneckerFactored",
     "Lanczos",
     "LayerCurvature",
     "LayerCurvatureRecord",
     "Lobpcg",
+    "Lookup",
     "ModelCurvature",
     "ModelCurvatureRecord",
+    "Moments",
     "NoClosedForm",
     "Operator",
     "ParamSpace",
     "Remember",
+    "Scattered",
+    "Sharpness",
     "Sum",
     "TraceRecord",
     "analyze_curvature",
+    "compare",
     "density",
     "diagonal",
     "eigenpairs",
@@ -89,6 +105,8 @@ __all__ = [
     "gauss_newton",
     "hessian",
     "kfac",
+    "kronecker_factored",
+    "layers_with_norms",
     "probe_layers",
     "ratio_estimate",
     "trace",

@@ -11,20 +11,21 @@ items come from.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from curvprune.curvature.capture import capture, items_in, wide
 from curvprune.curvature.diagnosis import Diagnosis, diagnose
-from curvprune.curvature.estimates import Estimate
+from curvprune.curvature.estimates import Estimate, accurate
 from curvprune.curvature.layer_curvature import LayerCurvature
 from curvprune.curvature.layer_fisher import first_order
 from curvprune.curvature.layer_hessian import second_order
 from curvprune.curvature.model_curvature import ModelCurvature, whole_model
+from curvprune.curvature.plots import plot_analysis
 from curvprune.curvature.records import AnalysisRecord
 from curvprune.curvature.request import (
     MATRICES,
@@ -64,6 +65,11 @@ class Analysis:
             diagnosis=None if self.diagnosis is None else self.diagnosis.to_record(),
             notes=self.notes,
         )
+
+    def plot(self) -> Any:
+        """Traces by layer and the whole model's density, as a matplotlib figure. Raises
+        ``ValueError`` where there is neither, or no matplotlib."""
+        return plot_analysis(self.to_record())
 
     def to_dict(self) -> dict[str, Json]:
         """The record as JSON."""
@@ -117,7 +123,8 @@ def analyze_curvature(
         remember=remember,
     )
 
-    request.notes += [*_of_altered(structure), *_of_unused(unused), *_of_frozen(wanted)]
+    request.notes += [*_of_loss(objective), *_of_altered(structure)]
+    request.notes += [*_of_unused(unused), *_of_frozen(wanted)]
 
     # 2. Every layer, and the whole model.
     whole: ModelCurvature | None = None
@@ -127,7 +134,7 @@ def analyze_curvature(
                 f"matrix={asked.matrix!r} gives trace and diagonal only; matrix='ggn' has the "
                 "spectra as well"
             )
-        found = first_order(request, taken)
+        found = _flagged(first_order(request, taken), asked.rtol)
     else:
         found = second_order(request)
         if asked.wants("density"):
@@ -139,7 +146,7 @@ def analyze_curvature(
     # 3. In words.
     diagnosis: Diagnosis | None = None
     if whole is not None:
-        diagnosis = diagnose(MATRICES[asked.matrix], whole, found, _norm(model))
+        diagnosis = diagnose(MATRICES[asked.matrix], whole, found)
     return Analysis(
         matrix=MATRICES[asked.matrix],
         layers=found,
@@ -158,6 +165,14 @@ def _check_finite(layers: Mapping[str, Layer]) -> None:
                 f"layer {name}: its weight holds NaN or infinite values; repair the model or "
                 "leave it out"
             )
+
+
+def _of_loss(objective: Loss) -> list[str]:
+    """How the loss's own curvature is known, where that is no closed form."""
+    if objective.curvature == "closed form":
+        return []
+    how = "not known at outputs" if objective.curvature == "none" else "had by differentiation"
+    return [f"the curvature of loss {objective.name} at the model's outputs is {how}"]
 
 
 def _of_altered(structure: Structure) -> list[str]:
@@ -213,6 +228,13 @@ def _nothing(layer: Layer, asked: AnalysisSettings) -> LayerCurvature:
     )
 
 
-def _norm(model: nn.Module) -> float:
-    squares = [float(p.detach().double().square().sum()) for p in model.parameters()]
-    return math.sqrt(sum(squares))
+def _flagged(layers: Mapping[str, LayerCurvature], rtol: float) -> dict[str, LayerCurvature]:
+    """Traces from items, whose error over items says whether they met the tolerance."""
+    flagged = {}
+    for name, layer in layers.items():
+        trace = layer.trace
+        if trace is not None and trace.stderr > 0:
+            met = accurate(trace.stderr, trace.value, trace.num_items, rtol)
+            layer = replace(layer, trace=replace(trace, converged=met))
+        flagged[name] = layer
+    return flagged

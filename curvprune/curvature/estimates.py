@@ -25,6 +25,8 @@ class Estimate:
             value.
         num_products: operator–vector products spent.
         converged: whether the accuracy asked for was met, with enough samples to believe it.
+        over_items: standard error over items, about the population that these come from; ``None``
+            where it was not estimated. ``stderr`` is then about these items alone.
     """
 
     value: float
@@ -32,6 +34,7 @@ class Estimate:
     num_items: int = 0
     num_products: int = 0
     converged: bool = True
+    over_items: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +68,23 @@ class EigenPairs:
     errors: Float[Tensor, " k"]
     num_products: int
     converged: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class End:
+    """One end of a spectrum and what other items say of it.
+
+    Attributes:
+        over_items: standard error over items of the eigenvalue. It counts the spread of the items'
+            own curvature along the eigenvector, and what an extreme eigenvalue owes to its fit.
+        held_out: curvature of one half of the items along the eigenvector of the other, both ways.
+            It has no bias of fitting: in the mean it lies inside the population's spectrum.
+        held_out_error: its standard error over items.
+    """
+
+    over_items: float
+    held_out: float
+    held_out_error: float
 
 
 def mean_and_stderr(samples: Tensor) -> tuple[float, float]:

@@ -131,7 +131,10 @@ def eigenpairs(
     """Extreme eigenpairs, until every eigenvalue's estimated error is within ``tol · |λ|``.
 
     ``which``: ``LM`` largest magnitude, ``LA`` largest, ``SA`` smallest, ``BE`` k largest and k
-    smallest.
+    smallest, ``SM`` smallest magnitude. The last lie inside an indefinite spectrum, where Lanczos
+    converges late: often only once it has made a product for every dimension. ``converged`` then
+    says that each value is accurate; where the space is not exhausted, one nearer to zero may still
+    be missing.
 
     The error of a value is estimated as ``min(r, r²/gap)``: r is its residual, gap the distance to
     the nearest other Ritz value, which counts at its value ± its own residual. An error at rounding
@@ -147,7 +150,7 @@ def eigenpairs(
     Raises:
         ValueError: k outside 1…n (n/2 for ``BE``), ``tol`` ≤ 0, an unknown name, ``max_products``
             or ``max_basis`` too small for k, a zero ``start``, a dtype other than float32 and
-            float64.
+            float64; ``SM`` of an indefinite operator by LOBPCG.
         FloatingPointError: a product with non-finite numbers.
 
     Source: Golub & Van Loan 2013, §10.1–10.3; Wu & Simon 2000, "Thick-restart Lanczos method for
@@ -160,6 +163,7 @@ def eigenpairs(
         raise ValueError(f"method={method!r}; expected Lanczos(...) or Lobpcg(...)")
     check_generator(generator)
     _check_dtype(op)
+    which = _searched(op, which, method)
     wanted = Wanted(k=k, which=which, tol=tol, rounding=rounding(op))
     n, total = op.space.dim, wanted.count
     if not 1 <= total <= n or k < 1:
@@ -203,7 +207,7 @@ def eigenpairs(
         max_products=max_products,
         max_basis=min(method.max_basis or n, max_products, n),
         generator=generator,
-        start=method.start,
+        method=method,
     )
 
 
@@ -252,12 +256,27 @@ def density(
         grid=torch.from_numpy(grid),
         density=torch.from_numpy(smooth),
         num_products=products,
+        dim=op.space.dim,
     )
 
 
 def _check_choice(what: str, given: str, valid: Sequence[str]) -> None:
     if given not in valid:
         raise ValueError(f"{what}={given!r}; expected one of {', '.join(map(repr, valid))}")
+
+
+def _searched(op: Operator, which: Which, method: Lanczos | Lobpcg) -> Which:
+    """The end to look at. Raises ``ValueError`` where the method cannot."""
+    if which != "SM":
+        return which
+    if op.psd:  # where nothing is negative, the smallest are the nearest to zero
+        return "SA"
+    if isinstance(method, Lobpcg):
+        raise ValueError(
+            "which='SM' lies inside the spectrum of an indefinite operator, where LOBPCG finds "
+            "nothing; use method=Lanczos()"
+        )
+    return which
 
 
 def _check_dtype(op: Operator) -> None:

@@ -37,10 +37,13 @@ class Lanczos:
     Attributes:
         max_basis: vectors kept; as many as ``max_products`` if None.
         start: first vector, used as it is; random if None.
+        least: products before a result is believed; fewer will do where the start is nearly the
+            eigenvector.
     """
 
     max_basis: int | None = None
     start: Float[Tensor, " n"] | None = None
+    least: int = STEPS
 
 
 class Basis:
@@ -170,8 +173,9 @@ class _Run:
     after them make a tridiagonal T, with a full row behind the vectors of a restart.
     """
 
-    def __init__(self, op: Operator, wanted: Wanted, max_basis: int, start: Tensor | None) -> None:
+    def __init__(self, op: Operator, wanted: Wanted, max_basis: int, method: Lanczos) -> None:
         self.op, self.wanted, self.max_basis = op, wanted, max_basis
+        self.least = method.least
         self.basis = Basis(op, chunk=min(CHUNK, max_basis))
         self.t = np.zeros((max_basis + 1, max_basis + 1))
         self.active = 0
@@ -181,7 +185,7 @@ class _Run:
         self.settling = Settling()
         # A given start may lie in an invariant subspace that misses the wanted end; a random one
         # does not.
-        self.unproven = start is not None
+        self.unproven = method.start is not None
 
     def step(self) -> _Step:
         """One product, and the Ritz pairs of the basis."""
@@ -226,8 +230,10 @@ class _Run:
             believed = not self.unproven
         else:
             still = self.settling.still_to_go() <= wanted.allowed(ritz.values)[chosen]
-            believed = self.products >= STEPS and bool(still.all())
+            believed = self.products >= self.least and bool(still.all())
         if step.invariant or self.active:
+            if wanted.inside:
+                return False
             return believed and nothing_missing(ritz, wanted, chosen, self.active)
         return believed
 
@@ -275,11 +281,12 @@ def lanczos(
     max_products: int,
     max_basis: int,
     generator: torch.Generator,
-    start: Tensor | None,
+    method: Lanczos,
 ) -> EigenPairs:
     """See :func:`curvprune.curvature.eigenpairs` and :class:`Lanczos`."""
-    run = _Run(op, wanted, max_basis, start)
+    run = _Run(op, wanted, max_basis, method)
     # 1. The first vector.
+    start = method.start
     first = start if start is not None else gaussian(op, 1, generator)[:, 0]
     run.basis.append(first / torch.linalg.vector_norm(first))
     while True:

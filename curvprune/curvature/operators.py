@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from curvprune.curvature.conjugate_gradients import conjugate_gradients
+
 DENSE_LIMIT = 20_000  # largest dimension of a matrix that is written out
 DENSE_WIDTH = 256  # columns of it that are computed at once
 
@@ -207,6 +209,37 @@ class Operator(ABC):
         self.check(v)
         return self._solve(v, 0.0) if v.ndim == 2 else self._solve(v.unsqueeze(1), 0.0).squeeze(1)
 
+    def inverse(
+        self, damping: float = 0.0, *, tol: float = 1e-6, max_products: int = 1000
+    ) -> Operator:
+        """``(A + damping · I)⁻¹`` as an operator.
+
+        In closed form where A has one (see `solve`); otherwise every vector is solved for by
+        conjugate gradients, in about ``√(λmax + damping) / √(λmin + damping)`` products times the
+        digits asked for. These need ``A + damping · I`` to be positive definite.
+
+        >>> import torch
+        >>> from curvprune.curvature import Dense
+        >>> inverse = Dense(torch.tensor([[3.0, 1.0], [1.0, 3.0]])).inverse(damping=1.0)
+        >>> (inverse @ torch.tensor([5.0, 5.0])).tolist()
+        [1.0, 1.0]
+
+        Args:
+            tol: relative residual of a vector.
+            max_products: for a vector.
+
+        Raises:
+            ValueError: a negative or infinite damping, or fewer than one product; from a product,
+                an operator that is not positive definite or a residual that stays too large.
+        """
+        if not 0 <= damping < math.inf or not tol > 0 or max_products < 1:
+            raise ValueError(
+                f"inverse: damping={damping}, tol={tol} and max_products={max_products}; expected "
+                "a finite damping ≥ 0, tol > 0 and at least one product"
+            )
+        shifted = self.damped(damping) if damping else self
+        return Inverse(shifted, tol=tol, max_products=max_products)
+
     def restrict(self, names: Iterable[str]) -> Operator:
         """The diagonal block ``EᵀAE`` of these parameters, in the order of ``self.space``.
 
@@ -318,8 +351,8 @@ class Operator(ABC):
     def _solve(self, v: Tensor, shift: float) -> Tensor:
         """``(A + shift·I)⁻¹ v`` for columns that have been checked."""
         raise NoClosedForm(
-            f"{type(self).__name__} has no closed-form inverse; use an iterative solver on its "
-            "products"
+            f"{type(self).__name__} has no closed-form inverse; use the iterative solver "
+            "op.inverse(damping)"
         )
 
 
@@ -422,6 +455,32 @@ class Sum(Operator):
         # (c A + s·I)⁻¹ = (A + s/c·I)⁻¹ / c
         factor, part = self.parts[0]
         return part._solve(v, (self.shift + shift) / factor) / factor
+
+
+class Inverse(Operator):
+    """``A⁻¹``, in closed form or by conjugate gradients; see `Operator.inverse`."""
+
+    def __init__(self, operator: Operator, *, tol: float, max_products: int) -> None:
+        super().__init__(
+            operator.space,
+            measure=f"1/({operator.measure})",
+            psd=operator.psd,
+            dtype=operator.dtype,
+            device=operator.device,
+        )
+        self.operator, self.tol, self.max_products = operator, tol, max_products
+
+    def _matmat(self, v: Tensor) -> Tensor:
+        try:
+            return self.operator.solve(v)
+        except NoClosedForm:
+            return conjugate_gradients(
+                self.operator, v, tol=self.tol, max_products=self.max_products
+            )
+
+    def _solve(self, v: Tensor, shift: float) -> Tensor:
+        # The inverse of the inverse is the operator itself.
+        return self.operator @ v if shift == 0 else super()._solve(v, shift)
 
 
 def coordinates(space: ParamSpace, part: ParamSpace, device: torch.device) -> Tensor:

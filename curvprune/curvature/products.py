@@ -13,30 +13,26 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvprune.compat import experts_one_by_one
+from curvprune.curvature.determinism import (
+    MODES,
+    buffers_of,
+    check_deterministic,
+    is_random,
+    training,
+)
 from curvprune.curvature.operators import Operator, ParamSpace
+from curvprune.curvature.parameter_names import parameter_names
 from curvprune.distributed import all_sum, my_share, rank, world
 from curvprune.model import Batch, Loss, evaluating, items_in, one_item
-
-
-def first_items(batch: Batch, count: int) -> Batch:
-    """The first items of a batch."""
-    if not isinstance(batch, Mapping):
-        return batch[0][:count], batch[1][:count]
-    items = dict(batch)
-    for name, value in batch.items():
-        if isinstance(value, Tensor):
-            items[name] = value[:count]
-    return items
 
 
 @contextmanager
@@ -49,57 +45,6 @@ def double_backward(model: nn.Module) -> Iterator[None]:
     """
     with experts_one_by_one(model), sdpa_kernel(SDPBackend.MATH):
         yield
-
-
-def check_deterministic(model: nn.Module, objective: Loss, batch: Batch) -> None:
-    """Two forward passes of one item must agree. Raises ``ValueError`` naming the module that makes
-    them differ."""
-    item = first_items(batch, 1)
-    first, ours = _outputs_of_modules(model, objective, item)
-    second, theirs = _outputs_of_modules(model, objective, item)
-    if _close(first, second):
-        return
-    where = "no module by itself, so a function between"
-    for name, output in ours.items():  # in the order of the calls
-        if name in theirs and not _close(output, theirs[name]):
-            where = f"module {name!r} is the first that differs"
-            break
-    raise ValueError(
-        f"{type(model).__name__} gives two different outputs for the same item in evaluation "
-        f"mode ({where}): curvature of a random function means nothing; switch it off "
-        "(functional dropout needs training=self.training)"
-    )
-
-
-def _outputs_of_modules(
-    model: nn.Module, objective: Loss, item: Batch
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The model's output, and the first one of every module without children."""
-    seen: dict[str, Tensor] = {}
-
-    def see(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and name:
-                seen.setdefault(name, output.detach().clone())
-
-        return hook
-
-    leaves = [(n, m) for n, m in model.named_modules() if not any(m.children())]
-    handles = [m.register_forward_hook(see(n)) for n, m in leaves]
-    try:
-        # Evaluation mode: dropout and batch statistics are no reason to refuse a model.
-        with torch.no_grad(), evaluating(model):
-            return objective.outputs(model, item), seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    # Looser than rounding: kernels may add up in another order from one call to the next.
-    return a.shape == b.shape and torch.allclose(
-        a.float(), b.float(), rtol=1e-4, atol=1e-5, equal_nan=True
-    )
 
 
 class _Forward(nn.Module):
@@ -136,9 +81,24 @@ class _Graph:
     middle: Callable[[Tensor], Tensor] | None = None
 
 
+class Over(TypedDict, total=False):
+    """What the operators' data and parameters are, and how the model is run on them; see
+    `hessian`."""
+
+    parameters: str | Sequence[str]
+    retain: int
+    mode: str
+
+
 class _Source:
     """Model, data and parameters that an operator and its restrictions share, and the graphs kept
-    of them."""
+    of them.
+
+    Attributes:
+        mode: ``"eval"`` or ``"train"``.
+        seed: of what is random in training mode.
+        stochastic: in training mode, the outputs depend on the seed.
+    """
 
     def __init__(
         self,
@@ -146,12 +106,20 @@ class _Source:
         objective: Loss,
         batches: Sequence[Batch],
         names: Sequence[str],
+        *,
         retain: int,
+        mode: str,
+        seed: int,
     ) -> None:
         self.model, self.objective, self.names, self.retain = model, objective, list(names), retain
+        self.mode, self.seed = mode, seed
         self.batches = my_share(batches)
         self.kept: dict[int, _Graph] = {}
-        check_deterministic(model, objective, batches[0])
+        self.stochastic = False
+        if mode == "train":
+            self.stochastic = is_random(model, objective, batches[0])
+        else:
+            check_deterministic(model, objective, batches[0])
 
     def leaves(self) -> dict[str, Tensor]:
         """Aliases of the parameters: they share memory and version counter, and leave the model's
@@ -159,19 +127,29 @@ class _Source:
         own = dict(self.model.named_parameters())
         return {n: own[n].detach().requires_grad_() for n in self.names}
 
-    def outputs(self, leaves: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        return self._call(leaves, batch, whole=False)
+    def outputs(self, leaves: Mapping[str, Tensor], number: int) -> Tensor:
+        return self._call(leaves, number, whole=False)
 
-    def loss(self, leaves: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, float]:
-        return self._call(leaves, batch, whole=True)
+    def loss(self, leaves: Mapping[str, Tensor], number: int) -> tuple[Tensor, float]:
+        return self._call(leaves, number, whole=True)
 
-    def _call(self, leaves: Mapping[str, Tensor], batch: Batch, *, whole: bool) -> Any:
+    def _call(self, leaves: Mapping[str, Tensor], number: int, *, whole: bool) -> Any:
+        """A forward pass over mini-batch ``number`` of this process."""
         function = _Forward(self.model, self.objective)
         # Everything else is passed detached: its own requires_grad must not grow the graph.
         rest = {n: p.detach() for n, p in self.model.named_parameters() if n not in leaves}
         inputs = {f"model.{n}": p for n, p in (*leaves.items(), *rest.items())}
-        with evaluating(self.model), torch.enable_grad(), double_backward(self.model):
+        batch = self.batches[number]
+        if self.mode == "train":
+            inputs |= {f"model.{n}": b for n, b in buffers_of(self.model).items()}
+        with self._running(number), torch.enable_grad(), double_backward(self.model):
             return torch.func.functional_call(function, inputs, (batch, whole))
+
+    def _running(self, number: int) -> AbstractContextManager[Any]:
+        """The model's mode. In training, a graph that is built again has the same masks."""
+        if self.mode == "eval":
+            return evaluating(self.model)
+        return training(self.model, stream(self.seed, number))
 
     def graphs(self, build: Callable[[int, Batch], _Graph]) -> Iterator[_Graph]:
         for i, batch in enumerate(self.batches):
@@ -190,7 +168,12 @@ class MatrixFree(Operator):
 
     Attributes:
         matrix: what it is the matrix of, for labels.
+        mode: ``"eval"`` or ``"train"``, in which the model was run.
+        stochastic: another seed gives another matrix: labels are drawn, or dropout is on. Products
+            with one operator are all with the same matrix.
     """
+
+    stochastic: bool = False
 
     def __init__(self, source: _Source, space: ParamSpace, *, matrix: str, psd: bool) -> None:
         own = dict(source.model.named_parameters())
@@ -203,8 +186,15 @@ class MatrixFree(Operator):
             dtype=torch.float64 if double else torch.float32,
             device=own[source.names[0]].device,
         )
-        self.source, self.matrix = source, matrix
+        self.source, self.matrix, self.mode = source, matrix, source.mode
+        self.stochastic = source.stochastic
+        if self.mode == "train":
+            # Whether a pass can be repeated is not checked here, so it is said.
+            self.matrix += " in training mode"
         self._index = [source.names.index(n) for n in space.shapes]
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, mode={self.mode!r}, stochastic={self.stochastic})"
 
     @abstractmethod
     def _build(self, number: int, batch: Batch) -> _Graph:
@@ -289,7 +279,7 @@ class _Hessian(MatrixFree):
 
     def _build(self, number: int, batch: Batch) -> _Graph:
         leaves = self.source.leaves()
-        loss, count = self.source.loss(leaves, batch)
+        loss, count = self.source.loss(leaves, number)
         inputs = list(leaves.values())
         if not loss.requires_grad:  # none of them is on the way to the loss
             return _Graph(leaves=inputs, count=count, outputs=loss, gradients=[None] * len(inputs))
@@ -331,7 +321,7 @@ class _GaussNewton(MatrixFree):
     def _build(self, number: int, batch: Batch) -> _Graph:
         leaves = self.source.leaves()
         inputs = list(leaves.values())
-        outputs = self.source.outputs(leaves, batch)
+        outputs = self.source.outputs(leaves, number)
         z, middle, count = self._outputs(self.source.objective, number, outputs, batch)
         if not z.requires_grad:  # none of them is on the way to the loss
             return _Graph(leaves=inputs, count=count, outputs=z, gradients=[None] * len(inputs))
@@ -397,6 +387,19 @@ def _losses(objective: Loss, number: int, outputs: Tensor, batch: Batch) -> _Cur
     return losses, lambda u: u, float(objective.counts(outputs.detach(), batch).sum())
 
 
+def _place_losses(objective: Loss, number: int, outputs: Tensor, batch: Batch) -> _Curved:
+    """z are the losses of single places on the data's own labels, M the identity."""
+    with torch.enable_grad():
+        losses = objective.place_losses(outputs, batch)
+    return losses, lambda u: u, float(objective.counts(outputs.detach(), batch).sum())
+
+
+def stream(seed: int, number: int) -> int:
+    """The seed of mini-batch ``number`` of this process, among those of the whole data."""
+    place = number * world() + rank()
+    return (seed * 1_000_003 + place) % 2**63
+
+
 def _drawn_losses(labels: int, seed: int) -> _Outputs:
     """z are the items' losses on ``labels`` targets drawn from the model for each position, M the
     mean over the draws."""
@@ -404,8 +407,7 @@ def _drawn_losses(labels: int, seed: int) -> _Outputs:
     def outputs(objective: Loss, number: int, found: Tensor, batch: Batch) -> _Curved:
         # One stream per mini-batch of the whole data: a graph that is built again draws the same
         # labels.
-        place = number * world() + rank()
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + place) % 2**63)
+        generator = torch.Generator().manual_seed(stream(seed, number))
         with torch.enable_grad():
             sums = [objective.scores(found, batch, generator) for _ in range(labels)]
         count = float(objective.counts(found.detach(), batch).sum())
@@ -415,11 +417,7 @@ def _drawn_losses(labels: int, seed: int) -> _Outputs:
 
 
 def _source(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    objective: Loss,
-    parameters: str | Sequence[str],
-    retain: int,
+    model: nn.Module, batches: Iterable[Batch], objective: Loss, *, seed: int, over: Over
 ) -> tuple[_Source, ParamSpace]:
     batches = list(batches)
     if not batches:
@@ -427,28 +425,17 @@ def _source(
     own = dict(model.named_parameters())
     if not own:
         raise ValueError(f"{type(model).__name__} has no parameters")
-    # A glob may name a shared parameter by any of its names; it counts once, under the first.
-    tied = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
-    globs = [parameters] if isinstance(parameters, str) else list(parameters)
-    if not globs:
-        raise ValueError("parameters is empty: expected names or globs, such as '*.weight'")
-    wanted: set[int] = set()
-    for glob in globs:
-        found = [key for name, key in tied.items() if fnmatchcase(name, glob)]
-        if not found:
-            raise ValueError(
-                f"parameters={glob!r} matches none of the {len(own)} parameters, e.g. "
-                f"{next(iter(own))!r}"
-            )
-        wanted.update(found)
-    names = [name for name, p in own.items() if id(p) in wanted]
-    for name in names:
-        if not own[name].is_floating_point():
-            raise ValueError(
-                f"parameter {name} has type {own[name].dtype}: only floating-point ones have "
-                "curvature"
-            )
-    source = _Source(model, objective, batches, names, retain)
+    if unknown := over.keys() - Over.__annotations__.keys():
+        raise TypeError(
+            f"unknown argument {min(unknown)!r}; expected some of {', '.join(Over.__annotations__)}"
+        )
+    mode = over.get("mode", "eval")
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r}: expected 'eval' or 'train'")
+    names = parameter_names(model, over.get("parameters", "*"))
+    source = _Source(
+        model, objective, batches, names, retain=over.get("retain", 1), mode=mode, seed=seed
+    )
     return source, ParamSpace(shapes={n: tuple(own[n].shape) for n in names})
 
 
@@ -457,10 +444,10 @@ def hessian(
     batches: Iterable[Batch],
     objective: Loss,
     *,
-    parameters: str | Sequence[str] = "*",
-    retain: int = 1,
+    seed: int = 0,
+    **over: Unpack[Over],
 ) -> MatrixFree:
-    """The Hessian of the mean loss over the data, in evaluation mode.
+    """The Hessian of the mean loss over the data.
 
     Shared parameters count once, unused ones have zero rows. Half-precision models are multiplied
     in their own type and added up in float32.
@@ -468,19 +455,25 @@ def hessian(
     Args:
         batches: mini-batches; the mean is over all positions that count, whatever the batches'
             sizes.
-        parameters: globs over ``model.named_parameters()``.
-        retain: mini-batches whose graph stays in memory between products.
+        parameters: globs over ``model.named_parameters()``; ``"*"`` unless given.
+        retain: mini-batches whose graph stays in memory between products; 1 unless given.
+        mode: ``"eval"``, unless given, or ``"train"``: dropout is on, with one mask for each
+            mini-batch that follows from ``seed``, and BatchNorm normalises by the mini-batch, so
+            that the matrix depends on how items are batched. Running statistics, modes and the
+            global generator come back as they were. The operator says whether it is
+            ``stochastic``; whether the model is deterministic is not checked then.
+        seed: of dropout.
 
     Cost of a product: two gradients (three for a mini-batch beyond ``retain``); memory: about twice
     a gradient's activations per retained mini-batch.
 
     Raises:
-        ValueError: no data, a glob without a match, a model that is not deterministic (naming the
-            module).
+        ValueError: no data, a glob without a match, another mode, a model that is not deterministic
+            in evaluation mode (naming the module).
         RuntimeError: an operation without a second derivative, or parameters changed since, from a
             product.
     """
-    source, space = _source(model, batches, objective, parameters, retain)
+    source, space = _source(model, batches, objective, seed=seed, over=over)
     return _Hessian(source, space, matrix="Hessian", psd=False)
 
 
@@ -489,8 +482,8 @@ def gauss_newton(
     batches: Iterable[Batch],
     objective: Loss,
     *,
-    parameters: str | Sequence[str] = "*",
-    retain: int = 1,
+    seed: int = 0,
+    **over: Unpack[Over],
 ) -> MatrixFree:
     """The generalised Gauss–Newton matrix ``mean Jᵀ (∂²loss/∂outputs²) J``.
 
@@ -498,7 +491,7 @@ def gauss_newton(
     form (softmax, independent sigmoids, normal errors, Poisson counts) it equals the true Fisher
     matrix. Arguments as for `hessian`.
     """
-    source, space = _source(model, batches, objective, parameters, retain)
+    source, space = _source(model, batches, objective, seed=seed, over=over)
     convex = objective.curvature == "closed form"
     return _GaussNewton(
         source, space, matrix="generalised Gauss-Newton", outputs=_own, convex=convex
@@ -512,17 +505,19 @@ def fisher(
     *,
     labels: int = 1,
     seed: int = 0,
-    parameters: str | Sequence[str] = "*",
-    retain: int = 1,
+    **over: Unpack[Over],
 ) -> MatrixFree:
     """The true Fisher matrix, estimated from labels drawn from the model.
 
     ``Σₙ mean_s gₙₛ gₙₛᵀ / Σₙ Tₙ``, with ``gₙₛ`` the gradient of item n's summed ``−log p(ŷ)`` and
-    Tₙ its positions. Unbiased; its exact value is `gauss_newton`. Arguments as there.
+    Tₙ its positions. Unbiased; its exact value is `gauss_newton`. Arguments as for `hessian`;
+    ``seed`` is also that of the labels.
     """
-    source, space = _source(model, batches, objective, parameters, retain)
+    source, space = _source(model, batches, objective, seed=seed, over=over)
     matrix = f"Fisher ({labels} sampled label(s) per position)"
-    return _GaussNewton(source, space, matrix=matrix, outputs=_drawn_losses(labels, seed))
+    drawn = _GaussNewton(source, space, matrix=matrix, outputs=_drawn_losses(labels, seed))
+    drawn.stochastic = True
+    return drawn
 
 
 def empirical_fisher(
@@ -530,29 +525,40 @@ def empirical_fisher(
     batches: Iterable[Batch],
     objective: Loss,
     *,
-    parameters: str | Sequence[str] = "*",
-    retain: int = 1,
+    per: str = "item",
+    seed: int = 0,
+    **over: Unpack[Over],
 ) -> MatrixFree:
-    """The empirical Fisher matrix ``Σₙ gₙ gₙᵀ / Σₙ Tₙ``.
+    """The empirical Fisher matrix ``Σ g gᵀ / Σₙ Tₙ`` over the data's own labels.
 
-    ``gₙ`` is the gradient of item n's summed loss on the data's own labels, Tₙ its positions. It is
-    not the Fisher matrix (Kunstner et al. 2019), and for sequences not the per-token one. Arguments
-    as for `hessian`.
+    It is not the Fisher matrix (Kunstner et al. 2019). Other arguments as for `hessian`.
+
+    Args:
+        per: what has a gradient g of its own: each ``"item"``, with its summed loss over its Tₙ
+            positions, or each ``"place"`` of it: a token or a pixel, with all its outputs.
+
+    Raises ``ValueError`` for ``per="place"`` with a loss that is only known for whole items.
     """
+    if per not in ("item", "place"):
+        raise ValueError(f"empirical_fisher: per={per!r}; expected 'item' or 'place'")
     if objective.curvature == "none":
         # Of a batch such a loss may tell no more than the sum.
         batches = [one_item(b, i) for b in batches for i in range(items_in(b))]
-    source, space = _source(model, batches, objective, parameters, retain)
-    return _GaussNewton(source, space, matrix="empirical Fisher", outputs=_losses)
+    source, space = _source(model, batches, objective, seed=seed, over=over)
+    matrix = "empirical Fisher" if per == "item" else "empirical Fisher of places"
+    outputs = _losses if per == "item" else _place_losses
+    return _GaussNewton(source, space, matrix=matrix, outputs=outputs)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossAndGradient:
-    """The mean loss over the data, and the norm of its gradient over the parameters of an
-    operator."""
+    """The mean loss over the data, its gradient over the parameters of an operator with its norm,
+    and the positions that the mean is over."""
 
     loss: float
     gradient_norm: float
+    gradient: Tensor
+    positions: float
 
 
 def loss_and_gradient(operator: MatrixFree) -> LossAndGradient:
@@ -561,9 +567,9 @@ def loss_and_gradient(operator: MatrixFree) -> LossAndGradient:
     total = torch.zeros(operator.space.dim, dtype=operator.dtype, device=operator.device)
     loss = torch.zeros((), dtype=torch.float64, device=operator.device)
     count = torch.zeros_like(loss)
-    for batch in source.batches:
+    for number in range(len(source.batches)):
         leaves = source.leaves()
-        value, seen = source.loss(leaves, batch)
+        value, seen = source.loss(leaves, number)
         wanted = [leaves[n] for n in operator.space.shapes]
         gradients = torch.autograd.grad(value, wanted, allow_unused=True)
         loss += value.detach()
@@ -573,5 +579,10 @@ def loss_and_gradient(operator: MatrixFree) -> LossAndGradient:
             if g is not None:
                 total[operator.space.slices[name]] += g.reshape(-1).to(operator.dtype)
     positions = _positions(count)
-    norm = float(torch.linalg.vector_norm(all_sum(total))) / positions
-    return LossAndGradient(loss=float(all_sum(loss)) / positions, gradient_norm=norm)
+    gradient = all_sum(total).div_(positions)
+    return LossAndGradient(
+        loss=float(all_sum(loss)) / positions,
+        gradient_norm=float(torch.linalg.vector_norm(gradient)),
+        gradient=gradient,
+        positions=positions,
+    )

@@ -12,23 +12,49 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvprune.curvature.estimates import EigenPairs, Estimate
+from curvprune.curvature.estimates import EigenPairs, End, Estimate
 from curvprune.curvature.spectral_density import SpectralDensity
 from curvprune.schema import Number
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EstimateRecord:
-    """A number and its standard error."""
+    """A number and its standard error; see `curvprune.curvature.Estimate`.
+
+    Attributes:
+        stderr: about these items: of probes, starts and quadrature.
+        over_items: about the population that the items come from, where it was estimated.
+        converged: whether the accuracy asked for was met, where one was asked for.
+    """
 
     value: Number
     stderr: Number
+    over_items: float | None = None
+    converged: bool | None = None
+    num_products: int = 0
 
     @staticmethod
     def of(estimate: Estimate | None) -> EstimateRecord | None:
-        if estimate is None:
-            return None
-        return EstimateRecord(value=estimate.value, stderr=estimate.stderr)
+        return None if estimate is None else EstimateRecord.made(estimate)
+
+    @staticmethod
+    def made(estimate: Estimate) -> EstimateRecord:
+        return EstimateRecord(
+            value=estimate.value,
+            stderr=estimate.stderr,
+            over_items=estimate.over_items,
+            converged=estimate.converged,
+            num_products=estimate.num_products,
+        )
+
+    def estimate(self) -> Estimate:
+        return Estimate(
+            value=self.value,
+            stderr=self.stderr,
+            num_products=self.num_products,
+            converged=bool(self.converged),
+            over_items=self.over_items,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +144,39 @@ class EigenvaluesRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EndRecord:
+    """What other items say of an extreme eigenvalue; see `curvprune.curvature.End`."""
+
+    over_items: Number
+    held_out: Number
+    held_out_error: Number
+
+    @staticmethod
+    def of(end: End | None) -> EndRecord | None:
+        if end is None:
+            return None
+        return EndRecord(
+            over_items=end.over_items, held_out=end.held_out, held_out_error=end.held_out_error
+        )
+
+    def end(self) -> End:
+        return End(
+            over_items=self.over_items,
+            held_out=self.held_out,
+            held_out_error=self.held_out_error,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExtremesRecord:
+    """Both ends of the whole model's spectrum, as an interrupted analysis keeps them."""
+
+    eigenvalues: EigenvaluesRecord
+    highest: EndRecord | None
+    lowest: EndRecord | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DensityRecord:
     """A spectral density: smoothed on a grid ``(points,)``, and the quadrature nodes and weights
     ``(runs, steps)`` behind it."""
@@ -127,6 +186,8 @@ class DensityRecord:
     nodes: tuple[tuple[Number, ...], ...]
     weights: tuple[tuple[Number, ...], ...]
     num_products: int
+    dim: int
+    exact: bool = False
 
     @staticmethod
     def of(found: SpectralDensity) -> DensityRecord:
@@ -136,6 +197,8 @@ class DensityRecord:
             nodes=tuple(_numbers(run) for run in found.nodes),
             weights=tuple(_numbers(run) for run in found.weights),
             num_products=found.num_products,
+            dim=found.dim,
+            exact=found.exact,
         )
 
     def spectral_density(self) -> SpectralDensity:
@@ -145,6 +208,8 @@ class DensityRecord:
             grid=_tensor(self.grid),
             density=_tensor(self.density),
             num_products=self.num_products,
+            dim=self.dim,
+            exact=self.exact,
         )
 
 
@@ -193,6 +258,10 @@ class ModelCurvatureRecord:
     trace: EstimateRecord | None
     eigenvalues: EigenvaluesRecord | None
     density: DensityRecord | None
+    highest: EndRecord | None = None
+    lowest: EndRecord | None = None
+    gradient_noise: float | None = None
+    gradient_chance: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -222,6 +291,10 @@ class DiagnosisRecord:
     kind: str | None
     text: tuple[str, ...]
     disagreements: tuple[Disagreement, ...]
+    lambda_max_over_items: float | None = None
+    lambda_min_over_items: float | None = None
+    effective_rank_stderr: float | None = None
+    gradient_noise: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,7 @@ from torch import nn
 
 from curvprune.curvature.draws import Draws
 from curvprune.curvature.products import MatrixFree, gauss_newton, hessian
-from curvprune.curvature.ritz import Which
+from curvprune.curvature.ritz import Ends
 from curvprune.curvature.structure import Structure
 from curvprune.model import Batch, Layer, Loss
 
@@ -70,7 +70,7 @@ class AnalysisSettings:
     max_products: int = 32
     labels: int = 1
     seed: int = 0
-    which: Which = "BE"
+    which: Ends = "BE"
     vector_bytes: int = 4 << 30
 
     def __post_init__(self) -> None:
@@ -80,8 +80,8 @@ class AnalysisSettings:
             raise ValueError(
                 f"quantity {unknown[0]!r}: expected some of {', '.join(ALL_QUANTITIES)}"
             )
-        if self.which not in get_args(Which):
-            raise ValueError(f"which={self.which!r}: expected one of {', '.join(get_args(Which))}")
+        if self.which not in get_args(Ends):
+            raise ValueError(f"which={self.which!r}: expected one of {', '.join(get_args(Ends))}")
         if not self.rtol > 0 or self.max_products < 8:
             raise ValueError(
                 "rtol must be positive and max_products at least 8, got "
@@ -141,9 +141,16 @@ class AnalysisRequest:
     def operator(self, parameters: Sequence[str] | None = None) -> MatrixFree:
         """The Hessian or the Gauss–Newton matrix over all parameters, or over some."""
         # Parameters are globs for an operator.
-        build = hessian if self.asked.matrix == "hessian" else gauss_newton
         globs = ["*"] if parameters is None else [escape(n) for n in parameters]
-        return build(self.model, self.batches, self.objective, parameters=globs)
+        return self._build(self.batches, globs)
+
+    def operator_of(self, batches: Sequence[Batch]) -> MatrixFree:
+        """The same matrix over all parameters, of other batches."""
+        return self._build(batches, ["*"])
+
+    def _build(self, batches: Sequence[Batch], globs: Sequence[str]) -> MatrixFree:
+        build = hessian if self.asked.matrix == "hessian" else gauss_newton
+        return build(self.model, batches, self.objective, parameters=globs)
 
     def recall(
         self,

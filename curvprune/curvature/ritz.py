@@ -12,7 +12,8 @@ from torch import Tensor
 
 from curvprune.curvature.estimates import EigenPairs
 
-Which = Literal["LM", "LA", "SA", "BE"]
+Ends = Literal["LM", "LA", "SA", "BE"]
+Which = Literal["LM", "LA", "SA", "BE", "SM"]
 
 STEPS = 6  # products before an eigenpair is believed
 
@@ -23,7 +24,8 @@ class Wanted:
 
     Attributes:
         k: how many of each end.
-        which: ``LM`` largest magnitude, ``LA`` largest, ``SA`` smallest, ``BE`` both ends.
+        which: ``LM`` largest magnitude, ``LA`` largest, ``SA`` smallest, ``BE`` both ends, ``SM``
+            smallest magnitude.
         tol: relative error allowed to each.
         rounding: size, relative to the largest, below which an error is rounding of a product.
     """
@@ -40,8 +42,19 @@ class Wanted:
 
     def sides(self, values: np.ndarray) -> list[np.ndarray]:
         """Scores, larger is more wanted: one array for each end."""
-        scores = {"LM": [np.abs(values)], "LA": [values], "SA": [-values], "BE": [values, -values]}
+        scores = {
+            "LM": [np.abs(values)],
+            "LA": [values],
+            "SA": [-values],
+            "BE": [values, -values],
+            "SM": [-np.abs(values)],
+        }
         return scores[self.which]
+
+    @property
+    def inside(self) -> bool:
+        """Wanted inside the spectrum, where no Ritz value bounds what is not yet spanned."""
+        return self.which == "SM"
 
     def best(self, values: np.ndarray) -> np.ndarray:
         """Indices of the k most wanted of each end; no index twice."""

@@ -184,10 +184,11 @@ def fisher_pass(
 def _result(totals: dict[str, Tensor], layers: Mapping[str, Layer], draws: Draws) -> FisherPass:
     if layers and not any(bool(totals[f"trace/{name}"].any()) for name in layers):
         raise ValueError(
-            "no layer received a gradient from any item: the loss has no curvature at the model's "
-            "outputs (an absolute error, or predictions that are all certain), so every change "
-            "would cost nothing; take another loss, or prices by curvature='hessian' or "
-            "'empirical'"
+            f"layer {next(iter(layers))} received no gradient from any item, nor did any other: "
+            "they are not on the way to the loss, or the loss has no curvature at the model's "
+            "outputs (an absolute error, or predictions that are all certain), so that every "
+            "change would cost nothing; leave them out, or take another loss or "
+            "curvature='empirical'"
         )
     for name in layers:
         if not bool(totals[f"trace/{name}"].any()):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from curvprune.compat import normalises_by_batch, operation_of
 from curvprune.curvature.capture import Capture, capture
-from curvprune.curvature.products import check_deterministic, first_items
+from curvprune.curvature.determinism import check_deterministic, first_items
 from curvprune.model import Batch, Layer, Loss, PositionLoss, deviations
 
 MAX_COLUMNS = 128  # classes − 1 above which exact columns are not attempted

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from curvprune.curvature.products import first_items
+from curvprune.curvature.determinism import first_items
 from curvprune.model import Batch, Layer, Loss, PositionLoss, evaluating
 
 

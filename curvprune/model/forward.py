@@ -6,6 +6,7 @@ targets)``; the first dimension of every tensor counts items.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -59,7 +60,21 @@ def outputs(model: nn.Module, batch: Batch) -> Any:
     two_parts = getattr(config, "is_encoder_decoder", False) and "labels" in batch
     if two_parts and not any(name.startswith("decoder_input") for name in inputs):
         inputs["decoder_input_ids"] = _shifted(model, batch["labels"])
-    return model(**_with_padding(model, inputs))
+    inputs = _with_padding(model, inputs)
+    return model(inputs) if _takes_whole(model, inputs) else model(**inputs)
+
+
+def _takes_whole(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether the model takes the dict as it is, its only argument, not its entries by name."""
+    try:
+        given = inspect.signature(model.forward).parameters.values()
+    except ValueError:  # of a traced module, say
+        return False
+    kinds = [argument.kind for argument in given]
+    if inspect.Parameter.VAR_KEYWORD in kinds or inspect.Parameter.VAR_POSITIONAL in kinds:
+        return False
+    needed = [argument.name for argument in given if argument.default is argument.empty]
+    return len(needed) == 1 and needed[0] not in inputs
 
 
 def _shifted(model: nn.Module, labels: Tensor) -> Tensor:

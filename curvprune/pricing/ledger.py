@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from curvprune.options import Option
 from curvprune.planning import Quadratic
 from curvprune.pricing.operations import LayerWork
 from curvprune.pricing.other_curvatures import Forms
+from curvprune.pricing.plots import plot_prices
 from curvprune.pricing.shrinkage import kept_share, shrunk
 from curvprune.schema import Json, decode, encode
 
@@ -198,6 +199,11 @@ class Ledger:
                 measured=True,
             )
         return replace(self, rows=tuple(rows), sums=columns, along=along)
+
+    def plot(self) -> Any:
+        """The price of every option of every layer, as a matplotlib figure. Raises ``ValueError``
+        where nothing has a price, or without matplotlib."""
+        return plot_prices(self.rows, self.measure)
 
     def to_dict(self) -> dict[str, Json]:
         """What ``ledger.json`` holds, as plain JSON values."""

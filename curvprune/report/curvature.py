@@ -55,10 +55,13 @@ def overview(analysis: AnalysisRecord) -> Overview:
 
 def _model_facts(analysis: AnalysisRecord, model: ModelCurvatureRecord) -> list[Fact]:
     matrix = short_matrix(analysis)
-    trace, stderr = None, None
+    trace, stderr, hint = None, None, "sum of all eigenvalues of the whole model"
     if model.trace is not None:
         trace, stderr = finite(model.trace.value), model.trace.stderr
-    return [
+        hint += "; ± its standard error over probes, on these items"
+        if model.trace.converged is False:
+            hint += "; the tolerance asked for was not reached"
+    facts = [
         Fact(
             "parameters",
             count(model.parameters),
@@ -82,9 +85,14 @@ def _model_facts(analysis: AnalysisRecord, model: ModelCurvatureRecord) -> list[
             plus_minus(trace, stderr),
             trace,
             "",
-            f"sum of all eigenvalues of the whole model, {curvature_measure(analysis)}",
+            f"{hint}, {curvature_measure(analysis)}",
         ),
     ]
+    if model.trace is not None and model.trace.over_items is not None:
+        over_items = finite(model.trace.over_items)
+        hint = "what the trace of other items of this population would differ by"
+        facts.append(Fact("its se over items", sig(over_items, 2), over_items, "", hint))
+    return facts
 
 
 def _not_asked(analysis: AnalysisRecord) -> str:

@@ -16,10 +16,13 @@ from curvprune.report.figures import MISSING, THIN, finite, plus_minus, sig
 from curvprune.report.tables import Cell, Column, Fact, Table, number_cell
 
 _KINDS = {
-    "minimum": "the gradient is small and no direction was found along which the loss curves down",
-    "saddle": "the gradient is small and along some directions the loss curves down",
-    "maximum": "the gradient is small and the loss curves down in every direction",
-    "not stationary": "the gradient is not small, so the loss still falls to first order: "
+    "minimum": "the gradient is no more than noise and no direction curves down",
+    "saddle": "the gradient is no more than noise and along some directions the loss curves down, "
+    "also on items that these were not chosen on",
+    "maximum": "the gradient is no more than noise and the loss curves down in every direction",
+    "flat": "the gradient is no more than noise, and the lowest curvature cannot be told from "
+    "zero over these items: a minimum and a saddle are both possible",
+    "not stationary": "the gradient is more than noise, so the loss still falls to first order: "
     "curvature is only half the picture here",
 }
 
@@ -41,6 +44,7 @@ def diagnosis(analysis: AnalysisRecord) -> Diagnosis | None:
         return None
     lesser = (
         ("gradient norm", finite(found.gradient_norm)),
+        ("gradient noise over items", found.gradient_noise),
         ("relative gradient", found.relative_gradient),
         ("sharpness", found.sharpness),
     )
@@ -57,21 +61,20 @@ def _figures(analysis: AnalysisRecord, found: DiagnosisRecord) -> list[Fact]:
     # 1. Hints that depend on what was found.
     smallest_hint = "the smallest curvature; below zero the loss curves down along that direction"
     if found.lambda_min is not None and found.lambda_min < 0:
-        smallest_hint = "below zero: along this direction the loss curves down"
+        smallest_hint = "below zero: along this direction the loss of these items curves down"
     flat_hint = "share of all directions in which the loss is flat"
     if found.near_zero_below is not None:
         flat_hint += f": |λ| below {sig(found.near_zero_below)}"
     # 2. The figures, from the steepest direction to the shape of the whole.
     return [
-        Fact(
+        _end(
             "λmax",
-            sig(found.lambda_max, 4),
             found.lambda_max,
-            "",
+            found.lambda_max_over_items,
             f"curvature along the steepest direction ({curvature_measure(analysis)})",
         ),
         _step(found),
-        Fact("λmin", sig(found.lambda_min, 4), found.lambda_min, "", smallest_hint),
+        _end("λmin", found.lambda_min, found.lambda_min_over_items, smallest_hint),
         _share(
             "negative share",
             found.negative_share,
@@ -80,7 +83,7 @@ def _figures(analysis: AnalysisRecord, found: DiagnosisRecord) -> list[Fact]:
         _share("near-zero share", found.near_zero_share, flat_hint),
         Fact(
             "effective rank",
-            sig(found.effective_rank),
+            _with_error(found.effective_rank, found.effective_rank_stderr),
             found.effective_rank,
             "",
             "about how many directions hold the curvature; few against the parameters means most "
@@ -96,6 +99,17 @@ def _figures(analysis: AnalysisRecord, found: DiagnosisRecord) -> list[Fact]:
     ]
 
 
+def _end(label: str, value: float | None, over_items: float | None, hint: str) -> Fact:
+    """An extreme eigenvalue with its standard error over items."""
+    if over_items is not None:
+        hint += "; ± its standard error over items"
+    return Fact(label, _with_error(value, over_items, 4), value, "", hint)
+
+
+def _with_error(value: float | None, error: float | None, digits: int = 3) -> str:
+    return plus_minus(value, error) if error else sig(value, digits)
+
+
 def _step(found: DiagnosisRecord) -> Fact:
     """The largest learning rate at which plain gradient descent does not diverge."""
     # No limit is an answer, and another one than no number.
@@ -108,7 +122,7 @@ def _step(found: DiagnosisRecord) -> Fact:
 
 
 def _share(label: str, share: EstimateRecord | None, hint: str) -> Fact:
-    """A share in per cent with its standard error."""
+    """A share in per cent with its standard error on these items, of starts and quadrature."""
     value = None if share is None else finite(share.value)
     if share is None or value is None:
         return Fact(label, MISSING, None, "", hint)

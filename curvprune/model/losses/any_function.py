@@ -63,6 +63,13 @@ class LossOfOutputs(Loss):
         _summed(found, len(outputs), self.name)
         return found.flatten(1).sum(1) if found.ndim > 1 else found
 
+    def place_losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        found = self.function(outputs, batch)
+        if isinstance(found, tuple) or _is_one_number(found):
+            return super().place_losses(outputs, batch)
+        _summed(found, len(outputs), self.name)
+        return found.flatten()
+
     def _one_by_one(self, outputs: Tensor, batch: Batch) -> Tensor:
         singles = []
         for i in range(len(outputs)):

@@ -18,6 +18,7 @@ Source: Martens 2020, "New insights and perspectives on the natural gradient met
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -64,6 +65,12 @@ class Family(ABC):
     @abstractmethod
     def diagonals(self, rows: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """The diagonal of the Hessian at each row."""
+
+    def root_columns(self, rows: Float[Tensor, "n k"]) -> Iterator[Float[Tensor, "n k"]]:
+        """``k`` vectors for each row, whose outer products sum to the Hessian there."""
+        values, vectors = torch.linalg.eigh(self.hessians(rows))
+        roots = (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)).to(rows.dtype)
+        yield from roots.unbind(-1)
 
     @abstractmethod
     def divergences(self, before: Float[Tensor, "n k"], after: Float[Tensor, "n k"]) -> Tensor:
@@ -192,6 +199,14 @@ class Softmax(Family):
         p = rows.softmax(-1)
         return p - p.square()
 
+    def root_columns(self, rows: Tensor) -> Iterator[Tensor]:
+        # √p_c (e_c − p): their outer products sum to Σ p_c e_c e_cᵀ − p pᵀ.
+        p = rows.softmax(-1)
+        for c in range(rows.shape[-1]):
+            column = -p
+            column[:, c] += 1
+            yield column * p[:, c : c + 1].sqrt()
+
     def divergences(self, before: Tensor, after: Tensor) -> Tensor:
         log_p, log_q = F.log_softmax(before, -1), F.log_softmax(after, -1)
         p = log_p.exp()
@@ -275,6 +290,13 @@ class Separate(Family):
 
     def diagonals(self, rows: Tensor) -> Tensor:
         return self.variances(rows)
+
+    def root_columns(self, rows: Tensor) -> Iterator[Tensor]:
+        roots = self.variances(rows).sqrt()
+        for c in range(rows.shape[-1]):
+            column = torch.zeros_like(roots)
+            column[:, c] = roots[:, c]
+            yield column
 
     def divergences(self, before: Tensor, after: Tensor) -> Tensor:
         # The Bregman divergence of A.

@@ -50,6 +50,11 @@ class LabelFree(Objective):
     ) -> None:
         self.reference = reference
         self.measure = "nats/token" if per_token else "nats/example"
+        if of is not None and not isinstance(of, Loss) and not callable(of):
+            raise ValueError(
+                f"label-free: of={of!r}: expected a loss whose outputs these are, such as "
+                "cp.Classification(), or a function of (what the model returned, batch) to logits"
+            )
         self.declared = of
         self._told: PositionLoss | None = None
         if isinstance(of, Loss):
@@ -77,9 +82,11 @@ class LabelFree(Objective):
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         if self.declared is not None and not isinstance(self.declared, Loss):
             return self.declared(outputs(model, batch), batch)
-        if self._told is not None:
-            return self._told.outputs(model, batch)
-        return super().logits(model, batch)
+        try:
+            return self.told(batch).outputs(model, batch)
+        except ValueError:
+            # A rounding that is never measured needs no more than outputs.
+            return super().logits(model, batch)
 
     def told(self, batch: Batch) -> PositionLoss:
         """The loss whose outputs these are. Raises ``ValueError`` where that is not known."""

@@ -6,7 +6,7 @@ batches, padding and ignored labels cannot bias it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvprune.model.forward import Batch, in_double, items_in, one_item, outputs
-from curvprune.model.losses.output_hessian import OutputHessian
+from curvprune.model.losses.output_hessian import MAX_WIDTH, OutputHessian, square_root
 
 # A position counts so many nats where a changed model returns no finite numbers: out of any
 # budget's reach.
 BROKEN = 1000.0
+MAX_COLUMNS = 1024  # of a root of the Hessian at the outputs, each of which costs a backward pass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,6 +158,19 @@ class Loss:
             sums.append(self.loss_of(outputs[i : i + 1], one_item(batch, i))[0])
         return torch.stack(sums)
 
+    def place_losses(self, outputs: Tensor, batch: Batch) -> Float[Tensor, " n"]:
+        """Loss of every place that counts (an image, a token, a pixel), over all its outputs;
+        differentiable.
+
+        Raises ``ValueError`` where a loss is only known for whole items of several positions.
+        """
+        if bool((self.counts(outputs.detach(), batch) > 1).any()):
+            raise ValueError(
+                f"loss {self.name} is known for whole items only, and they have several positions; "
+                "take per='item', or pass a loss that returns one number for each position"
+            )
+        return self.item_losses(outputs, batch)
+
     def counts(self, outputs: Tensor, batch: Batch) -> Float[Tensor, " items"]:
         """Positions of every item, in float64. They need not be whole where targets are
         weighed."""
@@ -223,6 +237,29 @@ class Loss:
     def item_hessians(self, outputs: Tensor, batch: Batch) -> Float[Tensor, "items k k"]:
         """The Hessian of each item's loss at its outputs, ``k`` numbers in all, in float64."""
         return self.hessian_at(outputs.double(), in_double(batch)).of_items()
+
+    def root_columns(
+        self, outputs: Tensor, batch: Batch, generator: torch.Generator
+    ) -> Iterator[Float[Tensor, "*outputs"]]:
+        """Vectors laid out as the outputs, whose outer products, item by item, sum to the Hessian
+        of each item's loss at its outputs.
+
+        Where an item has several positions and more than `MAX_WIDTH` outputs, all positions share
+        the columns, each with random signs of its own. Products between positions then vanish in
+        expectation only; those within a position are exact.
+
+        Raises ``ValueError`` where the Hessian is not positive semidefinite, or where it needs more
+        than `MAX_COLUMNS` columns.
+        """
+        width = outputs[0].numel()
+        if width > MAX_WIDTH:
+            raise ValueError(
+                f"loss {self.name}: {width} outputs an item; its curvature is not known in closed "
+                f"form, so columns of it are had up to {MAX_WIDTH}; take fisher='mc' instead"
+            )
+        roots = square_root(self.item_hessians(outputs.detach(), batch)).to(outputs.dtype)
+        for column in roots.unbind(-1):
+            yield column.view_as(outputs)
 
     def rises(self, before: Tensor, after: Tensor, batch: Batch) -> Float[Tensor, " items"]:
         """What a change of the outputs costs each item beyond the slope: ``ℓ(after) − ℓ(before) −

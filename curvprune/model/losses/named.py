@@ -81,10 +81,15 @@ def make_loss(loss: LossLike, model: nn.Module, batch: Batch) -> Loss:
         return loss
     if isinstance(loss, nn.Module):
         return _of_module(loss)
+    if callable(loss):
+        raise ValueError(
+            "loss is a function: pass cp.Loss.of(function, outputs='model') for one of (outputs, "
+            "batch), cp.Loss.of(function) for one of (model, batch)"
+        )
     if not isinstance(loss, str) or loss not in NAMES:
         raise ValueError(
-            f"objective={loss!r}: expected {', '.join(NAMES)}, a cp.Loss (an Objective is one), or "
-            "one of torch's loss modules"
+            f"loss={loss!r}: expected {', '.join(NAMES)}, a cp.Loss (an Objective is one), or one "
+            "of torch's loss modules"
         )
     if loss in LOSSES:
         named = LOSSES[loss]()

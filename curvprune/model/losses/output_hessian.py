@@ -96,9 +96,9 @@ class OutputHessian:
             blocks = self._blocks(torch.Size((rows, last)))
             v = self._test[0].reshape(rows, last, 1)
             if self._holds((blocks.to(v.dtype) @ v).view_as(self.at)):
-                return _square_root(blocks).to(self.at.dtype)
+                return square_root(blocks).to(self.at.dtype)
         if width <= MAX_WIDTH:
-            return _square_root(self.of_items()).to(self.at.dtype)
+            return square_root(self.of_items()).to(self.at.dtype)
         return None
 
     def _blocks(self, shape: torch.Size) -> Float[Tensor, "blocks k k"]:
@@ -129,11 +129,11 @@ class OutputHessian:
         # 2. The small matrix, and its root.
         q = torch.stack(basis[:-1], 1)
         small = q @ torch.stack(images, -1)
-        root = _square_root((small + small.transpose(1, 2)) / 2)
+        root = square_root((small + small.transpose(1, 2)) / 2)
         return (norm * (root[:, :, :1] * q).sum(1)).to(s.dtype).view_as(s)
 
 
-def _square_root(blocks: Float[Tensor, "blocks k k"]) -> Float[Tensor, "blocks k k"]:
+def square_root(blocks: Float[Tensor, "blocks k k"]) -> Float[Tensor, "blocks k k"]:
     """The symmetric square root of each block."""
     values, vectors = torch.linalg.eigh(blocks)
     if values.numel():

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from curvprune.model.forward import TARGETS, Batch
-from curvprune.model.losses.families import Family, Softmax
-from curvprune.model.losses.loss import ItemResults, Loss
+from curvprune.model.losses.families import Family, Softmax, random_signs
+from curvprune.model.losses.loss import MAX_COLUMNS, ItemResults, Loss
+from curvprune.model.losses.output_hessian import MAX_WIDTH
 
 _CHUNK = 512  # positions per log-softmax: bounds memory at vocabularies of 10^5
 WEIGHTS = TARGETS[-1]  # the entry of a batch that says what each item counts
@@ -41,6 +42,16 @@ class Positions:
     def summed(self, values: Float[Tensor, " n"]) -> Float[Tensor, " items"]:
         """Sums over the positions of each item."""
         return values.new_zeros(self.items).index_add(0, self.item, values)
+
+    def numbers(self) -> Int[Tensor, " n"]:
+        """Which of its item's positions each is: 0, 1, 2, …"""
+        order = self.item.argsort(stable=True)
+        counts = torch.bincount(self.item, minlength=self.items)
+        starts = counts.cumsum(0) - counts
+        places = torch.arange(len(order), device=order.device)
+        numbers = torch.empty_like(order)
+        numbers[order] = places - starts[self.item[order]]
+        return numbers
 
 
 class PositionLoss(Loss):
@@ -100,6 +111,11 @@ class PositionLoss(Loss):
             return super().item_losses(outputs, batch)
         positions = self.positions(outputs, batch)
         return positions.summed(self.compare(positions, batch))
+
+    def place_losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        if type(self).loss_of is not PositionLoss.loss_of and not self._closed:
+            return super().place_losses(outputs, batch)
+        return self.compare(self.positions(outputs, batch), batch)
 
     def counts(self, outputs: Tensor, batch: Batch) -> Tensor:
         if type(self).loss_of is not PositionLoss.loss_of and not self._closed:
@@ -227,6 +243,38 @@ class PositionLoss(Loss):
         rows, columns = where.unsqueeze(-1), where.unsqueeze(-2)
         whole.index_put_((positions.item.view(-1, 1, 1), rows, columns), blocks, accumulate=True)
         return whole
+
+    def root_columns(
+        self, outputs: Tensor, batch: Batch, generator: torch.Generator
+    ) -> Iterator[Tensor]:
+        if not self._closed:
+            yield from super().root_columns(outputs, batch, generator)
+            return
+        positions = self.positions(outputs.detach(), batch)
+        self.family.check(positions.logits)
+        columns = positions.logits.shape[-1]
+        if columns > MAX_COLUMNS:
+            raise ValueError(
+                f"loss {self.name}: {columns} outputs a position would need as many backward "
+                f"passes, and at most {MAX_COLUMNS} are made; take fisher='mc' instead"
+            )
+        # 1. One position of each item at a time, where that is not too often.
+        numbers = positions.numbers()
+        most = int(numbers.max()) + 1 if len(numbers) else 0
+        alone = most == 1 or most * columns <= MAX_WIDTH
+        signs = None if alone else 2.0 * random_signs(positions.item, generator) - 1
+        # 2. Every column, at the places of its positions' outputs.
+        where, scales = self.where(outputs.detach(), batch), self._scales(positions)
+        for number in range(most if alone else 1):
+            chosen = numbers == number if alone else numbers >= 0
+            for column in self.family.root_columns(wide(positions.logits[chosen])):
+                if scales is not None:
+                    column = column * scales[chosen].to(column.dtype).sqrt()
+                if signs is not None:
+                    column = column * signs.to(column.dtype).unsqueeze(-1)
+                whole = column.new_zeros(outputs.numel())
+                whole[where[chosen].flatten()] = column.flatten()
+                yield whole.view_as(outputs).to(outputs.dtype)
 
     def where(self, outputs: Tensor, batch: Batch) -> Int[Tensor, "n k"]:
         """Where the outputs of each position lie among all, flattened."""

@@ -95,7 +95,7 @@ class Classification(Objective):
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         found = super().logits(model, batch)
-        return found.log() if self.probabilities else found
+        return found.log() if self.probabilities is True else found
 
     def positions(self, outputs: Tensor, batch: Batch) -> Positions:
         if outputs.ndim < 2 or not -outputs.ndim <= self.class_axis < outputs.ndim:

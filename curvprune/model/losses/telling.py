@@ -35,6 +35,8 @@ _ENDINGS: tuple[tuple[str, Callable[[], PositionLoss]], ...] = (
     ("ForNextSentencePrediction", Classification),
     ("ForSemanticSegmentation", Segmentation),
     ("ForQuestionAnswering", QuestionAnswering),
+    ("MTModel", Seq2Seq),
+    ("EncoderDecoderModel", Seq2Seq),
 )
 # Those whose config says, or leaves open, what their labels are.
 _BY_PROBLEM = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification")
@@ -111,6 +113,14 @@ def class_names(model: nn.Module) -> list[str]:
 
 def _by_class(model: nn.Module, batch: Batch) -> PositionLoss | None:
     """By the names and config of transformers' models; ``None`` for others."""
+    found = _by_name(model, batch)
+    # What these models return are logits.
+    if isinstance(found, (Classification, MultiLabel)):
+        found.probabilities = False
+    return found
+
+
+def _by_name(model: nn.Module, batch: Batch) -> PositionLoss | None:
     config = getattr(model, "config", None)
     if config is None:
         return None
@@ -179,7 +189,8 @@ def check_are_logits(loss: PositionLoss, rows: Tensor, *, embeddings: bool = Tru
     if loss.probabilities is not None:
         return
     found = rows.detach().float()
-    inside = bool(((found >= 0) & (found <= 1)).all())
+    # Outputs that are all the same are those of a head that has not been trained.
+    inside = bool(((found >= 0) & (found <= 1)).all()) and bool(found.max() > found.min())
     if inside and _all_one(found.sum(-1), rows.dtype):
         raise ValueError(
             "the model's outputs are probabilities (each row sums to 1), no logits: its softmax "

@@ -13,7 +13,11 @@ from curvprune.model.losses.families import Family, Softmax
 from curvprune.model.losses.loss import Loss
 from curvprune.model.losses.positions import Objective, PositionLoss, Positions, divergences
 from curvprune.model.losses.tasks import Classification
-from curvprune.model.losses.telling import check_are_logits, tell_without_labels
+from curvprune.model.losses.telling import (
+    check_are_logits,
+    tell_by_class,
+    tell_without_labels,
+)
 
 
 class LabelFree(Objective):
@@ -82,11 +86,10 @@ class LabelFree(Objective):
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         if self.declared is not None and not isinstance(self.declared, Loss):
             return self.declared(outputs(model, batch), batch)
-        try:
-            return self.told(batch).outputs(model, batch)
-        except ValueError:
-            # A rounding that is never measured needs no more than outputs.
-            return super().logits(model, batch)
+        # By the class alone, without a forward pass: this one may be watched by hooks. A rounding
+        # that is never measured needs no more than outputs.
+        told = self._told or tell_by_class(self.reference, batch)
+        return super().logits(model, batch) if told is None else told.outputs(model, batch)
 
     def told(self, batch: Batch) -> PositionLoss:
         """The loss whose outputs these are. Raises ``ValueError`` where that is not known."""

@@ -68,7 +68,7 @@ def tell(model: nn.Module, batch: Batch) -> PositionLoss:
 
     Raises ``ValueError`` with those that may fit where it cannot be told.
     """
-    found = _by_class(model, batch)
+    found = tell_by_class(model, batch)
     if found is not None:
         return found
     with torch.no_grad(), evaluating(model):
@@ -88,7 +88,7 @@ def tell(model: nn.Module, batch: Batch) -> PositionLoss:
 def tell_without_labels(model: nn.Module, batch: Batch) -> PositionLoss:
     """The loss whose outputs a model returns, where the data's labels are not used. Raises
     ``ValueError`` where that is not known."""
-    found = _by_class(model, batch)
+    found = tell_by_class(model, batch)
     if found is not None:
         return found
     with torch.no_grad(), evaluating(model):
@@ -111,7 +111,7 @@ def class_names(model: nn.Module) -> list[str]:
     return [kind.__name__ for kind in type(own).__mro__]
 
 
-def _by_class(model: nn.Module, batch: Batch) -> PositionLoss | None:
+def tell_by_class(model: nn.Module, batch: Batch) -> PositionLoss | None:
     """By the names and config of transformers' models; ``None`` for others."""
     found = _by_name(model, batch)
     # What these models return are logits.

@@ -14,6 +14,7 @@ from curvprune.model.losses.loss import Loss
 from curvprune.model.losses.positions import Objective, PositionLoss, Positions, divergences
 from curvprune.model.losses.tasks import Classification
 from curvprune.model.losses.telling import (
+    Ending,
     check_are_logits,
     tell_by_class,
     tell_without_labels,
@@ -111,7 +112,13 @@ class LabelFree(Objective):
 
     def _theirs(self, batch: Batch) -> Positions:
         with torch.no_grad(), evaluating(self.reference):
-            theirs = self.positions(self.outputs(self.reference, batch), batch)
-        told = self.told(batch)
-        check_are_logits(told, theirs.logits, embeddings=self.declared is None)
+            with Ending() as ending:
+                outputs = self.outputs(self.reference, batch)
+            theirs = self.positions(outputs, batch)
+        check_are_logits(
+            self.told(batch),
+            theirs.logits,
+            probabilities=ending.made(outputs),
+            embeddings=self.declared is None,
+        )
         return theirs

@@ -26,7 +26,13 @@ from curvprune.model.losses.tasks import (
     Seq2Seq,
     labels_of,
 )
-from curvprune.model.losses.telling import check_are_logits, class_names, tell
+from curvprune.model.losses.telling import (
+    Ending,
+    check_are_logits,
+    class_names,
+    tell,
+    tell_by_class,
+)
 
 LOSSES: dict[str, Callable[[], PositionLoss]] = {
     "causal-lm": CausalLM,
@@ -124,14 +130,16 @@ def _check_declared(loss: Loss, model: nn.Module, batch: Batch) -> None:
     """Whether the outputs can be what the user says that they are."""
     if not isinstance(loss, (Classification, MultiLabel)) or loss.curvature != "closed form":
         return
-    if isinstance(loss, (MaskedLM, Seq2Seq)):
+    if isinstance(loss, (MaskedLM, Seq2Seq)) or tell_by_class(model, batch) is not None:
         return
     try:
         with torch.no_grad(), evaluating(model):
-            rows = loss.places(loss.outputs(model, batch), batch).logits
+            with Ending() as ending:
+                outputs = loss.outputs(model, batch)
+            rows = loss.places(outputs, batch).logits
     except (IndexError, RuntimeError):
         return  # An item that the model cannot read is for the check of the items to name.
-    check_are_logits(loss, rows, embeddings=False)
+    check_are_logits(loss, rows, probabilities=ending.made(outputs), embeddings=False)
 
 
 def _of_module(module: nn.Module) -> Loss:

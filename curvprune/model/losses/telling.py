@@ -4,11 +4,13 @@ loss is never guessed."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from curvprune.model.forward import Batch, evaluating
 from curvprune.model.losses.positions import Objective, PositionLoss
@@ -45,7 +47,9 @@ _PROBLEMS: dict[str, Callable[[], PositionLoss]] = {
     "single_label_classification": Classification,
     "multi_label_classification": MultiLabel,
 }
-_ENOUGH = 8  # outputs, all between 0 and 1, that are no coincidence
+_ENOUGH = 64  # outputs, all between 0 and 1, that are no coincidence
+_ROWS = 8  # sums of half-precision numbers, all 1, that are none
+_PROBABILITIES = ("sigmoid", "sigmoid_", "hardsigmoid", "softmax")  # functions of torch
 _FITTING = (
     "loss='classification' (one class for each item or token), 'segmentation' (classes in the "
     "second dimension), 'multi-label', 'regression', 'causal-lm', 'masked-lm', 'seq2seq', a "
@@ -80,8 +84,10 @@ def tell(model: nn.Module, batch: Batch) -> PositionLoss:
                 f"{_told_of(labels_of(batch))}: cannot tell what its loss is; pass {_FITTING}; "
                 f"without labels {_FITTING_WITHOUT}"
             )
-        rows = found.places(found.outputs(model, batch), batch).logits
-    check_are_logits(found, rows)
+        with Ending() as ending:
+            outputs = found.outputs(model, batch)
+        rows = found.places(outputs, batch).logits
+    check_are_logits(found, rows, probabilities=ending.made(outputs))
     return found
 
 
@@ -174,11 +180,34 @@ def _told_of(labels: Tensor | None) -> str:
     return f"labels {tuple(labels.shape)} of {labels.dtype}"
 
 
-def check_are_logits(loss: PositionLoss, rows: Tensor, *, embeddings: bool = True) -> None:
+class Ending(TorchFunctionMode):
+    """Watches a forward pass for the sigmoids and softmaxes that it ends in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Kept, so that no other tensor takes their place in memory; the last ones, because those
+        # of attention are large.
+        self.results: deque[Tensor] = deque(maxlen=2)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in _PROBABILITIES and isinstance(result, Tensor):
+            self.results.append(result)
+        return result
+
+    def made(self, outputs: Tensor) -> bool:
+        """Whether the outputs are what one of them returned, or a view of it."""
+        return any(result.data_ptr() == outputs.data_ptr() for result in self.results)
+
+
+def check_are_logits(
+    loss: PositionLoss, rows: Tensor, *, probabilities: bool, embeddings: bool = True
+) -> None:
     """Whether outputs can be the logits that a softmax or independent sigmoids take.
 
     Args:
         loss: one whose ``probabilities`` are given has been told what its outputs are.
+        probabilities: the forward pass was seen to end in a sigmoid or a softmax.
         embeddings: whether vectors of length one are refused too.
 
     Raises ``ValueError`` for what looks like probabilities, or like embeddings.
@@ -198,7 +227,7 @@ def check_are_logits(loss: PositionLoss, rows: Tensor, *, embeddings: bool = Tru
             "cp.LabelFree(model, of=cp.Classification(probabilities=True)); if they are logits all "
             "the same, probabilities=False"
         )
-    if inside and found.numel() >= _ENOUGH:
+    if probabilities or (inside and found.numel() >= _ENOUGH):
         raise ValueError(
             "the model's outputs all lie between 0 and 1, as a sigmoid's do: whether they are "
             "logits is a guess; pass cp.MultiLabel(probabilities=True) for probabilities of "
@@ -216,6 +245,6 @@ def check_are_logits(loss: PositionLoss, rows: Tensor, *, embeddings: bool = Tru
 def _all_one(values: Tensor, dtype: torch.dtype) -> bool:
     """Whether all are 1 to rounding. One row may be so by chance where rounding is coarse."""
     rounding = min(32 * torch.finfo(dtype).eps, 5e-3)
-    if rounding > 1e-4 and values.numel() < _ENOUGH:
+    if rounding > 1e-4 and values.numel() < _ROWS:
         return False
     return bool(((values - 1).abs() <= rounding).all())

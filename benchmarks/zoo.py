@@ -205,7 +205,7 @@ def read_back(patient: Patient) -> dict[str, object]:
     model, artifact = patient.model, patient.folder / "artifact"
     if (patient.folder / "unsaved").is_file():
         raise RuntimeError((patient.folder / "unsaved").read_text())
-    expected = torch.load(patient.folder / "expected.pt")
+    expected = torch.load(patient.folder / "expected.pt", weights_only=True)
     blank = copy.deepcopy(model)
     for p in blank.parameters():
         p.data.zero_()

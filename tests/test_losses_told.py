@@ -245,6 +245,8 @@ def test_what_ends_in_a_sigmoid_or_softmax_is_judged_by_its_probabilities():
     labelled = [(torch.cat([x["input"] for x in data]), torch.arange(40) % 20)]
     with pytest.raises(ValueError, match="each row sums to 1"):
         cp.hessian(model, labelled, loss=cp.Classification())
+    with pytest.raises(ValueError, match="each row sums to 1"):
+        cp.hessian(model, labelled, loss=nn.CrossEntropyLoss())
     cp.hessian(model, labelled, loss=cp.Classification(probabilities=False))
     sigmoid = nn.Sequential(nn.Linear(6, 20), nn.Sigmoid())
     yes = [(labelled[0][0], torch.ones(40, 20))]

@@ -26,13 +26,7 @@ from curvprune.model.losses.tasks import (
     Seq2Seq,
     labels_of,
 )
-from curvprune.model.losses.telling import (
-    Ending,
-    check_are_logits,
-    class_names,
-    tell,
-    tell_by_class,
-)
+from curvprune.model.losses.telling import Ending, check_are_logits, tell, tell_by_class
 
 LOSSES: dict[str, Callable[[], PositionLoss]] = {
     "causal-lm": CausalLM,
@@ -86,7 +80,9 @@ def make_loss(loss: LossLike, model: nn.Module, batch: Batch) -> Loss:
         _check_declared(loss, model, batch)
         return loss
     if isinstance(loss, nn.Module):
-        return _of_module(loss)
+        meant = _of_module(loss)
+        _check_declared(meant, model, batch)
+        return meant
     if callable(loss):
         raise ValueError(
             "loss is a function: pass cp.Loss.of(function, outputs='model') for one of (outputs, "
@@ -101,7 +97,9 @@ def make_loss(loss: LossLike, model: nn.Module, batch: Batch) -> Loss:
         named = LOSSES[loss]()
         _check_declared(named, model, batch)
         return named
-    if loss == "auto" and (_has_labels(batch) or _needs_no_labels(model)):
+    by_class = tell_by_class(model, batch)
+    # A language model's labels are its own tokens.
+    if loss == "auto" and (_has_labels(batch) or isinstance(by_class, CausalLM)):
         return tell(model, batch)
     if loss.startswith(f"{FREE}:"):
         return LabelFree(model, of=LOSSES[loss.split(":")[1]]())
@@ -112,15 +110,12 @@ def _has_labels(batch: Batch) -> bool:
     return labels_of(batch) is not None or "start_positions" in batch
 
 
-def _needs_no_labels(model: nn.Module) -> bool:
-    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in class_names(model))
-
-
 def _label_free(model: nn.Module, batch: Batch) -> LabelFree:
     """Which distribution it is of is asked where it is first needed: a rounding without a budget
     measures no divergence."""
-    if any(name.endswith("ForQuestionAnswering") for name in class_names(model)):
-        return LabelFree(model, of=QuestionAnswering())
+    by_class = tell_by_class(model, batch)
+    if isinstance(by_class, QuestionAnswering):  # which returns no logits
+        return LabelFree(model, of=by_class)
     with torch.no_grad(), evaluating(model):
         per_token = Objective().outputs(model, batch).ndim == 3
     return LabelFree(model, per_token=per_token)

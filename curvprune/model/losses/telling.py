@@ -59,7 +59,7 @@ _FITTING_WITHOUT = (
     "cp.LabelFree(model, of=cp.Classification()) for the logits of classes, with class_axis=1 if "
     "they are the second dimension; of=cp.MultiLabel() for independent sigmoids; "
     "of=cp.Regression(sigma=...) for numbers whose error has that scale; in a recipe "
-    "objective: label-free:classification and the like"
+    "loss: label-free:classification and the like"
 )
 
 
@@ -161,17 +161,15 @@ def _by_labels(outputs: Tensor, batch: Batch) -> PositionLoss | None:
     labels = labels_of(batch)
     if labels is None or labels.is_floating_point() or labels.dtype == torch.bool:
         return None
+    # One class is none. A label beyond the classes is for the check of the items to name.
+    if outputs.ndim < 2 or outputs.shape[1] < 2:
+        return None
     if outputs.ndim == 2 and labels.shape == outputs.shape[:1]:
-        return _if_classes(labels, outputs.shape[1], Classification())
+        return Classification()
     pixels = (outputs.shape[0], *outputs.shape[2:])
     if outputs.ndim == 4 and labels.shape == pixels and labels.shape != outputs.shape[:-1]:
-        return _if_classes(labels, outputs.shape[1], Segmentation())
+        return Segmentation()
     return None
-
-
-def _if_classes(labels: Tensor, classes: int, loss: PositionLoss) -> PositionLoss | None:
-    # A label beyond the classes is for the check of the items to name.
-    return loss if classes > 1 else None
 
 
 def _told_of(labels: Tensor | None) -> str:

@@ -376,7 +376,7 @@ def test_what_draws_back_propagate_has_the_covariance_of_the_loss_s_own_hessian(
 def test_the_sampled_fisher_and_the_analysis_have_the_gauss_newton_trace(name):
     it = scene(name)
     truth = dense_ggn(it)
-    fisher = cp.fisher(it.model, [it.batch], loss=it.loss, labels=400).to_dense()
+    fisher = cp.fisher(it.model, [it.batch], loss=it.loss, labels=150).to_dense()
     assert float(fisher.trace()) == pytest.approx(float(truth.trace()), rel=0.15)
     found = cp.analyze(it.model, [it.batch], matrix="ggn", quantities=("trace",), loss=it.loss)
     start = 0
@@ -414,7 +414,7 @@ def test_prices_are_half_the_quadratic_form_of_the_change(name):
         splits,
         options=[cp.Quantize(bits=3)],
         loss=it.loss,
-        labels=3000,
+        labels=800,
         measure_above=None,
         portable=False,
     )

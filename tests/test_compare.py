@@ -218,6 +218,13 @@ def test_independent_labels_and_numbers_with_a_scale_have_divergences() -> None:
     assert any("top-1" in note for note in numbers.notes)
 
 
+def test_a_later_verdict_tells_of_the_comparison() -> None:
+    before, after, data = classifiers()
+    cp.compare(before, after, data, names=("dense", "small"))
+    verdict = cp.certify(before, after, data, cp.Budget("loss", max_drop=0.5))
+    assert "dense compared with small" in verdict.earlier
+
+
 def test_without_labels_there_are_divergences_only() -> None:
     a, b, data = classifiers()
     x = torch.cat([x for x, _ in data])
@@ -390,6 +397,12 @@ def test_the_command_prints_a_table_and_writes_a_page(folder: Path) -> None:
     assert found.items == 16 and found.kl.value > 0 and found.before == str(dense)
     page = (out / "comparison.html").read_text()
     assert "<script" not in page and "KL divergence, mean" in page
+    # It counts as a use of the certify split; the same comparison again is no other use.
+    again = CliRunner().invoke(app, ["compare", *arguments, "--out", str(out)])
+    assert again.exit_code == 0
+    kept = [json.loads(path.read_text()) for path in folder.glob(".curvprune-certified/*/*.json")]
+    told = [use["text"] for use in kept]
+    assert told.count(f"{dense} compared with {small}") == 1
     # The same figures as in Python, on the same split.
     own = CliRunner().invoke(app, ["compare", str(dense), *arguments[:1], *arguments[2:]])
     assert own.exit_code == 0 and "against" in own.output

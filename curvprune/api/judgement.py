@@ -252,7 +252,7 @@ def compare(
     home = next(before.parameters()).device
     meant = make_loss(loss, before, to_device(split.first(), home))
     with StageLog(show=progress).stage("compare", len(split.items)) as advance:
-        return compare_models(
+        found = compare_models(
             (before, after),
             split,
             meant,
@@ -261,6 +261,8 @@ def compare(
             seed=seed,
             advance=advance,
         )
+    IN_THIS_PROCESS.enter(split, found.use())
+    return found
 
 
 def _test_of_metric(

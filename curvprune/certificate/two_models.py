@@ -21,6 +21,7 @@ from curvprune.certificate.document_errors import (
     quantiles_of,
     ratio_of,
 )
+from curvprune.certificate.uses import Use
 from curvprune.model import (
     Batch,
     CausalLM,
@@ -107,6 +108,15 @@ class ModelComparison:
             if isinstance(value, Estimate):
                 found[name] = value
         return found
+
+    def use(self) -> Use:
+        """The look at the items that this was: whoever chooses by it has spent a part of them."""
+        figures = [self.kl, self.loss_before, self.loss_after]
+        told = " ".join("none" if f is None else f"{f.value:.5g}" for f in figures)
+        return Use(
+            keys=(f"comparison by {self.loss} {told}",),
+            text=f"{self.before} compared with {self.after}",
+        )
 
     def to_dict(self) -> Any:
         """Plain JSON values; numbers that are not finite become None."""

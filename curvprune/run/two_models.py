@@ -16,6 +16,7 @@ from curvprune.run import models
 from curvprune.run.folder import MODEL, REPORT_JSON
 from curvprune.run.prepare import device_of, load_model_of, load_splits, loss_of
 from curvprune.run.recipe import Recipe, load_recipe
+from curvprune.run.uses import FOLDER, UsesInFolder
 
 COMPARISON_JSON, COMPARISON_HTML = "comparison.json", "comparison.html"
 
@@ -56,7 +57,8 @@ def compare_folders(
             not; or a recipe, which stands for its model. ``dense`` is the reference.
         recipe_path: its data, its objective and device, tokenizer and task of its model; that model
             itself is not loaded.
-        out: a folder for ``comparison.json`` and ``comparison.html``.
+        out: a folder for ``comparison.json`` and ``comparison.html``. The comparison then counts as
+            a use of the certify split for runs whose folders lie beside it.
 
     Raises ``ValueError`` for what cannot be loaded, models with different outputs, a recipe that is
     wrong.
@@ -81,6 +83,7 @@ def compare_folders(
 
     # 3. Their files.
     if out is not None:
+        UsesInFolder(Path(out).resolve().parent / FOLDER).enter(split, found.use())
         root = State(Path(out))
         root.write_json(COMPARISON_JSON, found.to_dict())
         root.write_text(COMPARISON_HTML, report.comparison_page(found))
@@ -88,10 +91,7 @@ def compare_folders(
 
 
 def certify_split(recipe: Recipe) -> Split:
-    """The certify split of a recipe, opened for a look outside its run.
-
-    Whoever chooses a model by what is seen there has used the split up for a later certificate.
-    """
+    """The certify split of a recipe, opened for a look outside its run."""
     return load_splits(recipe).certify
 
 

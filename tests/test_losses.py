@@ -372,6 +372,25 @@ def test_what_draws_back_propagate_has_the_covariance_of_the_loss_s_own_hessian(
         torch.testing.assert_close(v.T @ v / copies, truth, rtol=0, atol=near)
 
 
+def test_draws_of_many_outputs_that_are_not_separate():
+    """More outputs than a block is formed for: the root of the Hessian comes from its products."""
+    width, copies = 150, 1500
+    g = torch.Generator().manual_seed(1)
+    outputs = torch.randn(1, width, generator=g, dtype=torch.float64)
+    target = torch.zeros(1, width, dtype=torch.float64)
+    H = torch.func.hessian(lambda z: correlated(z, (None, target[0])))(outputs[0])
+    z = outputs.repeat(copies, 1).requires_grad_()
+    batch = (torch.zeros(copies, 1), target.repeat(copies, 1))
+    value = cp.Loss.of(correlated, outputs="model").draw(z, batch, torch.Generator().manual_seed(0))
+    (v,) = torch.autograd.grad(value.sum(), z)
+    values, vectors = torch.linalg.eigh(H)
+    assert values[0] > 0
+    near = 5 * (2 / copies) ** 0.5
+    for column in (0, 40, 100, 148, 149):
+        along = (v @ vectors[:, column]).square().mean()
+        assert float(along) == pytest.approx(float(values[column]), rel=near)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_sampled_fisher_and_the_analysis_have_the_gauss_newton_trace(name):
     it = scene(name)

@@ -359,6 +359,20 @@ def test_the_loss_told_is_transformers_own(kind):
     assert all(layer.trace.value >= 0 for layer in trace.layers.values())
 
 
+def test_without_labels_a_decoder_counts_its_own_tokens_not_the_encoder_s():
+    """Encoder and decoder are equally long, and the encoder's mask is not the decoder's."""
+    model, batch = (make() for make in TOLD["seq2seq"])
+    batch["attention_mask"][1, 4:] = 0
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.5)
+    p, q = (m(**batch).logits.double().log_softmax(-1) for m in (model, other))
+    kl = (p.exp() * (p - q)).sum(-1).detach() * (batch["labels"] != -100)
+    found = evaluate(other, [batch], make_loss("label-free", model, batch))
+    assert found.count.tolist() == [3, 6, 6]
+    torch.testing.assert_close(found.loss, kl.sum(1), rtol=1e-4, atol=1e-6)
+
+
 def test_torch_s_own_loss_modules_are_losses():
     torch.manual_seed(0)
     model = nn.Linear(6, 3).double()

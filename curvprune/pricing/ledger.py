@@ -34,7 +34,7 @@ CURVATURES = {
     "fisher": "Fisher along the change, shrunk towards its diagonal",
     "diagonal": "diagonal of the Fisher",
     "kfac": "Kronecker-factored Fisher",
-    "empirical": "empirical Fisher, from the data's own labels",
+    "empirical": "empirical Fisher, on the data's own labels, along the change, shrunk likewise",
     "hessian": "Hessian along the change, on the data's own labels",
     "input": "squared error of the layer's outputs",
 }
@@ -262,8 +262,6 @@ def build_ledger(
         priced = _as_measured(measured.sums, changed)
     elif curvature == "diagonal":
         priced = _as_measured(measured.diagonals, changed)
-    elif curvature == "empirical":
-        priced = _as_measured({name: measured.squares(name) for name in changed}, changed)
     else:
         priced = shrunk(measured, changed)
 

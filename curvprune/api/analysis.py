@@ -35,6 +35,7 @@ from curvprune.model import (
     find_layers,
     make_loss,
     named_loss,
+    takes_models,
     to_device,
 )
 from curvprune.run import (
@@ -43,6 +44,7 @@ from curvprune.run import (
 
 
 @named_loss
+@takes_models("model")
 def analyze(
     model: nn.Module,
     data: Data,
@@ -135,6 +137,7 @@ def _batches(data: Data) -> list[Batch]:
     return [as_batch(batch) for batch in data]
 
 
+@takes_models("a", "b")
 def compare_curvature(
     a: nn.Module,
     b: nn.Module,
@@ -220,6 +223,7 @@ def compare_curvature(
 
 
 @named_loss
+@takes_models("model", lasting=True)
 def hessian(
     model: nn.Module,
     data: Data,
@@ -233,6 +237,7 @@ def hessian(
 
 
 @named_loss
+@takes_models("model", lasting=True)
 def gauss_newton(
     model: nn.Module,
     data: Data,
@@ -246,6 +251,7 @@ def gauss_newton(
 
 
 @named_loss
+@takes_models("model", lasting=True)
 def fisher(
     model: nn.Module,
     data: Data,
@@ -258,6 +264,7 @@ def fisher(
 
 
 @named_loss
+@takes_models("model", lasting=True)
 def empirical_fisher(
     model: nn.Module,
     data: Data,
@@ -278,6 +285,7 @@ def _operator(build: Any, model: nn.Module, data: Data, loss: LossLike, argument
 
 
 @named_loss
+@takes_models("model", lasting=True)
 def kfac(
     model: nn.Module,
     data: Data,

@@ -69,6 +69,7 @@ from curvprune.model.losses import (
     unlabelled_positions,
 )
 from curvprune.model.matrix_check import Deviation, deviations
+from curvprune.model.reads import LOOKUP, Read, WeightUses, watching, weight_uses
 from curvprune.model.seen import carrying, remember_seen_, seen_by
 from curvprune.model.shapes import (
     ShapeChange,
@@ -84,6 +85,7 @@ __all__ = [
     "BROKEN",
     "DIGEST_BYTES",
     "EXTRA",
+    "LOOKUP",
     "NAMES",
     "PURPOSES",
     "Batch",
@@ -113,6 +115,7 @@ __all__ = [
     "PositionLoss",
     "Positions",
     "QuestionAnswering",
+    "Read",
     "Regression",
     "Request",
     "Segmentation",
@@ -122,6 +125,7 @@ __all__ = [
     "Split",
     "Splits",
     "Untold",
+    "WeightUses",
     "agreement_of",
     "architecture_config",
     "as_batch",
@@ -164,4 +168,6 @@ __all__ = [
     "split_items",
     "to_device",
     "unlabelled_positions",
+    "watching",
+    "weight_uses",
 ]

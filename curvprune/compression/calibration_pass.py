@@ -97,19 +97,19 @@ def visit_layers(
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     weight = next(model.parameters())
     half = weight.dtype == torch.float32 and weight.device.type == "cpu"
+    how = _How(objective=objective, batch=batch, half=half, functions=functions)
     sums = _Sums(mask, {name: uses[name].calls for name in repeated})
     if repeated:
         with evaluating(model), _stopping(repeated, sums, functions=functions):
-            _pass(model, objective, batch, half=False)
+            _pass(model, how, sums, half=False)
 
     # 2. Start the uncompressed model, if there is one: it waits at its first layer.
     compared = {name: layer for name, layer in read.items() if name not in repeated}
-    how = _How(objective=objective, batch=batch, half=half, functions=functions)
     with _beside(reference, how, compared) as beside, evaluating(model):
         stops = _Stops(read, visit, beside, sums)
         # 3. Run the model from stop to stop; the last one ends the pass.
         with _stopping(read, stops, functions=functions):
-            _pass(model, objective, batch, half=half and beside is not None)
+            _pass(model, how, stops, half=half and beside is not None)
 
     # 4. Every layer that reads anything must have been there.
     if stops.pending and required:
@@ -135,6 +135,9 @@ class _Watcher:
 
     def use(self, name: str, function: str) -> None:
         """Lookups and unknown functions have no input that counts."""
+
+    def restart(self) -> None:
+        """The pass starts again from the beginning."""
 
 
 @contextmanager
@@ -216,11 +219,15 @@ class _Stops(_Watcher):
         self.visit, self.beside, self.sums = visit, beside, sums
         self.inputs = _Inputs(sums.inputs.mask)
         self.again: set[str] = set()
+        self.earlier: set[str] = set()  # visited before the pass started again
 
     def read(self, read: Read) -> None:
         """Visit a layer whose input is about to be read, unless it has been visited."""
         name = read.layer.name
         layer = self.layers[name]
+        if name in self.earlier:
+            self.earlier.remove(name)
+            return
         if name not in self.pending:
             if name not in self.sums.left:
                 self.again.add(name)
@@ -238,6 +245,9 @@ class _Stops(_Watcher):
         del self.pending[name]
         if not self.pending:
             raise _Finished
+
+    def restart(self) -> None:
+        self.earlier = set(self.layers) - set(self.pending)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -275,7 +285,7 @@ class _Beside(_Watcher):
                 _stopping(self.layers, self, functions=how.functions),
                 evaluating(self.model),
             ):
-                _pass(self.model, how.objective, how.batch, half=how.half)
+                _pass(self.model, how, self, half=how.half)
         except Exception as error:  # `input_of` raises it in the thread of the caller
             self.error = error
         finally:
@@ -344,7 +354,7 @@ def _beside(
         beside.stop()
 
 
-def _pass(model: nn.Module, objective: Loss, batch: Batch, *, half: bool) -> None:
+def _pass(model: nn.Module, how: _How, watcher: _Watcher, *, half: bool) -> None:
     """A forward pass, with ``half`` in bfloat16 products: on the CPU twice as fast in half the
     memory.
 
@@ -352,20 +362,21 @@ def _pass(model: nn.Module, objective: Loss, batch: Batch, *, half: bool) -> Non
     in two models.
     """
     if not half:
-        objective.outputs(model, batch)
+        how.objective.outputs(model, how.batch)
         return
     try:
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            objective.outputs(model, batch)
+            how.objective.outputs(model, how.batch)
     except RuntimeError:
         # An operation without bfloat16. No layer is visited twice.
+        watcher.restart()
         narrow = {
             weight: weight.data for weight in model.parameters() if weight.dtype == torch.bfloat16
         }
         try:
             for weight, data in narrow.items():
                 weight.data = data.float()
-            objective.outputs(model, batch)
+            how.objective.outputs(model, how.batch)
         finally:
             for weight, data in narrow.items():
                 weight.data = data

@@ -46,6 +46,11 @@ class Moments:
     notes: tuple[str, ...] = ()
     count: int = 0
 
+    @property
+    def dead(self) -> int:
+        """How many groups have inputs that are all zero."""
+        return int((~self.second.diagonal(dim1=1, dim2=2).any(dim=1)).sum())
+
     @staticmethod
     def over(parts: Sequence[Moments]) -> Moments:
         """The moments of all inputs of several calls, without a drift."""

@@ -100,11 +100,9 @@ def solve_layer(layer: Layer, options: Sequence[Option], moments: Moments | None
 
 def _on_dead_inputs(layer: Layer, moments: Moments) -> tuple[str, ...]:
     """What to say of inputs that are all zero, of the layer or of some of its groups."""
-    diagonals = moments.second.diagonal(dim1=1, dim2=2)
-    dead = int((~diagonals.any(dim=1)).sum())
-    if not dead:
+    if not moments.dead:
         return ()
-    where = "" if layer.groups == 1 else f" of {dead} of {layer.groups} groups"
+    where = "" if layer.groups == 1 else f" of {moments.dead} of {layer.groups} groups"
     return (
         f"layer {layer.name}: the inputs{where} are all zero on the calibration items, so that no "
         "change costs anything there: rounded to nearest, or pruned by magnitude",

@@ -70,13 +70,16 @@ def watching(
     """
     layers = list(layers)
     inside: list[int] = []  # weights of the modules that are being called
+    seeing = _Functions(layers, watcher, inside)
 
     def before(layer: Layer, module: nn.Module, given: Any, named: dict[str, Any]) -> None:
         if layer.kind == "embedding" and isinstance(module, nn.Embedding):
             watcher.use(layer.name, LOOKUP)
         else:
             inputs = (*given, *named.values())
-            watcher.read(Read(layer=layer, reader=module, inputs=inputs))
+            # What the watcher itself computes with a weight is no use of it.
+            with seeing.closed():
+                watcher.read(Read(layer=layer, reader=module, inputs=inputs))
         inside.append(id(layer.weight))
 
     def after(layer: Layer, *_: Any) -> None:
@@ -93,7 +96,7 @@ def watching(
                 stack.callback(first.remove)
                 stack.callback(last.remove)
         if functions:
-            stack.enter_context(_Functions(layers, watcher, inside))
+            stack.enter_context(seeing)
         yield
 
 
@@ -122,17 +125,28 @@ class _Functions(TorchFunctionMode):
 
     def __init__(self, layers: Iterable[Layer], watcher: Watcher, inside: list[int]) -> None:
         super().__init__()
-        self.watcher, self.inside = watcher, inside
+        self.watcher, self.inside, self.shut = watcher, inside, False
         # The tensors are kept, so that no other gets the identity of one.
         self.known: dict[int, _Known] = {}
         for layer in layers:
             weight = layer.weight
             self.known[id(weight)] = _Known(layer=layer, tensor=weight, flipped=False)
 
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """See nothing for a while."""
+        self.shut = True
+        try:
+            yield
+        finally:
+            self.shut = False
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         named = kwargs or {}
+        if self.shut:
+            return func(*args, **named)
         if func is F.multi_head_attention_forward:
             return self._attention(args, named)
         uses = self._uses(args, named)

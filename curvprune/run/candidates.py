@@ -145,7 +145,10 @@ def solve_in_one_pass(task: Task, space: Workspace, sweep: Sweep) -> Candidates:
         name, options = layer.name, list(sweep.options[layer.name])
         if name in todo:
             needs_moments = any(not isinstance(option, (Keep, Cast)) for option in options)
-            solved = solve_layer(layer, options, moments() if needs_moments else None)
+            known = moments() if needs_moments else None
+            solved = solve_layer(layer, options, known)
+            if known is not None and known.dead:
+                own_state.write_json(f"{files[name]}.dead.json", known.dead)
             write_solved(own_state, files[name], solved)
             todo.discard(name)
             advance(len(mine) - len(todo))
@@ -184,11 +187,13 @@ def solve_in_one_pass(task: Task, space: Workspace, sweep: Sweep) -> Candidates:
         wait()
     if state.has(visited_file):
         source = str(state.path(visited_file))
-        space.note(*_notes_on(decode(Visited, state.read_json(visited_file), source=source)))
+        visited = decode(Visited, state.read_json(visited_file), source=source)
+        dead = [name for name in layers if state.has(f"{files[name]}.dead.json")]
+        space.note(*_notes_on(visited, dead))
     return found
 
 
-def _notes_on(visited: Visited) -> list[str]:
+def _notes_on(visited: Visited, dead: Sequence[str]) -> list[str]:
     """What the plan and the report say of layers that were not solved as usual."""
     notes = []
     for names, what in (
@@ -196,6 +201,11 @@ def _notes_on(visited: Visited) -> list[str]:
             visited.repeated,
             "are used several times in one forward pass and were solved for the inputs of all "
             "their uses in the uncompressed model, without making up for earlier layers",
+        ),
+        (
+            dead,
+            "have inputs that are all zero on the calibration items, in whole or in some of their "
+            "groups, so that changes cost nothing there: rounded to nearest or pruned by magnitude",
         ),
         (
             visited.unreached,

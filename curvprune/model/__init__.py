@@ -23,7 +23,15 @@ from curvprune.model.items import (
     itemize,
     split_items,
 )
-from curvprune.model.layers import Layer, find_layers, is_conv1d, key_of, laid_out, left_over
+from curvprune.model.layers import (
+    Layer,
+    computed_weights,
+    find_layers,
+    is_conv1d,
+    key_of,
+    laid_out,
+    left_over,
+)
 from curvprune.model.losses import (
     BROKEN,
     NAMES,
@@ -123,6 +131,7 @@ __all__ = [
     "check_independent",
     "check_items",
     "collate",
+    "computed_weights",
     "content_of",
     "deal_documents",
     "deviations",

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from curvprune.compat import full_float32
 from curvprune.curvature.differentiation import differentiable
 from curvprune.model import Batch, Layer, Loss, evaluating, items_in
 
@@ -250,24 +251,30 @@ def backward(
         outputs: what to go back from, with ``seed`` as its gradient: the outputs or a loss.
         retain: keep the graph for another backward pass.
 
+    A layer on which ``outputs`` do not depend has zeros.
+
     Raises:
-        ValueError: stacked experts, or a layer that received no gradient, by name.
+        ValueError: stacked experts, or a layer that was not called, by name.
     """
     if experts := [n for n in names if taken.layers[n].kind == "experts"]:
         raise ValueError(
             f"layer {experts[0]}: stacked experts have no factors per item; leave it out"
         )
-    edges = [taken.calls[n][0].edge for n in names if taken.calls[n]]
+    if idle := [n for n in names if not taken.calls[n]]:
+        raise ValueError(f"layer {idle[0]} was not called on these items; leave it out")
+    calls = [taken.calls[n][0] for n in names]
     found: tuple[Tensor | None, ...] = (None,) * len(names)
-    if outputs.requires_grad and len(edges) == len(names):
-        found = torch.autograd.grad(outputs, edges, seed, retain_graph=retain, allow_unused=True)
-    gradients: list[Tensor] = []
-    for name, g in zip(names, found, strict=True):
-        if g is None and taken.calls[name] and len(edges) < len(names):
-            continue  # another layer was never called
-        if g is None:
-            raise ValueError(
-                f"layer {name} received no gradient: it is not on the way to the loss; leave it out"
+    if outputs.requires_grad:
+        edges = [call.edge for call in calls]
+        with full_float32():
+            found = torch.autograd.grad(
+                outputs, edges, seed, retain_graph=retain, allow_unused=True
             )
+    gradients: list[Tensor] = []
+    for call, g in zip(calls, found, strict=True):
+        if g is None:
+            weight = call.module.weight
+            assert isinstance(weight, Tensor)
+            g = torch.zeros(call.shape, dtype=weight.dtype, device=call.x.device)
         gradients.append(g.to(wide(g)))
     return gradients

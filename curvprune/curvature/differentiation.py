@@ -55,6 +55,30 @@ def double_backward(model: nn.Module) -> Iterator[None]:
         yield
 
 
+SAME = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative; 5e-2 in half precision
+
+
+@torch.no_grad()
+def check_same_twice(model: nn.Module, objective: Loss, batch: Batch) -> None:
+    """Raises ``ValueError`` for a model that gives other outputs where it can be differentiated
+    twice: products would be of another function. Two forward passes of one item."""
+    item = first_items(batch, 1)
+    with evaluating(model):
+        usual = objective.outputs(model, item)
+        with double_backward(model):
+            ours = objective.outputs(model, item)
+    largest = float(usual.abs().nan_to_num().max()) if usual.numel() else 0.0
+    apart = (usual - ours).abs().nan_to_num()
+    allowed = SAME.get(usual.dtype, 5e-2) * largest
+    if usual.shape == ours.shape and not bool((apart > allowed).any()):
+        return
+    raise ValueError(
+        f"{type(model).__name__} gives other outputs (by {float(apart.max()) / max(largest, 1e-30):.1%})"
+        " with attention as plain products and experts in a loop, which is what can be "
+        "differentiated twice; pass matrix='fisher', which takes the model as it runs"
+    )
+
+
 class _Instead(TorchFunctionMode):
     """Functions whose derivatives are missing or are not those of the function, by others."""
 

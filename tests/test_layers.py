@@ -6,10 +6,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.prune import l1_unstructured
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from curvprune.model import find_layers
+from curvprune.model import computed_weights, find_layers
 
 CONVOLUTIONS = [
     nn.Conv2d(4, 6, 3, padding=1),
@@ -90,3 +91,26 @@ def test_a_glob_without_a_match_names_the_nearest_layer():
         find_layers(model, ["decoder", "encodr"])
     with pytest.raises(ValueError, match="no compressible layers"):
         find_layers(nn.ReLU())
+
+
+def test_excluded_layers_are_left_out_under_any_of_their_names():
+    model = nn.ModuleDict({"a": nn.Embedding(3, 2), "b": nn.Linear(2, 2), "c": nn.Linear(2, 3)})
+    model["c"].weight = model["a"].weight
+    assert list(find_layers(model, exclude="b")) == ["a"]
+    assert list(find_layers(model, ["*"], exclude=["c"])) == ["b"]
+    assert not find_layers(model, "b", exclude=["?"])
+    with pytest.raises(ValueError, match=r"exclude='d\*' matches none of the 2 .* nearest layer"):
+        find_layers(model, exclude=["b", "d*"])
+
+
+def test_weights_that_are_computed_are_no_layers_and_refused_by_name_alone():
+    normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+    pruned = l1_unstructured(nn.Linear(2, 2), "weight", amount=0.5)
+    old = torch.nn.utils.spectral_norm(nn.Linear(2, 2))
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "n": normed, "p": pruned, "s": old})
+    assert list(find_layers(model)) == ["a"]
+    assert computed_weights(model) == ["n", "p", "s"]
+    assert list(find_layers(model, exclude="n")) == ["a"]
+    for glob in ("n", "[np]", ["a", "s"]):
+        with pytest.raises(ValueError, match="layer [ns]: its weight is not a parameter"):
+            find_layers(model, glob)

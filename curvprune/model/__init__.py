@@ -23,7 +23,15 @@ from curvprune.model.items import (
     itemize,
     split_items,
 )
-from curvprune.model.layers import Layer, find_layers, is_conv1d, key_of, laid_out, left_over
+from curvprune.model.layers import (
+    Layer,
+    computed_weights,
+    find_layers,
+    is_conv1d,
+    key_of,
+    laid_out,
+    left_over,
+)
 from curvprune.model.losses import (
     BROKEN,
     NAMES,
@@ -62,6 +70,7 @@ from curvprune.model.losses import (
 )
 from curvprune.model.matrix_check import Deviation, deviations
 from curvprune.model.plain import plain_model, takes_models
+from curvprune.model.reads import LOOKUP, Read, WeightUses, watching, weight_uses
 from curvprune.model.seen import carrying, remember_seen_, seen_by
 from curvprune.model.shapes import (
     ShapeChange,
@@ -77,6 +86,7 @@ __all__ = [
     "BROKEN",
     "DIGEST_BYTES",
     "EXTRA",
+    "LOOKUP",
     "NAMES",
     "PURPOSES",
     "Batch",
@@ -106,6 +116,7 @@ __all__ = [
     "PositionLoss",
     "Positions",
     "QuestionAnswering",
+    "Read",
     "Regression",
     "Request",
     "Segmentation",
@@ -115,6 +126,7 @@ __all__ = [
     "Split",
     "Splits",
     "Untold",
+    "WeightUses",
     "agreement_of",
     "architecture_config",
     "as_batch",
@@ -124,6 +136,7 @@ __all__ = [
     "check_independent",
     "check_items",
     "collate",
+    "computed_weights",
     "content_of",
     "deal_documents",
     "deviations",
@@ -158,4 +171,6 @@ __all__ = [
     "takes_models",
     "to_device",
     "unlabelled_positions",
+    "watching",
+    "weight_uses",
 ]

@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from curvprune.compat import times_written
 from curvprune.compression.moments import Moments, expert_moments, moments_of
-from curvprune.model import Batch, Layer, Loss, evaluating
+from curvprune.model import SEVERAL, Batch, Layer, Loss, evaluating
 
 # What is called for a layer: given a function that computes the moments of its inputs.
 Visitor = Callable[[Layer, Callable[[], Moments | None]], None]
@@ -62,7 +62,7 @@ def visit_layers(
         ValueError: layers that the forward pass never reached, by name.
     """
     read = {name: layer for name, layer in layers.items() if layer.readers}
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    mask = _mask_of(batch)
     weight = next(model.parameters())
     half = weight.dtype == torch.float32 and weight.device.type == "cpu"
 
@@ -135,6 +135,9 @@ class _Stops:
         if layer.name not in self.pending:
             return
         inputs = (*arguments, *named.values())
+        if layer.kind == "recurrent":
+            # What its weights multiply, in place of what its module reads.
+            inputs = (layer.recurrent_rows(module, arguments, named, self.mask),)
         original = None
         if self.beside is not None and layer.kind != "experts":
             original = self.beside.input_of(layer.name)
@@ -154,7 +157,7 @@ class _Stops:
         if layer.kind == "experts":
             return expert_moments(layer, x, inputs[1], self.mask)
         # Two convolutions may unfold the same tensor differently.
-        if layer.kind == "conv":
+        if layer.convolves:
             return moments_of(layer, module, x, original, self.mask)
         if self.last is not None and self.last[0] is x and self.last[1] == times_written(x):
             return self.last[2]
@@ -203,7 +206,7 @@ class _Beside:
     def _offer(
         self,
         layer: Layer,
-        _module: nn.Module,
+        module: nn.Module,
         arguments: tuple[Tensor, ...],
         named: dict[str, Tensor],
     ) -> None:
@@ -213,7 +216,10 @@ class _Beside:
         if layer.name in self.seen:
             return
         self.seen.add(layer.name)
-        self.inputs.put((layer.name, arguments[0] if arguments else next(iter(named.values()))))
+        x = arguments[0] if arguments else next(iter(named.values()))
+        if layer.kind == "recurrent":
+            x = layer.recurrent_rows(module, arguments, named, _mask_of(self.batch))
+        self.inputs.put((layer.name, x))
         # The rest, a language model's logits for one, is not needed.
         if len(self.seen) == len(self.layers):
             raise _Finished
@@ -297,6 +303,10 @@ def _pass(model: nn.Module, objective: Loss, batch: Batch, *, half: bool) -> Non
                 weight.data = data
 
 
+def _mask_of(batch: Batch) -> Tensor | None:
+    return batch.get("attention_mask") if isinstance(batch, Mapping) else None
+
+
 def coarse_copy(model: nn.Module, layers: Mapping[str, Layer]) -> nn.Module:
     """A copy of the model, to run beside it while the weights of ``layers`` are overwritten.
 
@@ -306,8 +316,8 @@ def coarse_copy(model: nn.Module, layers: Mapping[str, Layer]) -> nn.Module:
     shared: dict[int, Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     for layer in layers.values():
         weight = layer.weight.detach()
-        # Of a weight that is looked up as well, every bit counts.
-        multiplied = layer.kind != "experts" and len(layer.readers) == 1 + len(layer.aliases)
+        # Of a weight that is looked up as well, every bit counts; kernels take all in one type.
+        multiplied = layer.kind not in SEVERAL and len(layer.readers) == 1 + len(layer.aliases)
         narrow = multiplied and weight.device.type == "cpu" and weight.dtype == torch.float32
         copied = weight.to(torch.bfloat16) if narrow else weight.clone()
         shared[id(layer.weight)] = nn.Parameter(copied, requires_grad=layer.weight.requires_grad)

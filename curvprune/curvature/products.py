@@ -32,7 +32,7 @@ from curvprune.curvature.determinism import (
 from curvprune.curvature.operators import Operator, ParamSpace
 from curvprune.curvature.parameter_names import parameter_names
 from curvprune.distributed import all_sum, my_share, rank, world
-from curvprune.model import Batch, Loss, evaluating, items_in, one_item
+from curvprune.model import Batch, Loss, evaluating, items_in, one_item, without_cudnn
 
 
 @contextmanager
@@ -41,9 +41,10 @@ def double_backward(model: nn.Module) -> Iterator[None]:
     settings back.
 
     Fused attention has no double backward: takes the math path. Nor have transformers' grouped
-    products of experts one for several vectors or in float64: takes the loop over experts.
+    products of experts one for several vectors or in float64: takes the loop over experts. Nor has
+    cuDNN one for LSTM, GRU and RNN: takes torch's own kernels.
     """
-    with experts_one_by_one(model), sdpa_kernel(SDPBackend.MATH):
+    with experts_one_by_one(model), sdpa_kernel(SDPBackend.MATH), without_cudnn(model):
         yield
 
 

@@ -23,7 +23,7 @@ from curvprune.model.items import (
     itemize,
     split_items,
 )
-from curvprune.model.layers import Layer, find_layers, is_conv1d, key_of, laid_out, left_over
+from curvprune.model.layers import SEVERAL, Layer, Layout, find_layers, is_conv1d, key_of, left_over
 from curvprune.model.losses import (
     BROKEN,
     NAMES,
@@ -61,6 +61,7 @@ from curvprune.model.losses import (
     unlabelled_positions,
 )
 from curvprune.model.matrix_check import Deviation, deviations
+from curvprune.model.recurrent import steps_of, without_cudnn
 from curvprune.model.seen import carrying, remember_seen_, seen_by
 from curvprune.model.shapes import (
     ShapeChange,
@@ -78,6 +79,7 @@ __all__ = [
     "EXTRA",
     "NAMES",
     "PURPOSES",
+    "SEVERAL",
     "Batch",
     "Bernoulli",
     "CausalLM",
@@ -93,6 +95,7 @@ __all__ = [
     "ItemResults",
     "LabelFree",
     "Layer",
+    "Layout",
     "Loss",
     "LossLike",
     "MaskedLM",
@@ -139,7 +142,6 @@ __all__ = [
     "items_in",
     "joined",
     "key_of",
-    "laid_out",
     "left_over",
     "make_loss",
     "named_loss",
@@ -153,6 +155,8 @@ __all__ = [
     "seen_by",
     "signed_loss",
     "split_items",
+    "steps_of",
     "to_device",
     "unlabelled_positions",
+    "without_cudnn",
 ]

@@ -224,6 +224,25 @@ def _set_newer(values: dict[str, str]) -> None:
         parts[name].fp32_precision = value
 
 
+# ------------------------------------------------------------------------ torch: recurrent modules
+
+
+def keep_unflattened_(module: nn.RNNBase) -> None:
+    """Some of the module's weights are to be empty: cuDNN must not lay them out in one piece, which
+    moving the module to a GPU would do."""
+    module.flatten_parameters = _leave  # type: ignore[method-assign]
+
+
+def _leave() -> None:
+    pass
+
+
+def forget_weights_(module: nn.RNNBase) -> None:
+    """Let go of weights that the module ran with in place of its own, which it would keep in memory
+    until it runs again."""
+    module._init_flat_weights()
+
+
 # -------------------------------------------------------------------------- torch: autograd's graph
 
 

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int8
 from torch import Tensor, nn
 
-from curvprune.compat import int8_linear
+from curvprune.compat import forget_weights_, int8_linear, keep_unflattened_
 from curvprune.compression import dequantize
-from curvprune.model import Layer, laid_out
+from curvprune.model import SEVERAL, Layer, Layout
 from curvprune.options import Quantize
 
 FEW_ROWS = 2  # of an input, up to which the int8 kernel beats unpacking
@@ -163,11 +163,9 @@ class Packed(_Around):
     """A module of any kind with its weight packed; attributes other than ``weight`` are the
     module's own."""
 
-    def __init__(
-        self, module: nn.Module, weight: HeldWeight, shape: torch.Size, transposed: bool
-    ) -> None:
+    def __init__(self, module: nn.Module, weight: HeldWeight, layout: Layout) -> None:
         super().__init__(module)
-        self.packed, self.shape, self.transposed = weight, shape, transposed
+        self.packed, self.layout = weight, layout
         _empty_(module, "weight", weight.dtype)
         # By the forward pass itself: a subclass may do something else with its weight.
         self.looks_up = type(module).forward is nn.Embedding.forward and module.max_norm is None
@@ -176,7 +174,7 @@ class Packed(_Around):
     @property
     def weight(self) -> Tensor:
         """Unpacked, laid out as the module wants it."""
-        return laid_out(self.packed.rows(), self.shape, transposed=self.transposed)
+        return self.layout.tensor(self.packed.rows())
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         if len(arguments) == 1 and not named:
@@ -204,46 +202,52 @@ def _uses_int8_kernel(held: HeldWeight, x: Tensor) -> bool:
     return few and x.device.type == "cpu" and x.dtype == torch.float32
 
 
-class PackedExperts(_Around):
-    """Stacked experts with one of their parameters packed, or both; while they run, all of them are
-    unpacked."""
+class PackedSeveral(_Around):
+    """Stacked experts or a recurrent module with some of their weights packed; while they run, all
+    of them are unpacked."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self.packed = nn.ModuleDict()
-        self.layouts: dict[str, tuple[torch.Size, bool]] = {}
+        self.layouts: dict[str, Layout] = {}
 
-    def pack(self, parameter: str, weight: HeldWeight, shape: torch.Size, transposed: bool) -> None:
+    def pack(self, parameter: str, weight: HeldWeight, layout: Layout) -> None:
+        if isinstance(self.module, nn.RNNBase):
+            keep_unflattened_(self.module)
         _empty_(self.module, parameter, weight.dtype)
         self.packed[parameter] = weight
-        self.layouts[parameter] = shape, transposed
+        self.layouts[parameter] = layout
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         # Those that are not packed are the module's own, and stay.
         weights = {}
-        for name, (shape, transposed) in self.layouts.items():
+        for name, layout in self.layouts.items():
             held = cast(HeldWeight, self.packed[name])
-            weights[name] = laid_out(held.rows(), shape, transposed=transposed)
-        return torch.func.functional_call(self.module, weights, arguments, named)
+            weights[name] = layout.tensor(held.rows())
+        try:
+            return torch.func.functional_call(self.module, weights, arguments, named)
+        finally:
+            if isinstance(self.module, nn.RNNBase):
+                forget_weights_(self.module)
 
 
 def pack_modules(model: nn.Module, layer: Layer, weight: HeldWeight) -> None:
     """Replace every module that holds or shares the layer's weight."""
-    shape, transposed = layer.weight.shape, layer.transposed
+    layout = layer.layout
     names = (layer.name, *layer.aliases)
     owners: list[str] = list(names)
-    if layer.kind == "experts":  # their names are those of parameters
+    if layer.kind in SEVERAL:  # their names are those of parameters
         owners = [name.rpartition(".")[0] for name in names]
     # All are looked up first: two names may lead to one place, where the first would leave what the
     # second finds.
     modules = [model.get_submodule(owner) for owner in owners]
-    for owner, module in zip(owners, modules, strict=True):
+    for name, owner, module in zip(names, owners, modules, strict=True):
         packed: nn.Module
-        if layer.kind == "experts":
-            packed = module if isinstance(module, PackedExperts) else PackedExperts(module)
-            packed.pack(layer.parameter, weight, shape, transposed)
+        if layer.kind in SEVERAL:
+            packed = module if isinstance(module, PackedSeveral) else PackedSeveral(module)
+            packed.pack(name.rpartition(".")[2], weight, layout)
         else:
-            packed = Packed(module, weight, shape, transposed)
+            packed = Packed(module, weight, layout)
         # In its place, under its name.
         parent, _, leaf = owner.rpartition(".")
         setattr(model.get_submodule(parent), leaf, packed)

@@ -29,7 +29,17 @@ from torch import Tensor, nn
 
 from curvprune.compat import times_written
 from curvprune.compression.moments import Moments, expert_moments, moments_of
-from curvprune.model import Batch, Layer, Loss, Read, evaluating, one_item, watching, weight_uses
+from curvprune.model import (
+    SEVERAL,
+    Batch,
+    Layer,
+    Loss,
+    Read,
+    evaluating,
+    one_item,
+    watching,
+    weight_uses,
+)
 
 # What is called for a layer: given a function that computes the moments of its inputs.
 Visitor = Callable[[Layer, Callable[[], Moments | None]], None]
@@ -94,7 +104,7 @@ def visit_layers(
         if uses[name].calls > 1:
             repeated[name] = layer
     functions = any(use.functional or not use.reached for use in uses.values())
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    mask = _mask_of(batch)
     weight = next(model.parameters())
     half = weight.dtype == torch.float32 and weight.device.type == "cpu"
     how = _How(objective=objective, batch=batch, half=half, functions=functions)
@@ -183,6 +193,14 @@ class _Sums(_Watcher):
         return expert_moments(layer, torch.cat(tokens), torch.cat(chosen), mask)
 
 
+def _multiplied(read: Read, mask: Tensor | None) -> Tensor:
+    """What a weight multiplies: what its module reads, or of a recurrent one its states too."""
+    if read.layer.kind == "recurrent":
+        return read.layer.recurrent_rows(read.reader, read.inputs, {}, mask)
+    found: Tensor = read.inputs[0]
+    return found
+
+
 class _Inputs:
     """Computes moments; layers that read one tensor share them."""
 
@@ -192,11 +210,11 @@ class _Inputs:
         self.last: tuple[Tensor, int, Moments] | None = None
 
     def moments(self, read: Read, original: Tensor | None) -> Moments:
-        layer, x = read.layer, read.inputs[0]
+        layer, x = read.layer, _multiplied(read, self.mask)
         if layer.kind == "experts":
             return expert_moments(layer, x, read.inputs[1], self.mask)
         # Two convolutions may unfold the same tensor differently.
-        if layer.kind == "conv":
+        if layer.convolves:
             return moments_of(layer, read.reader, x, original, self.mask)
         if self.last is not None and self.last[0] is x and self.last[1] == times_written(x):
             return self.last[2]
@@ -300,7 +318,7 @@ class _Beside(_Watcher):
         if name in self.seen:
             return
         self.seen.add(name)
-        self.inputs.put((name, read.inputs[0]))
+        self.inputs.put((name, _multiplied(read, _mask_of(self.how.batch))))
         # The rest, a language model's logits for one, is not needed.
         if len(self.seen) == len(self.layers):
             raise _Finished
@@ -382,6 +400,10 @@ def _pass(model: nn.Module, how: _How, watcher: _Watcher, *, half: bool) -> None
                 weight.data = data
 
 
+def _mask_of(batch: Batch) -> Tensor | None:
+    return batch.get("attention_mask") if isinstance(batch, Mapping) else None
+
+
 def coarse_copy(model: nn.Module, layers: Mapping[str, Layer]) -> nn.Module:
     """A copy of the model, to run beside it while the weights of ``layers`` are overwritten.
 
@@ -391,8 +413,8 @@ def coarse_copy(model: nn.Module, layers: Mapping[str, Layer]) -> nn.Module:
     shared: dict[int, Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     for layer in layers.values():
         weight = layer.weight.detach()
-        # Of a weight that is looked up as well, every bit counts.
-        multiplied = layer.kind != "experts" and len(layer.readers) == 1 + len(layer.aliases)
+        # Of a weight that is looked up as well, every bit counts; kernels take all in one type.
+        multiplied = layer.kind not in SEVERAL and len(layer.readers) == 1 + len(layer.aliases)
         narrow = multiplied and weight.device.type == "cpu" and weight.dtype == torch.float32
         copied = weight.to(torch.bfloat16) if narrow else weight.clone()
         shared[id(layer.weight)] = nn.Parameter(copied, requires_grad=layer.weight.requires_grad)

@@ -80,7 +80,7 @@ def moments_of(
     # 1. Padding does not count.
     if original is not None and original.shape != x.shape:
         original = None
-    if layer.kind != "conv" and mask is not None and x.ndim > 2 and x.shape[:2] == mask.shape:
+    if not layer.convolves and mask is not None and x.ndim > 2 and x.shape[:2] == mask.shape:
         tokens = mask.bool()
         if not bool(tokens.all()):
             x = x[tokens]
@@ -117,7 +117,7 @@ def moments_of(
 
 def _chunks(layer: Layer, x: Tensor) -> tuple[Tensor, ...]:
     # Convolutions unfold one item at a time at most; other inputs are already rows.
-    if layer.kind == "conv":
+    if layer.convolves:
         return x.split(1)
     return x.reshape(-1, layer.shape[1]).split(_ROWS)
 

@@ -27,6 +27,8 @@ from curvprune.compat import full_float32
 from curvprune.curvature.differentiation import differentiable
 from curvprune.model import Batch, Layer, Loss, evaluating, items_in
 
+# Kinds of which no hook sees inputs and output gradients, in words.
+WITHOUT_FACTORS = {"experts": "stacked experts", "recurrent": "recurrent weights"}
 ELEMENTS = 1 << 23  # numbers of one chunk of per-item matrices: bounds them at 32 MB
 
 
@@ -83,9 +85,9 @@ class Capture:
         """A gradient laid out like the layer's output, as rows per item."""
         layer = self.layers[name]
         g = g.unflatten(0, (self.items, -1))[items]
-        if layer.kind != "conv":
+        if not layer.convolves:
             return g.reshape(1, len(g), -1, layer.shape[0])
-        # (items, per item, channels, height, width) -> (items, per item, places, channels)
+        # (items, per item, channels, *places) -> (items, per item, places, channels)
         g = g.flatten(3).transpose(2, 3)
         width = layer.shape[0] // layer.groups
         return g.reshape(len(g), -1, layer.groups, width).permute(2, 0, 1, 3)
@@ -213,11 +215,11 @@ def capture(
 
         return hook
 
-    # 1. Hooks on every module that reads a weight; of experts, only the uses are counted.
+    # 1. Hooks on every module that reads a weight; of several weights, only uses are counted.
     uses = _WeightUses({id(layer.weight): n for n, layer in layers.items()})
     handles = []
     for name, layer in layers.items():
-        if layer.kind == "experts":
+        if layer.kind in WITHOUT_FACTORS:
             continue
         modules = {id(m): m for m in (layer.module, *layer.readers)}
         for module in modules.values():
@@ -254,12 +256,12 @@ def backward(
     A layer on which ``outputs`` do not depend has zeros.
 
     Raises:
-        ValueError: stacked experts, or a layer that was not called, by name.
+        ValueError: a kind without factors, or a layer that was not called, by name.
     """
-    if experts := [n for n in names if taken.layers[n].kind == "experts"]:
-        raise ValueError(
-            f"layer {experts[0]}: stacked experts have no factors per item; leave it out"
-        )
+    for name in names:
+        if taken.layers[name].kind in WITHOUT_FACTORS:
+            what = WITHOUT_FACTORS[taken.layers[name].kind]
+            raise ValueError(f"layer {name}: {what} have no factors per item; leave it out")
     if idle := [n for n in names if not taken.calls[n]]:
         raise ValueError(f"layer {idle[0]} was not called on these items; leave it out")
     calls = [taken.calls[n][0] for n in names]

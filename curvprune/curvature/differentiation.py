@@ -1,7 +1,7 @@
 """How a model is run where it is differentiated: the same function, in a form that autograd takes,
 once or twice. Settings of the user's come back.
 
-    off the way     compilation, checkpoints, TensorFloat-32, recurrent kernels of cuDNN (training mode only)
+    off the way     compilation, checkpoints, TensorFloat-32, recurrent kernels of cuDNN
     flags           of embeddings that change the gradient or its layout, not the function
     instead         a hard sigmoid, a bag of embeddings: the same in other functions
     twice           attention as products, experts in a loop
@@ -28,7 +28,7 @@ from curvprune.compat import (
     running_eagerly,
 )
 from curvprune.curvature.determinism import first_items
-from curvprune.model import Batch, Loss, evaluating
+from curvprune.model import Batch, Loss, evaluating, without_cudnn
 
 
 @contextmanager
@@ -37,9 +37,7 @@ def differentiable(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(full_float32())
         stack.enter_context(running_eagerly())
-        # cuDNN has a backward pass of recurrent layers in training mode only.
-        if torch.backends.cudnn.enabled and any(isinstance(m, nn.RNNBase) for m in model.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.enter_context(without_cudnn(model))
         stack.enter_context(_Instead())
         yield
 

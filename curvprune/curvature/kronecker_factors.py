@@ -34,11 +34,10 @@ from curvprune.curvature.kronecker_parts import (
     why_no_factors,
 )
 from curvprune.curvature.kronecker_sums import Arrived, BlockSums, sums_of
-from curvprune.curvature.structure import find_structure
+from curvprune.curvature.structure import WHY_NONE, find_structure
 from curvprune.distributed import all_sum, my_share
 from curvprune.model import Batch, Layer, Loss, deviations
 
-EXPERTS = "a router decides which items' rows an expert sees"
 WORDS = {
     "type-2": "generalised Gauss-Newton matrix",
     "mc": "Fisher ({labels} sampled label(s) per position)",
@@ -86,10 +85,10 @@ def _check_single_pairs(
     model: nn.Module, objective: Loss, batches: Sequence[Batch], layers: Mapping[str, Layer]
 ) -> None:
     for name, layer in layers.items():
-        if layer.groups != 1 or layer.kind in ("embedding", "experts"):
+        if layer.groups != 1 or layer.kind in ("embedding", *WHY_NONE):
             raise ValueError(
-                f"layer {name}: a grouped convolution, an embedding or experts have no Kronecker "
-                "factors"
+                f"layer {name}: a grouped convolution, an embedding, experts or recurrent weights "
+                "have no Kronecker factors"
             )
     for name, why in find_structure(model, objective, batches[0], layers).reasons.items():
         raise ValueError(f"layer {name}: {why}; it has no Kronecker factors, leave it out")
@@ -127,7 +126,7 @@ def kronecker_factored(
     if not batches:
         raise ValueError("no data: pass at least one batch")
     # 1. The factors.
-    reasons = dict.fromkeys((n for n, layer in layers.items() if layer.kind == "experts"), EXPERTS)
+    reasons = {n: WHY_NONE[v.kind] for n, v in layers.items() if v.kind in WHY_NONE}
     products = {n: layer for n, layer in layers.items() if layer.kind != SCALE}
     first = first_items(batches[0], 1)
     for name, found in deviations(model, objective, first, products).items():

@@ -166,7 +166,10 @@ class MatrixSums(BlockSums):
 
     def operator(self) -> Operator:
         layer = self.part.layer
-        if self.part.groups == 1 and (self.part.weight is None or self.part.bias is None):
+        # Entries of a transposed convolution stand in an order that is no Kronecker product's.
+        in_order = layer.kind != "conv_transpose" or self.part.form != "matrix"
+        alone = self.part.weight is None or self.part.bias is None
+        if self.part.groups == 1 and alone and in_order:
             transposed = layer.transposed and self.part.form == "matrix"
             return self._of_group(0, self.space, transposed)
         where = places_in(self.part)

@@ -24,6 +24,11 @@ from curvprune.curvature.gradient_check import DEPENDS, why_calls_do_not_do
 from curvprune.model import Batch, Layer, Loss, PositionLoss, deviations
 
 TOGETHER = "what the model says of an item depends on the others of its batch"
+# Kinds without factors: why.
+WHY_NONE = {
+    "experts": "a router decides which items' rows an expert sees",
+    "recurrent": "its module multiplies it with states that no hook sees",
+}
 MAX_COLUMNS = 128  # classes − 1 above which exact columns are not attempted
 
 
@@ -121,8 +126,8 @@ def find_structure(
 def _why_not_factored(name: str, single: Capture, several: Capture) -> str:
     """Why a layer's gradients have no factors per item; empty if they have."""
     layer, calls, uses = several.layers[name], several.calls[name], several.uses[name]
-    if layer.kind == "experts":
-        return "a router decides which items' rows an expert sees"
+    if layer.kind in WHY_NONE:
+        return WHY_NONE[layer.kind]
     if len(calls) != 1 or uses != 1:
         return (
             f"its weight is used {max(uses, len(calls))} times, {len(calls)} of them by calling it"

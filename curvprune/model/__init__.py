@@ -24,12 +24,13 @@ from curvprune.model.items import (
     split_items,
 )
 from curvprune.model.layers import (
+    SEVERAL,
     Layer,
+    Layout,
     computed_weights,
     find_layers,
     is_conv1d,
     key_of,
-    laid_out,
     left_over,
 )
 from curvprune.model.losses import (
@@ -71,6 +72,7 @@ from curvprune.model.losses import (
 from curvprune.model.matrix_check import Deviation, deviations
 from curvprune.model.plain import plain_model, takes_models
 from curvprune.model.reads import LOOKUP, Read, WeightUses, watching, weight_uses
+from curvprune.model.recurrent import steps_of, without_cudnn
 from curvprune.model.seen import carrying, remember_seen_, seen_by
 from curvprune.model.shapes import (
     ShapeChange,
@@ -89,6 +91,7 @@ __all__ = [
     "LOOKUP",
     "NAMES",
     "PURPOSES",
+    "SEVERAL",
     "Batch",
     "Bernoulli",
     "CausalLM",
@@ -104,6 +107,7 @@ __all__ = [
     "ItemResults",
     "LabelFree",
     "Layer",
+    "Layout",
     "Loss",
     "LossLike",
     "MaskedLM",
@@ -153,7 +157,6 @@ __all__ = [
     "items_in",
     "joined",
     "key_of",
-    "laid_out",
     "left_over",
     "make_loss",
     "named_loss",
@@ -168,9 +171,11 @@ __all__ = [
     "seen_by",
     "signed_loss",
     "split_items",
+    "steps_of",
     "takes_models",
     "to_device",
     "unlabelled_positions",
     "watching",
     "weight_uses",
+    "without_cudnn",
 ]

@@ -1,9 +1,10 @@
 """Find the weights that can be compressed, each as one matrix ``W[out, in]`` together with how its
 inputs become rows.
 
-Works on any ``nn.Module``: Linear, Conv1d, Conv2d, Embedding, transformers' ``Conv1D`` and its
-stacked experts (told by their attributes, so that this file does not import transformers). Modules
-that share one weight are one layer.
+Works on any ``nn.Module``: Linear, convolutions of one to three dimensions, transposed or not,
+LSTM, GRU and RNN, Embedding and EmbeddingBag, transformers' ``Conv1D`` and its stacked experts
+(told by their attributes, so that this file does not import transformers). Modules that share one
+weight are one layer.
 """
 
 from __future__ import annotations
@@ -12,15 +13,21 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import chain, product
+from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from curvprune.compat import activate_experts, is_stacked_experts
+from curvprune.model.patches import Convolution, Transposed, patches
+from curvprune.model.recurrent import RECURRENT, recurrent_rows, recurrent_weights
+
+# Kinds whose modules own several weights: such a layer has its parameter's name.
+SEVERAL = ("experts", "recurrent")
 
 
 def key_of(module: str, part: str) -> str:
@@ -34,12 +41,12 @@ class Layer:
     """One compressible weight.
 
     Attributes:
-        name: module name (of the first module, if several share the weight); of stacked experts,
-            the parameter's name.
-        kind: ``"linear"``, ``"conv"``, ``"conv1d"`` (transformers), ``"embedding"`` or
-            ``"experts"`` (transformers).
+        name: module name (of the first module, if several share the weight); of stacked experts and
+            of recurrent modules, the parameter's name.
+        kind: ``"linear"``, ``"conv"``, ``"conv_transpose"``, ``"recurrent"`` (LSTM, GRU, RNN),
+            ``"conv1d"`` (transformers), ``"embedding"`` or ``"experts"`` (transformers).
         shape: ``(out, in)`` of the weight as a matrix; the experts' matrices stand one below the
-            other.
+            other, and so do the gates' of a recurrent module.
         groups: input groups of a grouped convolution, or experts: rows ``out/groups`` at a time see
             their own inputs.
         module: the module that owns the weight.
@@ -65,12 +72,23 @@ class Layer:
     def keys(self) -> tuple[str, ...]:
         """The weight's names in ``model.state_dict()``, the layer's own first."""
         names = (self.name, *self.aliases)
-        return names if self.kind == "experts" else tuple(key_of(name, "weight") for name in names)
+        return names if self.kind in SEVERAL else tuple(key_of(name, "weight") for name in names)
 
     @property
     def transposed(self) -> bool:
         """The weight is stored as ``[in, out]``, or ``[experts, in, out]``."""
         return self.kind == "conv1d" or (self.kind == "experts" and bool(self.module.is_transposed))
+
+    @property
+    def convolves(self) -> bool:
+        """Its rows are patches of its module's input, a row for each place of the output."""
+        return self.kind in ("conv", "conv_transpose")
+
+    @property
+    def layout(self) -> Layout:
+        """How the weight lies in memory."""
+        swapped = self.groups if self.kind == "conv_transpose" else None
+        return Layout(shape=self.weight.shape, transposed=self.transposed, swapped=swapped)
 
     @property
     def numel(self) -> int:
@@ -84,11 +102,11 @@ class Layer:
     def as_matrix(self, tensor: Tensor) -> Float[Tensor, "out in"]:
         """Reshape a tensor laid out like the weight (the weight itself, a gradient) to ``[out,
         in]``."""
-        return (tensor.transpose(-1, -2) if self.transposed else tensor).reshape(self.shape)
+        return self.layout.matrix(tensor).reshape(self.shape)
 
     def from_matrix(self, matrix: Float[Tensor, "out in"]) -> Tensor:
         """The inverse of `as_matrix`."""
-        return laid_out(matrix, self.weight.shape, transposed=self.transposed)
+        return self.layout.tensor(matrix)
 
     @torch.no_grad()
     def write_(self, matrix: Float[Tensor, "out in"]) -> None:
@@ -97,22 +115,28 @@ class Layer:
 
     def rows(self, reader: nn.Module, x: Tensor) -> Float[Tensor, "groups n in"]:
         """The inputs of one call of ``reader`` as rows that multiply the matrix; convolutions
-        unfold their patches."""
-        if self.kind != "conv":
-            return x.reshape(1, -1, self.shape[1])
-        assert isinstance(reader, (nn.Conv1d, nn.Conv2d))
-        # 1. One dimension is two, of height one.
-        if isinstance(reader, nn.Conv1d):
-            x = x.unsqueeze(-2)
-        kernel, dilation = _two(reader.kernel_size), _two(reader.dilation)
-        # 2. Pads by hand: `unfold` knows none but zeros.
-        mode = "constant" if reader.padding_mode == "zeros" else reader.padding_mode
-        padded = F.pad(x, _padding(reader, kernel, dilation), mode=mode)
-        # 3. What the kernel sees at each place: (batch, channels · kernel, places).
-        patches = F.unfold(padded, kernel, dilation=dilation, stride=_two(reader.stride))
-        # 4. Channels of a group stand together, so groups split the middle dimension.
-        grouped = patches.reshape(len(patches), self.groups, self.shape[1], -1)
-        return grouped.permute(1, 0, 3, 2).reshape(self.groups, -1, self.shape[1])
+        unfold their patches. Those of kind ``"recurrent"`` are rows already (`recurrent_rows`)."""
+        if self.convolves:
+            return patches(reader, x)
+        return x.reshape(1, -1, self.shape[1])
+
+    def places(self, x: Tensor, output: Tensor) -> int:
+        """How often one call of a convolution multiplies its matrix: at each place of its output, a
+        transposed one at each place of its input."""
+        if self.kind == "conv_transpose":
+            return x.numel() // len(self.weight)
+        return output.numel() // self.shape[0]
+
+    def recurrent_rows(
+        self,
+        reader: nn.Module,
+        arguments: Sequence[Any],
+        named: Mapping[str, object],
+        mask: Tensor | None = None,
+    ) -> Float[Tensor, "n in"]:
+        """Kind ``"recurrent"``: what one call of ``reader`` multiplies the matrix with, a row for
+        every step that is no padding. See `curvprune.model.recurrent`."""
+        return recurrent_rows(reader, self.parameter, arguments, named, mask)
 
     def expert_rows(
         self, hidden: Float[Tensor, "tokens width"], chosen: Int[Tensor, "tokens k"]
@@ -137,34 +161,36 @@ class Layer:
             yield rows
 
 
-def laid_out(matrix: Tensor, shape: Sequence[int], *, transposed: bool) -> Tensor:
-    """A layer's matrix ``[out, in]`` in the shape of its weight; a transposed weight is ``[in,
-    out]`` at the end."""
-    if not transposed:
-        return matrix.reshape(*shape)
-    return matrix.reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How a weight lies in memory, seen from its matrix ``[out, in]``.
 
+    Attributes:
+        shape: of the weight.
+        transposed: it is ``[in, out]`` at the end.
+        swapped: groups of a transposed convolution's weight, ``[in, out/groups, *kernel]``.
+    """
 
-def _two(value: tuple[int, ...]) -> tuple[int, int]:
-    """Geometry of a one-dimensional convolution seen as a two-dimensional one of height one."""
-    return (value[0], value[1]) if len(value) == 2 else (1, value[0])
+    shape: torch.Size
+    transposed: bool = False
+    swapped: int | None = None
 
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """A tensor in the shape of the weight, its entries in the order of the matrix."""
+        if self.swapped is not None:
+            return tensor.unflatten(0, (self.swapped, -1)).transpose(1, 2)
+        return tensor.transpose(-1, -2) if self.transposed else tensor
 
-def _padding(
-    conv: nn.Conv1d | nn.Conv2d, kernel: Sequence[int], dilation: Sequence[int]
-) -> list[int]:
-    """Pads in the order of `torch.nn.functional.pad`: last dimension first."""
-    if conv.padding == "valid":
-        sides = [(0, 0)] * len(kernel)
-    elif conv.padding == "same":
-        total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        # An odd pad has its larger half at the end, as torch has it.
-        sides = [(t // 2, t - t // 2) for t in total]
-    else:
-        assert not isinstance(conv.padding, str)
-        given = [0, *conv.padding] if len(conv.padding) < len(kernel) else list(conv.padding)
-        sides = [(p, p) for p in given]
-    return list(chain.from_iterable(reversed(sides)))
+    def tensor(self, matrix: Float[Tensor, "out in"]) -> Tensor:
+        """A matrix in the shape of the weight."""
+        shape = self.shape
+        if self.swapped is not None:
+            groups = self.swapped
+            grouped = matrix.reshape(groups, shape[1], shape[0] // groups, *shape[2:])
+            return grouped.transpose(1, 2).flatten(0, 1)
+        if not self.transposed:
+            return matrix.reshape(shape)
+        return matrix.reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -178,9 +204,13 @@ def _weights(module: nn.Module) -> list[tuple[str, str]]:
     them."""
     if isinstance(module, nn.Linear):
         return [("linear", "weight")]
-    if isinstance(module, (nn.Conv1d, nn.Conv2d)) and not getattr(module, "transposed", False):
+    if isinstance(module, Convolution):
         return [("conv", "weight")]
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, Transposed):
+        return [("conv_transpose", "weight")]
+    if isinstance(module, RECURRENT):
+        return [("recurrent", name) for name in recurrent_weights(module)]
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return [("embedding", "weight")]
     if is_conv1d(module) and getattr(module, "weight", None) is not None:
         return [("conv1d", "weight")]
@@ -228,6 +258,9 @@ def _matrix_shape(kind: str, module: nn.Module, weight: Tensor) -> tuple[int, in
     """``(out, in)`` of a weight as a matrix."""
     if kind == "conv1d":
         return weight.shape[1], weight.shape[0]
+    if kind == "conv_transpose":
+        groups: Any = module.groups
+        return groups * weight.shape[1], weight[:, 0].numel() // groups
     if kind == "experts":
         width = weight.shape[1] if module.is_transposed else weight.shape[2]
         return weight.numel() // width, width
@@ -286,7 +319,8 @@ class _Use:
         """Rows of the matrix that see inputs of their own."""
         if self.kind == "experts":
             return len(getattr(self.module, self.parameter))
-        return getattr(self.module, "groups", 1) if self.kind == "conv" else 1
+        convolves = self.kind in ("conv", "conv_transpose")
+        return getattr(self.module, "groups", 1) if convolves else 1
 
 
 def _uses_of_weights(model: nn.Module) -> tuple[list[list[_Use]], list[str]]:
@@ -296,8 +330,13 @@ def _uses_of_weights(model: nn.Module) -> tuple[list[list[_Use]], list[str]]:
     computed: list[str] = []
     for module_name, module in model.named_modules(remove_duplicate=False):
         for kind, parameter in _weights(module):
-            name = key_of(module_name, parameter) if kind == "experts" else module_name
+            name = key_of(module_name, parameter) if kind in SEVERAL else module_name
             weight = _own_parameters(module).get(parameter)
+            if weight is not None and is_lazy(weight):
+                raise ValueError(
+                    f"layer {name}: its {type(module).__name__} has no size yet; run the model "
+                    "once on a batch, which gives it one, and start again"
+                )
             if weight is None or not weight.numel():  # nothing is left of a packed one
                 computed.append(name)
                 continue

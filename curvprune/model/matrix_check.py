@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from curvprune.model.forward import Batch, evaluating
 from curvprune.model.layers import Layer
 from curvprune.model.losses import Loss
+from curvprune.model.recurrent import is_recurrent
 
 ROWS, CHANNELS = 256, 2048  # of a module's call that are compared, evenly spaced
 TABLE = 4096  # rows of an embedding that are searched at a time
@@ -93,12 +94,18 @@ def _deviation(
     layer: Layer, module: nn.Module, given: Sequence[Any], output: Any
 ) -> Deviation | None:
     """The difference in one call of a module with the layer's weight."""
+    if layer.kind == "recurrent":
+        if is_recurrent(module):
+            return None
+        return Deviation(what=f"{type(module).__name__} has a forward pass of its own")
     if not isinstance(output, Tensor):
         what = f"its module returns a {type(output).__name__}, not a tensor"
         return Deviation(what=what, used=_has_product(layer, module, given, output))
     if not layer.weight.is_floating_point():
         return Deviation(what=f"its weight holds {layer.dtype}, no real numbers")
     tensors = [value for value in given if isinstance(value, Tensor)]
+    if isinstance(module, nn.EmbeddingBag):
+        return Deviation(what="its output is a sum of rows of its weight", used=True)
     if isinstance(module, nn.Embedding):
         return _of_lookup(layer, tensors, output)
     if not tensors:
@@ -127,8 +134,8 @@ def _of_product(
     """Compare with ``x Wᵀ + b``, or ``x Wᵀ`` unless ``biased``."""
     other = Deviation(what="its output has another shape than its weight times its input")
     # 1. Rows of inputs and of outputs, by group.
-    if layer.kind == "conv":
-        dims = 3 if isinstance(module, nn.Conv1d) else 4
+    if layer.convolves:
+        dims = layer.weight.ndim
         if x.ndim != dims or output.ndim != dims or output.shape[1] != layer.shape[0]:
             return other
         y = output.flatten(2).unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)

@@ -27,7 +27,11 @@ from curvprune.model.losses import Loss
 
 # Functions that return the same numbers in the same places, in another type or another memory.
 _COPIES = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone")
-_CONVOLUTIONS: dict[Any, Any] = {torch.conv1d: nn.Conv1d, torch.conv2d: nn.Conv2d}
+_CONVOLUTIONS: dict[Any, Any] = {
+    torch.conv1d: nn.Conv1d,
+    torch.conv2d: nn.Conv2d,
+    torch.conv3d: nn.Conv3d,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +80,7 @@ def watching(
         if layer.kind == "embedding" and isinstance(module, nn.Embedding):
             watcher.use(layer.name, LOOKUP)
         else:
-            inputs = (*given, *named.values())
+            inputs = (*given, *_in_order(module, named))
             # What the watcher itself computes with a weight is no use of it.
             with seeing.closed():
                 watcher.read(Read(layer=layer, reader=module, inputs=inputs))
@@ -98,6 +102,13 @@ def watching(
         if functions:
             stack.enter_context(seeing)
         yield
+
+
+def _in_order(module: nn.Module, named: Mapping[str, Any]) -> list[Any]:
+    """Arguments by name; a recurrent module's states come after its input."""
+    if isinstance(module, nn.RNNBase):
+        return [named[name] for name in ("input", "hx") if name in named]
+    return [*named.values()]
 
 
 LOOKUP = "a lookup"

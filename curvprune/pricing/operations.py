@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvprune.model import Batch, Layer, Loss, evaluating, to_device
+from curvprune.model import Batch, Layer, Loss, evaluating, steps_of, to_device
 from curvprune.options import (
     DTYPE_BYTES,
     Cast,
@@ -107,7 +107,8 @@ def multiply_adds(
     """Multiply-adds of every layer: per token (padding left out) if the objective counts tokens,
     else per item.
 
-    A convolution multiplies its weight once for each place of its output, a layer that is called
+    A convolution multiplies its weight once for each place of its output (a transposed one: of its
+    input), a recurrent module each of its weights once for each step, a layer that is called
     several times once for each call, an expert once for each token that the router sends there.
     Cost: one forward pass.
     """
@@ -115,29 +116,15 @@ def multiply_adds(
     positions = 0
     mask: Tensor | None = None
 
-    def count(layer: Layer, inputs: tuple[Any, ...], output: Tensor) -> None:
-        if layer.kind == "experts":
-            # Each expert is one matrix of several in the weight, and sees the tokens sent to it.
-            chosen: Tensor = inputs[1]  # (tokens, experts of each)
-            tokens = len(chosen)
-            if mask is not None and mask.numel() == tokens:
-                tokens = int(mask.sum())
-            macs[layer.name] += tokens * chosen.shape[1] * layer.numel / layer.groups
-        elif layer.kind == "conv":
-            # The weight is used once for each place of the output.
-            places = output.numel() // layer.shape[0]
-            macs[layer.name] += places * layer.numel
-        else:
-            macs[layer.name] += _rows(output.shape, mask) * layer.numel
-
     def hook(layer: Layer) -> Callable[..., None]:
         def after(
             module: nn.Module,
             arguments: tuple[Any, ...],
             named: Mapping[str, object],
-            output: Tensor,
+            output: Any,
         ) -> None:
-            count(layer, (*arguments, *named.values()), output)
+            times = _times_used(layer, module, (*arguments, *named.values()), output, mask)
+            macs[layer.name] += times * layer.numel
 
         return after
 
@@ -163,6 +150,24 @@ def multiply_adds(
         for handle in handles:
             handle.remove()
     return {name: total / positions for name, total in macs.items()}
+
+
+def _times_used(
+    layer: Layer, module: nn.Module, inputs: tuple[Any, ...], output: Any, mask: Tensor | None
+) -> float:
+    """How often one call of a module multiplies the whole of its layer's matrix."""
+    if layer.kind == "recurrent":
+        return steps_of(module, inputs, {}, mask)
+    if layer.kind == "experts":
+        # Each expert is one matrix of several in the weight, and sees the tokens sent to it.
+        chosen: Tensor = inputs[1]  # (tokens, experts of each)
+        tokens = len(chosen)
+        if mask is not None and mask.numel() == tokens:
+            tokens = int(mask.sum())
+        return tokens * chosen.shape[1] / layer.groups
+    if layer.convolves:
+        return layer.places(inputs[0], output)
+    return _rows(output.shape, mask)
 
 
 def _rows(shape: torch.Size, mask: Tensor | None) -> int:

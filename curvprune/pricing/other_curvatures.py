@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvprune.curvature import Change, Kronecker, hessian, kfac
+from curvprune.curvature import Change, Kronecker, Scattered, hessian, kfac
 from curvprune.model import Batch, Layer, Loss, evaluating, to_device
 
 FORMS = ("kfac", "input", "hessian")
@@ -143,6 +143,8 @@ def _factored_form(
 
     def along(name: str, delta: Tensor) -> float:
         block = blocks[name]
+        if isinstance(block, Scattered):  # a matrix whose entries stand in another order
+            ((_, block),) = block.pieces
         assert isinstance(block, Kronecker)
         g, a = block.left, block.right
         if layers[name].transposed:

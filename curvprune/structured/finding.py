@@ -115,6 +115,8 @@ def _layer(layers: Mapping[str, Layer], name: str) -> Layer:
     layer = layers.get(name)
     if layer is None or layer.aliases:
         raise _NoCut(f"{name} shares its weight with another module")
+    if layer.kind == "conv_transpose" or layer.weight.ndim > 4:
+        raise _NoCut(f"{name} is a {type(layer.module).__name__}, whose inputs cannot be removed")
     return layer
 
 

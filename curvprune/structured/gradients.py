@@ -67,7 +67,7 @@ def _rows(layer: Layer, module: nn.Module, x: Tensor | None) -> Tensor | None:
 
 def _by_place(layer: Layer, gradient: Tensor) -> Tensor:
     """One row for every place, as the rows of x."""
-    if layer.kind == "conv":
+    if layer.convolves:
         gradient = gradient.flatten(2).transpose(1, 2)
     return gradient.reshape(-1, layer.shape[0])
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from curvprune.model import Batch, Layer, Loss, evaluating, find_layers
+from curvprune.model import Batch, Layer, Loss, evaluating, find_layers, key_of, steps_of
 from curvprune.structured.cuts import BLOCKS, Cut
 
 # (module, side) → cut → the share of that side's width that one unit of the cut is.
@@ -100,16 +100,17 @@ def _weights(
     terms = []
     seen: set[int] = set()
     for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
+        for own, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             # Only a layer's matrix is multiplied; biases and norms are parameters alone.
-            layer = layers.get(name)
+            layer = layers.get(name, layers.get(key_of(name, own)))
             weight = layer is not None and parameter is layer.weight
+            times = positions.get(layer.name, 0) if layer is not None else 0
             terms.append(
                 _Term(
-                    macs=parameter.numel() * positions.get(name, 0) if weight else 0,
+                    macs=parameter.numel() * times if weight else 0,
                     parameters=parameter.numel(),
                     outputs=shares.get((name, "out"), {}),
                     inputs=shares.get((name, "in"), {}) if weight else {},
@@ -137,8 +138,14 @@ def _positions(
     found: dict[str, int] = {}
 
     def watch(name: str, layer: Layer) -> Callable[..., None]:
-        def count(module: nn.Module, args: Any, output: Tensor) -> None:
-            found[name] = found.get(name, 0) + output.numel() // (layer.shape[0] * len(output))
+        def count(module: nn.Module, args: Any, output: Any) -> None:
+            if layer.kind == "recurrent":
+                times = steps_of(module, args, {}, None)
+            elif layer.kind == "conv_transpose":
+                times = layer.places(args[0], output) // len(output)
+            else:
+                times = output.numel() // (layer.shape[0] * len(output))
+            found[name] = found.get(name, 0) + times
 
         return count
 

@@ -7,10 +7,8 @@ at any moment leaves the old file or the new one, never half of it.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import platform
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,11 +27,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-from curvprune.failures import tensors_error
 
 
 def as_umask_says_(path: Path) -> None:
@@ -45,111 +40,6 @@ def as_umask_says_(path: Path) -> None:
     mode = stat.S_IMODE(probe.stat().st_mode)
     probe.unlink()
     path.chmod(mode)
-
-
-def check_regular(path: Path) -> None:
-    """Refuse what is no ordinary file: a pipe would be waited for, a device read without end.
-
-    Raises ``ValueError`` naming the path and what lies there, `OSError` where nothing does.
-    """
-    mode = path.stat().st_mode
-    if stat.S_ISREG(mode):
-        return
-    kinds = {
-        stat.S_IFDIR: "a folder",
-        stat.S_IFIFO: "a pipe",
-        stat.S_IFSOCK: "a socket",
-        stat.S_IFCHR: "a device",
-        stat.S_IFBLK: "a device",
-    }
-    kind = kinds.get(stat.S_IFMT(mode), "something else")
-    raise ValueError(f"{path} is {kind}; expected an ordinary file")
-
-
-def check_regular_below(folder: Path) -> None:
-    """`check_regular` for every file of a model's folder, which libraries open without a look."""
-    for path in sorted(folder.iterdir()):
-        # Links to nothing are not opened either.
-        if path.exists() and not path.is_dir():
-            check_regular(path)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises ``ValueError`` naming a file that is damaged, and
-    `OSError` or `MemoryError` for what the machine refuses."""
-    check_regular(path)
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise tensors_error(error, path) from error
-
-
-# ------------------------------------------------------------ one process in a folder
-
-RUNNING = ".curvprune.lock"
-
-
-@contextmanager
-def only_here(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder for as long as this one works in it.
-
-    The system gives the lock back when the process ends, however it ends. Where a file system has
-    no locks, there is none.
-
-    Raises:
-        ValueError: another process works there.
-    """
-    # 1. The file of the lock, in a folder that may be new.
-    new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / RUNNING
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        if error.errno == errno.EROFS:
-            yield  # nothing can be written there, by nobody
-            return
-        raise
-    # 2. The lock itself, and who has it.
-    try:
-        if not _lock(handle):
-            owner = os.read(handle, 200).decode(errors="replace").strip()
-            raise ValueError(
-                f"another process{f' ({owner})' if owner else ''} is at work in {folder}; wait for "
-                "it to end, or give --out another folder"
-            )
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {platform.node()}".encode())
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            if new and not any(folder.iterdir()):
-                folder.rmdir()
-    finally:
-        os.close(handle)
-
-
-def _lock(handle: int) -> bool:
-    """Take the lock of an open file without waiting; False if another process has it."""
-    try:
-        if os.name == "nt":  # pragma: no cover
-            import msvcrt
-
-            # Far behind the text: Windows lets nobody read what is locked.
-            os.lseek(handle, 1 << 20, os.SEEK_SET)
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-            os.lseek(handle, 0, os.SEEK_SET)
-        else:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK, errno.EDEADLK)
-    return True
-
-
-# ------------------------------------------------------------ files that are whole or not there
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,14 +77,7 @@ class State:
         temporary.replace(path)
 
     def read_text(self, name: str) -> str:
-        path = self.path(name)
-        check_regular(path)
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path} is damaged (no UTF-8 text); delete it and run again"
-            ) from error
+        return self.path(name).read_text(encoding="utf-8")
 
     def write_json(self, name: str, value: object) -> None:
         """Raises ``ValueError`` for NaN and infinity, which JSON does not have."""
@@ -208,10 +91,6 @@ class State:
             raise ValueError(
                 f"{self.path(name)} is damaged ({error}); delete it and run again"
             ) from error
-        except RecursionError:
-            raise ValueError(
-                f"{self.path(name)} is damaged (nested without end); delete it and run again"
-            ) from None
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         path = self.path(name)
@@ -220,17 +99,14 @@ class State:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The same three steps as in `write_text`, and the mode that safetensors does not set.
         temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary)
-        except SafetensorError as error:
-            raise tensors_error(error, path) from error
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary)
         as_umask_says_(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
 
     def read_tensors(self, name: str) -> dict[str, Tensor]:
-        return read_tensors(self.path(name))
+        return load_file(self.path(name))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

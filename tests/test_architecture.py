@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "curvprune"
 MAY_IMPORT: dict[str, set[str]] = {
     "options": set(),
     "failures": set(),
-    "files": {"failures"},
+    "places": set(),
+    "files": set(),
     "distributed": set(),
     "compat": set(),
     "schema": set(),

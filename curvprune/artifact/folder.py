@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from curvprune.artifact.bytes_on_disk import Portable, form_of, portable_for
@@ -18,7 +19,7 @@ from curvprune.artifact.manifest import MANIFEST, Manifest, StoredLayer, read_ma
 from curvprune.artifact.packed_modules import HeldWeight, give_back_memory, pack_modules
 from curvprune.artifact.stored_layers import Stored, stored_tensors, take_stored
 from curvprune.compression import Solved
-from curvprune.files import State, read_tensors
+from curvprune.files import State
 from curvprune.model import (
     Layer,
     changes_of,
@@ -150,7 +151,7 @@ def load_into(folder: Path, model: nn.Module, *, packed: bool = False) -> nn.Mod
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"{folder} has no {MANIFEST}: it is not a folder that curvprune saved")
     manifest = read_manifest(folder)
-    tensors = read_tensors(weights_file(folder))
+    tensors = load_file(weights_file(folder))
     # 1. The shapes of the model that was saved, if it does not have them yet.
     changes = list(manifest.changes)
     if changes != changes_of(model):

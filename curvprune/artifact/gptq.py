@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import curvprune
@@ -29,7 +30,7 @@ from curvprune.artifact.folder import WEIGHTS, copy_companions, state_dict_on_di
 from curvprune.artifact.manifest import Manifest, read_manifest
 from curvprune.artifact.packing import pack
 from curvprune.artifact.stored_layers import Stored, take_stored
-from curvprune.files import State, read_tensors
+from curvprune.files import State
 from curvprune.model import Layer, find_layers
 from curvprune.options import Quantize, option_from_key, quantizer_of
 
@@ -66,7 +67,7 @@ def export_gptq(folder: str | Path, out: str | Path) -> Path:
     _check_shapes(quantize, linear)
     # 2. All other tensors as they are, and of these layers the codes as they lie on disk.
     file = weights_file(folder)
-    on_disk, tensors = read_tensors(file), state_dict_on_disk(model, layers, {})
+    on_disk, tensors = load_file(file), state_dict_on_disk(model, layers, {})
     for name, layer in linear.items():
         del tensors[f"{name}.weight"]
         entry = manifest.layers[name]

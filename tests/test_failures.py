@@ -19,9 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import curvprune
 from curvprune import run as runs
 from curvprune.cli import app
 from curvprune.failures import Terminated, failure_of, one_line, tensors_error
+from curvprune.model import ShapeChange, reshape_
 from curvprune.places import check_regular, only_here
 from curvprune.run import RecipeError, documents_of, package_folder
 from tests import tiny
@@ -309,3 +311,29 @@ def test_another_number_of_threads_is_said_and_does_not_refuse(tmp_path):
     assert record is not None
     said = f"the run began with {threads} threads and went on with {threads + 1}"
     assert any(note.startswith(said) for note in record.notes)
+
+
+def test_a_weight_beyond_float16_is_found_before_any_layer_is_solved(tmp_path):
+    recipe, file = tiny.write_recipe(tmp_path), tmp_path / "tiny" / "model.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"][7, 1] = 7e4
+    save_file(tensors, file, metadata=metadata)
+    with pytest.raises(RecipeError, match=r"model\.embed_tokens: option float16: weights overflow"):
+        runs.check(recipe)
+
+
+def test_the_verbs_name_weights_that_are_no_numbers():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 4))
+    data = [(torch.randn(4, 8), torch.randint(4, (4,))) for _ in range(4)]
+    with torch.no_grad():
+        model[1].weight[0] = float("nan")
+    with pytest.raises(ValueError, match=r"tensor '1\.weight' of the model holds NaN"):
+        curvprune.quantize(model, data, bits=4, loss="classification")
+
+
+def test_shapes_that_grow_are_refused_before_memory_is_taken():
+    change = ShapeChange(shapes={"0.weight": [1 << 21, 1 << 21]}, attributes={})
+    with pytest.raises(ValueError, match=r"0\.weight of Sequential is \(8, 8\) and would become"):
+        reshape_(torch.nn.Sequential(torch.nn.Linear(8, 8)), change)

@@ -107,13 +107,22 @@ def _not_loaded(what: str, error: Exception) -> Exception:
     )
 
 
+def not_finite(model: nn.Module) -> tuple[str, str] | None:
+    """The first parameter with values that are no numbers, and which: NaN or infinite ones."""
+    for name, weight in model.named_parameters():
+        # Weights on the meta device have no values.
+        if not weight.is_floating_point() or weight.is_meta or bool(weight.isfinite().all()):
+            continue
+        return name, "NaN" if bool(weight.isnan().any()) else "infinite values"
+    return None
+
+
 def check_finite(model: nn.Module, source: str | Path) -> None:
     """Refuse weights that are NaN or infinite before anything is computed with them. Raises
     ``ValueError`` naming the tensor and where it lies."""
-    for name, weight in model.named_parameters():
-        if not weight.is_floating_point() or bool(weight.isfinite().all()):
-            continue
-        kind = "NaN" if bool(weight.isnan().any()) else "infinite values"
+    found = not_finite(model)
+    if found is not None:
+        name, kind = found
         raise ValueError(
             f"{_file_of(name, source)}: tensor {name!r} holds {kind}; repair the model or load "
             "another checkpoint of it"

@@ -133,21 +133,17 @@ def make_artifacts(home: Path) -> dict[str, Artifact]:
     def small(seed: int) -> Any:
         return cp.quantize(plain(seed), vectors(), bits=4, loss="classification")
 
-    forms: dict[str, tuple[Callable[[int], Any], Callable[[], nn.Module], dict[str, Any]]] = {
-        "portable": (partial(quantized, bits=4, group_size=16, symmetric=True), llama, {}),
-        "packed": (
-            partial(quantized, bits=3, group_size=16, symmetric=False, portable=False),
-            llama,
-            {},
-        ),
-        "sparse": (sparse, llama, {}),
-        "units": (fewer_units, llama, {}),
-        "plain": (small, plain, {}),
+    forms: dict[str, tuple[Callable[[int], Any], Callable[[], nn.Module], bool]] = {
+        "portable": (partial(quantized, bits=4, group_size=16, symmetric=True), llama, True),
+        "packed": (partial(quantized, bits=3, group_size=16, symmetric=False), llama, False),
+        "sparse": (sparse, llama, False),
+        "units": (fewer_units, llama, True),
+        "plain": (small, plain, True),
     }
     made = {}
-    for name, (compress, architecture, _) in forms.items():
+    for name, (compress, architecture, portable) in forms.items():
         for which, seed in (("a", 0), ("b", 1)):
-            compress(seed).save(home / name / which)
+            compress(seed).save(home / name / which, portable=portable)
         made[name] = Artifact(
             folder=home / name / "a", other=home / name / "b", architecture=architecture
         )
@@ -546,7 +542,7 @@ def damaged_artifacts(home: Path, table: Table, asked: argparse.Namespace) -> No
                 table.add(f"artifacts:{name}", f"{damage.name}, {reader}", in_a_child(work))
 
 
-# --------------------------------------------------------------------------------------- run folders
+# ------------------------------------------------------------ run folders
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -686,7 +682,7 @@ def recipes(home: Path, table: Table, asked: argparse.Namespace) -> None:
         table.add("recipes", f"{_dotted(key)}: {word[:40]}", said)
 
 
-# ---------------------------------------------------------------------------------------- the machine
+# ------------------------------------------------------------ the machine
 
 
 def stopped_and_resumed(
@@ -711,9 +707,9 @@ def stopped_and_resumed(
         os.kill(child, number)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     # 1. How it ended: at its end, refused, or by the signal that was sent.
-    fine = {0, 2, 3, 130, 143} | ({-int(number)} if number == signal.SIGKILL else set())
-    if code not in fine:
-        kinds = {1: "EXIT 1", 70: "TRACEBACK"}
+    told = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGTERM: 143}
+    if code not in (0, told.get(number, 3)):
+        kinds = {1: "EXIT 1", 70: "TRACEBACK", 2: "EXIT 1 (2, which is bad input)"}
         return kinds.get(code, f"CRASH ({code})")
     # 2. Again, with nothing in its way.
     expected = contents(home / "finished")

@@ -45,6 +45,8 @@ class Inputs:
     torch: str
     device: str
     limits_sha256: str | None = None
+    # Sums are split among threads: with another number of them the last bits differ.
+    threads: int | None = None
 
     @staticmethod
     def of(
@@ -66,6 +68,7 @@ class Inputs:
             torch=str(torch.__version__),
             device=device,
             limits_sha256=tables,
+            threads=torch.get_num_threads(),
         )
 
     def to_json(self) -> dict[str, Json]:
@@ -73,9 +76,9 @@ class Inputs:
         return {key: value for key, value in found.items() if value is not None}
 
     def differences(self, other: Inputs) -> list[str]:
-        """Names of what differs."""
+        """Names of what differs, but for the number of threads."""
         ours, theirs = self.to_json(), other.to_json()
-        return [key for key in ours if theirs.get(key) != ours[key]]
+        return [key for key in ours if key != "threads" and theirs.get(key) != ours[key]]
 
     def solved_differences(self, other: Inputs) -> list[str]:
         """Of what solved options, prices and trials depend on: not the budget, nor what a recovery
@@ -84,8 +87,8 @@ class Inputs:
         return [key for key in ours if theirs.get(key) != ours[key]]
 
     def _of_solving(self) -> dict[str, Json]:
-        of_budget = ("recipe_sha256", "limits_sha256")
-        found = {key: value for key, value in self.to_json().items() if key not in of_budget}
+        others = ("recipe_sha256", "limits_sha256", "threads")  # of the budget, of the last bits
+        found = {key: value for key, value in self.to_json().items() if key not in others}
         shared = {name: value for name, value in self.data_sha256.items() if name != RECOVER}
         return {**found, "data_sha256": dict(shared)}
 
@@ -110,6 +113,18 @@ def read_inputs(root: State) -> Inputs:
     return decode(Inputs, root.read_json(INPUTS), source=str(root.path(INPUTS)))
 
 
+def about_threads(inputs: Inputs, root: State) -> list[str]:
+    """What to say where another number of threads has begun the run, which is then that of one
+    without an interruption but for the last bits."""
+    begun = read_inputs(root).threads
+    if begun in (None, inputs.threads):
+        return []
+    return [
+        f"the run began with {begun} threads and went on with {inputs.threads}: sums may differ in "
+        f"their last bits from those of a run in one go; set OMP_NUM_THREADS={begun} to avoid it"
+    ]
+
+
 def read_report(root: State) -> RunRecord:
     """The record in ``report.json``. Raises ``ValueError`` if a folder holds no run."""
     if not root.has(REPORT_JSON):
@@ -129,6 +144,31 @@ def finished_record(recipe: Recipe, root: State) -> RunRecord | None:
     if ended.recipe != fingerprint(recipe):
         return None
     return read_report(root)
+
+
+def check_places(root: State) -> None:
+    """Refuse at once a run folder in which something else has the name of what a run writes."""
+    if root.folder.exists() and not root.folder.is_dir():
+        raise RecipeError(f"{root.folder} is a file; give --out a folder")
+    for name in (MODEL, STATE):
+        _check_place(root.folder / name, folder=True)
+    for name in (LOCK, ANALYSIS, LEDGER, PLAN, VERDICT, REPORT_JSON, REPORT_HTML):
+        _check_place(root.folder / name, folder=False)
+
+
+def _check_place(path: Path, *, folder: bool) -> None:
+    wanted = "a folder" if folder else "a file"
+    if path.is_symlink():
+        raise RecipeError(
+            f"{path} is a link, where the run writes {wanted}; remove it, or give --out a new "
+            "folder"
+        )
+    fits = path.is_dir() if folder else path.is_file()
+    if path.exists() and not fits:
+        raise RecipeError(
+            f"{path} is not {wanted}, which the run writes there; move it, or give --out a new "
+            "folder"
+        )
 
 
 def state_bytes(root: State) -> int:

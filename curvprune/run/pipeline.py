@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,12 +16,14 @@ from curvprune import distributed, report
 from curvprune.curvature import AnalysisRecord, AnalysisSettings, analyze_curvature
 from curvprune.files import State
 from curvprune.model import collate, to_device
+from curvprune.places import only_here
 from curvprune.record import RunRecord
 from curvprune.run.candidates import Candidates, solve_options
 from curvprune.run.certify import Shipped, apply_and_measure, certify_plans
 from curvprune.run.folder import (
     ANALYSIS,
     INPUTS,
+    check_places,
     finished_record,
     publish,
     run_to_reuse,
@@ -84,6 +87,11 @@ def choose_and_certify(
 # -------------------------------------------------------------------------------------- the verbs
 
 
+def _alone_in(root: State) -> AbstractContextManager[None]:
+    """No other job works in the run folder meanwhile; the processes of one job are one job."""
+    return only_here(root.folder) if distributed.is_first() else nullcontext()
+
+
 def run(
     recipe_path: str | Path,
     out: str | Path,
@@ -108,8 +116,15 @@ def run(
     """
     # 1. A run that has ended says so without loading the model.
     recipe, root = load_recipe(recipe_path), State(Path(out))
+    check_places(root)
     if (record := finished_record(recipe, root)) is not None:
         return _result(root, record)
+    with _alone_in(root):
+        return _go_on(recipe, root, progress=progress, reuse=reuse)
+
+
+def _go_on(recipe: Recipe, root: State, *, progress: bool, reuse: str | Path | None) -> RunResult:
+    """A run from where it was interrupted, or from the start."""
     source = None
     if reuse is not None and not root.has(INPUTS):
         source = run_to_reuse(recipe, Path(reuse))
@@ -148,8 +163,14 @@ def analyze(recipe_path: str | Path, out: str | Path, *, progress: bool = True) 
     one's result has a record.
     """
     recipe, root = load_recipe(recipe_path), State(Path(out))
+    check_places(root)
     if (record := finished_record(recipe, root)) is not None:
         return _result(root, record)
+    with _alone_in(root):
+        return _analyze(recipe, root, progress=progress)
+
+
+def _analyze(recipe: Recipe, root: State, *, progress: bool) -> RunResult:
     with distributed.together():
         first = distributed.rank() == 0
         root = replace(root, writes=first)

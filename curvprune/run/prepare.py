@@ -24,6 +24,7 @@ from curvprune import artifact, distributed
 from curvprune.artifact import describe, load_artifact, write_model
 from curvprune.certificate import loss_for
 from curvprune.compression import Solved, Training
+from curvprune.failures import is_machine, one_line
 from curvprune.files import StageLog, State
 from curvprune.model import (
     PURPOSES,
@@ -38,10 +39,11 @@ from curvprune.model import (
     to_device,
 )
 from curvprune.options import Option, pruner_of, quantizer_of
+from curvprune.places import check_regular, check_regular_below
 from curvprune.planning import SIZES, Budget, Infeasible, Limit
 from curvprune.record import CutRecord, RemovedUnits
 from curvprune.run import models, sources
-from curvprune.run.folder import Inputs, claim
+from curvprune.run.folder import Inputs, about_threads, claim
 from curvprune.run.recipe import Recipe
 from curvprune.run.recipe_layers import assign_groups, assign_options
 from curvprune.run.task import Settings, Storage, Task, TaskError, check_task
@@ -128,6 +130,7 @@ def prepare(
     if root is not None:
         if root.writes:
             claim(recipe, root, inputs, reused)
+            space.note(*about_threads(inputs, root))
         distributed.wait()
         if structured is not None:
             smaller, removed = _without_units(recipe, task, space, structured)
@@ -286,6 +289,8 @@ def _load_model(recipe: Recipe) -> tuple[nn.Module, Any]:
     section = recipe.model
     try:
         source, gguf = _model_source(recipe)
+        if isinstance(source, Path):
+            check_regular_below(source)
         model = models.load_model(
             source,
             task=section.task,
@@ -294,9 +299,12 @@ def _load_model(recipe: Recipe) -> tuple[nn.Module, Any]:
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
         )
+        models.check_finite(model, source)
         tokenizer = _load_tokenizer(recipe)
     except (ValueError, OSError) as error:
-        raise recipe.error(("model",), str(error)) from error
+        if is_machine(error):
+            raise
+        raise recipe.error(("model",), one_line(str(error))) from error
     return model, tokenizer
 
 
@@ -321,7 +329,9 @@ def load_splits(recipe: Recipe) -> Splits:
     try:
         tokenizer = _load_tokenizer(recipe)
     except (ValueError, OSError) as error:
-        raise recipe.error(("model",), str(error)) from error
+        if is_machine(error):
+            raise
+        raise recipe.error(("model",), one_line(str(error))) from error
     return _load_data(recipe, tokenizer)
 
 
@@ -365,7 +375,9 @@ def _load_data(recipe: Recipe, tokenizer: Any) -> Splits:
             first=sources.first_token(tokenizer),
         )
     except ValueError as error:
-        raise recipe.error(("data",), str(error)) from error
+        if is_machine(error):
+            raise
+        raise recipe.error(("data",), one_line(str(error))) from error
 
 
 def _documents(recipe: Recipe) -> dict[str, str]:
@@ -421,6 +433,7 @@ def _table(recipe: Recipe, index: int, file: str) -> dict[tuple[str, str], float
     key = ("budget", "limits", index, "table")
     use = {}
     try:
+        check_regular(Path(file))
         table = json.loads(Path(file).read_text(encoding="utf-8"))
         for layer, values in table.items():
             for option, value in values.items():
@@ -429,12 +442,12 @@ def _table(recipe: Recipe, index: int, file: str) -> dict[tuple[str, str], float
         raise recipe.error(
             key, f"{file} cannot be read ({error.strerror}); expected a JSON file"
         ) from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         expected = (
             'expected JSON such as {"model.layers.0.mlp.up_proj": {"keep": 0.8, "int4-g64-sym": '
             "0.3}}"
         )
-        raise recipe.error(key, f"{file}: {error}; {expected}") from None
+        raise recipe.error(key, f"{file}: {one_line(str(error))}; {expected}") from None
     return use
 
 

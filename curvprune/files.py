@@ -77,7 +77,9 @@ def read_tensors_of(path: Path) -> dict[str, Tensor]:
     check_header(path)
     try:
         return load_file(path)
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+    except SafetensorError as error:
+        if "os error" in str(error):  # the disk's or the memory's fault, not the file's
+            raise
         raise _damaged(path, str(error)) from error
 
 
@@ -345,6 +347,11 @@ class StageLog:
 
     show: bool = True
     log: list[StageTime] = field(default_factory=list)
+
+    def say(self, text: str) -> None:
+        """A line among the stages."""
+        if self.show:
+            Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, name: str, total: int, *, done: int = 0) -> Iterator[Callable[[int], None]]:

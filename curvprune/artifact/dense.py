@@ -9,7 +9,7 @@ from curvprune.artifact.folder import copy_companions, load_into
 from curvprune.artifact.manifest import MANIFEST
 from curvprune.artifact.transformers_folder import load_foreign
 from curvprune.compat import quiet_libraries
-from curvprune.files import as_umask_says_
+from curvprune.files import as_umask_says_, where_it_lies, written_beside
 from curvprune.model import changes_of
 
 
@@ -20,21 +20,23 @@ def export_dense(folder: str | Path, out: str | Path) -> Path:
 
     Args:
         folder: what ``Result.save`` or a run (``model/``) wrote, portable or not.
-        out: a new or empty folder.
+        out: a new or empty folder. It gets its name when all is written.
 
     Returns:
         ``out``.
 
     Raises:
-        ValueError: not an artifact of a transformers model; shapes that no config describes.
+        ValueError: not an artifact of a transformers model, or a damaged one; shapes that no config
+            describes.
     """
-    folder, out = Path(folder), Path(out)
+    folder, out = where_it_lies(Path(folder)), Path(out)
     model = opened(folder, out)
-    with quiet_libraries():
-        model.save_pretrained(out)
-    for weights in out.glob("*.safetensors"):
-        as_umask_says_(weights)
-    copy_companions(folder, out)
+    with written_beside(out, MANIFEST) as fresh:
+        with quiet_libraries():
+            model.save_pretrained(fresh)
+        for weights in fresh.glob("*.safetensors"):
+            as_umask_says_(weights)
+        copy_companions(folder, fresh)
     return out
 
 
@@ -45,7 +47,7 @@ def opened(folder: Path, out: Path) -> Any:
         raise ValueError(
             f"{folder} is not an artifact of a transformers model: it lacks a manifest or a config"
         )
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; export into a new folder")
     model = load_into(folder, load_foreign(folder))
     if changes_of(model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.machinery
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -161,9 +162,22 @@ def load_tokenizer(
         raise _not_loaded(f"tokenizer of {source}", error) from error
 
 
+# What a config says of where it was read, and by which library.
+_PLACES = ("_name_or_path", "transformers_version", "_commit_hash")
+
+
+def _config_text(model: nn.Module) -> str:
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        return ""
+    entries = {key: value for key, value in config.to_dict().items() if key not in _PLACES}
+    return json.dumps(entries, sort_keys=True, default=str)
+
+
 def model_sha256(model: nn.Module) -> str:
-    """Hash of all weights, for provenance and resume."""
-    digest = hashlib.sha256()
+    """Hash of all weights and of the config, which says what is computed with them; for provenance
+    and resume."""
+    digest = hashlib.sha256(f"{type(model).__name__}{_config_text(model)}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         # As bytes: NumPy has no bfloat16.

@@ -30,6 +30,7 @@ from curvprune.run.folder import (
 )
 from curvprune.run.prepare import Prepared, prepare
 from curvprune.run.price import PricedOptions, price_options
+from curvprune.run.published import as_text, publish_texts
 from curvprune.run.recipe import Recipe, load_recipe
 from curvprune.run.select import Selection, select_plans
 from curvprune.run.task import Task
@@ -151,7 +152,7 @@ def _go_on(recipe: Recipe, root: State, *, progress: bool, reuse: str | Path | N
     publish(shipped.folder, root)
     outcome = Outcome(priced=priced, selection=selection, shipped=shipped)
     record = run_record(prepared, outcome, root)
-    write_results(recipe, root, record, shipped)
+    write_results(recipe, root, prepared, record, shipped)
     return _result(root, record)
 
 
@@ -181,7 +182,7 @@ def _analyze(recipe: Recipe, root: State, *, progress: bool) -> RunResult:
     if not first:
         return RunResult(exit_code=0, folder=root.folder, record=None)
     fisher = priced.analysis.to_dict()
-    root.write_json(ANALYSIS, {**encode(curvature), "fisher": fisher})
+    publish_texts(root, {ANALYSIS: as_text({**encode(curvature), "fisher": fisher})})
     record = run_record(prepared, Outcome(priced=priced, curvature=curvature), root)
     write_report(root, record)
     return RunResult(exit_code=0, folder=root.folder, record=record)

@@ -43,9 +43,10 @@ from curvprune.places import check_regular, check_regular_below
 from curvprune.planning import SIZES, Budget, Infeasible, Limit
 from curvprune.record import CutRecord, RemovedUnits
 from curvprune.run import models, sources
-from curvprune.run.folder import Inputs, about_threads, claim
+from curvprune.run.folder import Inputs, about_threads, claim, state_of
 from curvprune.run.recipe import Recipe
 from curvprune.run.recipe_layers import assign_groups, assign_options
+from curvprune.run.source_files import source_files
 from curvprune.run.task import Settings, Storage, Task, TaskError, check_task
 from curvprune.run.uses import FOLDER, UsesInFolder
 from curvprune.run.workspace import Workspace
@@ -71,6 +72,7 @@ class Prepared:
 
     Attributes:
         inputs: hashes of what the run's results depend on.
+        sources: path → sha256 of the files that were read.
         kept: layers that no entry of ``compress:`` matches.
         offered: cut → widths, where the recipe asks for hidden units to be removed and they are
             not yet.
@@ -81,6 +83,7 @@ class Prepared:
     space: Workspace
     title: str
     inputs: Inputs
+    sources: dict[str, str]
     kept: tuple[str, ...]
     offered: Mapping[str, Widths]
     removed: RemovedUnits | None
@@ -100,16 +103,11 @@ def prepare(
     _check_folder(recipe, root)
     device = device_of(recipe)
     structured = _structured(recipe)
+    # What changes from now on is not what was read.
+    files = {} if root is None else source_files(recipe)
     model, tokenizer = _load_model(recipe)
     splits = _load_data(recipe, tokenizer)
     model.to(device)
-    state = State(Path(os.devnull))
-    if root is not None:
-        state = State(root.path("state"), writes=root.writes)
-    uses = None
-    if root is not None:
-        uses = UsesInFolder(root.folder.resolve().parent / FOLDER)
-    space = Workspace(state=state, log=StageLog(show=progress), uses=uses)
 
     # 2. The recipe laid over the model, and whether it fits.
     fit = partial(_fit, recipe, tokenizer=tokenizer, splits=splits)
@@ -121,6 +119,11 @@ def prepare(
         budget=task.budget,
         device=str(device),
     )
+    state, uses = State(Path(os.devnull)), None
+    if root is not None:
+        state = state_of(recipe, root, inputs)
+        uses = UsesInFolder(root.folder.resolve().parent / FOLDER)
+    space = Workspace(state=state, log=StageLog(show=progress), uses=uses)
     offered: dict[str, Widths] = {}
     if structured is not None and (root is None or root.writes) and not state.has(REMOVED):
         offered = _offered(recipe, task, structured)
@@ -129,7 +132,8 @@ def prepare(
     removed = None
     if root is not None:
         if root.writes:
-            claim(recipe, root, inputs, reused)
+            for name in claim(recipe, root, inputs, reused):
+                space.log.say(f"{state.folder / name} was damaged and is made anew")
             space.note(*about_threads(inputs, root))
         distributed.wait()
         if structured is not None:
@@ -143,6 +147,7 @@ def prepare(
         space=space,
         title=recipe.title or Path(source).name,
         inputs=inputs,
+        sources=files,
         kept=tuple(kept),
         offered=offered,
         removed=removed,

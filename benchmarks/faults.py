@@ -120,11 +120,13 @@ class Artifact:
 def make_artifacts(home: Path) -> dict[str, Artifact]:
     """One of each form that lies on disk."""
 
+    ours = cp.Settings(portable=False)
+
     def quantized(seed: int, **arguments: Any) -> Any:
         return cp.quantize(llama(seed), tokens(), **arguments)
 
     def sparse(seed: int) -> Any:
-        return cp.prune(llama(seed), tokens(), sparsity=0.5)
+        return cp.prune(llama(seed), tokens(), sparsity=0.5, settings=ours)
 
     def fewer_units(seed: int) -> Any:
         asked = cp.Structured(share=0.3, kinds=("mlp",))
@@ -133,17 +135,20 @@ def make_artifacts(home: Path) -> dict[str, Artifact]:
     def small(seed: int) -> Any:
         return cp.quantize(plain(seed), vectors(), bits=4, loss="classification")
 
-    forms: dict[str, tuple[Callable[[int], Any], Callable[[], nn.Module], bool]] = {
-        "portable": (partial(quantized, bits=4, group_size=16, symmetric=True), llama, True),
-        "packed": (partial(quantized, bits=3, group_size=16, symmetric=False), llama, False),
-        "sparse": (sparse, llama, False),
-        "units": (fewer_units, llama, True),
-        "plain": (small, plain, True),
+    forms: dict[str, tuple[Callable[[int], Any], Callable[[], nn.Module]]] = {
+        "portable": (partial(quantized, bits=4, group_size=16, symmetric=True), llama),
+        "packed": (
+            partial(quantized, bits=3, group_size=16, symmetric=False, settings=ours),
+            llama,
+        ),
+        "sparse": (sparse, llama),
+        "units": (fewer_units, llama),
+        "plain": (small, plain),
     }
     made = {}
-    for name, (compress, architecture, portable) in forms.items():
+    for name, (compress, architecture) in forms.items():
         for which, seed in (("a", 0), ("b", 1)):
-            compress(seed).save(home / name / which, portable=portable)
+            compress(seed).save(home / name / which)
         made[name] = Artifact(
             folder=home / name / "a", other=home / name / "b", architecture=architecture
         )
@@ -225,8 +230,10 @@ def _write(path: Path, content: bytes) -> None:
 
 def _of_bytes(name: str, size: int, draw: random.Random) -> Iterator[Damage]:
     # 1. Single bits, most of them anywhere and some in the first bytes, where headers lie.
-    places = [draw.randrange(size) for _ in range(5)] + [draw.randrange(min(size, 100))]
-    for place in places if size else []:
+    places = []
+    if size:
+        places = [draw.randrange(size) for _ in range(5)] + [draw.randrange(min(size, 100))]
+    for place in places:
         bit = 1 << draw.randrange(8)
         yield Damage(name=f"{name}: bit flipped at {place}", apply=partial(_flip, name, place, bit))
     # 2. Cut short, and too long.
@@ -532,7 +539,7 @@ def damaged_artifacts(home: Path, table: Table, asked: argparse.Namespace) -> No
         # 2. Every damage, every reader.
         draw = random.Random(asked.seed)
         every = list(damages(artifact.folder, artifact.other, draw))
-        for damage in sample(every, 14 if asked.quick else 10**9, draw):
+        for damage in sample(every, 14 if asked.quick else asked.most, draw):
             folder = home / "damaged"
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(artifact.folder, folder)
@@ -590,7 +597,7 @@ def damaged_runs(home: Path, table: Table, asked: argparse.Namespace) -> None:
             continue
         draw = random.Random(asked.seed)
         every = list(damages(folder, other, draw))
-        for damage in sample(every, 14 if asked.quick else 250, draw):
+        for damage in sample(every, 14 if asked.quick else asked.most, draw):
             out = home / "out"
             shutil.rmtree(out, ignore_errors=True)
             shutil.copytree(folder, out)
@@ -790,6 +797,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=[], metavar="GLOB")
+    parser.add_argument("--most", type=int, default=250, help="damages of one folder")
     parser.add_argument("--quick", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(1)

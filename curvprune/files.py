@@ -34,6 +34,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, uint8
 
+from curvprune.failures import tensors_error
+from curvprune.places import check_regular
+
 # A sealed JSON file is one of two entries: the hash, and what it is of.
 _SEAL = '{"sha256": "%s",\n"content": '
 _LARGEST_HEADER = 100_000_000  # bytes; that of safetensors itself
@@ -78,9 +81,9 @@ def read_tensors_of(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        if "os error" in str(error):  # the disk's or the memory's fault, not the file's
-            raise
-        raise _damaged(path, str(error)) from error
+        # The disk's or the memory's fault is not the file's.
+        told = tensors_error(error, path)
+        raise (_damaged(path, str(error)) if isinstance(told, ValueError) else told) from error
 
 
 def check_header(path: Path) -> None:
@@ -257,6 +260,7 @@ class State:
     def read_text(self, name: str) -> str:
         """Raises ``ValueError`` naming the file if it is not UTF-8."""
         path = self.path(name)
+        check_regular(path)
         try:
             return path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
@@ -289,7 +293,10 @@ class State:
         metadata = None
         if self.seal is not None:
             metadata = {"sha256": self._hash(name, *_parts_of(whole))}
-        save_file(whole, temporary, metadata=metadata)
+        try:
+            save_file(whole, temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise tensors_error(error, path) from error
         as_umask_says_(temporary)
         _flush(temporary)
         temporary.replace(path)

@@ -15,7 +15,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "options": set(),
     "failures": set(),
     "places": set(),
-    "files": set(),
+    "files": {"failures", "places"},
     "distributed": set(),
     "compat": set(),
     "schema": set(),
@@ -28,7 +28,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("curvature", "compression", "planning", "model", "options", "schema", "compat"),
     },
     "structured": {"pricing", "planning", "compression", "curvature", "model", "schema"},
-    "artifact": {"compression", "planning", "model", "options", "files", "compat", "schema"},
+    "artifact": {
+        *("compression", "planning", "model", "options", "files", "failures", "compat", "schema"),
+    },
     "record": {"planning", "certificate", "curvature", "files", "schema"},
     "report": {"record"},
 }

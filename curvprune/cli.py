@@ -1,5 +1,5 @@
 """The command line: arguments in, exit code out. 0 certified (or no budget asked), 1 violated or
-inconclusive, 2 bad input."""
+inconclusive, 2 bad input, 3 the machine (disk, memory), 130 interrupted."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars would tear ours apart
 
+import errno
 import math
+import sys
 from collections import Counter
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.markup import escape
@@ -26,9 +29,71 @@ from rich.table import Table
 import curvprune
 from curvprune import run as runs
 from curvprune.artifact import export_dense, export_gptq
+from curvprune.failures import MACHINE, tell, told_to_end
+
+RESUMING = ("run", "analyze")  # commands that go on from where they were stopped
+
+
+class _Commands(typer.core.TyperGroup):
+    """The commands, of which every exception leaves with one sentence and an exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        with told_to_end():
+            try:
+                return super().main(*args, **kwargs)
+            except SystemExit as end:
+                # What is still to be written, such as --help into a full disk, fails here or when
+                # the interpreter ends, which would give the exit code another meaning.
+                code = _written(end.code)
+                if code == end.code:
+                    raise
+                raise SystemExit(code) from end
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().make_context(*args, **kwargs)  # which also answers --help
+        except BaseException as error:
+            raise _exit(error, command="") from error
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            found = super().invoke(ctx)
+            sys.stdout.flush()
+            return found
+        except BaseException as error:
+            raise _exit(error, command=ctx.invoked_subcommand or "") from error
+
+
+def _exit(error: BaseException, *, command: str) -> BaseException:
+    """What to raise for an exception: typer's own as they are, an exit code for all others."""
+    # An exit code that a command chose, or an argument that is wrong.
+    if hasattr(error, "exit_code"):
+        return error
+    # rich's word for a reader of the output that has gone.
+    if isinstance(error, SystemExit):
+        error = BrokenPipeError(errno.EPIPE, "the output was closed")
+    return typer.Exit(tell(error, resumes=command in RESUMING))
+
+
+def _written(code: Any) -> Any:
+    """The exit code, once all output is written; that of the machine if it cannot be."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # The interpreter flushes once more at its end: into nothing.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return tell(error) if code in (0, None) else code
+    except ValueError:  # closed already
+        return MACHINE if code in (0, None) else code
+    return code
+
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help=__doc__,
 )
 
 RecipeArgument = Annotated[
@@ -54,16 +119,7 @@ class ExportFormat(StrEnum):
     dense = "dense"
 
 
-# What a user can mend: recipe, paths, disk, weights that overflow.
-BAD_INPUT = (ValueError, OSError, ArithmeticError)
 MOST_LAYERS = 15  # that `analyze` prints; its report has all
-
-
-def _bad_input(error: Exception) -> typer.Exit:
-    Console(stderr=True).print(
-        f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False
-    )
-    return typer.Exit(2)
 
 
 def _show_version(asked: bool) -> bool:
@@ -92,10 +148,7 @@ def run(
 ) -> None:
     """Compress, certify and report; running it again resumes."""
     folder = out or Path("runs") / recipe.stem
-    try:
-        result = runs.run(recipe, folder, progress=not quiet, reuse=reuse)
-    except BAD_INPUT as error:
-        raise _bad_input(error) from error
+    result = runs.run(recipe, folder, progress=not quiet, reuse=reuse)
     if result.record:  # of several processes the first reports
         console = Console()
         console.print(Markdown(result.summary))
@@ -107,10 +160,7 @@ def run(
 def analyze(recipe: RecipeArgument, out: OutOption = None, quiet: QuietOption = False) -> None:
     """Curvature and sensitivities only; `run` with the same --out goes on from there."""
     folder = out or Path("runs") / recipe.stem
-    try:
-        result = runs.analyze(recipe, folder, progress=not quiet)
-    except BAD_INPUT as error:
-        raise _bad_input(error) from error
+    result = runs.analyze(recipe, folder, progress=not quiet)
     if not result.record:  # of several processes the first reports
         return
     console = Console()
@@ -149,10 +199,7 @@ def _print_traces(console: Console, result: runs.RunResult) -> None:
 @app.command()
 def check(recipe: RecipeArgument) -> None:
     """Validate a recipe, list layers and options, estimate time and memory."""
-    try:
-        found = runs.check(recipe)
-    except BAD_INPUT as error:
-        raise _bad_input(error) from error
+    found = runs.check(recipe)
     console = Console(highlight=False)
     # What would be compressed, what may go wrong, what it would take.
     _print_layers(console, found)
@@ -230,10 +277,7 @@ def report(
     ] = None,
 ) -> None:
     """(Re)build report.html of a run, with a comparison if asked for."""
-    try:
-        path = runs.rebuild_report(folder, against)
-    except BAD_INPUT as error:
-        raise _bad_input(error) from error
+    path = runs.rebuild_report(folder, against)
     Console().print(str(path), highlight=False)
 
 
@@ -252,10 +296,7 @@ def compare(
 ) -> None:
     """How far two models are apart on the certify split of a recipe: KL divergence, top-1
     agreement, losses, flips."""
-    try:
-        found = runs.compare_folders(dense, other, recipe, out=out, progress=not quiet)
-    except BAD_INPUT as error:
-        raise _bad_input(error) from error
+    found = runs.compare_folders(dense, other, recipe, out=out, progress=not quiet)
     console = Console(highlight=False)
     _print_comparison(console, found)
     if out is not None:
@@ -277,10 +318,7 @@ def _print_comparison(console: Console, found: runs.ComparedModels) -> None:
 @app.command()
 def clean(folder: FolderArgument) -> None:
     """Remove a run's intermediate results, state/; its model and report stay."""
-    try:
-        freed = runs.clean(folder)
-    except BAD_INPUT as error:
-        raise _bad_input(error) from error
+    freed = runs.clean(folder)
     Console().print(f"{freed:,} bytes freed", highlight=False)
 
 
@@ -297,10 +335,7 @@ def export(
     """Write a saved model once more: as a GPTQ checkpoint (one grid of 2, 3, 4 or 8 bits for all
     Linear layers), or dense, for every tool that reads the uncompressed one."""
     write = export_gptq if format is ExportFormat.gptq else export_dense
-    try:
-        write(folder, out)
-    except BAD_INPUT as error:
-        raise _bad_input(error) from error
+    write(folder, out)
     Console().print(str(out), highlight=False)
 
 

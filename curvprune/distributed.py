@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+# The first process works alone for hours on a large model, while the others wait. torch's own limit
+# is 30 minutes (10 for NCCL); a process that has died is noticed at once, whatever the limit.
+LONGEST_WAIT = timedelta(days=7)
 
 
 def shared() -> bool:
@@ -27,6 +32,12 @@ def rank() -> int:
 
 def world() -> int:
     return dist.get_world_size() if shared() else 1
+
+
+def is_first() -> bool:
+    """Whether this is the first process of its job, also before it has joined the others."""
+    joined = dist.is_available() and dist.is_initialized()
+    return rank() == 0 if joined else os.environ.get("RANK", "0") == "0"
 
 
 def my_share(parts: Sequence[T]) -> Sequence[T]:
@@ -73,7 +84,8 @@ def together() -> Iterator[None]:
     # One device a process, before anything is allocated on the first.
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=LONGEST_WAIT)
     try:
         yield
     finally:

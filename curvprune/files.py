@@ -1,14 +1,17 @@
-"""What a run remembers between processes: atomic files, and a log of its stages with progress and
-time left.
+"""What a run remembers between processes: atomic files and folders, sealed by their hashes, and a
+log of its stages with progress and time left.
 
-Every file is written under a temporary name, flushed to disk and renamed. A process that is killed
-at any moment leaves the old file or the new one, never half of it.
+Every file and folder is written under a temporary name, flushed to disk and renamed. A process that
+is killed at any moment leaves the old one or the new one, never half of it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
+import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,8 +30,16 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, uint8
+
+from curvprune.failures import tensors_error
+from curvprune.places import check_regular
+
+# A sealed JSON file is one of two entries: the hash, and what it is of.
+_SEAL = '{"sha256": "%s",\n"content": '
+_LARGEST_HEADER = 100_000_000  # bytes; that of safetensors itself
 
 
 def as_umask_says_(path: Path) -> None:
@@ -42,15 +53,185 @@ def as_umask_says_(path: Path) -> None:
     path.chmod(mode)
 
 
+def sha256_of_file(path: Path) -> str:
+    """Hash of a file's bytes, about a second per gigabyte."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def parse_json(text: str, source: Path) -> Any:
+    """Raises ``ValueError`` naming the file if it is not JSON, or says one key twice."""
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is damaged ({error}); delete it and run again") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands there twice")
+    return found
+
+
+def read_tensors_of(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. Raises ``ValueError`` naming the file if it is not whole,
+    or holds two tensors of one name."""
+    check_header(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        # The disk's or the memory's fault is not the file's.
+        told = tensors_error(error, path)
+        raise (_damaged(path, str(error)) if isinstance(told, ValueError) else told) from error
+
+
+def check_header(path: Path) -> None:
+    """Look at a safetensors file's header before anything takes memory for what it promises."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not there, or is no file")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+            raise _damaged(path, f"{size} bytes, which a header of {length} does not fit into")
+        raw = file.read(length)
+    try:
+        json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"its header: {error}") from error
+
+
+def _damaged(path: Path, why: str) -> ValueError:
+    first = why.splitlines()[0] if why else "cannot be read"
+    return ValueError(f"{path} is damaged ({first[:200]}); write it again, or fetch another copy")
+
+
+# --------------------------------------------------------------------------------- whole folders
+
+
+@contextmanager
+def written_beside(folder: Path, marker: str) -> Iterator[Path]:
+    """Yields a new folder beside ``folder``, which takes its place at the end, or is removed after
+    an exception.
+
+    A kill between the two renames leaves ``.<name>.old``: `where_it_lies` finds it, and the next
+    call here puts it back first.
+
+    Args:
+        marker: the file that tells a folder of ours; an old one without it is never removed.
+    """
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # 1. What processes left that were killed.
+    _clear_leftovers(folder, marker)
+    fresh = folder.with_name(f".{folder.name}.new-{os.getpid()}")
+    fresh.mkdir()
+    try:
+        # 2. The caller fills it; all of it is on the disk before it gets its name.
+        yield fresh
+        for path in fresh.rglob("*"):
+            if path.is_file():
+                _flush(path)
+        # 3. Two renames, then the old one goes.
+        _take_place(fresh, folder, marker)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+def where_it_lies(folder: Path) -> Path:
+    """``folder``, or where a process that was killed while replacing it has left the old one."""
+    if not folder.exists() and (old := _aside(folder)).is_dir():
+        return old
+    return folder
+
+
+def _aside(folder: Path) -> Path:
+    folder = folder.resolve()
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _take_place(fresh: Path, folder: Path, marker: str) -> None:
+    if not folder.exists():
+        fresh.rename(folder)
+    elif not any(folder.iterdir()):
+        folder.rmdir()
+        fresh.rename(folder)
+    else:
+        old = _aside(folder)
+        folder.rename(old)
+        fresh.rename(folder)
+        _remove_marked(old, marker)
+
+
+def _clear_leftovers(folder: Path, marker: str) -> None:
+    old = _aside(folder)
+    if old.is_dir():
+        if not (old / marker).is_file():
+            raise ValueError(
+                f"{old} is in the way and holds no {marker}, as what curvprune leaves would; move "
+                "it elsewhere"
+            )
+        if folder.exists():
+            _remove_marked(old, marker)
+        else:
+            old.rename(folder)
+    pattern = re.compile(re.escape(f".{folder.name}.new-") + r"(\d+)")
+    for path in folder.parent.iterdir():
+        found = pattern.fullmatch(path.name)
+        if found and path.is_dir() and not path.is_symlink() and not _alive(int(found[1])):
+            shutil.rmtree(path)
+
+
+def _remove_marked(folder: Path, marker: str) -> None:
+    """Remove a folder, the file that says whose it is last: a kill midway leaves it known."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != marker:
+            path.unlink()
+    (folder / marker).unlink()
+    folder.rmdir()
+
+
+def _alive(pid: int) -> bool:
+    """Whether another process has this number. This one leaves nothing behind that it has not
+    finished."""
+    if pid == os.getpid():
+        return False
+    if os.name != "posix":
+        return True  # to ask there is to end it
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+# ---------------------------------------------------------------------------------- single files
+
+
 @dataclass(frozen=True, slots=True)
 class State:
     """A folder of JSON and safetensors files, each written atomically; names are paths inside it.
 
     Of several processes one writes; to the others ``writes`` is False and writing does nothing.
+
+    With a ``seal``, every file carries a hash of its content, its name and the seal. What was
+    changed, renamed or brought from a folder with another seal is refused when it is read.
     """
 
     folder: Path
     writes: bool = True
+    seal: str | None = None
 
     def path(self, name: str) -> Path:
         path = (self.folder / name).resolve()
@@ -77,20 +258,29 @@ class State:
         temporary.replace(path)
 
     def read_text(self, name: str) -> str:
-        return self.path(name).read_text(encoding="utf-8")
+        """Raises ``ValueError`` naming the file if it is not UTF-8."""
+        path = self.path(name)
+        check_regular(path)
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
 
     def write_json(self, name: str, value: object) -> None:
         """Raises ``ValueError`` for NaN and infinity, which JSON does not have."""
-        self.write_text(name, json.dumps(value, indent=1, allow_nan=False) + "\n")
+        text = json.dumps(value, indent=1, allow_nan=False)
+        whole = f"{text}\n" if self.seal is None else self._sealed(name, text)
+        self.write_text(name, whole)
 
     def read_json(self, name: str) -> Any:
-        """Raises ``ValueError`` naming the file if it is not JSON."""
-        try:
-            return json.loads(self.read_text(name))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{self.path(name)} is damaged ({error}); delete it and run again"
-            ) from error
+        """Raises ``ValueError`` naming the file if it is not JSON, or not as it was written."""
+        text = self.read_text(name)
+        if self.seal is not None:
+            content = text[len(_SEAL % ("0" * 64)) : -2]
+            if text != self._sealed(name, content):
+                raise self._not_as_written(name)
+            text = content
+        return parse_json(text, self.path(name))
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         path = self.path(name)
@@ -99,14 +289,53 @@ class State:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The same three steps as in `write_text`, and the mode that safetensors does not set.
         temporary = path.with_name(f".{path.name}.tmp")
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary)
+        whole = {k: v.detach().contiguous() for k, v in tensors.items()}
+        metadata = None
+        if self.seal is not None:
+            metadata = {"sha256": self._hash(name, *_parts_of(whole))}
+        try:
+            save_file(whole, temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise tensors_error(error, path) from error
         as_umask_says_(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        _flush(temporary)
         temporary.replace(path)
 
     def read_tensors(self, name: str) -> dict[str, Tensor]:
-        return load_file(self.path(name))
+        """Raises ``ValueError`` naming the file if it is not whole, or not as it was written."""
+        path = self.path(name)
+        tensors = read_tensors_of(path)
+        if self.seal is not None:
+            with safe_open(path, framework="pt") as file:
+                said = (file.metadata() or {}).get("sha256")
+            if said != self._hash(name, *_parts_of(tensors)):
+                raise self._not_as_written(name)
+        return tensors
+
+    def _sealed(self, name: str, content: str) -> str:
+        return _SEAL % self._hash(name, content.encode()) + content + "}\n"
+
+    def _hash(self, name: str, *parts: Any) -> str:
+        """Of the seal, a file's name, and bytes or arrays."""
+        found = hashlib.sha256(f"{self.seal}\n{name}\n".encode())
+        for part in parts:
+            found.update(part)
+        return found.hexdigest()
+
+    def _not_as_written(self, name: str) -> ValueError:
+        return ValueError(
+            f"{self.path(name)} is damaged: it is not what this run wrote under this name; run "
+            "again, which makes it anew"
+        )
+
+
+def _parts_of(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
+    """What there is to hash of tensors: name, type, shape and bytes of each."""
+    for name, tensor in sorted(tensors.items()):
+        yield f"{name}{tuple(tensor.shape)}{tensor.dtype}\n".encode()
+        # As bytes: NumPy has no bfloat16.
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(uint8)
+        yield raw.numpy()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,6 +354,11 @@ class StageLog:
 
     show: bool = True
     log: list[StageTime] = field(default_factory=list)
+
+    def say(self, text: str) -> None:
+        """A line among the stages."""
+        if self.show:
+            Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, name: str, total: int, *, done: int = 0) -> Iterator[Callable[[int], None]]:

@@ -3,6 +3,7 @@ our loader."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -214,7 +215,7 @@ def test_artifacts_and_exports_have_the_mode_that_the_umask_says(mask, mode, tmp
 
 
 def test_the_manifest_is_what_it_was(tmp_path):
-    """Its text."""
+    """Its text, the hashes of the files beside it among it, and its own."""
     model = Convolutional()
     options = [Quantize(bits=4), Prune(sparsity=0.5)]
     solved = compress_every_way(model, ["head", "flat"], options)
@@ -230,7 +231,12 @@ def test_the_manifest_is_what_it_was(tmp_path):
             "flat": {"option": "prune0.5", "form": "sparse"},
         },
         "plan": plan,
+        "files": {
+            artifact.WEIGHTS: hashlib.sha256((tmp_path / artifact.WEIGHTS).read_bytes()).hexdigest()
+        },
     }
+    canonical = json.dumps(expected, sort_keys=True).encode()
+    expected["sha256"] = hashlib.sha256(canonical).hexdigest()
     assert path.read_text() == json.dumps(expected, indent=1) + "\n"
     whole = cp.load(tmp_path, model=Convolutional()).state_dict()
     for name, tensor in model.state_dict().items():

@@ -169,6 +169,14 @@ compress:
     )
 
 
+def test_a_pattern_needs_no_quotes_and_digits_may_be_grouped(tmp_path: Path) -> None:
+    text = 'compress:\n  - {layers: "*", options: [{prune: {pattern: 2:4}}]}\nseed: 1_000\n'
+    recipe = load_recipe(write(tmp_path, MODEL + DATA + text + BUDGET))
+    assert recipe.compress[0].options == (Prune(pattern="2:4"),) and recipe.seed == 1000
+    again = load_recipe(write(tmp_path, lock_text(recipe, {})))
+    assert again == recipe
+
+
 def test_a_recipe_is_frozen(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, MODEL + DATA + COMPRESS + BUDGET))
     with pytest.raises(ValidationError):

@@ -5,6 +5,7 @@ The expected line is the one that carries the comment ``#!`` in the YAML itself.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -325,11 +326,6 @@ REJECTED = {
         "exactly one",
         "",
     ),
-    "pattern that YAML reads as a number": (
-        OFFERS + "      - prune: {pattern: 2:4} #!\n" + BUDGET,
-        "prune.pattern: 124 is not valid",
-        'nearest: "2:4"',
-    ),
     "pattern upside down": (
         OFFERS + '      - prune: {pattern: "4:2"} #!\n' + BUDGET,
         "prune.pattern",
@@ -516,7 +512,56 @@ REJECTED = {
         "objective: classification needs labels",
         "label-free",
     ),
+    # numbers and words that YAML 1.1 reads otherwise than people
+    "octal": (OFFERS + BUDGET + "seed: 020 #!\n", "seed: 020 has a leading zero", "nearest: 20"),
+    "negative octal": (OFFERS + BUDGET + "seed: -010 #!\n", "-010 has a leading zero", ""),
+    "base 60": (OFFERS + BUDGET + "seed: 1:30 #!\n", 'seed: "1:30" is not valid', "whole number"),
+    "a word that is a switch": (
+        "title: on #!\n" + OFFERS + BUDGET,
+        "title: true is not valid",
+        "put text in quotes",
+    ),
+    "a date": ("title: 2024-01-31 #!\n" + OFFERS + BUDGET, "title", 'nearest: "2024-01-31"'),
+    "an empty whole number": (
+        OFFERS + BUDGET + 'seed: !!int "" #!\n',
+        "seed: ",
+        "cannot be read",
+    ),
+    "a switch that is none": (OFFERS + BUDGET + "seed: !!bool x #!\n", "x cannot be read", ""),
+    "a time that is none": (OFFERS + BUDGET + "seed: !!timestamp x #!\n", "x cannot be read", ""),
 }
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "nan", "inf", '"-3"', "1e999", "-1.5"])
+@pytest.mark.parametrize("key", ["budget: {max_drop", "search: {trials", "recover: {lr"])
+def test_no_value_is_called_the_nearest_that_would_be_refused(key, value, tmp_path) -> None:
+    end = "" if key.startswith("budget") else BUDGET
+    message = str(rejection(tmp_path, OFFERS + f"{key}: {value}}}\n" + end))
+    for wrong in ("nan", "inf", "-"):
+        assert f"nearest: {wrong}" not in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"device: {'x' * 300_000}\n",
+        f"seed: {'9' * 4_000}\n",
+        f"seed: {'9' * 300_000}\n",
+        f"{'x' * 300_000}: 1\n",
+        f"seed: !<{'x' * 300_000}> 1\n",
+        f"same_option: {'x' * 300_000}\n",
+    ],
+)
+def test_a_message_is_short_whatever_stands_in_the_file(text: str, tmp_path: Path) -> None:
+    message = str(rejection(tmp_path, OFFERS + BUDGET + text))
+    assert len(message) < 1000 + len(str(tmp_path)) and "\n" not in message
+
+
+def test_a_pipe_or_a_device_is_no_recipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path, kind in ((tmp_path / "pipe.yaml", "a pipe"), (Path("/dev/zero"), "a device")):
+        with pytest.raises(RecipeError, match=rf"cannot be read \({kind}\); expected a recipe"):
+            load_recipe(path)
 
 
 @pytest.mark.parametrize(("text", "problem", "remedy"), REJECTED.values(), ids=REJECTED.keys())

@@ -24,7 +24,7 @@ from curvprune.certificate import (
     judge,
     loss_for,
 )
-from curvprune.files import StageLog
+from curvprune.files import StageLog, where_it_lies
 from curvprune.model import (
     Batch,
     LossLike,
@@ -311,10 +311,14 @@ def load(
     model: nn.Module | None = None,
     packed: bool = False,
     device: str | torch.device = "cpu",
+    verify: bool = True,
 ) -> nn.Module:
     """Load a saved artifact in evaluation mode.
 
     Args:
+        verify: compare the sha256 of every file with the one in ``curvprune.json``, at about a
+            second per gigabyte. Without it tensors are still compared with the model, by name,
+            shape and type.
         packed: keep rounded weights packed in memory (half a byte a weight up to 4 bits, else one)
             and unpack each when its module runs: the same outputs in a fraction of the memory,
             slower where few tokens pass at a time. The model is for inference: it has no dense
@@ -322,12 +326,12 @@ def load(
         model: the uncompressed architecture, for models that transformers cannot rebuild from a
             config; it is filled in place.
 
-    Raises ``ValueError`` for a folder without an artifact, or if ``model`` is needed or does not
-    fit.
+    Raises ``ValueError`` for a folder without an artifact, for a file that is not what was written,
+    or if ``model`` is needed or does not fit.
     """
-    path = Path(folder)
+    path = where_it_lies(Path(folder))
     if (path / artifact.MANIFEST).is_file() and model is None and (path / "config.json").is_file():
-        return load_artifact(path, packed=packed, device=device)
+        return load_artifact(path, packed=packed, device=device, hashes=verify)
     if model is None:
         missing = (
             ""
@@ -339,4 +343,5 @@ def load(
             "of its architecture"
         )
     inner = plain_model(model, rewritten=True)
-    return artifact.load_into(path, inner, packed=packed).to(device).eval()
+    filled = artifact.load_into(path, inner, packed=packed, hashes=verify)
+    return filled.to(device).eval()

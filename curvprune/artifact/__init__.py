@@ -20,7 +20,7 @@ from curvprune.artifact.folder import (
     weights_file,
 )
 from curvprune.artifact.gptq import export_gptq
-from curvprune.artifact.manifest import MANIFEST, Manifest, read_manifest
+from curvprune.artifact.manifest import MANIFEST, Manifest, not_written, read_manifest, verify
 from curvprune.artifact.packed_modules import PackedWeight, SparseWeight
 from curvprune.artifact.packing import pack, unpack
 from curvprune.artifact.save_and_load import describe, load_artifact, write_model
@@ -44,6 +44,7 @@ __all__ = [
     "load_artifact",
     "load_into",
     "loads_packed",
+    "not_written",
     "other_bytes",
     "pack",
     "portable_for",
@@ -55,6 +56,7 @@ __all__ = [
     "stored_tensors",
     "tensor_names",
     "unpack",
+    "verify",
     "weights_file",
     "write_model",
 ]

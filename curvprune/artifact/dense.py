@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from curvprune.artifact.folder import copy_companions, load_into
-from curvprune.artifact.manifest import MANIFEST
+from curvprune.artifact.manifest import MANIFEST, verify
 from curvprune.artifact.transformers_folder import load_foreign
 from curvprune.compat import quiet_libraries
-from curvprune.files import as_umask_says_
+from curvprune.files import as_umask_says_, where_it_lies, written_beside
 from curvprune.model import changes_of
 
 
@@ -20,21 +20,23 @@ def export_dense(folder: str | Path, out: str | Path) -> Path:
 
     Args:
         folder: what ``Result.save`` or a run (``model/``) wrote, portable or not.
-        out: a new or empty folder.
+        out: a new or empty folder. It gets its name when all is written.
 
     Returns:
         ``out``.
 
     Raises:
-        ValueError: not an artifact of a transformers model; shapes that no config describes.
+        ValueError: not an artifact of a transformers model, or a damaged one; shapes that no config
+            describes.
     """
-    folder, out = Path(folder), Path(out)
+    folder, out = where_it_lies(Path(folder)), Path(out)
     model = opened(folder, out)
-    with quiet_libraries():
-        model.save_pretrained(out)
-    for weights in out.glob("*.safetensors"):
-        as_umask_says_(weights)
-    copy_companions(folder, out)
+    with written_beside(out, MANIFEST) as fresh:
+        with quiet_libraries():
+            model.save_pretrained(fresh)
+        for weights in fresh.glob("*.safetensors"):
+            as_umask_says_(weights)
+        copy_companions(folder, fresh)
     return out
 
 
@@ -45,9 +47,10 @@ def opened(folder: Path, out: Path) -> Any:
         raise ValueError(
             f"{folder} is not an artifact of a transformers model: it lacks a manifest or a config"
         )
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; export into a new folder")
-    model = load_into(folder, load_foreign(folder))
+    verify(folder)  # before anything is made of its config
+    model = load_into(folder, load_foreign(folder), hashes=False)
     if changes_of(model):
         raise ValueError(
             f"{folder}: no config describes its shapes, as other readers need; prune with "

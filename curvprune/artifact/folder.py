@@ -5,21 +5,28 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from curvprune.artifact.bytes_on_disk import Portable, form_of, portable_for
-from curvprune.artifact.manifest import MANIFEST, Manifest, StoredLayer, read_manifest
+from curvprune.artifact.manifest import (
+    MANIFEST,
+    Manifest,
+    StoredLayer,
+    not_written,
+    read_manifest,
+    verify,
+    write_manifest,
+)
 from curvprune.artifact.packed_modules import HeldWeight, give_back_memory, pack_modules
 from curvprune.artifact.stored_layers import Stored, stored_tensors, take_stored
 from curvprune.compression import Solved
-from curvprune.files import State
+from curvprune.files import State, check_header, read_tensors_of, written_beside
 from curvprune.model import (
     Layer,
     changes_of,
@@ -107,16 +114,21 @@ def save(
     plan: Mapping[str, object],
     *,
     portable: Portable = True,
+    companions: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write the weights and ``curvprune.json`` (which option each layer has) into ``folder``;
-    `form_of` says what ``portable`` means. A model whose shapes are not its architecture's carries
-    how they differ."""
+    """Write the weights and ``curvprune.json`` (which option each layer has, and every file's hash)
+    into ``folder``; `form_of` says what ``portable`` means. A model whose shapes are not its
+    architecture's carries how they differ.
+
+    All is written beside ``folder`` and then renamed: what was there before is whole until then.
+
+    Args:
+        companions: writes into the folder what else belongs there.
+
+    Raises ``ValueError`` where the folder holds anything but an artifact as it was written.
+    """
+    check_free(folder)
     portable = portable_for(model, portable)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = State(folder)
-    mine, other = (WEIGHTS, FOREIGN_WEIGHTS) if portable else (FOREIGN_WEIGHTS, WEIGHTS)
-    state.write_tensors(mine, state_dict_on_disk(model, layers, solved, portable=portable))
-    (folder / other).unlink(missing_ok=True)  # of an artifact that was here before
     entries = {}
     for name, one in solved.items():
         form = form_of(model, layers[name], one.option, portable=portable)
@@ -128,7 +140,32 @@ def save(
         changes=tuple(changes_of(model)),
         seen=b"".join(sorted(seen_by(model))).hex(),
     )
-    state.write_json(MANIFEST, manifest.to_json())
+    name = WEIGHTS if portable else FOREIGN_WEIGHTS
+    with written_beside(folder, MANIFEST) as fresh:
+        tensors = state_dict_on_disk(model, layers, solved, portable=portable)
+        State(fresh).write_tensors(name, tensors)
+        if companions is not None:
+            companions(fresh)
+        write_manifest(fresh, manifest)
+
+
+def check_free(folder: Path) -> None:
+    """Raises ``ValueError`` if to write a folder would lose a file that curvprune did not write, or
+    that has changed since."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; save into a new folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(
+            f"{folder} is not empty and holds no artifact of curvprune; save into a new folder"
+        )
+    if others := not_written(folder):
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise ValueError(
+            f"{folder} holds {others[0]}{more}, which curvprune did not write or which has changed "
+            "since; move it elsewhere, or save into a new folder"
+        )
 
 
 def is_portable(folder: Path) -> bool:
@@ -141,17 +178,22 @@ def weights_file(folder: Path) -> Path:
 
 
 @torch.no_grad()
-def load_into(folder: Path, model: nn.Module, *, packed: bool = False) -> nn.Module:
+def load_into(
+    folder: Path, model: nn.Module, *, packed: bool = False, hashes: bool = True
+) -> nn.Module:
     """Fill ``model`` (of the uncompressed architecture) with an artifact's weights, unpacked to the
     model's own types. With ``packed`` the modules of packed layers are replaced by ones that keep
     them packed (`curvprune.artifact.packed_modules`).
 
-    Raises ``ValueError`` naming the first tensor that is missing, left over or of another shape.
+    Args:
+        hashes: compare every file with the hash that was taken when it was written.
+
+    Raises ``ValueError`` naming the file that is damaged, or the first tensor that is missing, left
+    over or of another shape.
     """
-    if not (folder / MANIFEST).is_file():
-        raise ValueError(f"{folder} has no {MANIFEST}: it is not a folder that curvprune saved")
     manifest = read_manifest(folder)
-    tensors = load_file(weights_file(folder))
+    verify(folder, manifest, hashes=hashes)
+    tensors = read_tensors_of(weights_file(folder))
     # 1. The shapes of the model that was saved, if it does not have them yet.
     changes = list(manifest.changes)
     if changes != changes_of(model):
@@ -222,6 +264,8 @@ def _fill_(
             raise ValueError(
                 f"{folder}: {name} is {tuple(tensor.shape)}, the model has {tuple(target.shape)}"
             )
+        if tensor.is_floating_point() != target.is_floating_point():
+            raise ValueError(f"{folder}: {name} is {tensor.dtype}, the model has {target.dtype}")
         target.copy_(tensor)
         filled.add(target.data_ptr())
     for name, target in own.items():
@@ -230,10 +274,14 @@ def _fill_(
 
 
 def copy_companions(folder: Path, out: Path) -> None:
-    """What an export keeps as it is: the tokenizer, the generation config."""
+    """What an export keeps as it is: the tokenizer, the generation config. Links that lead out of
+    the folder are not followed."""
+    home, left = folder.resolve(), (MANIFEST, "config.json", weights_file(folder).name)
     for path in folder.iterdir():
-        if path.is_file() and path.name not in (MANIFEST, "config.json", weights_file(folder).name):
-            shutil.copy2(path, out / path.name)
+        inside = path.resolve().is_relative_to(home)
+        if path.is_file() and inside and path.name not in left:
+            # The content alone: its mode is that of a new file.
+            shutil.copyfile(path, out / path.name)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -244,6 +292,7 @@ def folder_bytes(folder: Path) -> int:
 def tensor_names(folder: Path) -> dict[str, tuple[tuple[int, ...], int]]:
     """Name → (shape, bytes) of every tensor in the artifact, read from the header alone."""
     found = {}
+    check_header(weights_file(folder))
     with safe_open(weights_file(folder), framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 — safe_open is not a dict
             part = file.get_slice(name)

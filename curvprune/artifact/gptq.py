@@ -15,22 +15,20 @@ A weight is ``(code - zero) * scale``. There is one grid for all of them.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import curvprune
 from curvprune.artifact.dense import opened
 from curvprune.artifact.folder import WEIGHTS, copy_companions, state_dict_on_disk, weights_file
-from curvprune.artifact.manifest import Manifest, read_manifest
+from curvprune.artifact.manifest import MANIFEST, Manifest, read_manifest
 from curvprune.artifact.packing import pack
 from curvprune.artifact.stored_layers import Stored, take_stored
-from curvprune.files import State
+from curvprune.files import State, read_tensors_of, where_it_lies, written_beside
 from curvprune.model import Layer, find_layers
 from curvprune.options import Quantize, option_from_key, quantizer_of
 
@@ -46,7 +44,7 @@ def export_gptq(folder: str | Path, out: str | Path) -> Path:
 
     Args:
         folder: what ``Result.save`` or a run (``model/``) wrote, portable or not.
-        out: a new or empty folder.
+        out: a new or empty folder. It gets its name when all is written.
 
     Returns:
         ``out``.
@@ -56,7 +54,7 @@ def export_gptq(folder: str | Path, out: str | Path) -> Path:
             stacked experts, or layers whose grids differ, by name; a width or a shape that the
             layout does not have.
     """
-    folder, out = Path(folder), Path(out)
+    folder, out = where_it_lies(Path(folder)), Path(out)
     # 1. The model as it was rounded, and the layers that the layout has.
     model = opened(folder, out)
     layers = find_layers(model)
@@ -67,7 +65,7 @@ def export_gptq(folder: str | Path, out: str | Path) -> Path:
     _check_shapes(quantize, linear)
     # 2. All other tensors as they are, and of these layers the codes as they lie on disk.
     file = weights_file(folder)
-    on_disk, tensors = load_file(file), state_dict_on_disk(model, layers, {})
+    on_disk, tensors = read_tensors_of(file), state_dict_on_disk(model, layers, {})
     for name, layer in linear.items():
         del tensors[f"{name}.weight"]
         entry = manifest.layers[name]
@@ -75,14 +73,15 @@ def export_gptq(folder: str | Path, out: str | Path) -> Path:
         stored = take_stored(file, on_disk, layer, option, form=entry.form)
         for key, tensor in _gptq_tensors(layer, stored, quantize).items():
             tensors[f"{name}.{key}"] = tensor
-    state = State(out)
-    state.write_tensors(WEIGHTS, tensors)
-    # 3. What a reader needs besides, in both places where one may look for it.
-    settings = _config(quantize)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    state.write_json("config.json", {**config, "quantization_config": settings})
-    state.write_json("quantize_config.json", settings)
-    copy_companions(folder, out)
+    with written_beside(out, MANIFEST) as fresh:
+        state = State(fresh)
+        state.write_tensors(WEIGHTS, tensors)
+        # 3. What a reader needs besides, in both places where one may look for it.
+        settings = _config(quantize)
+        config = State(folder).read_json("config.json")
+        state.write_json("config.json", {**config, "quantization_config": settings})
+        state.write_json("quantize_config.json", settings)
+        copy_companions(folder, fresh)
     return out
 
 

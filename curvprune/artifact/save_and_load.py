@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from curvprune.artifact.bytes_on_disk import Portable, form_of, is_transformers, portable_for
-from curvprune.artifact.folder import load_into, save
-from curvprune.artifact.manifest import MANIFEST, read_manifest
+from curvprune.artifact.folder import load_into, save, weights_file
+from curvprune.artifact.manifest import read_manifest, verify
 from curvprune.artifact.transformers_folder import (
     describe_,
     load_foreign,
@@ -21,6 +21,7 @@ from curvprune.artifact.transformers_folder import (
     save_config,
 )
 from curvprune.compression import Solved
+from curvprune.files import check_header
 from curvprune.model import (
     architecture_config,
     changes_of,
@@ -44,29 +45,29 @@ def write_model(
     """Write an artifact: weights, manifest and, for transformers models, what ``from_pretrained``
     needs.
 
-    Files of an artifact that is already there are replaced; a folder that holds anything else is
-    refused (``ValueError``). A model of transformers with shapes that its config cannot describe
-    (`curvprune.model.shapes`) is never portable.
+    An artifact that is already there is replaced as a whole, and stays until the new one is; a
+    folder that holds anything else, or one of its files changed, is refused (``ValueError``). A
+    model of transformers with shapes that its config cannot describe (`curvprune.model.shapes`) is
+    never portable.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-        raise ValueError(
-            f"{folder} is not empty and holds no artifact of curvprune; save into a new folder"
-        )
     layers = find_layers(model)
     portable = portable_for(model, portable)
-    save(folder, model, layers, solved, plan, portable=portable)
-    if not is_transformers(model):
-        return
-    # transformers must know the grid of every layer that it is to unpack.
-    packed: dict[str, Quantize] = {}
-    for name, one in solved.items():
-        grid = quantizer_of(one.option)
-        if grid is not None and form_of(model, layers[name], one.option) == "packed":
-            packed[name] = grid
-    # Without a config the folder is one for `curvprune.load(folder, model=...)`, which says so.
-    if not portable or not packed or loads_packed(model):
-        grids = packed if portable else {}
-        save_config(folder, model, grids, tokenizer, architecture_config(model))
+
+    def companions(fresh: Path) -> None:
+        if not is_transformers(model):
+            return
+        # transformers must know the grid of every layer that it is to unpack.
+        packed: dict[str, Quantize] = {}
+        for name, one in solved.items():
+            grid = quantizer_of(one.option)
+            if grid is not None and form_of(model, layers[name], one.option) == "packed":
+                packed[name] = grid
+        # Without a config the folder is for `curvprune.load(folder, model=...)`, which says so.
+        if not portable or not packed or loads_packed(model):
+            grids = packed if portable else {}
+            save_config(fresh, model, grids, tokenizer, architecture_config(model))
+
+    save(folder, model, layers, solved, plan, portable=portable, companions=companions)
 
 
 def describe(
@@ -101,13 +102,21 @@ def describe(
 
 
 def load_artifact(
-    folder: Path, *, packed: bool = False, device: str | torch.device = "cpu"
+    folder: Path,
+    *,
+    packed: bool = False,
+    device: str | torch.device = "cpu",
+    hashes: bool = True,
 ) -> nn.Module:
     """Load a saved transformers model, portable or not, in evaluation mode, weights unpacked unless
-    ``packed``."""
+    ``packed``. With ``hashes`` every file is first seen to be what was written."""
     manifest = read_manifest(folder)
+    verify(folder, manifest, hashes=hashes)
+    check_header(weights_file(folder))
     if manifest.portable and not packed:
         model = load_portable(folder, device=device)
         remember_seen_(model, manifest.digests())
         return model
-    return load_into(folder, load_foreign(folder), packed=packed).to(device).eval()
+    # The hashes have just been looked at.
+    filled = load_into(folder, load_foreign(folder), packed=packed, hashes=False)
+    return filled.to(device).eval()

@@ -19,6 +19,7 @@ from curvprune.compat import (
     model_from_config,
     quiet_libraries,
 )
+from curvprune.failures import is_machine, one_line
 from curvprune.options import Quantize
 
 
@@ -171,7 +172,19 @@ def _factors(model: nn.Module) -> dict[tuple[str, str], float]:
 
 def load_foreign(folder: Path) -> nn.Module:
     """The uncompressed architecture that a folder's config describes, its weights not yet filled
-    in."""
+    in. Raises ``ValueError`` naming a config that describes none."""
+    try:
+        return _foreign(folder)
+    except Exception as error:  # of any type: a config that was edited may say anything
+        if is_machine(error) or isinstance(error, ValueError):
+            raise
+        raise ValueError(
+            f"{folder / 'config.json'} describes no model ({type(error).__name__}: "
+            f"{one_line(str(error), most=200)}); save the model again, or fetch another copy"
+        ) from error
+
+
+def _foreign(folder: Path) -> nn.Module:
     transformers = import_transformers()
     record = _read_config(folder)
     kind = _class_of(folder, record)

@@ -99,7 +99,8 @@ def reshape_(model: nn.Module, change: ShapeChange) -> nn.Module:
     """Give a model of the original architecture the shapes of `difference`; tensors that change
     hold zeros afterwards.
 
-    Raises ``ValueError`` naming a module or tensor that the model does not have.
+    Raises ``ValueError`` naming a module or tensor that the model does not have, or one that would
+    grow: nothing is allocated for what a damaged file asks.
     """
     drop_(model, change.dropped)
     tensors, modules = _tensors(model), dict(model.named_modules())
@@ -110,15 +111,24 @@ def reshape_(model: nn.Module, change: ShapeChange) -> nn.Module:
             f"{type(model).__name__} has no {strange[0]!r}: pass an instance of what was pruned "
             "as model="
         )
+    for name, shape in change.shapes.items():
+        old = tensors[name].shape
+        fits = len(shape) == len(old) and all(0 <= n <= m for n, m in zip(shape, old, strict=True))
+        if not fits:
+            raise ValueError(
+                f"{name} of {type(model).__name__} is {tuple(old)} and would become "
+                f"{tuple(shape)}; removing units makes tensors smaller only: the record of the "
+                "changes is damaged"
+            )
     for name, attributes in change.attributes.items():
         for key, value in attributes.items():
             setattr(modules[name], key, value)
     for name, shape in change.shapes.items():
         owner, _, key = name.rpartition(".")
-        old = tensors[name]
-        new = torch.zeros(shape, dtype=old.dtype, device=old.device)
-        if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        before = tensors[name]
+        new = torch.zeros(shape, dtype=before.dtype, device=before.device)
+        if isinstance(before, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=before.requires_grad)
         setattr(modules[owner], key, new)
     return model
 

@@ -32,6 +32,7 @@ from curvprune.run.sources import (
     DIGITS_TRAINING,
     digits,
     digits_splits,
+    documents_of,
     python_docs,
     text_splits,
 )
@@ -96,6 +97,7 @@ __all__ = [
     "controls",
     "digits",
     "digits_splits",
+    "documents_of",
     "expected_saving",
     "fix_sequence",
     "joined_names",

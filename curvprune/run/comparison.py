@@ -13,18 +13,26 @@ from curvprune.files import State
 from curvprune.model import ItemResults, LabelFree, Split
 from curvprune.planning import Budget
 from curvprune.record import OtherRun, PairedLoss, RunRecord
-from curvprune.run.folder import REPORT_HTML, read_report
+from curvprune.run.folder import REPORT_HTML, check_written, read_report
+from curvprune.run.published import check_own, publish_texts
 
 
 def rebuild_report(out: str | Path, against: str | Path | None = None) -> Path:
     """Write ``report.html`` again from ``report.json``, with a comparison if another run's folder
-    is given as ``against`` (``report.json`` stays as it is). Raises ``ValueError`` if a folder
-    holds no run."""
+    is given as ``against`` (``report.json`` stays as it is).
+
+    Raises ``ValueError`` if a folder holds no run, if a file of a run is not what it wrote, or if
+    ``report.html`` is somebody else's."""
     root = State(Path(out))
     record, other = read_report(root), None
+    check_written(root)
+    check_own(root, (REPORT_HTML,))
     if against is not None:
-        other = _other_run(record, read_report(State(Path(against))), str(against))
-    root.write_text(REPORT_HTML, report.build(record, other))
+        there = State(Path(against))
+        found = read_report(there)
+        check_written(there)
+        other = _other_run(record, found, str(against))
+    publish_texts(root, {REPORT_HTML: report.build(record, other)})
     return root.path(REPORT_HTML)
 
 

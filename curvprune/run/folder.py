@@ -8,26 +8,42 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import curvprune
 from curvprune import artifact
 from curvprune.compat import versions
-from curvprune.files import State
+from curvprune.files import State, sha256_of_file, written_beside
 from curvprune.planning import OF_OUTPUTS, Budget
 from curvprune.record import RunRecord
+from curvprune.run.mend import damaged, mend_
+from curvprune.run.published import (
+    LIST,
+    announce,
+    check_listed,
+    check_own,
+    publish_texts,
+    read_list,
+    settle,
+    start_list,
+)
 from curvprune.run.recipe import Recipe, load_recipe, lock_text
 from curvprune.run.recipe_errors import RecipeError
+from curvprune.run.source_files import other_sources, source_files
 from curvprune.schema import Json, decode, encode
 
 LOCK, ANALYSIS, LEDGER = "recipe.lock.yaml", "analysis.json", "ledger.json"
 PLAN, VERDICT = "plan.json", "verdict.json"
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 MODEL, STATE = "model", "state"
-INPUTS, FINISHED = "state/inputs.json", "state/done.json"
+INPUTS, FINISHED = "state/inputs.json", "done.json"  # the second in the state
+NEW_STATE = ".state.new"
+# Of the inputs themselves; all else in the state is sealed with what solving depends on.
+INPUTS_SEAL = "curvprune"
 EARLIER = "earlier.json"  # in the state: plans that a reused run has recovered
 RECOVER = "recover"  # the split that only a recovery sees
 # Sections that may differ from those of a run that is reused.
@@ -45,6 +61,8 @@ class Inputs:
     torch: str
     device: str
     limits_sha256: str | None = None
+    # Sums are split among threads: with another number of them the last bits differ.
+    threads: int | None = None
 
     @staticmethod
     def of(
@@ -66,6 +84,7 @@ class Inputs:
             torch=str(torch.__version__),
             device=device,
             limits_sha256=tables,
+            threads=torch.get_num_threads(),
         )
 
     def to_json(self) -> dict[str, Json]:
@@ -73,28 +92,32 @@ class Inputs:
         return {key: value for key, value in found.items() if value is not None}
 
     def differences(self, other: Inputs) -> list[str]:
-        """Names of what differs."""
+        """Names of what differs, but for the number of threads."""
         ours, theirs = self.to_json(), other.to_json()
-        return [key for key in ours if theirs.get(key) != ours[key]]
+        return [key for key in ours if key != "threads" and theirs.get(key) != ours[key]]
 
     def solved_differences(self, other: Inputs) -> list[str]:
         """Of what solved options, prices and trials depend on: not the budget, nor what a recovery
         trains on."""
-        ours, theirs = self._of_solving(), other._of_solving()
+        ours, theirs = self.of_solving(), other.of_solving()
         return [key for key in ours if theirs.get(key) != ours[key]]
 
-    def _of_solving(self) -> dict[str, Json]:
-        of_budget = ("recipe_sha256", "limits_sha256")
-        found = {key: value for key, value in self.to_json().items() if key not in of_budget}
+    def of_solving(self) -> dict[str, Json]:
+        """What solved options, prices and trials depend on."""
+        others = ("recipe_sha256", "limits_sha256", "threads")  # of the budget, of the last bits
+        found = {key: value for key, value in self.to_json().items() if key not in others}
         shared = {name: value for name, value in self.data_sha256.items() if name != RECOVER}
-        return {**found, "data_sha256": dict(shared)}
+        # Processes that share a job have a device each.
+        kind = self.device.partition(":")[0]
+        return {**found, "data_sha256": dict(shared), "device": kind}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinishedRecord:
-    """Written last: the recipe whose run has ended."""
+    """Written last: the recipe whose run has ended, and the files that it had read."""
 
     recipe: str
+    sources: dict[str, str] = field(default_factory=dict)
 
 
 def sha256_of(value: Json) -> str:
@@ -107,7 +130,34 @@ def fingerprint(recipe: Recipe) -> str:
 
 
 def read_inputs(root: State) -> Inputs:
-    return decode(Inputs, root.read_json(INPUTS), source=str(root.path(INPUTS)))
+    state, name = State(root.path(STATE), seal=INPUTS_SEAL), Path(INPUTS).name
+    try:
+        found = state.read_json(name)
+    except ValueError as error:
+        raise RecipeError(
+            f"{root.path(INPUTS)} is damaged: nothing says whose results lie beside it; delete "
+            f"{root.path(STATE)} to start again"
+        ) from error
+    return decode(Inputs, found, source=str(root.path(INPUTS)))
+
+
+def state_of(recipe: Recipe, root: State, inputs: Inputs) -> State:
+    """The run's intermediate results, sealed with what solved options, prices and trials depend on:
+    those of another model, data or options are not taken for its own."""
+    solved: Json = [_what_solving_reads(recipe), _judged_loss(recipe), inputs.of_solving()]
+    return State(root.path(STATE), writes=root.writes, seal=sha256_of(solved))
+
+
+def about_threads(inputs: Inputs, root: State) -> list[str]:
+    """What to say where another number of threads has begun the run, which is then that of one
+    without an interruption but for the last bits."""
+    begun = read_inputs(root).threads
+    if begun in (None, inputs.threads):
+        return []
+    return [
+        f"the run began with {begun} threads and went on with {inputs.threads}: sums may differ in "
+        f"their last bits from those of a run in one go; set OMP_NUM_THREADS={begun} to avoid it"
+    ]
 
 
 def read_report(root: State) -> RunRecord:
@@ -121,14 +171,95 @@ def read_report(root: State) -> RunRecord:
 
 
 def finished_record(recipe: Recipe, root: State) -> RunRecord | None:
-    """The record of a run of this very recipe that has ended, without loading the model."""
-    if not (root.has(FINISHED) and root.has(REPORT_JSON) and root.has(MODEL)):
+    """The record of a run of this very recipe that has ended, without loading the model: if all
+    that it wrote is there and as it was, and so is all that it read.
+
+    Raises ``ValueError`` naming a file of the run that has changed. Cost: a second per gigabyte.
+    """
+    if not (root.has(INPUTS) and (root.folder / MODEL).is_dir()):
         return None
-    written = root.read_json(FINISHED)
-    ended = decode(FinishedRecord, written, source=str(root.path(FINISHED)))
-    if ended.recipe != fingerprint(recipe):
+    state = state_of(recipe, root, read_inputs(root))
+    if not state.has(FINISHED):
+        return None
+    try:
+        written = state.read_json(FINISHED)
+    except ValueError:  # of another run, or damaged: `claim` says which, or mends it
+        return None
+    ended = decode(FinishedRecord, written, source=str(state.path(FINISHED)))
+    if ended.recipe != fingerprint(recipe) or not check_written(root):
+        return None
+    if other_sources(ended.sources, source_files(recipe)):
         return None
     return read_report(root)
+
+
+def check_written(root: State) -> bool:
+    """Whether all files that a run has written for its reader are there.
+
+    Raises ``ValueError`` naming one that is not what was written, or of another run.
+    """
+    whole = check_listed(root)
+    verdict, manifest = root.folder / VERDICT, root.folder / MODEL / artifact.MANIFEST
+    if read_list(root) is None and (verdict.exists() or manifest.exists()):
+        raise RecipeError(
+            f"{root.folder} lacks {LIST}, the list of what a run has written there: nothing says "
+            "that its files belong together; run the recipe into a new folder"
+        )
+    if verdict.is_file() and manifest.is_file():
+        found = root.read_json(VERDICT)
+        of = found.get("of", {}) if isinstance(found, dict) else {}
+        if of.get("model") != sha256_of_file(manifest):
+            raise RecipeError(
+                f"{verdict} is not about the model in {root.folder / MODEL}; delete one of the two "
+                "and run again"
+            )
+    return whole
+
+
+def check_places(root: State) -> None:
+    """Refuse at once a run folder in which something else has the name of what a run writes, or in
+    which such a file was not written by a run, or was changed since."""
+    if root.folder.exists() and not root.folder.is_dir():
+        raise RecipeError(f"{root.folder} is a file; give --out a folder")
+    for name in (MODEL, STATE):
+        _check_place(root.folder / name, folder=True)
+    files = (LOCK, ANALYSIS, LEDGER, PLAN, VERDICT, REPORT_JSON, REPORT_HTML)
+    for name in (*files, LIST):
+        _check_place(root.folder / name, folder=False)
+    state, begun = root.folder / STATE, root.has(INPUTS)
+    if not begun and _has_results(state):
+        raise RecipeError(
+            f"{state} holds results of an unknown run; delete it, or give --out a new folder"
+        )
+    if begun:
+        read_inputs(root)
+    new = root.folder / NEW_STATE
+    if not begun and new.exists() and read_list(root) is None:
+        raise RecipeError(f"{new} is in the way; move it elsewhere, or give --out a new folder")
+    check_own(root, (*files, MODEL), beside=(LOCK,) if begun else ())
+
+
+def _has_results(state: Path) -> bool:
+    """Whether a folder holds more than what was being written when a process was killed."""
+    for path in state.rglob("*"):
+        if not path.is_dir() and not (path.name.startswith(".") and path.suffix == ".tmp"):
+            return True
+    return False
+
+
+def _check_place(path: Path, *, folder: bool) -> None:
+    wanted = "a folder" if folder else "a file"
+    if path.is_symlink():
+        raise RecipeError(
+            f"{path} is a link, where the run writes {wanted}; remove it, or give --out a new "
+            "folder"
+        )
+    fits = path.is_dir() if folder else path.is_file()
+    if path.exists() and not fits:
+        raise RecipeError(
+            f"{path} is not {wanted}, which the run writes there; move it, or give --out a new "
+            "folder"
+        )
 
 
 def state_bytes(root: State) -> int:
@@ -138,15 +269,20 @@ def state_bytes(root: State) -> int:
 
 
 def publish(folder: Path, root: State) -> None:
-    """Put the chosen artifact at ``model/``: a copy beside it, then two renames."""
-    final, fresh, old = root.path(MODEL), root.path(".model.new"), root.path(".model.old")
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    shutil.copytree(folder, fresh, ignore=shutil.ignore_patterns("complete"))
-    if final.exists():
-        final.rename(old)
-    fresh.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
+    """Put the chosen artifact at ``model/``: a copy beside it, then two renames. Raises
+    ``ValueError`` if it is not what was certified any more."""
+    artifact.verify(folder)
+    manifest = artifact.read_manifest(folder)
+    hashes = {f"{MODEL}/{name}": sha256 for name, sha256 in manifest.files.items()}
+    own = f"{MODEL}/{artifact.MANIFEST}"
+    announce(root, {**hashes, own: sha256_of_file(folder / artifact.MANIFEST)})
+    with written_beside(root.path(MODEL), artifact.MANIFEST) as fresh:
+        for name in (*manifest.files, artifact.MANIFEST):
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, fresh / name)
+        artifact.verify(fresh)
+    hashes[own] = sha256_of_file(root.path(MODEL) / artifact.MANIFEST)
+    settle(root, hashes, instead_of=MODEL)
 
 
 # ---------------------------------------------------------------------------------- whose folder
@@ -182,16 +318,17 @@ def _judged_loss(recipe: Recipe) -> str:
     return "divergence" if metric in OF_OUTPUTS else "loss"
 
 
-def _what_solving_reads(recipe: Recipe) -> dict[str, object]:
+def _what_solving_reads(recipe: Recipe) -> dict[str, Json]:
     """The sections that solved options and prices depend on."""
-    sections = recipe.model_dump(mode="json", exclude=set(MAY_DIFFER))
+    sections: dict[str, Any] = recipe.model_dump(mode="json", exclude=set(MAY_DIFFER))
     sections["data"].pop(RECOVER)  # what a recovery trains on solves nothing
     return sections
 
 
-def claim(recipe: Recipe, root: State, inputs: Inputs, source: State | None) -> None:
+def claim(recipe: Recipe, root: State, inputs: Inputs, source: State | None) -> list[str]:
     """Write the lock and take over the state of ``source``; or refuse a folder, this or that one,
-    that holds a run of other inputs: its intermediate results would not fit."""
+    that holds a run of other inputs: its intermediate results would not fit. Returns the files that
+    were damaged, which are gone."""
     # 1. A folder that has begun goes on, if it is the same run.
     if root.has(INPUTS):
         changed = inputs.differences(read_inputs(root))
@@ -200,25 +337,24 @@ def claim(recipe: Recipe, root: State, inputs: Inputs, source: State | None) -> 
                 f"{root.folder} holds a run with another {', '.join(changed)}; "
                 "give --out a new folder, or delete that one to start again"
             )
-        return
+        start_list(root)
+        return mend_(state_of(recipe, root, inputs), taken_over=EARLIER)
     state = root.path(STATE)
-    if any(file.is_file() and file.suffix != ".tmp" for file in state.rglob("*")):
-        raise RecipeError(
-            f"{state} holds results of an unknown run; delete it, or give --out a new folder"
-        )
+    start_list(root)
     # 2. What is taken over, beside it.
-    new = root.path(".state.new")
+    new = root.path(NEW_STATE)
     if source is not None:
         _check_inputs(inputs, source)
     shutil.rmtree(new, ignore_errors=True)  # what an interrupted copy left
     if source is not None:
         _take_over(recipe, inputs, source, new)
     # 3. Results never lie there without the inputs that they are of: one rename.
-    State(new).write_json(Path(INPUTS).name, inputs.to_json())
+    State(new, seal=INPUTS_SEAL).write_json(Path(INPUTS).name, inputs.to_json())
     resolved = {**inputs.to_json(), **versions(), "python": platform.python_version()}
-    root.write_text(LOCK, lock_text(recipe, resolved))
+    publish_texts(root, {LOCK: lock_text(recipe, resolved)})
     shutil.rmtree(state, ignore_errors=True)
     new.rename(state)
+    return []
 
 
 def _check_inputs(inputs: Inputs, source: State) -> None:
@@ -232,7 +368,15 @@ def _check_inputs(inputs: Inputs, source: State) -> None:
 
 def _take_over(recipe: Recipe, inputs: Inputs, source: State, new: Path) -> None:
     """Everything in a run's state that depends on the layers' options and the data alone, and of
-    the same recovery on the same items what that made."""
+    the same recovery on the same items what that made. Raises ``ValueError`` for what is
+    damaged."""
+    theirs_sealed = state_of(recipe, source, read_inputs(source))
+    for name in damaged(theirs_sealed):
+        if not name.startswith(("certify/", "curvature/", FINISHED)):
+            raise RecipeError(
+                f"{theirs_sealed.folder / name} is damaged; run that recipe into "
+                f"{source.folder} again, which mends it, or run without --reuse"
+            )
     shutil.copytree(source.path(STATE), new, copy_function=_link, ignore=_not_reused)
     theirs = read_inputs(source).data_sha256.get(RECOVER)
     same_items = theirs == inputs.data_sha256.get(RECOVER)
@@ -240,7 +384,7 @@ def _take_over(recipe: Recipe, inputs: Inputs, source: State, new: Path) -> None
     if recovery is None or not same_items:
         return
     if recovery == load_recipe(source.path(LOCK)).recover:
-        _take_recovered(source, new)
+        _take_recovered(source, replace(theirs_sealed, folder=new))
 
 
 # What depends on more than the layers' options and the data.
@@ -250,7 +394,7 @@ _not_reused = shutil.ignore_patterns(
 _not_applied = shutil.ignore_patterns("model", ".*.tmp")
 
 
-def _take_recovered(source: State, new: Path) -> None:
+def _take_recovered(source: State, new: State) -> None:
     """The plans that a run has applied and recovered, which is most of its time: what they lost on
     select says how far this one may go, and they may be certified for its budget."""
     plans = []
@@ -258,10 +402,10 @@ def _take_recovered(source: State, new: Path) -> None:
         written = folder / "model"
         if not (written / "complete").exists():
             continue
-        target = new / "applied" / folder.name
+        target = new.folder / "applied" / folder.name
         shutil.copytree(folder, target, copy_function=_link, ignore=_not_applied)
-        plans.append(State(written).read_json(artifact.MANIFEST)["plan"]["choices"])
-    State(new).write_json(EARLIER, plans)
+        plans.append(artifact.read_manifest(written).plan["choices"])
+    new.write_json(EARLIER, plans)
 
 
 def _link(source: str, target: str) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,18 +16,21 @@ from curvprune import distributed, report
 from curvprune.curvature import AnalysisRecord, AnalysisSettings, analyze_curvature
 from curvprune.files import State
 from curvprune.model import collate, to_device
+from curvprune.places import only_here
 from curvprune.record import RunRecord
 from curvprune.run.candidates import Candidates, solve_options
 from curvprune.run.certify import Shipped, apply_and_measure, certify_plans
 from curvprune.run.folder import (
     ANALYSIS,
     INPUTS,
+    check_places,
     finished_record,
     publish,
     run_to_reuse,
 )
 from curvprune.run.prepare import Prepared, prepare
 from curvprune.run.price import PricedOptions, price_options
+from curvprune.run.published import as_text, publish_texts
 from curvprune.run.recipe import Recipe, load_recipe
 from curvprune.run.select import Selection, select_plans
 from curvprune.run.task import Task
@@ -84,6 +88,11 @@ def choose_and_certify(
 # -------------------------------------------------------------------------------------- the verbs
 
 
+def _alone_in(root: State) -> AbstractContextManager[None]:
+    """No other job works in the run folder meanwhile; the processes of one job are one job."""
+    return only_here(root.folder) if distributed.is_first() else nullcontext()
+
+
 def run(
     recipe_path: str | Path,
     out: str | Path,
@@ -108,8 +117,15 @@ def run(
     """
     # 1. A run that has ended says so without loading the model.
     recipe, root = load_recipe(recipe_path), State(Path(out))
+    check_places(root)
     if (record := finished_record(recipe, root)) is not None:
         return _result(root, record)
+    with _alone_in(root):
+        return _go_on(recipe, root, progress=progress, reuse=reuse)
+
+
+def _go_on(recipe: Recipe, root: State, *, progress: bool, reuse: str | Path | None) -> RunResult:
+    """A run from where it was interrupted, or from the start."""
     source = None
     if reuse is not None and not root.has(INPUTS):
         source = run_to_reuse(recipe, Path(reuse))
@@ -136,7 +152,7 @@ def run(
     publish(shipped.folder, root)
     outcome = Outcome(priced=priced, selection=selection, shipped=shipped)
     record = run_record(prepared, outcome, root)
-    write_results(recipe, root, record, shipped)
+    write_results(recipe, root, prepared, record, shipped)
     return _result(root, record)
 
 
@@ -148,8 +164,14 @@ def analyze(recipe_path: str | Path, out: str | Path, *, progress: bool = True) 
     one's result has a record.
     """
     recipe, root = load_recipe(recipe_path), State(Path(out))
+    check_places(root)
     if (record := finished_record(recipe, root)) is not None:
         return _result(root, record)
+    with _alone_in(root):
+        return _analyze(recipe, root, progress=progress)
+
+
+def _analyze(recipe: Recipe, root: State, *, progress: bool) -> RunResult:
     with distributed.together():
         first = distributed.rank() == 0
         root = replace(root, writes=first)
@@ -160,7 +182,7 @@ def analyze(recipe_path: str | Path, out: str | Path, *, progress: bool = True) 
     if not first:
         return RunResult(exit_code=0, folder=root.folder, record=None)
     fisher = priced.analysis.to_dict()
-    root.write_json(ANALYSIS, {**encode(curvature), "fisher": fisher})
+    publish_texts(root, {ANALYSIS: as_text({**encode(curvature), "fisher": fisher})})
     record = run_record(prepared, Outcome(priced=priced, curvature=curvature), root)
     write_report(root, record)
     return RunResult(exit_code=0, folder=root.folder, record=record)

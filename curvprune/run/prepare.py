@@ -24,6 +24,7 @@ from curvprune import artifact, distributed
 from curvprune.artifact import describe, load_artifact, write_model
 from curvprune.certificate import loss_for
 from curvprune.compression import Solved, Training
+from curvprune.failures import is_machine, one_line
 from curvprune.files import StageLog, State
 from curvprune.model import (
     PURPOSES,
@@ -39,12 +40,14 @@ from curvprune.model import (
     to_device,
 )
 from curvprune.options import Option, pruner_of, quantizer_of
+from curvprune.places import check_regular, check_regular_below
 from curvprune.planning import SIZES, Budget, Infeasible, Limit
 from curvprune.record import CutRecord, RemovedUnits
 from curvprune.run import models, sources
-from curvprune.run.folder import Inputs, claim
+from curvprune.run.folder import Inputs, about_threads, claim, state_of
 from curvprune.run.recipe import Recipe
 from curvprune.run.recipe_layers import assign_groups, assign_options
+from curvprune.run.source_files import source_files
 from curvprune.run.task import Settings, Storage, Task, TaskError, check_task
 from curvprune.run.uses import FOLDER, UsesInFolder
 from curvprune.run.workspace import Workspace
@@ -70,6 +73,7 @@ class Prepared:
 
     Attributes:
         inputs: hashes of what the run's results depend on.
+        sources: path → sha256 of the files that were read.
         kept: layers that no entry of ``compress:`` matches.
         offered: cut → widths, where the recipe asks for hidden units to be removed and they are
             not yet.
@@ -80,6 +84,7 @@ class Prepared:
     space: Workspace
     title: str
     inputs: Inputs
+    sources: dict[str, str]
     kept: tuple[str, ...]
     offered: Mapping[str, Widths]
     removed: RemovedUnits | None
@@ -105,16 +110,11 @@ def prepare(
     _check_folder(recipe, root)
     device = device_of(recipe)
     structured = _structured(recipe)
+    # What changes from now on is not what was read.
+    files = {} if root is None else source_files(recipe)
     model, tokenizer = _load_model(recipe)
     splits = _load_data(recipe, tokenizer)
     model.to(device)
-    state = State(Path(os.devnull))
-    if root is not None:
-        state = State(root.path("state"), writes=root.writes)
-    uses = None
-    if root is not None:
-        uses = UsesInFolder(root.folder.resolve().parent / FOLDER)
-    space = Workspace(state=state, log=StageLog(show=progress), uses=uses)
 
     # 2. The recipe laid over the model, and whether it fits.
     fit = partial(_fit, recipe, tokenizer=tokenizer, splits=splits, priced=priced)
@@ -126,6 +126,11 @@ def prepare(
         budget=task.budget,
         device=str(device),
     )
+    state, uses = State(Path(os.devnull)), None
+    if root is not None:
+        state = state_of(recipe, root, inputs)
+        uses = UsesInFolder(root.folder.resolve().parent / FOLDER)
+    space = Workspace(state=state, log=StageLog(show=progress), uses=uses)
     offered: dict[str, Widths] = {}
     if structured is not None and (root is None or root.writes) and not state.has(REMOVED):
         offered = _offered(recipe, task, structured)
@@ -134,7 +139,9 @@ def prepare(
     removed = None
     if root is not None:
         if root.writes:
-            claim(recipe, root, inputs, reused)
+            for name in claim(recipe, root, inputs, reused):
+                space.log.say(f"{state.folder / name} was damaged and is made anew")
+            space.note(*about_threads(inputs, root))
         distributed.wait()
         if structured is not None:
             smaller, removed = _without_units(recipe, task, space, structured)
@@ -147,6 +154,7 @@ def prepare(
         space=space,
         title=recipe.title or Path(source).name,
         inputs=inputs,
+        sources=files,
         kept=tuple(kept),
         offered=offered,
         removed=removed,
@@ -294,6 +302,8 @@ def _load_model(recipe: Recipe) -> tuple[nn.Module, Any]:
     section = recipe.model
     try:
         source, gguf = _model_source(recipe)
+        if isinstance(source, Path):
+            check_regular_below(source)
         model = models.load_model(
             source,
             task=section.task,
@@ -302,9 +312,12 @@ def _load_model(recipe: Recipe) -> tuple[nn.Module, Any]:
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
         )
+        models.check_finite(model, source)
         tokenizer = _load_tokenizer(recipe)
     except (ValueError, OSError) as error:
-        raise recipe.error(("model",), str(error)) from error
+        if is_machine(error):
+            raise
+        raise recipe.error(("model",), one_line(str(error))) from error
     return model, tokenizer
 
 
@@ -329,7 +342,9 @@ def load_splits(recipe: Recipe) -> Splits:
     try:
         tokenizer = _load_tokenizer(recipe)
     except (ValueError, OSError) as error:
-        raise recipe.error(("model",), str(error)) from error
+        if is_machine(error):
+            raise
+        raise recipe.error(("model",), one_line(str(error))) from error
     return _load_data(recipe, tokenizer)
 
 
@@ -373,7 +388,9 @@ def _load_data(recipe: Recipe, tokenizer: Any) -> Splits:
             first=sources.first_token(tokenizer),
         )
     except ValueError as error:
-        raise recipe.error(("data",), str(error)) from error
+        if is_machine(error):
+            raise
+        raise recipe.error(("data",), one_line(str(error))) from error
 
 
 def _documents(recipe: Recipe) -> dict[str, str]:
@@ -429,6 +446,7 @@ def _table(recipe: Recipe, index: int, file: str) -> dict[tuple[str, str], float
     key = ("budget", "limits", index, "table")
     use = {}
     try:
+        check_regular(Path(file))
         table = json.loads(Path(file).read_text(encoding="utf-8"))
         for layer, values in table.items():
             for option, value in values.items():
@@ -437,12 +455,12 @@ def _table(recipe: Recipe, index: int, file: str) -> dict[tuple[str, str], float
         raise recipe.error(
             key, f"{file} cannot be read ({error.strerror}); expected a JSON file"
         ) from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         expected = (
             'expected JSON such as {"model.layers.0.mlp.up_proj": {"keep": 0.8, "int4-g64-sym": '
             "0.3}}"
         )
-        raise recipe.error(key, f"{file}: {error}; {expected}") from None
+        raise recipe.error(key, f"{file}: {one_line(str(error))}; {expected}") from None
     return use
 
 

@@ -6,8 +6,11 @@ value``. `explain` makes one from an entry of pydantic's list.
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import json
+import math
+import operator
 import types
 import typing
 from collections.abc import Iterable
@@ -16,6 +19,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
+
+from curvprune.failures import one_line
 
 KeyPath = tuple[str | int, ...]
 
@@ -37,7 +42,7 @@ class RecipeError(ValueError):
             where = f"{path}: " if line is None else f"{path}:{line}: "
         if key:
             where += f"{_dotted(key)}: "
-        super().__init__(where + message)
+        super().__init__(where + one_line(message))
 
 
 class Complaint(ValueError):
@@ -94,7 +99,23 @@ def _nearest_valid(error: ErrorDetails, field: FieldInfo | None, kinds: list[Any
     # An open end is not valid itself: of an interval with two ends the default lies inside.
     if error["type"] in ("greater_than", "less_than") and field is not None and _two_ends(field):
         return f"; nearest: {field.default}"
-    return retyped(error["input"], kinds[0])
+    near = retyped(error["input"], kinds[0])
+    return near if field is None or _within(near, field) else ""
+
+
+def _within(near: str, field: FieldInfo) -> bool:
+    """Whether a number that is named as the nearest keeps to the bounds of its key."""
+    try:
+        number = float(near.rpartition(" ")[2])
+    except ValueError:
+        return True
+    # A bound of one kind has the attribute of that name.
+    compare = {"ge": operator.ge, "gt": operator.gt, "le": operator.le, "lt": operator.lt}
+    for bound in field.metadata:
+        for name, holds in compare.items():
+            if hasattr(bound, name) and not holds(number, getattr(bound, name)):
+                return False
+    return True
 
 
 def _two_ends(field: FieldInfo) -> bool:
@@ -168,26 +189,39 @@ def retyped(value: object, annotation: Any) -> str:
     # YAML also writes true for 1, but a switch is no number.
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     written = str(value).lower()
-    if str in kinds and is_number:
-        return f'; nearest: "{value}"'
+    if str in kinds and (is_number or isinstance(value, datetime.date)):
+        return f'; nearest: "{shown(value)}"'
+    if str in kinds and isinstance(value, bool):
+        return "; yes, no, on and off mean true and false: put text in quotes"
     if bool in kinds and written in ("true", "false", "0", "1"):
         return "; nearest: true" if written in ("true", "1") else "; nearest: false"
     if (int in kinds or float in kinds) and isinstance(value, (str, float)):
         try:
             number = float(value)
-            return f"; nearest: {round(number)}" if int in kinds else f"; nearest: {number!r}"
-        except (ValueError, OverflowError):  # no number, or one without a whole number near it
+        except ValueError:
             return ""
+        if not math.isfinite(number) or number < 0:
+            return ""  # no key takes one
+        return f"; nearest: {round(number)}" if int in kinds else f"; nearest: {number!r}"
     return ""
 
 
 def shown(value: object) -> str:
     """The value as YAML would write it, cut to a readable length."""
     # JSON writes these as YAML does.
-    if value is None or isinstance(value, (str, bool)):
-        text = json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str):
+        text = json.dumps(value[: 2 * MOST_SHOWN], ensure_ascii=False)
+    elif value is None or isinstance(value, bool):
+        text = json.dumps(value)
+    elif isinstance(value, int) and abs(value) >= 10**MOST_SHOWN:
+        text = f"{'-' if value < 0 else ''}a whole number of {value.bit_length()} bits"
     else:
         text = str(value)
+    return cut(text)
+
+
+def cut(text: str) -> str:
+    """A text of a readable length: a value may have megabytes."""
     return text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 3] + "..."
 
 
@@ -199,6 +233,8 @@ def any_of(names: Iterable[str]) -> str:
 
 def nearest_of(value: object, names: Iterable[str]) -> str:
     """``; nearest: …`` where one of the names is spelt much like the value."""
+    if len(str(value)) > MOST_SHOWN:
+        return ""  # like no name, and long to compare
     close = difflib.get_close_matches(str(value), list(names), n=1, cutoff=0.5)
     return f"; nearest: {close[0]}" if close else ""
 
@@ -209,5 +245,5 @@ def _dotted(key: KeyPath) -> str:
         if isinstance(part, int):
             text += f"[{part}]"
         else:
-            text += f".{part}" if text else part
+            text += f".{cut(part)}" if text else cut(part)
     return text

@@ -12,12 +12,15 @@ from typing import Any
 
 import yaml
 
-from curvprune.run.recipe_errors import KeyPath, RecipeError, nearest_of
+from curvprune.places import other_kind
+from curvprune.run.recipe_errors import KeyPath, RecipeError, cut, nearest_of
 
 MAX_FILE_BYTES = 1 << 20
 # Counted after aliases are expanded, so a few nested aliases cannot grow without bound.
 MAX_NODES = 20_000
 MAX_DEPTH = 32
+
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 Lines = dict[KeyPath, int]  # the line of every key, from 1
 
@@ -41,6 +44,9 @@ def line_of(lines: Mapping[KeyPath, int], key: KeyPath) -> int:
 
 def _read(path: Path, shown: str) -> str:
     try:
+        kind = other_kind(path)
+        if kind:
+            raise RecipeError(f"cannot be read ({kind}); expected a recipe in YAML", path=shown)
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
@@ -111,10 +117,10 @@ def _yaml_problem(error: yaml.MarkedYAMLError) -> str:
         return "a tab where YAML wants spaces; expected indentation by spaces"
     if "could not determine a constructor" in problem:
         tag = problem.rsplit(" ", 1)[-1]
-        return f"the tag {tag} is not supported; expected plain YAML values"
+        return f"the tag {cut(tag)} is not supported; expected plain YAML values"
     if "single document" in (error.context or ""):
         return "a second YAML document starts here; expected one document; remove the --- line"
-    return f"YAML syntax: {problem}; expected `key: value` lines and `- item` lists"
+    return f"YAML syntax: {cut(problem)}; expected `key: value` lines and `- item` lists"
 
 
 class _Walk:
@@ -153,14 +159,34 @@ class _Walk:
             ]
         if not isinstance(node, yaml.ScalarNode):
             raise self._error(
-                f"the tag {node.tag} is not supported; expected plain YAML values", line, key
+                f"the tag {cut(node.tag)} is not supported; expected plain YAML values", line, key
             )
+        if node.tag in _NUMBERS and not node.style:
+            # YAML 1.1 takes 1:30 for 90, and so a pattern 2:4 for 124.
+            if ":" in node.value:
+                return node.value
+            self._check_decimal(node.value, key, line)
         try:
             return self.loader.construct_object(node)
-        except ValueError as error:  # for example 2024-13-45, which looks like a date
+        # For example 2024-13-45, which looks like a date, or !!bool with a word that is none.
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
             raise self._error(
-                f"{node.value} cannot be read ({error}); put text in quotes", line, key
+                f"{cut(node.value)} cannot be read ({cut(str(error))}); put text in quotes",
+                line,
+                key,
             ) from None
+
+    def _check_decimal(self, written: str, key: KeyPath, line: int) -> None:
+        """Refuse whole numbers that are not what they look like."""
+        digits = written.lstrip("+-").replace("_", "")
+        if len(digits) > 1 and digits[0] == "0" and digits.isdigit():
+            near = "" if written[0] == "-" else f"; nearest: {cut(digits.lstrip('0') or '0')}"
+            raise self._error(
+                f"{cut(written)} has a leading zero, with which YAML 1.1 reads an octal number and "
+                f"YAML 1.2 a decimal one; expected a number without{near}",
+                line,
+                key,
+            )
 
     def _enter(self, key: KeyPath, line: int) -> None:
         """Note the line of a value, and count it."""
@@ -179,7 +205,7 @@ class _Walk:
             raise self._error("merge keys (<<) are not supported; write the keys out", line, key)
         if not isinstance(node, yaml.ScalarNode) or node.tag != "tag:yaml.org,2002:str":
             written = node.value if isinstance(node, yaml.ScalarNode) else "a list or mapping"
-            raise self._error(f"the key {written} is not text; expected a name", line, key)
+            raise self._error(f"the key {cut(written)} is not text; expected a name", line, key)
         return str(node.value)
 
     def _error(self, message: str, line: int, key: KeyPath) -> RecipeError:

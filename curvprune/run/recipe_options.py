@@ -103,9 +103,6 @@ def _check_arguments(word: str, arguments: object) -> None:
             TypeAdapter(hints[name], config=_STRICT).validate_python(value)
         except ValidationError as error:
             near = retyped(value, hints[name])
-            # YAML 1.1 reads 2:4 without quotes as 2 · 60 + 4.
-            if name == "pattern" and type(value) is int:
-                near = f'; nearest: "{value // 60}:{value % 60}"'
             raise Complaint(
                 (word, name), f"{shown(value)} is not valid; expected {_EXPECTED[name]}{near}"
             ) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from curvprune.compat import quiet_libraries
+from curvprune.failures import is_machine, one_line
 from curvprune.model import EXTRA, PURPOSES, Batch, Split, Splits, deal_documents
+from curvprune.places import check_regular
 
 
 def text_splits(
@@ -154,8 +156,9 @@ def text_files(paths: Sequence[Path]) -> dict[str, str]:
     documents = {}
     for path in paths:
         try:
+            check_regular(path)
             documents[str(path)] = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"data file {path}: {error}; expected a readable UTF-8 text file"
             ) from error
@@ -210,7 +213,29 @@ def hub_documents(name: str, *, split: str, column: str, limit: int = 20_000) ->
         raise ValueError(
             "data from the hub needs the extra: pip install 'curvprune[hub]'"
         ) from error
-    with quiet_libraries():
-        rows = load_dataset(name, split=split, streaming=True)
-        first = zip(range(limit), rows, strict=False)
-        return {f"row {i}": row[column] for i, row in first}
+    try:
+        with quiet_libraries():
+            rows = load_dataset(name, split=split, streaming=True)
+            return documents_of(rows, column=column, limit=limit)
+    except Exception as error:  # of any type: no network, no such data set, a file that is damaged
+        if is_machine(error):
+            raise
+        raise ValueError(
+            f"data set {name}, split {split}: {one_line(str(error)) or type(error).__name__}"
+        ) from error
+
+
+def documents_of(rows: Iterable[Mapping[str, Any]], *, column: str, limit: int) -> dict[str, str]:
+    """The texts of the first ``limit`` rows. Raises ``ValueError`` naming a column that is missing
+    or holds no text."""
+    documents = {}
+    for i, row in zip(range(limit), rows, strict=False):
+        if column not in row:
+            raise ValueError(
+                f"has no column {column!r}; expected one of {', '.join(map(str, row))} as column:"
+            )
+        if not isinstance(row[column], str):
+            kind = type(row[column]).__name__
+            raise ValueError(f"column {column!r} of row {i} holds {kind}, expected text")
+        documents[f"row {i}"] = row[column]
+    return documents

@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field, JsonValue
 from torch import nn
 
@@ -31,11 +32,12 @@ from curvprune.model import (
     left_over,
     weight_uses,
 )
-from curvprune.options import Form, Option, option_from_key
+from curvprune.options import Form, Option, option_from_key, stored_dtype
 from curvprune.planning import OF_OUTPUTS, Budget, Choice, Infeasible, Limit, Within, cheapest
 from curvprune.pricing import LayerWork, limits_of, macs_left, multiply_adds, work_of
 from curvprune.run import off_path
 from curvprune.run.altered_layers import altered_layers
+from curvprune.run.models import not_finite
 from curvprune.run.off_path import note, nothing_left, refusal, with_groups
 from curvprune.schema import check_fields
 
@@ -306,6 +308,7 @@ def check_task(
     where multiply-adds are limited. Raises `TaskError`, and `Infeasible` for limits that no plan
     meets.
     """
+    _check_weights(task)
     _check_splits(task)
     task = _without_unknown(task, named, priced=priced or task.budget is not None)
     task = _with_notes(task)
@@ -319,6 +322,32 @@ def check_task(
         raise TaskError(str(error), "budget", "limits") from error
     _check_recovery(task)
     return task
+
+
+def _check_weights(task: Task) -> None:
+    """Refuse what would only show once layers are solved, and be blamed on another layer."""
+    found = not_finite(task.model)
+    if found is not None:
+        name, kind = found
+        raise TaskError(f"tensor {name!r} of the model holds {kind}; repair the model", "model")
+    for name, options in task.options.items():
+        _check_ranges(task.layers[name], options)
+
+
+def _check_ranges(layer: Layer, options: Sequence[Option]) -> None:
+    """Whether a layer's weights fit into the float types that it is offered."""
+    own = str(layer.weight.dtype).removeprefix("torch.")
+    for option in options:
+        kind = stored_dtype(option, own)
+        if kind == own:
+            continue
+        largest = layer.weight.detach().abs().max()
+        if not bool(largest.to(getattr(torch, kind)).isfinite()):
+            raise TaskError(
+                f"layer {layer.name}: option {option.key}: weights overflow {kind}; cast to "
+                f"bfloat16, or leave the layer out: they reach {float(largest):g}",
+                "compress",
+            )
 
 
 def _check_splits(task: Task) -> None:

@@ -15,6 +15,7 @@ from curvprune.model import Split, to_device
 from curvprune.run import models
 from curvprune.run.folder import MODEL, REPORT_JSON
 from curvprune.run.prepare import device_of, load_model_of, load_splits, loss_of
+from curvprune.run.published import as_text, check_own, publish_texts
 from curvprune.run.recipe import Recipe, load_recipe
 from curvprune.run.uses import FOLDER, UsesInFolder
 
@@ -65,6 +66,8 @@ def compare_folders(
     """
     # 1. The recipe and both models, before anything long.
     recipe = load_recipe(recipe_path)
+    if out is not None:
+        check_own(State(Path(out)), (COMPARISON_JSON, COMPARISON_HTML))
     device = device_of(recipe)
     pair = tuple(_load(source, recipe).to(device) for source in (dense, other))
     split = certify_split(recipe)
@@ -85,8 +88,8 @@ def compare_folders(
     if out is not None:
         UsesInFolder(Path(out).resolve().parent / FOLDER).enter(split, found.use())
         root = State(Path(out))
-        root.write_json(COMPARISON_JSON, found.to_dict())
-        root.write_text(COMPARISON_HTML, report.comparison_page(found))
+        page = report.comparison_page(found)
+        publish_texts(root, {COMPARISON_JSON: as_text(found.to_dict()), COMPARISON_HTML: page})
     return ComparedModels(record=found)
 
 

@@ -15,7 +15,7 @@ import curvprune
 from curvprune import artifact, report
 from curvprune.compat import versions
 from curvprune.curvature import AnalysisRecord
-from curvprune.files import State
+from curvprune.files import State, sha256_of_file
 from curvprune.model import find_layers
 from curvprune.options import option_from_key
 from curvprune.planning import Budget, frontier
@@ -49,6 +49,7 @@ from curvprune.run.folder import (
 )
 from curvprune.run.prepare import Prepared
 from curvprune.run.price import PricedOptions
+from curvprune.run.published import as_text, publish_texts
 from curvprune.run.recipe import Recipe
 from curvprune.run.select import Selection
 from curvprune.run.task import Task
@@ -286,11 +287,13 @@ def _peak_memory() -> int:
 
 def write_prices(priced: PricedOptions, root: State) -> None:
     """Write ``ledger.json`` and ``analysis.json``."""
-    root.write_json(LEDGER, priced.prices.ledger.to_dict())
-    root.write_json(ANALYSIS, priced.analysis.to_dict())
+    ledger, analysis = priced.prices.ledger.to_dict(), priced.analysis.to_dict()
+    publish_texts(root, {LEDGER: as_text(ledger), ANALYSIS: as_text(analysis)})
 
 
-def write_results(recipe: Recipe, root: State, record: RunRecord, shipped: Shipped) -> None:
+def write_results(
+    recipe: Recipe, root: State, prepared: Prepared, record: RunRecord, shipped: Shipped
+) -> None:
     """Write ``plan.json``, ``verdict.json`` and the report; last, that the run has ended."""
     whole = encode(record)
     trials = []
@@ -302,16 +305,21 @@ def write_results(recipe: Recipe, root: State, record: RunRecord, shipped: Shipp
         "corrections": whole["corrections"],
         "trials": trials,
     }
-    root.write_json(PLAN, plan)
     verdict = whole["verdict"]
     if verdict is None:
         verdict = {"status": "NOT ASKED", "measured": whole["measured"]}
-    root.write_json(VERDICT, verdict)
+    # What it is about: no verdict goes with another model.
+    of = {
+        "model": sha256_of_file(root.path(MODEL) / artifact.MANIFEST),
+        "recipe": sha256_of_file(root.path(LOCK)),
+        "data": dict(prepared.inputs.data_sha256),
+    }
+    publish_texts(root, {PLAN: as_text(plan), VERDICT: as_text({**verdict, "of": of})})
     write_report(root, record)
-    root.write_json(FINISHED, encode(FinishedRecord(recipe=fingerprint(recipe))))
+    ended = FinishedRecord(recipe=fingerprint(recipe), sources=prepared.sources)
+    prepared.space.state.write_json(FINISHED, encode(ended))
 
 
 def write_report(root: State, record: RunRecord) -> None:
     """Write ``report.json`` and ``report.html``."""
-    root.write_json(REPORT_JSON, record.to_json())
-    root.write_text(REPORT_HTML, report.build(record))
+    publish_texts(root, {REPORT_JSON: as_text(record.to_json()), REPORT_HTML: report.build(record)})

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from curvprune.artifact.folder import copy_companions, load_into
-from curvprune.artifact.manifest import MANIFEST
+from curvprune.artifact.manifest import MANIFEST, verify
 from curvprune.artifact.transformers_folder import load_foreign
 from curvprune.compat import quiet_libraries
 from curvprune.files import as_umask_says_, where_it_lies, written_beside
@@ -49,7 +49,8 @@ def opened(folder: Path, out: Path) -> Any:
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; export into a new folder")
-    model = load_into(folder, load_foreign(folder))
+    verify(folder)
+    model = load_into(folder, load_foreign(folder), hashes=False)
     if changes_of(model):
         raise ValueError(
             f"{folder}: no config describes its shapes, as other readers need; prune with "

@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from curvprune.compat import times_written
 from curvprune.compression.moments import Moments, expert_moments, moments_of
-from curvprune.model import Batch, Layer, Loss, evaluating
+from curvprune.model import Batch, Layer, Loss, evaluating, padding_mask
 
 # What is called for a layer: given a function that computes the moments of its inputs.
 Visitor = Callable[[Layer, Callable[[], Moments | None]], None]
@@ -62,7 +62,7 @@ def visit_layers(
         ValueError: layers that the forward pass never reached, by name.
     """
     read = {name: layer for name, layer in layers.items() if layer.readers}
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    mask = padding_mask(batch)
     weight = next(model.parameters())
     half = weight.dtype == torch.float32 and weight.device.type == "cpu"
 

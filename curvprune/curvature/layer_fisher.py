@@ -18,7 +18,7 @@ from curvprune.curvature.request import AnalysisRequest
 from curvprune.curvature.sampled_fisher import fisher_pass, ratio_estimate
 from curvprune.curvature.unused import requiring
 from curvprune.distributed import all_sum, gather, my_share
-from curvprune.model import Batch, Layer, evaluating
+from curvprune.model import Batch, Layer, evaluating, one_item
 
 
 def first_order(request: AnalysisRequest, taken: Capture) -> dict[str, LayerCurvature]:
@@ -57,7 +57,7 @@ def _from_items(request: AnalysisRequest, layers: Mapping[str, Layer]) -> dict[s
     asked = request.asked
     singles: list[Batch] = []
     for batch in request.batches:
-        singles += [_item(batch, i) for i in range(items_in(batch))]
+        singles += [one_item(batch, i) for i in range(items_in(batch))]
     if asked.matrix == "empirical-fisher":
         return _from_own_labels(request, layers, singles)
     passed = fisher_pass(request.model, request.objective, singles, layers, {}, draws=asked.draws)
@@ -106,10 +106,3 @@ def _from_own_labels(
             shape=layer.shape,
         )
     return result
-
-
-def _item(batch: Batch, number: int) -> Batch:
-    one = slice(number, number + 1)
-    if isinstance(batch, Mapping):
-        return {k: v[one] for k, v in batch.items()}
-    return batch[0][one], batch[1][one]

@@ -14,7 +14,7 @@ from torch import nn
 from curvprune.compression import Moments, Solved, dequantize, solve_layer, visit_layers
 from curvprune.distributed import rank, wait, world
 from curvprune.files import State
-from curvprune.model import Layer, collate, find_layers, to_device
+from curvprune.model import Layer, find_layers, to_device
 from curvprune.options import Cast, Keep, Option, option_from_key, pruner_of, quantizer_of
 from curvprune.run.task import Task
 from curvprune.run.workspace import Workspace
@@ -148,7 +148,7 @@ def solve_in_one_pass(task: Task, space: Workspace, sweep: Sweep) -> Candidates:
     with space.log.stage(sweep.title, len(mine), done=len(mine) - len(todo)) as advance:
         if todo:
             device = next(sweep.model.parameters()).device
-            batch = to_device(collate(task.splits.calibrate.items), device)
+            batch = to_device(task.splits.calibrate.calibration()[0], device)
             reference = None
             if sweep.original is not None:
                 reference = (sweep.original, find_layers(sweep.original))

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from curvprune.model import Classification as Classification
     from curvprune.model import Exponential as Exponential
     from curvprune.model import Gaussian as Gaussian
+    from curvprune.model import Items as Items
     from curvprune.model import LabelFree as LabelFree
     from curvprune.model import Loss as Loss
     from curvprune.model import MaskedLM as MaskedLM
@@ -133,6 +134,7 @@ _HOME = {
         "Classification",
         "Exponential",
         "Gaussian",
+        "Items",
         "LabelFree",
         "Loss",
         "MaskedLM",

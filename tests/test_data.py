@@ -79,7 +79,7 @@ def test_bad_data_is_refused():
         ),
         (
             {"input_ids": torch.zeros(2, 3), "text": ["a", "b"]},
-            "'text' is a list; expected a tensor",
+            "'text' is a list of str; expected a tensor",
         ),
         (
             {"input_ids": torch.zeros(2, 3), "step": torch.tensor(4)},

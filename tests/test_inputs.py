@@ -50,10 +50,6 @@ VERBS = {
     [
         ((X, Y, torch.ones(20)), r"a tuple of 3 \(Tensor, Tensor, Tensor\).*sample_weight"),
         (({"x": X}, Y, torch.ones(20)), r"a tuple of 3 \(dict, Tensor, Tensor\).*sample_weight"),
-        (X, r"a Tensor; expected \(inputs, targets\) or a dict"),
-        ((X,), r"a tuple of 1 \(Tensor\); expected"),
-        ([X], r"a list of 1 \(Tensor\); expected"),
-        ((X, None), r"a tuple of 2 \(Tensor, NoneType\); expected"),
         (({"x": X, "labels": Y}, Y), "the dict has labels too"),
         ("text", "a str; expected"),
         (None, "a NoneType; expected"),
@@ -61,10 +57,6 @@ VERBS = {
     ids=[
         "pair and weights",
         "dict, targets and weights",
-        "tensor",
-        "tuple of one",
-        "list of one",
-        "no targets",
         "targets twice",
         "text",
         "none",

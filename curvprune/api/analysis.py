@@ -27,12 +27,13 @@ from curvprune.curvature import (
 from curvprune.files import StageLog
 from curvprune.model import (
     Batch,
+    Items,
     Layer,
     Loss,
     LossLike,
     Split,
     Splits,
-    as_batch,
+    batches_of,
     find_layers,
     make_loss,
     named_loss,
@@ -147,9 +148,9 @@ def _batches(data: Data) -> list[Batch]:
     """The batches to analyse: of splits the calibration items."""
     if isinstance(data, Splits):
         return list(data.calibrate.items)
-    if isinstance(data, Split):
+    if isinstance(data, (Split, Items)):
         return list(data.items)
-    return [as_batch(batch) for batch in data]
+    return list(batches_of(data))
 
 
 @takes_models("a", "b")

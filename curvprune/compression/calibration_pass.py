@@ -37,6 +37,7 @@ from curvprune.model import (
     Read,
     evaluating,
     one_item,
+    padding_mask,
     watching,
     weight_uses,
 )
@@ -104,7 +105,7 @@ def visit_layers(
         if uses[name].calls > 1:
             repeated[name] = layer
     functions = any(use.functional or not use.reached for use in uses.values())
-    mask = _mask_of(batch)
+    mask = padding_mask(batch)
     weight = next(model.parameters())
     half = weight.dtype == torch.float32 and weight.device.type == "cpu"
     how = _How(objective=objective, batch=batch, half=half, functions=functions)
@@ -318,7 +319,7 @@ class _Beside(_Watcher):
         if name in self.seen:
             return
         self.seen.add(name)
-        self.inputs.put((name, _multiplied(read, _mask_of(self.how.batch))))
+        self.inputs.put((name, _multiplied(read, padding_mask(self.how.batch))))
         # The rest, a language model's logits for one, is not needed.
         if len(self.seen) == len(self.layers):
             raise _Finished
@@ -398,10 +399,6 @@ def _pass(model: nn.Module, how: _How, watcher: _Watcher, *, half: bool) -> None
         finally:
             for weight, data in narrow.items():
                 weight.data = data
-
-
-def _mask_of(batch: Batch) -> Tensor | None:
-    return batch.get("attention_mask") if isinstance(batch, Mapping) else None
 
 
 def coarse_copy(model: nn.Module, layers: Mapping[str, Layer]) -> nn.Module:

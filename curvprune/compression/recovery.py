@@ -32,7 +32,6 @@ from curvprune.model import (
     LabelFree,
     Loss,
     Split,
-    collate,
     evaluate,
     evaluating,
     find_layers,
@@ -391,7 +390,7 @@ def _batches(split: Split, training: Training) -> Iterator[Batch]:
     while True:
         order = torch.randperm(len(split.items), generator=generator).tolist()
         for i in range(0, len(order) - size + 1, size):
-            yield collate([split.items[j] for j in order[i : i + size]])
+            yield split.together([split.items[j] for j in order[i : i + size]])
 
 
 def _products(

@@ -3,27 +3,21 @@ mode with one mask of dropout for each mini-batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from curvprune.model import Batch, Loss, evaluating
+from curvprune.model import Batch, Loss, evaluating, take
 
 MODES = ("eval", "train")
 
 
 def first_items(batch: Batch, count: int) -> Batch:
     """The first items of a batch."""
-    if not isinstance(batch, Mapping):
-        return batch[0][:count], batch[1][:count]
-    items = dict(batch)
-    for name, value in batch.items():
-        if isinstance(value, Tensor):
-            items[name] = value[:count]
-    return items
+    return take(batch, slice(count))
 
 
 @contextmanager

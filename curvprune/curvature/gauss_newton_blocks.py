@@ -25,7 +25,7 @@ from curvprune.curvature.estimates import EigenPairs
 from curvprune.curvature.gradient_check import check_even
 from curvprune.curvature.structure import MAX_COLUMNS
 from curvprune.distributed import all_sum, gather, my_share
-from curvprune.model import Batch, Layer, Loss, PositionLoss, evaluating, items_in
+from curvprune.model import Batch, Layer, Loss, PositionLoss, evaluating, items_in, take
 
 VECTORS = 1 << 25  # numbers of the gradient columns that a spectrum keeps at once: 128 MB
 NEGATIVE = 1e-4  # how far from convex a loss may look, relative to its largest curvature
@@ -209,17 +209,7 @@ def _portions(model: nn.Module, objective: Loss, batches: Sequence[Batch]) -> It
             chosen = order[start : start + ITEMS]
             rank = int(ranks[chosen].max())
             seeds = columns[:rank, chosen].to(outputs.dtype)
-            yield _Portion(batch=_pick(batch, chosen), seeds=seeds, count=count[chosen])
-
-
-def _pick(batch: Batch, items: Tensor) -> Batch:
-    if not isinstance(batch, Mapping):
-        return batch[0][items], batch[1][items]
-    picked = dict(batch)
-    for key, value in batch.items():
-        if isinstance(value, Tensor):
-            picked[key] = value[items]
-    return picked
+            yield _Portion(batch=take(batch, chosen), seeds=seeds, count=count[chosen])
 
 
 # ------------------------------------------------------------------------------ moments and spectra

@@ -21,7 +21,7 @@ from curvprune.curvature.estimates import EigenPairs, Estimate
 from curvprune.curvature.estimators import eigenpairs, trace
 from curvprune.curvature.lanczos import Lanczos
 from curvprune.curvature.products import MatrixFree, hessian
-from curvprune.model import Batch, LossLike, make_loss, plain_model, to_device
+from curvprune.model import Batch, LossLike, batches_of, make_loss, plain_model, to_device
 
 TOL, MOST = 5e-3, 60  # asked of λ_max, and the most products that a look may take
 LEAST = 3  # products of a look that starts from the last eigenvector
@@ -138,7 +138,7 @@ class CurvatureMonitor:
             )
         model = plain_model(model)
         home = next(model.parameters()).device
-        batches = batch if isinstance(batch, list) else [batch]
+        batches = list(batches_of(batch if isinstance(batch, list) else [batch]))
         if not batches:
             raise ValueError("CurvatureMonitor: the list of probe batches is empty")
         self.model = model

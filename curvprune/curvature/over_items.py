@@ -12,7 +12,7 @@ Source: Kato 1966, "Perturbation theory for linear operators" (first order: ``δ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -31,7 +31,7 @@ from curvprune.curvature.estimates import (
 from curvprune.curvature.products import MatrixFree, loss_and_gradient
 from curvprune.curvature.random_vectors import moved, signs, widths
 from curvprune.curvature.sampled_fisher import ratio_estimate
-from curvprune.model import Batch
+from curvprune.model import Batch, take
 
 PARTS = 32  # parts of the data whose spread is looked at: no fewer where there are items enough
 LEAST = 4  # below this there is no spread worth a number
@@ -217,15 +217,7 @@ class Parts:
 
 def every(batch: Batch, start: int, step: int) -> Batch:
     """Every so many-th item of a batch."""
-    some = slice(start, None, step)
-    if not isinstance(batch, Mapping):
-        return batch[0][some], batch[1][some]
-    items = items_in(batch)
-    part = dict(batch)
-    for name, value in batch.items():
-        if isinstance(value, Tensor) and value.ndim and len(value) == items:
-            part[name] = value[some]
-    return part
+    return take(batch, slice(start, None, step))
 
 
 def _noise(folds: Tensor, weights: Tensor) -> GradientNoise:

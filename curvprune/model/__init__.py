@@ -1,6 +1,7 @@
 """What is compressed and measured: layers, losses, items of data, and groups of layers that share
 an option."""
 
+from curvprune.model.batches import as_batch, collate
 from curvprune.model.contents import DIGEST_BYTES, Content, content_of, joined
 from curvprune.model.evaluation import (
     Metric,
@@ -9,16 +10,25 @@ from curvprune.model.evaluation import (
     evaluate,
     score_items,
 )
-from curvprune.model.forward import Batch, evaluating, items_in, one_item, to_device
+from curvprune.model.forward import (
+    Batch,
+    Gathered,
+    evaluating,
+    items_in,
+    one_item,
+    padding_mask,
+    take,
+    to_device,
+)
 from curvprune.model.groups import GroupError, Groups, Request, find_groups, read_request
 from curvprune.model.items import (
     EXTRA,
     PURPOSES,
+    Items,
     Split,
     Splits,
-    as_batch,
     as_split,
-    collate,
+    batches_of,
     deal_documents,
     itemize,
     split_items,
@@ -101,10 +111,12 @@ __all__ = [
     "Divergence",
     "Exponential",
     "Family",
+    "Gathered",
     "Gaussian",
     "GroupError",
     "Groups",
     "ItemResults",
+    "Items",
     "LabelFree",
     "Layer",
     "Layout",
@@ -135,6 +147,7 @@ __all__ = [
     "architecture_config",
     "as_batch",
     "as_split",
+    "batches_of",
     "carrying",
     "changes_of",
     "check_independent",
@@ -161,6 +174,7 @@ __all__ = [
     "make_loss",
     "named_loss",
     "one_item",
+    "padding_mask",
     "plain_model",
     "positions_that_count",
     "read_request",
@@ -172,6 +186,7 @@ __all__ = [
     "signed_loss",
     "split_items",
     "steps_of",
+    "take",
     "takes_models",
     "to_device",
     "unlabelled_positions",

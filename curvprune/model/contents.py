@@ -17,7 +17,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from curvprune.model.forward import Batch
+from curvprune.model.forward import Batch, padding_mask
 from curvprune.model.losses.families import IGNORED
 
 _LABELS = ("labels", "label", "targets", "target")
@@ -92,7 +92,7 @@ def _named(item: Batch) -> dict[str, Tensor]:
     if isinstance(item, Mapping):
         named = {str(name): value for name, value in item.items() if value is not None}
     else:
-        named = {"inputs": item[0], "labels": torch.as_tensor(item[1])}
+        named = dict(zip(("inputs", "labels"), item, strict=False))
     tensors = {}
     for name, value in named.items():
         tensor = value.detach().cpu()
@@ -113,16 +113,19 @@ def _with_lone_input(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _is_sequence(tensor: Tensor, length: int) -> bool:
-    return tensor.ndim >= 2 and tensor.shape[1] == length
+    return tensor.ndim >= 2 and len(tensor) == 1 and tensor.shape[1] == length
 
 
 def _unmasked(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The positions that the attention mask with this prefix lets through; without the mask."""
     name = f"{prefix}attention_mask"
     mask = tensors.get(name)
-    if mask is None or mask.ndim != 2 or not bool(mask.any()):
+    if mask is None or mask.ndim != 2:
         return tensors
-    kept = mask[0] != 0
+    seen = padding_mask(tensors, prefix)
+    if seen is None or not bool(seen.any()):
+        return tensors
+    kept = seen[0]
     # A mask of the encoder says nothing of the decoder's sequence, nor the other way.
     found = {}
     for other, tensor in tensors.items():

@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvprune.model.forward import Batch, evaluating, outputs, to_device
+from curvprune.model.forward import Batch, evaluating, items_in, outputs, to_device
 from curvprune.model.losses import ItemResults, Loss, PositionLoss
 from curvprune.model.losses.families import IGNORED
+from curvprune.model.losses.tasks import labels_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,13 +64,13 @@ def score_items(
     with torch.no_grad(), evaluating(model):
         for batch in batches:
             moved = to_device(batch, device)
-            first = next(iter(moved.values())) if isinstance(moved, Mapping) else moved[0]
+            items = items_in(moved)
             # A user's function may return a list, or one number for the whole batch by mistake.
             found = _numbers(metric.of(outputs(model, moved), moved), metric.name)
-            if found.shape != (len(first),):
+            if found.shape != (items,):
                 raise ValueError(
                     f"metric {metric.name!r} returned shape {tuple(found.shape)} for a batch of "
-                    f"{len(first)} items; expected one number per item, ({len(first)},)"
+                    f"{items} items; expected one number per item, ({items},)"
                 )
             values.append(found.detach().double().cpu())
     if not values:
@@ -174,6 +175,7 @@ def _outputs_of(
     try:
         with evaluating(model):
             outputs = objective.outputs(model, batch)
+            _check_rows(outputs, batch, purpose)
             if objective.labelled or counted:
                 objective.counts(outputs, batch)
             return outputs
@@ -192,9 +194,20 @@ def _outputs_of(
         ) from error
 
 
+def _check_rows(outputs: Tensor, batch: Batch, purpose: str) -> None:
+    """Every item must have its own outputs, or those of one would be taken for several items."""
+    if outputs.ndim and len(outputs) == items_in(batch):
+        return
+    raise ValueError(
+        f"{purpose}: the model's outputs for one item have shape {tuple(outputs.shape)}, and their "
+        "first dimension must count items; where they are those of nodes or patches, wrap the "
+        "model so that it returns outputs[None]"
+    )
+
+
 def _check_labels(items: Sequence[Batch], classes: int, purpose: str) -> None:
     for i, item in enumerate(items):
-        labels = item.get("labels") if isinstance(item, Mapping) else item[1]
+        labels = labels_of(item)
         # Labels that are no classes are the objective's to refuse.
         if not isinstance(labels, Tensor) or labels.is_floating_point():
             continue

@@ -10,36 +10,96 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from curvprune.model.batches import Collate, as_batch, as_item, collate, one_of
 from curvprune.model.contents import Content, content_of, joined, known_among, same_items
-from curvprune.model.forward import Batch
-from curvprune.model.losses.families import IGNORED
+from curvprune.model.forward import Batch, Gathered, axis_of, items_in, take
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
-    """Items of one purpose. Each is a batch of one; ``documents`` says which belong together."""
+    """Items of one purpose. Each is a batch of one; ``documents`` says which belong together.
+
+    ``collate``: what puts several items into one batch, where it is the user's own.
+    """
 
     items: tuple[Batch, ...]
     documents: tuple[str, ...]
+    collate: Collate | None = field(default=None, compare=False)
     # What the items hold, filled when it is first asked for.
     _contents: list[Content] = field(init=False, repr=False, compare=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        # An item may have been made by hand, with as many rows as it has patches.
+        object.__setattr__(self, "items", tuple(map(_marked, self.items)))
+
+    def some(self, places: Iterable[int]) -> Split:
+        """The items at some places."""
+        chosen = list(places)
+        return Split(
+            items=tuple(self.items[i] for i in chosen),
+            documents=tuple(self.documents[i] for i in chosen),
+            collate=self.collate,
+        )
+
+    def together(self, items: Sequence[Batch] | None = None) -> Batch:
+        """Items, or all, as one batch. Raises ``ValueError`` where they do not go together."""
+        chosen = self.items if items is None else items
+        if self.collate is None:
+            return collate(chosen)
+        found = self.collate(list(chosen))
+        try:
+            batch = as_batch(found)
+        except ValueError:
+            # Its rows are no items, as in a packed sequence: it can be run, not taken apart.
+            if not isinstance(found, Mapping):
+                raise
+            return Gathered(found, count=len(chosen), rows={})
+        if isinstance(batch, Gathered):
+            batch.count = len(chosen)
+        return batch
+
+    def calibration(self) -> tuple[Batch, int]:
+        """The most items that go together as one batch, and how many are left out. Items of one
+        form go together, where not all do."""
+        try:
+            return self.together(), 0
+        except ValueError:
+            if self.collate is not None:
+                raise
+        forms: dict[Hashable, list[Batch]] = {}
+        for item in self.items:
+            forms.setdefault(_form(item), []).append(item)
+        most = max(forms.values(), key=len)
+        try:
+            batch = self.together(most)
+        except ValueError:
+            batch, most = self.items[0], [self.items[0]]
+        return batch, len(self.items) - len(most)
 
     def first(self, size: int = 8) -> Batch:
         """The first items as one batch, to tell a loss by; one alone where they do not go
         together."""
-        try:
-            return collate(self.items[:size])
-        except ValueError:
-            return self.items[0]
+        return next(self.batches(size))
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """Consecutive items, ``size`` at a time; the last batch may be smaller."""
+        """Consecutive items, ``size`` at a time; the last batch may be smaller. Items that do not
+        go together, and those whose rows are no items, come one by one."""
         for start in range(0, len(self.items), size):
-            yield collate(self.items[start : start + size])
+            items = self.items[start : start + size]
+            try:
+                batch = self.together(items)
+            except ValueError:
+                yield from items
+                continue
+            # What a model says of one item must not depend on how rows were told apart.
+            apart = not isinstance(batch, Gathered) and items_in(batch) == len(items)
+            yield from ([batch] if apart or len(items) == 1 else map(self._alone, items))
+
+    def _alone(self, item: Batch) -> Batch:
+        return item if self.collate is None else self.together([item])
 
     def sha256(self) -> str:
         """Hash of the content, for provenance and for telling whether a resumed run sees the same
@@ -97,7 +157,7 @@ def _digest(digest: Any, item: Batch) -> None:
     if isinstance(item, Mapping):
         named = sorted(item.items())
     else:
-        named = [("inputs", item[0]), ("targets", item[1])]
+        named = list(zip(("inputs", "targets"), item, strict=False))
     for name, tensor in named:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         # As bytes, because NumPy has no bfloat16.
@@ -128,6 +188,12 @@ class Splits:
     select: Split
     certify: Split
     recover: Split | None = None
+
+    def __post_init__(self) -> None:
+        for purpose in (*PURPOSES, EXTRA):
+            given = getattr(self, purpose)
+            if given is not None and not isinstance(given, Split):
+                object.__setattr__(self, purpose, as_split(given))
 
     @property
     def training(self) -> Split:
@@ -174,145 +240,143 @@ class Splits:
         return self.certify.leak(self.seen())
 
 
-def collate(items: Sequence[Batch]) -> Batch:
-    """One batch from several items. Sequences of different length are padded on the right:
-    ``input_ids`` and ``attention_mask`` with 0, ``labels`` with −100.
+def _marked(item: Batch) -> Batch:
+    """An item that says which of its rows are no items."""
+    if not isinstance(item, Mapping) or isinstance(item, Gathered):
+        return item
+    rows = {value.shape[axis_of(n, value)] for n, value in item.items() if value.ndim}
+    return item if len(rows) < 2 else as_item(item)
 
-    Raises ``ValueError`` for items of different kinds or for ragged tensors that no mask can
-    describe.
+
+def _form(item: Batch) -> Hashable:
+    """What items must have in common to be put together."""
+    if not isinstance(item, Mapping):
+        return tuple(value.shape[1:] for value in item)
+    shapes = []
+    for name, value in sorted(item.items()):
+        sequence = name.endswith(("input_ids", "_mask", "labels", "type_ids")) and value.ndim == 2
+        shapes.append((name, None if sequence else value.shape[1:]))
+    return tuple(shapes)
+
+
+class Items:
+    """Items as processors make them, for models that take images, sound or graphs with their text.
+
+    A batch is then not cut into rows: `pixel_values` of Qwen-VL has a row for every patch, that of
+    LLaVA-NeXT one for every tile. Items are evaluated one by one; a layer is solved for the inputs
+    of all of them, in one batch.
+
+    Args:
+        items: each what a processor returns for one text with its images, ``return_tensors="pt"``:
+            a dict of tensors, with labels where there are any. The iterable is read once.
+        collate: a function of a list of items to one batch. Unless given, sequences are padded, and
+            other tensors whose rows are no items lie one item's below the other's.
+        documents: which items belong together, a name for each; unless given, each is its own.
+
+    Raises ``ValueError`` naming an item that is none.
+
+    Example:
+        >>> import torch, curvprune as cp
+        >>> def made(patches):
+        ...     grid = torch.tensor([[1, 2, patches // 2]])
+        ...     ids = torch.ones(1, 5, dtype=torch.long)
+        ...     pixels = torch.zeros(patches, 12)
+        ...     return {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": grid}
+        >>> items = cp.Items([made(4), made(6)])
+        >>> len(items), [len(item["pixel_values"]) for item in items]
+        (2, [4, 6])
     """
-    if not isinstance(items[0], Mapping):
-        return _collate_pairs(items)
-    names = items[0].keys()
-    dicts = [dict(item) for item in items if isinstance(item, Mapping) and item.keys() == names]
-    if len(dicts) != len(items):
-        raise ValueError(f"collate: items must have the same keys as the first, {sorted(names)}")
-    # 1. Sequences are padded to the longest, with a mask that says where they end.
-    if "input_ids" in names:
-        lengths = {item["input_ids"].shape[1] for item in dicts}
-        if len(lengths) > 1:
-            dicts = [_padded(item, max(lengths)) for item in dicts]
-    # 2. One item below the other, where what is left fits as it is.
-    batch = {}
-    for name in dicts[0]:
-        shapes = {tuple(item[name].shape[1:]) for item in dicts}
-        if len(shapes) > 1:
+
+    def __init__(
+        self,
+        items: Iterable[Any],
+        *,
+        collate: Collate | None = None,
+        documents: Sequence[str] | None = None,
+    ) -> None:
+        self.items = tuple(one_of(item, i) for i, item in enumerate(items))
+        if not self.items:
+            raise ValueError("Items: there is no item; pass at least one")
+        if collate is not None and not callable(collate):
             raise ValueError(
-                f"collate: {name!r} has different shapes and cannot be padded: {sorted(shapes)}"
+                f"Items: collate={collate!r}: expected a function of a list of items to one batch"
             )
-        batch[name] = torch.cat([item[name] for item in dicts])
-    return batch
+        names = [f"item {i}" for i in range(len(self.items))] if documents is None else documents
+        if len(names) != len(self.items):
+            raise ValueError(
+                f"Items: {len(names)} documents for {len(self.items)} items; expected one for each"
+            )
+        self.collate, self.documents = collate, tuple(map(str, names))
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.items)
+
+    @property
+    def split(self) -> Split:
+        """The same as a `Split`."""
+        return Split(items=self.items, documents=self.documents, collate=self.collate)
 
 
-def _collate_pairs(items: Sequence[Batch]) -> Batch:
-    pairs = [item for item in items if not isinstance(item, Mapping)]
-    shapes = {inputs.shape[1:] for inputs, _ in pairs}
-    if len(pairs) != len(items) or len(shapes) > 1:
+def batches_of(data: Any) -> Iterator[Batch]:
+    """The batches of data, each in a known form. Data that is one batch is refused or taken as it
+    is meant."""
+    if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
         raise ValueError(
-            "collate: (inputs, targets) items must all have inputs of one shape; use dict "
-            "batches with an attention_mask for sequences of different length"
+            f"data is a {type(data).__name__}; expected batches to iterate over, such as a "
+            "DataLoader or a list"
         )
-    return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
+    # Iterating over one batch would give its rows, or its keys.
+    if isinstance(data, (Tensor, np.ndarray, Mapping)):
+        return iter([as_batch(data)])
+    if isinstance(data, (tuple, list)) and len(data) > 1 and _is_a_pair(data):
+        raise ValueError(
+            f"data is a {type(data).__name__} of tensors of shapes "
+            f"{[tuple(part.shape) for part in data]}, which looks like one batch; pass "
+            "[(inputs, targets)], a list of batches"
+        )
+    return map(as_batch, data)
 
 
-def _padded(item: Mapping[str, Tensor], longest: int) -> dict[str, Tensor]:
-    """A sequence with everything that is as long as its tokens padded on the right."""
-    tokens = item["input_ids"]
-    length = tokens.shape[1]
-    padded = {**item}
-    padded.setdefault("attention_mask", torch.ones_like(tokens))
-    for name, tensor in padded.items():
-        if tensor.ndim == 2 and tensor.shape[1] == length:
-            fill = IGNORED if name == "labels" else 0
-            padded[name] = F.pad(tensor, (0, longest - length), value=fill)
-    return padded
+def _is_a_pair(data: Sequence[Any]) -> bool:
+    """Tensors that differ in kind are no batches of inputs alone, and a tuple of tensors is one
+    batch."""
+    if not all(isinstance(part, (Tensor, np.ndarray)) for part in data):
+        return False
+    kinds = {(part.ndim, part.dtype) for part in data}
+    return isinstance(data, tuple) or len(kinds) > 1
 
 
-def as_batch(given: Any) -> Batch:
-    """A batch as the user gave it: a dict of tensors, ``(inputs, targets)``, or a dict of inputs
-    with its targets, which become its labels.
-
-    Raises ``ValueError`` for anything else, saying what to pass instead.
-    """
-    if isinstance(given, Mapping):
-        return given
-    if isinstance(given, (tuple, list)) and len(given) == 2:
-        inputs, targets = given
-        if isinstance(inputs, Tensor) and targets is not None:
-            return inputs, torch.as_tensor(targets)
-        if isinstance(inputs, Mapping) and targets is not None:
-            if inputs.get("labels") is not None:
-                raise ValueError(
-                    "data: a batch is (dict, targets), and the dict has labels too; leave one of "
-                    "them out"
-                )
-            return {**inputs, "labels": torch.as_tensor(targets)}
-    if isinstance(given, (tuple, list)):
-        kinds = ", ".join(type(part).__name__ for part in given)
-        what = f"a {type(given).__name__} of {len(given)} ({kinds})"
-    else:
-        what = f"a {type(given).__name__}"
-    raise ValueError(
-        f"data: a batch is {what}; expected (inputs, targets) or a dict of tensors, named as the "
-        'model\'s arguments: {"x": x} without targets, {"x": x, "labels": y} with them, and '
-        '"sample_weight" for weights of items'
-    )
-
-
-def itemize(batches: Iterable[Batch]) -> list[Batch]:
+def itemize(batches: Iterable[Any]) -> list[Batch]:
     """Take batches apart into items of one, in order. Entries of a dict that are None are as good
     as absent."""
     items: list[Batch] = []
-    for batch in batches:
-        known = as_batch(batch)
-        if isinstance(known, Mapping):
-            items += _items_of_dict(known)
-        else:
-            items += _items_of_pair(known[0], known[1])
+    for batch in batches_of(batches):
+        if isinstance(batch, tuple):
+            _check_rows(batch)
+        items += [take(batch, slice(i, i + 1)) for i in range(items_in(batch))]
     if not items:
         raise ValueError("data is empty; it must be re-iterable and hold at least one batch")
     return items
 
 
-def _items_of_dict(batch: Mapping[str, object]) -> list[Batch]:
-    # 1. Every entry must have a row for each item, or it would be lost or given to all.
-    tensors: dict[str, Tensor] = {}
-    for name, value in batch.items():
-        if value is None:
-            continue
-        if not isinstance(value, Tensor) or value.ndim == 0:
-            kind = "a number" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise ValueError(
-                f"data: batch entry {name!r} is {kind}; expected a tensor with a row for "
-                "each item. Leave it out, or give it to the model in a wrapper"
-            )
-        tensors[name] = value
-    if not tensors:
-        raise ValueError(f"data: a batch without tensors, with keys {sorted(batch)}")
-    sizes = {name: len(value) for name, value in tensors.items()}
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"data: the entries of a batch have different numbers of items, {sizes}")
-    # 2. Row by row; a slice keeps the dimension that counts items.
-    items: list[Batch] = []
-    for i in range(next(iter(sizes.values()))):
-        items.append({name: tensor[i : i + 1] for name, tensor in tensors.items()})
-    return items
-
-
-def _items_of_pair(inputs: Tensor, given: Any) -> list[Batch]:
-    # Labels may be a list, as data loaders of other libraries give them.
-    targets = torch.as_tensor(given)
+def _check_rows(batch: tuple[Tensor, ...]) -> None:
+    inputs, targets = batch[0], batch[-1]
     if targets.ndim == 0 or len(targets) != len(inputs):
         raise ValueError(
             f"data: a batch of {len(inputs)} inputs with targets of shape {tuple(targets.shape)}"
         )
-    return [(inputs[i : i + 1], targets[i : i + 1]) for i in range(len(inputs))]
 
 
-def as_split(data: Split | Iterable[Batch], name: str = "item") -> Split:
-    """Any re-iterable of batches as a `Split` in which every item is its own document."""
+def as_split(data: Split | Iterable[Any], name: str = "item") -> Split:
+    """Any iterable of batches, read once, as a `Split`; if nothing else is said, every item is its
+    own document."""
     if isinstance(data, Split):
         return data
+    if isinstance(data, Items):
+        return data.split
     items = itemize(data)
     return Split(items=tuple(items), documents=tuple(f"{name} {i}" for i in range(len(items))))
 
@@ -326,9 +390,10 @@ def split_items(data: Iterable[Batch] | Split, *, seed: int) -> Splits:
     Raises ``ValueError`` below 16 items, with which no budget can be decided, or if documents are
     too few to deal.
     """
-    if isinstance(data, Split) and len(set(data.documents)) < len(data.documents):
-        return _split_documents(data, seed=seed)
-    items = list(data.items) if isinstance(data, Split) else itemize(data)
+    split = as_split(data)
+    if len(set(split.documents)) < len(split.documents):
+        return _split_documents(split, seed=seed)
+    items = split.items
     if len(items) < 16:
         raise ValueError(
             f"data has {len(items)} items; a budget needs at least 16 (they are split four "
@@ -339,7 +404,7 @@ def split_items(data: Iterable[Batch] | Split, *, seed: int) -> Splits:
     bounds = [len(items) * eighths // 8 for eighths in (2, 3, 4)]
     splits = {}
     for purpose, part in zip(PURPOSES, np.split(order, bounds), strict=True):
-        splits[purpose] = as_split([items[i] for i in part])
+        splits[purpose] = split.some(part.tolist())
     return Splits(**splits)
 
 
@@ -360,10 +425,7 @@ def _split_documents(data: Split, *, seed: int) -> Splits:
     splits = {}
     for purpose, names in dealt.items():
         places = list(chain.from_iterable(where[name] for name in names))
-        splits[purpose] = Split(
-            items=tuple(data.items[i] for i in places),
-            documents=tuple(data.documents[i] for i in places),
-        )
+        splits[purpose] = data.some(places)
     return Splits(**splits)
 
 

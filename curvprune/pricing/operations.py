@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvprune.model import Batch, Layer, Loss, evaluating, steps_of, to_device
+from curvprune.model import Batch, Layer, Loss, evaluating, padding_mask, steps_of, to_device
 from curvprune.options import (
     DTYPE_BYTES,
     Cast,
@@ -139,7 +139,7 @@ def multiply_adds(
         with evaluating(model):
             for batch in batches:
                 batch = to_device(batch, device)
-                mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                mask = padding_mask(batch)
                 logits = objective.outputs(model, batch)
                 # Classifiers have one position per item, whatever the shape of their logits.
                 if objective.measure == "nats/token":

@@ -190,8 +190,4 @@ def splits_from(data: Data, *, seed: int, budget: Budget | None, priced: bool) -
 
 def part_of(split: Split, places: Iterable[int]) -> Split:
     """The items at some places of a split."""
-    chosen = list(places)
-    return Split(
-        items=tuple(split.items[i] for i in chosen),
-        documents=tuple(split.documents[i] for i in chosen),
-    )
+    return split.some(places)

@@ -21,7 +21,7 @@ from curvprune.compression import (
 )
 from curvprune.distributed import rank, wait, world
 from curvprune.files import State
-from curvprune.model import Layer, collate, find_layers, to_device
+from curvprune.model import Layer, find_layers, to_device
 from curvprune.options import Cast, Keep, Option, option_from_key, pruner_of, quantizer_of
 from curvprune.run.off_path import some_names
 from curvprune.run.task import Task
@@ -161,7 +161,7 @@ def solve_in_one_pass(task: Task, space: Workspace, sweep: Sweep) -> Candidates:
         visited_file = f"{sweep.folder}/visited.json"
         if todo or (any(sweep.options.values()) and not state.has(visited_file)):
             device = next(sweep.model.parameters()).device
-            batch = to_device(collate(task.splits.calibrate.items), device)
+            batch = to_device(task.splits.calibrate.calibration()[0], device)
             reference = None
             if sweep.original is not None:
                 reference = (sweep.original, find_layers(sweep.original))

@@ -114,15 +114,17 @@ def allocate_zeros(
     inplace: bool,
 ) -> Result:
     """A share of all layers' weights pruned where it costs least: see `curvprune.prune`."""
+    # An iterator can be read once, and a loader that shuffles gives other items the second time.
+    known = data if isinstance(data, Splits) else as_split(data)
     with tempfile.TemporaryDirectory() as folder:
-        task, space = task_from(model, data, options, None, Path(folder), told, priced=True)
+        task, space = task_from(model, known, options, None, Path(folder), told, priced=True)
         _, priced = solve_and_price(task, space)
         ledger = priced.prices.ledger
         choices = spread_zeros(task, ledger, sparsity)
         predicted = ledger.predict(choices)
-        if not isinstance(data, Splits):
+        if isinstance(known, Split):
             # Prices are taken: all items serve to solve.
-            task = replace(task, splits=replace(task.splits, calibrate=as_split(data)))
+            task = replace(task, splits=replace(task.splits, calibrate=known))
         own_copy = inplace or told.device is not None
         compressed, solved = apply_plan(task, space, choices, APPLIED, inplace=own_copy)
         plan = unpriced_plan(task, space, choices)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from curvprune.compression import Moments, visit_layers
 from curvprune.curvature import Change
-from curvprune.model import Layer, Loss, Split, collate, find_layers, to_device
+from curvprune.model import Layer, Loss, Split, find_layers, to_device
 from curvprune.structured.asked import Structured
 from curvprune.structured.compensation import Consumer, compensate, removal_order
 from curvprune.structured.cuts import BLOCKS, Cut, Found
@@ -91,7 +91,7 @@ def solve_widths(
         for name in [n for n in seconds if n not in needed]:
             del seconds[name]
 
-    visit_layers(model, objective, to_device(collate(split.items), device), readers, visit)
+    visit_layers(model, objective, to_device(split.calibration()[0], device), readers, visit)
     return {name: solved[name] for name in found.cuts}
 
 
@@ -231,7 +231,7 @@ def apply_removal(
     reference = None
     if asked.drift:
         reference = model, {n: layer for n, layer in find_layers(model).items() if n in layers}
-    batch = to_device(collate(split.items), next(model.parameters()).device)
+    batch = to_device(split.calibration()[0], next(model.parameters()).device)
     visit_layers(changed, objective, batch, layers, visit, reference=reference)
     return changed
 

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from torch import nn
 
-from curvprune.model import Loss, Splits, collate, to_device
+from curvprune.model import Loss, Splits, to_device
 from curvprune.structured.asked import Structured
 from curvprune.structured.cuts import BLOCKS, Cut, Found
 from curvprune.structured.finding import find_cuts
@@ -67,7 +67,7 @@ def offered_widths(
                 f"structured: batch={asked.batch} of the {len(items)} calibration items; ask for "
                 "fewer"
             )
-        batch = to_device(collate(items[: asked.batch]), device)
+        batch = to_device(splits.calibrate.together(items[: asked.batch]), device)
         cost = Latency(model, objective, batch, found.cuts, _smallest(widths), timer=timer)
     _check_reach(cost, widths, asked)
     return found, work, widths, cost

@@ -122,7 +122,8 @@ def _made(loss: LossLike, model: nn.Module, batch: Batch) -> Loss:
             "of torch's loss modules"
         )
     if loss in LOSSES:
-        named = LOSSES[loss]()
+        told = tell_by_class(model, batch) if loss == CausalLM.name else None
+        named = told if isinstance(told, CausalLM) else LOSSES[loss]()
         _check_declared(named, model, batch)
         return named
     by_class = tell_by_class(model, batch)
@@ -135,7 +136,8 @@ def _made(loss: LossLike, model: nn.Module, batch: Batch) -> Loss:
 
 
 def _has_labels(batch: Batch) -> bool:
-    return labels_of(batch) is not None or "start_positions" in batch
+    asked = isinstance(batch, Mapping) and "start_positions" in batch
+    return asked or labels_of(batch) is not None
 
 
 def _label_free(model: nn.Module, batch: Batch) -> LabelFree:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvprune.model.forward import Batch, outputs
+from curvprune.model.forward import Batch, outputs, padding_mask
 from curvprune.model.losses.families import (
     IGNORED,
     Bernoulli,
@@ -30,29 +30,58 @@ from curvprune.model.losses.positions import (
 
 class CausalLM(Objective):
     """Next-token cross-entropy; padding (attention mask) and labels of ``-100`` do not count.
-    Without ``labels`` the input tokens themselves are predicted."""
+    Without ``labels`` the input tokens themselves are predicted.
+
+    Args:
+        never: tokens that are not predicted then, such as those that stand for a piece of an image.
+    """
 
     name = "causal-lm"
     measure = "nats/token"
 
+    def __init__(self, *, never: Sequence[int] = ()) -> None:
+        self.never = tuple(never)
+
     def positions(self, outputs: Tensor, batch: Batch) -> Positions:
-        if outputs.ndim != 3 or not isinstance(batch, Mapping):
+        if outputs.ndim != 3 or not (isinstance(batch, Mapping) or len(batch) == 1):
             raise ValueError(
-                "causal-lm needs dict batches and logits (items, tokens, vocabulary), got logits "
-                f"{tuple(outputs.shape)}"
+                "causal-lm needs tokens alone or dict batches, and logits (items, tokens, "
+                f"vocabulary), got logits {tuple(outputs.shape)}"
             )
-        labels = batch.get("labels", batch.get("input_ids"))
+        if not isinstance(batch, Mapping):
+            batch = {"input_ids": batch[0]}
+        labels = batch.get("labels")
+        if labels is None:
+            labels = self._own_tokens(batch)
         if labels is None:
             raise ValueError(
                 f"causal-lm: the batch has neither labels nor input_ids, only {sorted(batch)}"
             )
+        if labels.shape != outputs.shape[:2]:
+            raise ValueError(
+                f"causal-lm: labels {tuple(labels.shape)} do not match logits "
+                f"{tuple(outputs.shape)}; expected a label or a token for each place of the "
+                "logits, -100 where none counts"
+            )
         labels = class_indices(labels[:, 1:])
         keep = labels != IGNORED
-        mask = batch.get("attention_mask")
+        mask = padding_mask(batch)
         if mask is not None:
+            if mask.shape != outputs.shape[:2]:
+                raise ValueError(
+                    f"causal-lm: attention_mask {tuple(mask.shape)} does not match logits "
+                    f"{tuple(outputs.shape)}; expected (items, tokens)"
+                )
             # A prediction counts where both its token and the one before are no padding.
-            keep = keep & mask[:, 1:].bool() & mask[:, :-1].bool()
+            keep = keep & mask[:, 1:] & mask[:, :-1]
         return picked(outputs[:, :-1], labels, keep, sample_weights(batch))
+
+    def _own_tokens(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        tokens = batch.get("input_ids")
+        if tokens is None or not self.never:
+            return tokens
+        hidden = torch.isin(tokens, torch.tensor(self.never, device=tokens.device))
+        return tokens.masked_fill(hidden, IGNORED)
 
     def places(self, outputs: Tensor, batch: Batch) -> Positions:
         # Every token that is no padding says what comes next, also the last.
@@ -166,11 +195,11 @@ class Seq2Seq(Classification):
         # The attention mask is the encoder's; of the decoder, labels and a mask of its own tell.
         keep = _everywhere(outputs.shape[:-1], outputs.device)
         labels = labels_of(batch)
-        mask = batch.get("decoder_attention_mask") if isinstance(batch, Mapping) else None
+        mask = padding_mask(batch, "decoder_")
         if labels is not None and labels.shape == keep.shape:
             keep = labels != self.ignore_index
         elif mask is not None:
-            keep = mask.bool()
+            keep = mask
         return picked(outputs, None, keep, sample_weights(batch))
 
 
@@ -285,7 +314,9 @@ class Regression(OutputLoss):
 
 def labels_of(batch: Batch) -> Tensor | None:
     """Labels of a batch, if it has some."""
-    return batch.get("labels") if isinstance(batch, Mapping) else batch[1]
+    if isinstance(batch, Mapping):
+        return batch.get("labels")
+    return batch[1] if len(batch) > 1 else None
 
 
 def _everywhere(places: torch.Size, device: torch.device) -> Tensor:
@@ -295,7 +326,7 @@ def _everywhere(places: torch.Size, device: torch.device) -> Tensor:
 def _unmasked(places: torch.Size, batch: Batch, device: torch.device) -> Tensor:
     """All places but the padding. Of outputs per item the mask is about something else: the tokens
     that they come from."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    mask = padding_mask(batch)
     if mask is not None and mask.shape == places:
-        return mask.to(device).bool()
+        return mask.to(device)
     return _everywhere(places, device)

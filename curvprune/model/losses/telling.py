@@ -135,10 +135,23 @@ def _by_name(model: nn.Module, batch: Batch) -> PositionLoss | None:
             if name.endswith(ending):
                 return loss()
         if name.endswith("ForConditionalGeneration"):
-            return Seq2Seq() if getattr(config, "is_encoder_decoder", False) else CausalLM()
+            if getattr(config, "is_encoder_decoder", False):
+                return Seq2Seq()
+            return CausalLM(never=_stand_ins(config))
         if name.endswith(_BY_PROBLEM):
             return _by_problem(config, labels_of(batch))
     return None
+
+
+def _stand_ins(config: Any) -> list[int]:
+    """Tokens that stand for pieces of an image or of sound: nobody predicts them."""
+    found = []
+    for kind in ("image", "video", "audio"):
+        for ending in ("token_id", "token_index"):
+            token = getattr(config, f"{kind}_{ending}", None)
+            if isinstance(token, int):
+                found.append(token)
+    return found
 
 
 def _by_problem(config: Any, labels: Tensor | None) -> PositionLoss | None:

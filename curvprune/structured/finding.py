@@ -191,7 +191,9 @@ def _channels(graph: Graph, layers: Mapping[str, Layer], dimension: Dimension) -
             continue
         name = graph.name(node)
         index = _by_unit(members[i].root_idxs, member.idxs, width, name)
-        if graph.makes(node) and library.is_in_channel_pruning_fn(member.dep.handler):
+        side = "in" if library.is_in_channel_pruning_fn(member.dep.handler) else "out"
+        _check_inside(graph, node, side, index)
+        if graph.makes(node) and side == "in":
             columns = _columns(_layer(layers, name), index)
             reads.append(Slot(module=name, side="in", index=columns))
         else:
@@ -238,6 +240,14 @@ def _by_unit(roots: Sequence[int | None], indices: Sequence[int], units: int, na
     if len({len(f) for f in found}) != 1 or not found[0]:
         raise _NoCut(f"its units are not equally large in {name}")
     return torch.tensor(found)
+
+
+def _check_inside(graph: Graph, node: Any, side: str, index: Tensor) -> None:
+    """torch-pruning counts on past a module's width where halves of it are multiplied."""
+    pruner = graph.graph.get_pruner_of_module(node.module)
+    width = pruner.get_in_channels if side == "in" else pruner.get_out_channels
+    if int(index.max()) >= (width(node.module) or 0):
+        raise _NoCut(f"torch-pruning lost track of its units in {graph.name(node)}")
 
 
 def _columns(layer: Layer, channels: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from curvprune.compression import Moments, visit_layers
 from curvprune.curvature import Change
 from curvprune.model import Layer, Loss, Split, collate, find_layers, to_device
 from curvprune.structured.asked import Structured
-from curvprune.structured.compensation import Consumer, compensate, removal_order
+from curvprune.structured.compensation import Consumer, compensate, removal_order, steadied
 from curvprune.structured.cuts import BLOCKS, Cut, Found
 
 # The moments of a layer's inputs, computed when they are asked for.
@@ -75,7 +75,10 @@ def solve_widths(
         # 1. The second moment of this reader's inputs.
         moments = moments_of()
         assert moments is not None
-        seconds[layer.name] = _augmented(moments, _holds_constant(layer, found.sinks))[0]
+        A = _augmented(moments, _holds_constant(layer, found.sinks))[0]
+        A, note = steadied(A, layer.shape[1], asked.damping, name=layer.name)
+        seconds[layer.name] = A
+        found.notes.extend([note] if note else [])
         # 2. Cuts all of whose readers have been seen are solved.
         for name, missing in waiting.items():
             if layer.name in missing:
@@ -216,6 +219,7 @@ def apply_removal(
         if len(keep) == layer.shape[1] and moments.drift is None:
             return
         A, D = _augmented(moments, _holds_constant(layer, found.sinks))
+        A, _ = steadied(A, layer.shape[1], asked.damping, name=layer.name)
         W = layer.as_matrix(layer.weight.detach())
         smaller, constant = compensate(
             W, A, keep, name=layer.name, drift=D, share=asked.drift, damping=asked.damping

@@ -124,7 +124,8 @@ def removal_order(
     The cost of a unit with columns S, given all removed before and everything else compensated, is
     ``Σ_consumers Σ_r rows_r W_rS ([H⁻¹]_SS)⁻¹ W_rSᵀ`` with ``H = A + λI``. After each removal ``W``
     and ``H⁻¹`` are those of the units that are left, so a unit that became indispensable is seen to
-    be so. Units that are zero on all calibration items go first. The order does not depend on ``until``: one call gives nested choices for all widths.
+    be so. Units that are zero on all calibration items go first. The order does not depend on
+    ``until``: one call gives nested choices for all widths.
 
     Cost: ``in³`` per consumer, then ``2·in²·k`` per unit removed.
 

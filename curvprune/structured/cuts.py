@@ -53,6 +53,7 @@ class Cut:
         counts: (module, attribute) → how much of it one unit is, such as heads.
         pieces: what its units are in tensors that are no layer's matrix; of stacked experts, in
             both of them.
+        multiple: widths are multiples of this (grouped products of experts read 16 bytes at once).
     """
 
     name: str
@@ -62,6 +63,12 @@ class Cut:
     reads: tuple[Slot, ...]
     counts: Mapping[tuple[str, str], int]
     pieces: tuple[Piece, ...] = ()
+    multiple: int = 1
+
+    @property
+    def first(self) -> str:
+        """The module that stands for it where none holds all of it."""
+        return (*self.makes, *self.reads)[0].module
 
     @property
     def readers(self) -> set[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -88,7 +89,11 @@ def _measure(
         sums[name] = torch.zeros(len(items), width, dtype=torch.float64)
         along[name] = torch.zeros(width, dtype=torch.float64)
 
+    stacked = {n: layer for n, layer in readers.items() if layer.kind == "experts"}
+
     def take(name: str, layer: Layer, x: Tensor | None, gradient: Tensor) -> None:
+        if layer.kind == "experts":
+            return  # by the gradients of their weights, see below
         assert x is not None
         G = gradient.T @ x
         # With the gradient of the bias, for changes that have one.
@@ -98,7 +103,17 @@ def _measure(
                 full = with_bias if len(change.values) == with_bias.numel() else G
                 along[cut][k] += change.dot(full.reshape(-1)).double().cpu()
 
-    with output_gradients(model, readers, take, inputs=True):
+    def take_experts() -> None:
+        for name, layer in stacked.items():
+            if layer.weight.grad is None:
+                continue
+            G = layer.as_matrix(layer.weight.grad).reshape(-1)
+            for cut, solution in solved.items():
+                for k, change in enumerate(solution.changes.get(name, ())):
+                    along[cut][k] += change.dot(G).double().cpu()
+            layer.weight.grad = None
+
+    with output_gradients(model, readers, take, inputs=True), _with_gradients(stacked):
         for i, item in enumerate(items):
             generator = draws(seed, i)
             batch = to_device(item, device)
@@ -110,6 +125,21 @@ def _measure(
                     value.zero_()
                 drawn = objective.draw(outputs, batch, generator).sum()
                 drawn.backward(retain_graph=s + 1 < labels)
+                take_experts()
                 for name, products in along.items():
                     sums[name][i] += 0.5 * products.square() / labels
     return sums, counts
+
+
+@contextmanager
+def _with_gradients(layers: Mapping[str, Layer]) -> Iterator[None]:
+    """These weights collect gradients of their own; what the user had there comes back."""
+    before = {name: layer.weight.grad for name, layer in layers.items()}
+    try:
+        for layer in layers.values():
+            layer.weight.grad = None
+            layer.weight.requires_grad_(True)
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.weight.grad = before[name]

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from curvprune.model import Layer, drop_, is_conv1d
 from curvprune.structured.cuts import BLOCKS, Conv1DPruner, Cut, Piece, torch_pruning
 
-
 # Numbers of torch's own modules that are the width of what goes through them.
 _WIDTHS = ("num_features", "embedding_dim", "groups", "in_channels", "out_channels")
 
@@ -57,7 +56,6 @@ def remove_(
     for (name, side), indices in _indices(cuts, narrowed).items():
         if indices and name not in pieces:
             _shrink(graph, model.get_submodule(name), side, indices)
-
 
     # 4. Parameters and buffers of other modules.
     for parts in pieces.values():

@@ -98,6 +98,7 @@ def _widths(cut: Cut, asked: Structured) -> list[int]:
         return [1, 0]
     step = asked.round_to or (8 if cut.units >= 256 else 1)
     step = step if cut.units >= 2 * step else 1
+    step = math.lcm(step, cut.multiple)
 
     def rounded(share: float) -> int:
         return max(min(step, cut.units), min(cut.units, round(share * cut.units / step) * step))

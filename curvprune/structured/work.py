@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from curvprune.model import Batch, Layer, Loss, evaluating, find_layers
+from curvprune.model import Batch, Layer, Loss, evaluating, find_layers, key_of
 from curvprune.structured.cuts import BLOCKS, Cut
+from curvprune.structured.gradients import first_tensor
 
 # (module, side) → cut → the share of that side's width that one unit of the cut is.
 _Shares = dict[tuple[str, str], dict[str, float]]
@@ -79,6 +80,10 @@ def _shares(model: nn.Module, layers: Mapping[str, Layer], cuts: Mapping[str, Cu
             shares = sides.setdefault((slot.module, slot.side), {})
             share = slot.index.shape[1] / _width(model, layers, slot.module, slot.side)
             shares[name] = shares.get(name, 0.0) + share
+        for piece in cut.pieces:
+            shares = sides.setdefault((key_of(piece.module, piece.tensor), "out"), {})
+            tensor = getattr(model.get_submodule(piece.module), piece.tensor)
+            shares[name] = piece.index.shape[1] / tensor.shape[piece.dim]
     return sides
 
 
@@ -99,20 +104,24 @@ def _weights(
     """Every parameter once, with the multiply-adds of those that are a layer's matrix."""
     terms = []
     seen: set[int] = set()
+    matrices = {id(layer.weight): name for name, layer in layers.items()}
     for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
+        for key, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             # Only a layer's matrix is multiplied; biases and norms are parameters alone.
-            layer = layers.get(name)
-            weight = layer is not None and parameter is layer.weight
+            matrix = matrices.get(id(parameter), "")
+            inputs = shares.get((matrix, "in"), {})
+            outputs = shares.get((name, "out"), {})
+            if not inputs and not outputs:
+                outputs = shares.get((key_of(name, key), "out"), {})
             terms.append(
                 _Term(
-                    macs=parameter.numel() * positions.get(name, 0) if weight else 0,
+                    macs=parameter.numel() * positions.get(matrix, 0),
                     parameters=parameter.numel(),
-                    outputs=shares.get((name, "out"), {}),
-                    inputs=shares.get((name, "in"), {}) if weight else {},
+                    outputs=outputs,
+                    inputs=inputs,
                 )
             )
     return terms
@@ -123,8 +132,9 @@ def _attention_scores(cuts: Mapping[str, Cut], positions: Mapping[str, int]) -> 
     terms = []
     for name, cut in cuts.items():
         if cut.kind == "heads":
-            (read,) = cut.reads
-            macs = 2.0 * positions[read.module] ** 2 * read.index.numel()
+            macs = 0.0
+            for read in cut.reads:
+                macs += 2.0 * positions.get(read.module, 0) ** 2 * read.index.numel()
             terms.append(_Term(macs=macs, parameters=0.0, outputs={name: 1 / cut.units}, inputs={}))
     return terms
 
@@ -137,7 +147,13 @@ def _positions(
     found: dict[str, int] = {}
 
     def watch(name: str, layer: Layer) -> Callable[..., None]:
-        def count(module: nn.Module, args: Any, output: Tensor) -> None:
+        def count(module: nn.Module, args: Any, output: Any) -> None:
+            output = first_tensor(output)
+            if layer.kind == "experts":
+                # Every token comes to some of the experts.
+                chosen = args[1].numel() if len(args) > 1 else len(output)
+                found[name] = found.get(name, 0) + chosen // layer.groups
+                return
             found[name] = found.get(name, 0) + output.numel() // (layer.shape[0] * len(output))
 
         return count

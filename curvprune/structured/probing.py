@@ -316,41 +316,43 @@ _Family = list[tuple[_Reading, Tensor]]
 def _families(readings: Mapping[str, _Reading], held: Mapping[str, Tensor]) -> Iterator[_Family]:
     """Readings that share rows, with one number for each unit over all of them; those with a row
     that must stay are left out."""
-    # 1. Blocks that share a row, or an entry of a parameter, are one unit.
-    parent: dict[tuple[str, int], tuple[str, int]] = {}
+    # Units of one family have the same readers.
+    groups: dict[tuple[str, ...], list[list[_Block]]] = defaultdict(list)
+    for members in _units(readings):
+        groups[tuple(sorted({name for name, _ in members}))].append(members)
+    for names, found in groups.items():
+        units = {name: torch.full((readings[name].blocks,), -1) for name in names}
+        for number, members in enumerate(found):
+            for name, block in members:
+                units[name][block] = number
+        family = [(readings[name], unit) for name, unit in units.items()]
+        if len(found) > 1 and all(_is_free(reading, unit, held) for reading, unit in family):
+            yield family
 
-    def root(node: tuple[str, int]) -> tuple[str, int]:
+
+_Block = tuple[str, int]  # a reader, and the number of its block
+
+
+def _units(readings: Mapping[str, _Reading]) -> list[list[_Block]]:
+    """Blocks that share a row, or an entry of a parameter, are one unit."""
+    parent: dict[_Block, _Block] = {}
+
+    def root(node: _Block) -> _Block:
         while parent.setdefault(node, node) != node:
             node = parent[node]
         return node
 
-    owner: dict[tuple[str, int], tuple[str, int]] = {}
+    owner: dict[tuple[str, int], _Block] = {}
     for name, reading in readings.items():
         for source, blocks in reading.moves.items():
             for entry in (blocks >= 0).nonzero()[:, 0].tolist():
                 node = name, int(blocks[entry])
-                first = owner.setdefault((source, entry), node)
-                parent[root(node)] = root(first)
-    # 2. Units of one family have the same readers.
-    units: dict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)
+                parent[root(node)] = root(owner.setdefault((source, entry), node))
+    units: dict[_Block, list[_Block]] = defaultdict(list)
     for name, reading in readings.items():
         for block in range(reading.blocks):
             units[root((name, block))].append((name, block))
-    groups: dict[tuple[str, ...], list[list[tuple[str, int]]]] = defaultdict(list)
-    for members in units.values():
-        groups[tuple(sorted({name for name, _ in members}))].append(members)
-    for names, found in groups.items():
-        family = []
-        for name in names:
-            reading = readings[name]
-            unit = torch.full((reading.blocks,), -1)
-            for number, members in enumerate(found):
-                for member, block in members:
-                    if member == name:
-                        unit[block] = number
-            family.append((reading, unit))
-        if len(found) > 1 and all(_is_free(reading, unit, held) for reading, unit in family):
-            yield family
+    return list(units.values())
 
 
 def _is_free(reading: _Reading, unit: Tensor, held: Mapping[str, Tensor]) -> bool:

@@ -277,8 +277,8 @@ def _to_adjust(
         wanted |= cut.readers
     layers = {}
     for name, layer in find_layers(model).items():
-        cut = any(name in c.readers for c in found.cuts.values())
-        if name not in wanted or not layer.readers or (layer.groups != 1 and not cut):
+        has_cut = any(name in c.readers for c in found.cuts.values())
+        if name not in wanted or not layer.readers or (layer.groups != 1 and not has_cut):
             continue
         # A weight that is also an embedding's must not move: what is looked up would change.
         if layer.kind != "embedding" and not layer.aliases:

@@ -106,6 +106,18 @@ def _together(
 # how many
 
 
+def fitting(
+    model: nn.Module, objective: Loss, batch: Batch, cuts: Mapping[str, Cut], removed: Removed
+) -> dict[str, list[int]]:
+    """What of ``removed`` can go together: cuts are added one after another."""
+    kept: dict[str, list[int]] = {name: [] for name in removed}
+    for name, units in removed.items():
+        more = {**kept, name: list(units)}
+        if units and complaint(model, objective, batch, cuts, more) is None:
+            kept = more
+    return kept
+
+
 def _half(cuts: Mapping[str, Cut]) -> dict[str, list[int]]:
     """Half of the units, not one, which might happen to matter little; every other block."""
     removed = {}
@@ -145,7 +157,8 @@ def _numbers(model: nn.Module, cut: Cut) -> Iterator[dict[tuple[str, str], int]]
     if cut.kind == BLOCKS:
         return
     # Sizes that are said of the cut: its units, and the rows and columns that they have.
-    indices = [slot.index for slot in (*cut.makes, *cut.reads, *cut.pieces)]
+    indices = [slot.index for slot in (*cut.makes, *cut.reads)]
+    indices += [piece.index for piece in cut.pieces]
     sizes = {cut.units, *(index.numel() for index in indices)}
     usual: dict[tuple[str, str], int] = {}
     every: dict[tuple[str, str], int] = {}

@@ -208,7 +208,7 @@ def _touched(
 
 
 def _reading(
-    layer: Layer, inputs: list[Tensor], sources: list[_Source]
+    layer: Layer, inputs: list[Tensor], sources: list[_Source], known: bool
 ) -> tuple[_Reading | None, dict[str, Tensor]]:
     """The reader's columns in the smallest blocks that rows of producers feed one by one; and all
     that moves any of them."""
@@ -227,7 +227,7 @@ def _reading(
     every = touched(torch.ones(width))
     near = [s for s in sources if s.name in every and bool(every[s.name].any())]
     sources = near
-    for size in range(1, width // 2 + 1):
+    for size in () if known else range(1, width // 2 + 1):
         if width % size == 0 and any(s.dim is not None for s in near):
             reading = _in_blocks(layer, width, size, touched, near)
             if reading is not None:
@@ -240,23 +240,25 @@ def _in_blocks(
 ) -> _Reading | None:
     blocks = width // size
     number = torch.arange(width) // size
-    # 1. For each bit of the block's number: what moves those with it, and those without.
+    # 1. For each bit of the block's number: what moves those with it, and those without. The
+    # highest and the lowest come first: they tell soonest that a row moves some blocks of many.
+    bits = list(range((blocks - 1).bit_length()))
+    order = [bits.pop(), *bits]
     with_bit, without = [], []
-    for bit in range((blocks - 1).bit_length()):
+    for bit in order:
         has = (number >> bit) & 1 == 1
         with_bit.append(touched(has))
         without.append(touched(~has))
+        if _mixes(with_bit, without, sources):
+            return None
     # 2. The block of every entry: one in all, or all of them; anything between is no block.
     moves: dict[str, Tensor] = {}
     whole = False
     for source in sources:
         ones = torch.stack([t[source.name] for t in with_bit])
         zeros = torch.stack([t[source.name] for t in without])
-        some, both = (ones | zeros).any(0), ones & zeros
-        shared = both.all(0)
-        if bool((some & ~shared & both.any(0)).any()):
-            return None
-        powers = 2 ** torch.arange(len(ones))[:, None]
+        some, shared = (ones | zeros).any(0), (ones & zeros).all(0)
+        powers = 2 ** torch.tensor(order)[:, None]
         block = (ones * powers).sum(0)
         block = torch.where(shared, -2, torch.where(some, block, -1))
         if bool((block >= blocks).any()):
@@ -276,6 +278,22 @@ def _in_blocks(
 # cuts
 
 
+def _mixes(
+    ones: list[dict[str, Tensor]], zeros: list[dict[str, Tensor]], sources: list[_Source]
+) -> bool:
+    """Whether an entry moves several blocks, but not all of them."""
+    for source in sources:
+        both = torch.stack(
+            [one[source.name] & zero[source.name] for one, zero in zip(ones, zeros, strict=True)]
+        )
+        some = torch.stack(
+            [one[source.name] | zero[source.name] for one, zero in zip(ones, zeros, strict=True)]
+        )
+        if bool((both.any(0) & (some & ~both).any(0)).any()):
+            return True
+    return False
+
+
 def _layer_cuts(
     model: nn.Module, layers: Mapping[str, Layer], probe: _Probe, taken: set[str]
 ) -> list[Cut]:
@@ -284,7 +302,7 @@ def _layer_cuts(
     readings = {}
     # 1. What moves every reader; rows that mix in one of them cannot go.
     for name, inputs in probe.inputs.items():
-        reading, every = _reading(layers[name], inputs, probe.sources)
+        reading, every = _reading(layers[name], inputs, probe.sources, name in taken)
         if reading is not None:
             readings[name] = reading
             every = {n: block == -2 for n, block in reading.moves.items()}
@@ -302,10 +320,9 @@ def _layer_cuts(
     # 3. Readers that the same rows feed.
     cuts = []
     for family in _families(readings, held):
-        if not taken & {reading.reader for reading, _ in family}:
-            cut = _cut(model, layers, family, rows)
-            if cut is not None:
-                cuts.append(cut)
+        cut = _cut(model, layers, family, rows)
+        if cut is not None:
+            cuts.append(cut)
     return cuts
 
 

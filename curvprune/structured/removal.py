@@ -20,7 +20,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from curvprune.curvature import Estimate
 from curvprune.model import Loss, Splits, evaluating, to_device
@@ -32,7 +32,7 @@ from curvprune.structured.latency import Latency, Timer
 from curvprune.structured.prices import price_widths
 from curvprune.structured.solving import apply_removal, reading_layers, solve_widths
 from curvprune.structured.trying import differs, fitting
-from curvprune.structured.widths import choose_widths, offered_widths
+from curvprune.structured.widths import check_reach, choose_widths, offered_widths
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +110,9 @@ def prune_units(
     # 2. The order of removal in every cut, and the change that each width means.
     batches = calibrate.batches(batch_size)
     rows = row_costs(model, objective, batches, reading_layers(model, cuts), seed=seed)
+    _leave_out_(found, rows)
+    widths = {n: offered for n, offered in widths.items() if n in cuts}
+    check_reach(cost, widths, asked)
     solved = solve_widths(model, objective, calibrate, found, widths, rows, asked)
 
     # 3. The widths: the ones asked for, or the cheapest that meet what was asked.
@@ -153,6 +156,20 @@ def prune_units(
         kinds={n: c.kind for n, c in cuts.items()},
         dropped=tuple(c.name for n, c in cuts.items() if c.kind == BLOCKS and removed[n]),
     )
+
+
+def _leave_out_(found: Found, rows: Mapping[str, Tensor]) -> None:
+    """Cuts that nothing moves the loss from have no price, so they stay as they are."""
+    for name, cut in list(found.cuts.items()):
+        if any(bool(rows[reader].any()) for reader in cut.readers):
+            continue
+        del found.cuts[name]
+        found.notes.append(
+            f"{name}: stays as it is, since {sorted(cut.readers)[0]} received no gradient: it is "
+            "not on the way to the loss"
+        )
+    if not found.cuts:
+        raise ValueError(f"structured: no cut can be priced; {'; '.join(found.notes)}")
 
 
 def _made(

@@ -43,18 +43,27 @@ def tried(
     # 1. One by one.
     good: dict[str, Cut] = {}
     bad: dict[str, tuple[Cut, str]] = {}
+    # Of cuts that are alike, the first one tells which numbers to begin with, or that none do.
+    begin: dict[object, int | None] = {}
+    groups = _alike(cuts)
     for name, cut in cuts.items():
+        key = next((k for k, members in groups.items() if name in members), name)
+        place = begin.get(key, 0)
         reason = None
-        for numbers in _numbers(model, cut):
+        for k, numbers in enumerate(_numbers(model, cut)):
+            if place is None or k < place:
+                continue
             variant = replace(cut, counts=numbers)
             own = {name: variant}
             found = complaint(model, objective, batch, own, _half(own))
             if found is None:
                 good[name] = variant
+                begin.setdefault(key, k)
                 break
             reason = reason or found
         else:
-            bad[name] = cut, reason or "it has no units"
+            begin.setdefault(key, None)
+            bad[name] = cut, reason or f"it fails as {next(iter(groups[key]))} does"
     # 2. Those that fail alone, together with those like them.
     for alike in _alike({n: c for n, (c, _) in bad.items()}).values():
         for variant in _merged(model, alike):

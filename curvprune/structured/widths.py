@@ -69,7 +69,7 @@ def offered_widths(
             )
         batch = to_device(collate(items[: asked.batch]), device)
         cost = Latency(model, objective, batch, found.cuts, _smallest(widths), timer=timer)
-    _check_reach(cost, widths, asked)
+    check_reach(cost, widths, asked)
     return found, work, widths, cost
 
 
@@ -111,7 +111,9 @@ def _widths(cut: Cut, asked: Structured) -> list[int]:
     return offered if asked.uniform else sorted(set(offered), reverse=True)
 
 
-def _check_reach(cost: Cost, widths: Mapping[str, list[int]], asked: Structured) -> None:
+def check_reach(cost: Cost, widths: Mapping[str, list[int]], asked: Structured) -> None:
+    """Raises ``ValueError`` where the smallest widths leave more than was asked for; says what
+    can be removed."""
     if isinstance(asked.share, Mapping):
         return
     best = 1 - cost(_smallest(widths)) / cost({})

@@ -98,7 +98,7 @@ def _width(model: nn.Module, layers: Mapping[str, Layer], module: str, side: str
 def _weights(
     model: nn.Module,
     layers: Mapping[str, Layer],
-    positions: Mapping[str, int],
+    positions: Mapping[str, float],
     shares: _Shares,
 ) -> list[_Term]:
     """Every parameter once, with the multiply-adds of those that are a layer's matrix."""
@@ -127,7 +127,7 @@ def _weights(
     return terms
 
 
-def _attention_scores(cuts: Mapping[str, Cut], positions: Mapping[str, int]) -> list[_Term]:
+def _attention_scores(cuts: Mapping[str, Cut], positions: Mapping[str, float]) -> list[_Term]:
     """Attention's scores and their use, of every position with every other."""
     terms = []
     for name, cut in cuts.items():
@@ -142,9 +142,14 @@ def _attention_scores(cuts: Mapping[str, Cut], positions: Mapping[str, int]) -> 
 @torch.no_grad()
 def _positions(
     model: nn.Module, objective: Loss, item: Batch, layers: Mapping[str, Layer]
-) -> dict[str, int]:
+) -> dict[str, float]:
     """How often each layer's matrix is multiplied for one item."""
-    found: dict[str, int] = {}
+    found: dict[str, float] = {}
+    # Not the first dimension of an output, which may be time, or items and tokens in one.
+    entry = next(iter(item.values())) if isinstance(item, Mapping) else item
+    while not isinstance(entry, Tensor):
+        entry = next(iter(entry))
+    items = max(1, len(entry))
 
     def watch(name: str, layer: Layer) -> Callable[..., None]:
         def count(module: nn.Module, args: Any, output: Any) -> None:
@@ -152,9 +157,9 @@ def _positions(
             if layer.kind == "experts":
                 # Every token comes to some of the experts.
                 chosen = args[1].numel() if len(args) > 1 else len(output)
-                found[name] = found.get(name, 0) + chosen // layer.groups
+                found[name] = found.get(name, 0) + chosen / layer.groups / items
                 return
-            found[name] = found.get(name, 0) + output.numel() // (layer.shape[0] * len(output))
+            found[name] = found.get(name, 0) + output.numel() / (layer.shape[0] * items)
 
         return count
 

@@ -113,14 +113,14 @@ def describe_(model: Any, widths: Mapping[str, tuple[int, int]]) -> bool:
     Args:
         widths: kind of cut (`curvprune.structured`) → (units before, after).
     """
-    # 1. The entries that say the widths.
     config = copy.deepcopy(model.config)
-    if "mlp" in widths:
-        _describe_mlp_(config, *widths["mlp"])
-    if "heads" in widths:
-        _describe_heads_(config, *widths["heads"])
-    # 2. A model of that config, without memory.
     try:
+        # 1. The entries that say the widths; a composite config may have none of its own.
+        if "mlp" in widths:
+            _describe_mlp_(config, *widths["mlp"])
+        if "heads" in widths:
+            _describe_heads_(config, *widths["heads"])
+        # 2. A model of that config, without memory.
         with torch.device("meta"):
             empty = type(model)(copy.deepcopy(config))
         shapes = _shapes(empty)

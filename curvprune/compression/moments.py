@@ -99,7 +99,9 @@ def moments_of(
         rows = layer.rows(module, chunk).to(wide)
         narrow = _narrowed(rows)
         _add_gram(second, rows, narrow)
-        mean += rows.sum(1)
+        # The mean of what was multiplied: with the exact one, a constant among the inputs would
+        # make the second moment indefinite.
+        mean += rows.sum(1) if narrow is None else narrow.total()
         count += rows.shape[1]
         if drift is not None and before is not None:
             moved = layer.rows(module, before).to(wide) - rows
@@ -220,6 +222,10 @@ class _Bytes:
     def of(cls, rows: Tensor) -> _Bytes:
         step = rows.abs().amax(0).div_(127).clamp_min_(torch.finfo(rows.dtype).tiny)
         return cls((rows * step.reciprocal()).round_().to(torch.int8), step)
+
+    def total(self) -> Tensor:
+        """The sum of all rows, ``(1, in)``."""
+        return (self.values.sum(0) * self.step)[None]
 
     def columns(self, which: slice) -> _Bytes:
         return _Bytes(self.values[:, which], self.step[which])

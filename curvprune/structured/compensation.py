@@ -45,6 +45,36 @@ def damped(second: Float[Tensor, "n n"], inputs: int, damping: float) -> Float[T
     return second + torch.diag(ridge)
 
 
+def steadied(
+    second: Float[Tensor, "n n"], inputs: int, damping: float, *, name: str
+) -> tuple[Float[Tensor, "n n"], str | None]:
+    """A second moment that can be inverted once it is `damped`, and what to tell of it.
+
+    Where it cannot be as it is, λ grows tenfold until its Cholesky factor exists. What is added to
+    the diagonal acts as a larger λ in `removal_order` and in `compensate`.
+
+    Raises:
+        ValueError: a second moment that is not finite; names the consumer.
+    """
+    A = second.double()
+    mean = float(A.diagonal()[:inputs].mean())
+    if not bool(A.isfinite().all()):
+        raise _unfit(name)
+    # 1. As asked, then ten times as much; inputs that are all zero have no scale of their own.
+    ridge = torch.zeros(len(A), dtype=A.dtype, device=A.device)
+    tried = damping
+    while torch.linalg.cholesky_ex(damped(A + torch.diag(ridge), inputs, damping))[1]:
+        tried = max(10 * tried, 1e-6)
+        ridge[:inputs] = (tried - damping) * mean if mean > 0 else 1.0
+    if tried == damping or mean <= 0:
+        return A + torch.diag(ridge), None
+    # 2. What it took.
+    return A + torch.diag(ridge), (
+        f"layer {name}: the second moment of its inputs is singular; damping {tried:.1g} of its "
+        f"mean diagonal in place of {damping:g}"
+    )
+
+
 class _State:
     """One consumer while units go: the inverse of its second moment, and the Gram matrix of its
     weight."""
@@ -57,6 +87,9 @@ class _State:
         scaled = consumer.rows.double().sqrt()[:, None] * consumer.weight.double()
         self.gram = H.new_zeros(H.shape)
         self.gram[:inputs, :inputs] = scaled.T @ scaled
+
+        # Units that were never active go first, and for free.
+        self.dead = (consumer.second.diagonal()[consumer.columns] == 0).all(1)
 
     def costs(self, left: Int[Tensor, " left"]) -> Float[Tensor, " left"]:
         """What each of these units costs, everything else compensated."""
@@ -91,7 +124,8 @@ def removal_order(
     The cost of a unit with columns S, given all removed before and everything else compensated, is
     ``Σ_consumers Σ_r rows_r W_rS ([H⁻¹]_SS)⁻¹ W_rSᵀ`` with ``H = A + λI``. After each removal ``W``
     and ``H⁻¹`` are those of the units that are left, so a unit that became indispensable is seen to
-    be so. The order does not depend on ``until``: one call gives nested choices for all widths.
+    be so. Units that are zero on all calibration items go first. The order does not depend on
+    ``until``: one call gives nested choices for all widths.
 
     Cost: ``in³`` per consumer, then ``2·in²·k`` per unit removed.
 
@@ -117,6 +151,7 @@ def removal_order(
 
     if len(removed):
         remove(torch.tensor(list(removed), device=device))
+    dead = torch.stack([state.dead for state in states]).all(0)
     order: list[int] = []
     while int(alive.sum()) > until:
         # 2. What each unit that is left would cost, over all consumers.
@@ -124,6 +159,7 @@ def removal_order(
         cost = torch.zeros(len(left), dtype=torch.float64, device=device)
         for state in states:
             cost += state.costs(left)
+        cost[dead[left]] = -1.0
         # 3. The cheapest go.
         count = min(at_once, len(left) - until)
         chosen = left[cost.topk(count, largest=False).indices]
@@ -176,11 +212,15 @@ def compensate(
 def _cholesky(H: Tensor, name: str) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(H)
     if int(info) or not bool(factor.isfinite().all()):
-        raise ValueError(
-            f"layer {name}: the second moment of its inputs is singular or not finite; calibrate "
-            "with more or other data, raise damping, or leave the layer out"
-        )
+        raise _unfit(name)
     return factor
+
+
+def _unfit(name: str) -> ValueError:
+    return ValueError(
+        f"layer {name}: the second moment of its inputs is singular or not finite; calibrate "
+        "with more or other data, raise damping, or leave the layer out"
+    )
 
 
 def _inverse(H: Tensor, name: str) -> Tensor:

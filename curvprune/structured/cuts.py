@@ -29,6 +29,16 @@ class Slot:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Piece:
+    """What each unit is in a parameter or buffer that is no layer's: entries along ``dim``."""
+
+    module: str
+    tensor: str
+    dim: int
+    index: Int[Tensor, "units k"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Cut:
     """A dimension whose units can be removed.
 
@@ -41,6 +51,9 @@ class Cut:
             convolutions.
         reads: where its units go in; the columns are those of `Layer`'s matrix.
         counts: (module, attribute) → how much of it one unit is, such as heads.
+        pieces: what its units are in tensors that are no layer's matrix; of stacked experts, in
+            both of them.
+        multiple: widths are multiples of this (grouped products of experts read 16 bytes at once).
     """
 
     name: str
@@ -49,6 +62,13 @@ class Cut:
     makes: tuple[Slot, ...]
     reads: tuple[Slot, ...]
     counts: Mapping[tuple[str, str], int]
+    pieces: tuple[Piece, ...] = ()
+    multiple: int = 1
+
+    @property
+    def first(self) -> str:
+        """The module that stands for it where none holds all of it."""
+        return (*self.makes, *self.reads)[0].module
 
     @property
     def readers(self) -> set[str]:

@@ -6,26 +6,23 @@ units computes what the model computes when nothing reads those units, which is 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from curvprune.model import Batch, Layer, Loss, evaluating, find_layers
-from curvprune.structured.cuts import BLOCKS, KINDS, Cut, Found, Slot
-from curvprune.structured.surgery import remove_, silence_
-from curvprune.structured.tracing import Dimension, Graph, failed_at
+from curvprune.model import Batch, Layer, Loss, find_layers
+from curvprune.structured.cuts import BLOCKS, KINDS, Cut, Found, Slot, torch_pruning
+from curvprune.structured.probing import probed_cuts
+from curvprune.structured.tracing import Dimension, Graph
+from curvprune.structured.trying import HEAD_WIDTHS, KEY_HEADS, QUERY_HEADS, tried
 
 # What attention's operations are called in the graph.
 _ATTENDS = ("scaleddot", "bmm", "softmax")
 # Attributes of attention modules: the size of a head, and what is counted in heads.
 _HEAD_SIZE = ("head_dim", "attention_head_size")
-_QUERY_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
-_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
-_HEAD_WIDTHS = ("all_head_size", "inner_dim", "embed_dim", "split_size")
 
 
 def find_cuts(
@@ -39,14 +36,34 @@ def find_cuts(
     Raises:
         ValueError: there is no cut of these kinds; names the operation that is in the way.
     """
-    traced = _trace(model, objective, batch)
+    traced = _all_found(model, objective, batch)
     wanted = {n: c for n, c in traced.cuts.items() if c.kind in kinds}
-    cuts, failed = _tried(model, objective, batch, wanted)
+    cuts, failed = tried(model, objective, batch, wanted)
     notes = traced.notes + failed
     if not cuts:
         reasons = "; ".join(notes) if notes else "it has no layer that only other layers read"
         raise ValueError(f"no prunable {' or '.join(kinds)} in {type(model).__name__}: {reasons}")
     return Found(cuts=cuts, sinks=traced.sinks, notes=notes)
+
+
+def _all_found(model: nn.Module, objective: Loss, batch: Batch) -> Found:
+    """What torch-pruning's graph shows, and of other layers what numbers show."""
+    torch_pruning()  # or say how to get it
+    try:
+        traced = _trace(model, objective, batch)
+        first, _ = tried(model, objective, batch, traced.cuts)
+        traced = replace(traced, cuts=first)
+    except ValueError as reason:
+        traced = Found(cuts={}, sinks={}, notes=[str(reason)])
+    taken: set[str] = set()
+    for cut in traced.cuts.values():
+        taken |= cut.readers if cut.kind != BLOCKS else set()
+    probed, failed = probed_cuts(model, objective, batch, taken=taken)
+    made = {slot.module for cut in traced.cuts.values() for slot in cut.makes}
+    probed = [c for c in probed if not made & {slot.module for slot in c.makes}]
+    named = _named(probed, before=traced.cuts)
+    # In the model's order, as they are passed.
+    return replace(traced, cuts={**traced.cuts, **named}, notes=traced.notes + failed)
 
 
 class _NoCut(Exception):
@@ -91,13 +108,13 @@ def _attends(node: Any) -> bool:
     return any(word in node.name.lower() for word in _ATTENDS)
 
 
-def _named(cuts: Sequence[Cut]) -> dict[str, Cut]:
-    """Called by the module that holds all of a cut, else by its first producer."""
+def _named(cuts: Sequence[Cut], before: Iterable[str] = ()) -> dict[str, Cut]:
+    """Called by the module that holds all of a cut, else by its first producer or reader."""
     named: dict[str, Cut] = {}
     for cut in cuts:
         paths = [slot.module.split(".") for slot in (*cut.makes, *cut.reads)]
         shared = "" if cut.kind == "channels" else _common(paths)
-        name = shared if shared and shared not in named else cut.makes[0].module
+        name = shared if shared and shared not in {*named, *before} else cut.first
         named[name] = replace(cut, name=name)
     return named
 
@@ -193,7 +210,9 @@ def _channels(graph: Graph, layers: Mapping[str, Layer], dimension: Dimension) -
             continue
         name = graph.name(node)
         index = _by_unit(members[i].root_idxs, member.idxs, width, name)
-        if graph.makes(node) and library.is_in_channel_pruning_fn(member.dep.handler):
+        side = "in" if library.is_in_channel_pruning_fn(member.dep.handler) else "out"
+        _check_inside(graph, node, side, index)
+        if graph.makes(node) and side == "in":
             columns = _columns(_layer(layers, name), index)
             reads.append(Slot(module=name, side="in", index=columns))
         else:
@@ -240,6 +259,14 @@ def _by_unit(roots: Sequence[int | None], indices: Sequence[int], units: int, na
     if len({len(f) for f in found}) != 1 or not found[0]:
         raise _NoCut(f"its units are not equally large in {name}")
     return torch.tensor(found)
+
+
+def _check_inside(graph: Graph, node: Any, side: str, index: Tensor) -> None:
+    """torch-pruning counts on past a module's width where halves of it are multiplied."""
+    pruner = graph.graph.get_pruner_of_module(node.module)
+    width = pruner.get_in_channels if side == "in" else pruner.get_out_channels
+    if int(index.max()) >= (width(node.module) or 0):
+        raise _NoCut(f"torch-pruning lost track of its units in {graph.name(node)}")
 
 
 def _columns(layer: Layer, channels: Tensor) -> Tensor:
@@ -291,9 +318,9 @@ def _heads(
     # 4. The numbers that the module keeps of its heads.
     counts = {}
     for attributes, part in (
-        (_QUERY_HEADS, queries // keys),
-        (_KEY_HEADS, 1),
-        (_HEAD_WIDTHS, inputs // keys),
+        (QUERY_HEADS, queries // keys),
+        (KEY_HEADS, 1),
+        (HEAD_WIDTHS, inputs // keys),
     ):
         for attribute in attributes:
             value = getattr(attention, attribute, None)
@@ -305,7 +332,7 @@ def _heads(
 def _head_size(attention: nn.Module, inputs: int) -> int | None:
     """What the module says of it, directly or by its number of query heads."""
     size = _first_int(attention, _HEAD_SIZE)
-    heads = _first_int(attention, _QUERY_HEADS)
+    heads = _first_int(attention, QUERY_HEADS)
     if size is None and heads is not None:
         return inputs // heads
     return size
@@ -343,58 +370,3 @@ def _separate_rows(widths: Mapping[str, int], keys: int) -> tuple[Slot, ...]:
     for name, width in widths.items():
         makes.append(Slot(module=name, side="out", index=torch.arange(width).reshape(keys, -1)))
     return tuple(makes)
-
-
-# ------------------------------------------------------------------------------------------- trying
-
-
-def _tried(
-    model: nn.Module, objective: Loss, batch: Batch, cuts: Mapping[str, Cut]
-) -> tuple[dict[str, Cut], list[str]]:
-    """The cuts that survive: without some units the model computes what it computes when nothing
-    reads them."""
-    cuts = {n: c for n, c in cuts.items() if c.units > 1 or c.kind == BLOCKS}
-    # All at once, and one by one only if that fails.
-    if not cuts or _complaint(model, objective, batch, cuts) is None:
-        return cuts, []
-    good, notes = {}, []
-    for name, cut in cuts.items():
-        complaint = _complaint(model, objective, batch, {name: cut})
-        if complaint is None:
-            good[name] = cut
-        else:
-            notes.append(f"{name}: {complaint}")
-    return good, notes
-
-
-@torch.no_grad()
-def _complaint(
-    model: nn.Module, objective: Loss, batch: Batch, cuts: Mapping[str, Cut]
-) -> str | None:
-    # 1. Half of the units, not one, which might happen to matter little; every other block.
-    removed = {n: list(range(c.units - c.units // 2, c.units)) for n, c in cuts.items()}
-    for i, (n, c) in enumerate(cuts.items()):
-        if c.kind == BLOCKS:
-            removed[n] = [0] if i % 2 or len(cuts) == 1 else []
-    # 2. What the model computes when nothing reads them.
-    smaller = copy.deepcopy(model)
-    silence_(find_layers(smaller), cuts, removed)
-    with evaluating(smaller):
-        expected = objective.outputs(smaller, batch).double()
-    # 3. What it computes without them.
-    try:
-        remove_(smaller, cuts, removed)
-        with evaluating(smaller):
-            found = objective.outputs(smaller, batch).double()
-    except Exception as error:
-        return f"with fewer units, the model fails at {failed_at(error)}"
-    # 4. The two must agree as closely as the model's precision allows.
-    precision = {torch.float64: 1e-9, torch.float32: 1e-3}
-    precise = precision.get(next(model.parameters()).dtype, 0.05)
-    largest = precise * expected.abs().max()
-    if found.shape == expected.shape and bool((found - expected).abs().max() <= largest):
-        return None
-    return (
-        "with fewer units, the model computes something else: they are read in a way that the "
-        "graph does not show"
-    )

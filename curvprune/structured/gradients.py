@@ -31,16 +31,18 @@ def output_gradients(
     flags = [(p, p.requires_grad) for p in model.parameters()]
 
     def watch(name: str, layer: Layer) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, args: Any, named: Any, y: Tensor) -> Tensor:
+        def hook(module: nn.Module, args: Any, named: Any, output: Any) -> Any:
+            y = first_tensor(output)
             # No parameter requires a gradient: this layer is where the graph begins.
             if not y.requires_grad:
                 y = y.detach().requires_grad_()
             x = args[0] if args else next(iter(named.values()))
-            kept = x.detach() if inputs else None
+            kept = x.detach() if inputs and layer.kind != "experts" else None
             y.register_hook(
                 lambda g: take(name, layer, _rows(layer, module, kept), _by_place(layer, g))
             )
-            return y.clone()  # what follows may work in place
+            copied = y.clone()  # what follows may work in place
+            return copied if isinstance(output, Tensor) else (copied, *output[1:])
 
         return hook
 
@@ -65,11 +67,22 @@ def _rows(layer: Layer, module: nn.Module, x: Tensor | None) -> Tensor | None:
     return None if x is None else layer.rows(module, x)[0]
 
 
+def first_tensor(output: Any) -> Tensor:
+    """What a layer puts out; some subclasses of Linear return more beside it."""
+    found: Tensor = output if isinstance(output, Tensor) else output[0]
+    return found
+
+
 def _by_place(layer: Layer, gradient: Tensor) -> Tensor:
-    """One row for every place, as the rows of x."""
+    """One row for every place, as the rows of x; experts put out their sum."""
     if layer.convolves:
         gradient = gradient.flatten(2).transpose(1, 2)
-    return gradient.reshape(-1, layer.shape[0])
+    return gradient.reshape(-1, outputs_of(layer))
+
+
+def outputs_of(layer: Layer) -> int:
+    """How many numbers a layer puts out; its experts share them."""
+    return layer.shape[0] // layer.groups if layer.kind == "experts" else layer.shape[0]
 
 
 def draws(seed: int, i: int) -> torch.Generator:
@@ -88,15 +101,13 @@ def row_costs(
     """What an error of variance 1 in each output costs, twice, in nats.
 
     The sum over places of the squared gradient of each output, for scores drawn from the model, per
-    position of the objective. Cost: one forward and one backward pass over ``batches``.
-
-    Raises:
-        ValueError: a layer that received no gradient.
+    position of the objective; zeros for a layer that is not on the way to the loss. Cost: one
+    forward and one backward pass over ``batches``.
     """
     device = next(model.parameters()).device
     # 1. Squared gradients, summed over places, batch by batch.
     sums = {
-        n: torch.zeros(layer.shape[0], dtype=torch.float64, device=device)
+        n: torch.zeros(outputs_of(layer), dtype=torch.float64, device=device)
         for n, layer in layers.items()
     }
 
@@ -111,9 +122,4 @@ def row_costs(
             objective.draw(outputs, batch, draws(seed, i)).sum().backward()
             count += float(objective.counts(outputs.detach(), batch).sum())
     # 2. Per position.
-    for name, total in sums.items():
-        if not bool(total.any()):
-            raise ValueError(
-                f"layer {name} received no gradient: it is not on the way to the loss; leave it out"
-            )
     return {n: s / count for n, s in sums.items()}

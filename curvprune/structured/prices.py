@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from curvprune.curvature import ratio_estimate
+from curvprune.curvature import Change, ratio_estimate
 from curvprune.model import Layer, Loss, Split, to_device
 from curvprune.pricing import Ledger, Row
 from curvprune.structured.gradients import draws, output_gradients
@@ -82,23 +83,32 @@ def _measure(
     readers = reading_layers(model, {n: s.cut for n, s in solved.items()})
     items = split.items
     counts = torch.zeros(len(items), dtype=torch.float64)
-    sums, along = {}, {}
-    for name, solution in solved.items():
-        width = len(next(iter(solution.changes.values())))
-        sums[name] = torch.zeros(len(items), width, dtype=torch.float64)
-        along[name] = torch.zeros(width, dtype=torch.float64)
+    sums, along = _zeros(solved, len(items))
+    changes = _changes_of_layers(solved)
+
+    stacked = {n: layer for n, layer in readers.items() if layer.kind == "experts"}
 
     def take(name: str, layer: Layer, x: Tensor | None, gradient: Tensor) -> None:
+        if layer.kind == "experts":
+            return  # by the gradients of their weights, see below
         assert x is not None
         G = gradient.T @ x
         # With the gradient of the bias, for changes that have one.
         with_bias = torch.cat([G, gradient.sum(0)[:, None]], 1)
-        for cut, solution in solved.items():
-            for k, change in enumerate(solution.changes.get(name, ())):
-                full = with_bias if len(change.values) == with_bias.numel() else G
-                along[cut][k] += change.dot(full.reshape(-1)).double().cpu()
+        for cut, k, change in changes.get(name, ()):
+            full = with_bias if len(change.values) == with_bias.numel() else G
+            along[cut][k] += change.dot(full.reshape(-1)).double().cpu()
 
-    with output_gradients(model, readers, take, inputs=True):
+    def take_experts() -> None:
+        for name, layer in stacked.items():
+            if layer.weight.grad is None:
+                continue
+            G = layer.as_matrix(layer.weight.grad).reshape(-1)
+            for cut, k, change in changes.get(name, ()):
+                along[cut][k] += change.dot(G).double().cpu()
+            layer.weight.grad = None
+
+    with output_gradients(model, readers, take, inputs=True), _with_gradients(stacked):
         for i, item in enumerate(items):
             generator = draws(seed, i)
             batch = to_device(item, device)
@@ -110,6 +120,44 @@ def _measure(
                     value.zero_()
                 drawn = objective.draw(outputs, batch, generator).sum()
                 drawn.backward(retain_graph=s + 1 < labels)
+                take_experts()
                 for name, products in along.items():
                     sums[name][i] += 0.5 * products.square() / labels
     return sums, counts
+
+
+def _zeros(
+    solved: Mapping[str, CutSolution], items: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Sums by item and width, and products by width, of every cut."""
+    sums, along = {}, {}
+    for name, solution in solved.items():
+        width = len(next(iter(solution.changes.values())))
+        sums[name] = torch.zeros(items, width, dtype=torch.float64)
+        along[name] = torch.zeros(width, dtype=torch.float64)
+    return sums, along
+
+
+def _changes_of_layers(
+    solved: Mapping[str, CutSolution],
+) -> dict[str, list[tuple[str, int, Change]]]:
+    """Layer → its changes, each with its cut and the number of the width."""
+    found: dict[str, list[tuple[str, int, Change]]] = {}
+    for cut, solution in solved.items():
+        for name, changes in solution.changes.items():
+            found.setdefault(name, []).extend((cut, k, c) for k, c in enumerate(changes))
+    return found
+
+
+@contextmanager
+def _with_gradients(layers: Mapping[str, Layer]) -> Iterator[None]:
+    """These weights collect gradients of their own; what the user had there comes back."""
+    before = {name: layer.weight.grad for name, layer in layers.items()}
+    try:
+        for layer in layers.values():
+            layer.weight.grad = None
+            layer.weight.requires_grad_(True)
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.weight.grad = before[name]

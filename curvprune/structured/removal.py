@@ -16,22 +16,23 @@ with what stays compensated; prices in nats from the same Fisher matrix as every
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from curvprune.curvature import Estimate
-from curvprune.model import Loss, Splits
+from curvprune.model import Loss, Splits, evaluating, to_device
 from curvprune.pricing import Ledger
 from curvprune.structured.asked import Structured
-from curvprune.structured.cuts import BLOCKS
+from curvprune.structured.cuts import BLOCKS, Found
 from curvprune.structured.gradients import row_costs
 from curvprune.structured.latency import Latency, Timer
 from curvprune.structured.prices import price_widths
 from curvprune.structured.solving import apply_removal, reading_layers, solve_widths
-from curvprune.structured.surgery import remove_
-from curvprune.structured.widths import choose_widths, offered_widths
+from curvprune.structured.trying import differs, fitting
+from curvprune.structured.widths import check_reach, choose_widths, offered_widths
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +110,9 @@ def prune_units(
     # 2. The order of removal in every cut, and the change that each width means.
     batches = calibrate.batches(batch_size)
     rows = row_costs(model, objective, batches, reading_layers(model, cuts), seed=seed)
+    _leave_out_(found, rows)
+    widths = {n: offered for n, offered in widths.items() if n in cuts}
+    check_reach(cost, widths, asked)
     solved = solve_widths(model, objective, calibrate, found, widths, rows, asked)
 
     # 3. The widths: the ones asked for, or the cheapest that meet what was asked.
@@ -127,11 +131,11 @@ def prune_units(
         predicted = ledger.predict({n: str(width) for n, width in left.items()})
     removed = {n: sorted(solved[n].order[: cuts[n].units - width]) for n, width in left.items()}
 
-    # 4. The smaller model.
-    smaller = apply_removal(
-        model, objective, calibrate, found, removed, asked, reached=work.positions
+    # 4. The smaller model, which has run on data before anyone gets it.
+    smaller, removed = _made(
+        model, objective, splits, found, removed, asked, reached=work.positions
     )
-    remove_(smaller, cuts, removed)
+    left = {n: cut.units - len(removed[n]) for n, cut in cuts.items()}
 
     # 5. What was reached.
     notes, latency = list(found.notes), None
@@ -151,6 +155,59 @@ def prune_units(
         notes=tuple(notes),
         kinds={n: c.kind for n, c in cuts.items()},
         dropped=tuple(c.name for n, c in cuts.items() if c.kind == BLOCKS and removed[n]),
+    )
+
+
+def _leave_out_(found: Found, rows: Mapping[str, Tensor]) -> None:
+    """Cuts that nothing moves the loss from have no price, so they stay as they are."""
+    for name, cut in list(found.cuts.items()):
+        if any(bool(rows[reader].any()) for reader in cut.readers):
+            continue
+        del found.cuts[name]
+        found.notes.append(
+            f"{name}: stays as it is, since {sorted(cut.readers)[0]} received no gradient: it is "
+            "not on the way to the loss"
+        )
+    if not found.cuts:
+        raise ValueError(f"structured: no cut can be priced; {'; '.join(found.notes)}")
+
+
+def _made(
+    model: nn.Module,
+    objective: Loss,
+    splits: Splits,
+    found: Found,
+    removed: dict[str, list[int]],
+    asked: Structured,
+    *,
+    reached: Collection[str],
+) -> tuple[nn.Module, dict[str, list[int]]]:
+    """The smaller model and what was removed of it in the end.
+
+    Of cuts without which it does not compute what it computes when nothing reads their units, all
+    units stay, with a note.
+    """
+    batch = to_device(splits.calibrate.items[-1], next(model.parameters()).device)
+    for _ in range(2):
+        # 1. Make it, and see that it computes what it should.
+        smaller = apply_removal(
+            model, objective, splits.calibrate, found, removed, asked, reached=reached
+        )
+        with torch.no_grad(), evaluating(smaller):
+            expected = objective.outputs(smaller, batch).double()
+        reason = differs(smaller, objective, batch, found.cuts, removed, expected=expected)
+        if reason is None:
+            return smaller, removed
+        # 2. Put back what is in the way, and go on with the others.
+        kept = fitting(model, objective, batch, found.cuts, removed)
+        back = [n for n, units in removed.items() if units and not kept[n]]
+        found.notes.extend(f"{n}: all units stay: {reason}" for n in back)
+        removed = kept
+        if not back or not any(removed.values()):
+            break
+    raise ValueError(
+        f"structured: no units can be removed of {type(model).__name__}: {reason}; leave kinds "
+        "out, such as kinds=['mlp']"
     )
 
 

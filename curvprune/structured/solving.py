@@ -3,7 +3,6 @@ width means, and the pass that applies the chosen widths."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,8 +13,9 @@ from curvprune.compression import Moments, visit_layers
 from curvprune.curvature import Change
 from curvprune.model import Layer, Loss, Split, find_layers, to_device
 from curvprune.structured.asked import Structured
-from curvprune.structured.compensation import Consumer, compensate, removal_order
+from curvprune.structured.compensation import Consumer, compensate, removal_order, steadied
 from curvprune.structured.cuts import BLOCKS, Cut, Found
+from curvprune.structured.surgery import duplicate
 
 # The moments of a layer's inputs, computed when they are asked for.
 MomentsOf = Callable[[], Moments | None]
@@ -75,7 +75,13 @@ def solve_widths(
         # 1. The second moment of this reader's inputs.
         moments = moments_of()
         assert moments is not None
-        seconds[layer.name] = _augmented(moments, _holds_constant(layer, found.sinks))[0]
+        if layer.kind == "experts":
+            seconds[layer.name] = moments.second
+        else:
+            A = _augmented(moments, _holds_constant(layer, found.sinks))[0]
+            A, note = steadied(A, layer.shape[1], asked.damping, name=layer.name)
+            seconds[layer.name] = A
+            found.notes.extend([note] if note else [])
         # 2. Cuts all of whose readers have been seen are solved.
         for name, missing in waiting.items():
             if layer.name in missing:
@@ -116,15 +122,21 @@ def _solve_cut(
     consumers = []
     for slot in cut.reads:
         name = slot.module
-        consumers.append(
-            Consumer(
-                weight=matrices[name],
-                second=seconds[name],
-                columns=slot.index.to(rows[name].device),
-                rows=rows[name],
-                name=name,
+        # Experts are matrices one below the other, each with inputs of its own.
+        stacked = layers[name].kind == "experts"
+        parts = matrices[name].chunk(layers[name].groups) if stacked else [matrices[name]]
+        for part, second in zip(parts, seconds[name] if stacked else [seconds[name]], strict=True):
+            if stacked:
+                second, _ = steadied(second, part.shape[1], asked.damping, name=name)
+            consumers.append(
+                Consumer(
+                    weight=part,
+                    second=second,
+                    columns=slot.index.to(rows[name].device),
+                    rows=rows[name],
+                    name=name,
+                )
             )
-        )
     at_once = max(1, cut.units // 192)
     order = removal_order(consumers, until=widths[-1], damping=asked.damping, at_once=at_once)
 
@@ -135,12 +147,27 @@ def _solve_cut(
         for slot in cut.reads:
             keep = _kept(layers[slot.module], {cut.name: cut}, removed)
             W, A = matrices[slot.module], seconds[slot.module]
+            if layers[slot.module].kind == "experts":
+                smaller = _of_experts(layers[slot.module], W, A, keep, asked)
+                changes[slot.module].append(Change.of(smaller - W))
+                continue
             smaller, constant = compensate(W, A, keep, name=slot.module, damping=asked.damping)
             delta = smaller - W
             if len(A) > W.shape[1]:
                 delta = torch.cat([delta, constant[:, None]], 1)
             changes[slot.module].append(Change.of(delta))
     return CutSolution(cut=cut, widths=widths, order=order, changes=changes)
+
+
+def _of_experts(
+    layer: Layer, W: Tensor, seconds: Tensor, keep: Tensor, asked: Structured
+) -> Tensor:
+    """Every expert's matrix with the columns ``keep`` alone, compensated by its own inputs."""
+    found = []
+    for part, second in zip(W.chunk(layer.groups), seconds, strict=True):
+        A, _ = steadied(second, part.shape[1], asked.damping, name=layer.name)
+        found.append(compensate(part, A, keep, name=layer.name, damping=asked.damping)[0])
+    return torch.cat(found)
 
 
 def _with_bias(layer: Layer) -> Tensor:
@@ -201,7 +228,7 @@ def apply_removal(
         removed: cut → units to remove.
         reached: layers that the forward pass comes to.
     """
-    changed = copy.deepcopy(model)
+    changed = duplicate(model)
     layers = _to_adjust(changed, found, asked, reached)
 
     def visit(layer: Layer, moments_of: MomentsOf) -> None:
@@ -215,7 +242,12 @@ def apply_removal(
         assert moments is not None
         if len(keep) == layer.shape[1] and moments.drift is None:
             return
+        if layer.kind == "experts":
+            W = layer.as_matrix(layer.weight.detach())
+            layer.write_(_of_experts(layer, W, moments.second, keep, asked))
+            return
         A, D = _augmented(moments, _holds_constant(layer, found.sinks))
+        A, _ = steadied(A, layer.shape[1], asked.damping, name=layer.name)
         W = layer.as_matrix(layer.weight.detach())
         smaller, constant = compensate(
             W, A, keep, name=layer.name, drift=D, share=asked.drift, damping=asked.damping
@@ -245,7 +277,8 @@ def _to_adjust(
         wanted |= cut.readers
     layers = {}
     for name, layer in find_layers(model).items():
-        if name not in wanted or not layer.readers or layer.groups != 1:
+        has_cut = any(name in c.readers for c in found.cuts.values())
+        if name not in wanted or not layer.readers or (layer.groups != 1 and not has_cut):
             continue
         # A weight that is also an embedding's must not move: what is looked up would change.
         if layer.kind != "embedding" and not layer.aliases:

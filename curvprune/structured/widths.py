@@ -69,7 +69,7 @@ def offered_widths(
             )
         batch = to_device(splits.calibrate.together(items[: asked.batch]), device)
         cost = Latency(model, objective, batch, found.cuts, _smallest(widths), timer=timer)
-    _check_reach(cost, widths, asked)
+    check_reach(cost, widths, asked)
     return found, work, widths, cost
 
 
@@ -98,6 +98,7 @@ def _widths(cut: Cut, asked: Structured) -> list[int]:
         return [1, 0]
     step = asked.round_to or (8 if cut.units >= 256 else 1)
     step = step if cut.units >= 2 * step else 1
+    step = math.lcm(step, cut.multiple)
 
     def rounded(share: float) -> int:
         return max(min(step, cut.units), min(cut.units, round(share * cut.units / step) * step))
@@ -110,7 +111,9 @@ def _widths(cut: Cut, asked: Structured) -> list[int]:
     return offered if asked.uniform else sorted(set(offered), reverse=True)
 
 
-def _check_reach(cost: Cost, widths: Mapping[str, list[int]], asked: Structured) -> None:
+def check_reach(cost: Cost, widths: Mapping[str, list[int]], asked: Structured) -> None:
+    """Raises ``ValueError`` where the smallest widths leave more than was asked for; says what
+    can be removed."""
     if isinstance(asked.share, Mapping):
         return
     best = 1 - cost(_smallest(widths)) / cost({})

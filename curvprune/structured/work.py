@@ -12,6 +12,7 @@ from torch import nn
 
 from curvprune.model import Batch, Layer, Loss, evaluating, find_layers, key_of, steps_of
 from curvprune.structured.cuts import BLOCKS, Cut
+from curvprune.structured.gradients import first_tensor
 
 # (module, side) → cut → the share of that side's width that one unit of the cut is.
 _Shares = dict[tuple[str, str], dict[str, float]]
@@ -79,6 +80,10 @@ def _shares(model: nn.Module, layers: Mapping[str, Layer], cuts: Mapping[str, Cu
             shares = sides.setdefault((slot.module, slot.side), {})
             share = slot.index.shape[1] / _width(model, layers, slot.module, slot.side)
             shares[name] = shares.get(name, 0.0) + share
+        for piece in cut.pieces:
+            shares = sides.setdefault((key_of(piece.module, piece.tensor), "out"), {})
+            tensor = getattr(model.get_submodule(piece.module), piece.tensor)
+            shares[name] = piece.index.shape[1] / tensor.shape[piece.dim]
     return sides
 
 
@@ -93,39 +98,43 @@ def _width(model: nn.Module, layers: Mapping[str, Layer], module: str, side: str
 def _weights(
     model: nn.Module,
     layers: Mapping[str, Layer],
-    positions: Mapping[str, int],
+    positions: Mapping[str, float],
     shares: _Shares,
 ) -> list[_Term]:
     """Every parameter once, with the multiply-adds of those that are a layer's matrix."""
     terms = []
     seen: set[int] = set()
+    matrices = {id(layer.weight): name for name, layer in layers.items()}
     for name, module in model.named_modules():
-        for own, parameter in module.named_parameters(recurse=False):
+        for key, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             # Only a layer's matrix is multiplied; biases and norms are parameters alone.
-            layer = layers.get(name, layers.get(key_of(name, own)))
-            weight = layer is not None and parameter is layer.weight
-            times = positions.get(layer.name, 0) if layer is not None else 0
+            matrix = matrices.get(id(parameter), "")
+            inputs = shares.get((matrix, "in"), {})
+            outputs = shares.get((name, "out"), {})
+            if not inputs and not outputs:
+                outputs = shares.get((key_of(name, key), "out"), {})
             terms.append(
                 _Term(
-                    macs=parameter.numel() * times if weight else 0,
+                    macs=parameter.numel() * positions.get(matrix, 0),
                     parameters=parameter.numel(),
-                    outputs=shares.get((name, "out"), {}),
-                    inputs=shares.get((name, "in"), {}) if weight else {},
+                    outputs=outputs,
+                    inputs=inputs,
                 )
             )
     return terms
 
 
-def _attention_scores(cuts: Mapping[str, Cut], positions: Mapping[str, int]) -> list[_Term]:
+def _attention_scores(cuts: Mapping[str, Cut], positions: Mapping[str, float]) -> list[_Term]:
     """Attention's scores and their use, of every position with every other."""
     terms = []
     for name, cut in cuts.items():
         if cut.kind == "heads":
-            (read,) = cut.reads
-            macs = 2.0 * positions[read.module] ** 2 * read.index.numel()
+            macs = 0.0
+            for read in cut.reads:
+                macs += 2.0 * positions.get(read.module, 0) ** 2 * read.index.numel()
             terms.append(_Term(macs=macs, parameters=0.0, outputs={name: 1 / cut.units}, inputs={}))
     return terms
 
@@ -133,19 +142,29 @@ def _attention_scores(cuts: Mapping[str, Cut], positions: Mapping[str, int]) -> 
 @torch.no_grad()
 def _positions(
     model: nn.Module, objective: Loss, item: Batch, layers: Mapping[str, Layer]
-) -> dict[str, int]:
+) -> dict[str, float]:
     """How often each layer's matrix is multiplied for one item."""
-    found: dict[str, int] = {}
+    found: dict[str, float] = {}
+    # Not the first dimension of an output, which may be time, or items and tokens in one.
+    entry = next(iter(item.values())) if isinstance(item, Mapping) else item
+    while not isinstance(entry, Tensor):
+        entry = next(iter(entry))
+    items = max(1, len(entry))
 
     def watch(name: str, layer: Layer) -> Callable[..., None]:
         def count(module: nn.Module, args: Any, output: Any) -> None:
-            if layer.kind == "recurrent":
+            output = first_tensor(output)
+            if layer.kind == "experts":
+                # Every token comes to some of the experts.
+                chosen = args[1].numel() if len(args) > 1 else len(output)
+                times = chosen / layer.groups
+            elif layer.kind == "recurrent":
                 times = steps_of(module, args, {}, None)
             elif layer.kind == "conv_transpose":
-                times = layer.places(args[0], output) // len(output)
+                times = layer.places(args[0], output)
             else:
-                times = output.numel() // (layer.shape[0] * len(output))
-            found[name] = found.get(name, 0) + times
+                times = output.numel() / layer.shape[0]
+            found[name] = found.get(name, 0) + times / items
 
         return count
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from curvprune.model import Batch, Layer, Loss, evaluating, find_layers, key_of, steps_of
+from curvprune.model import Batch, Layer, Loss, evaluating, find_layers, items_in, key_of, steps_of
 from curvprune.structured.cuts import BLOCKS, Cut
 from curvprune.structured.gradients import first_tensor
 
@@ -146,10 +146,7 @@ def _positions(
     """How often each layer's matrix is multiplied for one item."""
     found: dict[str, float] = {}
     # Not the first dimension of an output, which may be time, or items and tokens in one.
-    entry = next(iter(item.values())) if isinstance(item, Mapping) else item
-    while not isinstance(entry, Tensor):
-        entry = next(iter(entry))
-    items = max(1, len(entry))
+    items = items_in(item)
 
     def watch(name: str, layer: Layer) -> Callable[..., None]:
         def count(module: nn.Module, args: Any, output: Any) -> None:

@@ -64,7 +64,7 @@ def parse_json(text: str, source: Path) -> Any:
         raise ValueError(f"{source} is damaged ({error}); delete it and run again") from error
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a key stands there twice")

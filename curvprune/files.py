@@ -54,7 +54,7 @@ def as_umask_says_(path: Path) -> None:
 
 
 def sha256_of_file(path: Path) -> str:
-    """Hash of a file's bytes, about a second per gigabyte."""
+    """Hash of a file's bytes, 1 to 3 seconds per gigabyte."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -67,7 +67,7 @@ def parse_json(text: str, source: Path) -> Any:
         raise ValueError(f"{source} is damaged ({error}); delete it and run again") from error
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a key stands there twice")

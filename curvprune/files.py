@@ -67,7 +67,7 @@ def parse_json(text: str, source: Path) -> Any:
         raise ValueError(f"{source} is damaged ({error}); delete it and run again") from error
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a key stands there twice")
@@ -97,9 +97,12 @@ def check_header(path: Path) -> None:
             raise _damaged(path, f"{size} bytes, which a header of {length} does not fit into")
         raw = file.read(length)
     try:
-        json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
+        ends = [one["data_offsets"][1] for key, one in header.items() if key != "__metadata__"]
+    except (ValueError, RecursionError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise _damaged(path, f"its header: {error}") from error
+    if max(ends, default=0) != size - 8 - length:
+        raise _damaged(path, f"{size} bytes, which is not what its header says")
 
 
 def _damaged(path: Path, why: str) -> ValueError:
@@ -120,7 +123,11 @@ def written_beside(folder: Path, marker: str) -> Iterator[Path]:
 
     Args:
         marker: the file that tells a folder of ours; an old one without it is never removed.
+
+    Raises ``ValueError`` where ``folder`` is a link, or something is in the way.
     """
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a link, which is not followed; give the folder itself")
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     # 1. What processes left that were killed.

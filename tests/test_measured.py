@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -355,16 +356,21 @@ def test_a_run_measures_once_and_its_report_says_which(tmp_path: Path) -> None:
     assert "were measured: the loss of that change alone" in report
     stages = json.loads((folder / "report.json").read_text())["stages"]
     assert "measure prices" in {stage["name"] for stage in stages}
-    # A second run reads what the first one measured: here, a little more.
-    for file in folder.glob("state/**/measured/*.json"):
-        more = 1.001 * np.array(json.loads(file.read_text()))
-        file.write_text(json.dumps(more.tolist()))
-    (folder / "report.json").unlink()
-    runs.run(path, tmp_path / "out", progress=False)
-    for row, before in zip(rows_in(folder), rows, strict=True):
-        assert row.measured == before.measured
-        price = 1.001 * before.price if row.measured else before.price
-        assert row.price == pytest.approx(price, rel=1e-9)
+    # A second run reads what the first one measured, and measures again what was edited.
+    measured = sorted(folder.glob("state/**/measured/*.json"))
+    assert measured
+    for edit in (False, True):
+        before = {file: (file.stat().st_mtime_ns, file.read_text()) for file in measured}
+        if edit:
+            for file in measured:
+                file.write_text(re.sub(r"(\d\.\d*)1", r"\g<1>2", file.read_text()))
+        (folder / "report.json").unlink()
+        runs.run(path, tmp_path / "out", progress=False)
+        assert rows_in(folder) == rows
+        after = {file: (file.stat().st_mtime_ns, file.read_text()) for file in measured}
+        for file in measured:
+            assert after[file][1] == before[file][1]
+            assert (after[file][0] == before[file][0]) != edit
     path.write_text(text + "price: {measure_above: -1}\n")
     with pytest.raises(RecipeError, match="measure_above"):
         runs.check(path)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from curvprune.artifact import MANIFEST
 from curvprune.certificate import (
     ItemColumns,
     Verdict,
@@ -22,6 +23,7 @@ from curvprune.certificate import (
     judge,
 )
 from curvprune.compression import Solved
+from curvprune.files import sha256_of_file
 from curvprune.model import ItemResults, find_layers
 from curvprune.planning import Budget, Plan
 from curvprune.record import Attempt, RecoveryRecord, Trial
@@ -33,7 +35,7 @@ from curvprune.run.apply import (
     write_artifact,
 )
 from curvprune.run.candidates import Candidates
-from curvprune.run.evaluation import results_on
+from curvprune.run.evaluation import are_of, results_on
 from curvprune.run.folder import EARLIER
 from curvprune.run.price import Prices
 from curvprune.run.select import Selection, plan_key, trial_file, trial_of
@@ -179,8 +181,12 @@ def _verdict_of(
         uncompressed = task.uncompressed
         baseline = results_on(task, space, "certify/baseline.json", uncompressed, certify)
         advance(1)
-        model = task.model if space.state.has(file) else task.storage.read(folder)
-        results = results_on(task, space, file, model, certify)
+        # Results are of this very model, or are measured.
+        of, model = sha256_of_file(folder / MANIFEST), task.model
+        if not are_of(space, file, of):
+            space.state.path(file).unlink(missing_ok=True)
+            model = task.storage.read(folder)
+        results = results_on(task, space, file, model, certify, of=of)
         advance(2)
     if budget is None:
         confidence = 0.95 if task.budget is None else task.budget.confidence

@@ -19,7 +19,8 @@ def clean(folder: str | Path) -> int:
         their room as before and do not count.
 
     Raises:
-        ValueError: the folder is not that of a run. Nothing is removed.
+        ValueError: the folder is not that of a run, or ``state/`` holds a file that no run wrote.
+            Nothing is removed.
     """
     root = Path(folder)
     if not ((root / INPUTS).is_file() or (root / LOCK).is_file()):
@@ -32,6 +33,8 @@ def clean(folder: str | Path) -> int:
         raise ValueError(f"{state} is a link to another folder; remove that one yourself")
     if not state.exists():
         return 0
+    if (foreign := _foreign(state)) is not None:
+        raise ValueError(f"{foreign} was not written by a run; move it elsewhere, then clean again")
     freed = 0
     for path in state.rglob("*"):
         found = path.lstat()
@@ -39,3 +42,21 @@ def clean(folder: str | Path) -> int:
             freed += found.st_size
     shutil.rmtree(state)
     return freed
+
+
+def _foreign(state: Path) -> Path | None:
+    """A file that no run writes: results are JSON or safetensors, and a model's folder is ours as a
+    whole."""
+    for path in sorted(state.rglob("*")):
+        if path.is_dir() and not path.is_symlink():
+            continue
+        in_model = any(_is_model(part) for part in path.relative_to(state).parts[:-1])
+        ours = path.suffix in (".json", ".safetensors", ".tmp")
+        if path.is_symlink() or not (ours or in_model):
+            return path
+    return None
+
+
+def _is_model(name: str) -> bool:
+    """Whether a folder of this name is that of a model, or of one that was being written."""
+    return name == "model" or name.startswith(".model.")

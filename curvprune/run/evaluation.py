@@ -25,17 +25,19 @@ ACCEPTABLE = 0.80  # predicted probability of being certified that a plan must h
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResultsRecord:
-    """`ItemResults` as a file."""
+    """`ItemResults` as a file; ``of`` is the hash of the saved model that they are of, if any."""
 
     loss: list[float]
     count: list[float]
     correct: list[Number]
+    of: str = ""
 
 
 def results_on(
-    task: Task, space: Workspace, name: str, model: nn.Module, split: Split
+    task: Task, space: Workspace, name: str, model: nn.Module, split: Split, *, of: str = ""
 ) -> ItemResults:
-    """Evaluate a model on a split, or read what an earlier process measured.
+    """Evaluate a model on a split, or read what an earlier process measured. Results of another
+    saved model than ``of`` (see `are_of`) must be gone.
 
     Items for which a compressed model returns no finite numbers count as `BROKEN`, and are noted.
     Raises ``ValueError`` where the uncompressed model returns none.
@@ -44,7 +46,7 @@ def results_on(
         results = evaluate(model, split.batches(task.settings.batch_size), task.objective)
         if model is task.uncompressed:
             _check_finite(results)
-        keep_results(space, name, results.finite(_worst(task, space, split)))
+        keep_results(space, name, results.finite(_worst(task, space, split)), of=of)
     results = read_results(space, name)
     worst = _worst(task, space, split)
     broken = int((results.loss >= worst * results.count.clamp_min(1)).sum())
@@ -78,9 +80,10 @@ def _check_finite(results: ItemResults) -> None:
         )
 
 
-def keep_results(space: Workspace, name: str, results: ItemResults) -> None:
+def keep_results(space: Workspace, name: str, results: ItemResults, *, of: str = "") -> None:
     """Write what was measured where `results_on` reads it."""
     record = ResultsRecord(
+        of=of,
         loss=results.loss.tolist(),
         count=results.count.tolist(),
         correct=results.correct.tolist(),
@@ -88,10 +91,19 @@ def keep_results(space: Workspace, name: str, results: ItemResults) -> None:
     space.state.write_json(name, encode(record))
 
 
+def are_of(space: Workspace, name: str, of: str) -> bool:
+    """Whether there are results under this name, of the saved model with this hash."""
+    return space.state.has(name) and _read(space, name).of == of
+
+
+def _read(space: Workspace, name: str) -> ResultsRecord:
+    source = str(space.state.path(name))
+    return decode(ResultsRecord, space.state.read_json(name), source=source)
+
+
 def read_results(space: Workspace, name: str) -> ItemResults:
     """What was measured under this name."""
-    source = str(space.state.path(name))
-    record = decode(ResultsRecord, space.state.read_json(name), source=source)
+    record = _read(space, name)
     return ItemResults(
         loss=torch.tensor(record.loss, dtype=torch.float64),
         count=torch.tensor(record.count, dtype=torch.float64),

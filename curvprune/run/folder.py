@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -320,7 +319,7 @@ def _judged_loss(recipe: Recipe) -> str:
 
 def _what_solving_reads(recipe: Recipe) -> dict[str, Json]:
     """The sections that solved options and prices depend on."""
-    sections: dict[str, Any] = recipe.model_dump(mode="json", exclude=set(MAY_DIFFER))
+    sections = recipe.model_dump(mode="json", exclude=set(MAY_DIFFER))
     sections["data"].pop(RECOVER)  # what a recovery trains on solves nothing
     return sections
 
@@ -340,11 +339,12 @@ def claim(recipe: Recipe, root: State, inputs: Inputs, source: State | None) -> 
         start_list(root)
         return mend_(state_of(recipe, root, inputs), taken_over=EARLIER)
     state = root.path(STATE)
-    start_list(root)
-    # 2. What is taken over, beside it.
-    new = root.path(NEW_STATE)
     if source is not None:
         _check_inputs(inputs, source)
+        _check_whole(recipe, source)
+    # 2. What is taken over, beside it.
+    new = root.path(NEW_STATE)
+    start_list(root)
     shutil.rmtree(new, ignore_errors=True)  # what an interrupted copy left
     if source is not None:
         _take_over(recipe, inputs, source, new)
@@ -366,17 +366,20 @@ def _check_inputs(inputs: Inputs, source: State) -> None:
         )
 
 
-def _take_over(recipe: Recipe, inputs: Inputs, source: State, new: Path) -> None:
-    """Everything in a run's state that depends on the layers' options and the data alone, and of
-    the same recovery on the same items what that made. Raises ``ValueError`` for what is
-    damaged."""
-    theirs_sealed = state_of(recipe, source, read_inputs(source))
-    for name in damaged(theirs_sealed):
+def _check_whole(recipe: Recipe, source: State) -> None:
+    """What is taken over must be what the other run wrote."""
+    state = state_of(recipe, source, read_inputs(source))
+    for name in damaged(state):
         if not name.startswith(("certify/", "curvature/", FINISHED)):
             raise RecipeError(
-                f"{theirs_sealed.folder / name} is damaged; run that recipe into "
-                f"{source.folder} again, which mends it, or run without --reuse"
+                f"{state.folder / name} is damaged; run that recipe into {source.folder} again, "
+                "which mends it, or run without --reuse"
             )
+
+
+def _take_over(recipe: Recipe, inputs: Inputs, source: State, new: Path) -> None:
+    """Everything in a run's state that depends on the layers' options and the data alone, and of
+    the same recovery on the same items what that made."""
     shutil.copytree(source.path(STATE), new, copy_function=_link, ignore=_not_reused)
     theirs = read_inputs(source).data_sha256.get(RECOVER)
     same_items = theirs == inputs.data_sha256.get(RECOVER)
@@ -384,7 +387,7 @@ def _take_over(recipe: Recipe, inputs: Inputs, source: State, new: Path) -> None
     if recovery is None or not same_items:
         return
     if recovery == load_recipe(source.path(LOCK)).recover:
-        _take_recovered(source, replace(theirs_sealed, folder=new))
+        _take_recovered(source, replace(state_of(recipe, source, inputs), folder=new))
 
 
 # What depends on more than the layers' options and the data.

@@ -123,6 +123,7 @@ def prepare(
     if root is not None:
         state = state_of(recipe, root, inputs)
         uses = UsesInFolder(root.folder.resolve().parent / FOLDER)
+        uses.check(splits.certify)
     space = Workspace(state=state, log=StageLog(show=progress), uses=uses)
     offered: dict[str, Widths] = {}
     if structured is not None and (root is None or root.writes) and not state.has(REMOVED):

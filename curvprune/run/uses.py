@@ -13,6 +13,7 @@ from curvprune.schema import decode, encode
 
 FOLDER = ".curvprune-certified"  # beside the run folders
 _ITEMS = "items"
+_SEAL = "uses"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,23 +51,55 @@ class UsesInFolder:
         number = max((record.number for record in records), default=0) + 1
         record = UseRecord(number=number, keys=use.keys, text=use.text, earlier=earlier)
         joined = b"".join(sorted(items))
-        book = State(self.folder / hashlib.sha256(joined).hexdigest()[:16])
+        book = State(self.folder / _name_of(joined), seal=_SEAL)
         book.write_text(_ITEMS, joined.hex() + "\n")
         name = hashlib.sha256(use.keys[0].encode()).hexdigest()[:16]
         book.write_json(f"{name}.json", encode(record))
         return earlier
 
+    def check(self, split: Split) -> None:
+        """Raises ``ValueError`` naming a file that is not what was written, before a run needs
+        it."""
+        self._records(split.digests())
+
     def _records(self, items: frozenset[bytes]) -> list[UseRecord]:
         """The uses of splits that share an item with this one."""
         found = []
         for book in sorted(self.folder.glob("*")):
-            state = State(book)
+            state = State(book, seal=_SEAL)
             if not state.has(_ITEMS):
                 continue
-            content = bytes.fromhex(state.read_text(_ITEMS).strip())
+            content = _content(state)
             theirs = {content[i : i + DIGEST_BYTES] for i in range(0, len(content), DIGEST_BYTES)}
             if items.isdisjoint(theirs):
                 continue
             for path in sorted(book.glob("*.json")):
-                found.append(decode(UseRecord, state.read_json(path.name), source=str(path)))
+                try:
+                    record = state.read_json(path.name)
+                except ValueError as error:
+                    raise _damaged(path) from error
+                found.append(decode(UseRecord, record, source=str(path)))
         return found
+
+
+def _name_of(joined: bytes) -> str:
+    return hashlib.sha256(joined).hexdigest()[:16]
+
+
+def _content(state: State) -> bytes:
+    """The hashes of a split's items, one after the other, which the folder is named by."""
+    try:
+        content = bytes.fromhex(state.read_text(_ITEMS).strip())
+    except ValueError as error:
+        raise _damaged(state.path(_ITEMS)) from error
+    if _name_of(content) != state.folder.name:
+        raise _damaged(state.path(_ITEMS))
+    return content
+
+
+def _damaged(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} is damaged: it says what certify items were used for, and no verdict on them is "
+        f"right without; restore it, or delete {path.parent}, and say yourself what the items were "
+        "used for"
+    )

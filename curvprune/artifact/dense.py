@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from curvprune.artifact.folder import copy_companions, load_into
 from curvprune.artifact.manifest import MANIFEST, verify
 from curvprune.artifact.transformers_folder import load_foreign
 from curvprune.compat import quiet_libraries
+from curvprune.failures import tensors_error
 from curvprune.files import as_umask_says_, where_it_lies, written_beside
 from curvprune.model import changes_of
 
@@ -32,8 +35,11 @@ def export_dense(folder: str | Path, out: str | Path) -> Path:
     folder, out = where_it_lies(Path(folder)), Path(out)
     model = opened(folder, out)
     with written_beside(out, MANIFEST) as fresh:
-        with quiet_libraries():
-            model.save_pretrained(fresh)
+        try:
+            with quiet_libraries():
+                model.save_pretrained(fresh)
+        except SafetensorError as error:
+            raise tensors_error(error, fresh) from error
         for weights in fresh.glob("*.safetensors"):
             as_umask_says_(weights)
         copy_companions(folder, fresh)

@@ -3,7 +3,7 @@
     python benchmarks/recurrent.py
 
 Two levels of 256 units on the text of ``pydoc_data.topics`` (in every Python), trained here for
-``STEPS`` steps (1,500; minutes on a CPU), which leaves it far from random. Its LSTM and its output
+``STEPS`` steps (500; minutes on a CPU). Its LSTM and its output
 layer are rounded at 4, 3 and 2 bits in groups of 64, calibrated on 64 passages of 128 characters;
 measured on 128 passages of topics that were in neither. Prints a Markdown table: loss added, in
 nats per character.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import curvprune as cp
 
-STEPS = int(os.environ.get("STEPS", "1500"))
+STEPS = int(os.environ.get("STEPS", "500"))
 LENGTH, UNITS, GROUP = 128, 256, 64
 Items = list[tuple[Tensor, Tensor]]
 

@@ -112,5 +112,5 @@ def test_weights_that_are_computed_are_no_layers_and_refused_by_name_alone():
     assert computed_weights(model) == ["n", "p", "s"]
     assert list(find_layers(model, exclude="n")) == ["a"]
     for glob in ("n", "[np]", ["a", "s"]):
-        with pytest.raises(ValueError, match="layer [ns]: its weight is not a parameter"):
+        with pytest.raises(ValueError, match=r"layer [ns]: its weight is not a parameter"):
             find_layers(model, glob)

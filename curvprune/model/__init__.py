@@ -25,6 +25,7 @@ from curvprune.model.items import (
 )
 from curvprune.model.layers import (
     Layer,
+    computed_bytes,
     computed_weights,
     find_layers,
     is_conv1d,
@@ -135,6 +136,7 @@ __all__ = [
     "check_independent",
     "check_items",
     "collate",
+    "computed_bytes",
     "computed_weights",
     "content_of",
     "deal_documents",

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from jaxtyping import Float, Int8, Int32
 from torch import Tensor, nn
 
@@ -126,6 +127,94 @@ def forget_weights_(module: nn.RNNBase) -> None:
     module._init_flat_weights()
 
 
+# ------------------------------------------------------------------------- torch: float32 products
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Products of float32 are float32's, not TensorFloat-32's or bfloat16's; the settings come
+    back, also after an exception.
+
+    TensorFloat-32 keeps 11 bits, which moves curvature products by 2 to 3 thousandths. torch has
+    two kinds of settings for it and refuses to read the older one where both were set to different
+    things: then the newer one alone is used.
+    """
+    older, newer = _older_precisions(), _newer_precisions()
+    # 1. Both off, as far as they can be read: what a module reads then is the truth.
+    _set_older(dict.fromkeys(older, False) | ({"matmul": "highest"} if "matmul" in older else {}))
+    _set_newer(dict.fromkeys(newer, "ieee"))
+    try:
+        yield
+    finally:
+        # 2. The older one first: setting it writes to the newer one.
+        _set_older(older)
+        _set_newer(newer)
+
+
+def float32_is_coarse() -> bool:
+    """Whether settings let float32 be multiplied in less than float32."""
+    found = _older_precisions()
+    if "matmul" in found:
+        return found["matmul"] != "highest"
+    return any(value not in ("ieee", "none") for value in _newer_precisions().values())
+
+
+def _older_precisions() -> dict[str, Any]:
+    """What can be read of the settings that torch has had since 1.7."""
+    readers: dict[str, Callable[[], Any]] = {
+        "cudnn": lambda: torch.backends.cudnn.allow_tf32,
+        "cublas": lambda: torch.backends.cuda.matmul.allow_tf32,
+        "matmul": torch.get_float32_matmul_precision,
+    }
+    found = {}
+    for name, read in readers.items():
+        try:
+            found[name] = read()
+        except RuntimeError:  # it was set in both ways
+            continue
+    return found
+
+
+def _set_older(values: dict[str, Any]) -> None:
+    if "cudnn" in values:
+        torch.backends.cudnn.allow_tf32 = values["cudnn"]
+    if "cublas" in values:
+        torch.backends.cuda.matmul.allow_tf32 = values["cublas"]
+    if "matmul" in values:
+        torch.set_float32_matmul_precision(values["matmul"])
+
+
+def _float32_products() -> dict[str, Any]:
+    """What has a setting ``fp32_precision`` of its own, since torch 2.9."""
+    backends: Any = torch.backends
+    parts = {
+        "cuda.matmul": backends.cuda.matmul,
+        "cudnn.conv": getattr(backends.cudnn, "conv", None),
+        "cudnn.rnn": getattr(backends.cudnn, "rnn", None),
+        "mkldnn.matmul": getattr(backends.mkldnn, "matmul", None),
+        "mkldnn.conv": getattr(backends.mkldnn, "conv", None),
+        "mkldnn.rnn": getattr(backends.mkldnn, "rnn", None),
+    }
+    found = {}
+    for name, part in parts.items():
+        try:
+            if hasattr(part, "fp32_precision"):
+                found[name] = part
+        except AssertionError:  # how torch 2.6 says that a name of cuda.matmul is unknown
+            continue
+    return found
+
+
+def _newer_precisions() -> dict[str, str]:
+    return {name: part.fp32_precision for name, part in _float32_products().items()}
+
+
+def _set_newer(values: dict[str, str]) -> None:
+    parts = _float32_products()
+    for name, value in values.items():
+        parts[name].fp32_precision = value
+
+
 # -------------------------------------------------------------------------- torch: autograd's graph
 
 
@@ -137,6 +226,40 @@ def operation_of(node: Any) -> str:
 def normalises_by_batch(node: Any) -> bool:
     """Whether a BatchNorm's node took mean and variance from its batch, as in training."""
     return bool(node._saved_training)
+
+
+def is_custom_function(node: Any) -> bool:
+    """Whether a node is the backward pass of a `torch.autograd.Function` written in Python."""
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
+@contextmanager
+def without_checkpointing() -> Iterator[None]:
+    """``torch.utils.checkpoint.checkpoint`` calls its function and keeps what that computes.
+
+    A pass that is computed again meets other flags than it was recorded with, and one of the two
+    kinds of checkpoints refuses `torch.autograd.grad`. Replaces what ``checkpoint`` hands its work
+    to, so it does not matter from where that was imported.
+    """
+    module: Any = torch.utils.checkpoint
+    names = ("CheckpointFunction", "_checkpoint_without_reentrant_generator")
+    before = {name: getattr(module, name) for name in names}
+
+    class Plain:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve: bool, *arguments: Any) -> Any:
+            return function(*arguments)
+
+    def nothing_around(*_: Any, **__: Any) -> Iterator[None]:
+        yield  # the function runs here
+
+    try:
+        module.CheckpointFunction = Plain
+        module._checkpoint_without_reentrant_generator = nothing_around
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
 
 
 # -------------------------------------------------------------------- transformers: stacked experts

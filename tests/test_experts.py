@@ -480,7 +480,8 @@ def test_every_option_comes_back_in_the_bytes_that_were_promised(build, portable
         experts = packed.model.layers[0].mlp.experts
         assert experts.num_experts == 3 and not experts.module.gate_up_proj.numel()
         with pytest.raises(ValueError, match=r"layer .*experts.*: its weight is not a parameter"):
-            find_layers(packed)
+            find_layers(packed, "*.experts*")
+        assert not [n for n in find_layers(packed) if "experts" in n]
 
 
 def test_experts_take_part_in_a_plan():

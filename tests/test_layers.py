@@ -8,10 +8,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.prune import l1_unstructured
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from curvprune.model import find_layers, left_over
+from curvprune.model import computed_weights, find_layers, left_over
 
 CONVOLUTIONS = [
     nn.Conv2d(4, 6, 3, padding=1),
@@ -139,3 +140,26 @@ def test_a_bilinear_weight_is_told_of_as_left_over():
     model = nn.Sequential(nn.Bilinear(4, 4, 6), nn.Linear(6, 2))
     assert list(find_layers(model)) == ["1"]
     assert "0.weight" in (left_over(model) or "")
+
+
+def test_excluded_layers_are_left_out_under_any_of_their_names():
+    model = nn.ModuleDict({"a": nn.Embedding(3, 2), "b": nn.Linear(2, 2), "c": nn.Linear(2, 3)})
+    model["c"].weight = model["a"].weight
+    assert list(find_layers(model, exclude="b")) == ["a"]
+    assert list(find_layers(model, ["*"], exclude=["c"])) == ["b"]
+    assert not find_layers(model, "b", exclude=["?"])
+    with pytest.raises(ValueError, match=r"exclude='d\*' matches none of the 2 .* nearest layer"):
+        find_layers(model, exclude=["b", "d*"])
+
+
+def test_weights_that_are_computed_are_no_layers_and_refused_by_name_alone():
+    normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+    pruned = l1_unstructured(nn.Linear(2, 2), "weight", amount=0.5)
+    old = torch.nn.utils.spectral_norm(nn.Linear(2, 2))
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "n": normed, "p": pruned, "s": old})
+    assert list(find_layers(model)) == ["a"]
+    assert computed_weights(model) == ["n", "p", "s"]
+    assert list(find_layers(model, exclude="n")) == ["a"]
+    for glob in ("n", "[np]", ["a", "s"]):
+        with pytest.raises(ValueError, match=r"layer [ns]: its weight is not a parameter"):
+            find_layers(model, glob)

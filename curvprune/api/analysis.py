@@ -27,6 +27,7 @@ from curvprune.curvature import (
 from curvprune.files import StageLog
 from curvprune.model import (
     Batch,
+    Layer,
     Loss,
     LossLike,
     Split,
@@ -51,6 +52,7 @@ def analyze(
     quantities: Sequence[str] = QUANTITIES,
     loss: LossLike = "auto",
     layers: str | Sequence[str] = "*",
+    exclude: str | Sequence[str] = (),
     rtol: float = 0.05,
     max_products: int = 32,
     labels: int = 1,
@@ -72,6 +74,7 @@ def analyze(
         quantities: some of ``"trace"``, ``"diagonal"``, ``"eigenvalues"`` (of each layer) and
             ``"density"`` (spectrum of the whole model, with the diagnosis), ``"layer-densities"``
             (spectrum of each layer; 90 products each).
+        layers, exclude: names or globs of layers; what ``exclude`` matches is left out.
         rtol: relative standard error asked of every probed trace.
         max_products: most products for one layer's trace, and for one eigenvalue problem or trace
             of the whole model; results that needed more say so in ``converged``.
@@ -119,11 +122,23 @@ def analyze(
         which=which,
         vector_bytes=vector_bytes,
     )
-    found = find_layers(model, layers)
-    if not found:
-        raise ValueError("layers is empty: expected names or globs, such as 'model.layers.*'")
+    found = _layers_of(model, layers, exclude)
     with StageLog(show=progress).steps() as advance:
         return analyze_curvature(model, meant, batches, found, asked, advance=advance)
+
+
+def _layers_of(
+    model: nn.Module, layers: str | Sequence[str], exclude: str | Sequence[str]
+) -> dict[str, Layer]:
+    """The layers asked for; none where all are, and the model has none of a known kind."""
+    if not layers:
+        raise ValueError("layers is empty: expected names or globs, such as 'model.layers.*'")
+    try:
+        return find_layers(model, layers, exclude=exclude)
+    except ValueError:
+        if exclude or layers not in ("*", ["*"], ("*",)):
+            raise
+        return {}
 
 
 def _batches(data: Data) -> list[Batch]:

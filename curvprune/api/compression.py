@@ -59,6 +59,7 @@ def price(
     options: Sequence[Option],
     loss: LossLike = "auto",
     layers: str | Sequence[str] = "*",
+    exclude: str | Sequence[str] = (),
     labels: int = 2,
     curvature: Literal["fisher", "diagonal", "kfac", "hessian", "input", "empirical"] = "fisher",
     measure_above: float | None = 0.005,
@@ -78,7 +79,9 @@ def price(
     forward passes per item),
     until they agree with the quadratic ones, at most 64 and none below ``measure_above`` nats (see
     `curvprune.pricing.divergences`). ``portable``: of which artifact the bytes are, as in
-    `Settings`. Raises ``ValueError`` naming the layer that an option does not fit.
+    `Settings`. ``exclude``: globs of layers to leave out. Layers that the loss does not depend on
+    have no price; a warning names them. Raises ``ValueError`` naming the layer that an option does
+    not fit.
     """
     settings = Settings(
         portable=portable,
@@ -87,7 +90,14 @@ def price(
         labels=labels,
         seed=seed,
     )
-    told = Arguments(loss=loss, layers=layers, settings=settings, device=device, progress=progress)
+    told = Arguments(
+        loss=loss,
+        layers=layers,
+        exclude=exclude,
+        settings=settings,
+        device=device,
+        progress=progress,
+    )
     return price_model(model, data, options, told)
 
 
@@ -169,6 +179,7 @@ def compress(
     budget: Budget | None = None,
     loss: LossLike = "auto",
     layers: str | Sequence[str] = "*",
+    exclude: str | Sequence[str] = (),
     same_option: str | Sequence[str | Sequence[str]] = (),
     settings: Settings | None = None,
     device: str | torch.device | None = None,
@@ -182,7 +193,13 @@ def compress(
     always among the options. With ``Budget(max_drop=...)`` the data are split (or pass `Splits`),
     plans are measured on the select split and the verdict comes from the certify split.
 
+    A layer stays as it is, with a note that says how many bytes that takes, where it could not be
+    solved or priced: the forward pass never uses its weight, or hands it to a function whose input
+    is not known; with a budget, the loss does not depend on it. Without a budget a layer that is
+    asked for by its full name and never used is rounded to nearest, or pruned by magnitude.
+
     Args:
+        layers: globs on names of layers; ``exclude``: those of layers to leave as they are.
         same_option: layers that must get the same option, because a serving engine runs them as
             one: lists of globs, each of which makes a group of its layers in every parent module,
             for example ``[["*.gate_proj", "*.up_proj"]]``; ``"fused"`` stands for query, key and
@@ -209,6 +226,7 @@ def compress(
     told = Arguments(
         loss=loss,
         layers=layers,
+        exclude=exclude,
         same_option=same_option,
         settings=settings,
         device=device,

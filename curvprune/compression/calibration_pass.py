@@ -1,14 +1,18 @@
 """One forward pass that stops at every layer, with all calibration tokens at hand.
 
-A pre-hook on each layer sees the layer's inputs for all items at once, sums their second moment ``A
-= E[x xᵀ]`` (layers that read the same tensor share it), hands it to a visitor that may overwrite
-the weight, and lets the forward go on. Whatever the architecture, later layers then see what the
-earlier ones have become. The pass ends before the last layer multiplies, so a language model's
+Whoever reads a layer's weight, its module or a function (`curvprune.model.watching`), is stopped
+just before it multiplies. The layer's inputs for all items are then at hand: their second moment
+``A = E[x xᵀ]`` is summed (layers that read the same tensor share it) and goes to a visitor that may
+overwrite the weight, and the forward goes on. Whatever the architecture, later layers then see what
+the earlier ones have become. The pass ends before the last layer multiplies, so a language model's
 logits over all tokens never exist.
 
 If the uncompressed model runs beside it, layer by layer, the visitor also gets ``D = E[(x̃ − x)
 xᵀ]`` with ``x̃`` what the uncompressed model has there: how far the inputs have drifted, and what
 the layer can do about it.
+
+A layer that one forward pass reads several times (blocks that share weights, loops) is visited at
+its first read, with the moment of all reads in the uncompressed model, from a pass before.
 """
 
 from __future__ import annotations
@@ -16,17 +20,26 @@ from __future__ import annotations
 import copy
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from curvprune.compat import times_written
 from curvprune.compression.moments import Moments, expert_moments, moments_of
-from curvprune.model import SEVERAL, Batch, Layer, Loss, evaluating
+from curvprune.model import (
+    SEVERAL,
+    Batch,
+    Layer,
+    Loss,
+    Read,
+    evaluating,
+    one_item,
+    watching,
+    weight_uses,
+)
 
 # What is called for a layer: given a function that computes the moments of its inputs.
 Visitor = Callable[[Layer, Callable[[], Moments | None]], None]
@@ -34,6 +47,22 @@ Visitor = Callable[[Layer, Callable[[], Moments | None]], None]
 
 class _Finished(Exception):
     """The last layer was visited; the rest of the forward pass is not needed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Visited:
+    """What a pass has found.
+
+    Attributes:
+        unreached: layers that it never came to; the visitor was not called for them.
+        repeated: layers that were read several times, visited with the moment of all reads.
+        again: layers that were read once more after they had been visited for one read, which
+            nothing had told before.
+    """
+
+    unreached: tuple[str, ...]
+    repeated: tuple[str, ...]
+    again: tuple[str, ...]
 
 
 @torch.no_grad()
@@ -45,144 +74,212 @@ def visit_layers(
     visit: Visitor,
     *,
     reference: tuple[nn.Module, Mapping[str, Layer]] | None = None,
-) -> None:
+    required: bool = True,
+) -> Visited:
     """Call ``visit(layer, moments)`` for every layer just before it runs.
 
     ``moments()`` computes those of the layer's inputs. It is lazy (a resumed run skips it) and
     returns ``None`` for embeddings that are only looked up; those are visited after the pass.
-    Layers called several times are visited at their first call.
 
     Args:
         reference: the uncompressed model and its layers of the same names, for the drift. It costs
             a second forward pass (on the CPU both are then made with bfloat16 products) and one
             more Gram matrix for each input. Where the two models' inputs have different shapes (a
-            router sent other tokens) there is no drift; stacked experts have none.
+            router sent other tokens) there is no drift; stacked experts have none, nor have layers
+            that are read several times.
+        required: raise where a layer is not reached.
+
+    Cost: a forward pass of the first item says how often each layer is read; one of all items is
+    added where some are read several times.
 
     Raises:
-        ValueError: layers that the forward pass never reached, by name.
+        ValueError: layers that the forward pass never reached, by name, if ``required``.
     """
-    read = {name: layer for name, layer in layers.items() if layer.readers}
+    # 1. How the first item's forward pass uses the weights.
+    uses = weight_uses(model, objective, [one_item(batch, 0)], layers)
+    read, repeated = {}, {}
+    for name, layer in layers.items():
+        if layer.readers or uses[name].calls:
+            read[name] = layer
+        if uses[name].calls > 1:
+            repeated[name] = layer
+    functions = any(use.functional or not use.reached for use in uses.values())
     mask = _mask_of(batch)
     weight = next(model.parameters())
     half = weight.dtype == torch.float32 and weight.device.type == "cpu"
+    how = _How(objective=objective, batch=batch, half=half, functions=functions)
+    sums = _Sums(mask, {name: uses[name].calls for name in repeated})
+    if repeated:
+        with evaluating(model), _stopping(repeated, sums, functions=functions):
+            _pass(model, how, sums, half=False)
 
-    # 1. Start the uncompressed model, if there is one: it waits at its first layer.
-    with _beside(reference, objective, batch, read, half=half) as beside, evaluating(model):
-        stops = _Stops(read, visit, mask, beside)
-        # 2. Run the model from stop to stop; the last one ends the pass.
-        with _stopping(read.values(), stops.stop):
-            _pass(model, objective, batch, half=half and beside is not None)
+    # 2. Start the uncompressed model, if there is one: it waits at its first layer.
+    compared = {name: layer for name, layer in read.items() if name not in repeated}
+    with _beside(reference, how, compared) as beside, evaluating(model):
+        stops = _Stops(read, visit, beside, sums)
+        # 3. Run the model from stop to stop; the last one ends the pass.
+        with _stopping(read, stops, functions=functions):
+            _pass(model, how, stops, half=half and beside is not None)
 
-    # 3. Every layer that reads anything must have been there.
-    if stops.pending:
+    # 4. Every layer that reads anything must have been there.
+    if stops.pending and required:
         raise ValueError(
             f"the forward pass never reached {len(stops.pending)} layer(s), first "
             f"{next(iter(stops.pending))}: leave them out"
         )
 
-    # 4. Embeddings that are looked up multiply nothing.
-    for layer in layers.values():
-        if not layer.readers:
+    # 5. Embeddings that are looked up multiply nothing.
+    for name, layer in layers.items():
+        if name not in read:
             visit(layer, lambda: None)
+    return Visited(
+        unreached=tuple(stops.pending), repeated=tuple(repeated), again=tuple(stops.again)
+    )
+
+
+class _Watcher:
+    """Looks at products alone."""
+
+    def read(self, read: Read) -> None:
+        raise NotImplementedError
+
+    def use(self, name: str, function: str) -> None:
+        """Lookups and unknown functions have no input that counts."""
+
+    def restart(self) -> None:
+        """The pass starts again from the beginning."""
 
 
 @contextmanager
-def _stopping(
-    layers: Iterable[Layer],
-    before: Callable[[Layer, nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None],
-) -> Iterator[None]:
-    """Call ``before(layer, module, arguments, named)`` whenever a layer's input is read.
-
-    It may end the forward pass with `_Finished`.
-    """
-    handles: list[RemovableHandle] = []
-    for layer in layers:
-        for reader in layer.readers:
-            hook = partial(before, layer)
-            handles.append(reader.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
+def _stopping(layers: Mapping[str, Layer], watcher: _Watcher, *, functions: bool) -> Iterator[None]:
+    """Tell ``watcher`` whenever a layer's input is read. It may end the forward pass with
+    `_Finished`."""
+    with watching(layers.values(), watcher, functions=functions), suppress(_Finished):
         yield
-    except _Finished:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-class _Stops:
+class _Sums(_Watcher):
+    """The moments of layers that are read several times, over all their reads.
+
+    Attributes:
+        left: layer → reads that are still to come.
+    """
+
+    def __init__(self, mask: Tensor | None, left: Mapping[str, int]) -> None:
+        self.left, self.inputs = dict(left), _Inputs(mask)
+        self.parts: dict[str, list[Moments]] = {name: [] for name in left}
+        # Stacked experts share what they have seen: tokens, and who reads them.
+        self.routed: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def read(self, read: Read) -> None:
+        """Take in one read; the last one ends the pass."""
+        name = read.layer.name
+        if read.layer.kind == "experts":
+            self.routed.setdefault(name, []).append((read.inputs[0], read.inputs[1]))
+        else:
+            self.parts[name].append(self.inputs.moments(read, None))
+        self.left[name] -= 1
+        if all(left <= 0 for left in self.left.values()):
+            raise _Finished
+
+    def of(self, layer: Layer) -> Moments:
+        """The moment of all reads."""
+        if layer.kind != "experts":
+            return Moments.over(self.parts[layer.name])
+        tokens, chosen = zip(*self.routed[layer.name], strict=True)
+        mask = self.inputs.mask
+        if mask is not None:
+            mask = mask.reshape(-1).repeat(len(tokens))
+        return expert_moments(layer, torch.cat(tokens), torch.cat(chosen), mask)
+
+
+class _Inputs:
+    """Computes moments; layers that read one tensor share them."""
+
+    def __init__(self, mask: Tensor | None) -> None:
+        self.mask = mask
+        # The input last read, its version, and its moments.
+        self.last: tuple[Tensor, int, Moments] | None = None
+
+    def moments(self, read: Read, original: Tensor | None) -> Moments:
+        layer, x = read.layer, read.inputs[0]
+        if layer.kind == "experts":
+            return expert_moments(layer, x, read.inputs[1], self.mask)
+        if layer.kind == "recurrent":
+            x = _rows_of(read, self.mask)
+        # Two convolutions may unfold the same tensor differently.
+        if layer.convolves:
+            return moments_of(layer, read.reader, x, original, self.mask)
+        if self.last is not None and self.last[0] is x and self.last[1] == times_written(x):
+            return self.last[2]
+        found = moments_of(layer, read.reader, x, original, self.mask)
+        self.last = (x, times_written(x), found)
+        return found
+
+
+class _Stops(_Watcher):
     """What is done at each layer of one pass."""
 
     def __init__(
         self,
         layers: Mapping[str, Layer],
         visit: Visitor,
-        mask: Tensor | None,
         beside: _Beside | None,
+        sums: _Sums,
     ) -> None:
-        self.pending = dict(layers)
-        self.visit, self.mask, self.beside = visit, mask, beside
-        # The input last read, its version, and its moments.
-        self.last: tuple[Tensor, int, Moments] | None = None
+        self.layers, self.pending = layers, dict(layers)
+        self.visit, self.beside, self.sums = visit, beside, sums
+        self.inputs = _Inputs(sums.inputs.mask)
+        self.again: set[str] = set()
+        self.earlier: set[str] = set()  # visited before the pass started again
 
-    def stop(
-        self,
-        layer: Layer,
-        module: nn.Module,
-        arguments: tuple[Tensor, ...],
-        named: dict[str, Tensor],
-    ) -> None:
-        """Visit a layer that is about to read its input, unless it has been visited."""
-        if layer.name not in self.pending:
+    def read(self, read: Read) -> None:
+        """Visit a layer whose input is about to be read, unless it has been visited."""
+        name = read.layer.name
+        layer = self.layers[name]
+        if name in self.earlier:
+            self.earlier.remove(name)
             return
-        inputs = (*arguments, *named.values())
-        if layer.kind == "recurrent":
-            # What its weights multiply, in place of what its module reads.
-            inputs = (layer.recurrent_rows(module, arguments, named, self.mask),)
+        if name not in self.pending:
+            if name not in self.sums.left:
+                self.again.add(name)
+            return
         original = None
-        if self.beside is not None and layer.kind != "experts":
-            original = self.beside.input_of(layer.name)
-        self.visit(layer, lambda: self._moments(layer, module, inputs, original))
-        del self.pending[layer.name]
+        if self.beside is not None and name in self.beside.layers:
+            original = self.beside.input_of(name)
+
+        def moments() -> Moments:
+            if name in self.sums.left:
+                return self.sums.of(layer)
+            return self.inputs.moments(read, original)
+
+        self.visit(layer, moments)
+        del self.pending[name]
         if not self.pending:
             raise _Finished
 
-    def _moments(
-        self,
-        layer: Layer,
-        module: nn.Module,
-        inputs: tuple[Tensor, ...],
-        original: Tensor | None,
-    ) -> Moments:
-        x = inputs[0]
-        if layer.kind == "experts":
-            return expert_moments(layer, x, inputs[1], self.mask)
-        # Two convolutions may unfold the same tensor differently.
-        if layer.convolves:
-            return moments_of(layer, module, x, original, self.mask)
-        if self.last is not None and self.last[0] is x and self.last[1] == times_written(x):
-            return self.last[2]
-        found = moments_of(layer, module, x, original, self.mask)
-        self.last = (x, times_written(x), found)
-        return found
+    def restart(self) -> None:
+        self.earlier = set(self.layers) - set(self.pending)
 
 
-class _Beside:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _How:
+    """What two forward passes of one batch have in common."""
+
+    objective: Loss
+    batch: Batch
+    half: bool
+    functions: bool
+
+
+class _Beside(_Watcher):
     """A forward pass of another model in a thread of its own, one layer ahead at most.
 
     Holds its inputs one by one.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        objective: Loss,
-        batch: Batch,
-        layers: Mapping[str, Layer],
-        *,
-        half: bool,
-    ) -> None:
-        self.model, self.objective, self.batch = model, objective, batch
-        self.layers, self.half = layers, half
+    def __init__(self, model: nn.Module, layers: Mapping[str, Layer], how: _How) -> None:
+        self.model, self.layers, self.how = model, layers, how
         # A layer's name and input; None at the end.
         self.inputs: queue.Queue[tuple[str, Tensor] | None] = queue.Queue(maxsize=1)
         self.stopped, self.over = threading.Event(), False
@@ -195,31 +292,29 @@ class _Beside:
     @torch.no_grad()
     def _run(self) -> None:
         try:
-            with _stopping(self.layers.values(), self._offer), evaluating(self.model):
-                _pass(self.model, self.objective, self.batch, half=self.half)
+            how = self.how
+            with (
+                _stopping(self.layers, self, functions=how.functions),
+                evaluating(self.model),
+            ):
+                _pass(self.model, how, self, half=how.half)
         except Exception as error:  # `input_of` raises it in the thread of the caller
             self.error = error
         finally:
             if not self.stopped.is_set():
                 self.inputs.put(None)
 
-    def _offer(
-        self,
-        layer: Layer,
-        module: nn.Module,
-        arguments: tuple[Tensor, ...],
-        named: dict[str, Tensor],
-    ) -> None:
+    def read(self, read: Read) -> None:
         """Hand over a layer's input when the one before has been fetched."""
         if self.stopped.is_set():
             raise _Finished
-        if layer.name in self.seen:
+        name = read.layer.name
+        if name in self.seen:
             return
-        self.seen.add(layer.name)
-        x = arguments[0] if arguments else next(iter(named.values()))
-        if layer.kind == "recurrent":
-            x = layer.recurrent_rows(module, arguments, named, _mask_of(self.batch))
-        self.inputs.put((layer.name, x))
+        self.seen.add(name)
+        mask = _mask_of(self.how.batch)
+        recurrent = read.layer.kind == "recurrent"
+        self.inputs.put((name, _rows_of(read, mask) if recurrent else read.inputs[0]))
         # The rest, a language model's logits for one, is not needed.
         if len(self.seen) == len(self.layers):
             raise _Finished
@@ -256,11 +351,8 @@ class _Beside:
 @contextmanager
 def _beside(
     reference: tuple[nn.Module, Mapping[str, Layer]] | None,
-    objective: Loss,
-    batch: Batch,
+    how: _How,
     read: Mapping[str, Layer],
-    *,
-    half: bool,
 ) -> Iterator[_Beside | None]:
     # The two models' routers send different tokens to an expert, whose target is known for the
     # common ones alone.
@@ -269,14 +361,14 @@ def _beside(
         yield None
         return
     model, layers = reference
-    beside = _Beside(model, objective, batch, {name: layers[name] for name in compared}, half=half)
+    beside = _Beside(model, {name: layers[name] for name in compared}, how)
     try:
         yield beside
     finally:
         beside.stop()
 
 
-def _pass(model: nn.Module, objective: Loss, batch: Batch, *, half: bool) -> None:
+def _pass(model: nn.Module, how: _How, watcher: _Watcher, *, half: bool) -> None:
     """A forward pass, with ``half`` in bfloat16 products: on the CPU twice as fast in half the
     memory.
 
@@ -284,23 +376,29 @@ def _pass(model: nn.Module, objective: Loss, batch: Batch, *, half: bool) -> Non
     in two models.
     """
     if not half:
-        objective.outputs(model, batch)
+        how.objective.outputs(model, how.batch)
         return
     try:
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            objective.outputs(model, batch)
+            how.objective.outputs(model, how.batch)
     except RuntimeError:
         # An operation without bfloat16. No layer is visited twice.
+        watcher.restart()
         narrow = {
             weight: weight.data for weight in model.parameters() if weight.dtype == torch.bfloat16
         }
         try:
             for weight, data in narrow.items():
                 weight.data = data.float()
-            objective.outputs(model, batch)
+            how.objective.outputs(model, how.batch)
         finally:
             for weight, data in narrow.items():
                 weight.data = data
+
+
+def _rows_of(read: Read, mask: Tensor | None) -> Tensor:
+    """What a recurrent weight multiplies, in place of what its module reads."""
+    return read.layer.recurrent_rows(read.reader, read.inputs, {}, mask)
 
 
 def _mask_of(batch: Batch) -> Tensor | None:

@@ -6,6 +6,7 @@ multiplies 8-bit numbers, Gram matrices are sums of products of those.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,7 @@ class Moments:
         mean: ``E[x]``.
         moved: ``E[x̃ − x]``, where there is a drift.
         notes: what the report must say about them.
+        count: inputs that they are means over, where that was counted.
     """
 
     second: Float[Tensor, "groups in in"]
@@ -42,6 +44,26 @@ class Moments:
     mean: Float[Tensor, "groups in"] | None = None
     moved: Float[Tensor, "groups in"] | None = None
     notes: tuple[str, ...] = ()
+    count: int = 0
+
+    @property
+    def dead(self) -> int:
+        """How many groups have inputs that are all zero."""
+        return int((~self.second.diagonal(dim1=1, dim2=2).any(dim=1)).sum())
+
+    @staticmethod
+    def over(parts: Sequence[Moments]) -> Moments:
+        """The moments of all inputs of several calls, without a drift."""
+        if len(parts) == 1:
+            return parts[0]
+        total = max(1, sum(part.count for part in parts))
+        second, mean = torch.zeros_like(parts[0].second), None
+        for part in parts:
+            second.add_(part.second, alpha=part.count / total)
+            if part.mean is not None:
+                mean = torch.zeros_like(part.mean) if mean is None else mean
+                mean.add_(part.mean, alpha=part.count / total)
+        return Moments(second, mean=mean, count=total)
 
 
 def moments_of(
@@ -86,9 +108,11 @@ def moments_of(
     _mirror(second)
 
     # 3. Means. No drift at all is told apart: nothing has to be moved.
+    number, count = count, max(1, count)
     if drift is None or not bool(drift.any()):
-        return Moments(second / count, mean=mean / count)
-    return Moments(second / count, drift / count, mean=mean / count, moved=moved_mean / count)
+        return Moments(second / count, mean=mean / count, count=number)
+    moved_mean /= count
+    return Moments(second / count, drift / count, mean=mean / count, moved=moved_mean, count=number)
 
 
 def _chunks(layer: Layer, x: Tensor) -> tuple[Tensor, ...]:

@@ -90,11 +90,23 @@ def solve_layer(layer: Layer, options: Sequence[Option], moments: Moments | None
             drift = None if moments.drift is None else moments.drift[g]
             parts.append(solve(rows, options, moments.second[g], layer=layer.name, drift=drift))
         found = [_joined(of_option) for of_option in zip(*parts, strict=True)]
+    notes = (*moments.notes, *_on_dead_inputs(layer, moments))
     for i, one in enumerate(found):
         # Only what was solved depends on the moments that the notes are about.
-        if moments.notes and not isinstance(one.option, (Keep, Cast)):
-            found[i] = replace(one, notes=(*moments.notes, *one.notes))
+        if notes and not isinstance(one.option, (Keep, Cast)):
+            found[i] = replace(one, notes=(*notes, *one.notes))
     return found
+
+
+def _on_dead_inputs(layer: Layer, moments: Moments) -> tuple[str, ...]:
+    """What to say of inputs that are all zero, of the layer or of some of its groups."""
+    if not moments.dead:
+        return ()
+    where = "" if layer.groups == 1 else f" of {moments.dead} of {layer.groups} groups"
+    return (
+        f"layer {layer.name}: the inputs{where} are all zero on the calibration items, so that no "
+        "change costs anything there: rounded to nearest, or pruned by magnitude",
+    )
 
 
 @contextmanager
@@ -160,7 +172,8 @@ def solve(
     * ``Prune`` and ``PruneCast``: ADMM for the support, least squares on it
       (`curvprune.compression.pruning`). A sparsity is met exactly.
     * ``PruneQuantize``: the same, then ``Quantize`` around what came out, with the support fixed.
-    * Without ``A`` there is nothing to compensate: rounding to nearest, pruning by magnitude.
+    * Without ``A``, or where it is zero, there is nothing to compensate: rounding to nearest,
+      pruning by magnitude.
 
     Args:
         W: ``(out, in)`` float; computed in float32 unless it is float64. Not modified.
@@ -178,8 +191,8 @@ def solve(
 
     Raises:
         ValueError: the option does not fit the shape, a weight does not fit into its type, ``W`` or
-            ``A`` is not finite, ``A`` is zero or has another shape, or it stays singular at
-            ``damping=1``; each names the layer and a remedy.
+            ``A`` is not finite, ``A`` has another shape, or it stays singular at ``damping=1``;
+            each names the layer and a remedy.
 
     Cost:
         ``in^3`` for the factor, ``in^2 * out / 2`` multiply-adds per grid, ``in^3`` and ``9 in^2 *
@@ -203,9 +216,10 @@ def solve(
 
     # 2. The others make up for what they change, where the inputs are known.
     results: list[Solved] = []
-    if chosen and A is None:
+    if A is None or not bool(A.diagonal().any()):
+        # Inputs that are all zero make every change free.
         results = [_uncompensated(Wc, W.dtype, option) for option in chosen]
-    elif chosen and A is not None:
+    elif chosen:
         H = A.detach().to(Wc)
         f = factor(H, column_order(H.diagonal()), layer=layer, damping=damping)
         target = Wc.T.contiguous()
@@ -339,9 +353,4 @@ def _check(
         raise ValueError(
             f"layer {layer}: the second moment of its inputs holds NaN or infinite values; "
             "calibrate with other data or in float32, or leave the layer out"
-        )
-    if not bool(A.diagonal().any()):
-        raise ValueError(
-            f"layer {layer}: it received no inputs (their second moment is zero); "
-            "calibrate with data that reaches it, or leave the layer out"
         )

@@ -42,6 +42,7 @@ from curvprune.curvature.sampled_fisher import (
     ratio_estimate,
 )
 from curvprune.curvature.structure import find_structure
+from curvprune.curvature.unused import unused_layers
 
 __all__ = [
     "MATRICES",
@@ -110,4 +111,5 @@ __all__ = [
     "probe_layers",
     "ratio_estimate",
     "trace",
+    "unused_layers",
 ]

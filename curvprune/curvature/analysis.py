@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
-from curvprune.curvature.capture import capture, items_in, wide
+from curvprune.curvature.capture import Capture, capture, items_in
 from curvprune.curvature.diagnosis import Diagnosis, diagnose
-from curvprune.curvature.estimates import Estimate, accurate
+from curvprune.curvature.differentiation import check_same_twice
+from curvprune.curvature.estimates import accurate
+from curvprune.curvature.gradient_check import Uneven
 from curvprune.curvature.layer_curvature import LayerCurvature
 from curvprune.curvature.layer_fisher import first_order
 from curvprune.curvature.layer_hessian import second_order
@@ -34,7 +35,7 @@ from curvprune.curvature.request import (
     AnalysisSettings,
     Remember,
 )
-from curvprune.curvature.structure import Structure, find_structure
+from curvprune.curvature.structure import TOGETHER, Structure, find_structure
 from curvprune.curvature.unused import unused_layers
 from curvprune.model import Batch, Layer, Loss, check_independent
 from curvprune.schema import Json, encode
@@ -100,52 +101,52 @@ def analyze_curvature(
             a group of layers, eigenvalues or density of a layer.
 
     Raises:
-        ValueError: a layer that holds NaN, a model that is not deterministic.
+        ValueError: a layer that holds NaN; a model that is not deterministic, whose items depend on
+            each other (Fisher), or that gives other outputs where it can be differentiated twice;
+            a function without a second derivative.
     """
     _check_finite(layers)
     check_independent(model)
-    # 1. What is exact for which layer. The first batch's forward pass serves the Fisher as well.
     batches = list(batches)
-    wanted, layers = layers, dict(layers)
     unused = unused_layers(model, objective, batches, layers)
-    for name in unused:
-        del layers[name]
-    taken = capture(model, objective, batches[0], layers) if asked.first_order else None
-    structure = find_structure(model, objective, batches[0], layers, taken)
-    request = AnalysisRequest(
-        model=model,
-        objective=objective,
-        batches=batches,
-        layers=layers,
-        asked=asked,
-        structure=structure,
-        advance=advance,
-        remember=remember,
-    )
+    used = {name: layer for name, layer in layers.items() if name not in unused}
+    # 1. What is exact for which layer. The first batch's forward pass serves the Fisher as well.
+    taken = capture(model, objective, batches[0], used) if asked.first_order else None
+    structure = find_structure(model, objective, batches[0], used, taken)
+    if asked.first_order and structure.together:
+        raise ValueError(
+            f"{type(model).__name__}: {TOGETHER}, so an item has no gradient of its own and there "
+            f"is no matrix={asked.matrix!r}; pass matrix='ggn', which takes the batches as they are"
+        )
+    if not asked.first_order:
+        check_same_twice(model, objective, batches[0])
 
-    request.notes += [*_of_loss(objective), *_of_altered(structure)]
-    request.notes += [*_of_unused(unused), *_of_frozen(wanted)]
-
-    # 2. Every layer, and the whole model.
-    whole: ModelCurvature | None = None
-    if taken is not None:
-        if not set(asked.quantities) <= {"trace", "diagonal"}:
-            request.notes.append(
-                f"matrix={asked.matrix!r} gives trace and diagonal only; matrix='ggn' has the "
-                "spectra as well"
-            )
-        found = _flagged(first_order(request, taken), asked.rtol)
-    else:
-        found = second_order(request)
-        if asked.wants("density"):
-            whole = whole_model(request)
-
-    found |= {name: _nothing(wanted[name], asked) for name in unused}
-    found = {name: found[name] for name in wanted}
+    # 2. Every layer, and the whole model; once more where a later batch shows another structure.
+    while True:
+        request = AnalysisRequest(
+            model=model,
+            objective=objective,
+            batches=batches,
+            layers=used,
+            asked=asked,
+            structure=structure,
+            advance=advance,
+            remember=remember,
+        )
+        request.notes += [*_of_loss(objective), *_of_model(structure, layers)]
+        request.notes += [*_of_altered(structure), *_of_unused(unused), *_of_frozen(layers)]
+        try:
+            found, whole = _of_request(request, taken, alone=not layers)
+        except Uneven as uneven:
+            structure = structure.without(uneven.reasons)
+            continue
+        break
+    found |= {name: LayerCurvature.zeros_of(layers[name], asked.quantities) for name in unused}
+    found = {name: found[name] for name in layers}
 
     # 3. In words.
     diagnosis: Diagnosis | None = None
-    if whole is not None:
+    if whole is not None and not asked.first_order:
         diagnosis = diagnose(MATRICES[asked.matrix], whole, found)
     return Analysis(
         matrix=MATRICES[asked.matrix],
@@ -156,6 +157,24 @@ def analyze_curvature(
         diagnosis=diagnosis,
         notes=tuple(request.notes),
     )
+
+
+def _of_request(
+    request: AnalysisRequest, taken: Capture | None, *, alone: bool
+) -> tuple[dict[str, LayerCurvature], ModelCurvature | None]:
+    """The layers and the model; of a model ``alone``, which has no layers, whatever is asked."""
+    asked = request.asked
+    if alone:
+        return {}, whole_model(request)
+    if taken is None:
+        found = second_order(request)
+        return found, whole_model(request) if asked.wants("density") else None
+    if not set(asked.quantities) <= {"trace", "diagonal"}:
+        request.notes.append(
+            f"matrix={asked.matrix!r} gives trace and diagonal only; matrix='ggn' has the "
+            "spectra as well"
+        )
+    return _flagged(first_order(request, taken), asked.rtol), None
 
 
 def _check_finite(layers: Mapping[str, Layer]) -> None:
@@ -173,6 +192,21 @@ def _of_loss(objective: Loss) -> list[str]:
         return []
     how = "not known at outputs" if objective.curvature == "none" else "had by differentiation"
     return [f"the curvature of loss {objective.name} at the model's outputs is {how}"]
+
+
+def _of_model(structure: Structure, layers: Mapping[str, Layer]) -> list[str]:
+    """What there is no per-layer answer to."""
+    notes = []
+    if not layers:
+        notes.append(
+            "there is no layer of a known kind (Linear, convolution, embedding), so the curvature "
+            "is that of the whole model, over all its parameters"
+        )
+    if structure.together:
+        notes.append(
+            f"{TOGETHER}: the curvature is that of the batches as they are, and nothing is exact"
+        )
+    return notes
 
 
 def _of_altered(structure: Structure) -> list[str]:
@@ -211,21 +245,6 @@ def _named(names: Sequence[str]) -> str:
     """The first of the names, and how many more there are."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
-
-
-def _nothing(layer: Layer, asked: AnalysisSettings) -> LayerCurvature:
-    """What is asked of a layer on which the loss does not depend."""
-    diagonal = None
-    if asked.wants("diagonal"):
-        weight = layer.weight
-        diagonal = torch.zeros(layer.shape, dtype=wide(weight), device=weight.device)
-    return LayerCurvature(
-        trace=Estimate(value=0.0, stderr=0.0) if asked.wants("trace", "diagonal") else None,
-        diagonal=diagonal,
-        shape=layer.shape,
-        method="exact",
-        diagonal_error=0.0,
-    )
 
 
 def _flagged(layers: Mapping[str, LayerCurvature], rtol: float) -> dict[str, LayerCurvature]:

@@ -16,8 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from curvprune.compat import full_float32
 from curvprune.curvature.capture import Capture, backward, capture, wide
 from curvprune.curvature.draws import ONE_LABEL, Draws
+from curvprune.curvature.gradient_check import check_even
 from curvprune.distributed import all_sum, gather, my_share
 from curvprune.model import Batch, Layer, Loss
 
@@ -95,6 +97,7 @@ class MomentSums:
         )
 
 
+@full_float32()
 def fisher_moments(
     model: nn.Module,
     objective: Loss,
@@ -115,6 +118,7 @@ def fisher_moments(
         first: the first batch's forward pass, if it has been made.
 
     Raises:
+        Uneven: a batch whose items call a layer otherwise than those of the others, by name.
         FloatingPointError: a non-finite gradient, naming the layer and the item.
     """
     sums = MomentSums(layers, diagonal)
@@ -127,6 +131,7 @@ def fisher_moments(
         else:
             taken = capture(model, objective, batch, layers)
         first = None
+        check_even(taken, list(layers))
         with torch.enable_grad():
             sums.counts.append(objective.counts(taken.outputs.detach(), batch))
             device = taken.outputs.device

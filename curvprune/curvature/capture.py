@@ -12,7 +12,7 @@ Source: Dangel, Kunstner & Hennig 2020 (BackPACK), §2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from curvprune.compat import full_float32
+from curvprune.curvature.differentiation import differentiable
 from curvprune.model import Batch, Layer, Loss, evaluating, items_in
 
 # Kinds of which no hook sees inputs and output gradients, in words.
@@ -147,8 +149,9 @@ class _WeightUses(TorchFunctionMode):
     """Counts the torch functions that receive a weight: a use outside the layer's own module must
     not go unseen."""
 
-    # Reading an attribute such as .dtype is no use.
+    # Reading an attribute such as .dtype is no use, but for the weight's transpose.
     NO_USE = ("__get__", "__set__", "detach")
+    TRANSPOSES = ("T", "mT", "H", "mH")
 
     def __init__(self, weights: Mapping[int, str]) -> None:
         super().__init__()
@@ -157,7 +160,8 @@ class _WeightUses(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") not in self.NO_USE:
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        if getattr(func, "__name__", "") not in self.NO_USE or attribute in self.TRANSPOSES:
             for value in (*args, *kwargs.values()):
                 name = self.weights.get(id(value))
                 if name is not None and isinstance(value, Tensor):
@@ -166,12 +170,13 @@ class _WeightUses(TorchFunctionMode):
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient; the flags come back."""
+def _frozen(model: nn.Module, but: Iterable[Tensor]) -> Iterator[None]:
+    """No parameter requires a gradient but some; the flags come back."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
+    free = {id(weight) for weight in but}
     try:
         for p, _ in flags:
-            p.requires_grad_(False)
+            p.requires_grad_(id(p) in free)
         yield
     finally:
         for p, flag in flags:
@@ -179,10 +184,19 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def capture(
-    model: nn.Module, objective: Loss, batch: Batch, layers: Mapping[str, Layer]
+    model: nn.Module,
+    objective: Loss,
+    batch: Batch,
+    layers: Mapping[str, Layer],
+    *,
+    weights: bool = False,
 ) -> Capture:
     """Run one forward pass in evaluation mode. The model comes back as it was, also after an
-    error."""
+    error.
+
+    Args:
+        weights: the layers' weights are on the graph too.
+    """
     calls: dict[str, list[Call]] = {n: [] for n in layers}
 
     def keep_calls_of(name: str) -> Callable[..., Any]:
@@ -211,8 +225,10 @@ def capture(
         for module in modules.values():
             handles.append(module.register_forward_hook(keep_calls_of(name), with_kwargs=True))
     # 2. The forward pass.
+    free = [layer.weight for layer in layers.values()] if weights else []
     try:
-        with evaluating(model), _frozen(model), torch.enable_grad(), uses:
+        plain = differentiable(model)
+        with evaluating(model), _frozen(model, free), torch.enable_grad(), plain, uses:
             found = objective.outputs(model, batch)
     finally:
         for handle in handles:
@@ -237,24 +253,30 @@ def backward(
         outputs: what to go back from, with ``seed`` as its gradient: the outputs or a loss.
         retain: keep the graph for another backward pass.
 
+    A layer on which ``outputs`` do not depend has zeros.
+
     Raises:
-        ValueError: a kind without factors, or a layer that received no gradient, by name.
+        ValueError: a kind without factors, or a layer that was not called, by name.
     """
     for name in names:
         if taken.layers[name].kind in WITHOUT_FACTORS:
             what = WITHOUT_FACTORS[taken.layers[name].kind]
             raise ValueError(f"layer {name}: {what} have no factors per item; leave it out")
-    edges = [taken.calls[n][0].edge for n in names if taken.calls[n]]
+    if idle := [n for n in names if not taken.calls[n]]:
+        raise ValueError(f"layer {idle[0]} was not called on these items; leave it out")
+    calls = [taken.calls[n][0] for n in names]
     found: tuple[Tensor | None, ...] = (None,) * len(names)
-    if outputs.requires_grad and len(edges) == len(names):
-        found = torch.autograd.grad(outputs, edges, seed, retain_graph=retain, allow_unused=True)
-    gradients: list[Tensor] = []
-    for name, g in zip(names, found, strict=True):
-        if g is None and taken.calls[name] and len(edges) < len(names):
-            continue  # another layer was never called
-        if g is None:
-            raise ValueError(
-                f"layer {name} received no gradient: it is not on the way to the loss; leave it out"
+    if outputs.requires_grad:
+        edges = [call.edge for call in calls]
+        with full_float32():
+            found = torch.autograd.grad(
+                outputs, edges, seed, retain_graph=retain, allow_unused=True
             )
+    gradients: list[Tensor] = []
+    for call, g in zip(calls, found, strict=True):
+        if g is None:
+            weight = call.module.weight
+            assert isinstance(weight, Tensor)
+            g = torch.zeros(call.shape, dtype=weight.dtype, device=call.x.device)
         gradients.append(g.to(wide(g)))
     return gradients

@@ -18,9 +18,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from curvprune.compat import full_float32
 from curvprune.curvature.batched_fisher import FisherMoments, MomentSums
 from curvprune.curvature.capture import backward, capture, wide
 from curvprune.curvature.estimates import EigenPairs
+from curvprune.curvature.gradient_check import check_even
 from curvprune.curvature.structure import MAX_COLUMNS
 from curvprune.distributed import all_sum, gather, my_share
 from curvprune.model import Batch, Layer, Loss, PositionLoss, evaluating, items_in
@@ -45,6 +47,7 @@ class GaussNewton:
     spectra: dict[str, Float[Tensor, " rank"]]
 
 
+@full_float32()
 def exact_gauss_newton(
     model: nn.Module,
     objective: Loss,
@@ -84,6 +87,7 @@ def exact_gauss_newton(
     return GaussNewton(moments=found, eigenpairs=pairs, spectra=spectra)
 
 
+@full_float32()
 def head_moments(
     model: nn.Module,
     objective: Loss,
@@ -100,6 +104,7 @@ def head_moments(
     sums = MomentSums(layers, diagonal)
     for batch in my_share(batches):
         taken = capture(model, objective, batch, layers)
+        check_even(taken, list(layers))
         with torch.no_grad():
             outputs = taken.outputs.detach()
             positions = objective.positions(outputs, batch)
@@ -231,6 +236,7 @@ def _block_moments(
     sums = MomentSums(layers, diagonal)
     for portion in _portions(model, objective, batches):
         taken = capture(model, objective, portion.batch, layers)
+        check_even(taken, list(layers))
         columns = [
             backward(taken, list(layers), taken.outputs, s, retain=True) for s in portion.seeds
         ]
@@ -269,6 +275,7 @@ def _block_columns(
     total = 0.0
     for portion in _portions(model, objective, batches):
         taken = capture(model, objective, portion.batch, layers)
+        check_even(taken, list(layers))
         total += float(portion.count.sum())
         columns = [
             backward(taken, list(layers), taken.outputs, s, retain=True) for s in portion.seeds

@@ -7,14 +7,16 @@ How it is found: `curvprune.curvature.layer_hessian` for the Hessian and the Gau
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from curvprune.curvature.batched_fisher import FisherMoments
+from curvprune.curvature.capture import wide
 from curvprune.curvature.estimates import EigenPairs, Estimate
 from curvprune.curvature.records import (
     DensityRecord,
@@ -27,7 +29,7 @@ from curvprune.curvature.records import (
     TraceRecord,
 )
 from curvprune.curvature.sampled_fisher import ratio_estimate
-from curvprune.curvature.spectral_density import SpectralDensity
+from curvprune.curvature.spectral_density import SpectralDensity, exact_density
 from curvprune.curvature.structure import Structure
 from curvprune.model import Layer
 
@@ -72,6 +74,34 @@ class LayerCurvature:
     def nothing_of(layer: Layer) -> LayerCurvature:
         """A layer of which nothing is known yet."""
         return LayerCurvature(trace=None, diagonal=None, shape=layer.shape)
+
+    @staticmethod
+    def zeros_of(layer: Layer, quantities: Collection[str]) -> LayerCurvature:
+        """What is asked of a layer on which the loss does not depend."""
+        weight = layer.weight
+        zero = torch.zeros((), dtype=wide(weight), device=weight.device)
+        base = LayerCurvature(
+            trace=None, diagonal=None, shape=layer.shape, method="exact", diagonal_error=0.0
+        )
+        if not {"trace", "diagonal"}.isdisjoint(quantities):
+            base = replace(base, trace=Estimate(value=0.0, stderr=0.0))
+        if "diagonal" in quantities:
+            base = replace(base, diagonal=zero.repeat(layer.shape))
+        if "eigenvalues" in quantities:
+            ends = torch.zeros(min(2, layer.numel), dtype=torch.float64, device=weight.device)
+            pairs = EigenPairs(
+                values=ends,
+                vectors=(zero + torch.nan).expand(layer.numel, len(ends)),
+                residuals=ends,
+                errors=ends,
+                num_products=0,
+                converged=True,
+            )
+            base = replace(base, eigenpairs=pairs, spectrum=ends[:0])
+        if "layer-densities" in quantities:
+            level = exact_density(np.zeros(1), 0)
+            base = replace(base, density=replace(level, dim=layer.numel))
+        return base
 
     def to_record(self) -> LayerCurvatureRecord:
         # Of a diagonal that was found on disk there is nothing but the summary.

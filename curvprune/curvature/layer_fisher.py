@@ -13,12 +13,13 @@ from torch import Tensor
 
 from curvprune.curvature.batched_fisher import fisher_moments
 from curvprune.curvature.capture import Capture, items_in, wide
+from curvprune.curvature.differentiation import differentiable
 from curvprune.curvature.layer_curvature import LayerCurvature, layers_of_moments
 from curvprune.curvature.request import AnalysisRequest
 from curvprune.curvature.sampled_fisher import fisher_pass, ratio_estimate
 from curvprune.curvature.unused import requiring
 from curvprune.distributed import all_sum, gather, my_share
-from curvprune.model import Batch, Layer, evaluating
+from curvprune.model import Batch, Layer, evaluating, one_item
 
 
 def first_order(request: AnalysisRequest, taken: Capture) -> dict[str, LayerCurvature]:
@@ -57,7 +58,7 @@ def _from_items(request: AnalysisRequest, layers: Mapping[str, Layer]) -> dict[s
     asked = request.asked
     singles: list[Batch] = []
     for batch in request.batches:
-        singles += [_item(batch, i) for i in range(items_in(batch))]
+        singles += [one_item(batch, i) for i in range(items_in(batch))]
     if asked.matrix == "empirical-fisher":
         return _from_own_labels(request, layers, singles)
     passed = fisher_pass(request.model, request.objective, singles, layers, {}, draws=asked.draws)
@@ -82,9 +83,10 @@ def _from_own_labels(
         w = layer.weight
         diagonals[name] = torch.zeros(layer.shape, dtype=wide(w), device=w.device)
     # 1. One forward and one backward pass for each item.
-    with requiring(weights), evaluating(request.model), torch.enable_grad():
+    model = request.model
+    with requiring(weights), evaluating(model), differentiable(model), torch.enable_grad():
         for item in mine:
-            loss, positions = request.objective.loss(request.model, item)
+            loss, positions = request.objective.loss(model, item)
             counts.append(float(positions))
             found: Sequence[Tensor | None] = [None] * len(weights)
             if loss.requires_grad:
@@ -106,10 +108,3 @@ def _from_own_labels(
             shape=layer.shape,
         )
     return result
-
-
-def _item(batch: Batch, number: int) -> Batch:
-    one = slice(number, number + 1)
-    if isinstance(batch, Mapping):
-        return {k: v[one] for k, v in batch.items()}
-    return batch[0][one], batch[1][one]

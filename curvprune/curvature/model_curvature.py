@@ -147,7 +147,8 @@ class Spectrum:
             pairs = self._exact_pairs(values[places], vectors[:, places])
         else:
             pairs = self._lanczos(self.op, EIGENVALUES)
-        if n < 2 or not parts.enough:
+        # Other batches draw other labels.
+        if n < 2 or not parts.enough or self.op.stochastic:
             return Extremes(pairs=pairs)
 
         # Along the eigenvectors of all items, and along those of each half.

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from curvprune.compat import full_float32
 from curvprune.curvature.conjugate_gradients import conjugate_gradients
 
 DENSE_LIMIT = 20_000  # largest dimension of a matrix that is written out
@@ -168,7 +169,8 @@ class Operator(ABC):
         """
         self.check(v)
         # Subclasses see columns only: a vector is one column.
-        return self._matmat(v) if v.ndim == 2 else self._matmat(v.unsqueeze(1)).squeeze(1)
+        with full_float32():
+            return self._matmat(v) if v.ndim == 2 else self._matmat(v.unsqueeze(1)).squeeze(1)
 
     def quad(self, v: Float[Tensor, "*size"]) -> Float[Tensor, "*columns"]:
         """``vᵀAv`` of a vector (a scalar tensor) or of each of k columns, ``(k,)``, in ``measure``.

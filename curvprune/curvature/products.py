@@ -13,15 +13,14 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from curvprune.compat import experts_one_by_one
+from curvprune.compat import full_float32
 from curvprune.curvature.determinism import (
     MODES,
     buffers_of,
@@ -29,23 +28,11 @@ from curvprune.curvature.determinism import (
     is_random,
     training,
 )
+from curvprune.curvature.differentiation import double_backward, why_not_twice
 from curvprune.curvature.operators import Operator, ParamSpace
 from curvprune.curvature.parameter_names import parameter_names
 from curvprune.distributed import all_sum, my_share, rank, world
-from curvprune.model import Batch, Loss, evaluating, items_in, one_item, without_cudnn
-
-
-@contextmanager
-def double_backward(model: nn.Module) -> Iterator[None]:
-    """Runs attention and experts in the form that can be differentiated twice, and gives the user's
-    settings back.
-
-    Fused attention has no double backward: takes the math path. Nor have transformers' grouped
-    products of experts one for several vectors or in float64: takes the loop over experts. Nor has
-    cuDNN one for LSTM, GRU and RNN: takes torch's own kernels.
-    """
-    with experts_one_by_one(model), sdpa_kernel(SDPBackend.MATH), without_cudnn(model):
-        yield
+from curvprune.model import Batch, Loss, evaluating, items_in, one_item
 
 
 class _Forward(nn.Module):
@@ -240,7 +227,7 @@ class MatrixFree(Operator):
         try:
             products = self._product(graph, parts)
         except RuntimeError as error:
-            raise _explained(error) from error
+            raise _explained(error, self.source) from error
         flat = []
         for part, product in zip(parts, products, strict=True):
             if product is None:
@@ -258,21 +245,15 @@ def _positions(count: Tensor) -> float:
     return total
 
 
-def _explained(error: RuntimeError) -> RuntimeError:
-    text = str(error)
-    if "derivative for" in text and "not implemented" in text:
-        return RuntimeError(
-            f"an operation of the model cannot be differentiated twice ({text.splitlines()[0]}); "
-            "second-order products need another implementation of it, e.g. "
-            "attn_implementation='eager'"
-        )
-    # The graphs kept share memory with the model, which autograd watches.
-    if "modified by an inplace operation" in text:
+def _explained(error: RuntimeError, source: _Source) -> Exception:
+    if "modified by an inplace operation" in str(error):
+        # The graphs kept share memory with the model, which autograd watches.
         return RuntimeError(
             "the model's parameters were changed after this operator was built: build a new one "
             "for the new parameters"
         )
-    return error
+    why = why_not_twice(error, source.model, source.objective, source.batches[0])
+    return error if why is None else ValueError(why)
 
 
 class _Hessian(MatrixFree):
@@ -470,9 +451,9 @@ def hessian(
 
     Raises:
         ValueError: no data, a glob without a match, another mode, a model that is not deterministic
-            in evaluation mode (naming the module).
-        RuntimeError: an operation without a second derivative, or parameters changed since, from a
-            product.
+            in evaluation mode (naming the module); from a product, a function without a second
+            derivative, by its name and its module's.
+        RuntimeError: parameters changed since, from a product.
     """
     source, space = _source(model, batches, objective, seed=seed, over=over)
     return _Hessian(source, space, matrix="Hessian", psd=False)
@@ -562,6 +543,7 @@ class LossAndGradient:
     positions: float
 
 
+@full_float32()
 def loss_and_gradient(operator: MatrixFree) -> LossAndGradient:
     """Cost: one gradient over the data."""
     source = operator.source

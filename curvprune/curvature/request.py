@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from curvprune.curvature.draws import Draws
-from curvprune.curvature.products import MatrixFree, gauss_newton, hessian
+from curvprune.curvature.products import MatrixFree, empirical_fisher, fisher, gauss_newton, hessian
 from curvprune.curvature.ritz import Ends
 from curvprune.curvature.structure import Structure
 from curvprune.model import Batch, Layer, Loss
@@ -22,6 +22,7 @@ MATRICES = {
     "fisher": "Fisher (labels sampled from the model)",
     "empirical-fisher": "empirical Fisher (the data's own labels, per item)",
 }
+BUILDERS = {"hessian": hessian, "ggn": gauss_newton, "empirical-fisher": empirical_fisher}
 FIRST_ORDER = ("fisher", "empirical-fisher")
 QUANTITIES = ("trace", "diagonal", "eigenvalues", "density")  # computed unless the user picks
 ALL_QUANTITIES = (*QUANTITIES, "layer-densities")
@@ -139,7 +140,7 @@ class AnalysisRequest:
         return next(n for n, p in self.model.named_parameters() if p is weight)
 
     def operator(self, parameters: Sequence[str] | None = None) -> MatrixFree:
-        """The Hessian or the Gauss–Newton matrix over all parameters, or over some."""
+        """The matrix over all parameters, or over some."""
         # Parameters are globs for an operator.
         globs = ["*"] if parameters is None else [escape(n) for n in parameters]
         return self._build(self.batches, globs)
@@ -149,8 +150,12 @@ class AnalysisRequest:
         return self._build(batches, ["*"])
 
     def _build(self, batches: Sequence[Batch], globs: Sequence[str]) -> MatrixFree:
-        build = hessian if self.asked.matrix == "hessian" else gauss_newton
-        return build(self.model, batches, self.objective, parameters=globs)
+        model, objective, asked = self.model, self.objective, self.asked
+        if asked.matrix == "fisher":
+            drawn = {"labels": asked.labels, "seed": asked.seed}
+            return fisher(model, batches, objective, parameters=globs, **drawn)
+        build = BUILDERS[asked.matrix]
+        return build(model, batches, objective, parameters=globs)
 
     def recall(
         self,

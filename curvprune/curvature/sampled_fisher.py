@@ -29,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvprune.curvature.capture import wide
+from curvprune.curvature.differentiation import differentiable
 from curvprune.curvature.draws import TWO_LABELS, Draws
 from curvprune.curvature.estimates import Estimate
 from curvprune.distributed import all_sum, my_share, shared, world
@@ -147,8 +148,10 @@ def fisher_pass(
     Several processes share the items; each counts and resumes its own, and at the end all call
     ``after_item`` once more with the totals of all.
 
+    A layer that received no gradient from any item has zeros: changes of it cost nothing.
+
     Raises:
-        ValueError: a layer that received no gradient (it is not on the way to the loss), by name.
+        ValueError: changes of which none would cost anything, as no layer received a gradient.
         FloatingPointError: a non-finite gradient, naming the layer and the item.
     """
     if world() > max(1, len(items)):
@@ -178,11 +181,14 @@ def fisher_pass(
             all_sum(totals[key])
         totals["done"].fill_(len(items))
         after_item(len(items), totals)
-    return _result(totals, layers, draws)
+    return _result(totals, layers, draws, priced=any(changes.values()))
 
 
-def _result(totals: dict[str, Tensor], layers: Mapping[str, Layer], draws: Draws) -> FisherPass:
-    if layers and not any(bool(totals[f"trace/{name}"].any()) for name in layers):
+def _result(
+    totals: dict[str, Tensor], layers: Mapping[str, Layer], draws: Draws, *, priced: bool
+) -> FisherPass:
+    some = any(bool(totals[f"trace/{name}"].any()) for name in layers)
+    if priced and layers and not some:
         raise ValueError(
             f"layer {next(iter(layers))} received no gradient from any item, nor did any other: "
             "they are not on the way to the loss, or the loss has no curvature at the model's "
@@ -190,12 +196,6 @@ def _result(totals: dict[str, Tensor], layers: Mapping[str, Layer], draws: Draws
             "change would cost nothing; leave them out, or take another loss or "
             "curvature='empirical'"
         )
-    for name in layers:
-        if not bool(totals[f"trace/{name}"].any()):
-            raise ValueError(
-                f"layer {name} received no gradient from any item: it is not on the way to the "
-                "loss; leave it out"
-            )
     count = totals["count"].cpu()
     sloped = layers if draws.slopes else ()
     return FisherPass(
@@ -327,6 +327,8 @@ class _GradientSums:
             totals[f"diagonals/{name}"][i, k] += 0.5 * squares / labels
 
     def _check_finite(self) -> None:
+        if not self.layers:
+            return
         traces = torch.stack([self.totals[f"trace/{n}"][self.item] for n in self.layers])
         finite = torch.isfinite(traces)
         if bool(finite.all()):
@@ -350,7 +352,7 @@ def _differentiating(model: nn.Module, layers: Mapping[str, Layer]) -> Iterator[
         for p, _, _ in before:
             p.grad = None
             p.requires_grad_(id(p) in wanted)
-        with evaluating(model), torch.enable_grad():
+        with evaluating(model), differentiable(model), torch.enable_grad():
             yield
     finally:
         for p, flag, grad in before:

@@ -11,15 +11,16 @@ linear transfer functions).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from curvprune.compat import normalises_by_batch, operation_of
+from curvprune.compat import is_custom_function, normalises_by_batch, operation_of
 from curvprune.curvature.capture import Capture, capture
 from curvprune.curvature.determinism import check_deterministic, first_items
+from curvprune.curvature.gradient_check import DEPENDS, why_calls_do_not_do
 from curvprune.model import Batch, Layer, Loss, PositionLoss, deviations
 
 # Kinds without factors: why.
@@ -27,6 +28,7 @@ WHY_NONE = {
     "experts": "a router decides which items' rows an expert sees",
     "recurrent": "its module multiplies it with states that no hook sees",
 }
+TOGETHER = "what the model says of an item depends on the others of its batch"
 MAX_COLUMNS = 128  # classes − 1 above which exact columns are not attempted
 
 
@@ -44,6 +46,7 @@ class Structure:
         altered: those of them whose output is not their weight times their input.
         exact: every item has at most one prediction, outputs ``(items, k)``, with few enough of
             them for exact Gauss–Newton columns.
+        together: what the model says of an item depends on the others of its batch.
     """
 
     factored: tuple[str, ...]
@@ -52,6 +55,21 @@ class Structure:
     reasons: dict[str, str]
     altered: tuple[str, ...]
     exact: bool
+    together: bool
+
+    def without(self, reasons: Mapping[str, str]) -> Structure:
+        """The same with some layers not factored, and why."""
+
+        def left(names: Sequence[str]) -> tuple[str, ...]:
+            return tuple(name for name in names if name not in reasons)
+
+        return replace(
+            self,
+            factored=left(self.factored),
+            piecewise_linear=left(self.piecewise_linear),
+            heads=left(self.heads),
+            reasons=self.reasons | reasons,
+        )
 
 
 def find_structure(
@@ -71,15 +89,20 @@ def find_structure(
         batch = first_items(batch, 2)
         taken = capture(model, objective, batch, layers)
     single = capture(model, objective, first_items(batch, 1), layers)
-    if not _rows_belong(single.outputs.detach(), taken.outputs.detach()):
+    apart = _rows_belong(single.outputs.detach(), taken.outputs.detach())
+    if not apart:
         check_deterministic(model, objective, batch)
 
     # 2. Layers whose gradients have factors per item.
     found = deviations(model, objective, first_items(batch, 1), layers)
     reasons = {name: deviation.what for name, deviation in found.items()}
     for name in layers:
-        if name not in found and (reason := _why_not_factored(name, single, taken)):
+        reason = _why_not_factored(name, single, taken) if apart else TOGETHER
+        if name not in found and reason:
             reasons[name] = reason
+    rest = {name: layer for name, layer in layers.items() if name not in reasons}
+    if rest:
+        reasons |= why_calls_do_not_do(model, objective, first_items(batch, 2), rest)
     factored = tuple(n for n in layers if n not in reasons)
 
     # 3. Those whose path to the outputs is piecewise linear, and those that end there.
@@ -92,9 +115,11 @@ def find_structure(
         reasons=reasons,
         altered=tuple(found),
         # By shape, not by the labels of these few items: others may have more positions that count.
-        exact=objective.curvature != "none"
+        exact=apart
+        and objective.curvature != "none"
         and taken.outputs.ndim == 2
         and taken.outputs.shape[-1] - 1 <= MAX_COLUMNS,
+        together=not apart and taken.outputs.shape[1:] == single.outputs.shape[1:],
     )
 
 
@@ -107,7 +132,11 @@ def _why_not_factored(name: str, single: Capture, several: Capture) -> str:
         return (
             f"its weight is used {max(uses, len(calls))} times, {len(calls)} of them by calling it"
         )
+    if len(single.calls[name]) != 1:
+        return DEPENDS
     x = calls[0].x
+    if layer.convolves and x.ndim != layer.weight.ndim:
+        return "its input has no dimension for items"
     alone = single.calls[name][0].x
     if len(x) != several.items * len(alone) or not _rows_belong(alone, x):
         return "the first dimension of its input does not count items"
@@ -124,8 +153,10 @@ def _rows_belong(single: Tensor, several: Tensor) -> bool:
         return False
     if not single.is_floating_point():
         return bool((first == single).all())
-    rounding = 1e-3 * float(single.abs().max()) + 1e-8
-    return torch.allclose(first.float(), single.float(), rtol=1e-2, atol=rounding)
+    largest = float(single.abs().max()) if single.numel() else 0.0
+    if single.dtype == torch.float64:
+        return torch.allclose(first, single, rtol=1e-6, atol=1e-8 * largest + 1e-30)
+    return torch.allclose(first.float(), single.float(), rtol=1e-2, atol=1e-3 * largest + 1e-8)
 
 
 def _is_head(taken: Capture, name: str, objective: Loss, batch: Batch) -> bool:
@@ -194,6 +225,8 @@ def _bent(
 ) -> int:
     """Layers in which a node is not piecewise linear, given those that its inputs depend on."""
     kind = operation_of(node)
+    if is_custom_function(node):  # whatever its name
+        return _union(below)
     if kind in _PRODUCTS:
         bent = 0
         for i, mask in enumerate(below):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from curvprune.curvature.determinism import first_items
+from curvprune.curvature.differentiation import differentiable
 from curvprune.model import Batch, Layer, Loss, PositionLoss, evaluating
 
 
@@ -28,7 +29,7 @@ def unused_layers(
         if not left:
             break
         weights = [layer.weight for layer in left.values()]
-        with requiring(weights), evaluating(model), torch.enable_grad():
+        with requiring(weights), evaluating(model), differentiable(model), torch.enable_grad():
             outputs = objective.outputs(model, batch)
             if isinstance(objective, PositionLoss) and objective.curvature == "closed form":
                 outputs = objective.positions(outputs, batch).logits

@@ -23,7 +23,17 @@ from curvprune.model.items import (
     itemize,
     split_items,
 )
-from curvprune.model.layers import SEVERAL, Layer, Layout, find_layers, is_conv1d, key_of, left_over
+from curvprune.model.layers import (
+    SEVERAL,
+    Layer,
+    Layout,
+    computed_bytes,
+    computed_weights,
+    find_layers,
+    is_conv1d,
+    key_of,
+    left_over,
+)
 from curvprune.model.losses import (
     BROKEN,
     NAMES,
@@ -61,7 +71,8 @@ from curvprune.model.losses import (
     unlabelled_positions,
 )
 from curvprune.model.matrix_check import Deviation, deviations
-from curvprune.model.recurrent import steps_of, without_cudnn
+from curvprune.model.reads import LOOKUP, Read, WeightUses, watching, weight_uses
+from curvprune.model.recurrent import steps_of
 from curvprune.model.seen import carrying, remember_seen_, seen_by
 from curvprune.model.shapes import (
     ShapeChange,
@@ -77,6 +88,7 @@ __all__ = [
     "BROKEN",
     "DIGEST_BYTES",
     "EXTRA",
+    "LOOKUP",
     "NAMES",
     "PURPOSES",
     "SEVERAL",
@@ -108,6 +120,7 @@ __all__ = [
     "PositionLoss",
     "Positions",
     "QuestionAnswering",
+    "Read",
     "Regression",
     "Request",
     "Segmentation",
@@ -117,6 +130,7 @@ __all__ = [
     "Split",
     "Splits",
     "Untold",
+    "WeightUses",
     "agreement_of",
     "architecture_config",
     "as_batch",
@@ -126,6 +140,8 @@ __all__ = [
     "check_independent",
     "check_items",
     "collate",
+    "computed_bytes",
+    "computed_weights",
     "content_of",
     "deal_documents",
     "deviations",
@@ -158,5 +174,6 @@ __all__ = [
     "steps_of",
     "to_device",
     "unlabelled_positions",
-    "without_cudnn",
+    "watching",
+    "weight_uses",
 ]

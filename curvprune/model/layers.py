@@ -10,7 +10,7 @@ weight are one layer.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import product
@@ -240,6 +240,9 @@ def left_over(model: nn.Module) -> str | None:
     for module in model.modules():
         own = _own_parameters(module)
         inside.update(id(own.get(parameter)) for _, parameter in _weights(module))
+    # What is told of by `computed_weights` is told of there.
+    for name in computed_weights(model):
+        inside.update(id(weight) for weight in _module_of(model, name).parameters())
     # Biases and norms are few, and no matrices.
     outside = {n: p for n, p in model.named_parameters() if p.ndim >= 2 and id(p) not in inside}
     total = sum(p.numel() for p in model.parameters())
@@ -267,28 +270,59 @@ def _matrix_shape(kind: str, module: nn.Module, weight: Tensor) -> tuple[int, in
     return weight.shape[0], weight[0].numel()
 
 
-def find_layers(model: nn.Module, globs: str | Sequence[str] = "*") -> dict[str, Layer]:
-    """Every compressible layer whose module name (or an alias) matches one of the globs, in the
-    model's own order.
+def find_layers(
+    model: nn.Module, globs: str | Sequence[str] = "*", *, exclude: str | Sequence[str] = ()
+) -> dict[str, Layer]:
+    """Every compressible layer whose module name (or an alias) matches one of the globs and none of
+    ``exclude``, in the model's own order.
 
-    Raises ``ValueError`` for a glob that matches nothing, naming the nearest layer.
+    A weight that is computed from others, or packed, is no layer: `computed_weights` names those.
+
+    Raises ``ValueError`` for a glob that matches nothing, naming the nearest layer, and where all
+    that a glob matches is computed or packed.
     """
     # 1. All weights, whether asked for or not: a weight may be known by another name.
     uses, computed = _uses_of_weights(model)
     layers = {layer.name: layer for layer in map(_layer_of, uses)}
-    # 2. What is asked for must be there, as a parameter.
     globs = [globs] if isinstance(globs, str) else list(globs)
-    blocked = [name for name in computed if _matches_any((name,), globs)]
-    if blocked:
-        raise ValueError(
-            f"layer {blocked[0]}: its weight is not a parameter (weight_norm or another "
-            "parametrization, or packed); remove the parametrization first "
-            "(torch.nn.utils.parametrize.remove_parametrizations) or leave it out"
-        )
+    exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+    # 2. What is asked for must be there, as a parameter; what is left out must be there.
     for glob in globs:
-        _check_matches(glob, layers)
+        _check_matches(glob, layers, computed)
+    for glob in exclude:
+        if not _matches_any(computed, (glob,)):
+            _check_matches(glob, layers, argument="exclude")
     # 3. In the model's order, not in that of the globs.
-    return {n: layer for n, layer in layers.items() if _matches_any((n, *layer.aliases), globs)}
+    found = {}
+    for name, layer in layers.items():
+        names = (name, *layer.aliases)
+        if _matches_any(names, globs) and not _matches_any(names, exclude):
+            found[name] = layer
+    return found
+
+
+def _module_of(model: nn.Module, name: str) -> nn.Module:
+    """The module of a layer's name, or the one whose parameter it is."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return modules[name] if name in modules else modules[name.rpartition(".")[0]]
+
+
+def computed_bytes(model: nn.Module, names: Iterable[str]) -> int:
+    """Bytes of what the weights of `computed_weights` are made of."""
+    tensors: dict[int, Tensor] = {}
+    for name in names:
+        module = _module_of(model, name)
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.ndim > 1:
+                tensors[id(tensor)] = tensor
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def computed_weights(model: nn.Module) -> list[str]:
+    """Names of modules whose weight is no parameter that could be overwritten: it is computed from
+    others (weight_norm, spectral_norm, a mask of `torch.nn.utils.prune`, any parametrization), or
+    packed."""
+    return _uses_of_weights(model)[1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -353,12 +387,27 @@ def _matches_any(names: Sequence[str], globs: Sequence[str]) -> bool:
     return any(fnmatchcase(name, glob) for name, glob in product(names, globs))
 
 
-def _check_matches(glob: str, layers: Mapping[str, Layer]) -> None:
-    """A glob must match a layer's name or an alias."""
+def _check_matches(
+    glob: str,
+    layers: Mapping[str, Layer],
+    computed: Sequence[str] = (),
+    *,
+    argument: str = "layers",
+) -> None:
+    """A glob must match a layer's name or an alias, not one of a ``computed`` weight alone."""
     if any(_matches_any((name, *layer.aliases), (glob,)) for name, layer in layers.items()):
         return
-    near = difflib.get_close_matches(glob, list(layers), n=1, cutoff=0.0)
+    blocked = [name for name in computed if fnmatchcase(name, glob)]
+    if blocked:
+        raise ValueError(
+            f"layer {blocked[0]}: its weight is not a parameter (weight_norm or another "
+            "parametrization, or packed); remove the parametrization first "
+            "(torch.nn.utils.parametrize.remove_parametrizations) or leave it out"
+        )
+    near = difflib.get_close_matches(glob, [*layers, *computed], n=1, cutoff=0.0)
     hint = "; the model has no compressible layers"
     if near:
         hint = f"; the nearest layer is {near[0]!r}"
-    raise ValueError(f"layers={glob!r} matches none of the {len(layers)} compressible layers{hint}")
+    raise ValueError(
+        f"{argument}={glob!r} matches none of the {len(layers)} compressible layers{hint}"
+    )

@@ -46,6 +46,7 @@ class Arguments:
 
     loss: LossLike = "auto"
     layers: str | Sequence[str] = "*"
+    exclude: str | Sequence[str] = ()
     same_option: str | Sequence[str | Sequence[str]] = ()
     settings: Settings | None = None
     device: str | torch.device | None = None
@@ -75,7 +76,9 @@ def task_from(
     """
     # 1. Layers, options and groups.
     settings = told.knobs
-    found = find_layers(model, told.layers)
+    found = find_layers(model, told.layers, exclude=told.exclude)
+    if not found and told.exclude:
+        raise ValueError(f"exclude={told.exclude!r} leaves no layer of layers={told.layers!r}")
     if not found:
         raise ValueError("layers is empty: expected names or globs, such as 'model.layers.*'")
     if not options:
@@ -108,7 +111,8 @@ def task_from(
         storage=_storage(model, settings),
         notes=groups.notes,
     )
-    task = check_task(task, named=[told.layers] if isinstance(told.layers, str) else told.layers)
+    named = [told.layers] if isinstance(told.layers, str) else told.layers
+    task = check_task(task, named=named, priced=priced)
     for text in task.warnings:
         warn_caller(text)
     log = StageLog(show=told.progress)

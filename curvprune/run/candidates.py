@@ -11,11 +11,20 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from curvprune.compression import Moments, Solved, dequantize, solve_layer, visit_layers
+from curvprune.compression import (
+    Moments,
+    Solved,
+    Visited,
+    Visitor,
+    dequantize,
+    solve_layer,
+    visit_layers,
+)
 from curvprune.distributed import rank, wait, world
 from curvprune.files import State
 from curvprune.model import Layer, collate, find_layers, to_device
 from curvprune.options import Cast, Keep, Option, option_from_key, pruner_of, quantizer_of
+from curvprune.run.off_path import some_names
 from curvprune.run.task import Task
 from curvprune.run.workspace import Workspace
 from curvprune.schema import decode, encode
@@ -137,28 +146,79 @@ def solve_in_one_pass(task: Task, space: Workspace, sweep: Sweep) -> Candidates:
         name, options = layer.name, list(sweep.options[layer.name])
         if name in todo:
             needs_moments = any(not isinstance(option, (Keep, Cast)) for option in options)
-            solved = solve_layer(layer, options, moments() if needs_moments else None)
+            known = moments() if needs_moments else None
+            solved = solve_layer(layer, options, known)
+            if known is not None and known.dead:
+                own_state.write_json(f"{files[name]}.dead.json", known.dead)
             write_solved(own_state, files[name], solved)
             todo.discard(name)
             advance(len(mine) - len(todo))
         if sequential and options:
             layer.write_(found.of(name)[0].weight)
 
-    # 3. The pass itself; where all is solved, only the writing.
+    # 3. The pass itself; where all is solved, only the writing. Its record is written last.
+    record = f"{sweep.folder}/visited.json"
     with space.log.stage(sweep.title, len(mine), done=len(mine) - len(todo)) as advance:
-        if todo:
-            device = next(sweep.model.parameters()).device
-            batch = to_device(collate(task.splits.calibrate.items), device)
-            reference = None
-            if sweep.original is not None:
-                reference = (sweep.original, find_layers(sweep.original))
-            visit_layers(sweep.model, task.objective, batch, layers, visit, reference=reference)
+        if todo or (any(sweep.options.values()) and not state.has(record)):
+            state.write_json(record, encode(_visit(task, sweep, visit)))
         elif sequential:
             for layer in layers.values():
                 visit(layer, lambda: None)
     if not sequential:
         wait()
+    if state.has(record):
+        visited = decode(Visited, state.read_json(record), source=str(state.path(record)))
+        dead = [name for name in layers if state.has(f"{files[name]}.dead.json")]
+        space.note(*_notes_on(visited, dead))
     return found
+
+
+def _visit(task: Task, sweep: Sweep, visit: Visitor) -> Visited:
+    """Visit the layers in one forward pass over the calibration items, and then those that it does
+    not reach: what nothing reads has no inputs to make up for."""
+    device = next(sweep.model.parameters()).device
+    batch = to_device(collate(task.splits.calibrate.items), device)
+    reference = None
+    if sweep.original is not None:
+        reference = (sweep.original, find_layers(sweep.original))
+    read = {name: layer for name, layer in sweep.layers.items() if name not in task.nearest}
+    visited = visit_layers(
+        sweep.model, task.objective, batch, read, visit, reference=reference, required=False
+    )
+    for name, layer in sweep.layers.items():
+        if name in visited.unreached or name in task.nearest:
+            visit(layer, lambda: None)
+    return visited
+
+
+def _notes_on(visited: Visited, dead: Sequence[str]) -> list[str]:
+    """What the plan and the report say of layers that were not solved as usual."""
+    notes = []
+    for names, what in (
+        (
+            visited.repeated,
+            "are used several times in one forward pass and were solved for the inputs of all "
+            "their uses in the uncompressed model, without making up for earlier layers",
+        ),
+        (
+            dead,
+            "have inputs that are all zero on the calibration items, in whole or in some of their "
+            "groups, so that changes cost nothing there: rounded to nearest or pruned by magnitude",
+        ),
+        (
+            visited.unreached,
+            "were not reached by the forward pass over the calibration items together, and were "
+            "rounded to nearest or pruned by magnitude",
+        ),
+        (
+            visited.again,
+            "were used again after they had been solved, for the inputs of their first use alone; "
+            "leave them out (exclude) where that matters",
+        ),
+    ):
+        if names:
+            notes.append(f"{len(names)} layer(s) {what}: {some_names(names)}")
+    return notes
 
 
 def solve_options(task: Task, space: Workspace) -> Candidates:

@@ -153,7 +153,7 @@ def analyze(recipe_path: str | Path, out: str | Path, *, progress: bool = True) 
     with distributed.together():
         first = distributed.rank() == 0
         root = replace(root, writes=first)
-        prepared = prepare(recipe, root, progress=progress and first)
+        prepared = prepare(recipe, root, progress=progress and first, priced=True)
         _, priced = solve_and_price(prepared.task, prepared.space)
         write_prices(priced, root)
         curvature = _curvature(prepared, recipe)

@@ -85,7 +85,12 @@ class Prepared:
 
 
 def prepare(
-    recipe: Recipe, root: State | None, *, progress: bool, reused: State | None = None
+    recipe: Recipe,
+    root: State | None,
+    *,
+    progress: bool,
+    reused: State | None = None,
+    priced: bool = False,
 ) -> Prepared:
     """Make a recipe's task.
 
@@ -93,6 +98,7 @@ def prepare(
         root: the run folder, which is claimed for this run; ``None`` for a look at the recipe
             alone.
         reused: a run from whose state ``root`` starts.
+        priced: prices are asked for, with or without a budget.
     """
     # 1. The model and the data.
     _check_folder(recipe, root)
@@ -110,7 +116,7 @@ def prepare(
     space = Workspace(state=state, log=StageLog(show=progress), uses=uses)
 
     # 2. The recipe laid over the model, and whether it fits.
-    fit = partial(_fit, recipe, tokenizer=tokenizer, splits=splits)
+    fit = partial(_fit, recipe, tokenizer=tokenizer, splits=splits, priced=priced)
     task = fit(model, final=structured is None)
     inputs = Inputs.of(
         recipe,
@@ -154,6 +160,7 @@ def _fit(
     splits: Splits,
     original: nn.Module | None = None,
     final: bool = True,
+    priced: bool = False,
 ) -> Task:
     """The task of a recipe on a model. Unless ``final``, units will be removed first, and sizes are
     not known yet."""
@@ -199,7 +206,7 @@ def _fit(
     )
     try:
         named = list(chain.from_iterable(entry.layers for entry in recipe.compress))
-        task = check_task(task, final=final, named=named)
+        task = check_task(task, final=final, named=named, priced=priced)
         _check_packing(task)
     except TaskError as error:
         raise recipe.error(error.key, str(error)) from error

@@ -236,6 +236,11 @@ class CompressEntry(Section):
         strict=False,
         description='a glob such as "model.layers.*", or a list of globs',
     )
+    exclude: Globs = Field(
+        (),
+        strict=False,
+        description="a glob of layers that this entry leaves alone, or a list of globs",
+    )
     options: tuple[OptionKey, ...] = Field(
         min_length=1,
         strict=False,

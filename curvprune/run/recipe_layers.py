@@ -59,15 +59,15 @@ def _entries_of(recipe: Recipe, layers: Mapping[str, tuple[int, int]]) -> dict[s
     for index, entry in enumerate(recipe.compress):
         # Globs of one entry may overlap, those of a later entry may only add layers.
         earlier = dict(owner)
+        excluded: set[str] = set()
+        for number, glob in enumerate(entry.exclude):
+            excluded |= set(_matched(recipe, layers, glob, ("compress", index, "exclude", number)))
         for number, glob in enumerate(entry.layers):
             key: KeyPath = ("compress", index, "layers", number)
-            matched = [name for name in layers if fnmatch.fnmatchcase(name, glob)]
+            matched = [n for n in _matched(recipe, layers, glob, key) if n not in excluded]
             if not matched:
-                near = f"; nearest layer: {_nearest_layer(glob, layers)}" if layers else ""
                 raise recipe.error(
-                    key,
-                    f"{glob!r} matches none of the {len(layers)} layers; expected a glob on layer "
-                    f"names{near}",
+                    key, f"exclude leaves none of the layers that {glob!r} matches; remove one"
                 )
             free = [name for name in matched if name not in earlier]
             if not free:
@@ -82,6 +82,20 @@ def _entries_of(recipe: Recipe, layers: Mapping[str, tuple[int, int]]) -> dict[s
                 )
             owner.update(dict.fromkeys(free, index))
     return owner
+
+
+def _matched(recipe: Recipe, layers: Iterable[str], glob: str, key: KeyPath) -> list[str]:
+    """The layers that a glob matches, of which there must be some."""
+    names = list(layers)
+    matched = [name for name in names if fnmatch.fnmatchcase(name, glob)]
+    if not matched:
+        near = f"; nearest layer: {_nearest_layer(glob, names)}" if names else ""
+        raise recipe.error(
+            key,
+            f"{glob!r} matches none of the {len(names)} layers; expected a glob on layer "
+            f"names{near}",
+        )
+    return matched
 
 
 def _nearest_layer(glob: str, layers: Iterable[str]) -> str:

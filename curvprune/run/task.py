@@ -19,11 +19,24 @@ from curvprune import artifact
 from curvprune.artifact import Portable
 from curvprune.certificate import documents_needed
 from curvprune.compression import Solved, Training
-from curvprune.model import PURPOSES, LabelFree, Layer, Loss, Splits, check_items, left_over
+from curvprune.model import (
+    PURPOSES,
+    LabelFree,
+    Layer,
+    Loss,
+    Splits,
+    WeightUses,
+    check_items,
+    computed_weights,
+    left_over,
+    weight_uses,
+)
 from curvprune.options import Form, Option, option_from_key
 from curvprune.planning import OF_OUTPUTS, Budget, Choice, Infeasible, Limit, Within, cheapest
 from curvprune.pricing import LayerWork, limits_of, macs_left, multiply_adds, work_of
-from curvprune.run.altered_layers import altered_layers, note, refusal, with_groups
+from curvprune.run import off_path
+from curvprune.run.altered_layers import altered_layers
+from curvprune.run.off_path import note, nothing_left, refusal, with_groups
 from curvprune.schema import check_fields
 
 # Documents of the select split: on 4 an outlier moved a plan's bound from twice its drop to five
@@ -126,6 +139,8 @@ class Task:
         options: layer → the options that it is offered.
         same_option: groups of layers; the layers of one get the same option.
         recover: the training after the compression, if any.
+        nearest: layers that no forward pass reads, asked for by name: without inputs to make up for
+            they are rounded to nearest or pruned by magnitude (`check_task` fills it in).
         limits: what the budget limits besides bytes and the drop (`check_task` fills it in).
         work: multiply-adds of every layer, where they were counted.
         notes: what the plan and the report must say.
@@ -143,6 +158,7 @@ class Task:
     original: nn.Module | None = None
     same_option: tuple[tuple[str, ...], ...] = ()
     recover: Training | None = None
+    nearest: frozenset[str] = frozenset()
     limits: tuple[Limit, ...] = ()
     work: Mapping[str, LayerWork] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -269,22 +285,30 @@ class Task:
 # --------------------------------------------------------------------------------------- checks
 
 
-def check_task(task: Task, *, final: bool = True, named: Collection[str] = ()) -> Task:
+def check_task(
+    task: Task, *, final: bool = True, named: Collection[str] = (), priced: bool = False
+) -> Task:
     """The task with its limits and notes, if nothing is wrong with it.
 
     Args:
         final: False where hidden units are still to be removed: limits on size and speed that
             cannot be met yet are let pass.
         named: layers that were asked for by their names, not by globs.
+        priced: prices are asked for, though there is no budget.
 
-    Layers whose output is not their weight times their input stay as they are, with a note.
+    Layers whose output is not their weight times their input stay as they are, with a note; so do
+    those that the forward pass never uses and, where prices are made, those that the loss does not
+    depend on.
 
-    Cost: one forward pass over the longest item of each split and one more item; one over the
-    calibration items where multiply-adds are limited. Raises `TaskError`, and `Infeasible` for
-    limits that no plan meets.
+    Cost: one forward pass over the longest item of each split and two more items; where a layer is
+    not used by the first item, of all calibration items; with prices a forward and a backward pass
+    of an item, of all price items where one says nothing of a layer. One over the calibration items
+    where multiply-adds are limited. Raises `TaskError`, and `Infeasible` for limits that no plan
+    meets.
     """
     _check_splits(task)
-    task = _with_notes(_without_altered(task, named))
+    task = _without_unknown(task, named, priced=priced or task.budget is not None)
+    task = _with_notes(task)
     _check_budget(task)
     try:
         task = _with_limits(task)
@@ -312,19 +336,58 @@ def _check_splits(task: Task) -> None:
         raise TaskError(few, "data")
 
 
-def _without_altered(task: Task, named: Collection[str]) -> Task:
-    """The task without layers that are no matrices."""
-    item = task.splits.calibrate.items[0]
-    altered = altered_layers(task.model, task.objective, item, task.layers)
-    if not altered:
+def _without_unknown(task: Task, named: Collection[str], *, priced: bool) -> Task:
+    """The task without layers that cannot be solved, or priced."""
+    uses = weight_uses(task.model, task.objective, task.splits.calibrate.items, task.layers)
+    # 1. What is used is not the weight times the input, or the input is not known.
+    task = _leaving(task, _altered(task, uses), named)
+    task = _leaving(task, off_path.of_unknown_input(uses, task.layers), named)
+    # 2. The weight is not used at all. Who asks for it by name gets it rounded to nearest.
+    unreached = {n: why for n, why in off_path.unreached(uses).items() if n in task.layers}
+    asked = [] if priced else [name for name in unreached if name in named]
+    for name in asked:
+        del unreached[name]
+    task = _leaving(task, unreached, named)
+    if asked:
+        text = off_path.nearest_note(asked)
+        task = replace(task, nearest=frozenset(asked), notes=(*task.notes, text))
+    # 3. Without a gradient there is no price.
+    if priced:
+        items = task.splits.price.items
+        idle = off_path.without_gradient(task.model, task.objective, items, task.layers)
+        task = _leaving(task, idle, named)
+    # 4. What is known of a weight may not be all.
+    text_of_two = off_path.in_two_ways(uses, task.layers)
+    if text_of_two is None:
         return task
-    dense, groups = with_groups(altered, task.same_option)
+    return replace(task, notes=(*task.notes, text_of_two), warnings=(*task.warnings, text_of_two))
+
+
+def _altered(task: Task, uses: Mapping[str, WeightUses]) -> dict[str, str]:
+    """Layer → what is computed in place of the product, from the first item that uses it."""
+    found: dict[str, str] = {}
+    for number, item in enumerate(task.splits.calibrate.items):
+        some = {name: task.layers[name] for name, use in uses.items() if use.item == number}
+        if some:
+            found |= altered_layers(task.model, task.objective, item, some)
+    return {name: found[name] for name in task.layers if name in found}
+
+
+def _leaving(task: Task, why: Mapping[str, str], named: Collection[str]) -> Task:
+    """The task without some layers, and without those that must have the same option.
+
+    Args:
+        why: layer → why it stays as it is.
+    """
+    if not why:
+        return task
+    dense, groups = with_groups(why, task.same_option)
     asked = next((name for name in dense if name in named), None)
-    if asked is None and len(dense) == len(task.layers):
-        asked = next(iter(dense))
     if asked is not None:
         raise TaskError(refusal(asked, dense[asked]), "compress")
-    text = note(dense)
+    if len(dense) == len(task.layers):
+        raise TaskError(nothing_left(dense), "compress")
+    text = note(dense, task.layers)
     return replace(
         task,
         layers={name: layer for name, layer in task.layers.items() if name not in dense},
@@ -340,6 +403,8 @@ def _with_notes(task: Task) -> Task:
     doubts, rough = [], []
     if (message := left_over(task.model)) is not None:
         doubts.append(message)
+    if computed := computed_weights(task.model):
+        doubts.append(off_path.computed_note(task.model, computed))
     if task.budget is not None and (leak := task.splits.leak()) is not None:
         doubts.append(leak)
     documents = len(set(task.splits.select.documents))

@@ -136,6 +136,25 @@ def running_eagerly() -> Iterator[None]:
             yield
 
 
+# ------------------------------------------------------------------------ torch: recurrent modules
+
+
+def keep_unflattened_(module: nn.RNNBase) -> None:
+    """Some of the module's weights are to be empty: cuDNN must not lay them out in one piece, which
+    moving the module to a GPU would do."""
+    module.flatten_parameters = _leave  # type: ignore[method-assign]
+
+
+def _leave() -> None:
+    pass
+
+
+def forget_weights_(module: nn.RNNBase) -> None:
+    """Let go of weights that the module ran with in place of its own, which it would keep in memory
+    until it runs again."""
+    module._init_flat_weights()
+
+
 # ------------------------------------------------------------------------- torch: float32 products
 
 
@@ -222,25 +241,6 @@ def _set_newer(values: dict[str, str]) -> None:
     parts = _float32_products()
     for name, value in values.items():
         parts[name].fp32_precision = value
-
-
-# ------------------------------------------------------------------------ torch: recurrent modules
-
-
-def keep_unflattened_(module: nn.RNNBase) -> None:
-    """Some of the module's weights are to be empty: cuDNN must not lay them out in one piece, which
-    moving the module to a GPU would do."""
-    module.flatten_parameters = _leave  # type: ignore[method-assign]
-
-
-def _leave() -> None:
-    pass
-
-
-def forget_weights_(module: nn.RNNBase) -> None:
-    """Let go of weights that the module ran with in place of its own, which it would keep in memory
-    until it runs again."""
-    module._init_flat_weights()
 
 
 # -------------------------------------------------------------------------- torch: autograd's graph

@@ -4,6 +4,7 @@ release that changes one fails here first."""
 from __future__ import annotations
 
 import io
+import weakref
 from typing import Any
 
 import pytest
@@ -250,3 +251,16 @@ def test_the_inside_of_a_compiled_module_is_found():
     model = nn.Linear(2, 2)
     assert compat.inside_of_compiled(torch.compile(model)) is model
     assert compat.inside_of_compiled(model) is None
+
+
+def test_a_recurrent_module_lets_go_of_weights_that_it_ran_with():
+    module = nn.LSTM(2, 3)
+    compat.keep_unflattened_(module)
+    own = module.weight_hh_l0
+    other = torch.zeros(12, 3)
+    gone = weakref.ref(other)
+    torch.func.functional_call(module, {"weight_hh_l0": other}, (torch.ones(1, 1, 2),))
+    del other
+    assert gone() is not None
+    compat.forget_weights_(module)
+    assert gone() is None and module.weight_hh_l0 is own

@@ -3,6 +3,8 @@ pass."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from torch.nn.utils.prune import l1_unstructured
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from curvprune.model import computed_weights, find_layers
+from curvprune.model import computed_weights, find_layers, left_over
 
 CONVOLUTIONS = [
     nn.Conv2d(4, 6, 3, padding=1),
@@ -93,6 +95,53 @@ def test_a_glob_without_a_match_names_the_nearest_layer():
         find_layers(nn.ReLU())
 
 
+TRANSPOSED = [
+    nn.ConvTranspose1d(4, 6, 3),
+    nn.ConvTranspose1d(4, 6, 5, stride=3, padding=1, output_padding=2, dilation=2, groups=2),
+    nn.ConvTranspose1d(4, 6, 2, padding=3, dilation=2),  # the border of the output is cut off
+    nn.ConvTranspose2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), output_padding=(1, 0)),
+    nn.ConvTranspose2d(4, 4, 3, stride=2, groups=4),
+    nn.ConvTranspose3d(4, 6, (1, 2, 3), stride=(1, 2, 2), padding=(0, 1, 0), groups=2),
+]
+SOLID = [
+    nn.Conv3d(4, 6, 3, padding=1),
+    nn.Conv3d(4, 6, (1, 2, 3), stride=(1, 2, 1), dilation=(1, 1, 2), groups=2),
+    nn.Conv3d(4, 4, 3, padding=2, padding_mode="circular", groups=4),
+    nn.Conv3d(4, 6, 2, padding="same", padding_mode="replicate"),
+]
+
+
+@pytest.mark.parametrize("conv", [*TRANSPOSED, *SOLID], ids=str)
+def test_transposed_and_solid_convolutions_are_their_matrix_times_their_rows(conv):
+    conv = copy.deepcopy(conv).double()
+    layer = find_layers(nn.Sequential(conv))["0"]
+    x = torch.randn(2, 4, *(5, 6, 7)[: conv.weight.ndim - 2], dtype=torch.float64)
+    rows = layer.rows(conv, x)
+    weight = layer.as_matrix(conv.weight).reshape(layer.groups, -1, layer.shape[1])
+    output = torch.einsum("goi,gni->gno", weight, rows).movedim(0, 1).flatten(1)
+    own = conv(x).movedim(1, -1) - conv.bias
+    torch.testing.assert_close(output, own.flatten(0, -2))
+    # One item without its dimension has the same rows.
+    torch.testing.assert_close(layer.rows(conv, x[0]), layer.rows(conv, x[:1]))
+    assert torch.equal(layer.from_matrix(layer.as_matrix(conv.weight)), conv.weight)
+    matrix = torch.randn(layer.shape, dtype=torch.float64)
+    assert torch.equal(layer.as_matrix(layer.from_matrix(matrix)), matrix)
+
+
+def test_a_lazy_layer_says_what_to_do_first():
+    model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="layer 0: its LazyLinear has no size yet; run the model"):
+        find_layers(model)
+    model(torch.randn(2, 5))
+    assert find_layers(model)["0"].shape == (3, 5)
+
+
+def test_a_bilinear_weight_is_told_of_as_left_over():
+    model = nn.Sequential(nn.Bilinear(4, 4, 6), nn.Linear(6, 2))
+    assert list(find_layers(model)) == ["1"]
+    assert "0.weight" in (left_over(model) or "")
+
+
 def test_excluded_layers_are_left_out_under_any_of_their_names():
     model = nn.ModuleDict({"a": nn.Embedding(3, 2), "b": nn.Linear(2, 2), "c": nn.Linear(2, 3)})
     model["c"].weight = model["a"].weight
@@ -112,5 +161,5 @@ def test_weights_that_are_computed_are_no_layers_and_refused_by_name_alone():
     assert computed_weights(model) == ["n", "p", "s"]
     assert list(find_layers(model, exclude="n")) == ["a"]
     for glob in ("n", "[np]", ["a", "s"]):
-        with pytest.raises(ValueError, match="layer [ns]: its weight is not a parameter"):
+        with pytest.raises(ValueError, match=r"layer [ns]: its weight is not a parameter"):
             find_layers(model, glob)

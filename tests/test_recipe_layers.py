@@ -77,6 +77,30 @@ compress:
     )
 
 
+def test_an_entry_leaves_alone_what_it_excludes(tmp_path: Path) -> None:
+    text = """\
+compress:
+  - layers: "model.layers.*"
+    exclude: ["*.1.*"]
+    options: [{quantize: {bits: 8}}]
+  - layers: "*.q_proj"
+    exclude: "*.0.*"
+    options: [keep]
+"""
+    assigned = assign_options(load_recipe(write(tmp_path, MODEL + DATA + text + BUDGET)), LAYERS)
+    assert assigned == {
+        "model.layers.0.q_proj": [Quantize(bits=8)],
+        "model.layers.0.down_proj": [Quantize(bits=8)],
+        "model.layers.1.q_proj": [Keep()],
+    }
+    start = 'compress:\n  - layers: "*"\n    options: [keep]\n'
+    message = assignment_error(tmp_path, start + '    exclude: ["*.up_proj"] #!\n')
+    assert "compress[0].exclude[0]: '*.up_proj' matches none of the 4 layers" in message
+    assert "nearest layer: " in message
+    text = 'compress:\n  - layers: "*.q_proj" #!\n    options: [keep]\n    exclude: "*"\n'
+    assert "exclude leaves none of the layers" in assignment_error(tmp_path, text)
+
+
 def test_globs_mind_the_case_of_letters(tmp_path: Path) -> None:
     assert "nearest layer: model.embed_tokens" in assignment_error(
         tmp_path, "compress:\n  - layers: Model.Embed_Tokens #!\n    options: [keep]\n"

@@ -1,6 +1,6 @@
 """Ŵ = solve(W, option, moments): grids, the GPTQ sweep, pruning, recovery."""
 
-from curvprune.compression.calibration_pass import Visited, coarse_copy, visit_layers
+from curvprune.compression.calibration_pass import Visited, Visitor, coarse_copy, visit_layers
 from curvprune.compression.distillation import Distillation
 from curvprune.compression.gptq import column_order, factor
 from curvprune.compression.grids import (
@@ -57,6 +57,7 @@ __all__ = [
     "Solved",
     "Training",
     "Visited",
+    "Visitor",
     "coarse_copy",
     "code_range",
     "column_order",

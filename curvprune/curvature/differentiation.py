@@ -28,7 +28,7 @@ from curvprune.compat import (
     running_eagerly,
 )
 from curvprune.curvature.determinism import first_items
-from curvprune.model import Batch, Loss, evaluating, without_cudnn
+from curvprune.model import Batch, Loss, evaluating
 
 
 @contextmanager
@@ -37,7 +37,9 @@ def differentiable(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(full_float32())
         stack.enter_context(running_eagerly())
-        stack.enter_context(without_cudnn(model))
+        # cuDNN has a backward pass of recurrent layers in training mode only.
+        if torch.backends.cudnn.enabled and any(isinstance(m, nn.RNNBase) for m in model.modules()):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(_Instead())
         yield
 

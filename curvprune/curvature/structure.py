@@ -23,12 +23,12 @@ from curvprune.curvature.determinism import check_deterministic, first_items
 from curvprune.curvature.gradient_check import DEPENDS, why_calls_do_not_do
 from curvprune.model import Batch, Layer, Loss, PositionLoss, deviations
 
-TOGETHER = "what the model says of an item depends on the others of its batch"
 # Kinds without factors: why.
 WHY_NONE = {
     "experts": "a router decides which items' rows an expert sees",
     "recurrent": "its module multiplies it with states that no hook sees",
 }
+TOGETHER = "what the model says of an item depends on the others of its batch"
 MAX_COLUMNS = 128  # classes − 1 above which exact columns are not attempted
 
 
@@ -135,7 +135,7 @@ def _why_not_factored(name: str, single: Capture, several: Capture) -> str:
     if len(single.calls[name]) != 1:
         return DEPENDS
     x = calls[0].x
-    if layer.kind == "conv" and x.ndim != layer.weight.ndim:
+    if layer.convolves and x.ndim != layer.weight.ndim:
         return "its input has no dimension for items"
     alone = single.calls[name][0].x
     if len(x) != several.items * len(alone) or not _rows_belong(alone, x):

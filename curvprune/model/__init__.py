@@ -37,6 +37,7 @@ from curvprune.model.layers import (
     SEVERAL,
     Layer,
     Layout,
+    computed_bytes,
     computed_weights,
     find_layers,
     is_conv1d,
@@ -82,7 +83,7 @@ from curvprune.model.losses import (
 from curvprune.model.matrix_check import Deviation, deviations
 from curvprune.model.plain import plain_model, takes_models
 from curvprune.model.reads import LOOKUP, Read, WeightUses, watching, weight_uses
-from curvprune.model.recurrent import steps_of, without_cudnn
+from curvprune.model.recurrent import steps_of
 from curvprune.model.seen import carrying, remember_seen_, seen_by
 from curvprune.model.shapes import (
     ShapeChange,
@@ -153,6 +154,7 @@ __all__ = [
     "check_independent",
     "check_items",
     "collate",
+    "computed_bytes",
     "computed_weights",
     "content_of",
     "deal_documents",
@@ -192,5 +194,4 @@ __all__ = [
     "unlabelled_positions",
     "watching",
     "weight_uses",
-    "without_cudnn",
 ]

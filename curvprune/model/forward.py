@@ -16,8 +16,6 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from curvprune.model.recurrent import recurrent_with_gradients
-
 Batch = Mapping[str, Tensor] | tuple[Tensor, ...]
 
 
@@ -96,8 +94,7 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with recurrent_with_gradients(model):
-            yield model
+        yield model
     finally:
         # Not by ``train()``, which would give all modules below the mode of the one above.
         for module, mode in modes:

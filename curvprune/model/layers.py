@@ -10,7 +10,7 @@ weight are one layer.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import product
@@ -240,6 +240,9 @@ def left_over(model: nn.Module) -> str | None:
     for module in model.modules():
         own = _own_parameters(module)
         inside.update(id(own.get(parameter)) for _, parameter in _weights(module))
+    # What is told of by `computed_weights` is told of there.
+    for name in computed_weights(model):
+        inside.update(id(weight) for weight in _module_of(model, name).parameters())
     # Biases and norms are few, and no matrices.
     outside = {n: p for n, p in model.named_parameters() if p.ndim >= 2 and id(p) not in inside}
     total = sum(p.numel() for p in model.parameters())
@@ -296,6 +299,23 @@ def find_layers(
         if _matches_any(names, globs) and not _matches_any(names, exclude):
             found[name] = layer
     return found
+
+
+def _module_of(model: nn.Module, name: str) -> nn.Module:
+    """The module of a layer's name, or the one whose parameter it is."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return modules[name] if name in modules else modules[name.rpartition(".")[0]]
+
+
+def computed_bytes(model: nn.Module, names: Iterable[str]) -> int:
+    """Bytes of what the weights of `computed_weights` are made of."""
+    tensors: dict[int, Tensor] = {}
+    for name in names:
+        module = _module_of(model, name)
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.ndim > 1:
+                tensors[id(tensor)] = tensor
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def computed_weights(model: nn.Module) -> list[str]:

@@ -77,7 +77,7 @@ def watching(
     seeing = _Functions(layers, watcher, inside)
 
     def before(layer: Layer, module: nn.Module, given: Any, named: dict[str, Any]) -> None:
-        if layer.kind == "embedding" and isinstance(module, nn.Embedding):
+        if layer.kind == "embedding" and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             watcher.use(layer.name, LOOKUP)
         else:
             inputs = (*given, *_in_order(module, named))
@@ -187,14 +187,14 @@ class _Functions(TorchFunctionMode):
     ) -> Read | None:
         """The product that a function computes with a weight, if it is one."""
         layer = use.layer
-        if layer.kind == "experts":
+        if layer.kind in ("experts", "conv_transpose"):
             return None
         if func in _CONVOLUTIONS:
             return _convolution(func, use, args, named)
         x = _multiplied(func, use, args, named)
         if x is None or x.shape[-1:] != layer.shape[1:] or layer.groups != 1:
             return None
-        if layer.kind == "conv":
+        if layer.kind in ("conv", "recurrent"):
             layer = replace(layer, kind="linear")
         return Read(layer=layer, reader=layer.module, inputs=(x,), functional=True)
 

@@ -12,8 +12,7 @@ et al. 2014; Sak et al. 2014 (projections).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,36 +35,6 @@ def recurrent_weights(module: nn.Module) -> list[str]:
         for end in ("", "_reverse") if module.bidirectional else ("",):
             names += [f"weight_{part}_l{level}{end}" for part in parts]
     return names
-
-
-@contextmanager
-def recurrent_with_gradients(model: nn.Module) -> Iterator[None]:
-    """Recurrent modules on a GPU can be differentiated in evaluation mode; they come back as they
-    were.
-
-    cuDNN goes back through them in training mode alone. Without dropout that computes the same.
-    """
-    before = []
-    for module in model.modules():
-        if isinstance(module, RECURRENT) and any(p.is_cuda for p in module.parameters()):
-            before.append((module, module.training, module.dropout))
-    try:
-        for module, _, _ in before:
-            module.training, module.dropout = True, 0.0
-        yield
-    finally:
-        for module, mode, dropout in before:
-            module.training, module.dropout = mode, dropout
-
-
-@contextmanager
-def without_cudnn(model: nn.Module) -> Iterator[None]:
-    """cuDNN is off where a model is recurrent; torch's own kernels can be differentiated twice."""
-    if not any(isinstance(module, RECURRENT) for module in model.modules()):
-        yield
-        return
-    with torch.backends.cudnn.flags(enabled=False):
-        yield
 
 
 def is_recurrent(module: nn.Module) -> bool:

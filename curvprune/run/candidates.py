@@ -15,6 +15,7 @@ from curvprune.compression import (
     Moments,
     Solved,
     Visited,
+    Visitor,
     dequantize,
     solve_layer,
     visit_layers,
@@ -155,42 +156,39 @@ def solve_in_one_pass(task: Task, space: Workspace, sweep: Sweep) -> Candidates:
         if sequential and options:
             layer.write_(found.of(name)[0].weight)
 
-    # 3. The pass itself; where all is solved, only the writing.
+    # 3. The pass itself; where all is solved, only the writing. Its record is written last.
+    record = f"{sweep.folder}/visited.json"
     with space.log.stage(sweep.title, len(mine), done=len(mine) - len(todo)) as advance:
-        # The record of the pass is written last.
-        visited_file = f"{sweep.folder}/visited.json"
-        if todo or (any(sweep.options.values()) and not state.has(visited_file)):
-            device = next(sweep.model.parameters()).device
-            batch = to_device(task.splits.calibrate.calibration()[0], device)
-            reference = None
-            if sweep.original is not None:
-                reference = (sweep.original, find_layers(sweep.original))
-            read = {name: layer for name, layer in layers.items() if name not in task.nearest}
-            visited = visit_layers(
-                sweep.model,
-                task.objective,
-                batch,
-                read,
-                visit,
-                reference=reference,
-                required=False,
-            )
-            # What nothing reads has no inputs to make up for.
-            for name, layer in layers.items():
-                if name in visited.unreached or name in task.nearest:
-                    visit(layer, lambda: None)
-            state.write_json(visited_file, encode(visited))
+        if todo or (any(sweep.options.values()) and not state.has(record)):
+            state.write_json(record, encode(_visit(task, sweep, visit)))
         elif sequential:
             for layer in layers.values():
                 visit(layer, lambda: None)
     if not sequential:
         wait()
-    if state.has(visited_file):
-        source = str(state.path(visited_file))
-        visited = decode(Visited, state.read_json(visited_file), source=source)
+    if state.has(record):
+        visited = decode(Visited, state.read_json(record), source=str(state.path(record)))
         dead = [name for name in layers if state.has(f"{files[name]}.dead.json")]
         space.note(*_notes_on(visited, dead))
     return found
+
+
+def _visit(task: Task, sweep: Sweep, visit: Visitor) -> Visited:
+    """Visit the layers in one forward pass over the calibration items, and then those that it does
+    not reach: what nothing reads has no inputs to make up for."""
+    device = next(sweep.model.parameters()).device
+    batch = to_device(task.splits.calibrate.calibration()[0], device)
+    reference = None
+    if sweep.original is not None:
+        reference = (sweep.original, find_layers(sweep.original))
+    read = {name: layer for name, layer in sweep.layers.items() if name not in task.nearest}
+    visited = visit_layers(
+        sweep.model, task.objective, batch, read, visit, reference=reference, required=False
+    )
+    for name, layer in sweep.layers.items():
+        if name in visited.unreached or name in task.nearest:
+            visit(layer, lambda: None)
+    return visited
 
 
 def _notes_on(visited: Visited, dead: Sequence[str]) -> list[str]:

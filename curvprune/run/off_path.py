@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from torch import nn
 
 from curvprune.curvature import unused_layers
-from curvprune.model import Batch, Layer, Loss, WeightUses, to_device
+from curvprune.model import Batch, Layer, Loss, WeightUses, computed_bytes, to_device
 
 NAMED = 4  # layers that a note names
 UNREACHED = "the forward pass over the calibration items never uses its weight"
@@ -136,10 +136,7 @@ def nearest_note(names: Collection[str]) -> str:
 
 def computed_note(model: nn.Module, names: Collection[str]) -> str:
     """What to say of weights that are no parameters."""
-    size = 0
-    for name in names:
-        weights = [p for p in model.get_submodule(name).parameters() if p.ndim > 1]
-        size += sum(weight.numel() * weight.element_size() for weight in weights)
+    size = computed_bytes(model, names)
     return (
         f"{len(names)} layer(s) of {size:,} bytes stay as they are, because their weight is "
         "computed from others (weight_norm, a mask, another parametrization) or packed: "

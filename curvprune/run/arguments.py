@@ -106,7 +106,7 @@ def task_from(
         budget=budget,
         settings=settings,
         storage=_storage(model, settings),
-        notes=groups.notes,
+        notes=(*groups.notes, *splits.calibrate.left_out()),
     )
     task = check_task(task, named=[told.layers] if isinstance(told.layers, str) else told.layers)
     for text in task.warnings:

@@ -19,6 +19,8 @@ import transformers
 import yaml
 from torch import Tensor, nn
 
+from benchmarks.tiny_images import has_pixels, images_in_text, with_other_pixels
+
 TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 SIZES: dict[str, int] = {}
 for _size, _names in TABLES["sizes"].items():
@@ -46,6 +48,8 @@ class TinyModel:
     model: nn.Module
     make: Callable[[int], Inputs]
     inputs: str  # what they are: text, image, ...
+    items: Callable[[int], list[Inputs]]  # batches of one, each other
+    sees: bool = False  # the outputs change with the pixels
 
 
 # ------------------------------------------------------------------------------------ tiny configs
@@ -154,9 +158,9 @@ def configs_for(arch: str, errors: list[str]) -> Iterator[Config]:
 class Draw:
     """Random inputs of ``n`` items, the same each time, as tries that a model may take or not."""
 
-    def __init__(self, config: Config, model: nn.Module, n: int) -> None:
+    def __init__(self, config: Config, model: nn.Module, n: int, seed: int = 1) -> None:
         self.config, self.model, self.n = config, model, n
-        self.generator = torch.Generator().manual_seed(1)
+        self.generator = torch.Generator().manual_seed(seed)
         self.text = getattr(config, "text_config", None) or config
         try:
             words = model.get_input_embeddings().num_embeddings
@@ -206,7 +210,7 @@ class Draw:
         elif category == "image-cls":
             yield from self.labelled_images()
         elif category == "image-text":
-            yield from self.images_in_text()
+            yield from images_in_text(self)
         elif category == "speech":
             yield from self.audio()
         else:
@@ -257,65 +261,6 @@ class Draw:
         for found in (features, turned):
             yield "features, mask", {"input_features": found, "attention_mask": mask, **answer}
 
-    def images_in_text(self) -> Iterator[tuple[str, Inputs]]:
-        ids = {"input_ids": self.ids}
-        keys = ("image_token_id", "image_token_index")
-        marks = [getattr(self.config, k) for k in keys if hasattr(self.config, k)]
-        if hasattr(self.config, "vision_config") and marks:
-            for name, pictures in self.pictures():
-                yield from self.with_marks(name, pictures, marks[0])
-        yield "text", ids
-        yield "two texts", self.both()
-        for pixels in self.images():
-            yield "image to text", {"pixel_values": pixels, "decoder_input_ids": self.ids}
-            yield "image, text", {"pixel_values": pixels, **ids}
-        yield "text, mask", {**ids, "attention_mask": torch.ones_like(self.ids)}
-        yield "two texts, boxes", {**self.both(), "bbox": self.boxes() / 100}
-
-    def pictures(self) -> Iterator[tuple[str, Inputs]]:
-        """Images in the forms that vision towers take: whole, as tiles, as rows of patches."""
-        for pixels in itertools.islice(self.images(), 2):
-            sizes = torch.tensor([list(pixels.shape[-2:])] * self.n)
-            yield "image in text", {"pixel_values": pixels}
-            yield "tiles in text", {"pixel_values": pixels[:, None], "image_sizes": sizes}
-            yield "sized image in text", {"pixel_values": pixels, "image_sizes": sizes}
-            yield "images in text", {"pixel_values": pixels[:, None]}
-        vision = self.config.vision_config
-        patch, frames = getattr(vision, "patch_size", 8), getattr(vision, "temporal_patch_size", 1)
-        if isinstance(patch, int):
-            rows, channels = self.n * 16, channels_of(vision)
-            frames = frames if isinstance(frames, int) else 1
-            flat = self.noise(rows, channels * frames * patch * patch)
-            square = self.noise(rows, channels, patch, patch)
-            grid = torch.tensor([[1, 4, 4]] * self.n)
-            yield "rows in text", {"pixel_values": flat, "image_grid_thw": grid}
-            yield "patches in text", {"pixel_values": square, "image_grid_thw": grid}
-            yield "patches in text", {"pixel_values": square, "image_grid_hws": grid[:, 1:]}
-
-    def with_marks(self, name: str, pictures: Inputs, mark: int) -> Iterator[tuple[str, Inputs]]:
-        """Text with as many image tokens as the model's own vision tower makes of one image."""
-        model = self.model
-        owner = model if hasattr(model, "get_image_features") else getattr(model, "model", None)
-        try:
-            with torch.no_grad():
-                found = owner.get_image_features(**pictures)
-            if not isinstance(found, (list, tuple, Tensor)):
-                found = getattr(found, "pooler_output", found)
-            parts = found if isinstance(found, (list, tuple)) else [found]
-            rows = sum(part.reshape(-1, part.shape[-1]).shape[0] for part in parts)
-        except Exception:
-            return
-        if rows % self.n or rows // self.n > 400:
-            return
-        marks = torch.full((self.n, rows // self.n), mark)
-        wide = torch.cat([self.ids[:, :3], marks, self.ids[:, 3:]], 1)
-        kinds = (wide == mark).long()
-        batch = {"input_ids": wide, **pictures}
-        yield name, batch
-        yield name, {**batch, "attention_mask": torch.ones_like(wide)}
-        yield name, {**batch, "mm_token_type_ids": kinds}
-        yield name, {**batch, "token_type_ids": kinds}
-
 
 def channels_of(config: Config) -> int:
     found = getattr(config, "num_channels", None) or getattr(config, "in_channels", None)
@@ -353,23 +298,49 @@ def build(category: str, arch: str, cls: type) -> TinyModel:
             errors.append(f"model: {said(error)}")
             continue
         for name, batch in Draw(config, model, 2).tries(category):
-            make = maker(config, model, category, form_of(name, batch))
             try:
+                make = maker(config, model, category, form_of(name, batch))
                 settle_(model, make)
-                if outputs(model, batch).isfinite().all():
-                    return TinyModel(model=model, make=make, inputs=name)
-                errors.append(f"{name}: outputs are not finite")
+                if not outputs(model, batch).isfinite().all():
+                    errors.append(f"{name}: outputs are not finite")
+                    continue
+                sees = category == "image-text" and has_pixels(batch)
+                if sees and not changes_with_pixels(model, make(1)):
+                    errors.append(f"{name}: the outputs do not change with the pixels")
+                    continue
             except Exception as error:
                 errors.append(f"{name}: {said(error)}")
+                continue
+            items = item_maker(config, model, category, form_of(name, batch))
+            return TinyModel(model=model, make=make, inputs=name, items=items, sees=sees)
     raise RuntimeError(" | ".join(errors)[:3000])
 
 
-def maker(config: Config, model: nn.Module, category: str, form: object) -> Callable[[int], Inputs]:
+@torch.no_grad()
+def changes_with_pixels(model: nn.Module, item: Inputs) -> bool:
+    found, other = (outputs(model, batch) for batch in (item, with_other_pixels(item)))
+    return found.shape == other.shape and float((found - other).abs().max()) > 0
+
+
+def maker(
+    config: Config, model: nn.Module, category: str, form: object, seed: int = 1
+) -> Callable[[int], Inputs]:
     def make(n: int) -> Inputs:
-        tries = Draw(config, model, n).tries(category)
+        tries = Draw(config, model, n, seed).tries(category)
         return next(batch for name, batch in tries if form_of(name, batch) == form)
 
     return make
+
+
+def item_maker(
+    config: Config, model: nn.Module, category: str, form: object
+) -> Callable[[int], list[Inputs]]:
+    """Items as a processor makes them: batches of one, each with other contents."""
+
+    def items(n: int) -> list[Inputs]:
+        return [maker(config, model, category, form, seed)(1) for seed in range(1, n + 1)]
+
+    return items
 
 
 def said(error: Exception) -> str:

@@ -13,21 +13,20 @@ under a time limit, and is
 * *refused*: a ValueError that curvprune itself raises, a sentence for the user;
 * *crash*: any other exception, or a process that died or took too long.
 
-Where it was refused because of a layer that the forward pass never reaches or the loss does not
-depend on, it is tried again on the other layers, as a user would do ("rest"). One JSON line a model
-is appended to ``--out``; a run that was stopped goes on with the models that are not there.
+What was not done as asked stands in notes, which are kept; an operation without a note is held to
+what it was asked for (``zoo_operations.py``), and what fails that is a *SilentError*, a crash. One
+JSON line a model is appended to ``--out``; a run that was stopped goes on with the models that are
+not there.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import gc
 import importlib
 import io
 import json
-import math
 import os
 import re
 import select
@@ -37,7 +36,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -49,13 +48,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 import transformers
-from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import curvprune as cp
-from benchmarks.tiny_models import Inputs, build, logits_in, outputs
-from curvprune.model import Layer, find_layers, left_over
+from benchmarks.tiny_models import build
+from benchmarks.zoo_operations import OPERATIONS, Patient, said
 
 CATEGORIES = {
     "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -87,11 +85,9 @@ CAUSES = {
     "F1 weights overflow": "overflow",
     "F2 a second moment is singular": "second moment",
     "S1 read back with other outputs": "outputs differ",
+    "S2 a silent error": "SilentError",
     "T1 too slow for the limit": "over the limit",
 }
-OFF_THE_WAY = "never reached|on the way|leave"  # refusals that other layers do without
-ITEMS = 8
-TOLERANCE = 1e-4  # of the largest output, for a model that was read back
 BUILD_LIMIT, LIMIT = 120, float(os.environ.get("ZOO_LIMIT", "75"))  # seconds
 
 
@@ -104,7 +100,6 @@ class Outcome:
     where: str = ""  # the last line of curvprune that was reached
     seconds: float = 0.0
     found: dict[str, object] = field(default_factory=dict)
-    rest: str = ""  # status on the layers that are reached, where it was tried again
 
     @property
     def cause(self) -> str:
@@ -124,6 +119,7 @@ class Entry:
     cls: str
     error: str = ""  # why it could not be built
     inputs: str = ""
+    sees: bool = False  # the data are images, and the outputs change with the pixels
     parameters: int = 0
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
@@ -136,179 +132,7 @@ class Entry:
         return any(outcome.status != "ok" for outcome in self.outcomes.values())
 
 
-@dataclass
-class Patient:
-    """A model to operate on, and a folder that its operations share."""
-
-    category: str
-    model: nn.Module
-    make: Callable[[int], Inputs]
-    folder: Path
-    layers: str | list[str] = "*"
-
-    def data(self, items: int = ITEMS) -> list[Inputs]:
-        return [self.make(items)]
-
-    def objective(self) -> str | cp.LabelFree:
-        """Encoders have no loss of their own: similarities to random anchors stand in for it."""
-        if self.category != "encoder":
-            return "auto"
-        width = outputs(self.model, self.make(1)).shape[-1]
-        anchors = torch.randn(16, width, generator=torch.Generator().manual_seed(3))
-        anchors = anchors / anchors.norm(dim=-1, keepdim=True)
-
-        def similarities(output: object, _: Inputs) -> Tensor:
-            found = logits_in(output).mean(1)
-            return found / found.norm(dim=-1, keepdim=True) @ anchors.T / 0.05
-
-        return cp.LabelFree(self.model, of=similarities)
-
-    def chosen(self) -> dict[str, object]:
-        return {"layers": self.layers, "objective": self.objective()}
-
-
-# -------------------------------------------------------------------------------------- operations
-
-
-def quantize(patient: Patient) -> dict[str, object]:
-    model, data = patient.model, patient.data()
-    # 1. Groups of 16, or whole rows where a layer has no such groups.
-    try:
-        result = cp.quantize(model, data, bits=4, group_size=16, **patient.chosen())
-    except ValueError as error:
-        if "group" not in str(error):
-            raise
-        result = cp.quantize(model, data, bits=4, **patient.chosen())
-    # 2. For the operation that reads it back, which also tells that it could not be saved.
-    few = patient.make(2)
-    expected = outputs(result.model, few)
-    torch.save(expected.detach(), patient.folder / "expected.pt")
-    try:
-        result.save(patient.folder / "artifact")
-    except Exception as error:
-        (patient.folder / "unsaved").write_text(said(error))
-    # 3. What was rounded.
-    before, after = find_layers(model), find_layers(result.model)
-    same = [n for n in before if torch.equal(before[n].weight, after[n].weight)]
-    covered = {id(layer.weight): layer.numel for layer in before.values()}
-    return {
-        "share of parameters": sum(covered.values()) / sum(p.numel() for p in model.parameters()),
-        "left over": left_over(model),
-        "outputs moved by": distance(expected, outputs(model, few)),
-        "unchanged layers": same,
-        "notes": list(result.plan.notes),
-    }
-
-
-def read_back(patient: Patient) -> dict[str, object]:
-    """The saved model, by every reader that shall take it."""
-    model, artifact = patient.model, patient.folder / "artifact"
-    if (patient.folder / "unsaved").is_file():
-        raise RuntimeError((patient.folder / "unsaved").read_text())
-    expected = torch.load(patient.folder / "expected.pt", weights_only=True)
-    blank = copy.deepcopy(model)
-    for p in blank.parameters():
-        p.data.zero_()
-    readers: dict[str, Callable[[], nn.Module]] = {
-        "from_pretrained": lambda: type(model).from_pretrained(str(artifact)).eval(),
-        "load": lambda: cp.load(artifact),
-        "load(model=)": lambda: cp.load(artifact, model=blank),
-    }
-    portable = (artifact / "config.json").is_file()
-    names = ("from_pretrained", "load") if portable else ("load(model=)",)
-    wrong, gaps = [], {}
-    for name in names:
-        try:
-            gaps[name] = distance(outputs(readers[name](), patient.make(2)), expected)
-        except Exception as error:
-            wrong.append(f"{name}: {said(error)}")
-            continue
-        if not gaps[name] <= TOLERANCE * max(1.0, float(expected.abs().max())):
-            wrong.append(f"{name}: outputs differ by {gaps[name]:.1e}")
-    if wrong:
-        raise RuntimeError("; ".join(wrong))
-    return gaps
-
-
-def prune(patient: Patient) -> dict[str, object]:
-    result = cp.prune(patient.model, patient.data(), sparsity=0.5, **patient.chosen())
-    large = {n: la for n, la in find_layers(result.model).items() if la.numel > 64}
-    zeros = {n: float((la.weight == 0).float().mean()) for n, la in large.items()}
-    return {"not half zeros": {n: share for n, share in zeros.items() if abs(share - 0.5) > 0.06}}
-
-
-def remove_units(patient: Patient) -> dict[str, object]:
-    # Convolutions have many inputs for a compensation to fit.
-    data = patient.data(64 if patient.category == "image-cls" else ITEMS)
-    result = cp.prune(patient.model, data, structured=0.2, objective=patient.objective())
-    outputs(result.model, patient.make(2))
-    work = result.macs[0] / max(1, result.macs[1])
-    return {"work left": work, "cuts": len(result.cuts), "notes": list(result.notes)}
-
-
-def hessian(patient: Patient) -> dict[str, object]:
-    asked = {"quantities": ["trace", "eigenvalues"], "max_products": 8, "rtol": 0.3}
-    return analyzed(patient, matrix="hessian", **asked)
-
-
-def fisher(patient: Patient) -> dict[str, object]:
-    return analyzed(patient, matrix="fisher", quantities=["trace"])
-
-
-def analyzed(patient: Patient, **asked: object) -> dict[str, object]:
-    layers = cp.analyze(patient.model, patient.data(4), **asked, **patient.chosen()).layers
-    traces = {n: found.trace for n, found in layers.items()}
-    bad = [n for n, t in traces.items() if t is None or not math.isfinite(t.value)]
-    return {"layers": len(layers), "without a trace": bad}
-
-
-def budgeted(patient: Patient) -> dict[str, object]:
-    asked = {"bits": (3, 4, 8), "budget": cp.Budget("loss", max_drop=0.5)}
-    result = cp.quantize(patient.model, patient.data(60), **asked, **patient.chosen())
-    options = Counter(result.plan.choices.values())
-    return {"verdict": result.verdict.status, "options": dict(options)}
-
-
-OPERATIONS: dict[str, Callable[[Patient], dict[str, object]]] = {
-    "quantize": quantize,
-    "read back": read_back,
-    "prune": prune,
-    "structured": remove_units,
-    "hessian": hessian,
-    "fisher": fisher,
-    "budget": budgeted,
-}
-
-
-def distance(one: Tensor, other: Tensor) -> float:
-    return float((one - other).abs().max()) if one.shape == other.shape else math.inf
-
-
-def reached_layers(patient: Patient) -> list[str]:
-    """The layers that the forward pass calls and that change its outputs: what a user must find to
-    leave the others out."""
-    called: set[int] = set()
-    for module in patient.model.modules():
-        module.register_forward_hook(lambda m, *_: called.add(id(m)))
-    with torch.enable_grad():
-        found = outputs(patient.model, patient.make(ITEMS)).float().flatten(0, -2)
-        found.log_softmax(-1).square().sum().backward()
-
-    def is_reached(layer: Layer) -> bool:
-        grad = layer.weight.grad
-        moves = grad is not None and bool(grad.any())
-        return moves and any(id(m) in called for m in (layer.module, *layer.readers))
-
-    names = [name for name, layer in find_layers(patient.model).items() if is_reached(layer)]
-    patient.model.zero_grad(set_to_none=True)
-    return names
-
-
 # --------------------------------------------------------------------------------------- processes
-
-
-def said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip()[:500]}"
 
 
 def failure(error: BaseException) -> Outcome:
@@ -381,36 +205,19 @@ def examine(entry: Entry, operations: list[str]) -> Entry:
     # 2. The operations, which hand files on to each other.
     outcomes: dict[str, Outcome] = {}
     with tempfile.TemporaryDirectory() as folder:
-        patient = Patient(entry.category, tiny.model, tiny.make, Path(folder))
+        patient = Patient(entry.category, tiny.model, tiny.make, tiny.items, Path(folder))
         for name in operations:
             # Without a rounded model there is nothing to read back.
             if name == "read back" and not (patient.folder / "expected.pt").is_file():
                 continue
-            outcomes[name] = operate(patient, OPERATIONS[name])
+            outcomes[name] = attempt(lambda name=name: OPERATIONS[name](patient))
     count = sum(p.numel() for p in tiny.model.parameters())
-    return replace(entry, inputs=tiny.inputs, parameters=count, outcomes=outcomes)
+    told = {"inputs": tiny.inputs, "sees": tiny.sees, "parameters": count}
+    return replace(entry, **told, outcomes=outcomes)
 
 
 def too_slow(*_: object) -> None:
     raise TimeoutError("building took too long")
-
-
-def operate(patient: Patient, operation: Callable[[Patient], dict[str, object]]) -> Outcome:
-    outcome = attempt(lambda: operation(patient))
-    if outcome.status != "refused":
-        return outcome
-    if "different numbers of items" in outcome.message and patient.category == "image-text":
-        # Rows of pixels are patches, not items: go on with the text behind the image alone.
-        make = patient.make
-        patient.make = lambda n: {"input_ids": make(n)["input_ids"][:, -9:]}
-        outcome = replace(attempt(lambda: operation(patient)), rest="text alone")
-    if re.search(OFF_THE_WAY, outcome.message) and operation is not remove_units:
-
-        def on_the_rest() -> dict[str, object]:
-            return operation(replace(patient, layers=reached_layers(patient)))
-
-        outcome = replace(outcome, rest=attempt(on_the_rest).status)
-    return outcome
 
 
 def warm_up(operations: list[str]) -> None:
@@ -422,7 +229,7 @@ def warm_up(operations: list[str]) -> None:
         examine(Entry(category="causal-lm", arch="llama", cls="LlamaForCausalLM"), [])
         tiny = build("causal-lm", "llama", transformers.LlamaForCausalLM)
         with tempfile.TemporaryDirectory() as folder:
-            patient = Patient("causal-lm", tiny.model, tiny.make, Path(folder))
+            patient = Patient("causal-lm", tiny.model, tiny.make, tiny.items, Path(folder))
             for name in operations:
                 OPERATIONS[name](patient)
         return {"modules": [name for name in sys.modules if name not in before]}
@@ -487,9 +294,14 @@ def row(cells: list[object]) -> str:
 
 def by_category(entries: list[Entry]) -> str:
     lines = [row(["category", "models", *OPERATIONS]), "|---" * (2 + len(OPERATIONS)) + "|"]
-    there = {entry.category for entry in entries}
-    for name in (*(c for c in CATEGORIES if c in there), "all"):
-        mine = [entry for entry in entries if name in (entry.category, "all")]
+    groups: dict[str, list[Entry]] = {}
+    for name in CATEGORIES:
+        groups[name] = [entry for entry in entries if entry.category == name]
+    groups["image-text, with images"] = [entry for entry in entries if entry.sees]
+    groups["all"] = entries
+    for name, mine in groups.items():
+        if not mine:
+            continue
         cells: list[object] = [name, len(mine)]
         for operation in OPERATIONS:
             tried = [e.outcomes[operation] for e in mine if operation in e.outcomes]
@@ -513,8 +325,7 @@ def by_architecture(entries: list[Entry], most: int = 40) -> str:
 def cell(outcome: Outcome | None) -> str:
     if outcome is None:
         return "–"
-    code = "ok" if outcome.status == "ok" else f"{outcome.status} {outcome.cause.split()[0]}"
-    return f"{code} (rest {outcome.rest})" if outcome.rest else code
+    return "ok" if outcome.status == "ok" else f"{outcome.status} {outcome.cause.split()[0]}"
 
 
 def causes(entries: list[Entry]) -> str:

@@ -354,6 +354,15 @@ def test_larger_batches_of_patches_are_refused_with_the_way_on(sighted):
         cp.quantize(model, [batch], bits=4)
 
 
+def test_items_that_do_not_go_together_are_told():
+    model = seeded(lambda: nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 3)))
+    sides = [8, 8, 8, 6]
+    items = [torch.randn(1, 3, n, n, generator=torch.Generator().manual_seed(n)) for n in sides]
+    notes = cp.quantize(model, items, bits=4).plan.notes
+    assert any("inputs of 3 of the 4 calibration items" in note for note in notes)
+    assert cp.compare(model, model, items, loss=free(model)).items == 4
+
+
 # --------------------------------------------------------------------------------------- graphs
 
 

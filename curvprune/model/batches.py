@@ -78,7 +78,7 @@ def as_batch(given: Any) -> Batch:
     )
 
 
-def _named_batch(parts: Mapping[str, Any]) -> Batch:
+def _named_batch(parts: Mapping[str, object]) -> Batch:
     """A named tuple: a pair where its names say so, else a dict."""
     values = list(parts.values())
     names = list(parts)
@@ -109,7 +109,7 @@ def _sequence_batch(given: Sequence[Any]) -> Batch | None:
     return _inputs(inputs), labels
 
 
-def _with_targets(inputs: Any, targets: Mapping[str, Any]) -> dict[str, Any]:
+def _with_targets(inputs: Any, targets: Mapping[str, object]) -> dict[str, object]:
     if not isinstance(inputs, Mapping):
         raise ValueError(
             f"data: a batch is (tensor, dict with {sorted(targets)}); expected (tensor, tensor), "

@@ -79,6 +79,19 @@ class Split:
             batch, most = self.items[0], [self.items[0]]
         return batch, len(self.items) - len(most)
 
+    def left_out(self) -> tuple[str, ...]:
+        """A note if layers are not solved for the inputs of all items."""
+        out = self.calibration()[1]
+        if not out:
+            return ()
+        count = len(self.items)
+        note = (
+            f"layers were solved for the inputs of {count - out} of the {count} calibration items: "
+            "the others do not go together with them in one batch; pass items of one shape, or "
+            "cp.Items(items, collate=...)"
+        )
+        return (note,)
+
     def first(self, size: int = 8) -> Batch:
         """The first items as one batch, to tell a loss by; one alone where they do not go
         together."""

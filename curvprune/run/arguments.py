@@ -109,7 +109,7 @@ def task_from(
         budget=budget,
         settings=settings,
         storage=_storage(model, settings),
-        notes=groups.notes,
+        notes=(*groups.notes, *splits.calibrate.left_out()),
     )
     named = [told.layers] if isinstance(told.layers, str) else told.layers
     task = check_task(task, named=named, priced=priced)

@@ -186,7 +186,8 @@ def remove_units(
         model, objective, splits, asked, seed=settings.seed, batch_size=settings.batch_size
     )
     why = describe(model, pruned.model, pruned.uniform_widths(), pruned.dropped)
-    notes = pruned.notes if why is None else (*pruned.notes, why)
+    notes = (*pruned.notes, *splits.calibrate.left_out())
+    notes = notes if why is None else (*notes, why)
     # 3. The verdict.
     verdict = None
     if budget is not None:

@@ -8,12 +8,12 @@ take it to do, and `tests/test_compat.py` fails where a release takes that away.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from jaxtyping import Float, Int8, Int32
 from torch import Tensor, nn
 
@@ -194,6 +194,61 @@ def _set_newer(values: dict[str, str]) -> None:
     parts = _float32_products()
     for name, value in values.items():
         parts[name].fp32_precision = value
+# ------------------------------------------------------------- torch: compiling and checkpointing
+
+
+def inside_of_compiled(module: nn.Module) -> nn.Module | None:
+    """What ``torch.compile`` made a module of; ``None`` for any other."""
+    if type(module).__name__ != "OptimizedModule":
+        return None
+    inner: Any = module._orig_mod
+    return inner
+
+
+@contextmanager
+def running_eagerly() -> Iterator[None]:
+    """Compiled modules run as they are written, where hooks see every layer.
+
+    Checkpointed parts keep their activations: hooks would see the second forward pass, which comes
+    in the middle of a backward one, as well.
+    """
+    with without_checkpointing():
+        # Nothing is compiled where the compiler was never imported, which takes seconds.
+        if "torch._dynamo" not in sys.modules:
+            yield
+            return
+        with torch.compiler.set_stance("force_eager"):
+            yield
+
+
+@contextmanager
+def without_checkpointing() -> Iterator[None]:
+    """``torch.utils.checkpoint.checkpoint`` calls its function and does nothing else. All callers
+    come through that module, whatever they have imported of it."""
+    from torch.utils import checkpoint as module
+
+    names = ("CheckpointFunction", "_checkpoint_without_reentrant_generator")
+    before = [(name, getattr(module, name)) for name in names]
+    try:
+        for (name, _), plain in zip(before, (_Called, _nothing_around), strict=True):
+            setattr(module, name, plain)
+        yield
+    finally:
+        for name, original in before:
+            setattr(module, name, original)
+
+
+class _Called:
+    """In the place of the autograd function of a reentrant checkpoint."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], _preserve: bool, *arguments: Any) -> Any:
+        return function(*arguments)
+
+
+def _nothing_around(*_: Any, **__: Any) -> Iterator[None]:
+    """In the place of what is done before and after the function of a checkpoint."""
+    yield
 
 
 # -------------------------------------------------------------------------- torch: autograd's graph
@@ -212,35 +267,6 @@ def normalises_by_batch(node: Any) -> bool:
 def is_custom_function(node: Any) -> bool:
     """Whether a node is the backward pass of a `torch.autograd.Function` written in Python."""
     return isinstance(node, torch.autograd.function.BackwardCFunction)
-
-
-@contextmanager
-def without_checkpointing() -> Iterator[None]:
-    """``torch.utils.checkpoint.checkpoint`` calls its function and keeps what that computes.
-
-    A pass that is computed again meets other flags than it was recorded with, and one of the two
-    kinds of checkpoints refuses `torch.autograd.grad`. Replaces what ``checkpoint`` hands its work
-    to, so it does not matter from where that was imported.
-    """
-    module: Any = torch.utils.checkpoint
-    names = ("CheckpointFunction", "_checkpoint_without_reentrant_generator")
-    before = {name: getattr(module, name) for name in names}
-
-    class Plain:
-        @staticmethod
-        def apply(function: Callable[..., Any], preserve: bool, *arguments: Any) -> Any:
-            return function(*arguments)
-
-    def nothing_around(*_: Any, **__: Any) -> Iterator[None]:
-        yield  # the function runs here
-
-    try:
-        module.CheckpointFunction = Plain
-        module._checkpoint_without_reentrant_generator = nothing_around
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(module, name, value)
 
 
 # -------------------------------------------------------------------- transformers: stacked experts

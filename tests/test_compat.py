@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
     LlamaForCausalLM,
@@ -224,3 +225,28 @@ def test_loading_and_exporting_draw_no_bars(tmp_path, capfd):
     cp.load(tmp_path / "saved")
     cp.export_dense(tmp_path / "saved", tmp_path / "dense")
     assert "it/s" not in capfd.readouterr().err
+
+
+def test_checkpoints_and_compiled_modules_run_as_they_are_written():
+    called = []
+
+    def squared(x: torch.Tensor) -> torch.Tensor:
+        called.append(1)
+        return x * x
+
+    x = torch.ones(3, requires_grad=True)
+    for reentrant in (True, False):
+        called.clear()
+        with compat.running_eagerly():
+            checkpoint(squared, x, use_reentrant=reentrant).sum().backward()
+        assert len(called) == 1
+        # Outside of it the function runs once more for the backward pass.
+        called.clear()
+        checkpoint(squared, x, use_reentrant=reentrant).sum().backward()
+        assert len(called) == 2
+
+
+def test_the_inside_of_a_compiled_module_is_found():
+    model = nn.Linear(2, 2)
+    assert compat.inside_of_compiled(torch.compile(model)) is model
+    assert compat.inside_of_compiled(model) is None

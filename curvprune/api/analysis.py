@@ -36,6 +36,7 @@ from curvprune.model import (
     find_layers,
     make_loss,
     named_loss,
+    takes_models,
     to_device,
 )
 from curvprune.run import (
@@ -44,6 +45,7 @@ from curvprune.run import (
 
 
 @named_loss
+@takes_models("model")
 def analyze(
     model: nn.Module,
     data: Data,
@@ -150,6 +152,7 @@ def _batches(data: Data) -> list[Batch]:
     return [as_batch(batch) for batch in data]
 
 
+@takes_models("a", "b")
 def compare_curvature(
     a: nn.Module,
     b: nn.Module,
@@ -235,6 +238,7 @@ def compare_curvature(
 
 
 @named_loss
+@takes_models("model", lasting=True)
 def hessian(
     model: nn.Module,
     data: Data,
@@ -248,6 +252,7 @@ def hessian(
 
 
 @named_loss
+@takes_models("model", lasting=True)
 def gauss_newton(
     model: nn.Module,
     data: Data,
@@ -261,6 +266,7 @@ def gauss_newton(
 
 
 @named_loss
+@takes_models("model", lasting=True)
 def fisher(
     model: nn.Module,
     data: Data,
@@ -273,6 +279,7 @@ def fisher(
 
 
 @named_loss
+@takes_models("model", lasting=True)
 def empirical_fisher(
     model: nn.Module,
     data: Data,
@@ -293,6 +300,7 @@ def _operator(build: Any, model: nn.Module, data: Data, loss: LossLike, argument
 
 
 @named_loss
+@takes_models("model", lasting=True)
 def kfac(
     model: nn.Module,
     data: Data,

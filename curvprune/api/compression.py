@@ -19,6 +19,7 @@ from curvprune.model import (
     find_groups,
     named_loss,
     read_request,
+    takes_models,
 )
 from curvprune.options import (
     ENGINE_ASYMMETRIC_BITS,
@@ -52,6 +53,7 @@ ALLOCATED = (-0.2, -0.1, 0.0, 0.1, 0.2)  # shares around the common one that a l
 
 
 @named_loss
+@takes_models("model")
 def price(
     model: nn.Module,
     data: Data,
@@ -161,6 +163,7 @@ def _keeps_within(plan: FrontierPlan, budget: Budget | None, limits: Sequence[Li
 
 
 @named_loss
+@takes_models("model", rewritten=True)
 def compress(
     model: nn.Module,
     data: Data,
@@ -254,6 +257,7 @@ def _widths_offered(
 
 
 @named_loss
+@takes_models("model", rewritten=True)
 def prune(
     model: nn.Module,
     data: Data,
@@ -397,6 +401,7 @@ def recover(
 def recover(
     compressed: nn.Module, baseline: nn.Module, data: Data, **arguments: Any
 ) -> Recovery: ...
+@takes_models("compressed", "baseline", rewritten=True)
 def recover(
     compressed: Result | StructuredResult | nn.Module,
     baseline: nn.Module,

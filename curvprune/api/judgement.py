@@ -36,8 +36,10 @@ from curvprune.model import (
     evaluate,
     make_loss,
     named_loss,
+    plain_model,
     score_items,
     seen_by,
+    takes_models,
     to_device,
 )
 from curvprune.planning import Budget
@@ -45,6 +47,7 @@ from curvprune.run import warn_caller
 
 
 @named_loss
+@takes_models("baseline", "compressed")
 def certify(
     baseline: nn.Module,
     compressed: nn.Module,
@@ -84,6 +87,7 @@ def certify(
 
 
 @named_loss
+@takes_models("baseline", "compressed")
 def claim(
     baseline: nn.Module,
     compressed: nn.Module,
@@ -202,6 +206,7 @@ def _test_of_budget(
 
 
 @named_loss
+@takes_models("before", "after")
 def compare(
     before: nn.Module,
     after: nn.Module,
@@ -333,4 +338,5 @@ def load(
             f"load({str(folder)!r}): not a transformers model{missing}; pass model=, an instance "
             "of its architecture"
         )
-    return artifact.load_into(path, model, packed=packed).to(device).eval()
+    inner = plain_model(model, rewritten=True)
+    return artifact.load_into(path, inner, packed=packed).to(device).eval()

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvprune.compat import step_callback
+from curvprune.compat import running_eagerly, step_callback
 from curvprune.curvature.estimates import EigenPairs, Estimate
 from curvprune.curvature.estimators import eigenpairs, trace
 from curvprune.curvature.lanczos import Lanczos
 from curvprune.curvature.products import MatrixFree, hessian
-from curvprune.model import Batch, LossLike, make_loss, to_device
+from curvprune.model import Batch, LossLike, make_loss, plain_model, to_device
 
 TOL, MOST = 5e-3, 60  # asked of λ_max, and the most products that a look may take
 LEAST = 3  # products of a look that starts from the last eigenvector
@@ -136,6 +136,7 @@ class CurvatureMonitor:
                 f"CurvatureMonitor: every={every}, trace_every={trace_every} and probes={probes}; "
                 "expected at least 1, 1 and 2"
             )
+        model = plain_model(model)
         home = next(model.parameters()).device
         batches = batch if isinstance(batch, list) else [batch]
         if not batches:
@@ -172,19 +173,8 @@ class CurvatureMonitor:
             raise ValueError("CurvatureMonitor: no parameter of the model has requires_grad")
         op = hessian(self.model, self.batches, self.loss, parameters=names)
         # 2. Its largest eigenvalue from the last eigenvector, and the trace now and then.
-        pairs, total = None, None
-        try:
-            pairs = self._largest(op)
-            if step % self.trace_every == 0:
-                total = trace(
-                    op,
-                    method="hutchinson",
-                    max_products=self.probes,
-                    generator=self._generator,
-                )
-        except FloatingPointError:
-            # A diverged model is something to report, not a reason to stop.
-            self._top = None
+        with running_eagerly():
+            pairs, total = self._seen(op, traced=step % self.trace_every == 0)
         # 3. What it says of the learning rate.
         high = math.nan if pairs is None else float(pairs.values[0])
         seconds = time.perf_counter() - start
@@ -202,6 +192,22 @@ class CurvatureMonitor:
         )
         self.looks.append(seen)
         return seen
+
+    def _seen(self, op: MatrixFree, *, traced: bool) -> tuple[EigenPairs | None, Estimate | None]:
+        pairs, total = None, None
+        try:
+            pairs = self._largest(op)
+            if traced:
+                total = trace(
+                    op,
+                    method="hutchinson",
+                    max_products=self.probes,
+                    generator=self._generator,
+                )
+        except FloatingPointError:
+            # A diverged model is something to report, not a reason to stop.
+            self._top = None
+        return pairs, total
 
     def _largest(self, op: MatrixFree) -> EigenPairs:
         start = None

@@ -69,6 +69,7 @@ from curvprune.model.losses import (
     unlabelled_positions,
 )
 from curvprune.model.matrix_check import Deviation, deviations
+from curvprune.model.plain import plain_model, takes_models
 from curvprune.model.seen import carrying, remember_seen_, seen_by
 from curvprune.model.shapes import (
     ShapeChange,
@@ -153,6 +154,7 @@ __all__ = [
     "make_loss",
     "named_loss",
     "one_item",
+    "plain_model",
     "positions_that_count",
     "read_request",
     "remember_",
@@ -162,6 +164,7 @@ __all__ = [
     "seen_by",
     "signed_loss",
     "split_items",
+    "takes_models",
     "to_device",
     "unlabelled_positions",
 ]

@@ -35,6 +35,7 @@ from curvprune.model import (
     check_independent,
     find_layers,
     make_loss,
+    plain_model,
     to_device,
 )
 from curvprune.options import Option, pruner_of, quantizer_of
@@ -390,7 +391,7 @@ def _objective(recipe: Recipe, model: nn.Module, splits: Splits, budget: Budget 
 def loss_of(recipe: Recipe, model: nn.Module, first: Batch) -> Loss:
     """The loss that a recipe names, told from the model and its first items."""
     try:
-        check_independent(model)
+        check_independent(plain_model(model, rewritten=True))
         loss = make_loss(recipe.loss_name, model, first)
     except ValueError as error:
         raise recipe.error((recipe.loss_key,), str(error)) from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -74,8 +75,35 @@ def make_loss(loss: LossLike, model: nn.Module, batch: Batch) -> Loss:
     uncompressed. ``"label-free:classification"`` says which loss its outputs belong to.
 
     Raises ``ValueError`` when the loss cannot be told, or outputs that are not what it takes them
-    for. Cost: up to two forward passes over ``batch``.
+    for, or a model that fails on the batch. Cost: up to two forward passes over ``batch``.
     """
+    with _saying_what_failed(model, batch):
+        return _made(loss, model, batch)
+
+
+@contextmanager
+def _saying_what_failed(model: nn.Module, batch: Batch) -> Iterator[None]:
+    """An error of the model's own on its first batch, with what it was given."""
+    try:
+        yield
+    # It is a RuntimeError too, but says nothing about the batch.
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError, KeyError, TypeError, AttributeError) as error:
+        given = dict(batch) if isinstance(batch, Mapping) else {"inputs": batch[0]}
+        shown = []
+        for name, value in given.items():
+            if isinstance(value, torch.Tensor):
+                shown.append(f"{name}: {value.dtype} {tuple(value.shape)}")
+        kinds = sorted({str(weight.dtype) for weight in model.parameters()})
+        raise ValueError(
+            f"{type(model).__name__} fails on the first batch ({', '.join(shown)}; parameters "
+            f"{', '.join(kinds)}): {type(error).__name__}: {str(error).strip().splitlines()[0]}; "
+            "give it batches that model(inputs), or model(**batch) without labels, can read"
+        ) from error
+
+
+def _made(loss: LossLike, model: nn.Module, batch: Batch) -> Loss:
     if isinstance(loss, Loss):
         _check_declared(loss, model, batch)
         return loss

@@ -194,6 +194,8 @@ def _set_newer(values: dict[str, str]) -> None:
     parts = _float32_products()
     for name, value in values.items():
         parts[name].fp32_precision = value
+
+
 # ------------------------------------------------------------- torch: compiling and checkpointing
 
 

@@ -15,13 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from curvprune.curvature.capture import Capture, capture, items_in
-from curvprune.curvature.differentiation import check_same_twice
 from curvprune.curvature.diagnosis import Diagnosis, diagnose
-from curvprune.curvature.estimates import Estimate, accurate
+from curvprune.curvature.differentiation import check_same_twice
+from curvprune.curvature.estimates import accurate
 from curvprune.curvature.gradient_check import Uneven
 from curvprune.curvature.layer_curvature import LayerCurvature
 from curvprune.curvature.layer_fisher import first_order

@@ -9,7 +9,14 @@ from curvprune.model.evaluation import (
     evaluate,
     score_items,
 )
-from curvprune.model.forward import Batch, evaluating, items_in, one_item, to_device
+from curvprune.model.forward import (
+    Batch,
+    check_device,
+    evaluating,
+    items_in,
+    one_item,
+    to_device,
+)
 from curvprune.model.groups import GroupError, Groups, Request, find_groups, read_request
 from curvprune.model.items import (
     EXTRA,
@@ -129,6 +136,7 @@ __all__ = [
     "as_split",
     "carrying",
     "changes_of",
+    "check_device",
     "check_independent",
     "check_items",
     "collate",

@@ -238,9 +238,7 @@ def _forms(task: Task, space: Workspace, changes: Mapping[str, list[Change]]) ->
         parts=Parts(seed=task.settings.seed),
     )
     sums_of = {n: s.tolist() for n, s in forms.sums.items()}
-    record = FormsRecord(
-        count=forms.count.tolist(), sums=sums_of, left_out=dict(forms.left_out)
-    )
+    record = FormsRecord(count=forms.count.tolist(), sums=sums_of, left_out=dict(forms.left_out))
     space.state.write_json(name, encode(record))
     wait()
     return forms

@@ -122,8 +122,9 @@ def full_float32() -> Iterator[None]:
     """
     older, newer = _older_precisions(), _newer_precisions()
     # 1. Both off, as far as they can be read: what a module reads then is the truth.
-    _set_older(dict.fromkeys(older, False) | ({"matmul": "highest"} if "matmul" in older else {}))
-    _set_newer(dict.fromkeys(newer, "ieee"))
+    off: dict[str, bool | str] = {"cudnn": False, "cublas": False, "matmul": "highest"}
+    _set_older({name: off[name] for name in older})
+    _set_newer(["ieee"] * len(newer))
     try:
         yield
     finally:
@@ -137,17 +138,17 @@ def float32_is_coarse() -> bool:
     found = _older_precisions()
     if "matmul" in found:
         return found["matmul"] != "highest"
-    return any(value not in ("ieee", "none") for value in _newer_precisions().values())
+    return any(value not in ("ieee", "none") for value in _newer_precisions())
 
 
-def _older_precisions() -> dict[str, Any]:
+def _older_precisions() -> dict[str, bool | str]:
     """What can be read of the settings that torch has had since 1.7."""
-    readers: dict[str, Callable[[], Any]] = {
+    readers: dict[str, Callable[[], bool | str]] = {
         "cudnn": lambda: torch.backends.cudnn.allow_tf32,
         "cublas": lambda: torch.backends.cuda.matmul.allow_tf32,
         "matmul": torch.get_float32_matmul_precision,
     }
-    found = {}
+    found: dict[str, bool | str] = {}
     for name, read in readers.items():
         try:
             found[name] = read()
@@ -156,44 +157,43 @@ def _older_precisions() -> dict[str, Any]:
     return found
 
 
-def _set_older(values: dict[str, Any]) -> None:
+def _set_older(values: dict[str, bool | str]) -> None:
     if "cudnn" in values:
-        torch.backends.cudnn.allow_tf32 = values["cudnn"]
+        torch.backends.cudnn.allow_tf32 = bool(values["cudnn"])
     if "cublas" in values:
-        torch.backends.cuda.matmul.allow_tf32 = values["cublas"]
+        torch.backends.cuda.matmul.allow_tf32 = bool(values["cublas"])
     if "matmul" in values:
-        torch.set_float32_matmul_precision(values["matmul"])
+        torch.set_float32_matmul_precision(str(values["matmul"]))
 
 
-def _float32_products() -> dict[str, Any]:
+def _float32_products() -> list[Any]:
     """What has a setting ``fp32_precision`` of its own, since torch 2.9."""
     backends: Any = torch.backends
-    parts = {
-        "cuda.matmul": backends.cuda.matmul,
-        "cudnn.conv": getattr(backends.cudnn, "conv", None),
-        "cudnn.rnn": getattr(backends.cudnn, "rnn", None),
-        "mkldnn.matmul": getattr(backends.mkldnn, "matmul", None),
-        "mkldnn.conv": getattr(backends.mkldnn, "conv", None),
-        "mkldnn.rnn": getattr(backends.mkldnn, "rnn", None),
-    }
-    found = {}
-    for name, part in parts.items():
+    parts = [
+        backends.cuda.matmul,
+        getattr(backends.cudnn, "conv", None),
+        getattr(backends.cudnn, "rnn", None),
+        getattr(backends.mkldnn, "matmul", None),
+        getattr(backends.mkldnn, "conv", None),
+        getattr(backends.mkldnn, "rnn", None),
+    ]
+    found = []
+    for part in parts:
         try:
             if hasattr(part, "fp32_precision"):
-                found[name] = part
+                found.append(part)
         except AssertionError:  # how torch 2.6 says that a name of cuda.matmul is unknown
             continue
     return found
 
 
-def _newer_precisions() -> dict[str, str]:
-    return {name: part.fp32_precision for name, part in _float32_products().items()}
+def _newer_precisions() -> list[str]:
+    return [part.fp32_precision for part in _float32_products()]
 
 
-def _set_newer(values: dict[str, str]) -> None:
-    parts = _float32_products()
-    for name, value in values.items():
-        parts[name].fp32_precision = value
+def _set_newer(values: list[str]) -> None:
+    for part, value in zip(_float32_products(), values, strict=True):
+        part.fp32_precision = value
 
 
 # ------------------------------------------------------------- torch: compiling and checkpointing

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from jaxtyping import Float, Int8, Int32
 from torch import Tensor, nn
 
@@ -109,7 +108,95 @@ def times_written(tensor: Tensor) -> int:
     return tensor._version
 
 
-# ------------------------------------------------------------------------------- torch: compiling
+# ------------------------------------------------------------------------- torch: float32 products
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Products of float32 are float32's, not TensorFloat-32's or bfloat16's; the settings come
+    back, also after an exception.
+
+    TensorFloat-32 keeps 11 bits, which moves curvature products by 2 to 3 thousandths. torch has
+    two kinds of settings for it and refuses to read the older one where both were set to different
+    things: then the newer one alone is used.
+    """
+    older, newer = _older_precisions(), _newer_precisions()
+    # 1. Both off, as far as they can be read: what a module reads then is the truth.
+    off: dict[str, bool | str] = {"cudnn": False, "cublas": False, "matmul": "highest"}
+    _set_older({name: off[name] for name in older})
+    _set_newer(["ieee"] * len(newer))
+    try:
+        yield
+    finally:
+        # 2. The older one first: setting it writes to the newer one.
+        _set_older(older)
+        _set_newer(newer)
+
+
+def float32_is_coarse() -> bool:
+    """Whether settings let float32 be multiplied in less than float32."""
+    found = _older_precisions()
+    if "matmul" in found:
+        return found["matmul"] != "highest"
+    return any(value not in ("ieee", "none") for value in _newer_precisions())
+
+
+def _older_precisions() -> dict[str, bool | str]:
+    """What can be read of the settings that torch has had since 1.7."""
+    readers: dict[str, Callable[[], bool | str]] = {
+        "cudnn": lambda: torch.backends.cudnn.allow_tf32,
+        "cublas": lambda: torch.backends.cuda.matmul.allow_tf32,
+        "matmul": torch.get_float32_matmul_precision,
+    }
+    found: dict[str, bool | str] = {}
+    for name, read in readers.items():
+        try:
+            found[name] = read()
+        except RuntimeError:  # it was set in both ways
+            continue
+    return found
+
+
+def _set_older(values: dict[str, bool | str]) -> None:
+    if "cudnn" in values:
+        torch.backends.cudnn.allow_tf32 = bool(values["cudnn"])
+    if "cublas" in values:
+        torch.backends.cuda.matmul.allow_tf32 = bool(values["cublas"])
+    if "matmul" in values:
+        torch.set_float32_matmul_precision(str(values["matmul"]))
+
+
+def _float32_products() -> list[Any]:
+    """What has a setting ``fp32_precision`` of its own, since torch 2.9."""
+    backends: Any = torch.backends
+    parts = [
+        backends.cuda.matmul,
+        getattr(backends.cudnn, "conv", None),
+        getattr(backends.cudnn, "rnn", None),
+        getattr(backends.mkldnn, "matmul", None),
+        getattr(backends.mkldnn, "conv", None),
+        getattr(backends.mkldnn, "rnn", None),
+    ]
+    found = []
+    for part in parts:
+        try:
+            if hasattr(part, "fp32_precision"):
+                found.append(part)
+        except AssertionError:  # how torch 2.6 says that a name of cuda.matmul is unknown
+            continue
+    return found
+
+
+def _newer_precisions() -> list[str]:
+    return [part.fp32_precision for part in _float32_products()]
+
+
+def _set_newer(values: list[str]) -> None:
+    for part, value in zip(_float32_products(), values, strict=True):
+        part.fp32_precision = value
+
+
+# ------------------------------------------------------------- torch: compiling and checkpointing
 
 
 def inside_of_compiled(module: nn.Module) -> nn.Module | None:
@@ -136,6 +223,36 @@ def running_eagerly() -> Iterator[None]:
             yield
 
 
+@contextmanager
+def without_checkpointing() -> Iterator[None]:
+    """``torch.utils.checkpoint.checkpoint`` calls its function and does nothing else. All callers
+    come through that module, whatever they have imported of it."""
+    from torch.utils import checkpoint as module
+
+    names = ("CheckpointFunction", "_checkpoint_without_reentrant_generator")
+    before = [(name, getattr(module, name)) for name in names]
+    try:
+        for (name, _), plain in zip(before, (_Called, _nothing_around), strict=True):
+            setattr(module, name, plain)
+        yield
+    finally:
+        for name, original in before:
+            setattr(module, name, original)
+
+
+class _Called:
+    """In the place of the autograd function of a reentrant checkpoint."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], _preserve: bool, *arguments: Any) -> Any:
+        return function(*arguments)
+
+
+def _nothing_around(*_: Any, **__: Any) -> Iterator[None]:
+    """In the place of what is done before and after the function of a checkpoint."""
+    yield
+
+
 # ------------------------------------------------------------------------ torch: recurrent modules
 
 
@@ -155,94 +272,6 @@ def forget_weights_(module: nn.RNNBase) -> None:
     module._init_flat_weights()
 
 
-# ------------------------------------------------------------------------- torch: float32 products
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Products of float32 are float32's, not TensorFloat-32's or bfloat16's; the settings come
-    back, also after an exception.
-
-    TensorFloat-32 keeps 11 bits, which moves curvature products by 2 to 3 thousandths. torch has
-    two kinds of settings for it and refuses to read the older one where both were set to different
-    things: then the newer one alone is used.
-    """
-    older, newer = _older_precisions(), _newer_precisions()
-    # 1. Both off, as far as they can be read: what a module reads then is the truth.
-    _set_older(dict.fromkeys(older, False) | ({"matmul": "highest"} if "matmul" in older else {}))
-    _set_newer(dict.fromkeys(newer, "ieee"))
-    try:
-        yield
-    finally:
-        # 2. The older one first: setting it writes to the newer one.
-        _set_older(older)
-        _set_newer(newer)
-
-
-def float32_is_coarse() -> bool:
-    """Whether settings let float32 be multiplied in less than float32."""
-    found = _older_precisions()
-    if "matmul" in found:
-        return found["matmul"] != "highest"
-    return any(value not in ("ieee", "none") for value in _newer_precisions().values())
-
-
-def _older_precisions() -> dict[str, Any]:
-    """What can be read of the settings that torch has had since 1.7."""
-    readers: dict[str, Callable[[], Any]] = {
-        "cudnn": lambda: torch.backends.cudnn.allow_tf32,
-        "cublas": lambda: torch.backends.cuda.matmul.allow_tf32,
-        "matmul": torch.get_float32_matmul_precision,
-    }
-    found = {}
-    for name, read in readers.items():
-        try:
-            found[name] = read()
-        except RuntimeError:  # it was set in both ways
-            continue
-    return found
-
-
-def _set_older(values: dict[str, Any]) -> None:
-    if "cudnn" in values:
-        torch.backends.cudnn.allow_tf32 = values["cudnn"]
-    if "cublas" in values:
-        torch.backends.cuda.matmul.allow_tf32 = values["cublas"]
-    if "matmul" in values:
-        torch.set_float32_matmul_precision(values["matmul"])
-
-
-def _float32_products() -> dict[str, Any]:
-    """What has a setting ``fp32_precision`` of its own, since torch 2.9."""
-    backends: Any = torch.backends
-    parts = {
-        "cuda.matmul": backends.cuda.matmul,
-        "cudnn.conv": getattr(backends.cudnn, "conv", None),
-        "cudnn.rnn": getattr(backends.cudnn, "rnn", None),
-        "mkldnn.matmul": getattr(backends.mkldnn, "matmul", None),
-        "mkldnn.conv": getattr(backends.mkldnn, "conv", None),
-        "mkldnn.rnn": getattr(backends.mkldnn, "rnn", None),
-    }
-    found = {}
-    for name, part in parts.items():
-        try:
-            if hasattr(part, "fp32_precision"):
-                found[name] = part
-        except AssertionError:  # how torch 2.6 says that a name of cuda.matmul is unknown
-            continue
-    return found
-
-
-def _newer_precisions() -> dict[str, str]:
-    return {name: part.fp32_precision for name, part in _float32_products().items()}
-
-
-def _set_newer(values: dict[str, str]) -> None:
-    parts = _float32_products()
-    for name, value in values.items():
-        parts[name].fp32_precision = value
-
-
 # -------------------------------------------------------------------------- torch: autograd's graph
 
 
@@ -259,35 +288,6 @@ def normalises_by_batch(node: Any) -> bool:
 def is_custom_function(node: Any) -> bool:
     """Whether a node is the backward pass of a `torch.autograd.Function` written in Python."""
     return isinstance(node, torch.autograd.function.BackwardCFunction)
-
-
-@contextmanager
-def without_checkpointing() -> Iterator[None]:
-    """``torch.utils.checkpoint.checkpoint`` calls its function and keeps what that computes.
-
-    A pass that is computed again meets other flags than it was recorded with, and one of the two
-    kinds of checkpoints refuses `torch.autograd.grad`. Replaces what ``checkpoint`` hands its work
-    to, so it does not matter from where that was imported.
-    """
-    module: Any = torch.utils.checkpoint
-    names = ("CheckpointFunction", "_checkpoint_without_reentrant_generator")
-    before = {name: getattr(module, name) for name in names}
-
-    class Plain:
-        @staticmethod
-        def apply(function: Callable[..., Any], preserve: bool, *arguments: Any) -> Any:
-            return function(*arguments)
-
-    def nothing_around(*_: Any, **__: Any) -> Iterator[None]:
-        yield  # the function runs here
-
-    try:
-        module.CheckpointFunction = Plain
-        module._checkpoint_without_reentrant_generator = nothing_around
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(module, name, value)
 
 
 # -------------------------------------------------------------------- transformers: stacked experts

@@ -223,12 +223,18 @@ def test_the_model_comes_back_as_it_was_also_after_an_error() -> None:
     assert model[3].weight.grad is not None
 
 
-def test_a_layer_off_the_path_and_a_broken_gradient_are_named() -> None:
+def test_a_layer_off_the_path_costs_nothing_and_a_broken_gradient_is_named() -> None:
     model = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
     model.forward = lambda x: model["used"](x)
     items = [(torch.ones(1, 2), torch.tensor([0]))]
+    layers = find_layers(model)
+    passed = fisher_pass(model, Classification(), items, layers, {})
+    assert passed.trace("unused").value == 0 and not passed.diagonal["unused"].any()
+    assert passed.trace("used").value > 0
+    # Prices of nothing but such layers would be all zero.
+    changes = {"unused": [Change.of(torch.ones(2, 2))]}
     with pytest.raises(ValueError, match="layer unused received no gradient"):
-        fisher_pass(model, Classification(), items, find_layers(model), {})
+        fisher_pass(model, Classification(), items, find_layers(model, "unused"), changes)
     items = [(torch.tensor([[float("inf"), 1.0]]), torch.tensor([0]))]
     with pytest.raises(FloatingPointError, match="layer used: the gradient of item 0"):
         fisher_pass(model, Classification(), items, find_layers(model, "used"), {})

@@ -13,8 +13,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from curvprune.compat import full_float32
 from curvprune.curvature.capture import Call, Capture, capture, wide
 from curvprune.curvature.kronecker_parts import SCALE, slope_of
+from curvprune.curvature.unused import requiring
 from curvprune.model import Batch, Layer, Loss
 
 GRADIENTS = 1 << 28  # numbers of the gradients that are computed together: 1 GB
@@ -50,9 +52,10 @@ def why_calls_do_not_do(
     for names in _groups(layers, called):
         edges = [call.edge for name in names for call in taken.calls[name]]
         weights = [layers[name].weight for name in names]
-        found = torch.autograd.grad(
-            outputs, [*edges, *weights], seed, retain_graph=True, allow_unused=True
-        )
+        with requiring(weights), full_float32():
+            found = torch.autograd.grad(
+                outputs, [*edges, *weights], seed, retain_graph=True, allow_unused=True
+            )
         arrived, own = iter(found[: len(edges)]), found[len(edges) :]
         # 3. The same twice?
         for name, gradient in zip(names, own, strict=True):

@@ -32,6 +32,7 @@ from curvprune.curvature.layer_curvature import (
     layers_of_moments,
     recalled,
     remembered,
+    rounding_of,
 )
 from curvprune.curvature.probes import LayerTrace, probe_layers
 from curvprune.curvature.products import MatrixFree
@@ -123,9 +124,12 @@ def _exact_blocks(request: AnalysisRequest, names: Sequence[str]) -> dict[str, L
         if base is None:
             nothing = LayerCurvature.nothing_of(request.layers[name])
             base = replace(nothing, method="exact", exact=name in structure.piecewise_linear)
-        found[name] = replace(
-            base, eigenpairs=blocks.eigenpairs.get(name), spectrum=blocks.spectra.get(name)
-        )
+        pairs = blocks.eigenpairs.get(name)
+        error = rounding_of(request.layers[name].weight)
+        if pairs is not None and error:
+            bound = torch.full_like(pairs.errors, error * float(pairs.values.abs().max()))
+            pairs = replace(pairs, residuals=bound, errors=bound)
+        found[name] = replace(base, eigenpairs=pairs, spectrum=blocks.spectra.get(name))
     return found
 
 

@@ -21,9 +21,12 @@ def unused_layers(
 ) -> list[str]:
     """Layers whose weight no counting output of any batch depends on.
 
-    Cost: a forward and a backward pass of one item; of all batches where a layer is not reached,
-    as an expert may be that no router chose for the first item.
+    Raises ``ValueError`` for a model that fails on one item alone.
+
+    Cost: two forward passes and a backward pass of one item; of all batches where a layer is not
+    reached, as an expert may be that no router chose for the first item.
     """
+    _check_one_item(model, objective, batches[0])
     left = dict(layers)
     for batch in (first_items(batches[0], 1), *batches):
         if not left:
@@ -41,6 +44,29 @@ def unused_layers(
         for name in reached:
             del left[name]
     return list(left)
+
+
+def _check_one_item(model: nn.Module, objective: Loss, batch: Batch) -> None:
+    """Raises ``ValueError`` for a model that fails on one item alone: then the rows of its tensors
+    are no items."""
+    try:
+        with torch.no_grad(), evaluating(model):
+            item = first_items(batch, 1)
+            found = objective.outputs(model, item)
+            counted = len(objective.counts(found, item)) if objective.curvature != "none" else 1
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(
+            f"{type(model).__name__} fails on the first item of a batch alone: {error}; the first "
+            "dimension of every tensor of a batch must count items"
+        ) from error
+    if counted != 1:
+        raise ValueError(
+            f"loss {objective.name} counts {counted} items in one item of {type(model).__name__}, "
+            f"whose outputs are {tuple(found.shape)}; pass a loss that knows their layout, "
+            "curvprune.Loss.of(...)"
+        )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from curvprune.model.evaluation import (
 from curvprune.model.forward import (
     Batch,
     Gathered,
+    check_device,
     evaluating,
     items_in,
     one_item,
@@ -151,6 +152,7 @@ __all__ = [
     "batches_of",
     "carrying",
     "changes_of",
+    "check_device",
     "check_independent",
     "check_items",
     "collate",

@@ -82,8 +82,19 @@ def take(batch: Batch, places: slice | Tensor | Sequence[int]) -> Batch:
     return found
 
 
+def check_device(device: torch.device | str) -> None:
+    """Raises ``ValueError`` for a kind of device without float64, in which losses and prices are
+    added up: Apple's ``mps``."""
+    if torch.device(device).type == "mps":
+        raise ValueError(
+            f"device {str(device)!r} has no float64, in which losses are added up; use the CPU: "
+            "model.to('cpu'), device='cpu', or device: cpu in a recipe"
+        )
+
+
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    """The batch with every tensor on ``device``."""
+    """The batch with every tensor on ``device``. Raises ``ValueError`` as `check_device` does."""
+    check_device(device)
     return changed(batch, lambda value: value.to(device))
 
 

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from curvprune.compat import float32_is_coarse
 from curvprune.model.forward import Batch, evaluating
 from curvprune.model.layers import Layer
 from curvprune.model.losses import Loss
@@ -191,7 +192,7 @@ def _norm(t: Tensor) -> Tensor:
 def _rounding(*tensors: Tensor) -> float:
     """Relative rounding error of a product of these types."""
     worst = max(torch.finfo(t.dtype).eps for t in tensors)
-    coarse = torch.get_float32_matmul_precision() != "highest" or tensors[0].is_cuda
+    coarse = float32_is_coarse() or tensors[0].is_cuda
     if coarse and worst < 2**-10 and tensors[0].dtype == torch.float32:
         # Kernels may multiply float32 as TensorFloat-32.
         worst = 2**-10

@@ -256,9 +256,13 @@ def build_ledger(
         changed: layer → the option keys whose changes were priced, in the order of the pass; others
             (``keep``) cost 0.
         curvature: a key of `CURVATURES`. Prices of ``"input"`` have no unit of loss.
+
+    Layers that `Forms` leave out keep the options that change nothing. Raises ``ValueError`` for
+    one that has none.
     """
     # 1. What every item adds to every price, and the standard error that is not the items'.
     if isinstance(measured, Forms):
+        options, changed = _with_forms(measured, options, changed)
         priced = _as_measured(measured.sums, changed)
     elif curvature == "diagonal":
         priced = _as_measured(measured.diagonals, changed)
@@ -302,6 +306,23 @@ def build_ledger(
         along=along,
         kept=kept,
     )
+
+
+def _with_forms(
+    forms: Forms,
+    options: Mapping[str, Mapping[str, int]],
+    changed: Mapping[str, list[str]],
+) -> tuple[dict[str, dict[str, int]], dict[str, list[str]]]:
+    """The options that have a price, and those of them that change something."""
+    left = {layer: dict(sizes) for layer, sizes in options.items()}
+    for layer, reason in forms.left_out.items():
+        left[layer] = {k: size for k, size in left[layer].items() if k not in changed[layer]}
+        if not left[layer]:
+            raise ValueError(
+                f"layer {layer}: {reason}, so none of its options has a price by this curvature; "
+                "offer it 'keep', leave it out, or take curvature='fisher'"
+            )
+    return left, {layer: keys for layer, keys in changed.items() if layer not in forms.left_out}
 
 
 def _as_measured(

@@ -15,7 +15,7 @@ Sources: Martens & Grosse 2015 (kfac); Frantar et al. 2022, "GPTQ" (input); LeCu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from glob import escape
 
 import numpy as np
@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvprune.curvature import Change, Kronecker, Scattered, hessian, kfac
+from curvprune.curvature import Change, KfacSettings, hessian, kronecker_factored
 from curvprune.model import Batch, Layer, Loss, evaluating, to_device
 
 FORMS = ("kfac", "input", "hessian")
@@ -53,10 +53,13 @@ class Forms:
     Attributes:
         count: positions of each part (rows of the layers' inputs count as positions for ``input``).
         sums: layer → what each part adds to the forms of the changes; divide by ``count.sum()``.
+        left_out: layers without a form, and why: of stacked experts, a weight that is used in
+            several ways or a layer that is not called there are no factors.
     """
 
     count: Float[Tensor, " parts"]
     sums: dict[str, Float[Tensor, "parts changes"]]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def quadratic_forms(
@@ -73,11 +76,11 @@ def quadratic_forms(
 
     ``kfac`` and ``input`` are taken on parts of the items: one forward and one backward pass in
     all, and for each part ``out·in·(out+in)`` multiply-adds per change. ``hessian`` is taken on
-    single items: about two gradients for each item, layer and change.
+    single items: about two gradients for each item, layer and change. Layers without factors are
+    left out; a layer on which the loss does not depend has forms of zero.
 
     Raises:
-        ValueError: an unknown kind; a layer without Kronecker factors (grouped, embedding,
-            experts), by name.
+        ValueError: an unknown kind; no layer with factors, naming the first.
     """
     if kind not in FORMS:
         raise ValueError(
@@ -86,6 +89,7 @@ def quadratic_forms(
     device = next(model.parameters()).device
     wanted = {n: layer for n, layer in layers.items() if changes.get(n)}
     counts: list[float] = []
+    left_out: dict[str, str] = {}
     sums: dict[str, list[list[float]]] = {n: [] for n in wanted}
     for number, part in enumerate(_interleaved(kind, items, parts.count)):
         # 1. The matrix over this part.
@@ -93,7 +97,11 @@ def quadratic_forms(
         if kind == "hessian":
             form = _hessian_form(model, objective, batches, wanted)
         else:
-            form = _factored_form(kind, model, objective, batches, wanted, parts.seed + number)
+            form, reasons = _factored_form(
+                kind, model, objective, batches, wanted, parts.seed + number
+            )
+            left_out |= reasons
+            wanted = {n: layer for n, layer in wanted.items() if n not in reasons}
         # 2. Its positions.
         with torch.no_grad(), evaluating(model):
             count = 0.0
@@ -110,7 +118,8 @@ def quadratic_forms(
             sums[name].append(row)
     return Forms(
         count=torch.tensor(counts, dtype=torch.float64),
-        sums={n: torch.tensor(s, dtype=torch.float64) for n, s in sums.items()},
+        sums={n: torch.tensor(sums[n], dtype=torch.float64) for n in wanted},
+        left_out=left_out,
     )
 
 
@@ -137,24 +146,20 @@ def _factored_form(
     batches: Sequence[Batch],
     layers: Mapping[str, Layer],
     seed: int,
-) -> Form:
-    """``tr(G δ A δᵀ)``, or ``tr(δ A δᵀ)`` for ``input``."""
-    blocks = kfac(model, objective, batches, layers, seed=seed).blocks
+) -> tuple[Form, dict[str, str]]:
+    """``tr(G δ A δᵀ)``, or ``tr(δ A δᵀ)`` for ``input``; and the layers without, with reasons."""
+    fisher = "forward-only" if kind == "input" else "mc"
+    settings = KfacSettings(fisher=fisher, bias=False, seed=seed)
+    factors = kronecker_factored(
+        model, objective, batches, layers, settings, optional=layers.keys()
+    )
 
     def along(name: str, delta: Tensor) -> float:
-        block = blocks[name]
-        if isinstance(block, Scattered):  # a matrix whose entries stand in another order
-            ((_, block),) = block.pieces
-        assert isinstance(block, Kronecker)
-        g, a = block.left, block.right
-        if layers[name].transposed:
-            g, a = a, g
-        spread = delta.to(a.dtype) @ a
-        if kind != "input":
-            spread = g @ spread
-        return float((delta * spread).double().sum())
+        block = factors.blocks[name]
+        vector = layers[name].from_matrix(delta).to(block.dtype).reshape(-1)
+        return float((vector * (block @ vector)).double().sum())
 
-    return along
+    return along, factors.left_out
 
 
 def _hessian_form(

@@ -33,6 +33,7 @@ from curvprune.model import (
     Loss,
     Splits,
     Untold,
+    check_device,
     check_independent,
     find_layers,
     make_loss,
@@ -291,8 +292,9 @@ def device_of(recipe: Recipe) -> torch.device:
     if name == "cuda" and distributed.shared():
         name = f"cuda:{torch.cuda.current_device()}"
     try:
+        check_device(name)
         torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         raise recipe.error(
             ("device",), f"{name!r} cannot be used here ({error}); write auto or cpu"
         ) from error

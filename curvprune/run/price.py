@@ -90,11 +90,12 @@ class PassDone:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FormsRecord:
-    """The forms of another curvature: positions ``(items,)``, and sums of each layer ``(items,
-    options)``."""
+    """The forms of another curvature: positions ``(items,)``, sums of each layer ``(items,
+    options)``, and layers without forms with the reason."""
 
     count: list[float]
     sums: dict[str, list[list[float]]]
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def price_options(task: Task, space: Workspace, candidates: Candidates) -> PricedOptions:
@@ -111,6 +112,12 @@ def price_options(task: Task, space: Workspace, candidates: Candidates) -> Price
     kind = task.settings.curvature
     if kind in FORMS:
         forms = _forms(task, space, changes)
+        for name, reason in forms.left_out.items():
+            kept = task.layers[name].weight
+            space.note(
+                f"layer {name} has no price by curvature={kind!r} and stays as it is "
+                f"({kept.numel() * kept.element_size()} bytes): {reason}"
+            )
     space.state.write_json(DONE, encode(PassDone(items=len(task.splits.price.items))))
     wait()
 
@@ -219,7 +226,8 @@ def _forms(task: Task, space: Workspace, changes: Mapping[str, list[Change]]) ->
         source = str(space.state.path(name))
         record = decode(FormsRecord, space.state.read_json(name), source=source)
         sums = {n: torch.tensor(s, dtype=torch.float64) for n, s in record.sums.items()}
-        return Forms(count=torch.tensor(record.count, dtype=torch.float64), sums=sums)
+        count = torch.tensor(record.count, dtype=torch.float64)
+        return Forms(count=count, sums=sums, left_out=record.left_out)
     forms = quadratic_forms(
         kind,
         task.model,
@@ -230,7 +238,7 @@ def _forms(task: Task, space: Workspace, changes: Mapping[str, list[Change]]) ->
         parts=Parts(seed=task.settings.seed),
     )
     sums_of = {n: s.tolist() for n, s in forms.sums.items()}
-    record = FormsRecord(count=forms.count.tolist(), sums=sums_of)
+    record = FormsRecord(count=forms.count.tolist(), sums=sums_of, left_out=dict(forms.left_out))
     space.state.write_json(name, encode(record))
     wait()
     return forms

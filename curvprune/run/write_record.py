@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -277,7 +276,12 @@ def _provenance(prepared: Prepared) -> Provenance:
 
 
 def _peak_memory() -> int:
-    """Peak resident memory of this process in bytes (Linux reports KiB, macOS bytes)."""
+    """Peak resident memory of this process in bytes (Linux reports KiB, macOS bytes); 0 where the
+    system does not tell, as on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

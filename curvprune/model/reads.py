@@ -25,6 +25,9 @@ from curvprune.model.forward import Batch, evaluating, to_device
 from curvprune.model.layers import Layer
 from curvprune.model.losses import Loss
 
+Given = tuple[Any, ...]  # arguments of a function by their places
+Named = Mapping[str, Any]  # and by their names
+
 # Functions that return the same numbers in the same places, in another type or another memory.
 _COPIES = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone")
 _CONVOLUTIONS: dict[Any, Any] = {
@@ -47,7 +50,7 @@ class Read:
 
     layer: Layer
     reader: nn.Module
-    inputs: tuple[Any, ...]
+    inputs: Given
     functional: bool = False
 
 
@@ -76,7 +79,7 @@ def watching(
     inside: list[int] = []  # weights of the modules that are being called
     seeing = _Functions(layers, watcher, inside)
 
-    def before(layer: Layer, module: nn.Module, given: Any, named: dict[str, Any]) -> None:
+    def before(layer: Layer, module: nn.Module, given: Any, named: Named) -> None:
         if layer.kind == "embedding" and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             watcher.use(layer.name, LOOKUP)
         else:
@@ -104,7 +107,7 @@ def watching(
         yield
 
 
-def _in_order(module: nn.Module, named: Mapping[str, Any]) -> list[Any]:
+def _in_order(module: nn.Module, named: Named) -> list[Any]:
     """Arguments by name; a recurrent module's states come after its input."""
     if isinstance(module, nn.RNNBase):
         return [named[name] for name in ("input", "hx") if name in named]
@@ -153,7 +156,7 @@ class _Functions(TorchFunctionMode):
             self.shut = False
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        self, func: Any, types: Any, args: Given = (), kwargs: Any = None
     ) -> Any:
         named = kwargs or {}
         if self.shut:
@@ -172,7 +175,7 @@ class _Functions(TorchFunctionMode):
             self._follow(func, use, args, named, result)
         return result
 
-    def _uses(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> list[_Known]:
+    def _uses(self, args: Given, named: Named) -> list[_Known]:
         found: list[_Known] = []
         for value in (*args, *named.values()):
             parts = value if isinstance(value, (list, tuple)) else (value,)
@@ -182,9 +185,7 @@ class _Functions(TorchFunctionMode):
                     found.append(known)
         return found
 
-    def _read(
-        self, func: Any, use: _Known, args: tuple[Any, ...], named: Mapping[str, Any]
-    ) -> Read | None:
+    def _read(self, func: Any, use: _Known, args: Given, named: Named) -> Read | None:
         """The product that a function computes with a weight, if it is one."""
         layer = use.layer
         if layer.kind in ("experts", "conv_transpose"):
@@ -203,7 +204,7 @@ class _Functions(TorchFunctionMode):
         func: Any,
         use: _Known,
         args: tuple[Any, ...],
-        named: Mapping[str, Any],
+        named: Named,
         result: Any,
     ) -> None:
         """Remember a result that is the weight again; tell of a use that is no product."""
@@ -221,7 +222,7 @@ class _Functions(TorchFunctionMode):
         elif not _says_little(func) and self._read(func, use, args, named) is None:
             self.watcher.use(use.layer.name, getattr(func, "__name__", str(func)))
 
-    def _attention(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    def _attention(self, args: Given, named: Named) -> Any:
         """`torch.nn.functional.multi_head_attention_forward`, with its last projection apart."""
         function = F.multi_head_attention_forward
         given = inspect.signature(function).bind(*args, **named).arguments
@@ -241,9 +242,7 @@ class _Functions(TorchFunctionMode):
         return F.linear(found, weight, bias), shares
 
 
-def _multiplied(
-    func: Any, use: _Known, args: tuple[Any, ...], named: Mapping[str, Any]
-) -> Tensor | None:
+def _multiplied(func: Any, use: _Known, args: Given, named: Named) -> Tensor | None:
     """``x (…, in)`` of the product ``x Wᵀ`` that a function computes, whichever way it is
     written."""
     name, weight = getattr(func, "__name__", ""), use.tensor
@@ -268,9 +267,7 @@ def _multiplied(
     return None
 
 
-def _convolution(
-    func: Any, use: _Known, args: tuple[Any, ...], named: Mapping[str, Any]
-) -> Read | None:
+def _convolution(func: Any, use: _Known, args: Given, named: Named) -> Read | None:
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     given = _bound(names, args, named)
     weight, layer = use.tensor, use.layer
@@ -292,9 +289,7 @@ def _convolution(
     return Read(layer=layer, reader=reader, inputs=(given["input"],), functional=True)
 
 
-def _bound(
-    names: tuple[str, ...], args: tuple[Any, ...], named: Mapping[str, Any]
-) -> dict[str, Any]:
+def _bound(names: tuple[str, ...], args: Given, named: Named) -> Named:
     """Arguments of a function by name; torch's own have no signature."""
     return dict(zip(names, args, strict=False)) | dict(named)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from curvprune.model import Batch, Layer, Loss, evaluating, find_layers, key_of
 from curvprune.structured.cuts import BLOCKS, Cut

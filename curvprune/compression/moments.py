@@ -19,8 +19,8 @@ _PANEL = 192  # columns of a Gram matrix computed at a time
 _NARROW = 256  # inputs from which products in 8 bits pay
 # Input rows per update of a Gram matrix: bounds the memory of unfolded convolutions and upcasts.
 _ROWS = 4096
-# Of a convolution's places, neighbours say much the same. Where their products are many, so many for
-# each input are summed; `benchmarks/positions.py` tried others.
+# Of a convolution's places, neighbours say much the same. Where their products are many, so many
+# for each input are summed; `benchmarks/positions.py` tried others.
 _PLACES, _PRODUCTS = 8, 5e10
 # Tokens of the average expert, for each input, that count beside an expert's own;
 # `benchmarks/experts.py` tried others.

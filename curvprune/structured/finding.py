@@ -61,7 +61,8 @@ def _all_found(model: nn.Module, objective: Loss, batch: Batch) -> Found:
         if cut.kind != BLOCKS:
             taken |= cut.readers
             inside |= cut.modules
-    probed, failed = expert_cuts(model), []
+    probed = expert_cuts(model)
+    failed: list[str] = []
     if _much_outside(model, inside):
         more, failed = probed_cuts(model, objective, batch, taken=taken)
         probed += more

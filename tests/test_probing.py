@@ -10,6 +10,7 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 import curvprune as cp
+from curvprune.compression import visit_layers
 from curvprune.model import Classification, find_layers
 from curvprune.structured import (
     Consumer,
@@ -144,3 +145,23 @@ def test_a_model_that_keeps_tensors_of_a_graph_is_copied():
     result = cp.prune(model, data, structured={"mlp": 0.5}, widths=3, labels=1)
     assert result.model.down.in_features < 10
     assert model.last.grad_fn is not None
+
+
+@pytest.mark.slow
+def test_many_places_of_a_convolution_are_sampled_and_a_note_says_so():
+    """The moment of white noise is the identity, from all places or from some."""
+    conv = nn.Conv2d(1, 4, (1024, 1))
+    model = nn.Sequential(conv, nn.Flatten(), nn.Linear(4 * 9000, 2)).eval()
+    x = torch.randn(6, 1, 10023, 1, generator=torch.Generator().manual_seed(0))
+    seen = {}
+
+    def visit(layer, moments) -> None:
+        seen[layer.name] = moments()
+
+    layers = {"0": find_layers(model)["0"]}
+    data = (x, torch.zeros(6, dtype=torch.long))
+    visit_layers(model, Classification(), data, layers, visit)
+    (note,) = seen["0"].notes
+    assert int(note.split(" of 54000 places")[0].split()[-1]) == pytest.approx(8 * 1024, rel=0.1)
+    A = seen["0"].second[0]
+    assert (A.diagonal() - 1).abs().mean() < 0.05

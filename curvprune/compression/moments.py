@@ -110,9 +110,9 @@ def moments_of(
 class _Sample:
     """Places of a convolution, one at random of every ``stride`` that follow one another."""
 
-    def __init__(self, stride: int) -> None:
+    def __init__(self, stride: float) -> None:
         self.stride = stride
-        self.generator = torch.Generator().manual_seed(stride)
+        self.generator = torch.Generator().manual_seed(0)
 
     @classmethod
     def of(cls, layer: Layer, module: nn.Module, x: Tensor) -> _Sample | None:
@@ -120,15 +120,16 @@ class _Sample:
         if layer.kind != "conv" or not len(x):
             return None
         places, width = len(x) * layer.rows(module, x[:1]).shape[1], layer.shape[1]
-        stride = places // (_PLACES * width)
-        if stride < 2 or float(places) * layer.groups * width**2 < _PRODUCTS:
+        stride = places / (_PLACES * width)
+        if stride <= 1 or float(places) * layer.groups * width**2 < _PRODUCTS:
             return None
         return cls(stride)
 
     def places(self, count: int, device: torch.device) -> Tensor:
-        starts = torch.arange(0, count, self.stride)
-        offsets = torch.randint(self.stride, (len(starts),), generator=self.generator)
-        return (starts + offsets).clamp(max=count - 1).to(device)
+        starts = torch.arange(0, count, self.stride, dtype=torch.float64)
+        offsets = torch.rand(len(starts), generator=self.generator, dtype=torch.float64)
+        chosen = (starts + offsets * self.stride).long().clamp(max=count - 1)
+        return chosen.unique().to(device)
 
 
 def _chunks(layer: Layer, x: Tensor) -> tuple[Tensor, ...]:

@@ -20,6 +20,9 @@ _PANEL = 192  # columns of a Gram matrix computed at a time
 _NARROW = 256  # inputs from which products in 8 bits pay
 # Input rows per update of a Gram matrix: bounds the memory of unfolded convolutions and upcasts.
 _ROWS = 4096
+# Of a convolution's places, neighbours say much the same. Where their products are many, so many
+# for each input are summed; `benchmarks/positions.py` tried others.
+_PLACES, _PRODUCTS = 8, 5e10
 # Tokens of the average expert, for each input, that count beside an expert's own;
 # `benchmarks/experts.py` tried others.
 _BORROWED = 0.5
@@ -92,11 +95,15 @@ def moments_of(
     mean = torch.zeros(layer.groups, layer.shape[1], dtype=wide, device=x.device)
     drift = None if original is None else torch.zeros_like(second)
     moved_mean = torch.zeros_like(mean)
-    count = 0
+    count, places, notes = 0, 0, ()
     chunks = _chunks(layer, x)
+    sample = _Sample.of(layer, module, x)
     originals = [None] * len(chunks) if original is None else _chunks(layer, original)
     for chunk, before in zip(chunks, originals, strict=True):
-        rows = layer.rows(module, chunk).to(wide)
+        rows = layer.rows(module, chunk)
+        places += rows.shape[1]
+        chosen = slice(None) if sample is None else sample.places(rows.shape[1], x.device)
+        rows = rows[:, chosen].to(wide)
         narrow = _narrowed(rows)
         _add_gram(second, rows, narrow)
         # The mean of what was multiplied: with the exact one, a constant among the inputs would
@@ -104,17 +111,55 @@ def moments_of(
         mean += rows.sum(1) if narrow is None else narrow.total()
         count += rows.shape[1]
         if drift is not None and before is not None:
-            moved = layer.rows(module, before).to(wide) - rows
+            moved = layer.rows(module, before)[:, chosen].to(wide) - rows
             _add_drift(drift, moved, rows, narrow)
             moved_mean += moved.sum(1)
     _mirror(second)
 
+    if sample is not None:
+        notes = (
+            f"layer {layer.name}: the moments of its {layer.shape[1]} inputs are those of {count} "
+            f"of {places} places, evenly spread",
+        )
+
     # 3. Means. No drift at all is told apart: nothing has to be moved.
     number, count = count, max(1, count)
     if drift is None or not bool(drift.any()):
-        return Moments(second / count, mean=mean / count, count=number)
+        return Moments(second / count, mean=mean / count, count=number, notes=notes)
     moved_mean /= count
-    return Moments(second / count, drift / count, mean=mean / count, moved=moved_mean, count=number)
+    return Moments(
+        second / count,
+        drift / count,
+        mean=mean / count,
+        moved=moved_mean,
+        count=number,
+        notes=notes,
+    )
+
+
+class _Sample:
+    """Places of a convolution, one at random of every ``stride`` that follow one another."""
+
+    def __init__(self, stride: float) -> None:
+        self.stride = stride
+        self.generator = torch.Generator().manual_seed(0)
+
+    @classmethod
+    def of(cls, layer: Layer, module: nn.Module, x: Tensor) -> _Sample | None:
+        """A sample where the products are many and places many times the inputs, else ``None``."""
+        if not layer.convolves or not len(x):
+            return None
+        places, width = len(x) * layer.rows(module, x[:1]).shape[1], layer.shape[1]
+        stride = places / (_PLACES * width)
+        if stride <= 1 or float(places) * layer.groups * width**2 < _PRODUCTS:
+            return None
+        return cls(stride)
+
+    def places(self, count: int, device: torch.device) -> Tensor:
+        starts = torch.arange(0, count, self.stride, dtype=torch.float64)
+        offsets = torch.rand(len(starts), generator=self.generator, dtype=torch.float64)
+        chosen = (starts + offsets * self.stride).long().clamp(max=count - 1)
+        return chosen.unique().to(device)
 
 
 def _chunks(layer: Layer, x: Tensor) -> tuple[Tensor, ...]:

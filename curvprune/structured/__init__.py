@@ -1,7 +1,7 @@
 """Hidden units that can be removed: cuts, order, prices, widths, latency, surgery."""
 
 from curvprune.structured.asked import Structured
-from curvprune.structured.compensation import Consumer, compensate, removal_order
+from curvprune.structured.compensation import Consumer, compensate, removal_order, steadied
 from curvprune.structured.finding import find_cuts
 from curvprune.structured.latency import Latency, Run, seconds
 from curvprune.structured.removal import Pruned, prune_units
@@ -25,4 +25,5 @@ __all__ = [
     "remove_",
     "seconds",
     "silence_",
+    "steadied",
 ]

@@ -78,7 +78,9 @@ class Cut:
     @property
     def modules(self) -> set[str]:
         """All modules that hold a part of it."""
-        return {slot.module for slot in (*self.makes, *self.reads)}
+        tensors = {f"{piece.module}.{piece.tensor}" for piece in self.pieces}
+        holders = {slot.module for slot in (*self.makes, *self.reads)} - tensors
+        return holders | {piece.module for piece in self.pieces}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from curvprune.model import Batch, Layer, Loss, find_layers
 from curvprune.structured.cuts import BLOCKS, KINDS, Cut, Found, Slot, torch_pruning
-from curvprune.structured.probing import probed_cuts
+from curvprune.structured.probing import expert_cuts, probed_cuts
 from curvprune.structured.tracing import Dimension, Graph
 from curvprune.structured.trying import HEAD_WIDTHS, KEY_HEADS, QUERY_HEADS, tried
 
@@ -56,14 +56,34 @@ def _all_found(model: nn.Module, objective: Loss, batch: Batch) -> Found:
     except ValueError as reason:
         traced = Found(cuts={}, sinks={}, notes=[str(reason)])
     taken: set[str] = set()
+    inside: set[str] = set()
     for cut in traced.cuts.values():
-        taken |= cut.readers if cut.kind != BLOCKS else set()
-    probed, failed = probed_cuts(model, objective, batch, taken=taken)
+        if cut.kind != BLOCKS:
+            taken |= cut.readers
+            inside |= cut.modules
+    probed = expert_cuts(model)
+    failed: list[str] = []
+    if _much_outside(model, inside):
+        more, failed = probed_cuts(model, objective, batch, taken=taken)
+        probed += more
     made = {slot.module for cut in traced.cuts.values() for slot in cut.makes}
     probed = [c for c in probed if not made & {slot.module for slot in c.makes}]
     named = _named(probed, before=traced.cuts)
     # In the model's order, as they are passed.
     return replace(traced, cuts={**traced.cuts, **named}, notes=traced.notes + failed)
+
+
+def _much_outside(model: nn.Module, inside: set[str]) -> bool:
+    """Whether layers that no cut touches hold much of the weights, the largest of them (such as a
+    head over a vocabulary) aside."""
+    sizes, outside = [0], [0]
+    for name, layer in find_layers(model).items():
+        if layer.kind in ("embedding", "experts"):
+            continue
+        sizes.append(layer.numel)
+        if name not in inside:
+            outside.append(layer.numel)
+    return sum(outside) - max(outside) > 0.05 * sum(sizes)
 
 
 class _NoCut(Exception):

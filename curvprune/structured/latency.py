@@ -9,7 +9,6 @@ are timed once.
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 import time
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from curvprune.model import Batch, Loss, evaluating, is_conv1d
 from curvprune.structured.cuts import BLOCKS, Cut, Slot
-from curvprune.structured.surgery import remove_
+from curvprune.structured.surgery import duplicate, remove_
 
 ROUNDS = (7, 60)  # fewest and most
 # Seconds for each model or part, after which no round more than the fewest begins.
@@ -193,7 +192,7 @@ class Latency:
 
     @contextmanager
     def _without(self, left: Mapping[str, int]) -> Iterator[nn.Module]:
-        smaller = copy.deepcopy(self.model)
+        smaller = duplicate(self.model)
         remove_(smaller, self.cuts, _last(self.cuts, left))
         yield smaller.eval()
 
@@ -211,7 +210,7 @@ class Latency:
 
     def _measured_share(self, part: _Part, left: Mapping[str, int]) -> float:
         full = self._given[part.looks]
-        smaller = copy.deepcopy(full.module).eval()
+        smaller = duplicate(full.module).eval()
         remove_(smaller, part.cuts, _last(part.cuts, left))
         fitting = tuple(_fitting(smaller, a) for a in full.args)
         with evaluating(full.module):
@@ -258,6 +257,8 @@ class Latency:
         if cut.kind == BLOCKS:
             return [cut.name]
         home = _home(cut.modules, calls)
+        if cut.pieces:
+            return [home]  # tensors of no layer are not called by themselves
         for other, theirs in self.cuts.items():
             if other != name and any(_within(module, home) for module in theirs.modules):
                 return cut.modules
@@ -310,7 +311,14 @@ def _seen_from(home: str, cut: Cut) -> Cut:
         return module[len(home) :].lstrip(".")
 
     counts = {(_name(m), a): part for (m, a), part in cut.counts.items() if _within(m, home)}
-    return replace(cut, makes=there(cut.makes), reads=there(cut.reads), counts=counts)
+    pieces = [replace(p, module=_name(p.module)) for p in cut.pieces if _within(p.module, home)]
+    return replace(
+        cut,
+        makes=there(cut.makes),
+        reads=there(cut.reads),
+        counts=counts,
+        pieces=tuple(pieces),
+    )
 
 
 def _looks(call: _Call, cuts: Mapping[str, Cut]) -> tuple[Any, ...]:

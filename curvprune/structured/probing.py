@@ -78,24 +78,22 @@ def probed_cuts(
     Cost: a forward pass of ``batch``; per reader some dozen backward passes between two layers.
     """
     layers = find_layers(model)
-    cuts = _expert_cuts(model, layers)
     try:
         with experts_one_by_one(model):
             probe = _probed(model, objective, batch, layers)
-            cuts += _layer_cuts(model, layers, probe, taken)
+            return _layer_cuts(model, layers, probe, taken), []
     except Exception as error:
         message = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return cuts, [f"{type(model).__name__} cannot be probed ({message})"]
-    return cuts, []
+        return [], [f"{type(model).__name__} cannot be probed ({message})"]
 
 
 # experts
 
 
-def _expert_cuts(model: nn.Module, layers: Mapping[str, Layer]) -> list[Cut]:
+def expert_cuts(model: nn.Module) -> list[Cut]:
     """The inner width of stacked experts, one for all of them: unit i is unit i of every expert."""
     cuts = []
-    for name, layer in layers.items():
+    for name, layer in find_layers(model).items():
         if layer.kind != "experts" or layer.parameter != "down_proj" or layer.aliases:
             continue
         owner, units, module = name.rpartition(".")[0], layer.shape[1], layer.module

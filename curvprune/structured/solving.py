@@ -75,6 +75,7 @@ def solve_widths(
         # 1. The second moment of this reader's inputs.
         moments = moments_of()
         assert moments is not None
+        found.notes.extend(moments.notes)
         if layer.kind == "experts":
             seconds[layer.name] = moments.second
         else:

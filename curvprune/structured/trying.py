@@ -41,31 +41,9 @@ def tried(
     ):
         return cuts, []
     # 1. One by one.
-    good: dict[str, Cut] = {}
-    bad: dict[str, tuple[Cut, str]] = {}
-    # Of cuts that are alike, the first one tells which numbers to begin with, or that none do.
-    begin: dict[object, int | None] = {}
-    groups = _alike(cuts)
-    for name, cut in cuts.items():
-        key = next((k for k, members in groups.items() if name in members), name)
-        place = begin.get(key, 0)
-        reason = None
-        for k, numbers in enumerate(_numbers(model, cut)):
-            if place is None or k < place:
-                continue
-            variant = replace(cut, counts=numbers)
-            own = {name: variant}
-            found = complaint(model, objective, batch, own, _half(own))
-            if found is None:
-                good[name] = variant
-                begin.setdefault(key, k)
-                break
-            reason = reason or found
-        else:
-            begin.setdefault(key, None)
-            bad[name] = cut, reason or f"it fails as {next(iter(groups[key]))} does"
+    good, bad = _one_by_one(model, objective, batch, cuts)
     # 2. Those that fail alone, together with those like them.
-    for alike in _alike({n: c for n, (c, _) in bad.items()}).values():
+    for alike in _alike({n: cuts[n] for n in bad}).values():
         for variant in _merged(model, alike):
             own = {variant.name: variant}
             if complaint(model, objective, batch, own, _half(own)) is None:
@@ -75,8 +53,40 @@ def tried(
                 break
     good = {n: good[n] for n in cuts if n in good}
     # 3. What passes alone must pass together.
-    notes = [f"{name}: {reason}" for name, (_, reason) in bad.items()]
+    notes = [f"{name}: {reason}" for name, reason in bad.items()]
     return _together(model, objective, batch, good, notes)
+
+
+def _one_by_one(
+    model: nn.Module, objective: Loss, batch: Batch, cuts: Mapping[str, Cut]
+) -> tuple[dict[str, Cut], dict[str, str]]:
+    """The cuts that pass alone, with the numbers that their modules keep of them; and why others
+    do not."""
+    good: dict[str, Cut] = {}
+    bad: dict[str, str] = {}
+    # Of cuts that are alike, the first one tells with which numbers to begin, or that none do.
+    leaders: dict[str, str] = {}
+    for members in _alike(cuts).values():
+        leaders.update(dict.fromkeys(members, next(iter(members))))
+    begin: dict[str, int] = {}
+    for name, cut in cuts.items():
+        leader = leaders.get(name, name)
+        if leader in bad:
+            bad[name] = f"it fails as {leader} does"
+            continue
+        choices = list(_numbers(model, cut))[begin.get(leader, 0) :]
+        reasons = []
+        for k, numbers in enumerate(choices):
+            own = {name: replace(cut, counts=numbers)}
+            reason = complaint(model, objective, batch, own, _half(own))
+            if reason is None:
+                good.update(own)
+                begin.setdefault(leader, k)
+                break
+            reasons.append(reason)
+        if name not in good:
+            bad[name] = reasons[0] if reasons else "its modules count it in a way of their own"
+    return good, bad
 
 
 def _together(

@@ -264,7 +264,8 @@ def test_standardised_convolutions_stay_as_they_are(verb):
         choices = VERBS[verb](model, images())
     assert set(choices) == {"classifier.1"}
     text = next(str(one.message) for one in told if "stay as they are" in str(one.message))
-    assert all(name in text for name in convolutions)
+    assert f"{len(convolutions)} layer(s)" in text
+    assert all(name in text for name in convolutions[:4])
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     with pytest.raises(ValueError, match=r"layer bit\.embedder\.convolution: its output differs"):

@@ -203,7 +203,6 @@ def test_dead_inputs_are_rounded_to_nearest(damping: float) -> None:
 
 
 BAD = [
-    (lambda W, A: (W, [Quantize(bits=4)], torch.zeros_like(A)), "layer mlp.up.*received no inputs"),
     (
         lambda W, A: (W, [Quantize(bits=4)], A * math.nan),
         "layer mlp.up.*NaN or infinite.*calibrate",
@@ -221,6 +220,16 @@ BAD = [
         "layer mlp.up.*overflow float16.*bfloat16",
     ),
 ]
+
+
+def test_inputs_that_are_all_zero_make_every_change_free():
+    """As without a moment: to nearest, and by magnitude."""
+    W, options = weight(3, 12), [Quantize(bits=4), Prune(sparsity=0.5)]
+    found = solve(W, options, torch.zeros(12, 12, dtype=W.dtype), layer="x")
+    for one, other in zip(found, solve(W, options, None, layer="x"), strict=True):
+        assert torch.equal(one.weight, other.weight)
+    kept = W.abs() > W.abs().flatten().kthvalue(18).values
+    assert torch.equal(found[1].weight != 0, kept)
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD)

@@ -160,7 +160,9 @@ def solve_in_one_pass(task: Task, space: Workspace, sweep: Sweep) -> Candidates:
     record = f"{sweep.folder}/visited.json"
     with space.log.stage(sweep.title, len(mine), done=len(mine) - len(todo)) as advance:
         if todo or (any(sweep.options.values()) and not state.has(record)):
-            state.write_json(record, encode(_visit(task, sweep, visit)))
+            visited = _visit(task, sweep, visit)
+            if not state.has(record):
+                state.write_json(record, encode(visited))
         elif sequential:
             for layer in layers.values():
                 visit(layer, lambda: None)

@@ -3,7 +3,6 @@ loss does not depend on it; and what to say of them."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
@@ -88,11 +87,11 @@ def note(dense: Mapping[str, str], layers: Mapping[str, Layer]) -> str:
     """What the plan and the report say of layers that stay as they are, and what that costs."""
     weights = [layers[name].weight for name in dense]
     size = sum(weight.numel() * weight.element_size() for weight in weights)
-    alike = defaultdict(list)
-    for name, why in dense.items():
-        alike[why].append(name)
-    parts = [f"{some_names(names)} ({why})" for why, names in alike.items()]
-    return f"{len(dense)} layer(s) of {size:,} bytes stay as they are: {'; '.join(parts)}"
+    first, why = next(iter(dense.items()))
+    reason = why if len(dense) == 1 else f"of {first}: {why}"
+    return (
+        f"{len(dense)} layer(s) of {size:,} bytes stay as they are ({reason}): {some_names(dense)}"
+    )
 
 
 def nothing_left(dense: Mapping[str, str]) -> str:

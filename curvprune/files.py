@@ -54,7 +54,7 @@ def as_umask_says_(path: Path) -> None:
 
 
 def sha256_of_file(path: Path) -> str:
-    """Hash of a file's bytes, about a second per gigabyte."""
+    """Hash of a file's bytes, 1 to 3 seconds per gigabyte."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

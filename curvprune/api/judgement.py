@@ -311,8 +311,8 @@ def load(
     """Load a saved artifact in evaluation mode.
 
     Args:
-        verify: compare the sha256 of every file with the one in ``curvprune.json``, at about a
-            second per gigabyte. Without it tensors are still compared with the model, by name,
+        verify: compare the sha256 of every file with the one in ``curvprune.json``, at 1 to 3
+            seconds per gigabyte. Without it tensors are still compared with the model, by name,
             shape and type.
         packed: keep rounded weights packed in memory (half a byte a weight up to 4 bits, else one)
             and unpack each when its module runs: the same outputs in a fraction of the memory,

@@ -110,7 +110,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def verify(folder: Path, manifest: Manifest | None = None, *, hashes: bool = True) -> None:
     """See that every file of an artifact is there and is what was written.
 
-    Files that were added later are nobody's business. Cost: a second per gigabyte; without
+    Files that were added later are nobody's business. Cost: 1 to 3 s/GB; without
     ``hashes`` nothing is read.
 
     Raises ``ValueError`` naming the file.

@@ -173,7 +173,7 @@ def finished_record(recipe: Recipe, root: State) -> RunRecord | None:
     """The record of a run of this very recipe that has ended, without loading the model: if all
     that it wrote is there and as it was, and so is all that it read.
 
-    Raises ``ValueError`` naming a file of the run that has changed. Cost: a second per gigabyte.
+    Raises ``ValueError`` naming a file of the run that has changed. Cost: 1 to 3 s/GB.
     """
     if not (root.has(INPUTS) and (root.folder / MODEL).is_dir()):
         return None

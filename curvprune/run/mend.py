@@ -20,7 +20,7 @@ _ALONE = ("solved/", "measured/", "curvature/", "certify/", "fisher", "forms")
 def mend_(state: State, *, taken_over: str) -> list[str]:
     """Remove what is damaged in a run's state; its names.
 
-    Cost: a second per gigabyte of state.
+    Cost: 1 to 3 seconds per gigabyte of state.
 
     Args:
         taken_over: the file that says that plans of another run were taken over.

@@ -18,7 +18,7 @@ _READ = (
 def source_files(recipe: Recipe) -> dict[str, str]:
     """Path → sha256 of every such file. Models and data from a hub have none.
 
-    Cost: a second per gigabyte.
+    Cost: 1 to 3 s/GB.
     """
     section, paths = recipe.model, [Path(file) for file in recipe.data.files or ()]
     if section.path is not None or section.package is not None:

@@ -1,7 +1,7 @@
 """Damage everything that curvprune reads, and see what its readers say.
 
     python benchmarks/faults.py                 # all, about an hour on one core
-    python benchmarks/faults.py --quick         # a sample, below three minutes
+    python benchmarks/faults.py --quick         # a sample, a few minutes
     python benchmarks/faults.py --only recipes 'artifacts:packed'
 
 Four parts. *artifacts*: saved models of five forms, each file flipped, cut, swapped, edited or

@@ -207,7 +207,9 @@ def test_processes_share_an_analysis(recipe, analysed, tmp_path):
         for folder in (analysed, tmp_path / "two")
     )
     assert numbers(two["fisher"]) == pytest.approx(numbers(one["fisher"]), rel=1e-6)
-    traces = [{n: c["trace"]["value"] for n, c in record.layers.items()} for record in (one, two)]
+    traces = [
+        {n: c["trace"]["value"] for n, c in record["layers"].items()} for record in (one, two)
+    ]
     assert traces[1] == pytest.approx(traces[0], rel=1e-5, abs=1e-7)
     assert two["diagnosis"]["lambda_max"] == pytest.approx(one["diagnosis"]["lambda_max"], rel=1e-6)
     one, two = (

@@ -3,7 +3,7 @@ it lies on disk."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from curvprune.artifact.bytes_on_disk import Portable
@@ -34,6 +34,9 @@ class Manifest:
         plan: what chose them, as the one who wrote it had it.
         changes: how the shapes differ from those of the model's architecture.
         seen: hashes of the items that it was made from and chosen by, one after the other in hex.
+        dtypes: tensor → its type, where that is not the type that the config names.
+        shared: tensor that shares the memory of another one, under whose name it is stored.
+        unread: why transformers does not read the folder, where it was to be ``portable``.
     """
 
     format: str = "pack-quantized"
@@ -43,6 +46,9 @@ class Manifest:
     plan: dict[str, object]
     changes: tuple[ShapeChange, ...] = ()
     seen: str = ""
+    dtypes: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
+    unread: str = ""
 
     def digests(self) -> frozenset[bytes]:
         """``seen``, hash by hash."""
@@ -57,8 +63,9 @@ class Manifest:
         # Most models have their architecture's shapes, and their manifests say nothing of them.
         if not self.changes:
             del record["changes"]
-        if not self.seen:
-            del record["seen"]
+        for key in ("seen", "dtypes", "shared", "unread"):
+            if not getattr(self, key):
+                del record[key]
         return record
 
 

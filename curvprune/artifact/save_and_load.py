@@ -3,31 +3,39 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from curvprune.artifact.bytes_on_disk import Portable, form_of, is_transformers, portable_for
-from curvprune.artifact.folder import load_into, save
+from curvprune.artifact.bytes_on_disk import (
+    Portable,
+    form_of,
+    is_transformers,
+    portable_for,
+    why_not_portable,
+)
+from curvprune.artifact.folder import load_into, save, state_dict_on_disk
 from curvprune.artifact.manifest import MANIFEST, read_manifest
+from curvprune.artifact.readers import why_unread
 from curvprune.artifact.transformers_folder import (
+    config_entries,
     describe_,
     load_foreign,
-    load_portable,
-    loads_packed,
+    quantization_config,
     save_config,
 )
-from curvprune.compression import Solved
+from curvprune.compression import Solved, dequantize
 from curvprune.model import (
+    Layer,
     architecture_config,
     changes_of,
     difference,
     find_layers,
     remember_,
-    remember_seen_,
 )
 from curvprune.options import Quantize, quantizer_of
 
@@ -45,28 +53,81 @@ def write_model(
     needs.
 
     Files of an artifact that is already there are replaced; a folder that holds anything else is
-    refused (``ValueError``). A model of transformers with shapes that its config cannot describe
-    (`curvprune.model.shapes`) is never portable.
+    refused (``ValueError``). A model of transformers that its ``from_pretrained`` would not read,
+    such as one with shapes that its config cannot describe, is never portable; the manifest and a
+    warning say why.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise ValueError(
             f"{folder} is not empty and holds no artifact of curvprune; save into a new folder"
         )
-    layers = find_layers(model)
-    portable = portable_for(model, portable)
-    save(folder, model, layers, solved, plan, portable=portable)
+    layers, asked = find_layers(model), portable
     if not is_transformers(model):
+        save(folder, model, layers, solved, plan, portable=portable)
         return
-    # transformers must know the grid of every layer that it is to unpack.
-    packed: dict[str, Quantize] = {}
+    # 1. What the config says; of packed layers, where others shall read them.
+    portable = portable_for(model, portable)
+    entries = config_entries(model, architecture_config(model))
+    packed = _packed_for_others(model, layers, solved, portable)
+    if packed:
+        zeros = portable == "engines"
+        entries["quantization_config"] = quantization_config(model, packed, packed_zeros=zeros)
+    # 2. Whether they do: the very tensors, read by transformers itself.
+    unread = why_not_portable(model) if asked else ""
+    if portable and not (portable == "engines" and _has_zero_points(packed)):
+        tensors = state_dict_on_disk(model, layers, solved, portable=portable)
+        unread = why_unread(model, entries, tensors, _compressed(model, layers, solved))
+    if unread:
+        entries.pop("quantization_config", None)
+        warnings.warn(f"{folder}: {unread_note(model, unread)}", UserWarning, stacklevel=2)
+    # 3. Weights, manifest and what `from_pretrained` needs.
+    save(folder, model, layers, solved, plan, portable=portable, unread=unread)
+    save_config(folder, model, entries, tokenizer)
+
+
+def unread_note(model: nn.Module, why: str) -> str:
+    """That a folder is not portable, for the notes."""
+    return (
+        f"transformers' from_pretrained does not read {type(model).__name__} as it is ({why}): "
+        "curvprune.load reads what is saved, and nothing else does"
+    )
+
+
+def _packed_for_others(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    solved: Mapping[str, Solved],
+    portable: Portable,
+) -> dict[str, Quantize]:
+    """The grids of the layers that transformers is to unpack."""
+    found: dict[str, Quantize] = {}
     for name, one in solved.items():
         grid = quantizer_of(one.option)
-        if grid is not None and form_of(model, layers[name], one.option) == "packed":
-            packed[name] = grid
-    # Without a config the folder is one for `curvprune.load(folder, model=...)`, which says so.
-    if not portable or not packed or loads_packed(model):
-        grids = packed if portable else {}
-        save_config(folder, model, grids, tokenizer, architecture_config(model))
+        form = form_of(model, layers[name], one.option, portable=portable)
+        if portable and grid is not None and form in ("packed", "blocks"):
+            found[name] = grid
+    return found
+
+
+def _has_zero_points(packed: Mapping[str, Quantize]) -> bool:
+    """Packed zero points are for engines: transformers reads them in some versions only."""
+    return any(not grid.symmetric for grid in packed.values())
+
+
+def _compressed(
+    model: nn.Module, layers: Mapping[str, Layer], solved: Mapping[str, Solved]
+) -> dict[str, Tensor]:
+    """Every tensor of the compressed model."""
+    tensors: dict[str, Tensor] = dict(model.state_dict())
+    for name, one in solved.items():
+        layer = layers[name]
+        matrix, grid = one.weight, quantizer_of(one.option)
+        if grid is not None and one.codes is not None and one.scale is not None:
+            # Codes and scales say what the weight is; not all who solved it keep it.
+            matrix = dequantize(one.codes, one.scale, one.zero, grid.group_size)
+        weight = layer.from_matrix(matrix).to(layer.weight.dtype)
+        tensors.update(dict.fromkeys(layer.keys, weight))
+    return tensors
 
 
 def describe(
@@ -104,10 +165,10 @@ def load_artifact(
     folder: Path, *, packed: bool = False, device: str | torch.device = "cpu"
 ) -> nn.Module:
     """Load a saved transformers model, portable or not, in evaluation mode, weights unpacked unless
-    ``packed``."""
-    manifest = read_manifest(folder)
-    if manifest.portable and not packed:
-        model = load_portable(folder, device=device)
-        remember_seen_(model, manifest.digests())
-        return model
-    return load_into(folder, load_foreign(folder), packed=packed).to(device).eval()
+    ``packed``.
+
+    The file is read in one way only, which does not depend on the version of transformers, and
+    strictly: see `curvprune.artifact.folder.load_into`.
+    """
+    model = load_foreign(folder, read_manifest(folder).dtypes)
+    return load_into(folder, model, packed=packed).to(device).eval()

@@ -248,12 +248,16 @@ def read_by_transformers(
             config=read,
             state_dict=dict(tensors),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told with their names, and not raised without
             local_files_only=True,
             **placed,
         )
     found = []
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        names = sorted(map(str, told.get(problem) or ()))
+        names = []
+        for entry in told.get(problem) or ():
+            names.append(entry[0] if isinstance(entry, tuple) else str(entry))
+        names.sort()
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             found.append(f"{problem.replace('_', ' ')}: {names[0]}{more}")

@@ -167,16 +167,23 @@ def test_a_generation_config_that_contradicts_itself_is_saved_as_it_is(tmp_path)
 
 @pytest.mark.parametrize("portable", [True, False])
 def test_tensors_of_several_types_keep_them(portable, tmp_path):
-    model = tiny.llama(layers=1).to(torch.bfloat16)
-    model.model.norm.float()
-    settings = cp.Settings(portable=portable)
-    result = cp.quantize(model, [BATCH], bits=4, layers="model.layers.*", settings=settings)
-    if portable:  # transformers would round the norm
-        with pytest.warns(UserWarning, match=r"norm\.weight becomes bfloat16 from float32"):
+    model, batch = t5().to(torch.bfloat16), {"input_ids": IDS, "decoder_input_ids": IDS}
+    wide = "encoder.block.0.layer.1.DenseReluDense.wo"
+    model.get_submodule(wide).float()
+    result = cp.quantize(
+        model,
+        [batch],
+        bits=4,
+        layers="*SelfAttention.[qkv]",
+        objective="label-free",
+        settings=cp.Settings(portable=portable),
+    )
+    if portable:  # transformers would round it
+        with pytest.warns(UserWarning, match=rf"{wide}\.weight becomes bfloat16 from float32"):
             result.save(tmp_path)
     else:
         result.save(tmp_path)
-    assert artifact.read_manifest(tmp_path).dtypes["model.norm.weight"] == "float32"
+    assert artifact.read_manifest(tmp_path).dtypes[f"{wide}.weight"] == "float32"
     found = cp.load(tmp_path).state_dict()
     for name, tensor in result.model.state_dict().items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name

@@ -227,6 +227,21 @@ def plain_config(config: Any) -> Any:
     return type(config).from_dict(entries)
 
 
+def config_of(kind: Any, entries: Mapping[str, object]) -> Any:
+    """The config that a class makes of the entries of its ``config.json``."""
+    return kind.config_class.from_dict(_with_numbers(entries))
+
+
+def _with_numbers(value: Any) -> Any:
+    """JSON's values with the numbers that JSON does not have, as transformers writes them:
+    ``{"__float__": "Infinity"}``."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_numbers(one) for key, one in value.items()}
+    return [_with_numbers(one) for one in value] if isinstance(value, list) else value
+
+
 def read_by_transformers(
     kind: Any, config: Mapping[str, object], tensors: Mapping[str, Tensor], *, empty: bool
 ) -> tuple[Any, list[str]]:
@@ -239,7 +254,7 @@ def read_by_transformers(
         tensors: what lies in the weights file, on the meta device if ``empty``.
         empty: read no numbers: names, shapes and types alone, without memory.
     """
-    read = kind.config_class.from_dict(copy.deepcopy(dict(config)))
+    read = config_of(kind, config)
     placed: dict[str, object] = {"device_map": {"": "meta"}} if empty else {}
     # What a file lacks is drawn at random, which shall not move anybody's generator.
     with quiet_libraries(), _quiet_logs(), torch.random.fork_rng(devices=[]):

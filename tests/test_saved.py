@@ -14,6 +14,8 @@ from transformers import (
     Llama4ForCausalLM,
     Llama4TextConfig,
     LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     T5Config,
@@ -151,6 +153,18 @@ def test_a_config_says_whether_the_head_is_tied_as_it_is_in_memory(said, tmp_pat
     for read in (LlamaForCausalLM.from_pretrained(folder), cp.load(folder)):
         same_outputs(read, result.model, BATCH)
         assert (read.lm_head.weight is read.model.embed_tokens.weight) is not said
+
+
+def test_a_config_with_an_infinite_number_is_read(tmp_path):
+    sizes = {"vocab_size": 32, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 1}
+    config = Mamba2Config(**sizes, num_heads=4, head_dim=8, n_groups=1, chunk_size=8)
+    model = Mamba2ForCausalLM(config).eval()
+    assert float("inf") in config.time_step_limit
+    result = cp.quantize(model, [BATCH], bits=4, layers="lm_head")
+    folder = result.save(tmp_path)
+    assert artifact.read_manifest(folder).portable is True
+    for read in (Mamba2ForCausalLM.from_pretrained(folder), cp.load(folder)):
+        same_outputs(read, result.model, BATCH)
 
 
 def test_a_generation_config_that_contradicts_itself_is_saved_as_it_is(tmp_path):

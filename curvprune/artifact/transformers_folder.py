@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from curvprune.compat import import_transformers, model_from_config, quiet_libraries
+from curvprune.compat import config_of, import_transformers, model_from_config, quiet_libraries
 from curvprune.options import Quantize
 
 GENERATION = "generation_config.json"
@@ -225,7 +225,7 @@ def load_foreign(folder: Path, dtypes: Mapping[str, str] | None = None) -> nn.Mo
     kind = _class_of(folder, record)
     record.pop("quantization_config", None)  # the weights are ours to unpack
     # Of the class itself: an Auto class could take another one for the same config.
-    config = kind.config_class.from_dict(record)
+    config = config_of(kind, record)
     main: torch.dtype = getattr(torch, record["dtype"])
     with quiet_libraries():
         model = model_from_config(kind, config, main)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -339,24 +339,79 @@ def plain_config(config: Any) -> Any:
     return type(config).from_dict(entries)
 
 
-def loads_without_linear_weights(kind: Any, config: Any) -> bool:
-    """Whether a class initialises its modules where its Linear layers have no ``weight``.
+def config_of(kind: Any, entries: Mapping[str, object]) -> Any:
+    """The config that a class makes of the entries of its ``config.json``."""
+    return kind.config_class.from_dict(_with_numbers(entries))
 
-    Packing takes it from them before transformers initialises what a file lacks. Some classes (T5,
-    SigLIP) initialise the weights of their children by name, and fail. Tried on the meta device: no
-    memory, no forward pass.
+
+def _with_numbers(value: Any) -> Any:
+    """JSON's values with the numbers that JSON does not have, as transformers writes them:
+    ``{"__float__": "Infinity"}``."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_numbers(one) for key, one in value.items()}
+    return [_with_numbers(one) for one in value] if isinstance(value, list) else value
+
+
+def read_by_transformers(
+    kind: Any, config: Mapping[str, object], tensors: Mapping[str, Tensor], *, empty: bool
+) -> tuple[Any, list[str]]:
+    """The model that ``from_pretrained`` makes of a folder with this config and these tensors, and
+    what does not fit: one line for each kind, naming a tensor.
+
+    Args:
+        kind: the class.
+        config: the entries of ``config.json``.
+        tensors: what lies in the weights file, on the meta device if ``empty``.
+        empty: read no numbers: names, shapes and types alone, without memory.
     """
+    read = config_of(kind, config)
+    placed: dict[str, object] = {"device_map": {"": "meta"}} if empty else {}
+    # What a file lacks is drawn at random, which shall not move anybody's generator.
+    with quiet_libraries(), _quiet_logs(), torch.random.fork_rng(devices=[]):
+        model, told = kind.from_pretrained(
+            None,
+            config=read,
+            state_dict=dict(tensors),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told with their names, and not raised without
+            local_files_only=True,
+            **placed,
+        )
+    found = []
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        names = []
+        for entry in told.get(problem) or ():
+            names.append(entry[0] if isinstance(entry, tuple) else str(entry))
+        names.sort()
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            found.append(f"{problem.replace('_', ' ')}: {names[0]}{more}")
+    return model, found
+
+
+@contextmanager
+def _quiet_logs() -> Iterator[None]:
+    """transformers says nothing below an error for a while: of a trial that may fail."""
+    logging = import_transformers().utils.logging
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
-        with torch.device("meta"):
-            empty = kind(copy.deepcopy(config))
-        for module in empty.modules():
-            if isinstance(module, nn.Linear):
-                del module.weight
-        for module in empty.modules():
-            empty._init_weights(module)
-    except AttributeError:
-        return False
-    return True
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def initialized_by(model: nn.Module) -> dict[str, type]:
+    """Module name → the class whose rules initialise it: that of the nearest part that is a model
+    of transformers itself."""
+    base: type = import_transformers().PreTrainedModel
+    found: dict[str, type] = {}
+    for name, module in model.named_modules():
+        parent = found.get(name.rpartition(".")[0], type(model))
+        found[name] = type(module) if isinstance(module, base) else parent
+    return found
 
 
 def decompress_(model: Any) -> None:

@@ -22,9 +22,9 @@ ONE_BIT_ZERO_BYTES = 2
 SHAPE_BYTES = 16  # pack-quantized stores `weight_shape` as two int64
 
 # How a layer lies on disk: every weight as a float; every weight as a code (compressed-tensors'
-# ``pack-quantized``); or a bitmask of the weights that were kept, and those alone, as floats or
-# codes.
-Form = Literal["dense", "packed", "sparse"]
+# ``pack-quantized``), zero points packed or, as ``blocks``, one byte each; or a bitmask of the
+# weights that were kept, and those alone, as floats or codes.
+Form = Literal["dense", "packed", "blocks", "sparse"]
 
 # What serving engines have kernels for in compressed-tensors checkpoints; docs/formats.md says
 # where that was read.
@@ -281,8 +281,8 @@ def stored_bytes(
 
     Packed (compressed-tensors ``pack-quantized``): codes in int32 words along the inputs, float16
     scales, zero points in int32 words along the outputs (float16 of one bit), the shape as two
-    int64. Sparse: one bit a weight, the kept weights or their codes in one run, the same scales and
-    zero points, the shape.
+    int64. Blocks: the same, with one byte for a zero point. Sparse: one bit a weight, the kept
+    weights or their codes in one run, scales and zero points as packed, the shape.
     """
     out, width = shape
     prune, quantize = pruner_of(option), quantizer_of(option)
@@ -304,17 +304,19 @@ def stored_bytes(
     if quantize is None:
         raise ValueError(f"option {option.key} has no codes: it has no packed form")
     codes = out * math.ceil(width * quantize.bits / 32) * 4
-    return codes + SHAPE_BYTES + _grid_bytes(quantize, shape)
+    return codes + SHAPE_BYTES + _grid_bytes(quantize, shape, whole=form == "blocks")
 
 
-def _grid_bytes(quantize: Quantize, shape: tuple[int, int]) -> int:
-    """Scales and zero points."""
+def _grid_bytes(quantize: Quantize, shape: tuple[int, int], *, whole: bool = False) -> int:
+    """Scales and zero points, these in ``whole`` bytes or packed."""
     out, width = shape
     groups = 1 if quantize.group_size is None else math.ceil(width / quantize.group_size)
     total = out * groups * SCALE_BYTES
     # Whole numbers are packed along the outputs, group by group.
     if not quantize.symmetric and quantize.bits == 1:
         total += out * groups * ONE_BIT_ZERO_BYTES
+    elif not quantize.symmetric and whole:
+        total += out * groups
     elif not quantize.symmetric:
         total += math.ceil(out * quantize.bits / 32) * 4 * groups
     return total

@@ -167,10 +167,32 @@ def test_a_plain_config_forgets_where_it_comes_from():
     assert config._name_or_path == "somewhere"
 
 
-def test_some_classes_need_the_weights_that_packing_removes():
-    assert compat.loads_without_linear_weights(LlamaForCausalLM, tiny.llama().config)
-    t5 = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    assert not compat.loads_without_linear_weights(T5ForConditionalGeneration, t5)
+def test_transformers_says_what_a_folder_lacks_and_reads_no_numbers():
+    model = tiny.llama()
+    config = {**model.config.to_diff_dict(), "dtype": "float32"}
+    tensors = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    before = torch.random.get_rng_state()
+    read, problems = compat.read_by_transformers(type(model), config, tensors, empty=True)
+    assert problems == [] and {p.device.type for p in read.parameters()} == {"meta"}
+    # What is missing would be drawn at random; what is left over would be forgotten.
+    tensors["model.nrom.weight"] = tensors.pop("model.norm.weight")
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.empty(47, 32, device="meta")
+    _, problems = compat.read_by_transformers(type(model), config, tensors, empty=True)
+    assert problems == [
+        "missing keys: model.norm.weight",
+        "unexpected keys: model.nrom.weight",
+        "mismatched keys: model.layers.0.mlp.up_proj.weight",
+    ]
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_parts_of_a_composite_model_are_initialised_by_their_own_classes():
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    )
+    owners = compat.initialized_by(model)
+    assert owners["lm_head"] is T5ForConditionalGeneration
+    assert owners["encoder.block.0.layer.0.SelfAttention.q"] is type(model.encoder)
 
 
 def test_a_model_read_packed_becomes_an_ordinary_one(tmp_path):

@@ -79,8 +79,7 @@ def test_every_family_comes_back_in_a_fresh_process(tmp_path):
     expected = {}
     for name, (_, _, kind) in FAMILIES.items():
         model, batch = build(name), batch_of(kind)
-        settings = cp.Settings(portable=name != "t5")  # transformers cannot unpack a T5
-        result = cp.quantize(model, [batch], bits=4, objective="label-free", settings=settings)
+        result = cp.quantize(model, [batch], bits=4, objective="label-free")
         folder = str(tmp_path / name)
         result.save(folder)
         save_file({k: v.contiguous() for k, v in batch.items()}, folder + ".batch")

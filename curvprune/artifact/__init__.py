@@ -3,9 +3,11 @@
 from curvprune.artifact.bytes_on_disk import (
     Portable,
     form_of,
+    is_transformers,
     layer_bytes,
     portable_for,
     reader_of,
+    why_not_portable,
 )
 from curvprune.artifact.dense import export_dense
 from curvprune.artifact.folder import (
@@ -23,9 +25,10 @@ from curvprune.artifact.gptq import export_gptq
 from curvprune.artifact.manifest import MANIFEST, Manifest, not_written, read_manifest, verify
 from curvprune.artifact.packed_modules import PackedWeight, SparseWeight
 from curvprune.artifact.packing import pack, unpack
-from curvprune.artifact.save_and_load import describe, load_artifact, write_model
+from curvprune.artifact.readers import readable
+from curvprune.artifact.save_and_load import describe, load_artifact, unread_note, write_model
 from curvprune.artifact.stored_layers import stored_tensors
-from curvprune.artifact.transformers_folder import loads_packed, quantization_config
+from curvprune.artifact.transformers_folder import quantization_config
 
 __all__ = [
     "MANIFEST",
@@ -40,23 +43,26 @@ __all__ = [
     "folder_bytes",
     "form_of",
     "header_bytes",
+    "is_transformers",
     "layer_bytes",
     "load_artifact",
     "load_into",
-    "loads_packed",
     "not_written",
     "other_bytes",
     "pack",
     "portable_for",
     "quantization_config",
     "read_manifest",
+    "readable",
     "reader_of",
     "save",
     "state_dict_on_disk",
     "stored_tensors",
     "tensor_names",
     "unpack",
+    "unread_note",
     "verify",
     "weights_file",
+    "why_not_portable",
     "write_model",
 ]

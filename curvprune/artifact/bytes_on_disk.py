@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import nn
 
+from curvprune.artifact.readers import readable
 from curvprune.model import Layer, changes_of
 from curvprune.options import Form, Option, Quantize, pruner_of, quantizer_of, stored_bytes
 
@@ -18,33 +19,46 @@ Portable = bool | Literal["engines"]
 def is_transformers(model: nn.Module) -> bool:
     """Whether the model is one that transformers saves and loads itself (told without importing
     transformers)."""
-    return hasattr(model, "config") and hasattr(model, "save_pretrained")
+    # Wrappers of such models have the first two as well.
+    known = getattr(type(model), "config_class", None) is not None
+    return known and hasattr(model, "config") and hasattr(model, "save_pretrained")
 
 
 def reader_of(model: nn.Module, layer: Layer, *, portable: Portable = True) -> str | None:
     """Who must be able to read this layer packed besides `curvprune.load`: ``"transformers"``,
     ``"engines"``, ``None``.
 
-    transformers' loader unpacks untied ``nn.Linear`` only: a packed Embedding crashes its weight
-    initialisation. A ``portable`` artifact therefore stores other layers of its models dense after
-    rounding. ``portable="engines"`` keeps the options of those that are packed to what serving
-    engines have kernels for. An artifact that is not portable is for `curvprune.load` alone, and so
-    is that of any module that is not transformers' own.
+    transformers' loader unpacks untied ``nn.Linear`` only, and of some classes none: they
+    initialise weights that packing has removed. `curvprune.artifact.readers` tries which. A
+    ``portable`` artifact therefore stores other layers of its models dense after rounding.
+    ``portable="engines"`` keeps the options of those that are packed to what serving engines have
+    kernels for. An artifact that is not portable is for `curvprune.load` alone, and so is that of
+    any module that is not transformers' own.
     """
-    if _ours_alone(model, portable) or layer.kind != "linear" or layer.aliases:
+    if _ours_alone(model, portable) or layer.name not in readable(model).packed:
         return None
     return "engines" if portable == "engines" else "transformers"
 
 
 def portable_for(model: nn.Module, portable: Portable) -> Portable:
-    """A model of transformers with shapes that its config cannot describe is never portable
-    (`curvprune.model.shapes`)."""
-    return False if is_transformers(model) and changes_of(model) else portable
+    """``portable``, but for a model of transformers whose folder ``from_pretrained`` would not read
+    even with dense weights: never."""
+    return False if portable and why_not_portable(model) else portable
+
+
+def why_not_portable(model: nn.Module) -> str:
+    """Why ``from_pretrained`` would read no folder of a model of transformers; empty if it would,
+    and for other models."""
+    if not is_transformers(model):
+        return ""
+    if changes_of(model):
+        return "no config describes its shapes"
+    return readable(model).why_not
 
 
 def _ours_alone(model: nn.Module, portable: Portable) -> bool:
     """Whether nothing but `curvprune.load` must read the artifact."""
-    return not portable_for(model, portable) or not is_transformers(model)
+    return not is_transformers(model) or not portable_for(model, portable)
 
 
 def form_of(model: nn.Module, layer: Layer, option: Option, *, portable: Portable = True) -> Form:
@@ -52,37 +66,30 @@ def form_of(model: nn.Module, layer: Layer, option: Option, *, portable: Portabl
 
     Packed: every rounded layer, if only `curvprune.load` must read it; else those of `reader_of`,
     from 2 bits on (compressed-tensors' zero points are integers, which one bit has no use for).
-    Sparse: a pruned layer that only `curvprune.load` must read, if that is smaller. Otherwise
-    dense.
+    Blocks: the same with zero points, where transformers must read it; engines have kernels for the
+    packed form alone. Sparse: a pruned layer that only `curvprune.load` must read, if that is
+    smaller. Otherwise dense.
     """
     ours = _ours_alone(model, portable)
     quantize = quantizer_of(option)
     form: Form = "dense"
     # 1. Packed, where all who must read it can unpack it.
-    if quantize is not None and (ours or _others_unpack(model, layer, quantize, portable)):
-        form = "packed"
+    if quantize is not None:
+        form = "packed" if ours else _packed_for_others(model, layer, quantize, portable)
     # 2. Sparse, where that is smaller: few zeros save less than the bitmask takes.
     if pruner_of(option) is not None and ours:
         form = min((form, "sparse"), key=lambda f: _bytes(layer, option, f))
     return form
 
 
-def _others_unpack(model: nn.Module, layer: Layer, quantize: Quantize, portable: Portable) -> bool:
-    """Whether those who must read the layer packed can."""
-    if quantize.bits == 1 or _one_row_of_zero_points(layer, quantize):
-        return False
-    return reader_of(model, layer, portable=portable) is not None
-
-
-def _one_row_of_zero_points(layer: Layer, quantize: Quantize) -> bool:
-    """Whether all outputs' zero points fit into one word: compressed-tensors (0.20) cannot unpack a
-    row of those."""
-    out, width = layer.shape
-    return (
-        not quantize.symmetric
-        and out * quantize.bits <= 32
-        and width > (quantize.group_size or width)
-    )
+def _packed_for_others(
+    model: nn.Module, layer: Layer, quantize: Quantize, portable: Portable
+) -> Form:
+    """How a rounded layer lies where others than `curvprune.load` must read it."""
+    reader = reader_of(model, layer, portable=portable)
+    if reader is None or quantize.bits == 1:
+        return "dense"
+    return "packed" if quantize.symmetric or reader == "engines" else "blocks"
 
 
 def layer_bytes(

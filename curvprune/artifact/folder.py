@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from curvprune.artifact.bytes_on_disk import Portable, form_of, portable_for
+from curvprune.artifact.bytes_on_disk import Portable, form_of, is_transformers, portable_for
 from curvprune.artifact.manifest import (
     MANIFEST,
     Manifest,
@@ -24,7 +25,9 @@ from curvprune.artifact.manifest import (
     write_manifest,
 )
 from curvprune.artifact.packed_modules import HeldWeight, give_back_memory, pack_modules
+from curvprune.artifact.readers import memory_of
 from curvprune.artifact.stored_layers import Stored, stored_tensors, take_stored
+from curvprune.artifact.transformers_folder import main_dtype
 from curvprune.compression import Solved
 from curvprune.files import State, check_header, read_tensors_of, written_beside
 from curvprune.model import (
@@ -62,7 +65,7 @@ def state_dict_on_disk(
     once."""
     # Weights that are stored solved: by the key that they have, and wherever else they stand.
     replaced = {layer.keys[0]: name for name, layer in layers.items() if name in solved}
-    covered = {_identity(layers[name].weight) for name in replaced.values()}
+    covered = {memory_of(layers[name].weight) for name in replaced.values()}
     aliases = _aliases(layers)
     tensors: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size, int]] = set()
@@ -73,7 +76,7 @@ def state_dict_on_disk(
             tensors.update(stored_tensors(layer, one, form=form))
             continue
         # What is known under several names is stored under the first.
-        identity = _identity(value)
+        identity = memory_of(value)
         if key in aliases or (value.numel() and (identity in seen or identity in covered)):
             continue
         seen.add(identity)
@@ -86,16 +89,11 @@ def _aliases(layers: Mapping[str, Layer]) -> set[str]:
     return set(chain.from_iterable(layer.keys[1:] for layer in layers.values()))
 
 
-def _identity(tensor: Tensor) -> tuple[int, torch.Size, int]:
-    """Tells whether two tensors are the same memory: a weight may be known under several names."""
-    return tensor.data_ptr(), tensor.shape, int(tensor.storage_offset())
-
-
 def other_bytes(model: nn.Module, layers: Mapping[str, Layer]) -> int:
     """Tensor bytes on disk of all that is not one of ``layers``."""
-    inside = {_identity(layer.weight) for layer in layers.values()}
+    inside = {memory_of(layer.weight) for layer in layers.values()}
     tensors = state_dict_on_disk(model, layers, {}).values()
-    return sum(t.numel() * t.element_size() for t in tensors if _identity(t) not in inside)
+    return sum(t.numel() * t.element_size() for t in tensors if memory_of(t) not in inside)
 
 
 def header_bytes(model: nn.Module, layers: Mapping[str, Layer]) -> int:
@@ -106,6 +104,24 @@ def header_bytes(model: nn.Module, layers: Mapping[str, Layer]) -> int:
     return 64 + sum(len(name) + 110 for name in names)
 
 
+def _nothing(_: Path) -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ForOthers:
+    """What an artifact holds for readers other than `curvprune.load`.
+
+    Attributes:
+        write: writes it into the folder.
+        unread: why transformers does not read what is written, if so: the folder is then for
+            `curvprune.load` alone, in the forms that ``portable`` says.
+    """
+
+    write: Callable[[Path], None] = _nothing
+    unread: str = ""
+
+
 def save(
     folder: Path,
     model: nn.Module,
@@ -114,7 +130,7 @@ def save(
     plan: Mapping[str, object],
     *,
     portable: Portable = True,
-    companions: Callable[[Path], None] | None = None,
+    others: ForOthers | None = None,
 ) -> None:
     """Write the weights and ``curvprune.json`` (which option each layer has, and every file's hash)
     into ``folder``; `form_of` says what ``portable`` means. A model whose shapes are not its
@@ -123,29 +139,32 @@ def save(
     All is written beside ``folder`` and then renamed: what was there before is whole until then.
 
     Args:
-        companions: writes into the folder what else belongs there.
+        others: what readers other than `curvprune.load` need.
 
     Raises ``ValueError`` where the folder holds anything but an artifact as it was written.
     """
     check_free(folder)
+    others = others or ForOthers()
     portable = portable_for(model, portable)
+    named = bool(portable) and not others.unread
+    tensors = state_dict_on_disk(model, layers, solved, portable=portable)
     entries = {}
     for name, one in solved.items():
         form = form_of(model, layers[name], one.option, portable=portable)
         entries[name] = StoredLayer(option=one.option.key, form=form)
     manifest = Manifest(
-        portable=portable,
+        portable=portable if named else False,
         layers=entries,
         plan=dict(plan),
         changes=tuple(changes_of(model)),
         seen=b"".join(sorted(seen_by(model))).hex(),
+        dtypes=_other_types(model),
+        shared=_shared(model, layers, tensors),
+        unread=others.unread,
     )
-    name = WEIGHTS if portable else FOREIGN_WEIGHTS
     with written_beside(folder, MANIFEST) as fresh:
-        tensors = state_dict_on_disk(model, layers, solved, portable=portable)
-        State(fresh).write_tensors(name, tensors)
-        if companions is not None:
-            companions(fresh)
+        State(fresh).write_tensors(WEIGHTS if named else FOREIGN_WEIGHTS, tensors)
+        others.write(fresh)
         write_manifest(fresh, manifest)
 
 
@@ -166,6 +185,35 @@ def check_free(folder: Path) -> None:
             f"{folder} holds {others[0]}{more}, which curvprune did not write or which has changed "
             "since; move it elsewhere, or save into a new folder"
         )
+
+
+def _other_types(model: nn.Module) -> dict[str, str]:
+    """The tensors whose float type is not the one that the config of a model of transformers
+    names."""
+    found: dict[str, str] = {}
+    if not is_transformers(model):
+        return found
+    main = main_dtype(model)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and tensor.dtype != main:
+            found[name] = str(tensor.dtype).removeprefix("torch.")
+    return found
+
+
+def _shared(
+    model: nn.Module, layers: Mapping[str, Layer], tensors: Collection[str]
+) -> dict[str, str]:
+    """Tensors that are stored under the name of another one; further names of layers are told by
+    the model itself, where it ties them."""
+    first: dict[tuple[int, torch.Size, int], str] = {}
+    for layer in layers.values():
+        first[memory_of(layer.weight)] = layer.keys[0]
+    found = {}
+    for name, tensor in model.state_dict().items():
+        owner = first.setdefault(memory_of(tensor), name)
+        if tensor.numel() and owner != name and name not in tensors:
+            found[name] = owner
+    return found
 
 
 def is_portable(folder: Path) -> bool:
@@ -189,8 +237,9 @@ def load_into(
         hashes: compare every file with the hash that was taken when it was written.
 
     Raises ``ValueError`` naming the file that is damaged, or the first tensor that is missing, left
-    over or of another shape.
+    over or of another shape or kind of number.
     """
+    _refuse_meta(model)
     manifest = read_manifest(folder)
     verify(folder, manifest, hashes=hashes)
     tensors = read_tensors_of(weights_file(folder))
@@ -216,7 +265,10 @@ def load_into(
         held.append((layer, stored.held(layer.weight.dtype)))
     # 3. Everything else into its place.
     ready = {layer.weight.data_ptr() for layer, _ in held}
-    _fill_(folder, model, tensors, _aliases(layers), ready)
+    for name, owner in manifest.shared.items():
+        if name not in tensors and owner in tensors:
+            tensors[name] = tensors[owner]
+    _fill_(weights_file(folder), model, tensors, _aliases(layers), ready)
     # 4. Modules that unpack when they run. The dense weights must go with those they replace.
     tensors.clear()
     while held:
@@ -224,6 +276,15 @@ def load_into(
     if packed:
         give_back_memory()
     return model
+
+
+def _refuse_meta(model: nn.Module) -> None:
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise ValueError(
+                f"model: {name} is on the meta device and can hold no numbers; build the model "
+                "without torch.device('meta'), or call model.to_empty(device='cpu') first"
+            )
 
 
 def _take_layers(
@@ -239,7 +300,7 @@ def _take_layers(
 
 
 def _fill_(
-    folder: Path,
+    file: Path,
     model: nn.Module,
     tensors: Mapping[str, Tensor],
     aliases: Collection[str],
@@ -252,25 +313,35 @@ def _fill_(
         ready: addresses of the weights that come from elsewhere.
     """
     own, kind = model.state_dict(), type(model).__name__
+    # 1. Every tensor has a place, and every place a tensor.
     extra = sorted(set(tensors) - set(own))
     if extra:
-        raise ValueError(f"{folder}: tensor {extra[0]!r} has no place in {kind}")
-    filled = set(ready)
-    for name, target in own.items():
-        if name not in tensors:
-            continue
-        tensor = tensors[name]
-        if tensor.shape != target.shape:
-            raise ValueError(
-                f"{folder}: {name} is {tuple(tensor.shape)}, the model has {tuple(target.shape)}"
-            )
-        if tensor.is_floating_point() != target.is_floating_point():
-            raise ValueError(f"{folder}: {name} is {tensor.dtype}, the model has {target.dtype}")
-        target.copy_(tensor)
-        filled.add(target.data_ptr())
+        raise ValueError(f"{file}: tensor {extra[0]!r} has no place in {kind}")
+    filled = set(ready) | {own[name].data_ptr() for name in tensors}
     for name, target in own.items():
         if name not in tensors and name not in aliases and target.data_ptr() not in filled:
-            raise ValueError(f"{folder}: no tensor for {name!r} of {kind}")
+            raise ValueError(f"{file}: no tensor for {name!r} of {kind}")
+    # 2. Numbers of that kind, in that shape.
+    written: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        target = own[name]
+        if tensor.shape != target.shape:
+            raise ValueError(
+                f"{file}: {name} is {tuple(tensor.shape)}, the model has {tuple(target.shape)}"
+            )
+        if tensor.is_floating_point() != target.is_floating_point():
+            raise ValueError(
+                f"{file}: {name} holds {tensor.dtype}, the model {target.dtype}; the file is "
+                "damaged"
+            )
+        # 3. What is one tensor in the model must be one in the file.
+        before = written.setdefault(target.data_ptr(), name) if target.numel() else name
+        if before != name and not torch.equal(target, tensor.to(target)):
+            raise ValueError(
+                f"{file}: {before} and {name} differ, which {kind} holds as one tensor; untie "
+                "them in model="
+            )
+        target.copy_(tensor)
 
 
 def copy_companions(folder: Path, out: Path) -> None:

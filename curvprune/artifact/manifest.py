@@ -38,6 +38,9 @@ class Manifest:
         changes: how the shapes differ from those of the model's architecture.
         seen: hashes of the items that it was made from and chosen by, one after the other in hex.
         files: name → sha256 of every other file that was written with it.
+        dtypes: tensor → its type, where that is not the type that the config names.
+        shared: tensor that shares the memory of another one, under whose name it is stored.
+        unread: why transformers does not read the folder, where it was to be ``portable``.
     """
 
     format: str = "pack-quantized"
@@ -48,6 +51,9 @@ class Manifest:
     changes: tuple[ShapeChange, ...] = ()
     seen: str = ""
     files: dict[str, str] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
+    unread: str = ""
 
     def digests(self) -> frozenset[bytes]:
         """``seen``, hash by hash."""
@@ -62,8 +68,9 @@ class Manifest:
         # Most models have their architecture's shapes, and their manifests say nothing of them.
         if not self.changes:
             del record["changes"]
-        if not self.seen:
-            del record["seen"]
+        for key in ("seen", "dtypes", "shared", "unread"):
+            if not getattr(self, key):
+                del record[key]
         # Last: what all of the above must hash to.
         record["sha256"] = _digest(record)
         return record

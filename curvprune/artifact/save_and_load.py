@@ -3,32 +3,45 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from curvprune.artifact.bytes_on_disk import Portable, form_of, is_transformers, portable_for
-from curvprune.artifact.folder import load_into, save, weights_file
+from curvprune.artifact.bytes_on_disk import (
+    Portable,
+    form_of,
+    is_transformers,
+    portable_for,
+    why_not_portable,
+)
+from curvprune.artifact.folder import (
+    ForOthers,
+    check_free,
+    load_into,
+    save,
+    state_dict_on_disk,
+)
 from curvprune.artifact.manifest import read_manifest, verify
+from curvprune.artifact.readers import why_unread
 from curvprune.artifact.transformers_folder import (
+    config_entries,
     describe_,
     load_foreign,
-    load_portable,
-    loads_packed,
+    quantization_config,
     save_config,
 )
-from curvprune.compression import Solved
-from curvprune.files import check_header
+from curvprune.compression import Solved, dequantize
 from curvprune.model import (
+    Layer,
     architecture_config,
     changes_of,
     difference,
     find_layers,
     remember_,
-    remember_seen_,
 )
 from curvprune.options import Quantize, quantizer_of
 
@@ -47,27 +60,79 @@ def write_model(
 
     An artifact that is already there is replaced as a whole, and stays until the new one is; a
     folder that holds anything else, or one of its files changed, is refused (``ValueError``). A
-    model of transformers with shapes that its config cannot describe (`curvprune.model.shapes`) is
-    never portable.
+    model of transformers that its ``from_pretrained`` would not read, such as one with shapes that
+    its config cannot describe, is never portable; the manifest and a warning say why.
     """
-    layers = find_layers(model)
+    check_free(folder)
+    layers, asked = find_layers(model), portable
+    if not is_transformers(model):
+        save(folder, model, layers, solved, plan, portable=portable)
+        return
+    # 1. What the config says; of packed layers, where others shall read them.
     portable = portable_for(model, portable)
+    entries = config_entries(model, architecture_config(model))
+    packed = _packed_for_others(model, layers, solved, portable)
+    if packed:
+        zeros = portable == "engines"
+        entries["quantization_config"] = quantization_config(model, packed, packed_zeros=zeros)
+    # 2. Whether they do: the very tensors, read by transformers itself.
+    unread = why_not_portable(model) if asked else ""
+    if portable and not (portable == "engines" and _has_zero_points(packed)):
+        tensors = state_dict_on_disk(model, layers, solved, portable=portable)
+        unread = why_unread(model, entries, tensors, _compressed(model, layers, solved))
+    if unread:
+        entries.pop("quantization_config", None)
+        warnings.warn(f"{folder}: {unread_note(model, unread)}", UserWarning, stacklevel=2)
+    # 3. Weights, manifest and what `from_pretrained` needs.
+    others = ForOthers(
+        write=lambda fresh: save_config(fresh, model, entries, tokenizer), unread=unread
+    )
+    save(folder, model, layers, solved, plan, portable=portable, others=others)
 
-    def companions(fresh: Path) -> None:
-        if not is_transformers(model):
-            return
-        # transformers must know the grid of every layer that it is to unpack.
-        packed: dict[str, Quantize] = {}
-        for name, one in solved.items():
-            grid = quantizer_of(one.option)
-            if grid is not None and form_of(model, layers[name], one.option) == "packed":
-                packed[name] = grid
-        # Without a config the folder is for `curvprune.load(folder, model=...)`, which says so.
-        if not portable or not packed or loads_packed(model):
-            grids = packed if portable else {}
-            save_config(fresh, model, grids, tokenizer, architecture_config(model))
 
-    save(folder, model, layers, solved, plan, portable=portable, companions=companions)
+def unread_note(model: nn.Module, why: str) -> str:
+    """That a folder is not portable, for the notes."""
+    return (
+        f"transformers' from_pretrained does not read {type(model).__name__} as it is ({why}): "
+        "curvprune.load reads what is saved, and nothing else does"
+    )
+
+
+def _packed_for_others(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    solved: Mapping[str, Solved],
+    portable: Portable,
+) -> dict[str, Quantize]:
+    """The grids of the layers that transformers is to unpack."""
+    found: dict[str, Quantize] = {}
+    for name, one in solved.items():
+        grid = quantizer_of(one.option)
+        form = form_of(model, layers[name], one.option, portable=portable)
+        if portable and grid is not None and form in ("packed", "blocks"):
+            found[name] = grid
+    return found
+
+
+def _has_zero_points(packed: Mapping[str, Quantize]) -> bool:
+    """Packed zero points are for engines: transformers reads them in some versions only."""
+    return any(not grid.symmetric for grid in packed.values())
+
+
+def _compressed(
+    model: nn.Module, layers: Mapping[str, Layer], solved: Mapping[str, Solved]
+) -> dict[str, Tensor]:
+    """Every tensor of the compressed model."""
+    tensors: dict[str, Tensor] = dict(model.state_dict())
+    for name, one in solved.items():
+        layer = layers[name]
+        matrix, grid = one.weight, quantizer_of(one.option)
+        if grid is not None and one.codes is not None and one.scale is not None:
+            # Codes and scales say what the weight is; not all who solved it keep it.
+            matrix = dequantize(one.codes, one.scale, one.zero, grid.group_size)
+        weight = layer.from_matrix(matrix).to(layer.weight.dtype)
+        tensors.update(dict.fromkeys(layer.keys, weight))
+    return tensors
 
 
 def describe(
@@ -109,14 +174,14 @@ def load_artifact(
     hashes: bool = True,
 ) -> nn.Module:
     """Load a saved transformers model, portable or not, in evaluation mode, weights unpacked unless
-    ``packed``. With ``hashes`` every file is first seen to be what was written."""
+    ``packed``.
+
+    The file is read in one way only, which does not depend on the version of transformers, and
+    strictly: see `curvprune.artifact.folder.load_into`. With ``hashes`` every file is first seen to
+    be what was written.
+    """
     manifest = read_manifest(folder)
     verify(folder, manifest, hashes=hashes)
-    check_header(weights_file(folder))
-    if manifest.portable and not packed:
-        model = load_portable(folder, device=device)
-        remember_seen_(model, manifest.digests())
-        return model
     # The hashes have just been looked at.
-    filled = load_into(folder, load_foreign(folder), packed=packed, hashes=False)
-    return filled.to(device).eval()
+    model = load_into(folder, load_foreign(folder, manifest.dtypes), packed=packed, hashes=False)
+    return model.to(device).eval()

@@ -2,8 +2,11 @@
 
 The packed layout is compressed-tensors' ``pack-quantized``: integer codes of ``bits`` bits packed
 without gaps into little-endian int32 words along the inputs, float scales, zero points packed along
-the outputs, and the shape. Plain transformers reads it for Linear layers of its own models;
-`curvprune.load` reads it for every kind of layer of any module.
+the outputs, and the shape. `curvprune.load` reads it for every kind of layer of any module.
+
+Plain transformers reads it for Linear layers of its own models, but for zero points: from version
+5.23 on it refuses packed ones. Those layers are ``blocks`` of one row and a group's width, of which
+compressed-tensors packs the codes alone: a zero point is a byte.
 
 A pruned layer that only `curvprune.load` must read is stored sparse where that is smaller.
 ``weight_bitmask`` has one bit for each weight, rows one after another, lowest bit first, set where
@@ -55,7 +58,7 @@ def stored_tensors(layer: Layer, solved: Solved, *, form: Form) -> dict[str, Ten
         tensors["packed"] = pack(solved.codes, quantize.bits)
     # The same for both: a sparse layer leaves out codes, not groups.
     if quantize is not None:
-        tensors |= _grid_tensors(solved, quantize)
+        tensors |= _grid_tensors(solved, quantize, form)
     return {key_of(layer.name, f"weight_{key}"): tensor for key, tensor in tensors.items()}
 
 
@@ -78,14 +81,14 @@ def _sparse_tensors(layer: Layer, solved: Solved) -> dict[str, Tensor]:
     return {"packed": codes, "bitmask": bitmask(kept)}
 
 
-def _grid_tensors(solved: Solved, quantize: Quantize) -> dict[str, Tensor]:
+def _grid_tensors(solved: Solved, quantize: Quantize, form: Form) -> dict[str, Tensor]:
     """Scales, and zero points where zero is not the middle of the grid."""
     assert solved.scale is not None
     tensors = {"scale": solved.scale.contiguous()}
     if solved.zero is not None and not quantize.symmetric:
-        # Those of one bit are no integers.
-        whole = quantize.bits > 1
-        zero = pack(solved.zero, quantize.bits, dim=0) if whole else solved.zero.contiguous()
+        # Those of one bit are no integers, and those of blocks have a byte each.
+        packs = quantize.bits > 1 and form != "blocks"
+        zero = pack(solved.zero, quantize.bits, dim=0) if packs else solved.zero.contiguous()
         tensors["zero_point"] = zero
     return tensors
 
@@ -199,7 +202,7 @@ def take_stored(
     # 2. The grid, if the layer is rounded.
     scale = zero = kept = None
     if quantize is not None:
-        scale, zero = _take_grid(disk, quantize)
+        scale, zero = _take_grid(disk, quantize, form)
     # 3. Weights or codes: those that are kept, or all.
     if form == "sparse":
         kept = _take_kept(disk)
@@ -211,7 +214,7 @@ def take_stored(
     return Stored(matrix=matrix, kept=kept, quantize=quantize, scale=scale, zero=zero)
 
 
-def _take_grid(disk: _OnDisk, quantize: Quantize) -> tuple[Tensor, Tensor | None]:
+def _take_grid(disk: _OnDisk, quantize: Quantize, form: Form) -> tuple[Tensor, Tensor | None]:
     """Scales and zero points."""
     out, width = disk.layer.shape
     groups = 1 if quantize.group_size is None else math.ceil(width / quantize.group_size)
@@ -223,6 +226,8 @@ def _take_grid(disk: _OnDisk, quantize: Quantize) -> tuple[Tensor, Tensor | None
         return scale, None
     if quantize.bits == 1:
         return scale, disk.take("zero_point", torch.float16, (out, groups))
+    if form == "blocks":
+        return scale, disk.take("zero_point", torch.int8, (out, groups))
     words = disk.take("zero_point", torch.int32, (math.ceil(out * quantize.bits / 32), groups))
     return scale, unpack(words, quantize.bits, out, dim=0)
 

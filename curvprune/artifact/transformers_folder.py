@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,28 +13,37 @@ from typing import Any
 import torch
 from torch import nn
 
-from curvprune.compat import (
-    decompress_,
-    import_transformers,
-    loads_without_linear_weights,
-    model_from_config,
-    quiet_libraries,
-)
+from curvprune.compat import config_of, import_transformers, model_from_config, quiet_libraries
 from curvprune.failures import is_machine, one_line
 from curvprune.options import Quantize
 
+GENERATION = "generation_config.json"
 
-def quantization_config(model: nn.Module, choices: Mapping[str, Quantize]) -> dict[str, object]:
+
+def quantization_config(
+    model: nn.Module, choices: Mapping[str, Quantize], *, packed_zeros: bool = False
+) -> dict[str, object]:
     """The ``quantization_config`` entry of ``config.json`` for packed layers: one group per kind of
     grid.
 
     Linear layers that are not packed are named under ``ignore``: vLLM refuses a model with one that
     no entry covers.
+
+    Args:
+        packed_zeros: zero points are packed, as engines expect them, and not a byte each.
     """
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    groups: dict[Quantize, list[str]] = {}
-    for layer, quantize in choices.items():
-        groups.setdefault(quantize, []).append(layer)
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    groups: dict[str, dict[str, object]] = {}
+    targets: dict[str, list[str]] = {}
+    for layer, grid in choices.items():
+        key, weights = grid.key, _weights_args(grid)
+        if not grid.symmetric and not packed_zeros:
+            # One row, and the width of a group: a block of each layer's own width without groups.
+            width = grid.group_size or linear[layer].in_features
+            key = f"{grid.key}-{width}"
+            weights |= {"strategy": "block", "group_size": None, "block_structure": [1, width]}
+        targets.setdefault(key, []).append(layer)
+        groups[key] = _group_config(targets[key], weights)
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -41,51 +51,89 @@ def quantization_config(model: nn.Module, choices: Mapping[str, Quantize]) -> di
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "ignore": [name for name in linear if name not in choices],
-        "config_groups": {grid.key: _group_config(grid, names) for grid, names in groups.items()},
+        "config_groups": groups,
     }
 
 
-def _group_config(quantize: Quantize, layers: list[str]) -> dict[str, object]:
+def _group_config(layers: list[str], weights: dict[str, object]) -> dict[str, object]:
     """The layers that share a grid, and the grid."""
     return {
-        "targets": [*layers],
+        "targets": layers,
         "format": "pack-quantized",
         "input_activations": None,
         "output_activations": None,
-        "weights": {
-            "num_bits": quantize.bits,
-            "type": "int",
-            "symmetric": quantize.symmetric,
-            "strategy": "channel" if quantize.group_size is None else "group",
-            "group_size": quantize.group_size,
-            "dynamic": False,
-        },
+        "weights": weights,
     }
 
 
-def save_config(
-    folder: Path,
-    model: Any,
-    choices: Mapping[str, Quantize],
-    tokenizer: Any = None,
-    architecture: Mapping[str, int | list[str]] | None = None,
-) -> None:
-    """Write config, generation config and tokenizer beside the weights, as ``from_pretrained``
-    expects them; with the entries of ``architecture`` instead of the model's own."""
+def _weights_args(quantize: Quantize) -> dict[str, object]:
+    return {
+        "num_bits": quantize.bits,
+        "type": "int",
+        "symmetric": quantize.symmetric,
+        "strategy": "channel" if quantize.group_size is None else "group",
+        "group_size": quantize.group_size,
+        "dynamic": False,
+    }
+
+
+def config_entries(
+    model: Any, architecture: Mapping[str, int | list[str]] | None = None
+) -> dict[str, object]:
+    """The entries of ``config.json``, those of ``architecture`` instead of the model's own; nothing
+    is called packed."""
     said = copy.deepcopy(model.config)
     for key, value in (architecture or {}).items():
         setattr(said, key, value)
-    config = json.loads(said.to_json_string(use_diff=True))
+    config: dict[str, object] = json.loads(said.to_json_string(use_diff=True))
+    config.pop("quantization_config", None)  # of a folder that the model was read from
     # What `from_pretrained` and `load_foreign` need to know, whether the model was read or built.
     config["architectures"] = [type(model).__name__]
-    config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
-    if choices:
-        config["quantization_config"] = quantization_config(model, choices)
+    config["dtype"] = str(main_dtype(model)).removeprefix("torch.")
+    _tie_as_memory_(model, said, config)
+    return config
+
+
+def main_dtype(model: nn.Module) -> torch.dtype:
+    """The float type that most of a model's parameters have."""
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] += parameter.numel()
+    return counts.most_common(1)[0][0]
+
+
+def _tie_as_memory_(model: Any, said: Any, config: dict[str, object]) -> None:
+    """Let a config say whether embedding and output head are one weight, as they are in memory."""
+    try:
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    except (AttributeError, NotImplementedError, TypeError):
+        return  # no class that knows the two
+    one, other = getattr(embedding, "weight", None), getattr(head, "weight", None)
+    if one is None or other is None or one.shape != other.shape:
+        return
+    tied = one.data_ptr() == other.data_ptr()
+    text = said.get_text_config()
+    if getattr(text, "tie_word_embeddings", tied) == tied == said.tie_word_embeddings:
+        return
+    config["tie_word_embeddings"] = tied
+    for key, part in config.items():
+        if isinstance(part, dict) and getattr(said, key, None) is text:
+            part["tie_word_embeddings"] = tied
+
+
+def save_config(
+    folder: Path, model: Any, entries: Mapping[str, object], tokenizer: Any = None
+) -> None:
+    """Write config, generation config and tokenizer beside the weights, as ``from_pretrained``
+    expects them."""
     (folder / "config.json").write_text(
-        json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8"
     )
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(folder)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        # As it is: its own `save_pretrained` refuses settings that contradict each other.
+        generation.to_json_file(folder / GENERATION)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -170,11 +218,12 @@ def _factors(model: nn.Module) -> dict[tuple[str, str], float]:
     return found
 
 
-def load_foreign(folder: Path) -> nn.Module:
+def load_foreign(folder: Path, dtypes: Mapping[str, str] | None = None) -> nn.Module:
     """The uncompressed architecture that a folder's config describes, its weights not yet filled
-    in. Raises ``ValueError`` naming a config that describes none."""
+    in; ``dtypes`` are those of the tensors that do not have the config's own type. Raises
+    ``ValueError`` naming a config that describes none."""
     try:
-        return _foreign(folder)
+        return _foreign(folder, dtypes or {})
     except Exception as error:  # of any type: a config that was edited may say anything
         if is_machine(error) or isinstance(error, ValueError):
             raise
@@ -184,18 +233,22 @@ def load_foreign(folder: Path) -> nn.Module:
         ) from error
 
 
-def _foreign(folder: Path) -> nn.Module:
+def _foreign(folder: Path, dtypes: Mapping[str, str]) -> nn.Module:
     transformers = import_transformers()
     record = _read_config(folder)
     kind = _class_of(folder, record)
     record.pop("quantization_config", None)  # the weights are ours to unpack
     # Of the class itself: an Auto class could take another one for the same config.
-    config = kind.config_class.from_dict(record)
+    config = config_of(kind, record)
+    main: torch.dtype = getattr(torch, record["dtype"])
     with quiet_libraries():
-        model = model_from_config(kind, config, getattr(torch, record["dtype"]))
-        if (folder / "generation_config.json").is_file():
-            generation = transformers.GenerationConfig.from_pretrained(folder)
-            model.generation_config = generation
+        model = model_from_config(kind, config, main)
+        if (folder / GENERATION).is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    # A class may keep some of its tensors wide; those that were saved need not have been.
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(getattr(torch, dtypes.get(name, record["dtype"])))
     return model
 
 
@@ -208,29 +261,7 @@ def _class_of(folder: Path, config: Any) -> Any:
     transformers, name = import_transformers(), config["architectures"][0]
     if not hasattr(transformers, name):
         raise ValueError(
-            f"{folder}: architecture {name!r} is not part of transformers; load it by its own class"
+            f"{folder}: architecture {name!r} is not part of transformers; pass model=, an "
+            "instance of it"
         )
     return getattr(transformers, name)
-
-
-def loads_packed(model: Any) -> bool:
-    """Whether transformers can load this class with packed Linear layers: some classes (T5, SigLIP)
-    need the weights that packing has removed. Tried without memory or a forward pass."""
-    return loads_without_linear_weights(type(model), model.config)
-
-
-def load_portable(folder: Path, *, device: str | torch.device = "cpu") -> nn.Module:
-    """Load a saved transformers model by the class that its config names, in evaluation mode,
-    weights unpacked."""
-    kind = _class_of(folder, _read_config(folder))
-    with quiet_libraries():
-        try:
-            model = kind.from_pretrained(str(folder))
-        except RuntimeError as error:
-            raise ValueError(
-                f"{folder}: transformers {import_transformers().__version__} cannot read it "
-                f"({str(error).splitlines()[0]}); versions from 5.23 on refuse packed zero points: "
-                "use transformers>=5.18,<5.23 or symmetric options"
-            ) from error
-        decompress_(model)
-    return model.to(device).eval()

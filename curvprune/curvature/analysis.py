@@ -122,7 +122,8 @@ def analyze_curvature(
         check_same_twice(model, objective, batches[0])
 
     # 2. Every layer, and the whole model; once more where a later batch shows another structure.
-    while True:
+    parts: tuple[dict[str, LayerCurvature], ModelCurvature | None] | None = None
+    while parts is None:
         request = AnalysisRequest(
             model=model,
             objective=objective,
@@ -136,11 +137,10 @@ def analyze_curvature(
         request.notes += [*_of_loss(objective), *_of_model(structure, layers)]
         request.notes += [*_of_altered(structure), *_of_unused(unused), *_of_frozen(layers)]
         try:
-            found, whole = _of_request(request, taken, alone=not layers)
+            parts = _of_request(request, taken, alone=not layers)
         except Uneven as uneven:
             structure = structure.without(uneven.reasons)
-            continue
-        break
+    found, whole = parts
     found |= {name: LayerCurvature.zeros_of(layers[name], asked.quantities) for name in unused}
     found = {name: found[name] for name in layers}
 

@@ -152,8 +152,14 @@ class AnalysisRequest:
     def _build(self, batches: Sequence[Batch], globs: Sequence[str]) -> MatrixFree:
         model, objective, asked = self.model, self.objective, self.asked
         if asked.matrix == "fisher":
-            drawn = {"labels": asked.labels, "seed": asked.seed}
-            return fisher(model, batches, objective, parameters=globs, **drawn)
+            return fisher(
+                model,
+                batches,
+                objective,
+                parameters=globs,
+                labels=asked.labels,
+                seed=asked.seed,
+            )
         build = BUILDERS[asked.matrix]
         return build(model, batches, objective, parameters=globs)
 

@@ -21,7 +21,7 @@ from curvprune.compression import (
     trained_tensors,
 )
 from curvprune.model import ItemResults, carrying, find_layers
-from curvprune.options import Option, option_from_key, pruner_of
+from curvprune.options import Option, option_from_key, pruner_of, quantizer_of
 from curvprune.planning import Plan
 from curvprune.record import RecoveryRecord
 from curvprune.run.candidates import Sweep, solve_in_one_pass
@@ -152,8 +152,40 @@ def unpriced_plan(task: Task, space: Workspace, choices: Mapping[str, str]) -> P
         bytes=task.bytes_of(choices),
         predicted=unknown,
         predicted_stderr=unknown,
-        notes=(*task.notes, *space.notes, *notes_on_zeros(task, choices)),
+        notes=(*task.notes, *space.notes, *notes_on_storage(task, choices)),
     )
+
+
+def notes_on_storage(task: Task, choices: Mapping[str, str]) -> list[str]:
+    """What to tell about the folder that a plan makes, where it is not what one may expect."""
+    return [*_notes_on_readers(task, choices), *notes_on_zeros(task, choices)]
+
+
+def _notes_on_readers(task: Task, choices: Mapping[str, str]) -> list[str]:
+    """What transformers cannot read of it, and how many bytes that costs."""
+    model = task.model
+    if not task.settings.portable or not artifact.is_transformers(model):
+        return []
+    why = artifact.why_not_portable(model)
+    if why:
+        return [artifact.unread_note(model, why)]
+    found = artifact.readable(model)
+    before = after = count = 0
+    for name, key in choices.items():
+        option, layer = option_from_key(key), task.layers[name]
+        can = layer.kind != "linear" or layer.aliases or name in found.packed
+        if can or quantizer_of(option) is None:
+            continue
+        count, before = count + 1, before + task.layer_bytes(name, option)
+        after += artifact.layer_bytes(model, layer, option, portable=False)
+    if not count:
+        return []
+    return [
+        f"{count} rounded layer(s) are stored dense, because transformers cannot read them packed "
+        f"in a {type(model).__name__} ({found.why_dense}): {before / 1e6:.1f} MB, which portable: "
+        f"false (in Python Settings(portable=False)) would make {after / 1e6:.1f} MB, for "
+        "curvprune.load alone"
+    ]
 
 
 def notes_on_zeros(task: Task, choices: Mapping[str, str]) -> list[str]:

@@ -29,7 +29,7 @@ from curvprune.planning import Budget, Plan
 from curvprune.record import Attempt, RecoveryRecord, Trial
 from curvprune.run.apply import (
     apply_plan,
-    notes_on_zeros,
+    notes_on_storage,
     recover_plan,
     unpriced_plan,
     write_artifact,
@@ -125,7 +125,7 @@ def certify_plans(
     if judged is not None:
         place = fixed_sequence(verdicts) or 0
     shipped, verdict = sequence[place], verdicts[place]
-    space.note(*notes_on_zeros(task, shipped.trial.choices))
+    space.note(*notes_on_storage(task, shipped.trial.choices))
     plan = _plan_of(task, space, shipped.trial)
     attempts: list[Attempt] = []
     if judged is not None:
@@ -156,7 +156,7 @@ def apply_and_measure(task: Task, space: Workspace, choices: Mapping[str, str]) 
         solved, recovery = recover_plan(task, space, model, solved, folder)
         recoveries = (recovery,)
     plan = unpriced_plan(task, space, choices)
-    space.note(*notes_on_zeros(task, choices))
+    space.note(*notes_on_storage(task, choices))
     path = write_artifact(task, space, folder, model, solved, plan)
     measured, items = _verdict_of(task, space, path, "certify/1.json", title="measure", budget=None)
     (measured,) = _counted(task, space, [measured], judged=False)

@@ -218,7 +218,6 @@ def _fit(
     try:
         named = list(chain.from_iterable(entry.layers for entry in recipe.compress))
         task = check_task(task, final=final, named=named, priced=priced)
-        _check_packing(task)
     except TaskError as error:
         raise recipe.error(error.key, str(error)) from error
     except Infeasible as error:
@@ -226,19 +225,6 @@ def _fit(
         where = error.constraint if error.constraint in SIZES else "limits"
         raise recipe.error(("budget", where), str(error)) from error
     return task
-
-
-def _check_packing(task: Task) -> None:
-    """Whether transformers can load what the recipe wants it to load."""
-    rounds = any(quantizer_of(option) for option in task.offered)
-    portable = artifact.portable_for(task.model, task.settings.portable)
-    if rounds and portable and not artifact.loads_packed(task.model):
-        raise TaskError(
-            f"transformers cannot load {type(task.model).__name__} with packed layers (it "
-            "initialises their weights by name); write portable: false, for a folder that "
-            "curvprune.load reads",
-            "model",
-        )
 
 
 # ------------------------------------------------------------------------------- parts of a recipe

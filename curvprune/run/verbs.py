@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from curvprune.artifact import describe
+from curvprune.artifact import describe, unread_note, why_not_portable
 from curvprune.certificate import IN_THIS_PROCESS, Verdict, counted, judge, loss_for
 from curvprune.compression import Recovery, RecoveryItems, Solved, Training, recover_
 from curvprune.files import StageLog
@@ -186,6 +186,9 @@ def remove_units(
         model, objective, splits, asked, seed=settings.seed, batch_size=settings.batch_size
     )
     why = describe(model, pruned.model, pruned.uniform_widths(), pruned.dropped)
+    unread = why_not_portable(pruned.model)
+    if why is None and unread:
+        why = unread_note(pruned.model, unread)
     notes = (*pruned.notes, *splits.calibrate.left_out())
     notes = notes if why is None else (*notes, why)
     # 3. The verdict.

@@ -224,3 +224,14 @@ def test_loading_and_exporting_draw_no_bars(tmp_path, capfd):
     cp.load(tmp_path / "saved")
     cp.export_dense(tmp_path / "saved", tmp_path / "dense")
     assert "it/s" not in capfd.readouterr().err
+
+
+def test_hooks_that_others_leave_on_a_model_are_taken_off():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    calls = []
+    model[0].register_forward_hook(lambda *_: calls.append("ours"))
+    with pytest.raises(KeyError), compat.hooks_kept(model):
+        model[0].register_forward_hook(lambda *_: calls.append("theirs"))
+        raise KeyError
+    model(torch.zeros(1, 2))
+    assert calls == ["ours"]

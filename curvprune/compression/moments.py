@@ -73,7 +73,8 @@ def moments_of(
     mean = torch.zeros(layer.groups, layer.shape[1], dtype=wide, device=x.device)
     drift = None if original is None else torch.zeros_like(second)
     moved_mean = torch.zeros_like(mean)
-    count, places, notes = 0, 0, ()
+    count, places = 0, 0
+    notes: tuple[str, ...] = ()
     chunks = _chunks(layer, x)
     sample = _Sample.of(layer, module, x)
     originals = [None] * len(chunks) if original is None else _chunks(layer, original)

@@ -290,6 +290,19 @@ def is_custom_function(node: Any) -> bool:
     return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
+@contextmanager
+def hooks_kept(model: nn.Module) -> Iterator[None]:
+    """Forward hooks that others put on modules and leave there, after an exception too, are taken
+    off again."""
+    before = {module: set(module._forward_hooks) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, names in before.items():
+            for name in [n for n in module._forward_hooks if n not in names]:
+                del module._forward_hooks[name]
+
+
 # -------------------------------------------------------------------- transformers: stacked experts
 
 

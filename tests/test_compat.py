@@ -286,3 +286,14 @@ def test_a_recurrent_module_lets_go_of_weights_that_it_ran_with():
     assert gone() is not None
     compat.forget_weights_(module)
     assert gone() is None and module.weight_hh_l0 is own
+
+
+def test_hooks_that_others_leave_on_a_model_are_taken_off():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    calls = []
+    model[0].register_forward_hook(lambda *_: calls.append("ours"))
+    with pytest.raises(KeyError), compat.hooks_kept(model):
+        model[0].register_forward_hook(lambda *_: calls.append("theirs"))
+        raise KeyError
+    model(torch.zeros(1, 2))
+    assert calls == ["ours"]

@@ -51,8 +51,8 @@ def _all_found(model: nn.Module, objective: Loss, batch: Batch) -> Found:
     torch_pruning()  # or say how to get it
     try:
         traced = _trace(model, objective, batch)
-        first, _ = tried(model, objective, batch, traced.cuts)
-        traced = replace(traced, cuts=first)
+        first, reasons = tried(model, objective, batch, traced.cuts)
+        traced = replace(traced, cuts=first, notes=traced.notes + reasons)
     except ValueError as reason:
         traced = Found(cuts={}, sinks={}, notes=[str(reason)])
     taken: set[str] = set()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from curvprune.compat import hooks_kept
 from curvprune.model import Batch, Loss, evaluating, is_conv1d
 from curvprune.structured.cuts import Conv1DPruner, torch_pruning
 
@@ -43,7 +44,12 @@ class Graph:
             for p, _ in flags:
                 p.requires_grad_(p.is_floating_point())
             # It warns of parameters outside known modules, which `spread` looks at itself.
-            with evaluating(model), torch.enable_grad(), warnings.catch_warnings():
+            with (
+                hooks_kept(model),
+                evaluating(model),
+                torch.enable_grad(),
+                warnings.catch_warnings(),
+            ):
                 warnings.simplefilter("ignore")
                 self.graph = library.DependencyGraph().build_dependency(
                     model,

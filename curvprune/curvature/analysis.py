@@ -136,13 +136,13 @@ def analyze_curvature(
         request.notes += [*_of_loss(objective), *_of_model(structure, layers)]
         request.notes += [*_of_altered(structure), *_of_unused(unused), *_of_frozen(layers)]
         try:
-            found, whole = _of_request(request, taken, alone=not layers)
+            some, whole = _of_request(request, taken, alone=not layers)
         except Uneven as uneven:
             structure = structure.without(uneven.reasons)
             continue
         break
-    found |= {name: LayerCurvature.zeros_of(layers[name], asked.quantities) for name in unused}
-    found = {name: found[name] for name in layers}
+    some |= {name: LayerCurvature.zeros_of(layers[name], asked.quantities) for name in unused}
+    found = {name: some[name] for name in layers}
 
     # 3. In words.
     diagnosis: Diagnosis | None = None

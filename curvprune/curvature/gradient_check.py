@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,11 +52,10 @@ def why_calls_do_not_do(
     called = [name for name in layers if taken.calls[name]]
     for names in _groups(layers, called):
         edges = [call.edge for name in names for call in taken.calls[name]]
-        weights = [layers[name].weight for name in names]
+        weights: list[Tensor] = [layers[name].weight for name in names]
+        ends: list[Any] = [*edges, *weights]
         with requiring(weights), full_float32():
-            found = torch.autograd.grad(
-                outputs, [*edges, *weights], seed, retain_graph=True, allow_unused=True
-            )
+            found = torch.autograd.grad(outputs, ends, seed, retain_graph=True, allow_unused=True)
         arrived, own = iter(found[: len(edges)]), found[len(edges) :]
         # 3. The same twice?
         for name, gradient in zip(names, own, strict=True):

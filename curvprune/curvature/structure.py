@@ -63,7 +63,7 @@ class Structure:
             factored=left(self.factored),
             piecewise_linear=left(self.piecewise_linear),
             heads=left(self.heads),
-            reasons=self.reasons | reasons,
+            reasons={**self.reasons, **reasons},
         )
 
 

@@ -116,8 +116,8 @@ def _embedding(
 
 def _embedding_bag(input: Tensor, weight: Tensor, *others: Any, **named: Any) -> Tensor:
     """A bag for each row of ``input``; other forms as they are."""
-    first = ("offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse")
-    names = (*first, "per_sample_weights", "include_last_offset", "padding_idx")
+    names = ["offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse"]
+    names += ["per_sample_weights", "include_last_offset", "padding_idx"]
     given = dict(zip(names, others, strict=False)) | named
     mode, shares, pad = (given.get(n) for n in ("mode", "per_sample_weights", "padding_idx"))
     # torch itself has the two tensors in either order.

@@ -52,7 +52,7 @@ def why_calls_do_not_do(
     called = [name for name in layers if taken.calls[name]]
     for names in _groups(layers, called):
         edges = [call.edge for name in names for call in taken.calls[name]]
-        weights = [layers[name].weight for name in names]
+        weights: list[Tensor] = [layers[name].weight for name in names]
         ends: list[Any] = [*edges, *weights]
         with requiring(weights), full_float32():
             found = torch.autograd.grad(outputs, ends, seed, retain_graph=True, allow_unused=True)

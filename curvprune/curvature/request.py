@@ -152,14 +152,8 @@ class AnalysisRequest:
     def _build(self, batches: Sequence[Batch], globs: Sequence[str]) -> MatrixFree:
         model, objective, asked = self.model, self.objective, self.asked
         if asked.matrix == "fisher":
-            return fisher(
-                model,
-                batches,
-                objective,
-                parameters=globs,
-                labels=asked.labels,
-                seed=asked.seed,
-            )
+            labels, seed = asked.labels, asked.seed
+            return fisher(model, batches, objective, labels=labels, seed=seed, parameters=globs)
         build = BUILDERS[asked.matrix]
         return build(model, batches, objective, parameters=globs)
 

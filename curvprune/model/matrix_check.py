@@ -62,7 +62,7 @@ def deviations(
     found: dict[str, Deviation] = {}
 
     def compare(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: Any, named: dict[str, Any], output: Any) -> None:
+        def hook(module: nn.Module, arguments: Any, named: Any, output: Any) -> None:
             if name in found and not found[name].used:
                 return
             new = _deviation(layers[name], module, (*arguments, *named.values()), output)

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from functools import wraps
 from inspect import signature
 from itertools import chain, pairwise
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ def takes_models(
         @wraps(verb)
         def called(*args: P.args, **named: P.kwargs) -> R:
             # 1. The arguments by name, as far as their names are known.
-            given: dict[str, Any] = dict(zip(order, args, strict=False))
+            given: dict[str, object] = dict(zip(order, args, strict=False))
             rest, told = args[len(given) :], {**named}
             with ExitStack() as stack:
                 for context in (

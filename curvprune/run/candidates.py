@@ -168,11 +168,17 @@ def solve_in_one_pass(task: Task, space: Workspace, sweep: Sweep) -> Candidates:
                 visit(layer, lambda: None)
     if not sequential:
         wait()
-    if state.has(record):
-        visited = decode(Visited, state.read_json(record), source=str(state.path(record)))
-        dead = [name for name in layers if state.has(f"{files[name]}.dead.json")]
-        space.note(*_notes_on(visited, dead))
+    _note_what_was_visited(space, found, record)
     return found
+
+
+def _note_what_was_visited(space: Workspace, found: Candidates, record: str) -> None:
+    state = space.state
+    if not state.has(record):
+        return
+    visited = decode(Visited, state.read_json(record), source=str(state.path(record)))
+    dead = [name for name in found.layers if state.has(f"{found.files[name]}.dead.json")]
+    space.note(*_notes_on(visited, dead))
 
 
 def _visit(task: Task, sweep: Sweep, visit: Visitor) -> Visited:

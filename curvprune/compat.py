@@ -11,6 +11,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -441,6 +442,21 @@ def decompress_(model: Any) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
+
+
+def is_own_code(model: Any) -> bool:
+    """Whether a model's class is not transformers' own but came with its weights, as
+    ``trust_remote_code=True`` loads it."""
+    return getattr(type(model), "_auto_class", None) is not None
+
+
+def copy_code(model: Any, folder: Path) -> None:
+    """The Python files of a class that came with its weights, for a folder that is to be loaded in
+    the same way. Files alone: nothing of them is run."""
+    if is_own_code(model):
+        from transformers.dynamic_module_utils import custom_object_save
+
+        custom_object_save(model, folder, config=copy.deepcopy(model.config))
 
 
 # --------------------------------------------------------------------- transformers: the Trainer

@@ -172,6 +172,7 @@ def load_artifact(
     packed: bool = False,
     device: str | torch.device = "cpu",
     hashes: bool = True,
+    kind: type[nn.Module] | None = None,
 ) -> nn.Module:
     """Load a saved transformers model, portable or not, in evaluation mode, weights unpacked unless
     ``packed``.
@@ -179,9 +180,15 @@ def load_artifact(
     The file is read in one way only, which does not depend on the version of transformers, and
     strictly: see `curvprune.artifact.folder.load_into`. With ``hashes`` every file is first seen to
     be what was written.
+
+    Args:
+        kind: the model's class, where it is known: one that came with its weights is not found by
+            its name.
     """
     manifest = read_manifest(folder)
     verify(folder, manifest, hashes=hashes)
     # The hashes have just been looked at.
-    model = load_into(folder, load_foreign(folder, manifest.dtypes), packed=packed, hashes=False)
+    model = load_into(
+        folder, load_foreign(folder, manifest.dtypes, kind), packed=packed, hashes=False
+    )
     return model.to(device).eval()

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from curvprune.compat import config_of, import_transformers, model_from_config, quiet_libraries
+from curvprune.compat import (
+    config_of,
+    copy_code,
+    import_transformers,
+    model_from_config,
+    quiet_libraries,
+)
 from curvprune.failures import is_machine, one_line
 from curvprune.options import Quantize
 
@@ -136,6 +142,7 @@ def save_config(
         generation.to_json_file(folder / GENERATION)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    copy_code(model, folder)
 
 
 # The names that configs have for the width of an MLP.
@@ -218,12 +225,20 @@ def _factors(model: nn.Module) -> dict[tuple[str, str], float]:
     return found
 
 
-def load_foreign(folder: Path, dtypes: Mapping[str, str] | None = None) -> nn.Module:
+def load_foreign(
+    folder: Path, dtypes: Mapping[str, str] | None = None, kind: type[nn.Module] | None = None
+) -> nn.Module:
     """The uncompressed architecture that a folder's config describes, its weights not yet filled
-    in; ``dtypes`` are those of the tensors that do not have the config's own type. Raises
-    ``ValueError`` naming a config that describes none."""
+    in.
+
+    Args:
+        dtypes: of the tensors that do not have the config's own type.
+        kind: the class; else the one of transformers that the config names.
+
+    Raises ``ValueError`` naming a config that describes none.
+    """
     try:
-        return _foreign(folder, dtypes or {})
+        return _foreign(folder, dtypes or {}, kind)
     except Exception as error:  # of any type: a config that was edited may say anything
         if is_machine(error) or isinstance(error, ValueError):
             raise
@@ -233,10 +248,10 @@ def load_foreign(folder: Path, dtypes: Mapping[str, str] | None = None) -> nn.Mo
         ) from error
 
 
-def _foreign(folder: Path, dtypes: Mapping[str, str]) -> nn.Module:
+def _foreign(folder: Path, dtypes: Mapping[str, str], known: Any) -> nn.Module:
     transformers = import_transformers()
     record = _read_config(folder)
-    kind = _class_of(folder, record)
+    kind = known or _class_of(folder, record)
     record.pop("quantization_config", None)  # the weights are ours to unpack
     # Of the class itself: an Auto class could take another one for the same config.
     config = config_of(kind, record)
@@ -262,6 +277,7 @@ def _class_of(folder: Path, config: Any) -> Any:
     if not hasattr(transformers, name):
         raise ValueError(
             f"{folder}: architecture {name!r} is not part of transformers; pass model=, an "
-            "instance of it"
+            "instance of it, such as AutoModel.from_pretrained(..., trust_remote_code=True) gives "
+            "of the uncompressed folder"
         )
     return getattr(transformers, name)

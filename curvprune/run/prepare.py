@@ -211,7 +211,7 @@ def _fit(
         splits=splits,
         budget=budget,
         settings=_settings(recipe),
-        storage=_storage(recipe, tokenizer, next(model.parameters()).device),
+        storage=_storage(recipe, tokenizer, model),
         recover=_training(recipe),
         notes=tuple(notes),
     )
@@ -248,15 +248,19 @@ def _training(recipe: Recipe) -> Training | None:
     return Training(**recipe.recover.model_dump(), seed=recipe.seed)
 
 
-def _storage(recipe: Recipe, tokenizer: Any, device: torch.device) -> Storage:
+def _storage(recipe: Recipe, tokenizer: Any, model: nn.Module) -> Storage:
     """Folders that transformers reads too, with the tokenizer."""
+    device = next(model.parameters()).device
 
     def write(
-        folder: Path, model: nn.Module, solved: Mapping[str, Solved], plan: Mapping[str, JsonValue]
+        folder: Path,
+        written: nn.Module,
+        solved: Mapping[str, Solved],
+        plan: Mapping[str, JsonValue],
     ) -> None:
-        write_model(folder, model, solved, plan, tokenizer=tokenizer, portable=recipe.portable)
+        write_model(folder, written, solved, plan, tokenizer=tokenizer, portable=recipe.portable)
 
-    return Storage(write=write, read=partial(load_artifact, device=device))
+    return Storage(write=write, read=partial(load_artifact, device=device, kind=type(model)))
 
 
 def _check_folder(recipe: Recipe, root: State | None) -> None:
@@ -518,7 +522,8 @@ def _without_units(
             pruned = replace(pruned, notes=(*pruned.notes, why))
         state.write_json(REMOVED, encode(_removed(pruned)))
     distributed.wait()
-    smaller = load_artifact(folder, device=next(task.model.parameters()).device)
+    device = next(task.model.parameters()).device
+    smaller = load_artifact(folder, device=device, kind=type(task.model))
     removed = decode(RemovedUnits, state.read_json(REMOVED), source=str(state.path(REMOVED)))
     return smaller, removed
 

@@ -32,6 +32,7 @@ from curvprune.compression.moments import Moments, expert_moments, moments_of
 from curvprune.model import (
     SEVERAL,
     Batch,
+    Gathered,
     Layer,
     Loss,
     Read,
@@ -97,7 +98,9 @@ def visit_layers(
         ValueError: layers that the forward pass never reached, by name, if ``required``.
     """
     # 1. How the first item's forward pass uses the weights.
-    uses = weight_uses(model, objective, [one_item(batch, 0)], layers)
+    whole = isinstance(batch, Gathered) and not batch.can_be_taken_apart
+    first = batch if whole else one_item(batch, 0)
+    uses = weight_uses(model, objective, [first], layers)
     read, repeated = {}, {}
     for name, layer in layers.items():
         if layer.readers or uses[name].calls:

@@ -34,6 +34,15 @@ class Gathered(dict[str, Tensor]):
         super().__init__(tensors)
         self.count, self.rows = count, dict(rows)
 
+    @property
+    def can_be_taken_apart(self) -> bool:
+        """Whether it is known which rows belong to which item: not of a packed sequence, which its
+        user has put together."""
+        for name, value in self.items():
+            if name not in self.rows and value.shape[axis_of(name, value)] != self.count:
+                return False
+        return True
+
     def take(self, places: slice | Tensor | Sequence[int]) -> Gathered:
         """Some of the items."""
         numbers = torch.arange(self.count)

@@ -106,7 +106,7 @@ def _nearest_rounding(task: Task, budget: Budget, target: float) -> _Rounding:
     seconds = seconds_of(lambda: run_without_gradient(task, item))
     affordable = int(TRIAL_SECONDS / max(seconds, 1e-6))
     used = min(max(affordable, TRIAL_ITEMS[0]), TRIAL_ITEMS[1])
-    split = select.some(range(used))
+    split = select.some(range(min(used, len(select.items))))
     size = task.settings.batch_size
     baseline = evaluate(task.model, split.batches(size), task.objective)
 

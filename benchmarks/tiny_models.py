@@ -10,6 +10,7 @@ import contextlib
 import copy
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +156,17 @@ def configs_for(arch: str, errors: list[str]) -> Iterator[Config]:
 # ------------------------------------------------------------------------------------------ inputs
 
 
+def special_tokens(config: object) -> set[int]:
+    """Tokens that a config, or a part of it, gives a meaning."""
+    found: set[int] = set()
+    for key, value in vars(config).items():
+        if hasattr(value, "model_type"):
+            found |= special_tokens(value)
+        elif isinstance(value, int) and re.search(r"token_(id|index)$", key):
+            found.add(value)
+    return found
+
+
 class Draw:
     """Random inputs of ``n`` items, the same each time, as tries that a model may take or not."""
 
@@ -171,8 +183,12 @@ class Draw:
         self.labels = torch.arange(n) % 2
 
     def tokens(self, length: int) -> Tensor:
+        # Tokens that stand for images or ends would mean something.
         most = max(4, min(self.words, WORDS))
-        return torch.randint(3, most, (self.n, length), generator=self.generator)
+        special = special_tokens(self.config)
+        plain = torch.tensor([t for t in range(3, most) if t not in special] or [3])
+        places = torch.randint(0, len(plain), (self.n, length), generator=self.generator)
+        return plain[places]
 
     def noise(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator)

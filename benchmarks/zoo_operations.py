@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import curvprune as cp
 from benchmarks.tiny_models import Inputs, logits_in, outputs
 from curvprune.model import find_layers, left_over
+from curvprune.options import kept_weights
 
 ITEMS = 8
 TOLERANCE = 1e-4  # of the largest output, for a model that was read back
@@ -140,8 +141,13 @@ def prune(patient: Patient) -> dict[str, object]:
     result = cp.prune(patient.model, patient.data(), sparsity=0.5, loss=patient.loss())
     notes = list(result.plan.notes)
     large = {n: la for n, la in find_layers(result.model).items() if la.numel > 64}
-    zeros = {n: float((la.weight == 0).float().mean()) for n, la in large.items()}
-    other = {n: share for n, share in zeros.items() if abs(share - 0.5) > 0.06}
+    asked, zeros, other = cp.Prune(sparsity=0.5), {}, {}
+    for name, layer in large.items():
+        zeros[name] = float((layer.weight == 0).float().mean())
+        # Groups are pruned one by one, each to the nearest number of weights.
+        kept = kept_weights(asked, layer.shape, groups=layer.groups)
+        if abs(zeros[name] - (1 - kept / layer.numel)) > 0.06:
+            other[name] = zeros[name]
     chosen = result.plan.choices
     untold = [n for n in other if chosen.get(n, "keep") != "keep" and not named_in(n, notes)]
     if untold:

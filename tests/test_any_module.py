@@ -231,9 +231,9 @@ def test_a_later_batch_that_calls_a_layer_twice_is_not_exact():
 
 @pytest.mark.parametrize("matrix", ["hessian", "ggn", "fisher", "empirical-fisher"])
 def test_a_model_without_known_layers_has_the_curvature_of_the_whole(matrix):
-    lstm = seeded(lambda: nn.LSTM(3, 2, batch_first=True).double())
-    model = Net(lambda s, x: s.lstm(x)[0][:, -1], lstm=lstm)
-    x = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(0)).double()
+    form = seeded(lambda: nn.Bilinear(3, 3, 2).double())
+    model = Net(lambda s, x: s.form(x, x).tanh(), form=form)
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).double()
     batches = [(x, torch.tensor([0, 1, 1, 0, 1]))]
     found = cp.analyze(model, batches, loss="classification", matrix=matrix)
     assert not found.layers and any("whole model" in note for note in found.notes)
@@ -242,8 +242,8 @@ def test_a_model_without_known_layers_has_the_curvature_of_the_whole(matrix):
         expected = sum(float(block.trace()) for block in blocks)
         assert found.model.trace.value == pytest.approx(expected, rel=1e-8)
     assert found.model.trace.value != 0 and found.model.eigenpairs is not None
-    with pytest.raises(ValueError, match="layers='lstm' matches none"):
-        cp.analyze(model, batches, loss="classification", layers="lstm")
+    with pytest.raises(ValueError, match="layers='form' matches none"):
+        cp.analyze(model, batches, loss="classification", layers="form")
 
 
 @pytest.mark.parametrize("matrix", ["hessian", "ggn"])

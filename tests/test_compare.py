@@ -401,7 +401,7 @@ def test_the_command_prints_a_table_and_writes_a_page(folder: Path) -> None:
     again = CliRunner().invoke(app, ["compare", *arguments, "--out", str(out)])
     assert again.exit_code == 0
     kept = [json.loads(path.read_text()) for path in folder.glob(".curvprune-certified/*/*.json")]
-    told = [use["text"] for use in kept]
+    told = [use["content"]["text"] for use in kept]
     assert told.count(f"{dense} compared with {small}") == 1
     # The same figures as in Python, on the same split.
     own = CliRunner().invoke(app, ["compare", str(dense), *arguments[:1], *arguments[2:]])

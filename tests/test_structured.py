@@ -493,7 +493,7 @@ def test_predicted_is_what_small_changes_cost():
     model, data, _ = make("cnn")
     with torch.no_grad():
         model.head.weight[:, :10] *= 0.3
-    result = cp.prune(model, data * 4, structured={"mlp": 0.2}, drift=0.0, labels=16)
+    result = cp.prune(model, data * 4, structured={"mlp": 0.5}, drift=0.0, labels=16)
     measured = evaluate(result.model, data, cp.LabelFree(model)).mean_loss
     assert result.predicted is not None
     assert 0.3 * measured < result.predicted.value < 3 * measured

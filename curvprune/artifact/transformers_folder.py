@@ -120,7 +120,9 @@ def _tie_as_memory_(model: Any, said: Any, config: dict[str, object]) -> None:
         return
     tied = one.data_ptr() == other.data_ptr()
     text = said.get_text_config()
-    if getattr(text, "tie_word_embeddings", tied) == tied == said.tie_word_embeddings:
+    # Some configs say nothing of it themselves, and their language model's does.
+    words = [getattr(part, "tie_word_embeddings", tied) for part in (said, text)]
+    if words == [tied, tied]:
         return
     config["tie_word_embeddings"] = tied
     for key, part in config.items():

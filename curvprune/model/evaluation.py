@@ -148,7 +148,10 @@ def _rows_of_embedding(model: nn.Module, item: Batch) -> int | None:
     table_of = getattr(model, "get_input_embeddings", None)
     if not isinstance(item, Mapping) or "input_ids" not in item or not callable(table_of):
         return None
-    return getattr(table_of(), "num_embeddings", None)
+    try:
+        return getattr(table_of(), "num_embeddings", None)
+    except NotImplementedError:  # a class of transformers that looks tokens up in another way
+        return None
 
 
 def _check_tokens(items: Sequence[Batch], rows: int, purpose: str) -> None:

@@ -33,13 +33,24 @@ def tried(
     other numbers that their modules may keep of them. Cuts that fail alone but not together with
     those like them have one width: they become one cut.
 
+    Whole blocks are removed alone, never with units inside of others, and tried so.
+
     Cost: three forward passes, and a few per cut where one fails.
     """
-    cuts = {n: c for n, c in cuts.items() if c.units > c.multiple or c.kind == BLOCKS}
+    blocks = {n: c for n, c in cuts.items() if c.kind == BLOCKS}
+    inside = {n: c for n, c in cuts.items() if c.kind != BLOCKS and c.units > c.multiple}
+    good, notes = _tried_together(model, objective, batch, inside)
+    whole, more = _tried_together(model, objective, batch, blocks)
+    return good | whole, [*notes, *more]
+
+
+def _tried_together(
+    model: nn.Module, objective: Loss, batch: Batch, cuts: Mapping[str, Cut]
+) -> tuple[dict[str, Cut], list[str]]:
     if not cuts or all(
         complaint(model, objective, batch, cuts, part) is None for part in _parts(cuts)
     ):
-        return cuts, []
+        return dict(cuts), []
     # 1. One by one.
     good, bad = _one_by_one(model, objective, batch, cuts)
     # 2. Those that fail alone, together with those like them.

@@ -30,6 +30,12 @@ from curvprune.model.losses.tasks import (
 _ENDINGS: tuple[tuple[str, Callable[[], PositionLoss]], ...] = (
     ("ForCausalLM", CausalLM),
     ("LMHeadModel", CausalLM),
+    ("GenerationDecoder", CausalLM),
+    ("ReformerModelWithLMHead", CausalLM),
+    ("ForVisionText2Text", CausalLM),
+    ("ForProteinText2Text", CausalLM),
+    ("ForTextToText", Seq2Seq),
+    ("ForSpeechToText", Seq2Seq),
     ("ForMaskedLM", MaskedLM),
     ("ForTokenClassification", Classification),
     ("ForAudioFrameClassification", MultiLabel),
@@ -41,7 +47,15 @@ _ENDINGS: tuple[tuple[str, Callable[[], PositionLoss]], ...] = (
     ("EncoderDecoderModel", Seq2Seq),
 )
 # Those whose config says, or leaves open, what their labels are.
-_BY_PROBLEM = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification")
+_BY_PROBLEM = (
+    "ForSequenceClassification",
+    "ForImageClassification",
+    "ForImageClassificationWithTeacher",
+    "ForImageClassificationLearned",
+    "ForImageClassificationFourier",
+    "ForImageClassificationConvProcessing",
+    "ForAudioClassification",
+)
 _PROBLEMS: dict[str, Callable[[], PositionLoss]] = {
     "regression": Regression,
     "single_label_classification": Classification,

@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pricing": {
         *("curvature", "compression", "planning", "model", "options", "schema", "compat"),
     },
-    "structured": {"pricing", "planning", "compression", "curvature", "model", "schema"},
+    "structured": {"pricing", "planning", "compression", "curvature", "model", "schema", "compat"},
     "artifact": {
         *("compression", "planning", "model", "options", "files", "failures", "compat", "schema"),
     },

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from curvprune.curvature import Estimate
-from curvprune.model import Loss, Splits, evaluating, to_device
+from curvprune.model import Loss, Split, Splits, evaluating, to_device
 from curvprune.pricing import Ledger
 from curvprune.structured.asked import Structured
 from curvprune.structured.cuts import BLOCKS, Found
@@ -31,7 +31,7 @@ from curvprune.structured.gradients import row_costs
 from curvprune.structured.latency import Latency, Timer
 from curvprune.structured.prices import price_widths
 from curvprune.structured.solving import apply_removal, reading_layers, solve_widths
-from curvprune.structured.trying import differs, fitting
+from curvprune.structured.trying import complaint_of_silence, differs, fitting
 from curvprune.structured.widths import check_reach, choose_widths, offered_widths
 
 
@@ -110,7 +110,7 @@ def prune_units(
     # 2. The order of removal in every cut, and the change that each width means.
     batches = calibrate.batches(batch_size)
     rows = row_costs(model, objective, batches, reading_layers(model, cuts), seed=seed)
-    _leave_out_(found, rows)
+    _tell_idle_(model, objective, calibrate, found, rows)
     widths = {n: offered for n, offered in widths.items() if n in cuts}
     check_reach(cost, widths, asked)
     solved = solve_widths(model, objective, calibrate, found, widths, rows, asked)
@@ -158,11 +158,30 @@ def prune_units(
     )
 
 
-def _leave_out_(found: Found, rows: Mapping[str, Tensor]) -> None:
-    """Cuts that nothing moves the loss from have no price, so they stay as they are."""
-    for name, cut in list(found.cuts.items()):
-        if any(bool(rows[reader].any()) for reader in cut.readers):
-            continue
+def _tell_idle_(
+    model: nn.Module,
+    objective: Loss,
+    items: Split,
+    found: Found,
+    rows: Mapping[str, Tensor],
+) -> None:
+    """Cuts that no gradient comes to are free if the outputs do without them, as behind a scale of
+    zero; else they stay, since a choice that has no gradient may depend on them."""
+    idle = {}
+    for name, cut in found.cuts.items():
+        if not any(bool(rows[reader].any()) for reader in cut.readers):
+            idle[name] = cut
+    if not idle:
+        return
+    batch = to_device(items.first(), next(model.parameters()).device)
+    whole = {name: list(range(cut.units)) for name, cut in idle.items()}
+    if complaint_of_silence(model, objective, batch, idle, whole) is None:
+        found.notes.append(
+            f"{len(idle)} cut(s) have no effect on the outputs, first {next(iter(idle))}: their "
+            "units go for free"
+        )
+        return
+    for name, cut in idle.items():
         del found.cuts[name]
         found.notes.append(
             f"{name}: stays as it is, since {sorted(cut.readers)[0]} received no gradient: it is "

@@ -270,6 +270,28 @@ def _place(piece: Piece) -> tuple[str, str, int]:
 
 
 @torch.no_grad()
+def complaint_of_silence(
+    model: nn.Module, objective: Loss, batch: Batch, cuts: Mapping[str, Cut], removed: Removed
+) -> str | None:
+    """How the outputs differ where nothing reads these units, or ``None``."""
+    quiet = duplicate(model)
+    silence_(find_layers(quiet), cuts, removed)
+    with evaluating(model), evaluating(quiet):
+        expected = objective.outputs(model, batch).double()
+        found = objective.outputs(quiet, batch).double()
+    return None if _agree(found, expected, model) else "the outputs depend on them"
+
+
+def _agree(found: Tensor, expected: Tensor, model: nn.Module) -> bool:
+    """Whether two outputs agree as closely as the model's precision allows."""
+    precision = {torch.float64: 1e-9, torch.float32: 1e-3}
+    precise = precision.get(next(model.parameters()).dtype, 0.05)
+    if found.shape != expected.shape:
+        return False
+    return bool((found - expected).abs().max() <= precise * expected.abs().max())
+
+
+@torch.no_grad()
 def complaint(
     model: nn.Module, objective: Loss, batch: Batch, cuts: Mapping[str, Cut], removed: Removed
 ) -> str | None:
@@ -301,10 +323,7 @@ def differs(
     except Exception as error:
         return f"with fewer units, the model fails at {failed_at(error)}"
     # 2. The two must agree as closely as the model's precision allows.
-    precision = {torch.float64: 1e-9, torch.float32: 1e-3}
-    precise = precision.get(next(smaller.parameters()).dtype, 0.05)
-    largest = precise * expected.abs().max()
-    if found.shape == expected.shape and bool((found - expected).abs().max() <= largest):
+    if _agree(found, expected, smaller):
         return None
     return (
         "with fewer units, the model computes something else: they are read in a way that the "

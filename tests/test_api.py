@@ -312,6 +312,7 @@ def test_prune_and_quantize_compete_in_one_ledger(trained):
         ledger.predict({"0": cp.Quantize(bits=2)})
 
 
+@pytest.mark.slow
 def test_prices_predict_the_measured_kl_of_each_layer(trained):
     """The price of single changes against the divergence measured on data that neither solved nor
     priced them."""

@@ -137,7 +137,10 @@ def test_exact_gauss_newton_blocks_of_any_network(case):
         )
 
 
-@pytest.mark.parametrize("case", ["conv", "attention", "tied"])
+TIED = pytest.param("tied", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("case", ["conv", "attention", TIED])
 def test_the_fisher_of_every_layer_is_unbiased(case):
     """Sampled labels: mean over many draws against the Gauss–Newton matrix; tied and embedding
     layers included."""

@@ -159,7 +159,10 @@ def test_empirical_factors_are_those_of_the_labels():
         blocks_equal(operator, exact)
 
 
-@pytest.mark.parametrize("eigenvalues", [False, True], ids=["kfac", "ekfac"])
+SLOW = pytest.param(True, marks=pytest.mark.slow, id="ekfac")
+
+
+@pytest.mark.parametrize("eigenvalues", [pytest.param(False, id="kfac"), SLOW])
 def test_drawn_labels_are_unbiased(eigenvalues):
     model, x, data, _ = linear("tokens")
     asked = {"loss": cp.Regression(sigma=0.5**0.5), "eigenvalues": eigenvalues}

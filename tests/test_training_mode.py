@@ -123,6 +123,7 @@ def test_dropout_has_one_mask_for_each_mini_batch(kind):
     torch.testing.assert_close(part.to_dense(), expected[-3:, -3:], rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_the_drawn_fisher_of_training_is_unbiased_for_its_gauss_newton_matrix():
     model, data = normed(), vectors()
     drawn = cp.fisher(model, data, loss="classification", mode="train", labels=1000)

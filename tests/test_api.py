@@ -247,6 +247,7 @@ class Gated(nn.Module):
         return self.head(self.mlp["gate_proj"](x).relu() * self.mlp["up_proj"](x))
 
 
+@pytest.mark.slow
 def test_layers_that_share_an_option_do_so_in_every_plan(trained):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -467,6 +468,7 @@ def test_convolutions_with_batchnorm_and_groups():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.slow
 def test_other_precisions(trained, dtype):
     model, data = trained
     model = copy.deepcopy(model).to(dtype)

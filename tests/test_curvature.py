@@ -400,6 +400,7 @@ def test_exact_blocks_give_their_whole_spectrum():
             assert torch.equal(other[name].spectrum, c.spectrum)
 
 
+@pytest.mark.slow
 def test_bert_and_llama_give_every_quantity():
     config = BertConfig(
         vocab_size=20,

@@ -122,6 +122,7 @@ def test_sentences_say_what_is_distinguishable() -> None:
     assert few["trace"].distinguishable is None and "too few items" in few.text[0]
 
 
+@pytest.mark.slow
 def test_models_of_other_shapes_with_too_many_parameters_for_all_eigenvalues() -> None:
     def wide(width: int) -> nn.Module:
         make = lambda: nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 3))  # noqa: E731

@@ -333,6 +333,7 @@ def float64_model() -> tuple[Any, list[dict[str, Tensor]]]:
     return model, [{"input_ids": ids[:1]}, {"input_ids": ids[1:, :4]}]
 
 
+@pytest.mark.slow
 def test_the_fisher_of_experts_is_the_enumerated_one():
     model, items = float64_model()
     layers = {n: layer for n, layer in find_layers(model).items() if layer.kind == "experts"}

@@ -84,6 +84,7 @@ def converged() -> Converged:
     return Converged(model.eval(), items, deltas, passed)
 
 
+@pytest.mark.slow
 def test_converges_to_the_exact_fisher_of_a_classifier(converged: Converged) -> None:
     model, passed = converged.model, converged.passed
     for name, layer in find_layers(model).items():
@@ -97,6 +98,7 @@ def test_converges_to_the_exact_fisher_of_a_classifier(converged: Converged) -> 
             assert price_of(passed, name, k) == pytest.approx(exact, rel=0.08)
 
 
+@pytest.mark.slow
 def test_the_price_predicts_the_kl_divergence_of_a_small_change(converged: Converged) -> None:
     model, delta = copy.deepcopy(converged.model), converged.deltas["3"][-1]
     x = torch.cat([item[0] for item in converged.items])
@@ -108,6 +110,7 @@ def test_the_price_predicts_the_kl_divergence_of_a_small_change(converged: Conve
     assert price_of(converged.passed, "3", 2) == pytest.approx(kl, rel=0.08)
 
 
+@pytest.mark.slow
 def test_tied_weights_and_padding_of_a_language_model() -> None:
     """Both uses of a tied weight count, padded and ignored positions do not: against the exact
     Fisher along δ."""

@@ -141,6 +141,7 @@ def test_few_layers_and_changes_of_nothing_keep_the_measured_price():
     assert all(math.isfinite(r.price) and r.stderr > 0 for r in ledger.rows[3:])
 
 
+@pytest.mark.slow
 def test_pairs_of_layers_count_as_far_as_they_are_no_noise():
     """A plan of two layers against the exact Fisher of both together, and layers that have nothing
     to do with each other."""

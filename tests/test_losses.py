@@ -422,7 +422,10 @@ def test_a_rise_beyond_the_slope_is_the_bregman_divergence(name):
         assert float(rises[i]) == pytest.approx(float(expected), rel=1e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize("name", ["regression", "any function", "multi-label"])
+ANY = pytest.param("any function", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["regression", ANY, "multi-label"])
 def test_prices_are_half_the_quadratic_form_of_the_change(name):
     it = scene(name)
     items = as_split([it.batch])

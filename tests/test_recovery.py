@@ -271,6 +271,7 @@ def test_a_time_ends_the_training(net):
     assert found.steps >= 1 and found.history[-1].step == found.steps
 
 
+@pytest.mark.slow
 def test_another_process_loads_exactly_what_was_measured(tmp_path):
     model, probe = tiny.llama(tied=False, layers=1), tokens(8, seed=9)[0]
     options = [

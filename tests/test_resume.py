@@ -141,6 +141,7 @@ def test_a_run_killed_while_it_takes_another_over_goes_on(recipe, finished, tmp_
         assert contents(out) == contents(finished.folder)
 
 
+@pytest.mark.slow
 def test_analyze_then_run_share_their_work(recipe, finished, tmp_path):
     runner = CliRunner()
     out = str(tmp_path / "out")

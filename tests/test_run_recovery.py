@@ -307,6 +307,7 @@ def stages(
 
 
 @pytest.mark.parametrize("candidates", [False, True])
+@pytest.mark.slow
 def test_a_reused_plan_tells_how_far_the_next_may_go_by_what_was_recovered(
     label_free, recipe, tmp_path, candidates
 ):
@@ -405,6 +406,7 @@ def test_what_another_recovery_made_is_not_taken(recipe, finished, again, tmp_pa
     assert_nothing_is_taken(run(path, tmp_path / "reused", again.folder), fresh, finished)
 
 
+@pytest.mark.slow
 def test_what_a_recovery_on_other_items_made_is_not_taken(tmp_path):
     path = tiny.write_recipe(tmp_path)
     text = path.read_text().replace("  certify: 16\n", "  certify: 16\n  recover: 6\n")

@@ -138,6 +138,7 @@ def test_uses_know_each_other_by_their_items() -> None:
     assert IN_THIS_PROCESS is not uses
 
 
+@pytest.mark.slow
 def test_runs_beside_each_other_tell_what_the_split_was_used_for(tmp_path: Path) -> None:
     recipe = tiny.write_recipe(tmp_path)
     beside = tmp_path / "runs"

@@ -371,3 +371,12 @@ def test_the_drift_moves_the_target_towards_what_undoes_it() -> None:
     still = solve(W, options, A, layer="a", damping=1e-9)
     errors = [float((x @ s[1].weight.T - original @ W.T).square().sum()) for s in (moved, still)]
     assert errors[0] < errors[1]
+
+
+def test_a_fit_that_overflows_leaves_the_largest_weights_as_they_are():
+    W = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    tiny, far = torch.eye(16) * 1e-34, torch.eye(16) * 1e8
+    (found,) = solve(W, [Prune(sparsity=0.5)], tiny, layer="a", drift=far)
+    middle = W.abs().flatten().median()
+    assert torch.equal(found.weight, torch.where(W.abs() > middle, W, 0.0))
+    assert any("layer a: what prune0.5 keeps was not refitted" in note for note in found.notes)

@@ -229,6 +229,13 @@ def solve(
 
     # 3. In the order that was asked for.
     for i, one in zip(left, results, strict=True):
+        if _is_lost(one, W.dtype):
+            note = (
+                f"layer {layer}: what {one.option.key} keeps was not refitted, since the fit "
+                "overflows (inputs nearly zero, or dependent): pruned by magnitude"
+            )
+            plain = _uncompensated(Wc, W.dtype, one.option)
+            one = replace(plain, notes=(*plain.notes, note))
         _check_range(one, layer, _name(W.dtype))
         solved[i] = one
     return [solved[i] for i in range(len(options))]
@@ -313,6 +320,13 @@ def _cast(W: Tensor, option: Cast, layer: str) -> Tensor:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _is_lost(solved: Solved, dtype: torch.dtype) -> bool:
+    """Whether a fit overflows even in a type of float32's range: its equations are singular."""
+    if solved.codes is not None or stored_dtype(solved.option, _name(dtype)) == "float16":
+        return False
+    return not bool(solved.weight.isfinite().all())
 
 
 def _check_range(solved: Solved, layer: str, dtype: str) -> None:

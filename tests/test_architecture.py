@@ -27,7 +27,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pricing": {
         *("curvature", "compression", "planning", "model", "options", "schema", "compat"),
     },
-    "structured": {"pricing", "planning", "compression", "curvature", "model", "schema", "compat"},
+    "structured": {
+        *("pricing", "planning", "compression", "curvature", "model", "schema"),
+        *("compat", "failures"),
+    },
     "artifact": {
         *("compression", "planning", "model", "options", "files", "failures", "compat", "schema"),
     },

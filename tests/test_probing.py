@@ -165,3 +165,47 @@ def test_many_places_of_a_convolution_are_sampled_and_a_note_says_so():
     assert int(note.split(" of 54000 places")[0].split()[-1]) == pytest.approx(8 * 1024, rel=0.1)
     A = seen["0"].second[0]
     assert (A.diagonal() - 1).abs().mean() < 0.05
+
+
+class Two(nn.Module):
+    """An MLP that the outputs depend on, and one whose gradient is zero: behind a scale of zero, or
+    because it only says which of two answers is taken."""
+
+    def __init__(self, *, chooses: bool) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.more, self.less = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.zero = nn.Parameter(torch.zeros(8))
+        self.heads, self.chooses = nn.ModuleList(nn.Linear(8, 3) for _ in range(2)), chooses
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mixed = x + self.down(self.up(x).relu())
+        other = self.less(self.more(x).relu())
+        if not self.chooses:
+            return self.heads[0](mixed + self.zero * other)
+        total = other.sum(-1, keepdim=True)
+        first = (total > 0).float() + 0 * total  # in the graph, with a gradient of zero
+        return first * self.heads[0](mixed) + (1 - first) * self.heads[1](mixed)
+
+
+@pytest.mark.parametrize("chooses", [False, True])
+def test_units_that_no_gradient_comes_to_are_free_only_where_the_outputs_do_without(chooses):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Two(chooses=chooses).eval()
+        x, y = torch.randn(64, 8), torch.randint(0, 3, (64,))
+
+    result = cp.prune(model, [(x, y)], structured=0.2, kinds=["mlp"], loss="classification")
+
+    left = {name: counts for name, counts in result.cuts.items() if counts[1] == 16}
+    with torch.no_grad():
+        gap = float((result.model(x) - model(x)).abs().max())
+    if chooses:
+        # It may decide, whatever its gradient: all of its units are there.
+        assert all(counts[0] == 16 for counts in left.values())
+        assert any("received no gradient" in note for note in result.notes)
+    else:
+        # A fifth of the work is in it, so nothing else is taken.
+        assert [before for after, before in left.values() if after < before] == [16]
+        assert gap < 1e-6 and result.predicted.value == 0
+        assert any("their units go for free" in note for note in result.notes)

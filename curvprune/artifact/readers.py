@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from curvprune.artifact.transformers_folder import config_entries, quantization_config
 from curvprune.compat import decompress_, initialized_by, quiet_libraries, read_by_transformers
+from curvprune.failures import is_machine
 from curvprune.model import find_layers
 from curvprune.options import Quantize
 
@@ -210,6 +211,8 @@ def _said(
     except ImportError:
         raise
     except Exception as error:  # whatever a class may raise, it does not read the folder
+        if is_machine(error):
+            raise
         lines = str(error).strip().splitlines() or [""]
         return f"{type(error).__name__}: {lines[0][:200]}"
     found = read.state_dict()

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from curvprune.compat import experts_one_by_one
+from curvprune.failures import is_machine
 from curvprune.model import Batch, Layer, Loss, evaluating, find_layers
 from curvprune.structured.cuts import Cut, Piece, Slot
 
@@ -83,6 +84,8 @@ def probed_cuts(
             probe = _probed(model, objective, batch, layers)
             return _layer_cuts(model, layers, probe, taken), []
     except Exception as error:
+        if is_machine(error):
+            raise
         message = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return [], [f"{type(model).__name__} cannot be probed ({message})"]
 

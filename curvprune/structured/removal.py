@@ -31,7 +31,7 @@ from curvprune.structured.gradients import row_costs
 from curvprune.structured.latency import Latency, Timer
 from curvprune.structured.prices import price_widths
 from curvprune.structured.solving import apply_removal, reading_layers, solve_widths
-from curvprune.structured.trying import complaint_of_silence, differs, fitting
+from curvprune.structured.trying import differs, fitting, without_effect
 from curvprune.structured.widths import check_reach, choose_widths, offered_widths
 
 
@@ -110,7 +110,7 @@ def prune_units(
     # 2. The order of removal in every cut, and the change that each width means.
     batches = calibrate.batches(batch_size)
     rows = row_costs(model, objective, batches, reading_layers(model, cuts), seed=seed)
-    _tell_idle_(model, objective, calibrate, found, rows)
+    _tell_idle_(model, objective, calibrate, found, rows, batch_size=batch_size)
     widths = {n: offered for n, offered in widths.items() if n in cuts}
     check_reach(cost, widths, asked)
     solved = solve_widths(model, objective, calibrate, found, widths, rows, asked)
@@ -128,7 +128,6 @@ def prune_units(
             priced = ledger.layer_rows(name)
             prices[name] = [priced[str(width)].price for width in offered]
         left = choose_widths(cuts, widths, prices, cost, asked)
-        predicted = ledger.predict({n: str(width) for n, width in left.items()})
     removed = {n: sorted(solved[n].order[: cuts[n].units - width]) for n, width in left.items()}
 
     # 4. The smaller model, which has run on data before anyone gets it.
@@ -136,6 +135,9 @@ def prune_units(
         model, objective, splits, found, removed, asked, reached=work.positions
     )
     left = {n: cut.units - len(removed[n]) for n, cut in cuts.items()}
+    if ledger is not None:
+        # Of what ships: units that were in the way have been put back.
+        predicted = ledger.predict({n: str(width) for n, width in left.items()})
 
     # 5. What was reached.
     notes, latency = list(found.notes), None
@@ -164,18 +166,19 @@ def _tell_idle_(
     items: Split,
     found: Found,
     rows: Mapping[str, Tensor],
+    *,
+    batch_size: int,
 ) -> None:
-    """Cuts that no gradient comes to are free if the outputs do without them, as behind a scale of
-    zero; else they stay, since a choice that has no gradient may depend on them."""
+    """Cuts that no gradient comes to are free if the outputs of no item depend on them, as behind a
+    scale of zero; else they stay, since a choice that has no gradient may depend on them."""
     idle = {}
     for name, cut in found.cuts.items():
         if not any(bool(rows[reader].any()) for reader in cut.readers):
             idle[name] = cut
     if not idle:
         return
-    batch = to_device(items.first(), next(model.parameters()).device)
     whole = {name: list(range(cut.units)) for name, cut in idle.items()}
-    if complaint_of_silence(model, objective, batch, idle, whole) is None:
+    if without_effect(model, objective, items.batches(batch_size), idle, whole):
         found.notes.append(
             f"{len(idle)} cut(s) have no effect on the outputs, first {next(iter(idle))}: their "
             "units go for free"

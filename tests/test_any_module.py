@@ -56,6 +56,18 @@ class Shifted(nn.Embedding):
         return super().forward(torch.arange(past, past + shape[1]) + 2)
 
 
+class Doubled(torch.autograd.Function):
+    """No mode of torch sees what is handed to one."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        return 2 * weight
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
 def by_tokens(forward, **flags):
     return Net(forward, e=nn.Embedding(7, 4, **flags), b=nn.Linear(4, 3))
 
@@ -92,6 +104,10 @@ MODELS = {
     ),
     "a view used twice": (
         lambda: mlp(lambda s, x: plain(s, x) + (x @ s.a.weight.mT).square()[:, :3]),
+        False,
+    ),
+    "also in a function of its own": (
+        lambda: mlp(lambda s, x: plain(s, x) + (x @ Doubled.apply(s.a.weight).T).square()[:, :3]),
         False,
     ),
     "in a function alone": (

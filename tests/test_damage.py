@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -158,6 +159,7 @@ def test_without_hashes_what_cannot_be_is_still_refused(saved, folder):
         (b"[" * 100_000, "damaged"),
         (b'{"a":{"dtype":"F64","shape":[99999999999],"data_offsets":[0,799999999992]}}', "damaged"),
         (b'{"a":{"dtype":"XX","shape":[1],"data_offsets":[0,1]}}', "damaged"),
+        (b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', "not what its header says"),
     ],
 )
 def test_headers_that_lie_are_refused(header, message, tmp_path):
@@ -327,6 +329,32 @@ def test_a_verdict_is_about_one_model(recipe, finished, out, tmp_path):
         assert str(out / name) in refused("report", out)
         shutil.copyfile(finished / name, out / name)
     assert json.loads((out / "verdict.json").read_text())["status"] == "CERTIFIED"
+
+
+def relist(folder: Path, name: str) -> None:
+    """Put a file on the list as it is now, as one would who knows how the list is made."""
+    path = folder / "files.json"
+    listed = json.loads(path.read_text())
+    listed["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    listed["sha256"] = ""
+    listed["sha256"] = hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(listed))
+
+
+def test_a_verdict_names_the_model_that_it_is_about(recipe, out):
+    verdict = json.loads((out / "verdict.json").read_text())
+    verdict["of"]["model"] = "0" * 64
+    (out / "verdict.json").write_text(json.dumps(verdict))
+    relist(out, "verdict.json")
+    for verb in (("run", recipe, "--out", out, "--quiet"), ("report", out)):
+        assert "isnotaboutthemodel" in refused(*verb)
+
+
+def test_what_was_edited_is_not_written_over_by_a_run_that_goes_on(recipe, out):
+    (out / "state" / "done.json").unlink()
+    (out / "ledger.json").write_text("mine")
+    assert str(out / "ledger.json") in refused("run", recipe, "--out", out, "--quiet")
+    assert (out / "ledger.json").read_text() == "mine"
 
 
 def test_inputs_that_have_changed_are_no_finished_run(tmp_path):

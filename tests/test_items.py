@@ -439,3 +439,22 @@ def test_examples_of_a_data_set_get_a_dimension_for_items():
         "attention_mask": [[1, 1, 1]],
         "labels": [4],
     }
+
+
+def test_a_model_that_does_not_say_where_it_looks_tokens_up_is_read_all_the_same():
+    class Hashing(nn.Module):
+        """Tokens of any size: a hash of each is looked up."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(5, 8), nn.Linear(8, 3)
+
+        def get_input_embeddings(self) -> nn.Module:
+            raise NotImplementedError
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.table(input_ids % 5).mean(1))
+
+    batch = {"input_ids": torch.arange(64).view(16, 4), "labels": torch.arange(16) % 3}
+    result = cp.quantize(Hashing(), [batch], bits=4, loss="classification")
+    assert set(result.plan.choices) == {"table", "head"}

@@ -47,7 +47,7 @@ def remove_(
     # 1. Whole blocks.
     drop_(model, [cuts[n].name for n, units in removed.items() if cuts[n].kind == BLOCKS and units])
     # 2. The numbers that modules keep of their units, such as heads.
-    narrowed = {n: u for n, u in removed.items() if u and cuts[n].kind != BLOCKS}
+    narrowed = {n: units for n, units in removed.items() if cuts[n].kind != BLOCKS}
     for name, units in narrowed.items():
         for (owner, attribute), part in cuts[name].counts.items():
             module = model.get_submodule(owner)

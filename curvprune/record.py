@@ -259,6 +259,18 @@ class PriceRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AuditRecord:
+    """A pass that shares of the loss are from: half their sum beside the measured divergence of the
+    applied plan, per position."""
+
+    plan: str
+    shares: float
+    shares_stderr: Number
+    divergence: float
+    divergence_stderr: Number
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LedgerRecord:
     """The ledger without the items behind it."""
 
@@ -268,6 +280,8 @@ class LedgerRecord:
     labels_per_item: int
     rows: tuple[PriceRow, ...]
     kept: float = 0.0
+    prices: str = "quadratic"
+    audits: tuple[AuditRecord, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -27,7 +27,15 @@ from curvprune.compression.recovery import (
     restore_,
     trained_tensors,
 )
-from curvprune.compression.solver import DRIFT, RIDGE, Solved, solve, solve_layer
+from curvprune.compression.solver import (
+    DRIFT,
+    RIDGE,
+    Rounding,
+    Solved,
+    round_layer,
+    solve,
+    solve_layer,
+)
 from curvprune.compression.trainable import (
     CODE_STEP,
     CODES_UP_TO,
@@ -54,6 +62,7 @@ __all__ = [
     "RecoveryItems",
     "RecoveryStep",
     "RecoverySummary",
+    "Rounding",
     "Solved",
     "Training",
     "Visited",
@@ -68,6 +77,7 @@ __all__ = [
     "quantize_to_grid",
     "recover_",
     "restore_",
+    "round_layer",
     "search_grid",
     "solve",
     "solve_layer",

@@ -5,6 +5,7 @@ from curvprune.curvature.batched_fisher import fisher_moments
 from curvprune.curvature.closed_forms import BlockDiagonal, Dense, Diagonal, Ekfac, Kronecker
 from curvprune.curvature.comparison import Compared, CurvatureComparison, compare
 from curvprune.curvature.diagnosis import Diagnosis
+from curvprune.curvature.divergence_pass import DivergencePass, divergence_pass
 from curvprune.curvature.draws import Draws
 from curvprune.curvature.estimates import EigenPairs, End, Estimate
 from curvprune.curvature.estimators import density, diagonal, eigenpairs, trace
@@ -63,6 +64,7 @@ __all__ = [
     "Diagonal",
     "DiagonalRecord",
     "Disagreement",
+    "DivergencePass",
     "Draws",
     "EigenPairs",
     "EigenvaluesRecord",
@@ -95,6 +97,7 @@ __all__ = [
     "compare",
     "density",
     "diagonal",
+    "divergence_pass",
     "eigenpairs",
     "ekfac",
     "empirical_fisher",

@@ -166,7 +166,7 @@ def fisher_pass(
     after_item = checkpoint.after_item or (lambda done, totals: None)
 
     # 2. This process's items, one after the other.
-    with _differentiating(model, layers), sums.taking_gradients():
+    with differentiating(model, layers), sums.taking_gradients():
         done = int(totals["done"])
         mine = my_share(range(len(items)))
         left = mine[done:] if done < len(items) else ()
@@ -342,7 +342,7 @@ class _GradientSums:
 
 
 @contextmanager
-def _differentiating(model: nn.Module, layers: Mapping[str, Layer]) -> Iterator[None]:
+def differentiating(model: nn.Module, layers: Mapping[str, Layer]) -> Iterator[None]:
     """Only the layers' weights require gradients; flags, modes and ``.grad`` come back as they
     were."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]

@@ -4,6 +4,7 @@ from curvprune.pricing.ledger import (
     CURVATURES,
     MEASURED_ROWS,
     MEASURED_TOGETHER,
+    Audit,
     Ledger,
     Row,
     build_ledger,
@@ -17,6 +18,7 @@ from curvprune.pricing.operations import (
     work_of,
 )
 from curvprune.pricing.other_curvatures import FORMS, Forms, Parts, in_parts, quadratic_forms
+from curvprune.pricing.shares import Round, share_ledger
 from curvprune.pricing.single_changes import divergences
 
 __all__ = [
@@ -24,10 +26,12 @@ __all__ = [
     "FORMS",
     "MEASURED_ROWS",
     "MEASURED_TOGETHER",
+    "Audit",
     "Forms",
     "LayerWork",
     "Ledger",
     "Parts",
+    "Round",
     "Row",
     "build_ledger",
     "divergences",
@@ -37,5 +41,6 @@ __all__ = [
     "measure_highest",
     "multiply_adds",
     "quadratic_forms",
+    "share_ledger",
     "work_of",
 ]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ CURVATURES = {
 }
 MEASURED_ROWS, MEASURED_TOGETHER = 64, 4  # prices measured: at most, and at a time
 AGREED = 0.15  # ResNet-20's 12 highest prices of 2 bits and 75 % are off by more than that
+Prices = Literal["shares", "quadratic"]
 SAVED = 0.9  # at most this share of the prices' sum is what pairs of layers save
 
 
@@ -73,6 +74,26 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Audit:
+    """What prices that are shares of the loss rest on, per position: the passes that they are from.
+
+    Attributes:
+        plan: what was applied.
+        shares: half the sum of all layers' shares, ± ``shares_stderr``.
+        answers: half the slope along what layers did to make up for others; near 0 where that was
+            at its best.
+        divergence: from the uncompressed model, as measured, ± ``divergence_stderr``.
+    """
+
+    plan: str
+    shares: float
+    shares_stderr: _StandardError
+    answers: float
+    divergence: float
+    divergence_stderr: _StandardError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _LedgerFile:
     """What ``ledger.json`` holds."""
 
@@ -86,6 +107,8 @@ class _LedgerFile:
     work: dict[str, LayerWork] = field(default_factory=dict)
     along: list[list[list[float]]] | None = None
     kept: float = 0.0
+    prices: Prices = "quadratic"
+    audits: tuple[Audit, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +122,9 @@ class Ledger:
         along: ``⟨g, δ⟩`` of every draw, ``(items, labels, rows)``; ``None`` if layers only add up.
         kept: the share of the sums over pairs of layers that is no noise
             (`curvprune.pricing.shrinkage.kept_share`).
+        prices: ``"quadratic"`` forms of a curvature, or ``"shares"`` of the loss
+            (`curvprune.pricing.shares`).
+        audits: the passes that shares are from.
     """
 
     rows: tuple[Row, ...]
@@ -110,6 +136,8 @@ class Ledger:
     along: Float[np.ndarray, "items labels rows"] | None = None
     kept: float = 0.0
     work: Mapping[str, LayerWork] = field(default_factory=dict)
+    prices: Prices = "quadratic"
+    audits: tuple[Audit, ...] = ()
 
     @property
     def num_items(self) -> int:
@@ -219,6 +247,8 @@ class Ledger:
             "sums": self.sums.tolist(),
             "along": None if self.along is None else self.along.tolist(),
             "kept": self.kept,
+            "prices": self.prices,
+            "audits": encode(self.audits, tuple[Audit, ...]),
         }
 
     @staticmethod
@@ -237,6 +267,8 @@ class Ledger:
             work=file.work,
             along=along,
             kept=file.kept,
+            prices=file.prices,
+            audits=file.audits,
         )
 
 

@@ -130,6 +130,8 @@ def _facts(record: RunRecord) -> str:
     # Prices above the reach of a quadratic form are measured and marked.
     ledger = record.ledger
     assert ledger is not None
+    if ledger.prices == "shares":
+        return _audit_facts(record)
     text = (
         f"Curvature: {ledger.curvature}; {count(ledger.num_items)} items, "
         f"{count(ledger.labels_per_item)} draw(s) per item; prices in {record.measure}."
@@ -140,4 +142,20 @@ def _facts(record: RunRecord) -> str:
             f" {measured} price(s) marked m, the highest, were measured: the loss of that change "
             "alone."
         )
+    return text
+
+
+def _audit_facts(record: RunRecord) -> str:
+    """What shares of the loss rest on: half their sum beside what was measured."""
+    ledger = record.ledger
+    assert ledger is not None
+    text = (
+        "A price is the layer's share of what a plan costs as it ships, solved in one pass in "
+        f"which later layers make up for earlier ones; {count(ledger.num_items)} items; prices in "
+        f"{record.measure}."
+    )
+    for audit in ledger.audits:
+        shares = plus_minus(audit.shares, audit.shares_stderr)
+        measured = plus_minus(audit.divergence, audit.divergence_stderr)
+        text += f" Plan {audit.plan}: half the sum of shares {shares}, measured {measured}."
     return text

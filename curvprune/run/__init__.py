@@ -2,7 +2,6 @@
 
 from curvprune.run.arguments import Arguments, Data, task_from, warn_caller
 from curvprune.run.baselines import Control, controls, sensitive
-from curvprune.run.candidates import Candidates
 from curvprune.run.certify import Shipped, apply_and_measure, certify_plans
 from curvprune.run.clean import clean
 from curvprune.run.comparison import rebuild_report
@@ -10,10 +9,10 @@ from curvprune.run.dry_run import Check, LimitNeed, check
 from curvprune.run.evaluation import chance_at
 from curvprune.run.layer_table import LayerRow, joined_names, layer_lines
 from curvprune.run.models import TASKS, load_model, load_tokenizer, model_sha256, package_folder
-from curvprune.run.pipeline import RunResult, analyze, choose_and_certify, run, solve_and_price
+from curvprune.run.pipeline import RunResult, analyze, choose_and_certify, run
 from curvprune.run.power import Power
 from curvprune.run.prepare import Prepared, Widths, prepare
-from curvprune.run.price import PricedOptions, Prices
+from curvprune.run.price import PricedOptions, Prices, solve_and_price
 from curvprune.run.recipe import Recipe, RecoverSection, load_recipe, lock_text
 from curvprune.run.recipe_errors import RecipeError
 from curvprune.run.recipe_layers import assign_groups, assign_options
@@ -52,7 +51,6 @@ __all__ = [
     "DIGITS_TRAINING",
     "TASKS",
     "Arguments",
-    "Candidates",
     "Check",
     "ComparedModels",
     "Control",

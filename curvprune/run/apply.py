@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +33,16 @@ from curvprune.run.workspace import Workspace
 from curvprune.schema import decode
 
 
+def plan_key(choices: Mapping[str, str]) -> str:
+    """A short name for a plan, for its files."""
+    return hashlib.sha256(json.dumps(sorted(choices.items())).encode()).hexdigest()[:16]
+
+
+def applied_in(choices: Mapping[str, str]) -> str:
+    """The folder of the workspace where a plan's solutions lie."""
+    return f"applied/{plan_key(choices)}"
+
+
 def apply_plan(
     task: Task,
     space: Workspace,
@@ -39,6 +51,7 @@ def apply_plan(
     *,
     title: str = "apply",
     inplace: bool = False,
+    beside: Mapping[str, Sequence[Option]] | None = None,
 ) -> tuple[nn.Module, dict[str, Solved]]:
     """Solve the chosen options in one sequential forward pass: later layers see what earlier ones
     became.
@@ -48,6 +61,9 @@ def apply_plan(
         folder: where in the workspace the solutions go.
         inplace: over the task's own model instead of a copy; it then is compressed as far as the
             pass came.
+        beside: layer → other options that are solved at the same point of the pass, for their
+            errors alone; with it the workspace also keeps what a share is made of
+            (`curvprune.run.candidates.read_rounding`).
 
     Returns the model and the solutions, which share the memory of its weights.
     """
@@ -56,8 +72,12 @@ def apply_plan(
     layers = {name: own[name] for name in task.layers}
     options: dict[str, list[Option]] = {}
     for name in layers:
-        kept = choices[name] == "keep"
-        options[name] = [] if kept else [option_from_key(choices[name])]
+        if choices[name] == "keep":
+            options[name] = []
+            continue
+        others = () if beside is None else beside.get(name, ())
+        options[name] = [option_from_key(choices[name])]
+        options[name] += [option for option in others if option.key != choices[name]]
     changed = {name: layer for name, layer in layers.items() if options[name]}
     original = coarse_copy(model, changed) if inplace else task.model
     sweep = Sweep(
@@ -67,6 +87,7 @@ def apply_plan(
         folder=folder,
         title=title,
         original=original,
+        shares=beside is not None,
     )
     found, solved = solve_in_one_pass(task, space, sweep), {}
     for name, layer in changed.items():

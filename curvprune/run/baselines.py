@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from curvprune.model import Layer
+from curvprune.planning import Priced
 from curvprune.pricing import Row
 
 # An MLP's second matrix, whose inputs have the largest outliers, by the end of its name.
@@ -90,11 +91,7 @@ def controls(
     found: list[Control] = []
 
     # 1. One option for all, below the size and above it.
-    uniform = []
-    for key in options:
-        if key != "keep":
-            choices = offers.plan(key, protected=key, rule=set())
-            uniform.append(Control(name=f"uniform {key}", choices=choices))
+    uniform = _uniform(offers)
     below, above = _around(uniform, offers.total, size)
     found += [control for control in (below, above) if control is not None]
 
@@ -117,6 +114,26 @@ def controls(
     return found
 
 
+def uniform_plans(
+    rows: Iterable[Priced], layers: Mapping[str, Layer], groups: Sequence[Group]
+) -> list[Control]:
+    """One option for all layers, for every option that any of them has; see `controls`."""
+    offers = _Offers(rows, layers, groups)
+    if offers.free:
+        return _uniform(offers)
+    only = {name: key for name, options in offers.table.items() for key in options}
+    return [Control(name="the only plan", choices=only)]
+
+
+def _uniform(offers: _Offers) -> list[Control]:
+    found = []
+    for key in sorted(offers.density):
+        if key != "keep":
+            choices = offers.plan(key, protected=key, rule=set())
+            found.append(Control(name=f"uniform {key}", choices=choices))
+    return found
+
+
 class _Offers:
     """What is offered to each group of layers.
 
@@ -128,10 +145,10 @@ class _Offers:
     """
 
     def __init__(
-        self, rows: Iterable[Row], layers: Mapping[str, Layer], groups: Sequence[Group]
+        self, rows: Iterable[Priced], layers: Mapping[str, Layer], groups: Sequence[Group]
     ) -> None:
         self.layers, self.groups = layers, groups
-        self.table: dict[str, dict[str, Row]] = {}
+        self.table: dict[str, dict[str, Priced]] = {}
         for row in rows:
             self.table.setdefault(row.layer, {})[row.option] = row
         self.weights: dict[Group, int] = {}
@@ -147,7 +164,7 @@ class _Offers:
             stored = sum(self.stored(group, key) for group in offered)
             self.density[key] = stored / sum(self.weights[group] for group in offered)
 
-    def options(self, group: Group) -> Mapping[str, Row]:
+    def options(self, group: Group) -> Mapping[str, Priced]:
         """The options of a group, whose layers are all offered the same."""
         return self.table[group[0]]
 

@@ -9,17 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from curvprune.compression import (
     Moments,
+    Rounding,
     Solved,
     Visited,
     Visitor,
     dequantize,
+    round_layer,
     solve_layer,
     visit_layers,
 )
+from curvprune.curvature import Change
 from curvprune.distributed import rank, wait, world
 from curvprune.files import State
 from curvprune.model import Layer, find_layers, to_device
@@ -114,9 +117,11 @@ class Sweep:
         options: layer → options to solve.
         folder: where in the workspace the solutions go.
         title: of the stage.
-        original: the uncompressed model, which runs beside. With it each layer's single option is
+        original: the uncompressed model, which runs beside. With it each layer's first option is
             written into the model on the way, so that later layers see it and make up for it;
             without it the model is only read.
+        shares: of each layer keep the first option's solution alone, with its distance from what
+            it stands in for, and every option's error (`curvprune.compression.Rounding`).
     """
 
     model: nn.Module
@@ -125,6 +130,44 @@ class Sweep:
     folder: str
     title: str
     original: nn.Module | None = None
+    shares: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundingRecord:
+    """What the small file says of a layer's rounding: the options that have errors, and what 16-bit
+    numbers are multiplied by."""
+
+    options: list[str]
+    rounded: float
+    answered: float
+
+
+def _write_rounding(state: State, name: str, layer: Layer, found: Rounding) -> None:
+    """The distance of the first option from what it stands in for, and of that from the weight."""
+    weight = layer.as_matrix(layer.weight.detach()).to(found.target)
+    first = found.solved[0]
+    rounded = Change.of(first.weight.to(found.target) - found.target)
+    answered = Change.of(found.target - weight)
+    tensors = {
+        "rounded": rounded.values,
+        "answered": answered.values,
+        "errors": found.errors,
+    }
+    state.write_tensors(f"{name}.share.safetensors", tensors)
+    options = [solved.option.key for solved in found.solved]
+    record = RoundingRecord(options=options, rounded=rounded.scale, answered=answered.scale)
+    state.write_json(f"{name}.share.json", encode(record))
+
+
+def read_rounding(state: State, name: str) -> tuple[list[Change], dict[str, Tensor]]:
+    """``[W_P − W̃, W̃ − W]`` of a layer, and every option's errors ``(out,)``."""
+    file = f"{name}.share.json"
+    record = decode(RoundingRecord, state.read_json(file), source=str(state.path(file)))
+    tensors = state.read_tensors(f"{name}.share.safetensors")
+    rounded = Change(values=tensors["rounded"], scale=record.rounded)
+    answered = Change(values=tensors["answered"], scale=record.answered)
+    return [rounded, answered], dict(zip(record.options, tensors["errors"], strict=True))
 
 
 def solve_in_one_pass(task: Task, space: Workspace, sweep: Sweep) -> Candidates:
@@ -138,7 +181,8 @@ def solve_in_one_pass(task: Task, space: Workspace, sweep: Sweep) -> Candidates:
 
     # 1. What is left to do, and for this process.
     mine = list(layers) if sequential else list(layers)[rank() :: world()]
-    todo = {name for name in mine if sweep.options[name] and not state.has(f"{files[name]}.json")}
+    last = "share.json" if sweep.shares else "json"
+    todo = {name for name in mine if sweep.options[name] and not state.has(f"{files[name]}.{last}")}
     own_state = replace(state, writes=True)
 
     # 2. At every layer: solve it, and write its option into the model before later layers run.
@@ -147,10 +191,16 @@ def solve_in_one_pass(task: Task, space: Workspace, sweep: Sweep) -> Candidates:
         if name in todo:
             needs_moments = any(not isinstance(option, (Keep, Cast)) for option in options)
             known = moments() if needs_moments else None
-            solved = solve_layer(layer, options, known)
+            if sweep.shares:
+                found_here = round_layer(layer, options, known)
+                solved = list(found_here.solved[:1])
+            else:
+                solved = solve_layer(layer, options, known)
             if known is not None and known.dead:
                 own_state.write_json(f"{files[name]}.dead.json", known.dead)
             write_solved(own_state, files[name], solved)
+            if sweep.shares:
+                _write_rounding(own_state, files[name], layer, found_here)
             todo.discard(name)
             advance(len(mine) - len(todo))
         if sequential and options:

@@ -28,21 +28,22 @@ from curvprune.model import ItemResults, find_layers
 from curvprune.planning import Budget, Plan
 from curvprune.record import Attempt, RecoveryRecord, Trial
 from curvprune.run.apply import (
+    applied_in,
     apply_plan,
     notes_on_storage,
+    plan_key,
     recover_plan,
     unpriced_plan,
     write_artifact,
 )
-from curvprune.run.candidates import Candidates
 from curvprune.run.evaluation import are_of, results_on
 from curvprune.run.folder import EARLIER
 from curvprune.run.price import Prices
-from curvprune.run.select import Selection, plan_key, trial_file, trial_of
+from curvprune.run.select import Selection, trial_file, trial_of
 from curvprune.run.sequence import Tried, fix_sequence
 from curvprune.run.task import Task
 from curvprune.run.workspace import Workspace
-from curvprune.schema import decode, encode
+from curvprune.schema import decode
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +78,7 @@ class Applied:
     Attributes:
         trial: what it lost on select as it was written.
         before: the same before the recovery, if there was one.
-        tried: what `next_plan` is to learn from it: where the candidates were kept, theirs.
+        tried: what `next_plan` is to learn from it.
     """
 
     trial: Trial
@@ -87,23 +88,14 @@ class Applied:
     solved: dict[str, Solved]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StartRecord:
-    """Which solutions a plan was made from: its candidates, or one sequential pass."""
-
-    candidates: bool
-
-
-def certify_plans(
-    task: Task, space: Workspace, candidates: Candidates, selection: Selection
-) -> Shipped:
+def certify_plans(task: Task, space: Workspace, selection: Selection) -> Shipped:
     """Fix a sequence of plans, then test them, cautious first, up to the first that is not
     certified. What ships is the last certified one, or the first if there is none.
 
     Cost: one sequential pass per plan that is applied, and its recovery; one evaluation on the
     certify split per plan that is tested.
     """
-    making = _Making(task, space, candidates, selection)
+    making = _Making(task, space, selection)
     # 1. The sequence, by what select says.
     sequence = making.sequence()
     # 2. The tests.
@@ -230,11 +222,9 @@ def _plan_of(task: Task, space: Workspace, trial: Trial) -> Plan:
 class _Making:
     """Applies plans one after the other; which is next depends on how those before did."""
 
-    def __init__(
-        self, task: Task, space: Workspace, candidates: Candidates, selection: Selection
-    ) -> None:
+    def __init__(self, task: Task, space: Workspace, selection: Selection) -> None:
         assert task.budget is not None
-        self.task, self.space, self.candidates = task, space, candidates
+        self.task, self.space = task, space
         self.selection = selection
         self.prices: Prices = selection.prices
         self.applied: list[Applied] = []
@@ -283,17 +273,13 @@ class _Making:
     def _apply(self, name: str, choices: Mapping[str, str]) -> Tried:
         """Apply a plan, recover it if that was asked for, and write its artifact."""
         task, space = self.task, self.space
-        at = f"applied/{plan_key(choices)}"
-        # 1. One sequential pass, or the candidates where they did better on select.
+        at = applied_in(choices)
+        # 1. One sequential pass, unless it has been a trial.
         model, solved = apply_plan(task, space, choices, at, title=f"apply {name}")
         select = task.splits.select
-        results = results_on(task, space, f"{at}/select.json", model, select)
+        results = results_on(task, space, trial_file(choices), model, select)
         trial = self._trial(f"{name}, applied", choices, results)
         start = trial
-        if self._candidates_are_better(at, choices, trial):
-            trial, start, solved, results = self._keep_candidates(
-                name, choices, trial, solved, model
-            )
         # 2. The recovery.
         before, tried = None, Tried(start, None)
         if task.recover is None:
@@ -327,42 +313,6 @@ class _Making:
         return trial_of(
             self.task, yardstick, self.prices, results, name=name, kind="applied", choices=choices
         )
-
-    def _candidates_are_better(self, at: str, choices: Mapping[str, str], trial: Trial) -> bool:
-        """Whether the plan's candidates did better on select than one sequential pass. A run that
-        reuses this plan may not have their trial, but has what came of it."""
-        state, file = self.space.state, f"{at}/start.json"
-        if not state.has(file):
-            stitched = self._stitched(choices)
-            better = stitched is not None and stitched.drop < trial.drop
-            state.write_json(file, encode(StartRecord(candidates=better)))
-        return decode(StartRecord, state.read_json(file), source=str(state.path(file))).candidates
-
-    def _stitched(self, choices: Mapping[str, str]) -> Trial | None:
-        """The trial in which the plan's candidates were measured."""
-        trials = self.selection.trials
-        return next((trial for trial in trials if trial.choices == choices), None)
-
-    def _keep_candidates(
-        self,
-        name: str,
-        choices: Mapping[str, str],
-        trial: Trial,
-        solved: Mapping[str, Solved],
-        model: nn.Module,
-    ) -> tuple[Trial, Trial, dict[str, Solved], ItemResults]:
-        """The candidates in place of what a sequential pass made."""
-        task, space, file = self.task, self.space, trial_file(choices)
-        kept = {layer: self.candidates.with_option(layer, choices[layer]) for layer in solved}
-        note = "one sequential pass measured worse than the candidates, which were kept"
-        trial = replace(trial, note=note)
-        # Read: they have been measured.
-        results = results_on(task, space, file, model, task.splits.select)
-        # What prices say of it now: those of its trial were not corrected by all that has been
-        # measured since.
-        stitched = self._stitched(choices) or self._trial(name, choices, results)
-        start = replace(stitched, expected=trial.expected)
-        return trial, start, kept, results
 
     def _without_packed_weights(self, solved: Mapping[str, Solved]) -> dict[str, Solved]:
         """What lies on disk packed need not be held in memory twice: codes and scales are enough

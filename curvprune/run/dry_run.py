@@ -20,6 +20,7 @@ from curvprune.run.power import Power, estimate_power, run_without_gradient, sec
 from curvprune.run.prepare import Widths, prepare
 from curvprune.run.recipe import load_recipe
 from curvprune.run.select import TRIALS_BESIDES
+from curvprune.run.shares import by_shares
 from curvprune.run.task import Task
 
 
@@ -157,13 +158,10 @@ def _minutes(task: Task, timing: _Timing, cuts: Mapping[str, Widths]) -> dict[st
         "certify": (1 + attempts) * certify * forward,
     }
     if task.budget is not None:
-        backward = max(both - forward, forward)
-        seconds["solve"] = 1.6 * calibrate * forward + timing.share * timing.solving
-        seconds["price"] = price * (forward + settings.labels * backward)
-        seconds["select"] = (settings.trials + TRIALS_BESIDES) * select * forward
-        if settings.measure_above is not None:
-            # As often as prices are wrong: once, where they are right.
-            seconds["measure prices"] = price * (1 + MEASURED_TOGETHER) * forward
+        seconds |= _pricing_seconds(task, timing, applying)
+        # The controls, the plans of the search, and the uncompressed model.
+        tried = settings.trials + TRIALS_BESIDES
+        seconds["select"] = tried * select * forward + (tried - 1) * applying
     if cuts:
         # Two passes for moments, one for gradients and one for prices, and a few factors for each
         # width.
@@ -177,6 +175,26 @@ def _minutes(task: Task, timing: _Timing, cuts: Mapping[str, Widths]) -> dict[st
         recovering = _recovery_seconds(task.recover, timing, select)
         seconds["recover"] = attempts * recovering
     return {stage: value / 60 for stage, value in seconds.items()}
+
+
+def _pricing_seconds(task: Task, timing: _Timing, applying: float) -> dict[str, float]:
+    settings, forward = task.settings, timing.forward
+    calibrate, price = len(task.splits.calibrate.items), len(task.splits.price.items)
+    backward = max(timing.both - forward, forward)
+    if by_shares(task, chosen=True):
+        # One pass with all options, others with one; twice forward and once back for each.
+        first = applying + timing.share * timing.solving
+        slopes = price * (2 * forward + backward)
+        passes = first + (settings.rounds - 1) * applying
+        return {"price": passes + settings.rounds * slopes}
+    found = {
+        "solve": 1.6 * calibrate * forward + timing.share * timing.solving,
+        "price": price * (forward + settings.labels * backward),
+    }
+    if settings.measure_above is not None:
+        # As often as prices are wrong: once, where they are right.
+        found["measure prices"] = price * (1 + MEASURED_TOGETHER) * forward
+    return found
 
 
 def _recovery_seconds(training: Training, timing: _Timing, select: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,16 @@ from curvprune.certificate import (
     fewest_without_spread,
     probability_of_certifying,
 )
-from curvprune.model import BROKEN, ItemResults, Split, evaluate
+from curvprune.model import (
+    BROKEN,
+    Batch,
+    ItemResults,
+    Loss,
+    Split,
+    evaluate,
+    evaluating,
+    to_device,
+)
 from curvprune.run.task import Task
 from curvprune.run.workspace import Workspace
 from curvprune.schema import Number, decode, encode
@@ -56,6 +66,25 @@ def results_on(
             f"they count as {worst:g} {task.objective.measure.split('/')[0]} for each position"
         )
     return results
+
+
+@torch.no_grad()
+def divergences_on(
+    models: tuple[nn.Module, nn.Module], objective: Loss, batches: Iterable[Batch]
+) -> ItemResults:
+    """What the second of two models costs each item beyond the slope of the loss at the first: for
+    a likelihood their divergence. Cost: a forward pass of both."""
+    before, after = models
+    device = next(after.parameters()).device
+    losses, counts = [], []
+    with evaluating(before), evaluating(after):
+        for batch in batches:
+            own = to_device(batch, device)
+            first, second = objective.outputs(before, own), objective.outputs(after, own)
+            losses.append(objective.rises(first, second, own).double().cpu())
+            counts.append(objective.counts(first, own).double().cpu())
+    loss = torch.cat(losses)
+    return ItemResults(loss=loss, count=torch.cat(counts), correct=torch.full_like(loss, torch.nan))
 
 
 def _worst(task: Task, space: Workspace, split: Split) -> float:

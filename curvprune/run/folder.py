@@ -290,7 +290,8 @@ def publish(folder: Path, root: State) -> None:
 def run_to_reuse(recipe: Recipe, folder: Path) -> State:
     """The run in ``folder``, if all that it has solved and priced is the same under this recipe."""
     source = State(folder)
-    if not (source.has(LOCK) and source.has(INPUTS) and source.has("state/solved")):
+    begun = source.has(LOCK) and source.has(INPUTS)
+    if not begun or not (source.has("state/solved") or source.has("state/rounds")):
         raise RecipeError(
             f"{folder} holds no run that has solved options: there is nothing to reuse"
         )

@@ -14,7 +14,7 @@ from curvprune.run.recipe_errors import RecipeError
 REMOVED_MODEL = "structured/model"
 # What is made anew from other files alone. The rest of a run that has taken over plans may depend
 # on what only the other run had.
-_ALONE = ("solved/", "measured/", "curvature/", "certify/", "fisher", "forms")
+_ALONE = ("solved/", "rounds/", "measured/", "curvature/", "certify/", "fisher", "forms")
 
 
 def mend_(state: State, *, taken_over: str) -> list[str]:

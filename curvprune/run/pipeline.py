@@ -1,6 +1,7 @@
 """`run` and `analyze`: from a recipe to a certified model and a report.
 
-`solve_and_price` and `choose_and_certify` are the whole road; `curvprune.compress` goes it too.
+`solve_and_price` (`curvprune.run.price`) and `choose_and_certify` are the whole road;
+`curvprune.compress` goes it too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from curvprune.files import State
 from curvprune.model import collate, to_device
 from curvprune.places import only_here
 from curvprune.record import RunRecord
-from curvprune.run.candidates import Candidates, solve_options
 from curvprune.run.certify import Shipped, apply_and_measure, certify_plans
 from curvprune.run.folder import (
     ANALYSIS,
@@ -29,7 +29,7 @@ from curvprune.run.folder import (
     run_to_reuse,
 )
 from curvprune.run.prepare import Prepared, prepare
-from curvprune.run.price import PricedOptions, price_options
+from curvprune.run.price import PricedOptions, fisher_analysis, solve_and_price
 from curvprune.run.published import as_text, publish_texts
 from curvprune.run.recipe import Recipe, load_recipe
 from curvprune.run.select import Selection, select_plans
@@ -71,18 +71,12 @@ class RunResult:
 # -------------------------------------------------------------------------------------- the road
 
 
-def solve_and_price(task: Task, space: Workspace) -> tuple[Candidates, PricedOptions]:
-    """Stages *solve* and *price*."""
-    candidates = solve_options(task, space)
-    return candidates, price_options(task, space, candidates)
-
-
 def choose_and_certify(
-    task: Task, space: Workspace, candidates: Candidates, priced: PricedOptions
+    task: Task, space: Workspace, priced: PricedOptions
 ) -> tuple[Selection, Shipped]:
     """Stages *select*, *apply* and *certify*."""
-    selection = select_plans(task, space, candidates, priced.prices)
-    return selection, certify_plans(task, space, candidates, selection)
+    selection = select_plans(task, space, priced.prices)
+    return selection, certify_plans(task, space, selection)
 
 
 # -------------------------------------------------------------------------------------- the verbs
@@ -131,24 +125,24 @@ def _go_on(recipe: Recipe, root: State, *, progress: bool, reuse: str | Path | N
         source = run_to_reuse(recipe, Path(reuse))
 
     # 2. What several processes share.
-    candidates = priced = selection = None
+    priced = selection = None
     with distributed.together():
         first = distributed.rank() == 0
         root = replace(root, writes=first)
         prepared = prepare(recipe, root, progress=progress and first, reused=source)
         task, space = prepared.task, prepared.space
         if task.budget is not None:
-            candidates, priced = solve_and_price(task, space)
+            priced = solve_and_price(task, space)
             write_prices(priced, root)
     if not first:
         return RunResult(exit_code=0, folder=root.folder, record=None)
 
     # 3. The plan, the model and the verdict.
-    if candidates is None or priced is None:
+    if priced is None:
         only = {name: options[0].key for name, options in task.options.items()}
         shipped = apply_and_measure(task, space, only)
     else:
-        selection, shipped = choose_and_certify(task, space, candidates, priced)
+        selection, shipped = choose_and_certify(task, space, priced)
     publish(shipped.folder, root)
     outcome = Outcome(priced=priced, selection=selection, shipped=shipped)
     record = run_record(prepared, outcome, root)
@@ -176,12 +170,13 @@ def _analyze(recipe: Recipe, root: State, *, progress: bool) -> RunResult:
         first = distributed.rank() == 0
         root = replace(root, writes=first)
         prepared = prepare(recipe, root, progress=progress and first, priced=True)
-        _, priced = solve_and_price(prepared.task, prepared.space)
+        priced = solve_and_price(prepared.task, prepared.space)
+        analysis = priced.analysis or fisher_analysis(prepared.task, prepared.space)
         write_prices(priced, root)
         curvature = _curvature(prepared, recipe)
     if not first:
         return RunResult(exit_code=0, folder=root.folder, record=None)
-    fisher = priced.analysis.to_dict()
+    fisher = analysis.to_dict()
     publish_texts(root, {ANALYSIS: as_text({**encode(curvature), "fisher": fisher})})
     record = run_record(prepared, Outcome(priced=priced, curvature=curvature), root)
     write_report(root, record)

@@ -235,6 +235,8 @@ def _settings(recipe: Recipe) -> Settings:
         seed=recipe.seed,
         labels=recipe.price.labels,
         curvature=recipe.price.curvature,
+        prices=recipe.price.prices,
+        rounds=recipe.price.rounds,
         measure_above=recipe.price.measure_above,
         trials=recipe.search.trials,
         attempts=recipe.search.attempts,

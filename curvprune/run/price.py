@@ -39,7 +39,8 @@ from curvprune.pricing import (
     quadratic_forms,
     work_of,
 )
-from curvprune.run.candidates import Candidates
+from curvprune.run.candidates import Candidates, solve_options
+from curvprune.run.shares import NextPlan, by_shares, price_by_shares
 from curvprune.run.task import Task
 from curvprune.run.workspace import Workspace
 from curvprune.schema import decode, encode
@@ -75,10 +76,11 @@ class Prices:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PricedOptions:
-    """What the stage makes: prices, and trace and diagonal of every layer from the same pass."""
+    """What the stage makes: prices, and where these are quadratic trace and diagonal of every layer
+    from the same pass."""
 
     prices: Prices
-    analysis: Analysis
+    analysis: Analysis | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +98,39 @@ class FormsRecord:
     count: list[float]
     sums: dict[str, list[list[float]]]
     left_out: dict[str, str] = field(default_factory=dict)
+
+
+def solve_and_price(
+    task: Task,
+    space: Workspace,
+    *,
+    chosen: bool | None = None,
+    reference: Mapping[str, str] | None = None,
+    next_plan: NextPlan | None = None,
+) -> PricedOptions:
+    """Stage *price*: by shares of the loss where a plan will be chosen and shipped, else by
+    quadratic forms along every solved change.
+
+    Args:
+        chosen: whether a plan will be chosen; by default where there is a budget.
+        reference, next_plan: see `price_by_shares`.
+    """
+    if chosen is None:
+        chosen = task.budget is not None
+    if by_shares(task, chosen=chosen):
+        ledger = price_by_shares(task, space, reference=reference, next_plan=next_plan)
+        return PricedOptions(prices=Prices(ledger=ledger))
+    if task.settings.prices == "shares":
+        space.note(
+            "prices are quadratic forms: shares need a loss that is known at outputs, "
+            "curvature: fisher, and an option that rounds or prunes"
+        )
+    return price_options(task, space, solve_options(task, space))
+
+
+def fisher_analysis(task: Task, space: Workspace) -> Analysis:
+    """Trace and diagonal of every layer, without prices. Cost: as a pricing pass."""
+    return _analysis(task, _pass_over_items(task, space, {}))
 
 
 def price_options(task: Task, space: Workspace, candidates: Candidates) -> PricedOptions:
@@ -330,6 +365,20 @@ def _by_row(
 
 
 # ------------------------------------------------------------------------------- zeros by price
+
+
+def alike(task: Task, sparsity: float) -> dict[str, str]:
+    """The plan in which every layer loses the share of its weights that is offered nearest to
+    ``sparsity``."""
+    found = {}
+    for name, options in task.options.items():
+        apart = {}
+        for option in options:
+            prune = pruner_of(option)
+            share = 0.0 if prune is None or prune.sparsity is None else prune.sparsity
+            apart[option.key] = abs(share - sparsity)
+        found[name] = min(apart, key=lambda key: apart[key])
+    return found
 
 
 def spread_zeros(task: Task, ledger: Ledger, sparsity: float) -> dict[str, str]:

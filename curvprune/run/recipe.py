@@ -277,7 +277,9 @@ def _request_yaml(request: Request) -> list[str | list[str]]:
 
 # ------------------------------------------------------------ how the work is done
 
-_PriceKeys: Any = section_from(Settings, only=("labels", "curvature", "measure_above"))
+_PriceKeys: Any = section_from(
+    Settings, only=("labels", "curvature", "prices", "rounds", "measure_above")
+)
 _SearchKeys: Any = section_from(Settings, only=("trials", "attempts"))
 _RecoverKeys: Any = section_from(Training, leave_out=("seed",))
 

@@ -1,23 +1,18 @@
 """Stage *select*: plans by their price, and controls, measured on the select split; one is chosen.
 
-Candidates of any plan can be put together without another solve, so that a trial costs one
-evaluation. What is measured corrects the prices, and the next plan is made with those.
+A trial is the plan as it would ship: solved in one sequential pass. What is measured corrects the
+prices, and the next plan is made with those.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-
-from torch import nn
+from dataclasses import dataclass, replace
 
 from curvprune.certificate import Verdict, foreseen, judge
-from curvprune.model import ItemResults, find_layers
+from curvprune.model import ItemResults, Split
 from curvprune.options import Option, pruner_of, quantizer_of
 from curvprune.planning import (
     SHARES,
@@ -32,12 +27,14 @@ from curvprune.planning import (
 )
 from curvprune.pricing import Row
 from curvprune.record import Alternative, Trial
+from curvprune.run.apply import applied_in, apply_plan, plan_key
 from curvprune.run.baselines import Control, controls
-from curvprune.run.candidates import Candidates
 from curvprune.run.evaluation import (
     ACCEPTABLE,
     allowed_drop,
     chance_at,
+    divergences_on,
+    keep_results,
     read_results,
     results_on,
 )
@@ -46,9 +43,11 @@ from curvprune.run.task import Task
 from curvprune.run.workspace import Workspace
 
 TRIALS_BESIDES = 8  # the uncompressed model, at most six controls, and a plan after the first four
+COMPARED = 64  # items of select on which two plans' divergences are compared, at most
 CLEAR = 1.645  # standard errors: one-sided 95 %
 # (metric, quantile) of budgets whose drop is the rise of the mean loss.
 AS_LOSS = (("loss", None), ("kl", None))
+LEVEL_BYTES = 0.97  # a control of this share of a plan's bytes, or more, is of its size
 # Two plans whose bytes differ by less are one size: what they lost on select decides.
 SAME_SIZE = 1.002
 # What is held against a plan of both kinds: the part that its options have, and the one that they
@@ -86,15 +85,15 @@ class Selection:
     together: tuple[Alternative, ...]
 
 
-def select_plans(task: Task, space: Workspace, candidates: Candidates, prices: Prices) -> Selection:
+def select_plans(task: Task, space: Workspace, prices: Prices) -> Selection:
     """Measure plans and controls on the select split and choose.
 
-    Cost: one evaluation on the select split per trial; ``settings.trials`` plans, at most six
-    controls, and a few plans more by the corrected prices.
+    Cost: one sequential pass and one evaluation on the select split per trial; ``settings.trials``
+    plans, at most six controls, and a few plans more by the corrected prices.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
-        found = _Search(task, space, candidates, prices).run()
+        found = _Search(task, space, prices).run()
     # Recorded to be noted, not to be hidden.
     for warning in caught:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
@@ -106,13 +105,8 @@ def select_plans(task: Task, space: Workspace, candidates: Candidates, prices: P
 # ---------------------------------------------------------------------------------------- trials
 
 
-def plan_key(choices: Mapping[str, str]) -> str:
-    """A short name for a plan, for its files."""
-    return hashlib.sha256(json.dumps(sorted(choices.items())).encode()).hexdigest()[:16]
-
-
 def trial_file(choices: Mapping[str, str]) -> str:
-    """Where the results of a plan's candidates lie."""
+    """Where the results of a plan, as it ships, lie."""
     return f"select/{plan_key(choices)}.json"
 
 
@@ -173,6 +167,22 @@ def _foreseen(task: Task, results: ItemResults, drop: Verdict, budget: Budget) -
     return replace(drop, drop=seen.value, stderr=seen.stderr, bound=seen.bound)
 
 
+def plan_results(
+    task: Task, space: Workspace, choices: Mapping[str, str], *, name: str
+) -> ItemResults:
+    """Results of a plan as it ships on the select split, or those that were measured before.
+
+    Cost: one sequential pass, unless the plan has been solved, and one evaluation.
+    """
+    file, model = trial_file(choices), task.model
+    if not space.state.has(file):
+        model, _ = apply_plan(task, space, choices, applied_in(choices), title=f"solve {name}")
+    with space.log.stage(f"measure {name}", 1) as advance:
+        results = results_on(task, space, file, model, task.splits.select)
+        advance(1)
+    return results
+
+
 def reach_of(trial: Trial) -> float:
     """From a trial's drop to its bound."""
     if math.isfinite(trial.bound):
@@ -196,67 +206,32 @@ def clearly_less(more: Verdict) -> bool:
     return more.drop < -CLEAR * more.stderr
 
 
-@dataclass(slots=True)
-class _Bench:
-    """A copy of the model whose layers are set to any plan's candidates."""
-
-    task: Task
-    candidates: Candidates
-    model: nn.Module | None = None
-    now: dict[str, str] = field(default_factory=dict)
-
-    def set_to(self, choices: Mapping[str, str]) -> nn.Module:
-        """The model under a plan; only layers whose option changes are written."""
-        if self.model is None:
-            self.model = copy.deepcopy(self.task.model)
-        own = find_layers(self.model)
-        for name, key in choices.items():
-            if self.now.get(name, "keep") == key:
-                continue
-            layer = self.task.layers[name]
-            if key == "keep":
-                matrix = layer.as_matrix(layer.weight.detach())
-            else:
-                matrix = self.candidates.with_option(name, key).weight
-            own[name].write_(matrix)
-            self.now[name] = key
-        return self.model
-
-
 # ------------------------------------------------------------------------------------ the search
 
 
 class _Search:
     """The steps of the stage and what they share: trials so far, and prices corrected by them."""
 
-    def __init__(
-        self, task: Task, space: Workspace, candidates: Candidates, prices: Prices
-    ) -> None:
+    def __init__(self, task: Task, space: Workspace, prices: Prices) -> None:
         assert task.budget is not None
         self.task, self.space, self.prices = task, space, prices
         self.budget = task.budget
-        self.bench = _Bench(task, candidates)
         self.trials: list[Trial] = []
-        self.advance: Callable[[int], object] = lambda finished: None
         self.yardstick: Yardstick
-        self.steps = task.settings.trials + TRIALS_BESIDES
 
     def run(self) -> Selection:
-        with self.space.log.stage("measure on select", self.steps) as self.advance:
-            # 1. The uncompressed model, and what removed units alone cost.
-            spent = self._measure_start()
-            # 2. Plans along the frontier, until the smallest that passes is found.
-            best = self._first_plans(spent)
-            # 3. Controls near its size, and a plan by what they have said about the prices.
-            for control in self._controls(best):
-                self.measure(control.name, "control", control.choices)
-            best = self._plan_again(best)
-            # 4. Each kind of option alone, at the same limits.
-            together = self._compare_kinds(best)
-            self.advance(1 + len(self.trials))
-            # 5. The plan, or a control that beats it.
-            best = self._best_measured(best)
-            self.advance(self.steps)
+        # 1. The uncompressed model, and what removed units alone cost.
+        spent = self._measure_start()
+        # 2. Plans along the frontier, until the smallest that passes is found.
+        best = self._first_plans(spent)
+        # 3. Controls near its size, and a plan by what they have said about the prices.
+        for control in self._controls(best):
+            self.measure(control.name, "control", control.choices)
+        best = self._plan_again(best)
+        # 4. Each kind of option alone, at the same limits.
+        together = self._compare_kinds(best)
+        # 5. The plan, or a control that beats it.
+        best = self._best_measured(best)
         return Selection(
             trials=tuple(self.trials),
             best=best,
@@ -266,20 +241,15 @@ class _Search:
         )
 
     def measure(self, name: str, kind: str, choices: Mapping[str, str]) -> Trial:
-        """Measure a plan's candidates; the trial is also added to those so far."""
-        task, file = self.task, trial_file(choices)
-        model = self.bench.model or task.model
-        if not self.space.state.has(file):
-            model = self.bench.set_to(choices)
-        results = results_on(task, self.space, file, model, task.splits.select)
+        """Measure a plan as it ships; the trial is also added to those so far."""
+        results = plan_results(self.task, self.space, choices, name=name)
         trial = trial_of(
-            task, self.yardstick, self.prices, results, name=name, kind=kind, choices=choices
+            self.task, self.yardstick, self.prices, results, name=name, kind=kind, choices=choices
         )
         same = next((t.name for t in self.trials if t.choices == choices), None)
         if same is not None:
             trial = replace(trial, note=f"the same as {same}")
         self.trials.append(trial)
-        self.advance(1 + len(self.trials))
         return trial
 
     def beyond(self, trial: Trial, other: Trial) -> Verdict:
@@ -294,19 +264,54 @@ class _Search:
             measure=self.task.objective.measure,
         )
 
+    def diverges_more(self, trial: Trial, other: Trial) -> Verdict:
+        """How much farther than another plan a measured one is from the uncompressed model, paired
+        by item: without the noise of labels. Of a loss that is not known at outputs what it loses
+        beyond that one."""
+        task = self.task
+        if task.objective.curvature == "none":
+            return self.beyond(trial, other)
+        return judge(
+            self._divergence(other),
+            self._divergence(trial),
+            self._compared(),
+            Budget("loss", max_drop=0.0),
+            measure=task.objective.measure,
+        )
+
+    def _compared(self) -> Split:
+        select = self.task.splits.select
+        return select.some(range(min(COMPARED, len(select.items))))
+
+    def _divergence(self, trial: Trial) -> ItemResults:
+        """A plan's divergence from the model that prices are of, on the first select items."""
+        task, space = self.task, self.space
+        file = f"{trial_file(trial.choices).removesuffix('.json')}-divergence.json"
+        if not space.state.has(file):
+            choices = trial.choices
+            title = f"solve {trial.name}"
+            model, _ = apply_plan(task, space, choices, applied_in(choices), title=title)
+            batches = self._compared().batches(task.settings.batch_size)
+            with space.log.stage(f"divergence of {trial.name}", 1) as advance:
+                found = divergences_on((task.model, model), task.objective, batches)
+                advance(1)
+            keep_results(space, file, found.finite())
+        return read_results(space, file)
+
     # --------------------------------------------------------------------------- 1. the start
 
     def _measure_start(self) -> float:
         """Results of the uncompressed model; returns what the removed units alone cost."""
         task, space, select = self.task, self.space, self.task.splits.select
-        baseline = results_on(task, space, "select/baseline.json", task.uncompressed, select)
+        with space.log.stage("measure the uncompressed model", 1) as advance:
+            baseline = results_on(task, space, "select/baseline.json", task.uncompressed, select)
+            advance(1)
         self.yardstick = Yardstick(baseline=baseline, start=baseline)
         spent = 0.0
         if task.original is not None:
             start = results_on(task, space, "select/start.json", task.model, select)
             self.yardstick = Yardstick(baseline=baseline, start=start)
             spent = self._spent()
-        self.advance(1)
         return spent
 
     def _spent(self) -> float:
@@ -502,11 +507,25 @@ class _Search:
         # 2. Against the plan, only those that lost clearly less.
         if plan in eligible:
             others = [trial for trial in eligible if trial is not plan]
-            eligible = [plan, *(t for t in others if clearly_less(self.beyond(t, plan)))]
+            eligible = [plan, *(t for t in others if clearly_less(self.diverges_more(t, plan)))]
+            self._note_level(plan, others)
         best = min(eligible, key=_lost)
         if best is plan:
             return plan
         return self._instead_of(plan, best, one_size=plan in eligible)
+
+    def _note_level(self, plan: Trial, others: Sequence[Trial]) -> None:
+        """Say where a control of the plan's size is no worse than the plan."""
+        for trial in others:
+            if trial.choices == plan.choices or trial.bytes < LEVEL_BYTES * plan.bytes:
+                continue
+            more = self.diverges_more(trial, plan)
+            if more.drop <= CLEAR * more.stderr:
+                self.space.note(
+                    f"{trial.name} is level with {plan.name} at {trial.bytes:,} against "
+                    f"{plan.bytes:,} bytes: it diverges by {more.drop:+.2g} ± {more.stderr:.1g} "
+                    f"{self.task.objective.measure} more"
+                )
 
     def _instead_of(self, plan: Trial, best: Trial, *, one_size: bool) -> Trial:
         """The control that is used instead of the plan; why is noted."""

@@ -56,7 +56,11 @@ class Settings:
         seed: of every random draw.
         labels: draws per item for the prices.
         curvature: what prices are taken from, a key of `curvprune.pricing.CURVATURES`.
-        measure_above: nats below which no price is measured; ``None``: none is.
+        prices: what a layer's option costs: its ``"shares"`` of the loss of a plan as it ships, or
+            a ``"quadratic"`` form of the curvature of the uncompressed model. ``None``: shares,
+            where a plan is chosen and they apply.
+        rounds: passes that shares are taken from, at most.
+        measure_above: nats below which no quadratic price is measured; ``None``: none is.
         trials: plans measured on the select split.
         attempts: plans applied, to be tested in order on the certify split.
         batch_size: items of one forward pass when a model is evaluated.
@@ -71,6 +75,13 @@ class Settings:
         Literal["fisher", "diagonal", "kfac", "hessian", "input", "empirical"],
         Field(description="fisher, diagonal, kfac, hessian or input"),
     ] = "fisher"
+    prices: Annotated[
+        Literal["shares", "quadratic"] | None,
+        Field(description="shares, quadratic, or null for the better one that applies"),
+    ] = None
+    rounds: Annotated[
+        int, Field(ge=1, description="passes for shares, a whole number of at least 1")
+    ] = 2
     measure_above: Annotated[
         float | None,
         Field(

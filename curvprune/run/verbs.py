@@ -40,8 +40,8 @@ from curvprune.run.arguments import (
     task_from,
     warn_caller,
 )
-from curvprune.run.pipeline import choose_and_certify, solve_and_price
-from curvprune.run.price import spread_zeros
+from curvprune.run.pipeline import choose_and_certify
+from curvprune.run.price import alike, solve_and_price, spread_zeros
 from curvprune.run.results import Result, StructuredResult
 from curvprune.run.task import with_work
 from curvprune.structured import Structured, prune_units
@@ -79,8 +79,8 @@ def compress_model(
             )
         else:
             # 2. The whole road, as a recipe goes it.
-            candidates, priced = solve_and_price(task, space)
-            selection, shipped = choose_and_certify(task, space, candidates, priced)
+            priced = solve_and_price(task, space)
+            selection, shipped = choose_and_certify(task, space, priced)
             result = Result(
                 model=task.storage.read(shipped.folder),
                 plan=shipped.plan,
@@ -100,8 +100,7 @@ def price_model(model: nn.Module, data: Data, options: Sequence[Option], told: A
     with tempfile.TemporaryDirectory() as folder:
         task, space = task_from(model, data, options, None, Path(folder), told, priced=True)
         task = with_work(task)
-        _, priced = solve_and_price(task, space)
-        return priced.prices.ledger
+        return solve_and_price(task, space).prices.ledger
 
 
 def allocate_zeros(
@@ -118,7 +117,13 @@ def allocate_zeros(
     known = data if isinstance(data, Splits) else as_split(data)
     with tempfile.TemporaryDirectory() as folder:
         task, space = task_from(model, known, options, None, Path(folder), told, priced=True)
-        _, priced = solve_and_price(task, space)
+        priced = solve_and_price(
+            task,
+            space,
+            chosen=True,
+            reference=alike(task, sparsity),
+            next_plan=lambda ledger: spread_zeros(task, ledger, sparsity),
+        )
         ledger = priced.prices.ledger
         choices = spread_zeros(task, ledger, sparsity)
         predicted = ledger.predict(choices)

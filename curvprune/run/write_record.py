@@ -20,6 +20,7 @@ from curvprune.options import option_from_key
 from curvprune.planning import Budget, frontier
 from curvprune.pricing import Ledger
 from curvprune.record import (
+    AuditRecord,
     BudgetRecord,
     FrontierPoint,
     LayerRecord,
@@ -92,8 +93,9 @@ def run_record(prepared: Prepared, outcome: Outcome, root: State) -> RunRecord:
             record,
             ledger=_ledger_record(ledger),
             frontier=_frontier(task, ledger),
-            analysis=outcome.priced.analysis.to_record(),
         )
+        if outcome.priced.analysis is not None:
+            record = replace(record, analysis=outcome.priced.analysis.to_record())
     if outcome.curvature is not None:
         record = replace(record, analysis=outcome.curvature)
     if outcome.selection is not None:
@@ -176,6 +178,17 @@ def _ledger_record(ledger: Ledger) -> LedgerRecord:
                 measured=row.measured,
             )
         )
+    audits = []
+    for audit in ledger.audits:
+        audits.append(
+            AuditRecord(
+                plan=audit.plan,
+                shares=audit.shares,
+                shares_stderr=audit.shares_stderr,
+                divergence=audit.divergence,
+                divergence_stderr=audit.divergence_stderr,
+            )
+        )
     return LedgerRecord(
         measure=ledger.measure,
         curvature=ledger.curvature,
@@ -183,6 +196,8 @@ def _ledger_record(ledger: Ledger) -> LedgerRecord:
         labels_per_item=ledger.labels,
         rows=tuple(rows),
         kept=ledger.kept,
+        prices=ledger.prices,
+        audits=tuple(audits),
     )
 
 
@@ -290,9 +305,11 @@ def _peak_memory() -> int:
 
 
 def write_prices(priced: PricedOptions, root: State) -> None:
-    """Write ``ledger.json`` and ``analysis.json``."""
-    ledger, analysis = priced.prices.ledger.to_dict(), priced.analysis.to_dict()
-    publish_texts(root, {LEDGER: as_text(ledger), ANALYSIS: as_text(analysis)})
+    """Write ``ledger.json`` and, where there is one, ``analysis.json``."""
+    texts = {LEDGER: as_text(priced.prices.ledger.to_dict())}
+    if priced.analysis is not None:
+        texts[ANALYSIS] = as_text(priced.analysis.to_dict())
+    publish_texts(root, texts)
 
 
 def write_results(

@@ -271,14 +271,33 @@ class Loss:
         if self.curvature == "none":
             self.hessian_at(before, batch)  # says why there is none
         batch = in_double(batch)
-        start = before.detach().double().requires_grad_()
-        with torch.enable_grad():
-            losses = self.item_losses(start, batch)
-            slope = torch.autograd.grad(losses.sum(), start)[0]
+        start = before.detach().double()
+        losses, slope = self._slope_at(start, batch)
         with torch.no_grad():
             risen = self.item_losses(after.detach().double(), batch) - losses
             step = (slope * (after.double() - start)).flatten(1).sum(1)
         return (risen - step).detach()
+
+    def rise_slope(self, before: Tensor, after: Tensor, batch: Batch) -> Float[Tensor, "*outputs"]:
+        """The gradient of the summed `rises` with respect to ``after``: ``∇ℓ(after) − ∇ℓ(before)``,
+        at least in float32. Labels of a likelihood in canonical form cancel out."""
+        if self.curvature == "none":
+            self.hessian_at(before, batch)  # says why there is none
+        ours = self._slope_at(_at_least_float(after), batch)[1]
+        theirs = self._slope_at(_at_least_float(before), batch)[1]
+        return ours.sub_(theirs)
+
+    def _slope_at(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The losses of all items at some outputs, and the gradient of their sum."""
+        start = outputs.detach().requires_grad_()
+        with torch.enable_grad():
+            losses = self.item_losses(start, batch)
+            slope = torch.autograd.grad(losses.sum(), start)[0]
+        return losses, slope
+
+
+def _at_least_float(outputs: Tensor) -> Tensor:
+    return outputs if outputs.dtype == torch.float64 else outputs.float()
 
 
 def _along(outputs: Tensor, vectors: Tensor) -> Float[Tensor, " items"]:

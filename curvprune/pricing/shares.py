@@ -1,0 +1,231 @@
+"""Prices as shares of the loss: what a layer's rounding costs with the answers of later layers.
+
+A plan is applied in one sequential pass, in which every layer makes up for the drift that earlier
+ones have caused. Let D be the divergence of its outputs from those of the uncompressed model, W̃ the
+layer's target at its point of the pass, W_P what the plan made of it, and Δ = W_P − W̃. Then
+
+    L(l) = ⟨∇D, Δ⟩,    C(l, o) = ½ L(l) · E(l, o) / E(l, P),    E = tr(B Δ A Δᵀ),
+
+with A the second moment of the layer's inputs there, and B diagonal: how much the loss bends along
+each of the layer's outputs. Why: D is close to ½ eᵀFe, with e all that the
+roundings and the answers to them change. So the sum of all L is eᵀFe, twice the divergence (Euler).
+To first order a change of the answers costs nothing, because they are near their best; and products
+of different layers' roundings average out. Hence ½ L(l) is the layer's own part. Half the sum of
+the shares beside D, which is measured, is the audit of all this (`Audit`).
+
+Several passes (rounds) of different plans are averaged in units of the same error. A layer's share
+is noisy, and is moved towards the mean of its kind and depth by as much as the items say it is
+noise (`shrunk_shares`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from curvprune.curvature import Estimate, ratio_estimate
+from curvprune.pricing.ledger import Audit, Ledger, Row
+
+KEPT_APART = 4  # layers of a kind and depth that make a group of their own
+DEPTHS = 3  # parts of the model's depth
+LEAST = 0.1  # of its group's mean that a layer costs, whatever was measured of it
+LEAST_OF_KIND = 0.2  # of its kind's mean that a group's is at least; of all layers', a kind's
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Round:
+    """One sequential pass under a plan, and the slope of its divergence.
+
+    Attributes:
+        choices: layer → option key of the plan.
+        count: positions of each item.
+        divergence: from the uncompressed model, summed over the positions of each item.
+        shares: layer → ``⟨∇D, W_P − W̃⟩`` of each item.
+        answers: layer → ``⟨∇D, W̃ − W⟩`` of each item: near zero where answers are at their best.
+        errors: layer → option key → ``tr(B Δ A Δᵀ)``; the plan's own option is among them.
+    """
+
+    choices: dict[str, str]
+    count: list[float]
+    divergence: list[float]
+    shares: dict[str, list[float]]
+    answers: dict[str, list[float]]
+    errors: dict[str, dict[str, float]]
+
+    def audit(self) -> Audit:
+        """Half the sum of the shares, and what was measured."""
+        halves = 0.5 * np.sum(list(self.shares.values()), axis=0)
+        answers = 0.5 * np.sum(list(self.answers.values()), axis=0)
+        named = list(self.choices.values())
+        most = max(set(named), key=named.count)
+        uniform = len(set(named)) == 1
+        summed = _mean(halves, self.count)
+        measured = _mean(np.array(self.divergence), self.count)
+        return Audit(
+            plan=most if uniform else f"mixed, mostly {most}",
+            shares=summed.value,
+            shares_stderr=summed.stderr,
+            answers=_mean(answers, self.count).value,
+            divergence=measured.value,
+            divergence_stderr=measured.stderr,
+        )
+
+
+def share_ledger(
+    rounds: Sequence[Round], sizes: Mapping[str, Mapping[str, int]], *, measure: str
+) -> Ledger:
+    """The ledger of some rounds over the same items.
+
+    Args:
+        rounds: the first has the errors of every option.
+        sizes: layer → option key → bytes on disk.
+
+    Options without an error, such as ``keep``, cost nothing. No passes over data.
+    """
+    first = rounds[0]
+    count = np.array(first.count)
+    # 1. Every layer's share at its option of the first plan, from all rounds.
+    layers = list(sizes)
+    found = np.stack([0.5 * _at_first_option(rounds, layer) for layer in layers])
+    shrunk = shrunk_shares(layers, found, count)
+    # 2. Other options cost as much more as their error is larger.
+    rows, columns = [], []
+    for place, layer in enumerate(layers):
+        errors = first.errors.get(layer, {})
+        own = errors.get(first.choices[layer], 0.0)
+        for key, size in sizes[layer].items():
+            factor = errors.get(key, 0.0) / own if own > 0 else 0.0
+            sums = factor * shrunk.sums[place]
+            estimate = _mean(sums, first.count)
+            model = factor * float(shrunk.spread[place])
+            stderr = math.hypot(estimate.stderr, model) if factor else 0.0
+            rows.append(
+                Row(
+                    layer=layer,
+                    option=key,
+                    bytes=size,
+                    price=estimate.value,
+                    stderr=stderr,
+                    model_stderr=model,
+                )
+            )
+            columns.append(sums)
+    return Ledger(
+        rows=tuple(rows),
+        sums=np.stack(columns, axis=1),
+        count=count,
+        measure=measure,
+        labels=0,
+        curvature="shares of the loss in a sequential pass",
+        prices="shares",
+        audits=tuple(one.audit() for one in rounds),
+    )
+
+
+def _at_first_option(rounds: Sequence[Round], layer: str) -> Float[np.ndarray, " items"]:
+    """A layer's share in units of its option's error in the first round, over all rounds: the sum
+    of what they cost, over the sum of their errors."""
+    total, error = np.zeros(len(rounds[0].count)), 0.0
+    for one in rounds:
+        own = one.errors.get(layer, {}).get(one.choices[layer], 0.0)
+        if own > 0:
+            total += np.array(one.shares[layer])
+            error += own
+    first = rounds[0].errors.get(layer, {}).get(rounds[0].choices[layer], 0.0)
+    return total * (first / error) if error > 0 else total
+
+
+def _mean(sums: np.ndarray, count: Sequence[float]) -> Estimate:
+    return ratio_estimate(torch.from_numpy(np.asarray(sums)), torch.tensor(count).double())
+
+
+# ----------------------------------------------------------------------------------- shrinking
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shrunk:
+    """Shares moved towards the mean of their group.
+
+    Attributes:
+        sums: each item's part of each layer's, ``(layers, items)``.
+        spread: the standard error that is not the items', ``(layers,)``.
+    """
+
+    sums: Float[np.ndarray, "layers items"]
+    spread: Float[np.ndarray, " layers"]
+
+
+def shrunk_shares(
+    layers: Sequence[str], sums: Float[np.ndarray, "layers items"], count: np.ndarray
+) -> Shrunk:
+    """Empirical Bayes: a layer's share is its group's mean and a part w of its distance from it,
+
+        w = τ² / (τ² + noise²),
+
+    with the noise of these distances from the items, and τ² what is left of their variance. Groups
+    are layers of one kind (the name without its numbers) in one third of the depth; kinds of few
+    layers stay whole, and all kinds that are too small make one group. No layer costs less than
+    `LEAST` of its group's mean, which is positive.
+
+    Source: Efron and Morris 1973, "Stein's estimation rule and its competitors".
+    """
+    number = float(count.sum())
+    found, spread = sums.copy(), np.zeros(len(layers))
+    overall = max(float(sums.sum()) / number / len(layers), 0.0)
+    for kind in _kinds(layers):
+        of_kind = max(float(sums[kind].sum()) / number / len(kind), LEAST_OF_KIND * overall)
+        for group in _by_depth(kind):
+            own = sums[group]
+            mean = own.mean(0)
+            # 1. How far each layer is from the mean, and how well its items know that.
+            w, tau = 1.0, 0.0
+            if len(group) >= KEPT_APART and len(count) > 1:
+                w, tau = _weight(own - mean, count)
+            shrunk = mean + w * (own - mean)
+            # 2. None is free: where the mean itself is lost in noise, the kind's stands in for it.
+            centre = max(float(mean.sum()) / number, LEAST_OF_KIND * of_kind)
+            value = shrunk.sum(1) / number
+            least = np.maximum(value, LEAST * centre)
+            found[group] = shrunk + (least - value)[:, None] * count
+            spread[group] = (1 - w) * tau
+    return Shrunk(sums=found, spread=spread)
+
+
+def _weight(apart: Float[np.ndarray, "layers items"], count: np.ndarray) -> tuple[float, float]:
+    """w and τ of a group, from its layers' distances from the mean."""
+    number, layers = float(count.sum()), len(apart)
+    distance = apart.sum(1) / number
+    noise = 0.0
+    for one in apart:
+        noise += _mean(one, count.tolist()).stderr ** 2 / layers
+    variance = float((distance**2).sum()) / (layers - 1)
+    left = max(0.0, variance - noise * layers / (layers - 1))
+    if variance == 0:
+        return 1.0, 0.0
+    return left / variance, left**0.5
+
+
+def _kinds(layers: Sequence[str]) -> list[list[int]]:
+    """Places of the layers of each kind: those whose names differ in whole numbers alone. Kinds of
+    fewer than `KEPT_APART` layers are one."""
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(layers):
+        parts = ["*" if part.isdigit() else part for part in name.split(".")]
+        places.setdefault(".".join(parts), []).append(place)
+    kinds = [kind for kind in places.values() if len(kind) >= KEPT_APART]
+    rest = [place for kind in places.values() if len(kind) < KEPT_APART for place in kind]
+    return [*kinds, rest] if rest else kinds
+
+
+def _by_depth(kind: Sequence[int]) -> list[list[int]]:
+    """A kind's layers in `DEPTHS` parts, in the order of the model; fewer where a part would have
+    fewer than `KEPT_APART`."""
+    parts = min(DEPTHS, max(1, len(kind) // KEPT_APART))
+    bounds = [round(part * len(kind) / parts) for part in range(parts + 1)]
+    return [list(kind[a:b]) for a, b in pairwise(bounds)]

@@ -1,0 +1,289 @@
+"""Stage *price*, by shares of the loss: what a sequential pass and the slope of its divergence say.
+
+The first pass is that of the uniform plan nearest the budget. Further rounds are those of the plans
+that the prices so far choose, until there is nothing to gain.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from curvprune.compression import solve_layer
+from curvprune.curvature import Change, Checkpoint, DivergencePass, divergence_pass
+from curvprune.distributed import rank, wait, world
+from curvprune.model import find_layers
+from curvprune.options import Cast, Keep, option_from_key
+from curvprune.planning import Choice, Infeasible, cheapest
+from curvprune.pricing import Ledger, Round, share_ledger, work_of
+from curvprune.run.apply import applied_in, apply_plan, plan_key
+from curvprune.run.baselines import Control, uniform_plans
+from curvprune.run.candidates import read_rounding
+from curvprune.run.evaluation import divergences_on
+from curvprune.run.task import Task
+from curvprune.run.workspace import Workspace
+from curvprune.schema import decode, encode
+
+CHECKPOINT_SECONDS = 45.0  # the pass over the items writes its totals this often
+# A share of the loss by which runs scatter (SmolLM2 at 3 bits with its calibration items in another
+# order: KL .217 ± .005): a round that gains less is not worth a pass.
+SCATTER = 0.02
+SAME_BYTES = 0.01  # of the bytes, likewise
+PROBED = 4  # price items on which uniform plans are rounded to nearest, to find where to begin
+# What one sequential pass leaves of the divergence of rounding to nearest: .2 to .4 for SmolLM2 at
+# 3 and 4 bits.
+LEFT = 1 / 3
+
+NextPlan = Callable[[Ledger], "dict[str, str] | None"]
+
+
+def by_shares(task: Task, *, chosen: bool) -> bool:
+    """Whether this task's prices are shares: that is asked for, or left open where a plan will be
+    ``chosen``; and its loss is known at outputs, and an option changes some layer."""
+    asked = task.settings.prices
+    if asked == "quadratic" or (asked is None and not chosen):
+        return False
+    if task.objective.curvature == "none" or task.settings.curvature != "fisher":
+        return False
+    return any(not isinstance(option, (Keep, Cast)) for option in task.offered)
+
+
+def price_by_shares(
+    task: Task,
+    space: Workspace,
+    *,
+    reference: Mapping[str, str] | None = None,
+    next_plan: NextPlan | None = None,
+) -> Ledger:
+    """The ledger of up to ``settings.rounds`` rounds.
+
+    Args:
+        reference: the plan of the first; by default the uniform one nearest the budget.
+        next_plan: the plan that prices choose; by default by the task's budget.
+
+    Cost: for each round one sequential pass over the calibration items, which of the later ones
+    select and ship need anyway; two forward passes and one backward pass per price item.
+    """
+    next_plan = next_plan or (lambda ledger: _plan_for_budget(task, ledger))
+    rounds = [_first_round(task, space, reference)]
+    ledger = _ledger_of(task, rounds)
+    while len(rounds) < task.settings.rounds:
+        choices = next_plan(ledger)
+        if choices is None or not _worth_a_round(task, ledger, rounds, choices):
+            break
+        try:
+            rounds.append(_round(task, space, choices, len(rounds) + 1))
+        except FloatingPointError as error:
+            space.note(f"round {len(rounds) + 1} of the prices was left out: {error}")
+            break
+        ledger = _ledger_of(task, rounds)
+    return ledger
+
+
+def _ledger_of(task: Task, rounds: Sequence[Round]) -> Ledger:
+    sizes = {}
+    for name in task.layers:
+        options = task.options[name]
+        sizes[name] = {option.key: task.layer_bytes(name, option) for option in options}
+    ledger = share_ledger(rounds, sizes, measure=task.objective.measure)
+    return replace(ledger, work=task.work or work_of(task.layers))
+
+
+def _plan_for_budget(task: Task, ledger: Ledger) -> dict[str, str] | None:
+    if task.budget is None:
+        return None
+    try:
+        return cheapest(ledger.rows, task.within, max_loss=task.max_drop)
+    except Infeasible:
+        return None
+
+
+def _worth_a_round(
+    task: Task, ledger: Ledger, rounds: Sequence[Round], choices: Mapping[str, str]
+) -> bool:
+    """Whether a plan is expected to be so much better than those of earlier rounds, or smaller,
+    that a run would show it."""
+    if any(choices == one.choices for one in rounds):
+        return False
+    last = rounds[-1].choices
+    before, after = ledger.predict(last).value, ledger.predict(choices).value
+    bytes_before, bytes_after = task.bytes_of(last), task.bytes_of(choices)
+    if abs(bytes_after - bytes_before) > SAME_BYTES * bytes_before:
+        return True
+    return before - after > SCATTER * before
+
+
+# ------------------------------------------------------------------------------------- one round
+
+
+def _first_round(task: Task, space: Workspace, reference: Mapping[str, str] | None) -> Round:
+    """The round of the reference, or of the next larger uniform plan where that breaks the
+    model."""
+    if reference is not None:
+        return _round(task, space, reference, 1)
+    plans = references(task)
+    first = _nearest(task, plans)
+    for place in range(first, len(plans)):
+        try:
+            return _round(task, space, plans[place].choices, 1)
+        except FloatingPointError as error:
+            if place + 1 == len(plans):
+                raise
+            space.note(f"{plans[place].name} is no plan to take prices at: {error}")
+    raise AssertionError("there is always a plan")
+
+
+def _round(task: Task, space: Workspace, choices: Mapping[str, str], number: int) -> Round:
+    """Apply a plan, and go back from its divergence; or read what an earlier process has done."""
+    state, file = space.state, f"rounds/{plan_key(choices)}.json"
+    if state.has(file):
+        return decode(Round, state.read_json(file), source=str(state.path(file)))
+    # 1. The pass; in the first round with the errors of every option.
+    beside = task.options if number == 1 else {}
+    at, title = applied_in(choices), f"round {number} of prices"
+    model: nn.Module | None = None
+    if rank() == 0:
+        model, _ = apply_plan(task, space, choices, at, title=title, beside=beside)
+    wait()
+    if model is None:
+        model, _ = apply_plan(task, space, choices, at, title=title, beside=beside)
+    # 2. What was rounded away, and what made up for it.
+    changes: dict[str, list[Change]] = {}
+    of_rows: dict[str, dict[str, Tensor]] = {}
+    changed = [name for name in task.layers if choices[name] != "keep"]
+    for place, name in enumerate(changed):
+        changes[name], of_rows[name] = read_rounding(state, f"{at}/{place:04d}")
+    # 3. The slope of the divergence along both.
+    passed = _slopes(task, space, model, changes, file)
+    zeros = [0.0] * len(passed.count)
+    shares, answers = {}, {}
+    errors: dict[str, dict[str, float]] = {}
+    for name in task.layers:
+        both = passed.slopes[name].T.tolist() or [zeros, zeros]
+        shares[name], answers[name] = both
+        # 4. An error of an output counts as much as the loss bends along it.
+        weights = passed.rows[name]
+        if not bool(weights.any()):
+            weights = torch.ones_like(weights)
+        errors[name] = {}
+        for key, own in of_rows.get(name, {}).items():
+            errors[name][key] = float(weights @ own.double())
+    found = Round(
+        choices=dict(choices),
+        count=passed.count.tolist(),
+        divergence=passed.divergence.tolist(),
+        shares=shares,
+        answers=answers,
+        errors=errors,
+    )
+    wait()
+    state.write_json(file, encode(found))
+    wait()
+    return found
+
+
+def _slopes(
+    task: Task,
+    space: Workspace,
+    model: nn.Module,
+    changes: Mapping[str, Sequence[Change]],
+    file: str,
+) -> DivergencePass:
+    """The pass over the price items, from where an earlier process left it."""
+    items = task.splits.price.items
+    # 1. Of several processes each keeps totals of its own until all are done.
+    own_state = replace(space.state, writes=True)
+    name = f"{file.removesuffix('.json')}.{rank()}of{world()}.safetensors"
+    resume = own_state.read_tensors(name) if own_state.has(name) else None
+    done = 0 if resume is None else int(resume["done"])
+    last = time.monotonic()
+
+    # 2. Totals are written now and then, so that a crash loses little.
+    def after_item(finished: int, totals: dict[str, Tensor]) -> None:
+        nonlocal last
+        advance(finished)
+        if finished < len(items) and time.monotonic() - last > CHECKPOINT_SECONDS:
+            own_state.write_tensors(name, totals)
+            last = time.monotonic()
+
+    with space.log.stage("slope of the divergence", len(items), done=done) as advance:
+        return divergence_pass(
+            (task.model, model),
+            task.objective,
+            items,
+            {layer: found for layer, found in find_layers(model).items() if layer in task.layers},
+            changes,
+            seed=task.settings.seed,
+            checkpoint=Checkpoint(resume=resume, after_item=after_item),
+        )
+
+
+# ---------------------------------------------------------------------------- where to begin
+
+
+def references(task: Task) -> list[Control]:
+    """The uniform plans that change every layer that any option changes, smallest first."""
+    rows = []
+    for name in task.layers:
+        options = task.options[name]
+        lossy = [option for option in options if not isinstance(option, (Keep, Cast))]
+        for option in lossy or options:
+            size = task.layer_bytes(name, option)
+            rows.append(Choice(layer=name, option=option.key, bytes=size, price=0.0))
+    plans = uniform_plans(rows, task.layers, task.groups)
+    return sorted(plans, key=lambda plan: task.bytes_of(plan.choices))
+
+
+def _nearest(task: Task, plans: Sequence[Control]) -> int:
+    """Which of the uniform plans is nearest the budget; the one in the middle without any."""
+    sizes = [task.bytes_of(plan.choices) for plan in plans]
+    budget = task.budget
+    # 1. By the loss that it allows.
+    if task.max_drop is not None:
+        place = _nearest_by_loss(task, plans)
+        if task.keeps_within(plans[place].choices):
+            return place
+    # 2. By bytes.
+    if budget is not None and budget.max_bytes is not None:
+        most = budget.max_bytes - task.header_bytes
+        apart = [abs(math.log(max(most, 1) / size)) for size in sizes]
+        return apart.index(min(apart))
+    # 3. By other limits: the largest that keeps to them.
+    if budget is not None:
+        within = [i for i, plan in enumerate(plans) if task.keeps_within(plan.choices)]
+        return within[-1] if within else 0
+    return len(plans) // 2
+
+
+def _nearest_by_loss(task: Task, plans: Sequence[Control]) -> int:
+    """The smallest uniform plan whose loss in a sequential pass, as rounding to nearest foretells
+    it, is no more than the budget's drop. It is only where to begin: cost: a forward pass of
+    `PROBED` items for some plans."""
+    assert task.max_drop is not None
+    low, high = 0, len(plans) - 1
+    # The smaller a plan, the more it loses.
+    while low < high:
+        middle = (low + high) // 2
+        if LEFT * _loss_to_nearest(task, plans[middle].choices) <= max(task.max_drop, 1e-6):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _loss_to_nearest(task: Task, choices: Mapping[str, str]) -> float:
+    """Divergence per position of the model with every layer rounded to nearest."""
+    model = copy.deepcopy(task.model)
+    own = find_layers(model)
+    for name, key in choices.items():
+        (solved,) = solve_layer(own[name], [option_from_key(key)], None)
+        own[name].write_(solved.weight)
+    items = task.splits.price.items[:PROBED]
+    loss = divergences_on((task.model, model), task.objective, items).mean_loss
+    return loss if math.isfinite(loss) else math.inf

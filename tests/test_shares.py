@@ -297,7 +297,8 @@ def test_of_a_linear_model_prices_are_exact():
         with torch.no_grad():
             measured = (rounded(x) - model(x)).square().mean()
         row = ledger.layer_rows("0")[option.key]
-        assert row.price == pytest.approx(float(measured), rel=1e-3)
+        # The moments of the pass are those of bfloat16 products.
+        assert row.price == pytest.approx(float(measured), rel=5e-3)
 
 
 @pytest.mark.filterwarnings("ignore:.*have also made or chosen the model")

@@ -174,12 +174,13 @@ def test_errors_of_groups_count_by_what_they_read():
 # ------------------------------------------------------------------------- prices from rounds
 
 
-def a_round(shares: dict[str, list[float]], choices: dict[str, str], errors) -> Round:
-    items = len(next(iter(shares.values())))
+def a_round(shares, choices, errors, divergence=None) -> Round:
+    halves = 0.5 * torch.tensor(list(shares.values())).sum(0)
+    items = len(halves)
     return Round(
         choices=choices,
         count=[1.0] * items,
-        divergence=[1.0] * items,
+        divergence=(halves if divergence is None else torch.tensor(divergence)).tolist(),
         shares=shares,
         answers={name: [0.0] * items for name in shares},
         errors=errors,
@@ -210,6 +211,19 @@ def test_without_noise_a_price_is_half_the_share_and_follows_the_error():
         assert rows["large"].price == pytest.approx(share / 8)
     assert ledger.prices == "shares"
     assert ledger.audits[0].shares == pytest.approx(0.75)
+    assert ledger.audits[0].divergence == pytest.approx(0.75)
+
+
+def test_prices_are_stretched_to_what_the_last_plan_was_measured_to_cost():
+    """Half the shares sum to .8 where 1 was measured: the audit says both."""
+    names = [f"blocks.{i}.fc" for i in range(4)]
+    shares = {name: [0.4] * 4 for name in names}
+    errors = dict.fromkeys(names, ERRORS)
+    one = a_round(shares, dict.fromkeys(names, "small"), errors, divergence=[1.0] * 4)
+    ledger = share_ledger([one], dict.fromkeys(names, SIZES), measure="nats/token")
+    assert ledger.predict(one.choices).value == pytest.approx(1.0)
+    assert ledger.layer_rows(names[0])["large"].price == pytest.approx(1 / 16)
+    assert ledger.audits[0].shares == pytest.approx(0.8)
     assert ledger.audits[0].divergence == pytest.approx(1.0)
 
 
@@ -233,7 +247,8 @@ def test_noise_moves_shares_towards_the_mean_of_their_kind():
 def test_no_layer_is_free():
     """A share below nothing is noise: it costs a tenth of its kind's mean."""
     ledger = ledger_of([0.4, 0.4, 0.4, -0.2], noise=1e-6)
-    assert ledger.layer_rows("blocks.3.fc")["small"].price == pytest.approx(0.1 * 0.125)
+    price = lambda i: ledger.layer_rows(f"blocks.{i}.fc")["small"].price  # noqa: E731
+    assert price(3) / price(0) == pytest.approx(0.1 * 0.125 / 0.2, rel=1e-3)
 
 
 def test_rounds_are_averaged_in_units_of_the_same_error():
@@ -286,9 +301,10 @@ def test_of_a_linear_model_prices_are_exact():
     result = cp.compress(model, splits, options=options, budget=budget, loss="regression")
     ledger = result.ledger
     assert ledger.prices == "shares"
-    for audit in ledger.audits:
-        assert audit.shares == pytest.approx(audit.divergence, rel=1e-4)
-        assert audit.answers == 0.0
+    (audit,) = ledger.audits
+    assert audit.plan == options[1].key
+    assert audit.shares == pytest.approx(audit.divergence, rel=1e-4)
+    assert audit.answers == 0.0
     x = torch.cat([item[0] for item in splits.price.items])
     for option in options:
         rounded = cp.quantize(
@@ -297,8 +313,9 @@ def test_of_a_linear_model_prices_are_exact():
         with torch.no_grad():
             measured = (rounded(x) - model(x)).square().mean()
         row = ledger.layer_rows("0")[option.key]
-        # The moments of the pass are those of bfloat16 products.
-        assert row.price == pytest.approx(float(measured), rel=5e-3)
+        # Solved for the moments of bfloat16 products, options look better by these than they are.
+        close = 1e-4 if option.bits == 3 else 0.03
+        assert row.price == pytest.approx(float(measured), rel=close)
 
 
 @pytest.mark.filterwarnings("ignore:.*have also made or chosen the model")

@@ -113,12 +113,19 @@ def _worth_a_round(
     that a run would show it."""
     if any(choices == one.choices for one in rounds):
         return False
+    if not any(_changes(key) for key in choices.values()):
+        return False
     last = rounds[-1].choices
     before, after = ledger.predict(last).value, ledger.predict(choices).value
     bytes_before, bytes_after = task.bytes_of(last), task.bytes_of(choices)
     if abs(bytes_after - bytes_before) > SAME_BYTES * bytes_before:
         return True
     return before - after > SCATTER * before
+
+
+def _changes(key: str) -> bool:
+    """Whether an option rounds or prunes."""
+    return not isinstance(option_from_key(key), (Keep, Cast))
 
 
 # ------------------------------------------------------------------------------------- one round

@@ -79,7 +79,7 @@ def price(
     loss) or ``"empirical"``: of the Fisher from the data's own labels, a stand-in for losses that
     are not known at outputs. The highest prices are measured instead, four at a time (five
     forward passes per item),
-    until they agree with the quadratic ones, at most 64 and none below ``measure_above`` nats (see
+    until they agree with the quadratic ones, at most 16 and none below ``measure_above`` nats (see
     `curvprune.pricing.divergences`). ``portable``: of which artifact the bytes are, as in
     `Settings`. ``exclude``: globs of layers to leave out. Layers that the loss does not depend on
     have no price; a warning names them. Raises ``ValueError`` naming the layer that an option does

@@ -14,7 +14,7 @@ from curvprune.compression import Moments, Training, solve_layer
 from curvprune.curvature import Draws, fisher_pass
 from curvprune.model import Batch, to_device
 from curvprune.options import Keep, Option
-from curvprune.pricing import MEASURED_TOGETHER
+from curvprune.pricing import MEASURED_ROWS
 from curvprune.run.layer_table import LayerRow
 from curvprune.run.power import Power, estimate_power, run_without_gradient, seconds_of
 from curvprune.run.prepare import Widths, prepare
@@ -192,8 +192,8 @@ def _pricing_seconds(task: Task, timing: _Timing, applying: float) -> dict[str, 
         "price": price * (forward + settings.labels * backward),
     }
     if settings.measure_above is not None:
-        # As often as prices are wrong: once, where they are right.
-        found["measure prices"] = price * (1 + MEASURED_TOGETHER) * forward
+        # The most that it can take: prices that are right need a fourth of it.
+        found["measure prices, at most"] = price * (1 + MEASURED_ROWS) * forward
     return found
 
 

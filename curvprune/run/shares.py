@@ -209,6 +209,11 @@ def _round(task: Task, space: Workspace, choices: Mapping[str, str], number: int
     wait()
     state.write_json(file, encode(found))
     wait()
+    # 5. What the round was made of is as large as the model, and needed no more.
+    if rank() == 0:
+        for place in range(len(changed)):
+            for ending in ("json", "safetensors"):
+                state.path(f"{at}/{place:04d}.share.{ending}").unlink(missing_ok=True)
     return found
 
 

@@ -11,7 +11,8 @@ each of the layer's outputs. Why: D is close to ½ eᵀFe, with e all that the
 roundings and the answers to them change. So the sum of all L is eᵀFe, twice the divergence (Euler).
 To first order a change of the answers costs nothing, because they are near their best; and products
 of different layers' roundings average out. Hence ½ L(l) is the layer's own part. Half the sum of
-the shares beside D, which is measured, is the audit of all this (`Audit`).
+the shares beside D, which is measured, is the audit of all this (`Audit`). Shares are then
+stretched by one factor, so that the last plan costs what was measured of it.
 
 Several passes (rounds) of different plans are averaged in units of the same error. A layer's share
 is noisy, and is moved towards the mean of its kind and depth by as much as the items say it is
@@ -35,6 +36,8 @@ from curvprune.pricing.ledger import Audit, Ledger, Row
 KEPT_APART = 4  # layers of a kind and depth that make a group of their own
 DEPTHS = 3  # parts of the model's depth
 LEAST = 0.1  # of its group's mean that a layer costs, whatever was measured of it
+MOST_SCALED = 4.0  # by no more are shares stretched to what was measured; beyond they are noise
+CLEAR = 3.0  # standard errors
 LEAST_OF_KIND = 0.2  # of its kind's mean that a group's is at least; of all layers', a kind's
 
 
@@ -95,12 +98,21 @@ def share_ledger(
     found = np.stack([0.5 * _at_first_option(rounds, layer) for layer in layers])
     shrunk = shrunk_shares(layers, found, count)
     # 2. Other options cost as much more as their error is larger.
-    rows, columns = [], []
-    for place, layer in enumerate(layers):
+    factors: dict[tuple[str, str], float] = {}
+    for layer in layers:
         errors = first.errors.get(layer, {})
         own = errors.get(first.choices[layer], 0.0)
+        for key in sizes[layer]:
+            factors[layer, key] = errors.get(key, 0.0) / own if own > 0 else 0.0
+    # 3. The plan of the last round whose divergence stands out costs what was measured of it.
+    clear = [one for one in rounds if _stands_out(one)]
+    scale = _to_measured(
+        (clear or rounds)[-1], dict(zip(layers, shrunk.sums, strict=True)), factors
+    )
+    rows, columns = [], []
+    for place, layer in enumerate(layers):
         for key, size in sizes[layer].items():
-            factor = errors.get(key, 0.0) / own if own > 0 else 0.0
+            factor = scale * factors[layer, key]
             sums = factor * shrunk.sums[place]
             estimate = _mean(sums, first.count)
             model = factor * float(shrunk.spread[place])
@@ -126,6 +138,26 @@ def share_ledger(
         prices="shares",
         audits=tuple(one.audit() for one in rounds),
     )
+
+
+def _stands_out(one: Round) -> bool:
+    measured = _mean(np.array(one.divergence), one.count)
+    return measured.value > CLEAR * measured.stderr or len(one.count) == 1
+
+
+def _to_measured(
+    last: Round,
+    sums: Mapping[str, Float[np.ndarray, " items"]],
+    factors: Mapping[tuple[str, str], float],
+) -> float:
+    """What prices are multiplied by, so that a plan is predicted to diverge as it was measured
+    to."""
+    predicted = 0.0
+    for layer, own in sums.items():
+        predicted += factors[layer, last.choices[layer]] * float(own.sum())
+    if predicted <= 0:
+        return 1.0
+    return float(np.clip(sum(last.divergence) / predicted, 1 / MOST_SCALED, MOST_SCALED))
 
 
 def _at_first_option(rounds: Sequence[Round], layer: str) -> Float[np.ndarray, " items"]:

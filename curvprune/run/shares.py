@@ -40,6 +40,8 @@ PROBED = 4  # price items on which uniform plans are rounded to nearest, to find
 # 3 and 4 bits.
 LEFT = 1 / 3
 
+EXACT = 1 / 40  # of the error of the next smaller option: a bit more leaves a fourth, two a 16th
+
 NextPlan = Callable[[Ledger], "dict[str, str] | None"]
 
 
@@ -111,6 +113,8 @@ def _worth_a_round(
     that a run would show it."""
     if any(choices == one.choices for one in rounds):
         return False
+    if not any(_changes(key) for key in choices.values()):
+        return False
     last = rounds[-1].choices
     before, after = ledger.predict(last).value, ledger.predict(choices).value
     bytes_before, bytes_after = task.bytes_of(last), task.bytes_of(choices)
@@ -119,24 +123,44 @@ def _worth_a_round(
     return before - after > SCATTER * before
 
 
+def _changes(key: str) -> bool:
+    """Whether an option rounds or prunes."""
+    return not isinstance(option_from_key(key), (Keep, Cast))
+
+
 # ------------------------------------------------------------------------------------- one round
 
 
 def _first_round(task: Task, space: Workspace, reference: Mapping[str, str] | None) -> Round:
-    """The round of the reference, or of the next larger uniform plan where that breaks the
-    model."""
+    """The round of the reference. Where a uniform plan breaks the model the next larger one takes
+    its place; where it rounds nearly nothing away, the next smaller one."""
     if reference is not None:
         return _round(task, space, reference, 1)
     plans = references(task)
-    first = _nearest(task, plans)
-    for place in range(first, len(plans)):
+    place, broken = _nearest(task, plans), -1
+    while True:
         try:
-            return _round(task, space, plans[place].choices, 1)
+            found = _round(task, space, plans[place].choices, 1)
         except FloatingPointError as error:
             if place + 1 == len(plans):
                 raise
             space.note(f"{plans[place].name} is no plan to take prices at: {error}")
-    raise AssertionError("there is always a plan")
+            broken, place = place, place + 1
+            continue
+        if place - 1 in (-1, broken) or not _nearly_exact(found, plans[place - 1].choices):
+            return found
+        place -= 1
+
+
+def _nearly_exact(found: Round, smaller: Mapping[str, str]) -> bool:
+    """Whether most layers lie on the grids of a plan, as weights do that were rounded before: what
+    is left of their errors says nothing of larger ones."""
+    factors = []
+    for name, errors in found.errors.items():
+        own, other = errors.get(found.choices[name], 0.0), errors.get(smaller[name], 0.0)
+        if other > 0:
+            factors.append(own / other)
+    return bool(factors) and sorted(factors)[len(factors) // 2] < EXACT
 
 
 def _round(task: Task, space: Workspace, choices: Mapping[str, str], number: int) -> Round:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import math
@@ -19,7 +18,8 @@ import curvprune as cp
 from curvprune import run as runs
 from curvprune.certificate import judge
 from curvprune.cli import app
-from curvprune.model import ItemResults, Split, evaluate, find_layers
+from curvprune.files import State
+from curvprune.model import ItemResults, Split, evaluate
 from curvprune.planning import corrections
 from curvprune.record import Alternative, Trial
 from curvprune.schema import decode
@@ -131,12 +131,11 @@ def stages_of(
     budget: cp.Budget,
     settings: cp.Settings,
     folder: Path,
-) -> tuple[runs.Task, runs.Workspace, runs.Candidates, cp.Ledger]:
-    """A task as the verbs make it, solved and priced."""
+) -> tuple[runs.Task, runs.Workspace, cp.Ledger]:
+    """A task as the verbs make it, priced."""
     told = runs.Arguments(settings=settings)
     task, space = runs.task_from(model, data, options, budget, folder, told)
-    candidates, priced = runs.solve_and_price(task, space)
-    return task, space, candidates, priced.prices.ledger
+    return task, space, runs.solve_and_price(task, space).prices.ledger
 
 
 def rounded_to(*bits: int) -> list[Any]:
@@ -149,21 +148,21 @@ def rounded_to(*bits: int) -> list[Any]:
 def test_a_control_that_beats_the_plan_is_used(trained, tmp_path, budget):  # noqa: F811
     """With prices turned upside down the plan is bad, or large, and a uniform control is not."""
     model, data = trained
-    settings = cp.Settings(trials=2, measure_above=None)  # measuring prices would mend them
-    task, space, candidates, ledger = stages_of(
+    settings = cp.Settings(trials=2)
+    task, space, ledger = stages_of(
         model, batches(data), rounded_to(2, 4, 5), budget, settings, tmp_path
     )
     highest = max(row.price for row in ledger.rows)
     rows = tuple(replace(row, price=highest - row.price) for row in ledger.rows)
     upside_down = runs.Prices(ledger=replace(ledger, rows=rows))
-    selection = runs.select_plans(task, space, candidates, upside_down)
+    selection = runs.select_plans(task, space, upside_down)
     (better,) = [trial for trial in selection.trials if trial.beats_plan]
     assert better.kind == "control" and better is selection.best
     assert better.uses["max_bits"] <= 6
     assert any(f"the control {better.name} beats the plan" in note for note in space.notes)
     plan = next(trial for trial in selection.trials if trial.kind == "plan")
     assert better.loss < plan.loss
-    shipped = runs.certify_plans(task, space, candidates, selection)
+    shipped = runs.certify_plans(task, space, selection)
     assert any(t.choices == better.choices for t in shipped.applied)
 
 
@@ -401,25 +400,24 @@ def test_nothing_is_held_against_each_other_where_only_one_kind_is_offered(train
 
 @pytest.mark.parametrize("most", [8400, 4500])
 def test_what_pruning_and_rounding_together_are_worth_is_measured(trained, tmp_path, most):  # noqa: F811
-    """Losses of each alone beyond the best plan's, with the very models evaluated here."""
+    """Losses of each alone beyond the best plan's: of the models that would ship, written, read
+    again and evaluated here."""
     model, data = trained
     settings = cp.Settings(portable=False, trials=2)
     options = [*both_kinds(), cp.Keep()]
-    task, space, candidates, ledger = stages_of(
+    task, space, ledger = stages_of(
         model, batches(data), options, cp.Budget(max_bytes=most), settings, tmp_path
     )
-    selection = runs.select_plans(task, space, candidates, runs.Prices(ledger=ledger))
+    selection = runs.select_plans(task, space, runs.Prices(ledger=ledger))
     both, *alone = selection.together
     assert both.name == "pruning and rounding" and both.more == 0
     assert [entry.name for entry in alone] == ["rounding alone", "pruning alone"]
 
     def losses(name: str) -> torch.Tensor:
         choices = next(t.choices for t in selection.trials if t.name == name)
-        changed = copy.deepcopy(model)
-        own = find_layers(changed)
-        for layer, key in choices.items():
-            if key != "keep":
-                own[layer].write_(candidates.with_option(layer, key).weight)
+        other = replace(space, state=State(tmp_path / f"alone, {name}"))
+        shipped = runs.apply_and_measure(replace(task, budget=None), other, choices)
+        changed = task.storage.read(shipped.folder)
         return evaluate(changed, task.splits.select.batches(4), task.objective).loss
 
     for entry in alone:
@@ -461,15 +459,15 @@ def test_a_given_size_is_planned_again_with_corrected_prices(trained, tmp_path):
     plan by the honest prices."""
     model, data = trained
     budget = cp.Budget(max_bits=5.5)
-    task, space, candidates, ledger = stages_of(
+    task, space, ledger = stages_of(
         model, batches(data), rounded_to(2, 3, 4, 8), budget, cp.Settings(), tmp_path
     )
-    honest = runs.select_plans(task, space, candidates, runs.Prices(ledger=ledger)).best
+    honest = runs.select_plans(task, space, runs.Prices(ledger=ledger)).best
     rows = []
     for row in ledger.rows:
         rows.append(replace(row, price=row.price / 6) if "int3" in row.option else row)
     wrong = runs.Prices(ledger=replace(ledger, rows=tuple(rows)))
-    selection = runs.select_plans(task, space, candidates, wrong)
+    selection = runs.select_plans(task, space, wrong)
     plans = [trial for trial in selection.trials if trial.kind == "plan"]
     assert 1 < len(plans) <= 6 and len({str(plan.choices) for plan in plans}) == len(plans)
     first = plans[0]
@@ -477,5 +475,5 @@ def test_a_given_size_is_planned_again_with_corrected_prices(trained, tmp_path):
     assert selection.best.loss <= 1.25 * honest.loss + 1e-3
     assert selection.prices.factors["int3-pc-sym"] > selection.prices.factors["int4-pc-sym"]
     once = replace(task, settings=cp.Settings(trials=1))
-    again = runs.select_plans(once, space, candidates, wrong)
+    again = runs.select_plans(once, space, wrong)
     assert [t.choices for t in again.trials if t.kind == "plan"] == [first.choices]

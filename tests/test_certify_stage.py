@@ -141,14 +141,14 @@ def test_the_model_before_a_plan_that_fails_ships_with_its_own_items(recipe, tmp
     strict.write_text(text + "objective: label-free\n")
     prepared = runs.prepare(load_recipe(strict), State(tmp_path / "out"), progress=False)
     task, space = prepared.task, prepared.space
-    candidates, priced = runs.solve_and_price(task, space)
-    selection = runs.select_plans(task, space, candidates, priced.prices)
+    priced = runs.solve_and_price(task, space)
+    selection = runs.select_plans(task, space, priced.prices)
     (wide,) = [trial for trial in selection.trials if trial.name == "uniform int8-pc-sym"]
     ledger = priced.prices.ledger
     rows = tuple(dataclasses.replace(row, price=1e-4) for row in ledger.rows)
     alike = runs.Prices(ledger=dataclasses.replace(ledger, rows=rows))
     doctored = dataclasses.replace(selection, best=wide, prices=alike)
-    shipped = runs.certify_plans(task, space, candidates, doctored)
+    shipped = runs.certify_plans(task, space, doctored)
     statuses = [attempt.verdict.status for attempt in shipped.attempts]
     assert statuses == ["CERTIFIED", "VIOLATED"]
     assert shipped.verdict == shipped.attempts[0].verdict

@@ -376,8 +376,15 @@ def test_inputs_that_have_changed_are_no_finished_run(tmp_path):
     assert runs.run(recipe, out, progress=False).exit_code == 0
 
 
-def test_damaged_state_is_made_anew_to_the_last_bit(recipe, finished, out):
+@pytest.mark.parametrize("prices", ["shares", "quadratic"])
+def test_damaged_state_is_made_anew_to_the_last_bit(prices, recipe, finished, out, tmp_path):
     """All kinds of files of the state, each damaged in another way."""
+    if prices == "quadratic":
+        text = recipe.read_text()
+        recipe = tmp_path / "quadratic.yaml"
+        recipe.write_text(text + "price: {prices: quadratic}\n")
+        out = runs.run(recipe, tmp_path / "quadratic", progress=False).folder
+        finished = Path(shutil.copytree(out, tmp_path / "finished"))
     state = out / "state"
     kinds: dict[str, Path] = {}
     for path in sorted(state.rglob("*")):
@@ -385,7 +392,9 @@ def test_damaged_state_is_made_anew_to_the_last_bit(recipe, finished, out):
         if path.is_file() and not kept:
             kind = re.sub(r"[0-9a-f]{6,}|\d+", "#", path.relative_to(state).as_posix())
             kinds.setdefault(kind, path)
-    assert len(kinds) > 10
+    own = {"shares": {"rounds/#.json", "applied/#/#.share.safetensors"}}
+    own["quadratic"] = {"solved/#.safetensors", "fisher.safetensors"}
+    assert own[prices] < set(kinds) and len(kinds) > 10
     for i, path in enumerate(kinds.values()):
         list(DAMAGES.values())[i % len(DAMAGES)](path)
     # Files in each other's place, each as it was written.
@@ -408,14 +417,20 @@ def test_inputs_that_are_damaged_and_results_of_others_are_refused(recipe, finis
     other = tmp_path / "other.yaml"
     other.write_text(recipe.read_text().replace("seed: 0", "seed: 1"))
     there = runs.run(other, tmp_path / "elsewhere" / "there", progress=False).folder
-    for path in sorted((out / "state" / "solved").iterdir()):
-        shutil.copyfile(there / "state" / "solved" / path.name, path)
+    theirs = sorted((there / "state" / "rounds").glob("*.json"))[-1]
+    own = sorted((out / "state" / "rounds").glob("*.json"))
+    for path in own:
+        shutil.copyfile(theirs, path)
+    measured = sorted((out / "state" / "select").glob("*.json"))
+    for path in measured:
+        shutil.copyfile(there / "state" / "select" / "baseline.json", path)
+    assert own and len(measured) > 2
     shutil.rmtree(out / "model")
     runs.run(recipe, out, progress=False)
     assert contents(out) == contents(finished)
-    flip(there / "state" / "solved" / path.name, 0.9)
+    flip(theirs, 0.9)
     again = ["--out", tmp_path / "new", "--quiet", "--reuse", there]
-    assert path.name in refused("run", other, *again)
+    assert theirs.name in refused("run", other, *again)
 
 
 @pytest.mark.parametrize("verb", ["run", "analyze"])

@@ -285,15 +285,47 @@ class Divided(nn.Module):
         return self.c(z / z.norm(dim=-1, keepdim=True))
 
 
-@pytest.mark.parametrize("measure_above", [None, 0.0])
-def test_a_plan_that_breaks_the_model_is_not_chosen(measure_above):
+def divided() -> tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]]:
     torch.manual_seed(0)
     net, x = Divided().eval(), torch.randn(512, 16)
     with torch.no_grad():
         y = (net(x) + 0.3 * torch.randn(512, 4)).argmax(-1)
-    data = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 512, 8)]
+    return net, [(x[i : i + 8], y[i : i + 8]) for i in range(0, 512, 8)]
+
+
+@pytest.mark.parametrize("layers", [["b"], ["b", "c"]])
+def test_by_shares_a_plan_that_breaks_the_model_is_not_chosen(layers):
+    """Nor does it end the run, where a later layer's inputs are no numbers under it, or where no
+    plan is left to take shares at."""
+    net, data = divided()
+    broken, budget = cp.Prune(sparsity=0.98), cp.Budget("loss", max_drop=0.05)
+    options = [cp.Quantize(bits=8), broken]
+    result = cp.compress(net, data, options=options, budget=budget, layers=layers)
+    assert result.plan.choices["b"] == "int8-pc-sym" and result.verdict.status == "CERTIFIED"
+    assert result.ledger.prices == "shares"
+    tried = [trial for trial in result.trials if trial.choices["b"] == broken.key]
+    assert tried and all(trial.chance < 0.01 and trial.loss > 10 for trial in tried)
+    assert any("a plan's outputs are no finite numbers" in note for note in result.plan.notes)
+    only = cp.compress(net, data, options=[broken], budget=budget, layers=layers)
+    assert only.plan.choices["b"] == "keep" and only.verdict.status == "CERTIFIED"
+    assert only.ledger.prices == "quadratic"
+    why = "prices are quadratic forms: there is no plan to take shares at (item 0: the compressed"
+    assert any(note.startswith(why) for note in only.plan.notes)
+
+
+def test_without_a_budget_a_plan_that_breaks_the_model_is_refused():
+    """Nothing would tell that what comes back is broken."""
+    net, data = divided()
+    said = "layer c: its inputs are no finite numbers once the layers before it are compressed"
+    with pytest.raises(FloatingPointError, match=said):
+        cp.compress(net, data, options=[cp.Prune(sparsity=0.98)], layers=["b", "c"])
+
+
+@pytest.mark.parametrize("measure_above", [None, 0.0])
+def test_a_plan_that_breaks_the_model_is_not_chosen(measure_above):
+    net, data = divided()
     broken = cp.Prune(sparsity=0.98)
-    settings = cp.Settings(measure_above=measure_above)
+    settings = cp.Settings(measure_above=measure_above, prices="quadratic")
     budget = cp.Budget("loss", max_drop=0.05)
     result = cp.compress(
         net,
@@ -345,9 +377,9 @@ def rows_in(folder: Path) -> tuple[Row, ...]:
 def test_a_run_measures_once_and_its_report_says_which(tmp_path: Path) -> None:
     path = tiny.write_recipe(tmp_path)
     text = path.read_text()
-    path.write_text(text + "price: {measure_above: null}\n")
+    path.write_text(text + "price: {prices: quadratic, measure_above: null}\n")
     assert "measure prices" not in runs.check(path).minutes
-    path.write_text(text + "price: {measure_above: 0.001}\n")
+    path.write_text(text + "price: {prices: quadratic, measure_above: 0.001}\n")
     assert runs.check(path).minutes["measure prices"] > 0
     folder = runs.run(path, tmp_path / "out", progress=False).folder
     rows = rows_in(folder)

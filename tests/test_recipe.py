@@ -81,7 +81,13 @@ def test_defaults_of_a_short_recipe(tmp_path: Path) -> None:
             },
             **{"max_bops": None, "limits": (), "confidence": 0.95},
         },
-        "price": {"labels": 2, "curvature": "fisher", "measure_above": 0.005},
+        "price": {
+            "labels": 2,
+            "curvature": "fisher",
+            "prices": None,
+            "rounds": 2,
+            "measure_above": 0.005,
+        },
         "analyze": {
             "matrix": "hessian",
             "items": 8,

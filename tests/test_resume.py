@@ -33,6 +33,14 @@ def finished(recipe, tmp_path_factory) -> runs.RunResult:
 
 
 @pytest.fixture(scope="module")
+def quadratic(tmp_path_factory) -> Path:
+    """The same with prices of the uncompressed model."""
+    path = tiny.write_recipe(tmp_path_factory.mktemp("quadratic"))
+    path.write_text(path.read_text() + "price: {prices: quadratic}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
 def analysed(recipe, tmp_path_factory) -> Path:
     return runs.analyze(recipe, tmp_path_factory.mktemp("analysed") / "out", progress=False).folder
 
@@ -79,30 +87,56 @@ def test_ten_kills_at_random_moments_change_nothing(recipe, finished, tmp_path):
     assert final.record.trials == finished.record.trials
 
 
+def written_again(recipe: Path, out: Path, *removed: str) -> set[str]:
+    """What of the state is written when a finished run goes on without its model and these
+    files."""
+    shutil.rmtree(out / "model")
+    for name in removed:
+        (out / "state" / name).unlink()
+    before = times(out / "state")
+    runs.run(recipe, out, progress=False)
+    after = times(out / "state")
+    return {name for name in after if after[name] != before.get(name)}
+
+
 def test_finished_stages_and_layers_are_not_repeated(recipe, finished, tmp_path):
     """Take the end of a finished run away and run again: nothing before it is written a second
     time."""
     out = tmp_path / "out"
     shutil.copytree(finished.folder, out)
-    shutil.rmtree(out / "model")
-    removed = sorted((out / "state" / "solved").glob("*.json"))[3]
-    removed.unlink()
-    before = times(out / "state")
-    again = runs.run(recipe, out, progress=False)
-    after = times(out / "state")
-    new = {name for name in after if after[name] != before.get(name)}
-    solved = {f"solved/{removed.stem}{ending}" for ending in (".json", ".safetensors")}
+    # 1. A layer of what ships.
+    (mark,) = (out / "state" / "applied").glob("*/model/complete")
+    layer = f"applied/{mark.parent.parent.name}/0003"
+    solved = {f"{layer}.json", f"{layer}.safetensors"}
+    new = written_again(recipe, out, f"{layer}.json")
+    assert solved <= new <= {*solved, "done.json"}
+    assert contents(out) == contents(finished.folder)
+    # 2. A layer of a round of prices, and what the round has found.
+    (one,) = (out / "state" / "rounds").glob("*.json")
+    layer = f"applied/{one.stem}/0003"
+    solved = {f"{layer}.json", f"{layer}.safetensors"}
+    solved |= {f"{layer}.share.json", f"{layer}.share.safetensors", f"rounds/{one.name}"}
+    new = written_again(recipe, out, f"rounds/{one.name}", f"{layer}.share.json")
+    assert solved <= new <= {*solved, "done.json"}
+    assert contents(out) == contents(finished.folder)
+
+
+def test_a_pricing_pass_is_not_repeated(quadratic, tmp_path):
+    """The same of quadratic prices: one layer is solved again."""
+    out = runs.run(quadratic, tmp_path / "out", progress=False).folder
+    whole = {**contents(out), "analysis": (out / "analysis.json").read_bytes()}
+    new = written_again(quadratic, out, "solved/0003.json")
+    solved = {"solved/0003.json", "solved/0003.safetensors"}
     # The pricing pass writes its (equal) mark again, and the run that it has ended.
     assert solved <= new <= solved | {"fisher.json", "done.json"}
-    assert again.record.verdict == finished.record.verdict
-    assert contents(out) == contents(finished.folder)
+    assert {**contents(out), "analysis": (out / "analysis.json").read_bytes()} == whole
 
 
 def test_an_interrupted_copy_of_another_run_leaves_nothing(recipe, finished, tmp_path, monkeypatch):
     out, linked = tmp_path / "out", []
 
     def interrupted(source, target):
-        if len(linked) == 5:
+        if len(linked) == 3:
             raise KeyboardInterrupt
         linked.append(shutil.copy2(source, target))
 
@@ -217,8 +251,10 @@ def test_processes_share_an_analysis(recipe, analysed, tmp_path):
         json.loads((folder / "ledger.json").read_text()) for folder in (analysed, tmp_path / "two")
     )
     assert numbers(two) == pytest.approx(numbers(one), rel=1e-6)
+    assert one["prices"] == "shares"
+    (applied,) = (analysed / "state" / "applied").iterdir()
     solved = [
-        {f.name: f.read_bytes() for f in (d / "state/solved").iterdir()}
+        {f.name: f.read_bytes() for f in (d / "state/applied" / applied.name).iterdir()}
         for d in (analysed, tmp_path / "two")
     ]
     assert solved[0] == solved[1]

@@ -88,7 +88,7 @@ def write_recipe(folder: Path, *, budget: str = "budget: {metric: loss, max_drop
 
 def contents(folder: Path) -> dict[str, str]:
     """Hashes of everything in a run folder that must not depend on interruptions."""
-    names = ("plan.json", "verdict.json", "ledger.json", "analysis.json")
+    names = ("plan.json", "verdict.json", "ledger.json")
     files = [*(folder / name for name in names), *sorted((folder / "model").rglob("*"))]
     return {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()

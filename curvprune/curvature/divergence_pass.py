@@ -14,6 +14,7 @@ Source: Bregman 1967; for exponential families it is the KL divergence (Banerjee
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,10 +25,12 @@ from torch import Tensor, nn
 
 from curvprune.curvature.draws import Draws
 from curvprune.curvature.sampled_fisher import Change, Checkpoint, differentiating
-from curvprune.distributed import all_sum, my_share, shared
+from curvprune.distributed import all_sum, gather, my_share, shared
 from curvprune.model import Batch, Layer, Loss, evaluating, to_device
 
-DRAWN = 2048  # positions that say which outputs count
+# Positions that say which outputs count: those of the first items, if all were as long as the first
+# one. So each of several processes knows whether its items are among them.
+DRAWN = 2048
 FROM_THE_START = Checkpoint()
 
 
@@ -39,9 +42,9 @@ class DivergencePass:
         count: positions of each item.
         divergence: what the compressed model costs each item beyond the slope of the loss.
         slopes: layer → ``⟨∇D, δ⟩`` of every change.
-        rows: layer → how much the loss bends along each of its outputs, by the items of the first
-            `DRAWN` positions: the sum of ``‖g_i‖²``, with g_i what a draw leaves at row i of the
-            weight (`curvprune.curvature.fisher_pass`).
+        rows: layer → how much the loss bends along each of its outputs, by the first items of
+            about `DRAWN` positions: the sum of ``‖g_i‖²``, with g_i what a draw leaves at row i of
+            the weight (`curvprune.curvature.fisher_pass`).
     """
 
     count: Float[Tensor, " items"]
@@ -69,13 +72,14 @@ def divergence_pass(
         seed: of the draws for `DivergencePass.rows`.
         checkpoint: for long passes, see `Checkpoint`.
 
-    Cost: two forward passes and one backward pass per item (two for those of the first `DRAWN`
+    Cost: two forward passes and one backward pass per item (two for the first of about `DRAWN`
     positions), one dot product per change and item.
     Memory: one weight gradient at a time. Several processes share the items.
 
     Raises:
         ValueError: the loss is not known at outputs.
-        FloatingPointError: the compressed model's outputs or a gradient are no finite numbers.
+        FloatingPointError: the compressed model's outputs or a gradient are no finite numbers; of
+            several processes all raise it.
     """
     uncompressed, compressed = models
     # 1. Totals, empty or from where an earlier pass was interrupted.
@@ -86,17 +90,25 @@ def divergence_pass(
     sums = _Slopes(layers, changes, totals, Draws(labels=1, seed=seed))
 
     # 2. This process's items, one after the other.
+    broken: FloatingPointError | None = None
     with differentiating(compressed, layers), evaluating(uncompressed), sums.taking_gradients():
         done = int(totals["done"])
         mine = my_share(range(len(items)))
         left = mine[done:] if done < len(items) else ()
+        if left:
+            sums.drawn_from = _drawn_items(uncompressed, objective, to_device(items[0], device))
         for i in left:
             batch = to_device(items[i], device)
             with torch.no_grad():
                 before = objective.outputs(uncompressed, batch)
-            sums.take_item(compressed, objective, i, batch, before)
+            try:
+                sums.take_item(compressed, objective, i, batch, before)
+            except FloatingPointError as error:
+                broken = error
+                break
             totals["done"] += 1
             after_item(int(totals["done"]), totals)
+    _raise_together(broken, sums.item)
 
     # 3. The other processes' items.
     if shared() and int(totals["done"]) < len(items):
@@ -109,6 +121,30 @@ def divergence_pass(
         divergence=totals["divergence"].cpu(),
         slopes={name: totals[f"slope/{name}"].cpu() for name in layers},
         rows={name: totals[f"rows/{name}"].cpu() for name in layers},
+    )
+
+
+@torch.no_grad()
+def _drawn_items(model: nn.Module, objective: Loss, first: Batch) -> int:
+    """How many items `DivergencePass.rows` are by. Cost: a forward pass of the first one."""
+    positions = float(objective.counts(objective.outputs(model, first), first).sum())
+    return math.ceil(DRAWN / max(1.0, positions))
+
+
+def _raise_together(broken: FloatingPointError | None, item: int) -> None:
+    """What one of several processes has found ends the pass in all: none waits for its sums."""
+    if not shared():
+        if broken is not None:
+            raise broken
+        return
+    none = 2**62
+    first = int(gather(torch.tensor([none if broken is None else item])).min())
+    if first == none:
+        return
+    if broken is not None and item == first:
+        raise broken
+    raise FloatingPointError(
+        f"item {first}: the compressed model's outputs or gradients are no finite numbers"
     )
 
 
@@ -139,6 +175,7 @@ class _Slopes:
     ) -> None:
         self.layers, self.changes, self.totals = layers, changes, totals
         self.draws, self.item, self.drawn = draws, 0, False
+        self.drawn_from = 0  # items that are also gone back from with random signs
 
     @contextmanager
     def taking_gradients(self) -> Iterator[None]:
@@ -160,8 +197,7 @@ class _Slopes:
         self.item = item
         found = objective.outputs(model, batch)
         after = found.detach()
-        count = float(objective.counts(after, batch).sum())
-        self.totals["count"][item] = count
+        self.totals["count"][item] = float(objective.counts(after, batch).sum())
         rise = float(objective.rises(before, after, batch).sum())
         if not rise < float("inf"):
             raise FloatingPointError(
@@ -171,7 +207,7 @@ class _Slopes:
         if not found.requires_grad:  # no layer is on the way to the loss
             return
         # 1. Back from the divergence.
-        draws = float(self.totals["count"].sum()) - count < DRAWN
+        draws = item < self.drawn_from
         slope = objective.rise_slope(before, after, batch).to(found.dtype)
         self.drawn = False
         found.backward(slope, retain_graph=draws)

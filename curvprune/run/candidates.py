@@ -162,12 +162,16 @@ def _write_rounding(state: State, name: str, layer: Layer, found: Rounding) -> N
 
 def read_rounding(state: State, name: str) -> tuple[list[Change], dict[str, Tensor]]:
     """``[W_P − W̃, W̃ − W]`` of a layer, and every option's errors ``(out,)``."""
-    file = f"{name}.share.json"
-    record = decode(RoundingRecord, state.read_json(file), source=str(state.path(file)))
+    record = _read_rounding_record(state, name)
     tensors = state.read_tensors(f"{name}.share.safetensors")
     rounded = Change(values=tensors["rounded"], scale=record.rounded)
     answered = Change(values=tensors["answered"], scale=record.answered)
     return [rounded, answered], dict(zip(record.options, tensors["errors"], strict=True))
+
+
+def _read_rounding_record(state: State, name: str) -> RoundingRecord:
+    file = f"{name}.share.json"
+    return decode(RoundingRecord, state.read_json(file), source=str(state.path(file)))
 
 
 def solve_in_one_pass(task: Task, space: Workspace, sweep: Sweep) -> Candidates:
@@ -181,30 +185,24 @@ def solve_in_one_pass(task: Task, space: Workspace, sweep: Sweep) -> Candidates:
 
     # 1. What is left to do, and for this process.
     mine = list(layers) if sequential else list(layers)[rank() :: world()]
-    last = "share.json" if sweep.shares else "json"
-    todo = {name for name in mine if sweep.options[name] and not state.has(f"{files[name]}.{last}")}
+    todo = {name for name in mine if not _is_solved(state, sweep, name, files[name])}
     own_state = replace(state, writes=True)
+    changed: list[str] = []
 
     # 2. At every layer: solve it, and write its option into the model before later layers run.
     def visit(layer: Layer, moments: Callable[[], Moments | None]) -> None:
         name, options = layer.name, list(sweep.options[layer.name])
         if name in todo:
-            needs_moments = any(not isinstance(option, (Keep, Cast)) for option in options)
-            known = moments() if needs_moments else None
-            if sweep.shares:
-                found_here = round_layer(layer, options, known)
-                solved = list(found_here.solved[:1])
-            else:
-                solved = solve_layer(layer, options, known)
-            if known is not None and known.dead:
-                own_state.write_json(f"{files[name]}.dead.json", known.dead)
-            write_solved(own_state, files[name], solved)
-            if sweep.shares:
-                _write_rounding(own_state, files[name], layer, found_here)
+            known = moments() if _needs_moments(options) else None
+            told: tuple[str, ...] = ()
+            if changed and known is not None and not _is_finite(known):
+                known, told = None, (_about_no_numbers(task, layer),)
+            _solve_into(own_state, sweep, files[name], layer, known, told)
             todo.discard(name)
             advance(len(mine) - len(todo))
         if sequential and options:
             layer.write_(found.of(name)[0].weight)
+            changed.append(name)
 
     # 3. The pass itself; where all is solved, only the writing. Its record is written last.
     record = f"{sweep.folder}/visited.json"
@@ -220,6 +218,64 @@ def solve_in_one_pass(task: Task, space: Workspace, sweep: Sweep) -> Candidates:
         wait()
     _note_what_was_visited(space, found, record)
     return found
+
+
+def _needs_moments(options: Sequence[Option]) -> bool:
+    return any(not isinstance(option, (Keep, Cast)) for option in options)
+
+
+def _solve_into(
+    state: State,
+    sweep: Sweep,
+    file: str,
+    layer: Layer,
+    moments: Moments | None,
+    told: tuple[str, ...],
+) -> None:
+    """Solve a layer's options and write them, with what there is to say of all."""
+    options = list(sweep.options[layer.name])
+    rounding: Rounding | None = None
+    if sweep.shares:
+        rounding = round_layer(layer, options, moments)
+        solved = list(rounding.solved[:1])
+    else:
+        solved = solve_layer(layer, options, moments)
+    solved = [replace(one, notes=(*one.notes, *told)) for one in solved]
+    if moments is not None and moments.dead:
+        state.write_json(f"{file}.dead.json", moments.dead)
+    write_solved(state, file, solved)
+    if rounding is not None:
+        _write_rounding(state, file, layer, rounding)
+
+
+def _about_no_numbers(task: Task, layer: Layer) -> str:
+    """What to say of a layer in a plan whose earlier layers break the model. What it becomes
+    changes nothing, and where there is a budget the plan is measured; else that is the end."""
+    broken = (
+        f"layer {layer.name}: its inputs are no finite numbers once the layers before it are "
+        "compressed"
+    )
+    if task.budget is None:
+        raise FloatingPointError(f"{broken}; ask less of those, or leave them out")
+    return f"{broken}; it was rounded to nearest or pruned by magnitude"
+
+
+def _is_finite(moments: Moments) -> bool:
+    drift = moments.drift
+    return bool(moments.second.isfinite().all() and (drift is None or drift.isfinite().all()))
+
+
+def _is_solved(state: State, sweep: Sweep, layer: str, file: str) -> bool:
+    """Whether all that a sweep makes of a layer is there."""
+    options = sweep.options[layer]
+    if not options:
+        return True
+    there = state.has(f"{file}.json")
+    if not sweep.shares or not there or not state.has(f"{file}.share.json"):
+        return there and not sweep.shares
+    # The same plan may have been applied with fewer options beside.
+    record = _read_rounding_record(state, file)
+    return {option.key for option in options} <= set(record.options)
 
 
 def _note_what_was_visited(space: Workspace, found: Candidates, record: str) -> None:

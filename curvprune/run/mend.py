@@ -86,8 +86,9 @@ def _remove(state: State, name: str) -> None:
         _delete(path)
         return
     # A record says that the tensors beside it are whole, and the end of the pricing pass that all
-    # that it measured is there.
-    partners = list(path.parent.glob(f"{path.stem}.*"))
+    # that it measured is there. How many inputs are dead comes of solving the layer.
+    stem = path.stem.removesuffix(".dead")
+    partners = list(path.parent.glob(f"{stem}.*"))
     if path.parent == state.folder and path.stem.startswith(("fisher", "forms")):
         partners.append(state.folder / "fisher.json")
     for one in partners:

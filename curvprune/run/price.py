@@ -118,9 +118,12 @@ def solve_and_price(
     if chosen is None:
         chosen = task.budget is not None
     if by_shares(task, chosen=chosen):
-        ledger = price_by_shares(task, space, reference=reference, next_plan=next_plan)
-        return PricedOptions(prices=Prices(ledger=ledger))
-    if task.settings.prices == "shares":
+        try:
+            ledger = price_by_shares(task, space, reference=reference, next_plan=next_plan)
+            return PricedOptions(prices=Prices(ledger=ledger))
+        except FloatingPointError as error:
+            space.note(f"prices are quadratic forms: there is no plan to take shares at ({error})")
+    elif task.settings.prices == "shares":
         space.note(
             "prices are quadratic forms: shares need a loss that is known at outputs, "
             "curvature: fisher, and an option that rounds or prunes"

@@ -176,7 +176,9 @@ def plan_results(
     """
     file, model = trial_file(choices), task.model
     if not space.state.has(file):
-        model, _ = apply_plan(task, space, choices, applied_in(choices), title=f"solve {name}")
+        # What there is to say of the pass is said of what ships.
+        quiet = replace(space, notes=[])
+        model, _ = apply_plan(task, quiet, choices, applied_in(choices), title=f"solve {name}")
     with space.log.stage(f"measure {name}", 1) as advance:
         results = results_on(task, space, file, model, task.splits.select)
         advance(1)
@@ -288,9 +290,9 @@ class _Search:
         task, space = self.task, self.space
         file = f"{trial_file(trial.choices).removesuffix('.json')}-divergence.json"
         if not space.state.has(file):
-            choices = trial.choices
+            choices, quiet = trial.choices, replace(space, notes=[])
             title = f"solve {trial.name}"
-            model, _ = apply_plan(task, space, choices, applied_in(choices), title=title)
+            model, _ = apply_plan(task, quiet, choices, applied_in(choices), title=title)
             batches = self._compared().batches(task.settings.batch_size)
             with space.log.stage(f"divergence of {trial.name}", 1) as advance:
                 found = divergences_on((task.model, model), task.objective, batches)

@@ -19,7 +19,7 @@ from curvprune.compression import solve_layer
 from curvprune.curvature import Change, Checkpoint, DivergencePass, divergence_pass
 from curvprune.distributed import rank, wait, world
 from curvprune.model import find_layers
-from curvprune.options import Cast, Keep, option_from_key
+from curvprune.options import Cast, Keep, Option, option_from_key
 from curvprune.planning import Choice, Infeasible, cheapest
 from curvprune.pricing import Ledger, Round, share_ledger, work_of
 from curvprune.run.apply import applied_in, apply_plan, plan_key
@@ -166,17 +166,22 @@ def _nearly_exact(found: Round, smaller: Mapping[str, str]) -> bool:
 def _round(task: Task, space: Workspace, choices: Mapping[str, str], number: int) -> Round:
     """Apply a plan, and go back from its divergence; or read what an earlier process has done."""
     state, file = space.state, f"rounds/{plan_key(choices)}.json"
-    if state.has(file):
-        return decode(Round, state.read_json(file), source=str(state.path(file)))
-    # 1. The pass; in the first round with the errors of every option.
     beside = task.options if number == 1 else {}
+    if state.has(file):
+        earlier = decode(Round, state.read_json(file), source=str(state.path(file)))
+        # What was a later round under another budget has no errors of other options.
+        if _has_errors(earlier, beside):
+            return earlier
+    # 1. The pass; in the first round with the errors of every option. What there is to say of it
+    # is said of what ships.
+    quiet = replace(space, notes=[])
     at, title = applied_in(choices), f"round {number} of prices"
     model: nn.Module | None = None
     if rank() == 0:
-        model, _ = apply_plan(task, space, choices, at, title=title, beside=beside)
+        model, _ = apply_plan(task, quiet, choices, at, title=title, beside=beside)
     wait()
     if model is None:
-        model, _ = apply_plan(task, space, choices, at, title=title, beside=beside)
+        model, _ = apply_plan(task, quiet, choices, at, title=title, beside=beside)
     # 2. What was rounded away, and what made up for it.
     changes: dict[str, list[Change]] = {}
     of_rows: dict[str, dict[str, Tensor]] = {}
@@ -215,6 +220,16 @@ def _round(task: Task, space: Workspace, choices: Mapping[str, str], number: int
             for ending in ("json", "safetensors"):
                 state.path(f"{at}/{place:04d}.share.{ending}").unlink(missing_ok=True)
     return found
+
+
+def _has_errors(found: Round, options: Mapping[str, Sequence[Option]]) -> bool:
+    """Whether a round says how large the errors are of all these options of the layers that it
+    changes."""
+    for name, offered in options.items():
+        known = found.errors.get(name, {})
+        if found.choices[name] != "keep" and any(one.key not in known for one in offered):
+            return False
+    return True
 
 
 def _slopes(

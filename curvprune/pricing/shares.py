@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -52,6 +52,8 @@ class Round:
         shares: layer → ``⟨∇D, W_P − W̃⟩`` of each item.
         answers: layer → ``⟨∇D, W̃ − W⟩`` of each item: near zero where answers are at their best.
         errors: layer → option key → ``tr(B Δ A Δᵀ)``; the plan's own option is among them.
+        strangers: layer → option key → ``⟨∇D, W_o − W̃⟩`` per position of options that are not in
+            the plan, so that the divergence knows nothing of their errors.
     """
 
     choices: dict[str, str]
@@ -60,6 +62,7 @@ class Round:
     shares: dict[str, list[float]]
     answers: dict[str, list[float]]
     errors: dict[str, dict[str, float]]
+    strangers: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def audit(self) -> Audit:
         """Half the sum of the shares, and what was measured."""
@@ -96,7 +99,8 @@ def share_ledger(
     # 1. Every layer's share at its option of the first plan, from all rounds.
     layers = list(sizes)
     found = np.stack([0.5 * _at_first_option(rounds, layer) for layer in layers])
-    shrunk = shrunk_shares(layers, found, count)
+    noise = np.array([_noise(rounds, layer) for layer in layers])
+    shrunk = shrunk_shares(layers, found, count, noise)
     # 2. Other options cost as much more as their error is larger.
     factors: dict[tuple[str, str], float] = {}
     for layer in layers:
@@ -173,6 +177,29 @@ def _at_first_option(rounds: Sequence[Round], layer: str) -> Float[np.ndarray, "
     return total * (first / error) if error > 0 else total
 
 
+def _noise(rounds: Sequence[Round], layer: str) -> float:
+    """The variance of `_at_first_option` per position that is no error of the items: products of a
+    layer's error with those of others, which average out over roundings and not in one.
+
+    The slope along an option that is not in the plan has nothing but such products, as large as
+    its error; 0 where there is none.
+    """
+    first = rounds[0]
+    own = first.errors.get(layer, {}).get(first.choices[layer], 0.0)
+    squares = []
+    for key, slope in first.strangers.get(layer, {}).items():
+        error = first.errors[layer][key]
+        if error > 0:
+            squares.append((0.5 * slope) ** 2 * own / error)
+    if not squares:
+        return 0.0
+    # Over several rounds the sum of products grows with the root of the sum of errors.
+    total = 0.0
+    for one in rounds:
+        total += one.errors.get(layer, {}).get(one.choices[layer], 0.0)
+    return float(np.mean(squares)) * own / total if total > 0 else 0.0
+
+
 def _mean(sums: np.ndarray, count: Sequence[float]) -> Estimate:
     return ratio_estimate(torch.from_numpy(np.asarray(sums)), torch.tensor(count).double())
 
@@ -194,16 +221,24 @@ class Shrunk:
 
 
 def shrunk_shares(
-    layers: Sequence[str], sums: Float[np.ndarray, "layers items"], count: np.ndarray
+    layers: Sequence[str],
+    sums: Float[np.ndarray, "layers items"],
+    count: Float[np.ndarray, " items"],
+    noise: Float[np.ndarray, " layers"],
 ) -> Shrunk:
-    """Empirical Bayes: a layer's share is its group's mean and a part w of its distance from it,
+    """Empirical Bayes, twice: a layer's share is its group's mean and a part w of its distance from
+    it, and a group's mean its kind's and a part of its distance from that,
 
         w = τ² / (τ² + noise²),
 
-    with the noise of these distances from the items, and τ² what is left of their variance. Groups
-    are layers of one kind (the name without its numbers) in one third of the depth; kinds of few
-    layers stay whole, and all kinds that are too small make one group. No layer costs less than
-    `LEAST` of its group's mean, which is positive.
+    with the noise from items and other roundings, and τ² what is left of the variance. Groups are
+    layers of one kind (the name without its numbers) in one third of the depth; kinds of few layers
+    stay whole, and all kinds that are too small make one group. No layer costs less than `LEAST` of
+    its group's mean, which is positive.
+
+    Args:
+        sums: half the slope of each item along each layer's error.
+        noise: the variance of each share per position that is not the items'.
 
     Source: Efron and Morris 1973, "Stein's estimation rule and its competitors".
     """
@@ -211,36 +246,48 @@ def shrunk_shares(
     found, spread = sums.copy(), np.zeros(len(layers))
     overall = max(float(sums.sum()) / number / len(layers), 0.0)
     for kind in _kinds(layers):
+        groups = _by_depth(kind)
         of_kind = max(float(sums[kind].sum()) / number / len(kind), LEAST_OF_KIND * overall)
-        for group in _by_depth(kind):
+        # 1. The means of the groups, which average noise out.
+        means = np.stack([sums[group].mean(0) for group in groups])
+        noises = np.array([noise[group].sum() / len(group) ** 2 for group in groups])
+        means, above = _towards_mean(means, noises, count, least=2)
+        for group, mean, apart in zip(groups, means, above, strict=True):
+            # 2. The layers of each, around it.
             own = sums[group]
-            mean = own.mean(0)
-            # 1. How far each layer is from the mean, and how well its items know that.
-            w, tau = 1.0, 0.0
-            if len(group) >= KEPT_APART and len(count) > 1:
-                w, tau = _weight(own - mean, count)
-            shrunk = mean + w * (own - mean)
-            # 2. None is free: where the mean itself is lost in noise, the kind's stands in for it.
+            shrunk, tau = _towards_mean(own, noise[group], count, least=KEPT_APART)
+            shrunk = shrunk - own.mean(0) + mean
+            # 3. None is free: where the mean itself is lost in noise, the kind's stands in for it.
             centre = max(float(mean.sum()) / number, LEAST_OF_KIND * of_kind)
             value = shrunk.sum(1) / number
-            least = np.maximum(value, LEAST * centre)
-            found[group] = shrunk + (least - value)[:, None] * count
-            spread[group] = (1 - w) * tau
+            raised = np.maximum(value, LEAST * centre)
+            found[group] = shrunk + (raised - value)[:, None] * count
+            spread[group] = np.hypot(tau, apart)
     return Shrunk(sums=found, spread=spread)
 
 
-def _weight(apart: Float[np.ndarray, "layers items"], count: np.ndarray) -> tuple[float, float]:
-    """w and τ of a group, from its layers' distances from the mean."""
-    number, layers = float(count.sum()), len(apart)
+def _towards_mean(
+    values: Float[np.ndarray, "n items"],
+    noise: Float[np.ndarray, " n"],
+    count: Float[np.ndarray, " items"],
+    *,
+    least: int,
+) -> tuple[Float[np.ndarray, "n items"], Float[np.ndarray, " n"]]:
+    """Values moved towards their mean, and the error that is left of that: ``(1 − w) τ`` and what
+    is not the items' of the noise. Fewer than ``least`` stay as they are."""
+    n, number = len(values), float(count.sum())
+    if n < least or len(count) < 2:
+        return values, np.sqrt(noise)
+    mean = values.mean(0)
+    apart = values - mean
     distance = apart.sum(1) / number
-    noise = 0.0
-    for one in apart:
-        noise += _mean(one, count.tolist()).stderr ** 2 / layers
-    variance = float((distance**2).sum()) / (layers - 1)
-    left = max(0.0, variance - noise * layers / (layers - 1))
+    of_items = [_mean(one, count.tolist()).stderr ** 2 for one in apart]
+    variance = float((distance**2).sum()) / (n - 1)
     if variance == 0:
-        return 1.0, 0.0
-    return left / variance, left**0.5
+        return values, np.sqrt(noise)
+    left = max(0.0, variance - float(np.mean(noise)) - float(np.sum(of_items)) / (n - 1))
+    w = left / variance
+    return mean + w * apart, np.hypot((1 - w) * left**0.5, w * np.sqrt(noise))
 
 
 def _kinds(layers: Sequence[str]) -> list[list[int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvprune.compression import (
@@ -31,6 +32,8 @@ from curvprune.run.off_path import some_names
 from curvprune.run.task import Task
 from curvprune.run.workspace import Workspace
 from curvprune.schema import decode, encode
+
+OTHERS = 2  # options whose distances say how noisy a share is; each is as large as the model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,38 +138,75 @@ class Sweep:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundingRecord:
-    """What the small file says of a layer's rounding: the options that have errors, and what 16-bit
-    numbers are multiplied by."""
+    """What the small file says of a layer's rounding: the options that have errors, those of them
+    whose distance is kept besides the first one's, and what 16-bit numbers are multiplied by."""
 
     options: list[str]
-    rounded: float
-    answered: float
+    others: list[str]
+    scales: list[float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredRounding:
+    """What a share is made of.
+
+    Attributes:
+        rounded: ``W_P − W̃``, from what the plan's option stands in for to what it is.
+        answered: ``W̃ − W``, what makes up for earlier layers.
+        others: the distances of some other options from what they stand in for.
+        errors: option → its error at each output.
+    """
+
+    rounded: Change
+    answered: Change
+    others: dict[str, Change]
+    errors: dict[str, Float[Tensor, " out"]]
 
 
 def _write_rounding(state: State, name: str, layer: Layer, found: Rounding) -> None:
-    """The distance of the first option from what it stands in for, and of that from the weight."""
+    """The distance of the first option, and of those nearest to it, from what they stand in for,
+    and of that from the weight."""
     weight = layer.as_matrix(layer.weight.detach()).to(found.target)
-    first = found.solved[0]
-    rounded = Change.of(first.weight.to(found.target) - found.target)
-    answered = Change.of(found.target - weight)
-    tensors = {
-        "rounded": rounded.values,
-        "answered": answered.values,
-        "errors": found.errors,
-    }
-    state.write_tensors(f"{name}.share.safetensors", tensors)
-    options = [solved.option.key for solved in found.solved]
-    record = RoundingRecord(options=options, rounded=rounded.scale, answered=answered.scale)
+    others = _nearest_others(found)
+    kept = [found.target - weight]
+    for solved in (found.solved[0], *others):
+        kept.append(solved.weight.to(found.target) - found.target)
+    changes = [Change.of(one) for one in kept]
+    tensors = {str(k): change.values for k, change in enumerate(changes)}
+    state.write_tensors(f"{name}.share.safetensors", {**tensors, "errors": found.errors})
+    record = RoundingRecord(
+        options=[solved.option.key for solved in found.solved],
+        others=[solved.option.key for solved in others],
+        scales=[change.scale for change in changes],
+    )
     state.write_json(f"{name}.share.json", encode(record))
 
 
-def read_rounding(state: State, name: str) -> tuple[list[Change], dict[str, Tensor]]:
-    """``[W_P − W̃, W̃ − W]`` of a layer, and every option's errors ``(out,)``."""
+def _nearest_others(found: Rounding) -> list[Solved]:
+    """At most `OTHERS` options that round or prune as well, nearest to the first in error."""
+    errors = found.errors.double().sum(1)
+    apart: list[tuple[float, int, Solved]] = []
+    for solved, error in zip(found.solved[1:], errors[1:], strict=True):
+        lossy = not isinstance(solved.option, (Keep, Cast))
+        if lossy and float(error) > 0 and float(errors[0]) > 0:
+            apart.append((abs(float((error / errors[0]).log())), len(apart), solved))
+    return [solved for _, _, solved in sorted(apart, key=lambda one: one[:2])[:OTHERS]]
+
+
+def read_rounding(state: State, name: str) -> StoredRounding:
+    """What was written of a layer's rounding."""
     record = _read_rounding_record(state, name)
     tensors = state.read_tensors(f"{name}.share.safetensors")
-    rounded = Change(values=tensors["rounded"], scale=record.rounded)
-    answered = Change(values=tensors["answered"], scale=record.answered)
-    return [rounded, answered], dict(zip(record.options, tensors["errors"], strict=True))
+    changes = []
+    for k, scale in enumerate(record.scales):
+        changes.append(Change(values=tensors[str(k)], scale=scale))
+    answered, rounded, *others = changes
+    return StoredRounding(
+        rounded=rounded,
+        answered=answered,
+        others=dict(zip(record.others, others, strict=True)),
+        errors=dict(zip(record.options, tensors["errors"], strict=True)),
+    )
 
 
 def _read_rounding_record(state: State, name: str) -> RoundingRecord:

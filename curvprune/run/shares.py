@@ -24,7 +24,7 @@ from curvprune.planning import Choice, Infeasible, cheapest
 from curvprune.pricing import Ledger, Round, share_ledger, work_of
 from curvprune.run.apply import applied_in, apply_plan, plan_key
 from curvprune.run.baselines import Control, uniform_plans
-from curvprune.run.candidates import read_rounding
+from curvprune.run.candidates import StoredRounding, read_rounding
 from curvprune.run.evaluation import divergences_on
 from curvprune.run.task import Task
 from curvprune.run.workspace import Workspace
@@ -184,33 +184,14 @@ def _round(task: Task, space: Workspace, choices: Mapping[str, str], number: int
         model, _ = apply_plan(task, quiet, choices, at, title=title, beside=beside)
     # 2. What was rounded away, and what made up for it.
     changes: dict[str, list[Change]] = {}
-    of_rows: dict[str, dict[str, Tensor]] = {}
+    stored: dict[str, StoredRounding] = {}
     changed = [name for name in task.layers if choices[name] != "keep"]
     for place, name in enumerate(changed):
-        changes[name], of_rows[name] = read_rounding(state, f"{at}/{place:04d}")
-    # 3. The slope of the divergence along both.
+        one = stored[name] = read_rounding(state, f"{at}/{place:04d}")
+        changes[name] = [one.rounded, one.answered, *one.others.values()]
+    # 3. The slope of the divergence along all of them.
     passed = _slopes(task, space, model, changes, file)
-    zeros = [0.0] * len(passed.count)
-    shares, answers = {}, {}
-    errors: dict[str, dict[str, float]] = {}
-    for name in task.layers:
-        both = passed.slopes[name].T.tolist() or [zeros, zeros]
-        shares[name], answers[name] = both
-        # 4. An error of an output counts as much as the loss bends along it.
-        weights = passed.rows[name]
-        if not bool(weights.any()):
-            weights = torch.ones_like(weights)
-        errors[name] = {}
-        for key, own in of_rows.get(name, {}).items():
-            errors[name][key] = float(weights @ own.double())
-    found = Round(
-        choices=dict(choices),
-        count=passed.count.tolist(),
-        divergence=passed.divergence.tolist(),
-        shares=shares,
-        answers=answers,
-        errors=errors,
-    )
+    found = _as_round(task, choices, stored, passed)
     wait()
     state.write_json(file, encode(found))
     wait()
@@ -220,6 +201,38 @@ def _round(task: Task, space: Workspace, choices: Mapping[str, str], number: int
             for ending in ("json", "safetensors"):
                 state.path(f"{at}/{place:04d}.share.{ending}").unlink(missing_ok=True)
     return found
+
+
+def _as_round(
+    task: Task,
+    choices: Mapping[str, str],
+    stored: Mapping[str, StoredRounding],
+    passed: DivergencePass,
+) -> Round:
+    zeros = [0.0] * len(passed.count)
+    shares, answers = dict.fromkeys(task.layers, zeros), dict.fromkeys(task.layers, zeros)
+    errors: dict[str, dict[str, float]] = {name: {} for name in task.layers}
+    strangers: dict[str, dict[str, float]] = {name: {} for name in task.layers}
+    for name, one in stored.items():
+        along = passed.slopes[name].T
+        shares[name], answers[name] = along[0].tolist(), along[1].tolist()
+        for key, slopes in zip(one.others, along[2:], strict=True):
+            strangers[name][key] = float(slopes.sum() / passed.count.sum())
+        # An error of an output counts as much as the loss bends along it.
+        weights = passed.rows[name]
+        if not bool(weights.any()):
+            weights = torch.ones_like(weights)
+        for key, own in one.errors.items():
+            errors[name][key] = float(weights @ own.double())
+    return Round(
+        choices=dict(choices),
+        count=passed.count.tolist(),
+        divergence=passed.divergence.tolist(),
+        shares=shares,
+        answers=answers,
+        errors=errors,
+        strangers=strangers,
+    )
 
 
 def _has_errors(found: Round, options: Mapping[str, Sequence[Option]]) -> bool:

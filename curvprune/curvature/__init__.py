@@ -5,7 +5,7 @@ from curvprune.curvature.batched_fisher import fisher_moments
 from curvprune.curvature.closed_forms import BlockDiagonal, Dense, Diagonal, Ekfac, Kronecker
 from curvprune.curvature.comparison import Compared, CurvatureComparison, compare
 from curvprune.curvature.diagnosis import Diagnosis
-from curvprune.curvature.divergence_pass import DivergencePass, divergence_pass
+from curvprune.curvature.divergence import DivergencePass, divergence_pass
 from curvprune.curvature.draws import Draws
 from curvprune.curvature.estimates import EigenPairs, End, Estimate
 from curvprune.curvature.estimators import density, diagonal, eigenpairs, trace

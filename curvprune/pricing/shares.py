@@ -178,11 +178,11 @@ def _at_first_option(rounds: Sequence[Round], layer: str) -> Float[np.ndarray, "
 
 
 def _noise(rounds: Sequence[Round], layer: str) -> float:
-    """The variance of `_at_first_option` per position that is no error of the items: products of a
-    layer's error with those of others, which average out over roundings and not in one.
+    """The variance of half of `_at_first_option` per position: that of the items, and products of
+    the layer's error with those of others, which average out over roundings and not in one.
 
-    The slope along an option that is not in the plan has nothing but such products, as large as
-    its error; 0 where there is none.
+    The slope along an option that is not in the plan has nothing but noise, as large as its error;
+    0 where there is none.
     """
     first = rounds[0]
     own = first.errors.get(layer, {}).get(first.choices[layer], 0.0)
@@ -238,7 +238,7 @@ def shrunk_shares(
 
     Args:
         sums: half the slope of each item along each layer's error.
-        noise: the variance of each share per position that is not the items'.
+        noise: the variance of each share per position, 0 where only the items tell.
 
     Source: Efron and Morris 1973, "Stein's estimation rule and its competitors".
     """
@@ -274,20 +274,25 @@ def _towards_mean(
     least: int,
 ) -> tuple[Float[np.ndarray, "n items"], Float[np.ndarray, " n"]]:
     """Values moved towards their mean, and the error that is left of that: ``(1 − w) τ`` and what
-    is not the items' of the noise. Fewer than ``least`` stay as they are."""
+    is not the items' of the noise. Fewer than ``least`` stay as they are.
+
+    ``noise`` is all there is where it is known, the items' included; at least it is theirs.
+    """
     n, number = len(values), float(count.sum())
     if n < least or len(count) < 2:
         return values, np.sqrt(noise)
     mean = values.mean(0)
     apart = values - mean
     distance = apart.sum(1) / number
-    of_items = [_mean(one, count.tolist()).stderr ** 2 for one in apart]
     variance = float((distance**2).sum()) / (n - 1)
+    of_items = sum(_mean(one, count.tolist()).stderr ** 2 for one in apart) / (n - 1)
+    whole = max(float(np.mean(noise)), of_items)
     if variance == 0:
-        return values, np.sqrt(noise)
-    left = max(0.0, variance - float(np.mean(noise)) - float(np.sum(of_items)) / (n - 1))
+        return values, np.zeros(n)
+    left = max(0.0, variance - whole)
     w = left / variance
-    return mean + w * apart, np.hypot((1 - w) * left**0.5, w * np.sqrt(noise))
+    besides = max(0.0, whole - of_items) ** 0.5
+    return mean + w * apart, np.full(n, math.hypot((1 - w) * left**0.5, w * besides))
 
 
 def _kinds(layers: Sequence[str]) -> list[list[int]]:

@@ -161,7 +161,7 @@ def test_an_interrupted_run_says_that_it_resumes(number, code, tmp_path):
     recipe, out = tiny.write_recipe(tmp_path), tmp_path / "out"
     arguments = ["run", str(recipe), "--out", str(out), "--quiet"]
     child = in_a_child(lambda: app(arguments), tmp_path / "said")
-    while not list(out.glob("state/solved/*")):
+    while not list(out.glob("state/applied/*/*")):
         time.sleep(0.01)
     os.kill(child, number)
     _, status = os.waitpid(child, 0)

@@ -182,3 +182,25 @@ def test_rivals_goes_on_where_it_stopped(stage, tmp_path):
     both = np.concatenate(more)
     error = both.std(ddof=1) / np.sqrt(len(both))
     assert f"| {both.mean():+.4f} ± {error:.4f} | 1 |" in table
+
+
+def test_rivals_errors_are_those_over_draws():
+    from benchmarks.rival_results import Applied, less
+
+    def applied(draw, nats):
+        of_plays = {"hamlet": nats[:2], "cymbeline": nats[2:]}
+        told = {"plan": "", "size": 3, "key": "", "bytes": 1, "seconds": 0.0}
+        return Applied(draw=draw, nats=of_plays, kl=of_plays, **told)
+
+    base = [applied(draw, [3.0, 4.0, 5.0, 6.0]) for draw in (0, 1, 2)]
+    own = [
+        applied(0, [3.1, 4.0, 5.0, 6.1]),  # by 0.05 more
+        applied(1, [3.0, 4.0, 5.1, 6.3]),  # by 0.10
+        applied(2, [2.9, 4.1, 5.3, 6.3]),  # by 0.15
+    ]
+    pairs = list(zip(own, base, strict=True))
+    # Differences of draws 0.05, 0.10, 0.15: mean 0.1, error 0.05 / √3.
+    assert less(pairs, "nats", ["hamlet", "cymbeline"]) == "+0.1000 ± 0.0289"
+    # One draw: windows 0.1, 0, 0, 0.1, error 0.0577 / √4.
+    assert less(pairs[:1], "kl", ["hamlet", "cymbeline"]) == "+0.0500 ± 0.0289"
+    assert less(pairs[:1], "nats", ["cymbeline"]) == "+0.0500 ± 0.0500"

@@ -23,7 +23,7 @@ class Made:
         seconds: CPU seconds of making it.
         predicted: loss that it is predicted to add, ± ``predicted_stderr``.
         shipped: which of the plans that its maker tried it is.
-        audit: half the sum of shares beside the KL of their reference.
+        audits: of every pass that shares are from, half their sum beside the KL (`cp.Ledger`).
         trials: the plans that its maker tried.
         rounds: who rounds, where that is not curvprune's solver.
     """
@@ -33,7 +33,7 @@ class Made:
     predicted: float | None = None
     predicted_stderr: float | None = None
     shipped: str = ""
-    audit: object = None
+    audits: list[dict] = field(default_factory=list)
     trials: list[dict] = field(default_factory=list)
     rounds: str = ""
 
@@ -187,6 +187,10 @@ def sayings(plans: Plans) -> str:
     for (name, size), made in plans.items():
         if made.shipped:
             lines.append(f"{name} {size:g} is: {made.shipped}")
-        if made.audit is not None:
-            lines.append(f"{name} {size:g}, half the sum of shares: {made.audit}")
+        for audit in made.audits:
+            shares, divergence = audit["shares"], audit["divergence"]
+            lines.append(
+                f"{name} {size:g}, pass of {audit['plan']}: half the sum of shares {shares:.4f}, "
+                f"measured KL {divergence:.4f}, ratio {shares / divergence:.2f}"
+            )
     return "\n".join(lines)

@@ -15,7 +15,7 @@ per channel, 3 to 6 bits (``channel``). A size is that of a width for all blocks
 between those of two widths. Plans (all but ``autoround`` unless some are named):
 
 uniform    one width for all, at whole sizes
-edges      the first and the last quarter of the blocks one width, the others the width below
+edges      the first and the last quarter of the blocks wider by one width, or two, than the others
 static     the static rule that `curvprune.compress` holds its plan against
 additive   `curvprune.compress` with ``prices="quadratic"``: prices of single layers added up
 shares     `curvprune.compress` with ``prices="shares"``
@@ -28,13 +28,14 @@ autoround  no plan: AutoRound's rounding (200 iterations) at whole sizes, about 
 ``--file`` names further plans: a JSON object, name → {layer: option key}, each compared at the size
 that is nearest to its bytes.
 
-Plans are made once, from the first calibration draw. Each is then applied as it ships, in one
-sequential pass over every draw's 16 × 512 tokens of eight plays, saved and read again. Planners see
-12 × 512 other tokens of those plays, `curvprune.compress` chooses by 8 × 512 more. Measured are the
-first 8,192 tokens of each of ``--plays`` (hamlet and cymbeline) in windows of 512: nats per token,
-and the KL divergence from the dense model. Two Markdown tables are printed: means over draws, and
-paired differences with errors (over draws; over windows where there is one draw). Seconds of
-planning are of everything up to the plan; for `curvprune.compress` the applied model is part of it.
+Plans are made once, from the first calibration draw (``--draws`` without any: no more than that).
+Each is then applied as it ships, in one sequential pass over every draw's 16 × 512 tokens of eight
+plays, saved and read again. Planners see 12 × 512 other tokens of those plays, `curvprune.compress`
+chooses by 8 × 512 more. Measured are the first 8,192 tokens of each of ``--plays`` (hamlet and
+cymbeline) in windows of 512: nats per token, and the KL divergence from the dense model. Two
+Markdown tables are printed: means over draws, and paired differences with errors (over draws; over
+windows where there is one draw). Seconds to plan are CPU seconds of everything up to the plan; of
+`curvprune.compress` the applied model is part of that.
 """
 
 from __future__ import annotations
@@ -363,7 +364,7 @@ def compressed(prices: str) -> Callable[[Bench, float], Made]:
             predicted=result.plan.predicted,
             predicted_stderr=result.plan.predicted_stderr,
             shipped=same[0].name if same else "",
-            audit=getattr(result.ledger, "audit", None),
+            audits=[asdict(audit) for audit in result.ledger.audits],
             trials=[asdict(trial) for trial in result.trials],
         )
 
@@ -502,13 +503,25 @@ def asked(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("plans", nargs="*", metavar="PLAN", help="all but autoround unless named")
     parser.add_argument("--grid", choices=sorted(GRIDS), default="groups")
     parser.add_argument("--sizes", nargs="+", type=float, metavar="BITS")
-    parser.add_argument("--draws", nargs="+", type=int, default=[0, 1, 2], metavar="DRAW")
+    parser.add_argument("--draws", nargs="*", type=int, default=[0, 1, 2], metavar="DRAW")
     parser.add_argument("--plays", nargs="+", default=["hamlet", "cymbeline"], metavar="PLAY")
     parser.add_argument("--file", type=Path, metavar="PLANS.json")
     told = parser.parse_args(arguments)
     if unknown := sorted(set(told.plans) - set(PLANS)):
         parser.error(f"unknown plan {unknown[0]!r}; plans: {', '.join(PLANS)}")
     return told
+
+
+def available(names: Sequence[str]) -> list[str]:
+    """The plans whose makers are here; what is left out is said."""
+    found = []
+    for name in names:
+        variable, package = NEEDS.get(name, ("", ""))
+        if variable and variable not in os.environ:
+            print(f"{name} is left out: set {variable} to a Python with {package}")
+        else:
+            found.append(name)
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -522,17 +535,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = told.plans or [name for name in PLANS if name != "autoround"]
     if told.file is not None and not told.plans:
         names = []
-    for name in list(names):
-        variable, package = NEEDS.get(name, ("PATH", ""))
-        if variable not in os.environ:
-            print(f"{name} is left out: set {variable} to a Python with {package}")
-            names.remove(name)
+    names = available(names)
     plans: dict[tuple[str, float], Made] = {}
     for size in sizes:
         for name in names:
             if (made := plan_of(bench, name, size)) is not None:
                 plans[name, size] = made
-                run(bench, name, size, made, told.draws[0], told.plays)
+                for draw in told.draws[:1]:
+                    run(bench, name, size, made, draw, told.plays)
     if told.file is not None:
         plans |= plans_in(bench, told.file, sizes)
     for draw in told.draws:

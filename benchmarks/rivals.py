@@ -175,6 +175,17 @@ class Bench:
         (self.folder / "plans").mkdir(parents=True, exist_ok=True)
         kind = str(self.dtype).removeprefix("torch.")
         self.results = self.folder / f"results-{kind}.jsonl"
+        self._check_text()
+
+    def _check_text(self) -> None:
+        """Refuse a cache of other text: plans and results there are of its tokens."""
+        tokens = torch.stack([self.text.windows(sixths) for sixths in range(5)])
+        digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+        known = self.folder / "text.sha256"
+        if not known.exists():
+            known.write_text(digest)
+        if known.read_text() != digest:
+            raise SystemExit(f"{self.folder} is of other text; set CACHE to another folder")
 
     # ------------------------------------------------------------------------------- bytes
 

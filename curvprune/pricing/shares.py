@@ -1,8 +1,8 @@
 """Prices as shares of the loss: what a layer's rounding costs with the answers of later layers.
 
 A plan is applied in one sequential pass, in which every layer makes up for the drift that earlier
-ones have caused. Let D be the divergence of its outputs from those of the uncompressed model, W̃ the
-layer's target at its point of the pass, W_P what the plan made of it, and Δ = W_P − W̃. Then
+ones have caused. Let D be the divergence of its outputs from those of the uncompressed model. Let
+V be the layer's target at its point of the pass, W_P what the plan made of it, and Δ = W_P − V. Then
 
     L(l) = ⟨∇D, Δ⟩,    C(l, o) = ½ L(l) · E(l, o) / E(l, P),    E = tr(B Δ A Δᵀ),
 
@@ -49,10 +49,10 @@ class Round:
         choices: layer → option key of the plan.
         count: positions of each item.
         divergence: from the uncompressed model, summed over the positions of each item.
-        shares: layer → ``⟨∇D, W_P − W̃⟩`` of each item.
-        answers: layer → ``⟨∇D, W̃ − W⟩`` of each item: near zero where answers are at their best.
+        shares: layer → ``⟨∇D, W_P − V⟩`` of each item.
+        answers: layer → ``⟨∇D, V − W⟩`` of each item: near zero where answers are at their best.
         errors: layer → option key → ``tr(B Δ A Δᵀ)``; the plan's own option is among them.
-        strangers: layer → option key → ``⟨∇D, W_o − W̃⟩`` per position of options that are not in
+        strangers: layer → option key → ``⟨∇D, W_o − V⟩`` per position of options that are not in
             the plan, so that the divergence knows nothing of their errors.
     """
 

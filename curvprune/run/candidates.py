@@ -151,8 +151,8 @@ class StoredRounding:
     """What a share is made of.
 
     Attributes:
-        rounded: ``W_P − W̃``, from what the plan's option stands in for to what it is.
-        answered: ``W̃ − W``, what makes up for earlier layers.
+        rounded: ``W_P − V``, from what the plan's option stands in for to what it is.
+        answered: ``V − W``, what makes up for earlier layers.
         others: the distances of some other options from what they stand in for.
         errors: option → its error at each output.
     """

@@ -97,7 +97,7 @@ class Settings:
             ge=1,
             description="plans measured on the select split, a whole number of at least 1",
         ),
-    ] = 6
+    ] = 4
     attempts: Annotated[
         int,
         Field(

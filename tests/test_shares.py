@@ -126,7 +126,8 @@ OPTIONS = [
 
 
 def test_errors_are_those_of_the_outputs():
-    """The mean squared error of each output over the very inputs that the moments are of."""
+    """The mean squared error of each output over the very inputs that the moments are of, over
+    the mean square of those."""
     layer = find_layers(nn.Sequential(nn.Linear(16, 6)).double())["0"]
     x = normal(200, 16) @ normal(16, 16, seed=1)
     moments = Moments((x.T @ x / len(x))[None])
@@ -134,7 +135,7 @@ def test_errors_are_those_of_the_outputs():
     weight = layer.weight.detach()
     assert torch.equal(found.target, weight)  # no drift, nothing to make up for
     for solved, errors in zip(found.solved, found.errors, strict=True):
-        expected = (x @ (solved.weight - weight).T).square().mean(0)
+        expected = (x @ (solved.weight - weight).T).square().mean(0) / x.square().sum(1).mean()
         assert torch.allclose(errors.double(), expected, rtol=1e-6)
 
 
@@ -155,7 +156,7 @@ def test_the_target_makes_up_for_drift_and_a_cast_does_not():
     want = original @ weight.T
     error = lambda w: float((x @ w.T - want).square().mean())  # noqa: E731
     assert error(found.target) < 0.9 * error(weight)
-    rounded = (x @ (cast.weight - weight).T).square().mean(0)
+    rounded = (x @ (cast.weight - weight).T).square().mean(0) / x.square().sum(1).mean()
     assert torch.allclose(found.errors[1], rounded, rtol=1e-2, atol=1e-12)
     assert float(found.errors[2].sum()) == 0.0 and torch.equal(kept.weight, weight)
 

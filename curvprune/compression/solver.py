@@ -76,9 +76,10 @@ class Rounding:
         solved: one `Solved` per option.
         target: ``(out, in)`` what the options stand in for: the weight, moved to make up for the
             drift of the inputs.
-        errors: of every option, the diagonal of ``Δ A Δᵀ``: the squared error of each of the
-            layer's outputs, a mean over inputs. Δ is the distance to the target; of a cast, which
-            makes up for nothing, to the weight. Without moments A is one.
+        errors: of every option, the diagonal of ``Δ A Δᵀ / tr A``: the squared error of each of
+            the layer's outputs, a mean over inputs, over their mean square. Δ is the distance to
+            the target; of a cast, which makes up for nothing, to the weight. Without moments A is
+            one.
     """
 
     solved: tuple[Solved, ...]
@@ -163,9 +164,12 @@ def _of_groups(
 @torch.no_grad()
 def _squared_errors(solved: Solved, target: Tensor, A: Tensor | None) -> Float[Tensor, " out"]:
     delta = solved.weight.to(target) - target
-    moved = delta if A is None else delta @ A.to(delta)
+    if A is None:
+        return delta.square().mean(1)
     # A may be short of rank, and its rounding errors negative.
-    return (moved * delta).sum(1).clamp_min_(0.0)
+    moved = delta @ A.to(delta)
+    whole = A.diagonal().sum().to(delta).clamp_min(torch.finfo(delta.dtype).tiny)
+    return (moved * delta).sum(1).clamp_min_(0.0) / whole
 
 
 def _on_dead_inputs(layer: Layer, moments: Moments) -> tuple[str, ...]:

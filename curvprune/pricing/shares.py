@@ -4,7 +4,7 @@ A plan is applied in one sequential pass, in which every layer makes up for the 
 ones have caused. Let D be the divergence of its outputs from those of the uncompressed model. Let
 V be the layer's target at its point of the pass, W_P what the plan made of it, and Δ = W_P − V.
 
-    L(l) = ⟨∇D, Δ⟩,    C(l, o) = ½ L(l) · E(l, o) / E(l, P),    E = tr(B Δ A Δᵀ),
+    L(l) = ⟨∇D, Δ⟩,    C(l, o) = ½ L(l) · E(l, o) / E(l, P),    E = tr(B Δ A Δᵀ) / tr A,
 
 with A the second moment of the layer's inputs there, and B diagonal: how much the loss bends along
 each of the layer's outputs. Why: D is close to ½ eᵀFe, with e all that the
@@ -15,8 +15,8 @@ the shares beside D, which is measured, is the audit of all this (`Audit`). Shar
 stretched by one factor, so that the last plan costs what was measured of it.
 
 Several passes (rounds) of different plans are averaged in units of the same error. A layer's share
-is noisy, and is moved towards the mean of its kind and depth by as much as the items say it is
-noise (`shrunk_shares`).
+is noisy, and is moved towards what its error lets expect, for its kind and depth, by as much as it
+is noise (`shrunk_shares`).
 """
 
 from __future__ import annotations
@@ -99,13 +99,18 @@ def share_ledger(
     # 1. Every layer's share at its option of the first plan, from all rounds.
     layers = list(sizes)
     found = np.stack([0.5 * _at_first_option(rounds, layer) for layer in layers])
-    noise = np.array([_noise(rounds, layer) for layer in layers])
-    shrunk = shrunk_shares(layers, found, count, noise)
+    shrunk = shrunk_shares(
+        layers,
+        found,
+        count,
+        errors=np.array([_own_error(first, layer) for layer in layers]),
+        noise=np.array([_noise(rounds, layer) for layer in layers]),
+    )
     # 2. Other options cost as much more as their error is larger.
     factors: dict[tuple[str, str], float] = {}
     for layer in layers:
         errors = first.errors.get(layer, {})
-        own = errors.get(first.choices[layer], 0.0)
+        own = _own_error(first, layer)
         for key in sizes[layer]:
             factors[layer, key] = errors.get(key, 0.0) / own if own > 0 else 0.0
     # 3. The plan of the last round whose divergence stands out costs what was measured of it.
@@ -164,16 +169,21 @@ def _to_measured(
     return float(np.clip(sum(last.divergence) / predicted, 1 / MOST_SCALED, MOST_SCALED))
 
 
+def _own_error(one: Round, layer: str) -> float:
+    """The error of a layer under the round's plan; 0 where nothing changes it."""
+    return one.errors.get(layer, {}).get(one.choices[layer], 0.0)
+
+
 def _at_first_option(rounds: Sequence[Round], layer: str) -> Float[np.ndarray, " items"]:
     """A layer's share in units of its option's error in the first round, over all rounds: the sum
     of what they cost, over the sum of their errors."""
     total, error = np.zeros(len(rounds[0].count)), 0.0
     for one in rounds:
-        own = one.errors.get(layer, {}).get(one.choices[layer], 0.0)
+        own = _own_error(one, layer)
         if own > 0:
             total += np.array(one.shares[layer])
             error += own
-    first = rounds[0].errors.get(layer, {}).get(rounds[0].choices[layer], 0.0)
+    first = _own_error(rounds[0], layer)
     return total * (first / error) if error > 0 else total
 
 
@@ -185,7 +195,7 @@ def _noise(rounds: Sequence[Round], layer: str) -> float:
     0 where there is none.
     """
     first = rounds[0]
-    own = first.errors.get(layer, {}).get(first.choices[layer], 0.0)
+    own = _own_error(first, layer)
     squares = []
     for key, slope in first.strangers.get(layer, {}).items():
         error = first.errors[layer][key]
@@ -194,9 +204,7 @@ def _noise(rounds: Sequence[Round], layer: str) -> float:
     if not squares:
         return 0.0
     # Over several rounds the sum of products grows with the root of the sum of errors.
-    total = 0.0
-    for one in rounds:
-        total += one.errors.get(layer, {}).get(one.choices[layer], 0.0)
+    total = sum(_own_error(one, layer) for one in rounds)
     return float(np.mean(squares)) * own / total if total > 0 else 0.0
 
 
@@ -224,75 +232,96 @@ def shrunk_shares(
     layers: Sequence[str],
     sums: Float[np.ndarray, "layers items"],
     count: Float[np.ndarray, " items"],
+    *,
+    errors: Float[np.ndarray, " layers"],
     noise: Float[np.ndarray, " layers"],
 ) -> Shrunk:
-    """Empirical Bayes, twice: a layer's share is its group's mean and a part w of its distance from
-    it, and a group's mean its kind's and a part of its distance from that,
+    """Empirical Bayes: what is known of a layer besides its share is its error E, the price of its
+    rounding if nothing answered. The rate ρ, share over error, says how much is left of that; it
+    depends on the kind of layer and its depth. So a share is moved towards ρ E of its group, by as
+    much as it is noise, and a group's ρ likewise towards that of its kind (`_towards_rate`).
 
-        w = τ² / (τ² + noise²),
-
-    with the noise from items and other roundings, and τ² what is left of the variance. Groups are
-    layers of one kind (the name without its numbers) in one third of the depth; kinds of few layers
-    stay whole, and all kinds that are too small make one group. No layer costs less than `LEAST` of
-    its group's mean, which is positive.
+    Groups are layers of one kind (the name without its numbers) in one third of the depth; kinds of
+    few layers stay whole, and all kinds that are too small make one group. No layer costs less than
+    `LEAST` of ρ E, with a ρ that is positive.
 
     Args:
         sums: half the slope of each item along each layer's error.
+        errors: ``tr(B Δ A Δᵀ)`` of the same.
         noise: the variance of each share per position, 0 where only the items tell.
 
     Source: Efron and Morris 1973, "Stein's estimation rule and its competitors".
     """
     number = float(count.sum())
     found, spread = sums.copy(), np.zeros(len(layers))
-    overall = max(float(sums.sum()) / number / len(layers), 0.0)
+    overall = max(_rate(sums, errors) / number, 0.0)
     for kind in _kinds(layers):
         groups = _by_depth(kind)
-        of_kind = max(float(sums[kind].sum()) / number / len(kind), LEAST_OF_KIND * overall)
-        # 1. The means of the groups, which average noise out.
-        means = np.stack([sums[group].mean(0) for group in groups])
-        noises = np.array([noise[group].sum() / len(group) ** 2 for group in groups])
-        means, above = _towards_mean(means, noises, count, least=2)
-        for group, mean, apart in zip(groups, means, above, strict=True):
-            # 2. The layers of each, around it.
-            own = sums[group]
-            shrunk, tau = _towards_mean(own, noise[group], count, least=KEPT_APART)
-            shrunk = shrunk - own.mean(0) + mean
-            # 3. None is free: where the mean itself is lost in noise, the kind's stands in for it.
-            centre = max(float(mean.sum()) / number, LEAST_OF_KIND * of_kind)
+        of_kind = max(_rate(sums[kind], errors[kind]) / number, LEAST_OF_KIND * overall)
+        # 1. The groups, whose sums average noise out.
+        wholes = np.stack([sums[group].sum(0) for group in groups])
+        scales = np.array([errors[group].sum() for group in groups])
+        noises = np.array([noise[group].sum() for group in groups])
+        wholes, above = _towards_rate(wholes, scales, noises, count, least=2)
+        for group, whole, scale, apart in zip(groups, wholes, scales, above, strict=True):
+            if scale == 0:
+                continue
+            # 2. The layers of each, around its rate.
+            part = errors[group] / scale
+            own, tau = _towards_rate(
+                sums[group], errors[group], noise[group], count, least=KEPT_APART
+            )
+            shrunk = own + part[:, None] * (whole - own.sum(0))
+            # 3. None is free: where a rate is lost in noise, the kind's stands in for it.
+            rate = max(float(whole.sum()) / number / scale, LEAST_OF_KIND * of_kind)
             value = shrunk.sum(1) / number
-            raised = np.maximum(value, LEAST * centre)
+            raised = np.maximum(value, LEAST * rate * errors[group])
             found[group] = shrunk + (raised - value)[:, None] * count
-            spread[group] = np.hypot(tau, apart)
+            spread[group] = np.hypot(tau, part * apart)
     return Shrunk(sums=found, spread=spread)
 
 
-def _towards_mean(
+def _rate(sums: Float[np.ndarray, "n items"], errors: Float[np.ndarray, " n"]) -> float:
+    whole = float(errors.sum())
+    return float(sums.sum()) / whole if whole > 0 else 0.0
+
+
+def _towards_rate(
     values: Float[np.ndarray, "n items"],
+    errors: Float[np.ndarray, " n"],
     noise: Float[np.ndarray, " n"],
     count: Float[np.ndarray, " items"],
     *,
     least: int,
 ) -> tuple[Float[np.ndarray, "n items"], Float[np.ndarray, " n"]]:
-    """Values moved towards their mean, and the error that is left of that: ``(1 − w) τ`` and what
-    is not the items' of the noise. Fewer than ``least`` stay as they are.
+    """Values moved towards their common rate times their errors,
 
-    ``noise`` is all there is where it is known, the items' included; at least it is theirs.
+        θ = ρ E + w (x − ρ E),    w = τ² E / (τ² E + s²).
+
+    Rates scatter by τ about ρ. The variance of a value is s² E, because products of one layer's
+    error with others' grow with its root. It is the ``noise``, the items' included, or at least
+    theirs. Returns values and the error that is left besides the items': ``(1 − w) τ E`` and the
+    rest of the noise. Fewer than ``least`` stay as they are.
     """
-    n, number = len(values), float(count.sum())
-    if n < least or len(count) < 2:
-        return values, np.sqrt(noise)
-    mean = values.mean(0)
-    apart = values - mean
-    distance = apart.sum(1) / number
-    variance = float((distance**2).sum()) / (n - 1)
-    of_items = sum(_mean(one, count.tolist()).stderr ** 2 for one in apart) / (n - 1)
-    whole = max(float(np.mean(noise)), of_items)
-    if variance == 0:
+    n, number, whole = len(values), float(count.sum()), float(errors.sum())
+    if n < least or len(count) < 2 or whole == 0:
         return values, np.zeros(n)
-    left = max(0.0, variance - whole)
-    w = left / variance
-    besides = max(0.0, whole - of_items) ** 0.5
-    return mean + w * apart, np.full(n, math.hypot((1 - w) * left**0.5, w * besides))
+    # 1. Distances from the common rate, and how well they are known.
+    middle = errors[:, None] / whole * values.sum(0)
+    apart = values - middle
+    of_items = np.array([_mean(one, count.tolist()).stderr ** 2 for one in apart])
+    scatter = max(float(noise.sum()), float(of_items.sum()))
+    # 2. What is left of their variance.
+    distances = apart.sum(1) / number
+    left = float((distances**2).sum()) * n / (n - 1) - scatter
+    tau2 = max(0.0, left) / float((errors**2).sum())
+    s2 = scatter / whole
+    if tau2 == 0 and s2 == 0:
+        return values, np.zeros(n)
+    w = tau2 * errors / (tau2 * errors + s2)
+    besides = np.maximum(noise - of_items, 0.0)
+    spread = np.hypot((1 - w) * tau2**0.5 * errors, w * np.sqrt(besides))
+    return middle + w[:, None] * apart, spread
 
 
 def _kinds(layers: Sequence[str]) -> list[list[int]]:

@@ -4,6 +4,7 @@ pass, shrinking, and the plans that come of it."""
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -243,6 +244,39 @@ def test_noise_moves_shares_towards_the_mean_of_their_kind():
     assert spread(lost) == pytest.approx([0.125] * 4)
     errors = [ledger.layer_rows("blocks.0.fc")["small"].stderr for ledger in (exact, noisy, lost)]
     assert errors[0] < errors[1] < errors[2]
+
+
+def test_what_is_lost_in_noise_follows_the_error():
+    """Layers of one kind whose errors are 1 to 4 and whose shares say nothing: each costs in
+    proportion to its error, and their sum stays."""
+    names = [f"blocks.{i}.fc" for i in range(4)]
+    shares = {}
+    for i, name in enumerate(names):
+        own = normal(8, seed=i)
+        shares[name] = (1.0 + 100 * (own - own.mean())).tolist()
+    errors = {name: {"small": 1.0 + i, "large": 0.1} for i, name in enumerate(names)}
+    one = a_round(shares, dict.fromkeys(names, "small"), errors, divergence=[2.0] * 8)
+    ledger = share_ledger([one], dict.fromkeys(names, SIZES), measure="nats/token")
+    prices = [ledger.layer_rows(name)["small"].price for name in names]
+    assert prices == pytest.approx([0.2, 0.4, 0.6, 0.8])
+
+
+@pytest.mark.parametrize(("slope", "spread"), [(0.0, 1.0), (100.0, 0.0)])
+def test_slopes_along_options_that_are_not_in_the_plan_are_noise(slope, spread):
+    """Where they are nothing a share is what it was measured to be; where they are as large as
+    shares differ, nothing but the common rate is left."""
+    names = [f"blocks.{i}.fc" for i in range(4)]
+    values = [0.1, 0.2, 0.3, 0.4]
+    shares = {name: [value] * 4 for name, value in zip(names, values, strict=True)}
+    errors = dict.fromkeys(names, ERRORS)
+    one = a_round(shares, dict.fromkeys(names, "small"), errors)
+    strangers = {name: {"large": slope} for name in names}
+    ledger = share_ledger(
+        [replace(one, strangers=strangers)], dict.fromkeys(names, SIZES), measure="nats/token"
+    )
+    for name, value in zip(names, values, strict=True):
+        expected = 0.5 * (0.25 + spread * (value - 0.25))
+        assert ledger.layer_rows(name)["small"].price == pytest.approx(expected)
 
 
 def test_no_layer_is_free():

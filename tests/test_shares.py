@@ -307,6 +307,22 @@ def test_rounds_are_averaged_in_units_of_the_same_error():
     assert [audit.plan for audit in both.audits] == ["small", "large"]
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["small", "small", "small", "float16"], "small"),
+        (["keep", "small", "bfloat16", "keep"], "small"),
+        (["small", "small", "large", "keep"], "mixed, mostly small"),
+        (["keep", "keep", "float16", "keep"], "mixed, mostly keep"),
+    ],
+)
+def test_casts_do_not_make_a_uniform_plan_mixed(options, named):
+    names = [f"blocks.{i}.fc" for i in range(4)]
+    choices = dict(zip(names, options, strict=True))
+    shares = {name: [0.1] * 4 for name in names}
+    assert a_round(shares, choices, dict.fromkeys(names, ERRORS)).audit().plan == named
+
+
 def test_a_ledger_of_shares_is_read_back_as_it_was():
     ledger = ledger_of([0.1, 0.2, 0.4, 0.8], noise=0.1)
     again = Ledger.from_dict(ledger.to_dict())

@@ -38,6 +38,7 @@ DEPTHS = 3  # parts of the model's depth
 LEAST = 0.1  # of its group's mean that a layer costs, whatever was measured of it
 MOST_SCALED = 4.0  # by no more are shares stretched to what was measured; beyond they are noise
 CLEAR = 3.0  # standard errors
+KEPT_OR_CAST = ("keep", "float16", "bfloat16")  # keys of options that neither round nor prune
 LEAST_OF_KIND = 0.2  # of its kind's mean that a group's is at least; of all layers', a kind's
 
 
@@ -68,8 +69,10 @@ class Round:
         """Half the sum of the shares, and what was measured."""
         halves = 0.5 * np.sum(list(self.shares.values()), axis=0)
         answers = 0.5 * np.sum(list(self.answers.values()), axis=0)
-        named = list(self.choices.values())
-        most = max(set(named), key=named.count)
+        # Casts and layers that stay do not make a uniform plan a mixed one.
+        named = [key for key in self.choices.values() if key not in KEPT_OR_CAST]
+        named = named or list(self.choices.values())
+        most = max(sorted(set(named)), key=named.count)
         uniform = len(set(named)) == 1
         summed = _mean(halves, self.count)
         measured = _mean(np.array(self.divergence), self.count)

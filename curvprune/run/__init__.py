@@ -1,5 +1,6 @@
 """From a recipe or arguments to a certified model: task, stages, baselines, checks."""
 
+from curvprune.run.apply import applied_in, apply_plan
 from curvprune.run.arguments import Arguments, Data, task_from, warn_caller
 from curvprune.run.baselines import Control, controls, sensitive
 from curvprune.run.certify import Shipped, apply_and_measure, certify_plans
@@ -79,7 +80,9 @@ __all__ = [
     "Workspace",
     "allocate_zeros",
     "analyze",
+    "applied_in",
     "apply_and_measure",
+    "apply_plan",
     "assign_groups",
     "assign_options",
     "certify_plans",

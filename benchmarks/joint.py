@@ -4,11 +4,11 @@
 
 For each size, a share of the layers' bytes in float32, the stages that `curvprune.compress` runs
 for ``Budget(max_bytes=...)`` are run: the plan, its controls, plans by corrected prices, the choice
-on the select split. The solving and the prices are shared by all sizes. What is printed was
-measured on other items than anything was solved, priced or chosen on: the rise of the loss under
-the plan, under each alone, under what was chosen, and by how much the chosen one differs from the
-better of the two alone, paired by item. Candidates are judged as they were solved, without the
-sequential pass that ends a compression. Nothing is portable (``Settings(portable=False)``): zeros
+on the select split. Every size has prices of its own, taken at the uniform plan nearest to it. What
+is printed was measured on other items than anything was solved, priced or chosen on: the rise of
+the loss under the plan, under each alone, under what was chosen, and by how much the chosen one
+differs from the better of the two alone, paired by item. Plans are judged as they ship, solved in
+one sequential pass. Nothing is portable (``Settings(portable=False)``): zeros
 are stored small.
 
 resnet, vit: Fashion-MNIST, models of ``pruning.py``; 300 items to solve, 300 to price, 1,000 to
@@ -20,7 +20,6 @@ thread.
 
 from __future__ import annotations
 
-import copy
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -34,9 +33,11 @@ from curvprune.certificate import judge
 from curvprune.model import ItemResults, Split, evaluate, find_layers
 from curvprune.run import (
     Arguments,
-    Candidates,
     Selection,
     Task,
+    Workspace,
+    applied_in,
+    apply_plan,
     check_task,
     load_model,
     load_tokenizer,
@@ -145,10 +146,9 @@ def smollm2() -> Case:
 CASES = {"resnet": lambda: images("resnet"), "vit": lambda: images("vit"), "smollm2": smollm2}
 
 
-def judged(case: Case, task: Task, candidates: Candidates, choices: dict[str, str]) -> ItemResults:
-    model = copy.deepcopy(case.model)
-    for name, layer in find_layers(model, case.layers).items():
-        layer.write_(candidates.with_option(name, choices[name]).weight)
+def judged(case: Case, task: Task, space: Workspace, choices: dict[str, str]) -> ItemResults:
+    """Results of a plan as it ships; what select has solved is not solved again."""
+    model, _ = apply_plan(task, space, choices, applied_in(choices))
     return evaluate(model, case.test.batches(task.settings.batch_size), task.objective)
 
 
@@ -167,20 +167,20 @@ def run(name: str) -> None:
     told = Arguments(layers=case.layers, settings=settings)
     budget = cp.Budget(max_bytes=weights + rest)
     with tempfile.TemporaryDirectory() as folder:
-        # 1. Candidates and prices, which no size changes.
+        # 1. The uncompressed model, which no size changes.
         task, space = task_from(case.model, case.splits, case.options, budget, Path(folder), told)
-        candidates, priced = solve_and_price(task, space)
         before = evaluate(case.model, case.test.batches(settings.batch_size), task.objective)
         print(f"\n{name}, rise of the loss in {task.objective.measure}\n")
         print(f"| size of the layers | {' | '.join(COLUMNS)} | chosen − better alone |")
         print("|---" * (2 + len(COLUMNS)) + "|", flush=True)
-        # 2. For each size the plan that is chosen, and those beside it.
+        # 2. For each size its prices, the plan that is chosen, and those beside it.
         for share in case.sizes:
             most = cp.Budget(max_bytes=round(share * weights) + rest + 4096)
             sized = check_task(replace(task, budget=most, limits=(), notes=(), warnings=()))
-            selection = select_plans(sized, space, candidates, priced.prices)
+            prices = solve_and_price(sized, space).prices
+            selection = select_plans(sized, space, prices)
             plans = choices_of(selection)
-            found = {n: judged(case, sized, candidates, plan) for n, plan in plans.items()}
+            found = {n: judged(case, sized, space, plan) for n, plan in plans.items()}
             cells = cells_of(sized, before, found, case.test)
             cells[COLUMNS.index("chosen")] += f" ({selection.best.name})"
             print(f"| {share:.1%} | {' | '.join(cells)} |", flush=True)

@@ -404,6 +404,10 @@ def test_a_run_without_a_recovery_takes_nothing_of_one(recipe, finished, tmp_pat
     assert not reused.record.recoveries
 
 
+def offered(task: runs.Task, layer: str) -> list[str]:
+    return [option.key for option in task.options[layer]]
+
+
 def test_earlier_plans_that_do_not_fit_are_left_out(label_free, two, tmp_path):
     """The larger of two plans, then both; and the one that gives layers of a group two options."""
     task, trials = task_of(label_free), named(two.record)
@@ -413,7 +417,9 @@ def test_earlier_plans_that_do_not_fit_are_left_out(label_free, two, tmp_path):
     first, second = next(
         (a, b)
         for a, b in combinations(plans[0], 2)
-        if plans[0][a] == plans[0][b] and plans[1][a] != plans[1][b]
+        if offered(task, a) == offered(task, b)
+        and plans[0][a] == plans[0][b]
+        and plans[1][a] != plans[1][b]
     )
     for number, limits, fitting in (
         (1, f"max_drop: 0.9, max_bytes: {smaller}}}", [plans[1]]),

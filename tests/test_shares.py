@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import curvprune as cp
 from curvprune.compression import Moments, round_layer
-from curvprune.curvature import Change, divergence_pass
+from curvprune.curvature import Change, DivergencePass, divergence_pass
 from curvprune.model import (
     Classification,
     MultiLabel,
@@ -113,6 +113,71 @@ def test_outputs_that_are_no_numbers_end_the_pass():
     item = (normal(1, 4), torch.tensor([1]))
     with pytest.raises(FloatingPointError, match="item 0: the compressed model's outputs"):
         divergence_pass((model, broken), Classification(), [item], find_layers(broken), {})
+
+
+def run_as(rank: int, world: int, address: str, results) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    results.put((passed_over(), how_it_ends()))
+    torch.distributed.destroy_process_group()
+
+
+def over_items(changed: nn.Module) -> DivergencePass:
+    """Seven items; each of two processes has some of those that rows are drawn from."""
+    model, x = networks.mlp().eval(), normal(7, 4, seed=9)
+    items = [(x[i : i + 1], torch.tensor([i % 3])) for i in range(7)]
+    layers = find_layers(changed)
+    changes = {n: [Change.of(normal(*layer.shape, seed=3))] for n, layer in layers.items()}
+    return divergence_pass((model, changed), Classification(), items, layers, changes)
+
+
+def passed_over() -> dict[str, list[float]]:
+    found = over_items(moved(networks.mlp()).eval())
+    figures = {"count": found.count.tolist(), "divergence": found.divergence.tolist()}
+    for name, slopes in found.slopes.items():
+        figures[f"slopes of {name}"] = slopes[:, 0].tolist()
+        figures[f"rows of {name}"] = found.rows[name].tolist()
+    return figures
+
+
+class Breaks(nn.Module):
+    """A layer whose outputs are no numbers for the fifth item alone."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = self.inner(x)
+        return found * float("nan") if torch.equal(x, normal(7, 4, seed=9)[4:5]) else found
+
+
+def how_it_ends() -> str:
+    try:
+        over_items(Breaks(moved(networks.mlp())).eval())
+    except FloatingPointError as error:
+        return str(error)
+    return "as usual"
+
+
+def test_two_processes_pass_over_the_items_as_one(tmp_path):
+    """The same slopes and rows; what one of them cannot go on from ends both."""
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.Queue()
+    address = f"file://{tmp_path}/rendezvous"
+    both = [context.Process(target=run_as, args=(rank, 2, address, results)) for rank in range(2)]
+    for process in both:
+        process.start()
+    alone, broken = passed_over(), how_it_ends()  # while they run
+    found = [results.get(timeout=120) for _ in both]
+    for process in both:
+        process.join()
+    assert broken.startswith("item 4: the compressed model's outputs")
+    for of_two, end in found:
+        assert end.startswith("item 4: the compressed model's outputs")
+        assert of_two.keys() == alone.keys()
+        for name, values in alone.items():
+            assert of_two[name] == pytest.approx(values, rel=1e-9, abs=1e-12), name
 
 
 # ------------------------------------------------------------------------- errors of the options

@@ -2,7 +2,7 @@
 
 A plan is applied in one sequential pass, in which every layer makes up for the drift that earlier
 ones have caused. Let D be the divergence of its outputs from those of the uncompressed model. Let
-V be the layer's target at its point of the pass, W_P what the plan made of it, and Δ = W_P − V. Then
+V be the layer's target at its point of the pass, W_P what the plan made of it and Δ = W_P − V. Then
 
     L(l) = ⟨∇D, Δ⟩,    C(l, o) = ½ L(l) · E(l, o) / E(l, P),    E = tr(B Δ A Δᵀ),
 

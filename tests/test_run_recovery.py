@@ -302,8 +302,8 @@ def test_a_reused_plan_tells_how_far_the_next_may_go_by_what_was_recovered(label
     that this run has."""
     path = variant(label_free, tmp_path / "first.yaml", ONE)
     first = run(path, tmp_path / "first")
-    narrow = ("max_drop: 0.2", "max_drop: 0.14")
-    other = variant(label_free, tmp_path / "other.yaml", ONE, narrow)
+    wide = ("max_drop: 0.2", "max_drop: 0.25")
+    other = variant(label_free, tmp_path / "other.yaml", ONE, wide)
     task, space, selection = stages(other, tmp_path / "out", first.folder)
     # A run for another budget may not have measured the same plans.
     shipped = runs.certify_plans(task, space, replace(selection, trials=()))
@@ -311,10 +311,10 @@ def test_a_reused_plan_tells_how_far_the_next_may_go_by_what_was_recovered(label
     known, applied = trials["earlier plan 1, recovered"], trials["earlier plan 1, applied"]
     assert known.expected == selection.prices.expected(known.choices)
     nexts = []
-    for before in (applied, replace(applied, drop=2 * applied.drop)):
+    for before in (applied, replace(applied, drop=4 * applied.drop), None):
         nexts.append(runs.next_plan(task, selection.prices, [runs.Tried(known, before)]))
     bolder = trials[f"{selection.best.name}, bolder, applied"]
-    assert bolder.choices == nexts[0] != nexts[1]
+    assert bolder.choices == nexts[0] and nexts[0] not in nexts[1:]
 
 
 def test_what_a_plan_lost_is_expected_by_the_prices_of_now(recipe, tmp_path):
@@ -345,7 +345,7 @@ def test_an_earlier_plan_that_is_not_safe_is_followed_by_a_more_cautious_one(lab
     path = variant(
         label_free,
         tmp_path / "recipe.yaml",
-        ("max_drop: 0.2", "max_drop: 0.3"),
+        ("max_drop: 0.2", "max_drop: 0.225"),
         (RECOVER, "recover: {steps: 1, lr: 1.0e-9}\n"),
         ONE,
     )

@@ -392,7 +392,7 @@ def test_damaged_state_is_made_anew_to_the_last_bit(prices, recipe, finished, ou
         if path.is_file() and not kept:
             kind = re.sub(r"[0-9a-f]{6,}|\d+", "#", path.relative_to(state).as_posix())
             kinds.setdefault(kind, path)
-    own = {"shares": {"rounds/#.json", "applied/#/#.share.safetensors"}}
+    own = {"shares": {"rounds/#.json", "applied/#/#.safetensors"}}
     own["quadratic"] = {"solved/#.safetensors", "fisher.safetensors"}
     assert own[prices] < set(kinds) and len(kinds) > 10
     for i, path in enumerate(kinds.values()):

@@ -323,8 +323,8 @@ def test_what_a_plan_lost_is_expected_by_the_prices_of_now(recipe, tmp_path):
         recipe,
         tmp_path / "recipe.yaml",
         (RECOVER, ""),
-        ("seed: 0", "seed: 3"),
-        ("max_drop: 0.2", "max_drop: 0.02"),
+        ("seed: 0", "seed: 1"),
+        ("max_drop: 0.2", "max_drop: 0.05"),
     )
     task, space, selection = stages(path, tmp_path / "out")
     before = []
@@ -414,17 +414,18 @@ def test_earlier_plans_that_do_not_fit_are_left_out(label_free, two, tmp_path):
     plans = [trials[name].choices for name in recovered_in(two.record)]
     larger, smaller = (task.bytes_of(plan) + task.header_bytes for plan in plans)
     assert larger > smaller > task.smallest_bytes()
-    first, second = next(
-        (a, b)
-        for a, b in combinations(plans[0], 2)
-        if offered(task, a) == offered(task, b)
-        and plans[0][a] == plans[0][b]
-        and plans[1][a] != plans[1][b]
-    )
+    # Layers of one block that are offered the same, and that some plan treats differently.
+    for first, second in combinations(plans[0], 2):
+        alike = [plan for plan in plans if plan[first] == plan[second]]
+        together = first.rpartition(".")[0] == second.rpartition(".")[0]
+        if together and offered(task, first) == offered(task, second) and len(alike) < 2:
+            break
+    else:
+        raise AssertionError("every pair is alike in both plans")
     for number, limits, fitting in (
         (1, f"max_drop: 0.9, max_bytes: {smaller}}}", [plans[1]]),
         (2, f"max_drop: 0.9, max_bytes: {smaller - 1}}}", []),
-        (3, f"max_drop: 0.9}}\nsame_option: [[{first}, {second}]]", [plans[0]]),
+        (3, f"max_drop: 0.9}}\nsame_option: [[{first}, {second}]]", alike),
     ):
         wide = variant(label_free, tmp_path / f"{number}.yaml", ONE, ("max_drop: 0.2}", limits))
         record = run(wide, tmp_path / f"{number}", two.folder).record

@@ -193,7 +193,7 @@ def _pricing_seconds(task: Task, timing: _Timing, applying: float) -> dict[str, 
     }
     if settings.measure_above is not None:
         # The most that it can take: prices that are right need a fourth of it.
-        found["measure prices, at most"] = price * (1 + MEASURED_ROWS) * forward
+        found["measure prices"] = price * (1 + MEASURED_ROWS) * forward
     return found
 
 

@@ -97,7 +97,7 @@ class Settings:
             ge=1,
             description="plans measured on the select split, a whole number of at least 1",
         ),
-    ] = 4
+    ] = 6
     attempts: Annotated[
         int,
         Field(

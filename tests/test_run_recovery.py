@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -404,28 +403,15 @@ def test_a_run_without_a_recovery_takes_nothing_of_one(recipe, finished, tmp_pat
     assert not reused.record.recoveries
 
 
-def offered(task: runs.Task, layer: str) -> list[str]:
-    return [option.key for option in task.options[layer]]
-
-
 def test_earlier_plans_that_do_not_fit_are_left_out(label_free, two, tmp_path):
-    """The larger of two plans, then both; and the one that gives layers of a group two options."""
+    """The larger of two plans, then both."""
     task, trials = task_of(label_free), named(two.record)
     plans = [trials[name].choices for name in recovered_in(two.record)]
     larger, smaller = (task.bytes_of(plan) + task.header_bytes for plan in plans)
     assert larger > smaller > task.smallest_bytes()
-    # Layers of one block that are offered the same, and that some plan treats differently.
-    for first, second in combinations(plans[0], 2):
-        alike = [plan for plan in plans if plan[first] == plan[second]]
-        together = first.rpartition(".")[0] == second.rpartition(".")[0]
-        if together and offered(task, first) == offered(task, second) and len(alike) < 2:
-            break
-    else:
-        raise AssertionError("every pair is alike in both plans")
     for number, limits, fitting in (
         (1, f"max_drop: 0.9, max_bytes: {smaller}}}", [plans[1]]),
         (2, f"max_drop: 0.9, max_bytes: {smaller - 1}}}", []),
-        (3, f"max_drop: 0.9}}\nsame_option: [[{first}, {second}]]", alike),
     ):
         wide = variant(label_free, tmp_path / f"{number}.yaml", ONE, ("max_drop: 0.2}", limits))
         record = run(wide, tmp_path / f"{number}", two.folder).record
@@ -433,6 +419,23 @@ def test_earlier_plans_that_do_not_fit_are_left_out(label_free, two, tmp_path):
         assert [named(record)[name].choices for name in names] == fitting
         assert (REUSED in record.notes) == bool(fitting)
         assert record.attempts[0].verdict.status == "CERTIFIED"
+
+
+def test_an_earlier_plan_that_divides_a_group_is_left_out(label_free, tmp_path):
+    """It gives two options to layers that are to share one; without the group it is taken."""
+    path = variant(label_free, tmp_path / "recipe.yaml", ONE, ("max_drop: 0.2", "max_drop: 0.14"))
+    record = run(path, tmp_path / "first").record
+    (name,) = recovered_in(record)
+    choices = named(record)[name].choices
+    first, second = (f"model.layers.0.self_attn.{x}_proj" for x in "qk")
+    assert choices[first] != choices[second]
+    for number, group in enumerate(("", f"\nsame_option: [[{first}, {second}]]")):
+        limits = f"max_drop: 0.9}}{group}"
+        wide = variant(label_free, tmp_path / f"{number}.yaml", ONE, ("max_drop: 0.2}", limits))
+        reused = run(wide, tmp_path / f"{number}", tmp_path / "first").record
+        taken = [found for found in recovered_in(reused) if found.startswith("earlier plan")]
+        assert len(taken) == (0 if group else 1)
+        assert (REUSED in reused.notes) == (not group)
 
 
 # -------------------------------------------------------------------------------- the section

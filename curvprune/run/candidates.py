@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -193,13 +194,13 @@ def _nearest_others(found: Rounding) -> list[Solved]:
     return [solved for _, _, solved in sorted(apart, key=lambda one: one[:2])[:OTHERS]]
 
 
-def read_rounding(state: State, name: str) -> StoredRounding:
-    """What was written of a layer's rounding."""
+def read_rounding(state: State, name: str, device: torch.device) -> StoredRounding:
+    """What was written of a layer's rounding; its changes lie on ``device``."""
     record = _read_rounding_record(state, name)
     tensors = state.read_tensors(f"{name}.share.safetensors")
     changes = []
     for k, scale in enumerate(record.scales):
-        changes.append(Change(values=tensors[str(k)], scale=scale))
+        changes.append(Change(values=tensors[str(k)].to(device), scale=scale))
     answered, rounded, *others = changes
     return StoredRounding(
         rounded=rounded,

@@ -183,11 +183,12 @@ def _round(task: Task, space: Workspace, choices: Mapping[str, str], number: int
     if model is None:
         model, _ = apply_plan(task, quiet, choices, at, title=title, beside=beside)
     # 2. What was rounded away, and what made up for it.
+    device = next(model.parameters()).device
     changes: dict[str, list[Change]] = {}
     stored: dict[str, StoredRounding] = {}
     changed = [name for name in task.layers if choices[name] != "keep"]
     for place, name in enumerate(changed):
-        one = stored[name] = read_rounding(state, f"{at}/{place:04d}")
+        one = stored[name] = read_rounding(state, f"{at}/{place:04d}", device)
         changes[name] = [one.rounded, one.answered, *one.others.values()]
     # 3. The slope of the divergence along all of them.
     passed = _slopes(task, space, model, changes, file)

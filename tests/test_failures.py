@@ -145,6 +145,8 @@ def in_a_child(work: Callable[[], object], out: Path) -> int:
     child = os.fork()
     if child == 0:
         code = 99
+        # Tests that a shell runs in the background ignore it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             with out.open("w") as said, contextlib.redirect_stderr(said):
                 work()

@@ -227,15 +227,19 @@ def test_the_target_makes_up_for_drift_and_a_cast_does_not():
     assert float(found.errors[2].sum()) == 0.0 and torch.equal(kept.weight, weight)
 
 
-def test_errors_of_groups_count_by_what_they_read():
-    conv = nn.Sequential(nn.Conv1d(4, 4, 1, groups=2, bias=False)).double()
+def test_errors_of_each_group_are_those_of_its_own_inputs():
+    """Two groups of a convolution, each with the moment of other inputs."""
+    conv = nn.Sequential(nn.Conv1d(8, 4, 1, groups=2, bias=False)).double()
     layer = find_layers(conv)["0"]
-    second = torch.eye(2, dtype=torch.float64).repeat(2, 1, 1)
-    option = [cp.Quantize(bits=3)]
-    alike = round_layer(layer, option, Moments(second)).errors[0]
-    shared = round_layer(layer, option, Moments(second, shares=(0.25, 0.75))).errors[0]
-    weights = torch.tensor([0.25, 0.25, 0.75, 0.75], dtype=torch.float64)
-    assert torch.allclose(shared, alike * weights)
+    inputs = [normal(50, 4, seed=g) @ normal(4, 4, seed=7 + g) for g in range(2)]
+    moments = Moments(torch.stack([x.T @ x / len(x) for x in inputs]))
+    found = round_layer(layer, [cp.Quantize(bits=3)], moments)
+    weight = layer.as_matrix(layer.weight.detach())
+    for g, x in enumerate(inputs):
+        rows = slice(2 * g, 2 * g + 2)
+        away = x @ (found.solved[0].weight[rows] - weight[rows]).T
+        expected = away.square().mean(0) / x.square().sum(1).mean()
+        assert torch.allclose(found.errors[0, rows].double(), expected, rtol=1e-6)
 
 
 # ------------------------------------------------------------------------- prices from rounds

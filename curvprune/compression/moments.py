@@ -40,7 +40,6 @@ class Moments:
         moved: ``E[x̃ − x]``, where there is a drift.
         notes: what the report must say about them.
         count: inputs that they are means over, where that was counted.
-        shares: of each group, the share of the inputs that it reads; ``None``: all read all.
     """
 
     second: Float[Tensor, "groups in in"]
@@ -49,7 +48,6 @@ class Moments:
     moved: Float[Tensor, "groups in"] | None = None
     notes: tuple[str, ...] = ()
     count: int = 0
-    shares: tuple[float, ...] | None = None
 
     @property
     def dead(self) -> int:
@@ -212,16 +210,14 @@ def expert_moments(layer: Layer, x: Tensor, chosen: Tensor, mask: Tensor | None)
     for total, count in zip(second, counts, strict=True):
         total.add_(average, alpha=borrowed).div_(count + borrowed)
     few = sum(count < width for count in counts)
-    read = max(1, len(x))
-    shares = tuple(count / read for count in counts)
     if not few:
-        return Moments(second, shares=shares)
+        return Moments(second)
     note = (
         f"layer {layer.name}: {few} of {layer.groups} experts saw fewer calibration tokens than "
         f"their {width} inputs (the fewest {min(counts)}) and were solved for those of all "
         "experts in part"
     )
-    return Moments(second, notes=(note,), shares=shares)
+    return Moments(second, notes=(note,))
 
 
 def _mirror(second: Tensor) -> None:

@@ -113,18 +113,16 @@ def round_layer(layer: Layer, options: Sequence[Option], moments: Moments | None
     Cost: as `solve_layer`, and ``in^2 * out`` multiply-adds per option.
     """
     weight = layer.as_matrix(layer.weight.detach())
-    shares = None if moments is None else moments.shares
     parts, targets, errors = [], [], []
     with _one_thread(layer):
-        for g, (rows, A, drift) in enumerate(_groups_of(layer, weight, moments)):
+        for rows, A, drift in _groups_of(layer, weight, moments):
             solved, target = _solve(rows, options, A, layer=layer.name, drift=drift)
             parts.append(solved)
             targets.append(target)
-            share = 1.0 if shares is None else shares[g]
             here = []
             for one in solved:
                 straight = isinstance(one.option, (Keep, Cast))
-                here.append(share * _squared_errors(one, rows if straight else target, A))
+                here.append(_squared_errors(one, rows if straight else target, A))
             errors.append(torch.stack(here))
     return Rounding(
         solved=tuple(_of_groups(layer, parts, moments)),

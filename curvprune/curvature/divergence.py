@@ -15,8 +15,7 @@ Source: Bregman 1967; for exponential families it is the KL divergence (Banerjee
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +23,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from curvprune.curvature.draws import Draws
-from curvprune.curvature.sampled_fisher import Change, Checkpoint, differentiating
+from curvprune.curvature.sampled_fisher import (
+    Change,
+    Checkpoint,
+    differentiating,
+    gradients_go_to,
+)
 from curvprune.distributed import all_sum, gather, my_share, shared
 from curvprune.model import Batch, Layer, Loss, evaluating, to_device
 
@@ -91,7 +95,11 @@ def divergence_pass(
 
     # 2. This process's items, one after the other.
     broken: FloatingPointError | None = None
-    with differentiating(compressed, layers), evaluating(uncompressed), sums.taking_gradients():
+    with (
+        differentiating(compressed, layers),
+        evaluating(uncompressed),
+        gradients_go_to(layers, sums.hook),
+    ):
         done = int(totals["done"])
         mine = my_share(range(len(items)))
         left = mine[done:] if done < len(items) else ()
@@ -177,19 +185,6 @@ class _Slopes:
         self.draws, self.item, self.drawn = draws, 0, False
         self.drawn_from = 0  # items that are also gone back from with random signs
 
-    @contextmanager
-    def taking_gradients(self) -> Iterator[None]:
-        """Hooks on the layers' weights; they are removed at the end."""
-        handles = []
-        try:
-            for name, layer in self.layers.items():
-                hook = self._hook(name)
-                handles.append(layer.weight.register_post_accumulate_grad_hook(hook))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
     def take_item(
         self, model: nn.Module, objective: Loss, item: int, batch: Batch, before: Tensor
     ) -> None:
@@ -216,7 +211,7 @@ class _Slopes:
             self.drawn = True
             objective.draw(found, batch, self.draws.generator(item)).sum().backward()
 
-    def _hook(self, name: str) -> Callable[[Tensor], None]:
+    def hook(self, name: str) -> Callable[[Tensor], None]:
         layer = self.layers[name]
 
         def take(parameter: Tensor) -> None:

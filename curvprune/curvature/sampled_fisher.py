@@ -166,7 +166,7 @@ def fisher_pass(
     after_item = checkpoint.after_item or (lambda done, totals: None)
 
     # 2. This process's items, one after the other.
-    with differentiating(model, layers), sums.taking_gradients():
+    with differentiating(model, layers), gradients_go_to(layers, sums.hook):
         done = int(totals["done"])
         mine = my_share(range(len(items)))
         left = mine[done:] if done < len(items) else ()
@@ -247,19 +247,6 @@ class _GradientSums:
         self.item = 0
         self.label: int | None = 0  # None: the gradient is that of the data's own label
 
-    @contextmanager
-    def taking_gradients(self) -> Iterator[None]:
-        """Hooks on the layers' weights; they are removed at the end."""
-        handles = []
-        try:
-            for name, layer in self.layers.items():
-                hook = self._hook(name)
-                handles.append(layer.weight.register_post_accumulate_grad_hook(hook))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
     def take_item(self, model: nn.Module, objective: Loss, item: int, batch: Batch) -> None:
         """Forward and backward passes of one item."""
         self.item = item
@@ -294,7 +281,7 @@ class _GradientSums:
             loss.backward()
         self._check_finite()
 
-    def _hook(self, name: str) -> Callable[[Tensor], None]:
+    def hook(self, name: str) -> Callable[[Tensor], None]:
         layer = self.layers[name]
 
         def take(parameter: Tensor) -> None:
@@ -339,6 +326,21 @@ class _GradientSums:
                     f"layer {name}: the gradient of item {self.item} is not finite; run the model "
                     "in float32 or bfloat16"
                 )
+
+
+@contextmanager
+def gradients_go_to(
+    layers: Mapping[str, Layer], hook: Callable[[str], Callable[[Tensor], None]]
+) -> Iterator[None]:
+    """Each layer's weight is handed to its hook as soon as its gradient is complete."""
+    handles = []
+    try:
+        for name, layer in layers.items():
+            handles.append(layer.weight.register_post_accumulate_grad_hook(hook(name)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -7,12 +7,14 @@ V be the layer's target at its point of the pass, W_P what the plan made of it, 
     L(l) = ⟨∇D, Δ⟩,    C(l, o) = ½ L(l) · E(l, o) / E(l, P),    E = tr(B Δ A Δᵀ) / tr A,
 
 with A the second moment of the layer's inputs there, and B diagonal: how much the loss bends along
-each of the layer's outputs. Why: D is close to ½ eᵀFe, with e all that the
-roundings and the answers to them change. So the sum of all L is eᵀFe, twice the divergence (Euler).
-To first order a change of the answers costs nothing, because they are near their best; and products
-of different layers' roundings average out. Hence ½ L(l) is the layer's own part. Half the sum of
-the shares beside D, which is measured, is the audit of all this (`Audit`). Shares are then
-stretched by one factor, so that the last plan costs what was measured of it.
+each of the layer's outputs.
+
+Why: D is close to ½ eᵀFe, with e all that the roundings and the answers to them change. So the sum
+of all L is eᵀFe, twice the divergence (Euler). To first order a change of the answers costs
+nothing, because they are near their best. Products of different layers' roundings average out.
+Hence ½ L(l) is the layer's own part. Half the sum of the shares beside D, which is measured, is the
+audit of all this (`Audit`). Shares are then stretched by one factor, so that the last plan costs
+what was measured of it.
 
 Several passes (rounds) of different plans are averaged in units of the same error. A layer's share
 is noisy, and is moved towards what its error lets expect, for its kind and depth, by as much as it

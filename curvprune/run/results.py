@@ -31,7 +31,7 @@ class Result:
         plan: the option of every layer.
         verdict: the certificate, where a budget with ``max_drop`` was given.
         ledger: the prices, where a budget was given or zeros were allocated.
-        analysis: per-layer curvature from the same pass.
+        analysis: per-layer curvature from the same pass, where prices are quadratic.
         trials: the plans measured on the select split, with predicted and measured loss.
         recovery: the training of `recover`, where there was one; prices and ``plan.predicted`` are
             those before it.

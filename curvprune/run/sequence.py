@@ -141,8 +141,7 @@ def fix_sequence(
     """The plans to certify, cautious first; everything here is judged on select alone.
 
     Unless an earlier run has left a safe one, the best plan is applied, and more cautious ones
-    until one is safe. Then come those that `next_plan` finds: applied models leave room, because a
-    plan that is solved sequentially, and recovered, costs less than its candidates did.
+    until one is safe. Then come those that `next_plan` finds: a recovered model leaves room.
     ``settings.attempts`` counts what this run applies.
 
     Args:

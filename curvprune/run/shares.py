@@ -39,7 +39,6 @@ PROBED = 4  # price items on which uniform plans are rounded to nearest, to find
 # What one sequential pass leaves of the divergence of rounding to nearest: .2 to .4 for SmolLM2 at
 # 3 and 4 bits.
 LEFT = 1 / 3
-
 EXACT = 1 / 40  # of the error of the next smaller option: a bit more leaves a fourth, two a 16th
 
 NextPlan = Callable[[Ledger], "dict[str, str] | None"]
@@ -98,6 +97,8 @@ def _ledger_of(task: Task, rounds: Sequence[Round]) -> Ledger:
 
 
 def _plan_for_budget(task: Task, ledger: Ledger) -> dict[str, str] | None:
+    """The plan that prices choose; a drop of another measure is taken for nats, until trials say
+    how the two go together."""
     if task.budget is None:
         return None
     try:
@@ -196,7 +197,7 @@ def _round(task: Task, space: Workspace, choices: Mapping[str, str], number: int
     wait()
     state.write_json(file, encode(found))
     wait()
-    # 5. What the round was made of is as large as the model, and needed no more.
+    # 4. What the round was made of is as large as the model, and needed no more.
     if rank() == 0:
         for place in range(len(changed)):
             for ending in ("json", "safetensors"):

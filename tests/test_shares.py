@@ -356,24 +356,26 @@ def test_no_layer_is_free():
 
 
 def test_rounds_are_averaged_in_units_of_the_same_error():
-    """A second plan whose larger options cost a quarter says the same of every layer."""
+    """A second plan has larger options, at a quarter of the error and of the share, in two of four
+    layers: it says the same of every layer."""
     names = [f"blocks.{i}.fc" for i in range(4)]
     first = a_round(
         {name: [0.4] * 4 for name in names},
         dict.fromkeys(names, "small"),
         dict.fromkeys(names, ERRORS),
     )
+    mixed = dict(zip(names, ["large", "large", "small", "small"], strict=True))
     second = a_round(
-        {name: [0.1] * 4 for name in names},
-        dict.fromkeys(names, "large"),
-        {name: {"large": 1.0} for name in names},
+        {name: [0.1 * ERRORS[key]] * 4 for name, key in mixed.items()},
+        mixed,
+        {name: {key: ERRORS[key]} for name, key in mixed.items()},
     )
     sizes = dict.fromkeys(names, SIZES)
     both = share_ledger([first, second], sizes, measure="nats/token")
     alone = share_ledger([first], sizes, measure="nats/token")
     for one, other in zip(both.rows, alone.rows, strict=True):
         assert one.price == pytest.approx(other.price)
-    assert [audit.plan for audit in both.audits] == ["small", "large"]
+    assert [audit.plan for audit in both.audits] == ["small", "mixed, mostly large"]
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,29 @@ def int8_linear(
     return torch._weight_int8pack_mm(x, codes, scale)
 
 
+INT4_GROUPS = (256, 128, 64, 32)  # inputs a group, of torch's 4-bit kernel
+INT4_ROWS = 16  # outputs come in multiples of it
+
+
+def int4_packed(codes: Int8[Tensor, "out in"]) -> Tensor:
+    """Codes from −8 to 7, two a byte, in the order that the processor's 4-bit kernel reads.
+
+    Blocks of rows, of which each holds column after column.
+    """
+    unsigned = codes.to(torch.int32) + 8
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned.contiguous(), 1)
+
+
+def int4_linear(
+    x: Float[Tensor, "rows in"],
+    packed: Tensor,
+    group_size: int,
+    scale_and_zero: Float[Tensor, "groups out 2"],
+) -> Float[Tensor, "rows out"]:
+    """``x (codes · scale + zero)ᵀ`` in bfloat16 on the CPU, from the codes; it has no gradient."""
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, scale_and_zero)
+
+
 def int8_product(a: Int8[Tensor, "n k"], b: Int8[Tensor, "k m"]) -> Int32[Tensor, "n m"]:
     """``a b`` of bytes, summed in 32-bit whole numbers."""
     return torch._int_mm(a, b)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -227,7 +228,12 @@ def weights_file(folder: Path) -> Path:
 
 @torch.no_grad()
 def load_into(
-    folder: Path, model: nn.Module, *, packed: bool = False, hashes: bool = True
+    folder: Path,
+    model: nn.Module,
+    *,
+    packed: bool = False,
+    hashes: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Fill ``model`` (of the uncompressed architecture) with an artifact's weights, unpacked to the
     model's own types. With ``packed`` the modules of packed layers are replaced by ones that keep
@@ -235,6 +241,7 @@ def load_into(
 
     Args:
         hashes: compare every file with the hash that was taken when it was written.
+        dtype: the type of the loaded model's floating-point numbers; its own without.
 
     Raises ``ValueError`` naming the file that is damaged, or the first tensor that is missing, left
     over or of another shape or kind of number.
@@ -262,7 +269,7 @@ def load_into(
             raise ValueError(
                 f"{folder}: the model is itself the packed layer; load it without packed=True"
             )
-        held.append((layer, stored.held(layer.weight.dtype)))
+        held.append((layer, stored.held(dtype or layer.weight.dtype)))
     # 3. Everything else into its place.
     ready = {layer.weight.data_ptr() for layer, _ in held}
     for name, owner in manifest.shared.items():
@@ -271,11 +278,31 @@ def load_into(
     _fill_(weights_file(folder), model, tensors, _aliases(layers), ready)
     # 4. Modules that unpack when they run. The dense weights must go with those they replace.
     tensors.clear()
+    slow = []
     while held:
-        pack_modules(model, *held.pop())
+        layer, weight = held.pop()
+        if pack_modules(model, layer, weight):
+            slow.append(layer.name)
+    if dtype is not None:
+        model.to(dtype)
     if packed:
         give_back_memory()
+        _note_slow(folder, sorted(slow))
     return model
+
+
+def _note_slow(folder: Path, slow: Sequence[str]) -> None:
+    """Say once which Linear layers are slower packed than dense."""
+    if slow:
+        more = "" if len(slow) < 4 else f" and {len(slow) - 3} more"
+        warnings.warn(
+            f"{folder}: {', '.join(slow[:3])}{more} unpack whenever they run, at about .4 of the "
+            "speed of dense weights for single tokens. Kernels for packed weights take up to 4 "
+            "bits in bfloat16 (dtype='bfloat16', groups of 32 or a multiple, outputs a multiple of "
+            "16) or 8 bits per channel; without packed=True weights are dense",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _refuse_meta(model: nn.Module) -> None:

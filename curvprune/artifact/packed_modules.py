@@ -5,9 +5,8 @@ A rounded weight is codes of four bits (up to 4 bits) or eight, and 16-bit scale
 one bit for each weight, and the kept weights or their codes.
 
 Of an embedding only the rows that are looked up are unpacked. Few rows through a per-channel 8-bit
-Linear on the CPU are multiplied without unpacking (`curvprune.compat.int8_linear`): at one row 4
-times as fast, at 16 rows 18 times slower (1536 × 576, torch 2.13, AVX-512 without AMX). torch's
-4-bit kernels lost to unpacking and are not used.
+Linear on the CPU are multiplied without unpacking (`curvprune.compat.int8_linear`), and so are up
+to 64 rows in bfloat16 through one of up to 4 bits (`curvprune.artifact.int4_kernel`).
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int8
 from torch import Tensor, nn
 
+from curvprune.artifact.int4_kernel import HeldModule, Int4Weight, int4_weight
 from curvprune.compat import forget_weights_, int8_linear, keep_unflattened_
 from curvprune.compression import dequantize
 from curvprune.model import SEVERAL, Layer, Layout
@@ -30,7 +30,7 @@ FEW_ROWS = 2  # of an input, up to which the int8 kernel beats unpacking
 _EIGHT = torch.arange(8, dtype=torch.uint8)
 
 
-class PackedWeight(nn.Module):
+class PackedWeight(HeldModule):
     """A rounded weight ``(out, in)`` as codes and scales; ``dtype`` is that of the weight it stands
     for."""
 
@@ -65,8 +65,19 @@ class PackedWeight(nn.Module):
         zero = None if self.zero is None else self.zero[index]
         return dequantize(codes, self.scale[index], zero, self.group_size).to(self.dtype)
 
+    def for_kernel(self) -> Int4Weight | None:
+        """The same weight as the 4-bit kernel reads it, if that can hold it.
 
-class SparseWeight(nn.Module):
+        One that was saved in float16 or float32 and is asked for in bfloat16 has float16 scales,
+        of which bfloat16 keeps 8 of 11 bits.
+        """
+        if not self.nibbles or self.dtype != torch.bfloat16:
+            return None
+        codes = _from_nibbles(self.codes)[:, : self.width]
+        return int4_weight(codes, self.scale, self.zero, rounds=True)
+
+
+class SparseWeight(HeldModule):
     """A pruned weight ``(out, in)`` as a bitmask and the kept weights, or their codes and scales;
     ``dtype`` is that of the weight it stands for."""
 
@@ -125,7 +136,7 @@ class SparseWeight(nn.Module):
         return pairs.gather(2, (at & 1)[..., None])[..., 0]
 
 
-HeldWeight = PackedWeight | SparseWeight
+HeldWeight = PackedWeight | SparseWeight | Int4Weight
 
 
 def _to_nibbles(codes: Int8[Tensor, "rows columns"]) -> Int8[Tensor, "rows half"]:
@@ -181,25 +192,40 @@ class Packed(_Around):
             x = arguments[0]
             if self.looks_up:
                 return self.packed.rows(x.reshape(-1)).reshape(*x.shape, self.packed.width)
-            if self.multiplies and _uses_int8_kernel(self.packed, x):
+            if self.multiplies and (
+                _uses_int4_kernel(self.packed, x) or _uses_int8_kernel(self.packed, x)
+            ):
                 return self._multiplied(x)
         return torch.func.functional_call(self.module, {"weight": self.weight}, arguments, named)
 
     def _multiplied(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """What a Linear returns, from the codes themselves."""
-        held = cast(PackedWeight, self.packed)
-        y = int8_linear(x.reshape(-1, held.width), held.codes, held.scale[:, 0].to(x.dtype))
-        y = y.reshape(*x.shape[:-1], len(held.codes))
+        held, rows = self.packed, x.reshape(-1, self.packed.width)
+        if isinstance(held, Int4Weight):
+            y = held.multiplied(rows)
+        else:
+            eight = cast(PackedWeight, held)
+            y = int8_linear(rows, eight.codes, eight.scale[:, 0].to(x.dtype))
+        y = y.reshape(*x.shape[:-1], y.shape[-1])
         bias = self.module.bias
         return y + bias if isinstance(bias, Tensor) else y
 
 
+def _uses_int4_kernel(held: HeldWeight, x: Tensor) -> bool:
+    """Whether rows in bfloat16 go through a weight of up to 4 bits on the CPU."""
+    fits = isinstance(held, Int4Weight) and x.shape[-1:] == (held.width,)
+    return fits and cast(Int4Weight, held).runs(x)
+
+
 def _uses_int8_kernel(held: HeldWeight, x: Tensor) -> bool:
-    """Whether few rows go through a per-channel 8-bit weight in float32 on the CPU."""
-    if not isinstance(held, PackedWeight) or not held.int8_kernel:
+    """Whether few rows go through a per-channel 8-bit weight on the CPU."""
+    if not isinstance(held, PackedWeight) or not held.int8_kernel or x.dtype != held.dtype:
         return False
+    if x.shape[-1:] != (held.width,) or (x.requires_grad and torch.is_grad_enabled()):
+        return False  # it has no gradient
     few = x.numel() <= FEW_ROWS * held.width
-    return few and x.device.type == "cpu" and x.dtype == torch.float32
+    here = x.device.type == "cpu" and held.codes.device.type == "cpu"
+    return few and here and x.dtype in (torch.float32, torch.bfloat16)
 
 
 class PackedSeveral(_Around):
@@ -231,8 +257,11 @@ class PackedSeveral(_Around):
                 forget_weights_(self.module)
 
 
-def pack_modules(model: nn.Module, layer: Layer, weight: HeldWeight) -> None:
-    """Replace every module that holds or shares the layer's weight."""
+def pack_modules(model: nn.Module, layer: Layer, weight: HeldWeight) -> bool:
+    """Replace every module that holds or shares the layer's weight.
+
+    Returns whether it is a Linear that no kernel multiplies few rows by without unpacking it.
+    """
     layout = layer.layout
     names = (layer.name, *layer.aliases)
     owners: list[str] = list(names)
@@ -241,6 +270,10 @@ def pack_modules(model: nn.Module, layer: Layer, weight: HeldWeight) -> None:
     # All are looked up first: two names may lead to one place, where the first would leave what the
     # second finds.
     modules = [model.get_submodule(owner) for owner in owners]
+    # A row alone is not looked up in the kernel's order: only what multiplies is held in it.
+    multiplied = all(type(module).forward is nn.Linear.forward for module in modules)
+    if multiplied and isinstance(weight, PackedWeight):
+        weight = weight.for_kernel() or weight
     for name, owner, module in zip(names, owners, modules, strict=True):
         packed: nn.Module
         if layer.kind in SEVERAL:
@@ -251,6 +284,8 @@ def pack_modules(model: nn.Module, layer: Layer, weight: HeldWeight) -> None:
         # In its place, under its name.
         parent, _, leaf = owner.rpartition(".")
         setattr(model.get_submodule(parent), leaf, packed)
+    eight = isinstance(weight, PackedWeight) and weight.int8_kernel
+    return multiplied and not eight and not isinstance(weight, Int4Weight)
 
 
 def give_back_memory() -> None:

@@ -173,6 +173,7 @@ def load_artifact(
     device: str | torch.device = "cpu",
     hashes: bool = True,
     kind: type[nn.Module] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Load a saved transformers model, portable or not, in evaluation mode, weights unpacked unless
     ``packed``.
@@ -184,11 +185,11 @@ def load_artifact(
     Args:
         kind: the model's class, where it is known: one that came with its weights is not found by
             its name.
+        dtype: the type of its floating-point numbers; as saved without.
     """
     manifest = read_manifest(folder)
     verify(folder, manifest, hashes=hashes)
     # The hashes have just been looked at.
-    model = load_into(
-        folder, load_foreign(folder, manifest.dtypes, kind), packed=packed, hashes=False
-    )
+    empty = load_foreign(folder, manifest.dtypes, kind)
+    model = load_into(folder, empty, packed=packed, hashes=False, dtype=dtype)
     return model.to(device).eval()

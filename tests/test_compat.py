@@ -53,6 +53,20 @@ def test_a_linear_of_bytes_is_that_of_the_unpacked_weight(rows):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("outputs", "width", "group"), [(80, 256, 64), (16, 32, 32), (48, 512, 256)]
+)
+def test_a_linear_of_four_bits_is_that_of_the_unpacked_weight(outputs, width, group):
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-8, 8, (outputs, width), generator=generator).to(torch.int8)
+    pair = torch.randn(width // group, outputs, 2, generator=generator).bfloat16()
+    scale, zero = pair.double().permute(2, 1, 0).repeat_interleave(group, dim=2)
+    found = compat.int4_linear(
+        torch.eye(width).bfloat16(), compat.int4_packed(codes), group, pair.contiguous()
+    )
+    assert torch.equal(found, (codes.double() * scale + zero).t().bfloat16())
+
+
 def test_what_the_processor_is_fast_at_is_known():
     assert isinstance(compat.multiplies_bytes_fast(), bool)
     assert isinstance(compat.multiplies_bfloat16_fast("cpu"), bool)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -123,3 +126,53 @@ def test_a_portable_folder_loads_packed_as_well(tmp_path):
         torch.testing.assert_close(
             packed(**batch).logits, dense(**batch).logits, rtol=1e-5, atol=1e-6
         )
+
+
+def saved_net(folder, *, bits, group_size, symmetric, dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 80), nn.ReLU(), nn.Linear(80, 5)).to(dtype).eval()
+    data = [(torch.randn(8, 64).to(dtype), torch.zeros(8, dtype=torch.long))]
+    result = cp.quantize(
+        net, data, bits=bits, group_size=group_size, symmetric=symmetric, layers="0"
+    )
+    result.save(folder)
+    return net
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("group_size", [32, 64])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_kernel_multiplies_by_the_weights_of_a_dense_load(
+    bits, group_size, symmetric, tmp_path
+):
+    net = saved_net(tmp_path, bits=bits, group_size=group_size, symmetric=symmetric)
+    dense = cp.load(tmp_path, model=copy.deepcopy(net))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        packed = cp.load(tmp_path, model=copy.deepcopy(net), packed=True)
+    layer, weight = packed[0], dense[0].weight
+    assert torch.equal(layer.weight, weight)
+    for shape in [(64,), (1, 64), (2, 3, 64), (0, 64), (100, 64)]:
+        x = torch.randn(shape).bfloat16()
+        with torch.no_grad():
+            found = layer(x)
+        expected = x.double() @ weight.double().t() + dense[0].bias.double()
+        assert found.shape == expected.shape and found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.double(), expected, rtol=2**-6, atol=2**-6)
+    x = torch.randn(2, 64).bfloat16().requires_grad_()
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(dim=0).expand(2, -1), rtol=0.02, atol=0.02)
+    assert torch.equal(copy.deepcopy(packed)[0].weight, weight)
+    assert torch.equal(packed.float()[0].weight, weight.float())
+    assert layer(torch.randn(2, 64)).dtype == torch.float32
+
+
+def test_layers_without_a_kernel_are_named_once(tmp_path):
+    net = saved_net(tmp_path, bits=4, group_size=32, symmetric=True, dtype=torch.float32)
+    with pytest.warns(UserWarning, match="0 unpack whenever they run") as notes:
+        cp.load(tmp_path, model=copy.deepcopy(net), packed=True)
+    assert len(notes) == 1
+    packed = cp.load(tmp_path, model=copy.deepcopy(net), packed=True, dtype="bfloat16")
+    assert packed(torch.randn(1, 64).bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="dtype='int9' is no floating-point type"):
+        cp.load(tmp_path, model=net, dtype="int9")

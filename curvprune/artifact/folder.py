@@ -269,7 +269,8 @@ def load_into(
             raise ValueError(
                 f"{folder}: the model is itself the packed layer; load it without packed=True"
             )
-        held.append((layer, stored.held(dtype or layer.weight.dtype)))
+        weight = stored.held(layer.weight.dtype)
+        held.append((layer, weight if dtype is None else weight.to(dtype)))
     # 3. Everything else into its place.
     ready = {layer.weight.data_ptr() for layer, _ in held}
     for name, owner in manifest.shared.items():

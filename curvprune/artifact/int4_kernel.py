@@ -70,9 +70,8 @@ class Int4Weight(HeldModule):
         if self.left is not None:
             zero = zero + self.left.float().t()
         grouped = codes.unflatten(1, (-1, self.group))
-        return (
-            (grouped * scale[index][..., None] + zero[index][..., None]).flatten(1).to(self.dtype)
-        )
+        weight = grouped * scale[index][..., None] + zero[index][..., None]
+        return weight.flatten(1).bfloat16().to(self.dtype)
 
     def runs(self, x: Tensor) -> bool:
         """Whether the kernel multiplies ``x``, and faster than unpacking does."""

@@ -47,7 +47,8 @@ class PackedWeight(HeldModule):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.width, self.group_size, self.dtype = codes.shape[1], quantize.group_size, dtype
+        self.width, self.group_size = codes.shape[1], quantize.group_size
+        self.dtype = self.saved = dtype
         self.nibbles = quantize.bits <= 4
         if self.nibbles:
             codes = _to_nibbles(codes)
@@ -63,7 +64,8 @@ class PackedWeight(HeldModule):
         if self.nibbles:
             codes = _from_nibbles(codes)[:, : self.width]
         zero = None if self.zero is None else self.zero[index]
-        return dequantize(codes, self.scale[index], zero, self.group_size).to(self.dtype)
+        weight = dequantize(codes, self.scale[index], zero, self.group_size)
+        return weight.to(self.saved).to(self.dtype)
 
     def for_kernel(self) -> Int4Weight | None:
         """The same weight as the 4-bit kernel reads it, if that can hold it.

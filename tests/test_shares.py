@@ -23,7 +23,7 @@ from curvprune.model import (
     find_layers,
 )
 from curvprune.options import Cast, Keep
-from curvprune.pricing import Ledger, Round, share_ledger
+from curvprune.pricing import Ledger, Round, measured_loss, share_ledger
 from tests import networks
 
 
@@ -61,6 +61,13 @@ DIVERGENCES = {
 }
 
 
+LABELLED = {
+    "classification": lambda z, y: F.cross_entropy(z, y, reduction="sum"),
+    "multi-label": lambda z, y: F.binary_cross_entropy_with_logits(z, y, reduction="sum"),
+    "regression": lambda z, y: (z - y).square().sum(),
+}
+
+
 @pytest.mark.parametrize("name", list(DIVERGENCES))
 def test_slopes_are_those_of_the_divergence(name):
     """Against autograd through torch's own divergence, item by item, in float64."""
@@ -81,6 +88,10 @@ def test_slopes_are_those_of_the_divergence(name):
         counted = float(passed.count[i])
         assert counted in (1.0, 3.0)  # an item, or each of its labels or outputs
         assert float(passed.divergence[i]) == pytest.approx(float(rise.detach()), rel=1e-9)
+        lost = []
+        for one in (model, changed):
+            lost.append(LABELLED[name](one(x[i : i + 1]).detach(), items[i][1]))
+        assert float(passed.rises[i]) == pytest.approx(float(lost[1] - lost[0]), rel=1e-9)
         weights = [changed.get_submodule(n).weight for n in layers]
         grads = torch.autograd.grad(rise, weights)
         for layer, grad in zip(layers, grads, strict=True):
@@ -245,13 +256,14 @@ def test_errors_of_each_group_are_those_of_its_own_inputs():
 # ------------------------------------------------------------------------- prices from rounds
 
 
-def a_round(shares, choices, errors, divergence=None) -> Round:
+def a_round(shares, choices, errors, divergence=None, rises=None) -> Round:
     halves = 0.5 * torch.tensor(list(shares.values())).sum(0)
     items = len(halves)
     return Round(
         choices=choices,
         count=[1.0] * items,
         divergence=(halves if divergence is None else torch.tensor(divergence)).tolist(),
+        rises=[0.0] * items if rises is None else list(rises),
         shares=shares,
         answers={name: [0.0] * items for name in shares},
         errors=errors,
@@ -296,6 +308,26 @@ def test_prices_are_stretched_to_what_the_last_plan_was_measured_to_cost():
     assert ledger.layer_rows(names[0])["large"].price == pytest.approx(1 / 16)
     assert ledger.audits[0].shares == pytest.approx(0.8)
     assert ledger.audits[0].divergence == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("scatter", [0.0, 0.001, 0.05, 10.0])
+def test_what_a_plan_loses_is_its_divergence_until_labels_say_otherwise(scatter):
+    """Bayes on a grid: normal about the divergence by half of it, times the labels' likelihood."""
+    items, divergence, lost = 16, 0.2, 0.12
+    rises = lost + scatter * torch.tensor([-1.0, 1.0] * (items // 2), dtype=torch.float64)
+    shares = {"fc": [2 * divergence] * items}
+    one = a_round(shares, {"fc": "small"}, {"fc": ERRORS}, rises=rises.tolist())
+    found = measured_loss(one)
+    stderr = float(rises.std() / items**0.5)
+    if scatter == 0:
+        assert (found.loss, found.stderr) == (pytest.approx(lost), 0.0)
+        return
+    grid = torch.linspace(-2, 2, 400_001, dtype=torch.float64)
+    log = -(((grid - divergence) / (0.5 * divergence)) ** 2 + ((grid - lost) / stderr) ** 2) / 2
+    weights = log.softmax(0)
+    mean = float(weights @ grid)
+    assert found.loss == pytest.approx(mean, rel=1e-3)
+    assert found.stderr == pytest.approx(float(weights @ (grid - mean) ** 2) ** 0.5, rel=1e-2)
 
 
 def test_noise_moves_shares_towards_the_mean_of_their_kind():

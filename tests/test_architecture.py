@@ -34,6 +34,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "artifact": {
         *("compression", "planning", "model", "options", "files", "failures", "compat", "schema"),
     },
+    "targets": {
+        *("artifact", "compression", "model", "options", "files", "failures", "compat"),
+        *("schema", "places"),
+    },
     "record": {"planning", "certificate", "curvature", "files", "schema"},
     "report": {"record"},
 }

@@ -185,7 +185,7 @@ def notes_on_storage(task: Task, choices: Mapping[str, str]) -> list[str]:
 def _notes_on_readers(task: Task, choices: Mapping[str, str]) -> list[str]:
     """What transformers cannot read of it, and how many bytes that costs."""
     model = task.model
-    if not task.settings.portable or not artifact.is_transformers(model):
+    if not task.target.portable or not artifact.is_transformers(model):
         return []
     why = artifact.why_not_portable(model)
     if why:
@@ -203,8 +203,8 @@ def _notes_on_readers(task: Task, choices: Mapping[str, str]) -> list[str]:
         return []
     return [
         f"{count} rounded layer(s) are stored dense, because transformers cannot read them packed "
-        f"in a {type(model).__name__} ({found.why_dense}): {before / 1e6:.1f} MB, which portable: "
-        f"false (in Python Settings(portable=False)) would make {after / 1e6:.1f} MB, for "
+        f"in a {type(model).__name__} ({found.why_dense}): {before / 1e6:.1f} MB, which target: "
+        f'curvprune (in Python Settings(target="curvprune")) would make {after / 1e6:.1f} MB, for '
         "curvprune.load alone"
     ]
 
@@ -225,6 +225,6 @@ def notes_on_zeros(task: Task, choices: Mapping[str, str]) -> list[str]:
         return []
     return [
         f"the zeros of {count} pruned layer(s) are stored, because transformers needs them: "
-        f"{before / 1e6:.1f} MB, which portable: false (in Python Settings(portable=False)) would "
-        f"make {after / 1e6:.1f} MB"
+        f"{before / 1e6:.1f} MB, which target: curvprune (in Python "
+        f'Settings(target="curvprune")) would make {after / 1e6:.1f} MB'
     ]

@@ -20,7 +20,7 @@ import torch
 from pydantic import JsonValue
 from torch import nn
 
-from curvprune import artifact, distributed
+from curvprune import distributed
 from curvprune.artifact import describe, load_artifact, write_model
 from curvprune.certificate import loss_for
 from curvprune.compression import Solved, Training
@@ -54,6 +54,7 @@ from curvprune.run.uses import FOLDER, UsesInFolder
 from curvprune.run.workspace import Workspace
 from curvprune.schema import decode, encode
 from curvprune.structured import Pruned, Structured, offered_widths, prune_units
+from curvprune.targets import target_named
 
 REMOVED = "structured/removed.json"
 
@@ -177,11 +178,11 @@ def _fit(
     not known yet."""
     # 1. Layers, their options and groups.
     found = find_layers(model)
-    readers = {}
-    for name, layer in found.items():
-        readers[name] = artifact.reader_of(model, layer, portable=recipe.portable)
+    target = target_named(recipe.target_name)
     shapes = {name: layer.shape for name, layer in found.items()}
-    assigned = assign_options(recipe, shapes, readers=readers)
+    assigned = assign_options(
+        recipe, shapes, check=lambda name, option: target.check(model, found[name], option)
+    )
     groups = assign_groups(recipe, found, assigned)
     layers = {name: found[name] for name in found if name in assigned}
 
@@ -240,7 +241,7 @@ def _settings(recipe: Recipe) -> Settings:
         measure_above=recipe.price.measure_above,
         trials=recipe.search.trials,
         attempts=recipe.search.attempts,
-        portable=recipe.portable,
+        target=recipe.target_name,
     )
 
 
@@ -252,6 +253,7 @@ def _training(recipe: Recipe) -> Training | None:
 
 def _storage(recipe: Recipe, tokenizer: Any, model: nn.Module) -> Storage:
     """Folders that transformers reads too, with the tokenizer."""
+    portable = target_named(recipe.target_name).portable
     device = next(model.parameters()).device
 
     def write(
@@ -260,7 +262,7 @@ def _storage(recipe: Recipe, tokenizer: Any, model: nn.Module) -> Storage:
         solved: Mapping[str, Solved],
         plan: Mapping[str, JsonValue],
     ) -> None:
-        write_model(folder, written, solved, plan, tokenizer=tokenizer, portable=recipe.portable)
+        write_model(folder, written, solved, plan, tokenizer=tokenizer, portable=portable)
 
     return Storage(write=write, read=partial(load_artifact, device=device, kind=type(model)))
 
@@ -468,7 +470,7 @@ def _structured(recipe: Recipe) -> Structured | None:
     asked = recipe.structured.model_dump(exclude_none=True)
     # Layers that read what is left must still fit the patterns and groups that they are offered.
     options = list(chain.from_iterable(entry.options for entry in recipe.compress))
-    steps = _steps(options, groups=bool(recipe.portable))
+    steps = _steps(options, groups=bool(target_named(recipe.target_name).portable))
     if steps:
         asked.setdefault("round_to", math.lcm(8, *steps))
     try:

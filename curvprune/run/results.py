@@ -69,7 +69,7 @@ class Result:
     def save(self, folder: str | Path, *, tokenizer: Any = None) -> Path:
         """Write the packed artifact, which `load` reads. Returns the folder.
 
-        Transformers reads it too, for its own models, unless ``Settings(portable=False)``: that
+        Transformers reads it too, for its own models, unless ``Settings(target="curvprune")``: that
         packs embeddings and every other kind of layer as well. ``"engines"`` keeps to what serving
         engines have kernels for.
 

@@ -1,0 +1,6 @@
+"""What each engine can hold and run, and views of an artifact for them."""
+
+from curvprune.targets.table import named_before, target_named
+from curvprune.targets.target import Target, TargetName
+
+__all__ = ["Target", "TargetName", "named_before", "target_named"]

@@ -47,6 +47,7 @@ __all__ = [
     "LayerRecord",
     "LedgerRecord",
     "LimitUse",
+    "ModelCard",
     "ModelComparison",
     "ModelCurvatureRecord",
     "NamedLimit",
@@ -65,7 +66,7 @@ __all__ = [
     "Verdict",
 ]
 
-FORMAT = 2  # of the record; raised whenever its fields change
+FORMAT = 3  # of the record; raised whenever its fields change
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,12 +198,14 @@ class BudgetRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Size:
-    """Bytes of the weights before and after, and of the whole folder; parameters before."""
+    """Bytes of the weights before and after, and of the whole folder; parameters before; bytes of
+    the file that the model was read from, where it was one."""
 
     before_bytes: int
     parameters: int
     after_bytes: int | None = None
     folder_bytes: int | None = None
+    source_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -369,6 +372,35 @@ class RunRecord:
                 f"reads {FORMAT}); run the recipe again with a new --out"
             )
         return decode(RunRecord, value, source=source)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelCard:
+    """What the ``README.md`` of a saved folder says.
+
+    Attributes:
+        architecture: the model's class.
+        portable: who reads the folder besides `curvprune.load`; see `curvprune.targets`.
+        packed: whether others read layers of it packed.
+        builds_itself: whether `curvprune.load` needs no ``model=``.
+        base_model: its name on a hub, or empty.
+        source_bytes: of the file that the model was read from, where that is known.
+        options: option → number of layers.
+    """
+
+    title: str
+    architecture: str
+    portable: bool | str
+    packed: bool
+    builds_itself: bool
+    parameters: int
+    bytes: int
+    curvprune: str
+    base_model: str = ""
+    source_bytes: int | None = None
+    options: dict[str, int] = field(default_factory=dict)
+    verdict: Verdict | None = None
+    trials: tuple[Trial, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,7 +22,15 @@ from curvprune.artifact.folder import (
     weights_file,
 )
 from curvprune.artifact.gptq import export_gptq
-from curvprune.artifact.manifest import MANIFEST, Manifest, not_written, read_manifest, verify
+from curvprune.artifact.manifest import (
+    MANIFEST,
+    Manifest,
+    is_own_card,
+    not_written,
+    read_manifest,
+    verify,
+    write_card,
+)
 from curvprune.artifact.packed_modules import PackedWeight, SparseWeight
 from curvprune.artifact.packing import pack, unpack
 from curvprune.artifact.readers import readable
@@ -43,6 +51,7 @@ __all__ = [
     "folder_bytes",
     "form_of",
     "header_bytes",
+    "is_own_card",
     "is_transformers",
     "layer_bytes",
     "load_artifact",
@@ -64,5 +73,6 @@ __all__ = [
     "verify",
     "weights_file",
     "why_not_portable",
+    "write_card",
     "write_model",
 ]

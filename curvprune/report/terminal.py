@@ -74,6 +74,7 @@ def _size_points(record: RunRecord) -> list[str]:
     points = [
         f"weights {size(sizes.before_bytes)} to {size(sizes.after_bytes)}, "
         f"{fixed(times_smaller(sizes), 2)} times smaller; model folder {size(sizes.folder_bytes)}"
+        + ("" if sizes.source_bytes is None else f"; read from {size(sizes.source_bytes)}")
     ]
     if units := removed_line(record):
         points.append(units)

@@ -104,7 +104,7 @@ def drop_text(verdict: Verdict | PairedLoss) -> str:
 def statement(record: RunRecord) -> str:
     """What the verdict means, in one sentence (two where the data cannot decide)."""
     if record.verdict is not None:
-        return _claim(record.verdict)
+        return claim(record.verdict)
     if status_of(record) == NOT_FINISHED:
         return "The run has not reached certification; nothing below is a promise about accuracy."
     measured = judged(record)
@@ -120,7 +120,7 @@ def statement(record: RunRecord) -> str:
     )
 
 
-def _claim(verdict: Verdict) -> str:
+def claim(verdict: Verdict) -> str:
     """What a test has shown, no more."""
     # 1. Nothing is claimed that the record does not say itself.
     if verdict.status not in STATUSES:

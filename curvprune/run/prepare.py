@@ -80,6 +80,7 @@ class Prepared:
         offered: cut → widths, where the recipe asks for hidden units to be removed and they are
             not yet.
         removed: the units that are gone, if so.
+        source_bytes: of the files of weights that the model was read from; ``None`` from a hub.
     """
 
     task: Task
@@ -90,6 +91,7 @@ class Prepared:
     kept: tuple[str, ...]
     offered: Mapping[str, Widths]
     removed: RemovedUnits | None
+    source_bytes: int | None = None
 
 
 def prepare(
@@ -161,6 +163,7 @@ def prepare(
         kept=tuple(kept),
         offered=offered,
         removed=removed,
+        source_bytes=_source_bytes(recipe),
     )
 
 
@@ -365,6 +368,16 @@ def _model_source(recipe: Recipe) -> tuple[str | Path, str | None]:
         return source, None
     assert section.name is not None
     return section.name, None
+
+
+def _source_bytes(recipe: Recipe) -> int | None:
+    """Bytes of the files of weights that a recipe names, where they are on this machine."""
+    source, gguf = _model_source(recipe)
+    if gguf is not None:
+        return (Path(source) / gguf).stat().st_size
+    if not isinstance(source, Path):
+        return None
+    return sum(path.stat().st_size for path in source.glob("*.safetensors")) or None
 
 
 def _load_data(recipe: Recipe, tokenizer: Any) -> Splits:

@@ -144,7 +144,9 @@ def sealed_card(text: str) -> str:
 
 
 def is_own_card(path: Path) -> bool:
-    """Whether a file is a model card as it was written."""
+    """Whether a file is a model card as it was written, or what a kill has left of one."""
+    if path.name == f".{CARD}.tmp":
+        return True
     if path.name != CARD or path.is_symlink():
         return False
     text, seal, _ = path.read_text(encoding="utf-8", errors="replace").rpartition(SEAL)

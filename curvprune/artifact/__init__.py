@@ -31,20 +31,24 @@ from curvprune.artifact.manifest import (
     verify,
     write_card,
 )
+from curvprune.artifact.one_by_one import ArtifactFile, Entry, opened_file
 from curvprune.artifact.packed_modules import PackedWeight, SparseWeight
 from curvprune.artifact.packing import pack, unpack
 from curvprune.artifact.readers import readable
 from curvprune.artifact.save_and_load import describe, load_artifact, unread_note, write_model
-from curvprune.artifact.stored_layers import stored_tensors
+from curvprune.artifact.stored_layers import Stored, stored_tensors
 from curvprune.artifact.transformers_folder import quantization_config
 
 __all__ = [
     "MANIFEST",
     "WEIGHTS",
+    "ArtifactFile",
+    "Entry",
     "Manifest",
     "PackedWeight",
     "Portable",
     "SparseWeight",
+    "Stored",
     "describe",
     "export_dense",
     "export_gptq",
@@ -57,6 +61,7 @@ __all__ = [
     "load_artifact",
     "load_into",
     "not_written",
+    "opened_file",
     "other_bytes",
     "pack",
     "portable_for",

@@ -39,6 +39,7 @@ __all__ = [
     "DiagonalRecord",
     "Disagreement",
     "EigenvaluesRecord",
+    "EngineRecord",
     "Estimate",
     "EstimateRecord",
     "FrontierPoint",
@@ -136,6 +137,26 @@ class Attempt:
 
     plan: str
     verdict: Verdict
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineRecord:
+    """The engine that ran the model for its verdict.
+
+    Attributes:
+        bytes: of the file that it ran.
+        weights: the drop of the same weights in torch, ± ``weights_stderr``.
+        share: what the engine's own arithmetic loses beyond that, paired by item, ±
+            ``share_stderr``.
+    """
+
+    name: str
+    version: str
+    bytes: int
+    weights: Number
+    weights_stderr: Number
+    share: Number
+    share_stderr: Number
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -322,6 +343,7 @@ class RunRecord:
         verdict: of the model that ships; ``None`` where no ``max_drop`` was asked.
         measured: the verdict, or the same test where there is no budget to judge by.
         items: results of every item of the certify split.
+        engine: what ran the model for the verdict, where it was not torch.
         attempts: the plans that were tested, in order.
         corrections: option → factor on its prices, as the trials say.
         together: pruning and rounding together against each alone.
@@ -340,6 +362,7 @@ class RunRecord:
     verdict: Verdict | None = None
     measured: Verdict | None = None
     items: ItemColumns | None = None
+    engine: EngineRecord | None = None
     attempts: tuple[Attempt, ...] = ()
     limits: tuple[LimitUse, ...] = ()
     corrections: dict[str, float] = field(default_factory=dict)

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ from curvprune.options import Keep, Option
 from curvprune.planning import Budget
 from curvprune.run.task import Settings, Storage, Task, check_task
 from curvprune.run.workspace import Workspace
-from curvprune.targets import target_named
+from curvprune.targets import export_gguf, target_named
 
 Data = Iterable[Batch] | Split | Splits
 
@@ -144,7 +145,19 @@ def _storage(model: nn.Module, settings: Settings) -> Storage:
     def read(folder: Path) -> nn.Module:
         return artifact.load_into(folder, copy.deepcopy(model)).eval()
 
-    return Storage(write=write, read=read)
+    if settings.engine is None:
+        return Storage(write=write, read=read)
+
+    def write_whole(
+        folder: Path,
+        written: nn.Module,
+        solved: Mapping[str, Solved],
+        plan: Mapping[str, JsonValue],
+    ) -> None:
+        artifact.write_model(folder, written, solved, plan, portable=portable)
+
+    # An engine runs the tokens as they are, and needs a config but no tokenizer.
+    return Storage(write=write_whole, read=read, view=partial(export_gguf, tokenizer=False))
 
 
 def objective_of(

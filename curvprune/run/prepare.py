@@ -54,7 +54,7 @@ from curvprune.run.uses import FOLDER, UsesInFolder
 from curvprune.run.workspace import Workspace
 from curvprune.schema import decode, encode
 from curvprune.structured import Pruned, Structured, offered_widths, prune_units
-from curvprune.targets import target_named
+from curvprune.targets import export_gguf, gguf_header_bytes, target_named, words_of
 
 REMOVED = "structured/removed.json"
 
@@ -245,6 +245,7 @@ def _settings(recipe: Recipe) -> Settings:
         trials=recipe.search.trials,
         attempts=recipe.search.attempts,
         target=recipe.target_name,
+        engine=recipe.certify.engine,
     )
 
 
@@ -267,7 +268,20 @@ def _storage(recipe: Recipe, tokenizer: Any, model: nn.Module) -> Storage:
     ) -> None:
         write_model(folder, written, solved, plan, tokenizer=tokenizer, portable=portable)
 
-    return Storage(write=write, read=partial(load_artifact, device=device, kind=type(model)))
+    read = partial(load_artifact, device=device, kind=type(model))
+    if recipe.target_name != "gguf" and recipe.certify.engine is None:
+        return Storage(write=write, read=read)
+    # What an engine reads is made like the file that the model came from, if it was one.
+    source, gguf = _model_source(recipe)
+    like = None if gguf is None else Path(source) / gguf
+    view = partial(export_gguf, like=like)
+    if recipe.target_name != "gguf":
+        return Storage(write=write, read=read, view=view)
+    try:
+        header = gguf_header_bytes(model, words_of(model, like, tokenizer))
+    except ValueError as error:
+        raise recipe.error(("target",), str(error)) from error
+    return Storage(write=write, read=read, view=view, header=header)
 
 
 def _check_folder(recipe: Recipe, root: State | None) -> None:

@@ -46,7 +46,7 @@ from curvprune.run.recipe_sections import Section, field_from, section_from
 from curvprune.run.task import Settings
 from curvprune.schema import Json
 from curvprune.structured import Structured
-from curvprune.targets import TargetName, named_before
+from curvprune.targets import EngineName, TargetName, named_before
 
 # ------------------------------------------------------------ model and data
 
@@ -294,6 +294,12 @@ class SearchSection(_SearchKeys):
     split; see `curvprune.Settings`."""
 
 
+class CertifySection(Section):
+    """What the verdict is about."""
+
+    engine: EngineName | None = field_from(Settings, "engine")
+
+
 class RecoverSection(_RecoverKeys):
     """A short training after the compression; see `curvprune.compression.Training`."""
 
@@ -385,6 +391,7 @@ class Recipe(Section):
     analyze: AnalyzeSection = AnalyzeSection()
     search: SearchSection = SearchSection()
     recover: RecoverSection | None = None
+    certify: CertifySection = CertifySection()
     # Who reads the result, and where the work is done.
     target: TargetName = field_from(Settings, "target")
     portable: Portable | None = Field(

@@ -39,7 +39,14 @@ from curvprune.run.altered_layers import altered_layers
 from curvprune.run.models import not_finite
 from curvprune.run.off_path import note, nothing_left, refusal, with_groups
 from curvprune.schema import check_fields
-from curvprune.targets import Target, TargetName, named_before, target_named
+from curvprune.targets import (
+    EngineName,
+    Target,
+    TargetName,
+    check_engine,
+    named_before,
+    target_named,
+)
 
 # Documents of the select split: on 4 an outlier moved a plan's bound from twice its drop to five
 # times.
@@ -65,6 +72,7 @@ class Settings:
         attempts: plans applied, to be tested in order on the certify split.
         batch_size: items of one forward pass when a model is evaluated.
         target: what is to run the model; see `curvprune.targets`.
+        engine: what runs the model for its verdict; ``None``: torch.
         portable: an earlier name of ``target``: true for transformers, ``"engines"`` for vllm,
             false for curvprune.
     """
@@ -115,11 +123,15 @@ class Settings:
         TargetName,
         Field(
             description=(
-                "transformers (loads model/), vllm (so do serving engines) or curvprune (every "
-                "kind of layer is packed, for curvprune.load)"
+                "transformers (loads model/), gguf (llama.cpp), vllm (so do serving engines) or "
+                "curvprune (every kind of layer is packed, for curvprune.load)"
             )
         ),
     ] = "transformers"
+    engine: Annotated[
+        EngineName | None,
+        Field(description="llama.cpp, or null: the verdict is about the weights in torch"),
+    ] = None
     portable: InitVar[Portable | None] = None
 
     def __post_init__(self, portable: Portable | None) -> None:
@@ -141,10 +153,13 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Storage:
-    """How a compressed model is written to a folder, and read back in evaluation mode."""
+    """How a compressed model is written to a folder, read back in evaluation mode, and written once
+    more as the file of an engine (``view``); ``header``: what that takes besides its tensors."""
 
     write: Callable[[Path, nn.Module, Mapping[str, Solved], Mapping[str, JsonValue]], None]
     read: Callable[[Path], nn.Module]
+    view: Callable[[Path, Path], Path] | None = None
+    header: int | None = None
 
 
 class TaskError(ValueError):
@@ -230,6 +245,8 @@ class Task:
     @property
     def header_bytes(self) -> int:
         """The most that the header of the weights file can take."""
+        if self.storage.header is not None:
+            return self.storage.header
         return self.target.header_bytes(self.model, self.layers)
 
     def layer_bytes(self, name: str, option: Option) -> int:
@@ -338,6 +355,7 @@ def check_task(
     """
     _check_weights(task)
     _check_splits(task)
+    _check_engine(task)
     task = _without_unknown(task, named, priced=priced or task.budget is not None)
     task = _with_notes(task)
     _check_budget(task)
@@ -391,6 +409,14 @@ def _check_splits(task: Task) -> None:
             raise TaskError(str(error), "data") from error
     if task.budget is not None and (few := task.splits.too_few()) is not None:
         raise TaskError(few, "data")
+
+
+def _check_engine(task: Task) -> None:
+    try:
+        if task.settings.engine is not None:
+            check_engine(task.settings.engine, task.model, task.splits.certify.items)
+    except ValueError as error:
+        raise TaskError(str(error), "certify", "engine") from error
 
 
 def _without_unknown(task: Task, named: Collection[str], *, priced: bool) -> Task:

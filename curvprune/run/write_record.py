@@ -46,6 +46,7 @@ from curvprune.run.folder import (
     REPORT_HTML,
     REPORT_JSON,
     VERDICT,
+    VIEW,
     FinishedRecord,
     fingerprint,
     state_bytes,
@@ -128,6 +129,7 @@ def _with_shipped(
         verdict=shipped.verdict,
         measured=shipped.measured,
         items=shipped.items,
+        engine=shipped.engine,
         attempts=shipped.attempts,
         recoveries=shipped.recoveries,
         layers=_layer_records(task, shipped, ledger),
@@ -159,11 +161,14 @@ def _size(prepared: Prepared, shipped: Shipped | None, root: State) -> Size:
     if shipped is None:
         return Size(before_bytes=before, parameters=parameters, source_bytes=prepared.source_bytes)
     folder = root.path(MODEL)
+    weights = artifact.weights_file(folder)
+    if prepared.task.target.name == "gguf":
+        weights = root.path(VIEW)
     return Size(
         before_bytes=before,
         parameters=parameters,
         source_bytes=prepared.source_bytes,
-        after_bytes=artifact.weights_file(folder).stat().st_size,
+        after_bytes=weights.stat().st_size,
         folder_bytes=artifact.folder_bytes(folder),
     )
 
@@ -333,6 +338,8 @@ def write_results(
     verdict = whole["verdict"]
     if verdict is None:
         verdict = {"status": "NOT ASKED", "measured": whole["measured"]}
+    if whole["engine"] is not None:
+        verdict = {**verdict, "engine": whole["engine"]}
     # What it is about: no verdict goes with another model.
     of = {
         "model": sha256_of_file(root.path(MODEL) / artifact.MANIFEST),

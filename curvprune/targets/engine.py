@@ -8,7 +8,7 @@ process that it is in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from curvprune.model import Batch
 from curvprune.targets import llama_cpp
+from curvprune.targets.gguf import check_architecture
 
 EngineName = Literal["llama.cpp"]
+INPUTS = {"input_ids", "attention_mask", "labels"}
 
 
 class Runner(Protocol):
@@ -124,7 +127,7 @@ def open_engine(
         >>> with cp.open_engine("model.gguf") as served:            # doctest: +SKIP
         ...     verdict = cp.certify(model, served, items, cp.Budget("loss", max_drop=0.05))
     """
-    check_engine(engine)
+    check_installed(engine)
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"{path} is not a file; expected a GGUF file, see curvprune export")
@@ -133,7 +136,26 @@ def open_engine(
         yield EngineModel(runner, engine=engine, file=path).eval()
 
 
-def check_engine(engine: EngineName) -> None:
+def check_engine(engine: EngineName, model: nn.Module, items: Sequence[Batch]) -> None:
+    """Whether an engine is there and can run a model of this architecture on these items.
+
+    Raises ``ValueError`` with what to do.
+    """
+    check_installed(engine)
+    for item in items:
+        if not isinstance(item, Mapping) or not INPUTS.issuperset(item):
+            told = ", ".join(sorted(item)) if isinstance(item, Mapping) else "tensors alone"
+            raise ValueError(
+                f"engine {engine} runs tokens alone (input_ids, with attention_mask and labels), "
+                f"and the items have {told}; leave the engine out"
+            )
+    try:
+        check_architecture(model)
+    except ValueError as error:
+        raise ValueError(f"engine {engine}: {error}") from error
+
+
+def check_installed(engine: EngineName) -> None:
     """Raises ``ValueError`` with what to install, where an engine is not there."""
     if engine != "llama.cpp":
         raise ValueError(f"engine {engine!r} is not offered; expected llama.cpp")

@@ -13,6 +13,7 @@ noticed. Source: ``include/llama.h`` of ggml-org/llama.cpp.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import subprocess
@@ -134,7 +135,8 @@ def running(path: Path, *, length: int, threads: int) -> Iterator[Running]:
             except RuntimeError as error:
                 # It ended by itself: the file is to blame.
                 raise ValueError(f"{error}: it is damaged, or no model for llama.cpp") from error
-            one.vocabulary, one.version = int(first["vocabulary"]), str(first["version"])
+            one.vocabulary = int(first["vocabulary"])
+            one.version = f"{PACKAGE} {importlib.metadata.version(PACKAGE)}"
             yield one
         finally:
             process.kill()

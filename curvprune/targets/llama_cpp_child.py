@@ -141,8 +141,7 @@ def main() -> None:
         return
     shape = (int(length), llama.vocabulary)
     rows = np.memmap(shared, dtype=np.float32, mode="w+", shape=shape)
-    build = ctypes.c_int.in_dll(llama.functions, "LLAMA_BUILD_NUMBER").value
-    _say({"vocabulary": llama.vocabulary, "version": f"b{build}"})
+    _say({"vocabulary": llama.vocabulary})
     checked = False
     for line in sys.stdin:
         tokens = json.loads(line)["tokens"]

@@ -349,7 +349,7 @@ def export(
     if like is not None and target is not ExportFormat.gguf:
         raise ValueError(f"--like goes with --target gguf; {target.value} takes nothing from it")
     if target is ExportFormat.gguf:
-        export_gguf(folder, out, like=like)
+        export_gguf(folder, out, like=like or runs.source_gguf(folder))
     elif target is ExportFormat.gptq:
         export_gptq(folder, out)
     else:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import curvprune as cp
 from curvprune.options import Keep
@@ -157,13 +158,26 @@ certify: {engine: llama.cpp}
 """
 
 
+def words() -> PreTrainedTokenizerFast:
+    """256 tokens of bytes and pairs of them, with merges."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:200]
+    trainer = trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["Sentence 1 of text 2 says 3."] * 8, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
 def for_llama_cpp(folder: Path) -> Path:
     """A recipe that ends in a GGUF file, of a model whose rows are whole blocks."""
     recipe = tiny.write_recipe(folder, budget="")
     tiny.llama(hidden=64).save_pretrained(folder / "tiny")
+    words().save_pretrained(folder / "tiny")
     text = recipe.read_text()
     start, end = text.index("compress:"), text.index("search:")
-    recipe.write_text(text[:start] + GRIDS + text[end:])
+    before = text[:start].replace("sequence_length: 48", "sequence_length: 16")
+    recipe.write_text(before + GRIDS + text[end:])
     return recipe
 
 

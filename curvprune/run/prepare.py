@@ -54,7 +54,7 @@ from curvprune.run.uses import FOLDER, UsesInFolder
 from curvprune.run.workspace import Workspace
 from curvprune.schema import decode, encode
 from curvprune.structured import Pruned, Structured, offered_widths, prune_units
-from curvprune.targets import export_gguf, gguf_header_bytes, target_named, words_of
+from curvprune.targets import export_gguf, gguf_header_bytes, target_named
 
 REMOVED = "structured/removed.json"
 
@@ -278,7 +278,7 @@ def _storage(recipe: Recipe, tokenizer: Any, model: nn.Module) -> Storage:
     if recipe.target_name != "gguf":
         return Storage(write=write, read=read, view=view)
     try:
-        header = gguf_header_bytes(model, words_of(model, like, tokenizer))
+        header = gguf_header_bytes(model, like, tokenizer)
     except ValueError as error:
         raise recipe.error(("target",), str(error)) from error
     return Storage(write=write, read=read, view=view, header=header)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,12 @@ from torch import nn
 
 from curvprune import artifact
 from curvprune.artifact import Portable
-from curvprune.model import Layer, Request, find_layers
+from curvprune.model import Layer, Request
 from curvprune.options import Form, Option
-from curvprune.targets.gguf_like import like_fields
-from curvprune.targets.gguf_names import Field, gguf_name, model_fields, shape_of
-from curvprune.targets.gguf_tokenizer import no_tokenizer, tokenizer_fields
+from curvprune.targets.gguf_names import shape_of
+from curvprune.targets.gguf_sizes import header_bytes, tensors_of
 from curvprune.targets.gguf_types import gguf_layer_bytes, gguf_type, padded, type_bytes
-from curvprune.targets.gguf_writer import GgufTensor, general_fields, gguf_file_bytes
+from curvprune.targets.gguf_writer import gguf_fields
 from curvprune.targets.target import TargetName
 
 
@@ -56,47 +56,40 @@ class GgufTarget:
     def other_bytes(self, model: nn.Module, layers: Mapping[str, Layer]) -> int:
         own = {key for layer in layers.values() for key in layer.keys}
         total = 0
-        for one in _dense_tensors(model):
+        for one in tensors_of(plain(model)):
             if one.key not in own:
                 total += padded(type_bytes(one.type, one.shape))
         return total
 
     def header_bytes(self, model: nn.Module, layers: Mapping[str, Layer]) -> int:
-        return gguf_header_bytes(model, no_tokenizer())
+        return gguf_header_bytes(model, None, None)
 
 
-def gguf_header_bytes(model: nn.Module, words: list[Field]) -> int:
-    """What a GGUF file takes besides its tensors.
+def gguf_header_bytes(model: nn.Module, like: Path | None, tokenizer: Any) -> int:
+    """What a GGUF file of a model takes besides its tensors.
 
     Args:
-        words: the entries of its tokenizer, or all entries of a file that it is made like.
+        like: the file that it is made like, if there is one.
+        tokenizer: else that of transformers; ``None``: the file will have no vocabulary.
     """
-    shape = shape_of(_config_of(model))
-    tensors = _dense_tensors(model)
-    known = {field.key for field in words}
-    fields = [field for field in model_fields(shape) if field.key not in known]
-    whole = gguf_file_bytes(shape, [*fields, *words, *general_fields(tensors)], tensors)
-    return whole - sum(padded(type_bytes(one.type, one.shape)) for one in tensors)
-
-
-def words_of(model: nn.Module, like: Path | None, tokenizer: Any) -> list[Field]:
-    """The entries that a file of a model takes from another one, or from a tokenizer."""
-    shape = shape_of(_config_of(model))
-    if like is not None:
-        return like_fields(like, shape, [one.name for one in _dense_tensors(model)])
-    if tokenizer is None:
-        return no_tokenizer()
+    shape = shape_of(config_of(model))
+    tensors = tensors_of(plain(model))
+    names = [one.name for one in tensors]
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return tokenizer_fields(Path(folder), shape.vocabulary)
+        words: Path | None = None
+        if like is None and tokenizer is not None:
+            words = Path(folder)
+            tokenizer.save_pretrained(words)
+        fields = gguf_fields(shape, words, names, like=like)
+    return header_bytes(shape.family.architecture, fields, tensors)
 
 
 def check_architecture(model: nn.Module) -> None:
     """Raises ``ValueError`` for a model whose family is not written."""
-    shape_of(_config_of(model))
+    shape_of(config_of(model))
 
 
-def _config_of(model: nn.Module) -> Any:
+def config_of(model: nn.Module) -> Any:
     if not artifact.is_transformers(model):
         raise ValueError(
             f"target gguf: {type(model).__name__} is no model of transformers, whose config says "
@@ -108,17 +101,20 @@ def _config_of(model: nn.Module) -> Any:
     return config
 
 
-def _dense_tensors(model: nn.Module) -> list[GgufTensor]:
-    """The tensors of a file of the uncompressed model."""
-    shape = shape_of(_config_of(model))
-    found = []
-    for key, tensor in artifact.state_dict_on_disk(model, find_layers(model), {}).items():
-        kind = "F32"
-        if tensor.ndim > 1:
-            kind = {"torch.float16": "F16", "torch.bfloat16": "BF16"}.get(str(tensor.dtype), "F32")
-        name = gguf_name(key, shape)
-        found.append(GgufTensor(name=name, shape=tuple(tensor.shape), type=kind, key=key))
-    return found
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plain:
+    """What `tensors_of` asks of a model: its config, as it is saved, and its tensors."""
+
+    config: Any
+    model: nn.Module
+
+    def state_dict(self, *, keep_vars: bool) -> Mapping[str, Any]:
+        return self.model.state_dict(keep_vars=keep_vars)
+
+
+def plain(model: nn.Module) -> Plain:
+    """A model with the config that its folder will have."""
+    return Plain(config=config_of(model), model=model)
 
 
 GGUF = GgufTarget()

@@ -6,11 +6,11 @@ type of ggml that has them (`curvprune.targets.gguf_types`).
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from curvprune.targets.gguf_names import (
     shape_of,
 )
 from curvprune.targets.gguf_package import import_gguf
+from curvprune.targets.gguf_sizes import GgufTensor, float_type
 from curvprune.targets.gguf_tokenizer import no_tokenizer, tokenizer_fields
 from curvprune.targets.gguf_types import (
     FILE_TYPES,
@@ -42,20 +43,9 @@ from curvprune.targets.gguf_types import (
     block_rows,
     float_rows,
     gguf_type,
-    padded,
     recovered,
     type_bytes,
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GgufTensor:
-    """One tensor of a file; ``key`` is its name in the artifact, empty where it is not in there."""
-
-    name: str
-    shape: tuple[int, ...]
-    type: str
-    key: str = ""
 
 
 def export_gguf(
@@ -90,12 +80,9 @@ def export_gguf(
         # 1. What the file will hold, without reading a weight.
         shape = shape_of(artifact.config)
         tensors = _tensors(artifact, shape)
-        if like is not None:
-            fields = like_fields(Path(like), shape, [one.name for one in tensors])
-        else:
-            words = tokenizer_fields(folder, shape.vocabulary) if tokenizer else no_tokenizer()
-            fields = [*model_fields(shape), *words]
-        fields += general_fields(tensors)
+        names = [one.name for one in tensors]
+        words = folder if tokenizer else None
+        fields = gguf_fields(shape, words, names, like=like, file_type=_most(tensors))
         # 2. The file, under another name until all of it is right.
         with _written_beside(out) as fresh:
             _write(fresh, shape, fields, _with_data(artifact, shape, tensors), tensors)
@@ -124,17 +111,41 @@ def _written_beside(out: Path) -> Iterator[Path]:
         fresh.unlink(missing_ok=True)
 
 
-def general_fields(tensors: Iterable[GgufTensor]) -> list[Field]:
-    """What a file says of all its tensors: the type that most of its weights have."""
-    counts: Counter[str] = Counter()
+def gguf_fields(
+    shape: Shape,
+    tokenizer: Path | None,
+    tensors: Collection[str],
+    *,
+    like: str | Path | None = None,
+    file_type: str = "F32",
+) -> list[Field]:
+    """The metadata of a file.
+
+    Args:
+        tokenizer: the folder of a tokenizer; ``None`` for a file without a vocabulary.
+        tensors: the names of the file's tensors.
+        like: a GGUF file from which metadata and tokenizer are taken instead.
+        file_type: the type that most weights have; the bytes do not depend on it.
+    """
+    if like is not None:
+        fields = like_fields(Path(like), shape, tensors)
+    elif tokenizer is not None:
+        fields = model_fields(shape) + tokenizer_fields(tokenizer, shape.vocabulary)
+    else:
+        fields = model_fields(shape) + no_tokenizer()
+    number = FILE_TYPES[file_type]
+    fields.append(Field(key="general.file_type", kind="UINT32", value=number))
+    fields.append(Field(key="general.quantization_version", kind="UINT32", value=2))
+    return fields
+
+
+def _most(tensors: Iterable[GgufTensor]) -> str:
+    """The type that most of the weights have."""
+    counts: Counter[str] = Counter({"F32": 0})
     for one in tensors:
         if len(one.shape) > 1:
-            counts[one.type] += int(np.prod(one.shape))
-    most = counts.most_common(1)[0][0] if counts else "F32"
-    return [
-        Field(key="general.file_type", kind="UINT32", value=FILE_TYPES[most]),
-        Field(key="general.quantization_version", kind="UINT32", value=2),
-    ]
+            counts[one.type] += math.prod(one.shape)
+    return counts.most_common(1)[0][0]
 
 
 # --------------------------------------------------------------------------------- tensors
@@ -168,18 +179,15 @@ def _type_of(artifact: ArtifactFile, entry: Entry) -> str:
         # Stored as floats, in a type that may have rounded them once more.
         if form.type is not None and _codes_again(artifact, entry, form.type) is not None:
             return form.type
-        return _float_type(entry.dtype)
+        return float_type(entry.dtype)
     if form.type is None:
         assert form.nearest is not None
         raise ValueError(
             f"tensor {entry.key}: option {entry.option.key} fits no type of GGUF: {form.why_not}; "
             f"compress it with {form.nearest.key}"
         )
-    return form.type if rounded is not None else _float_type(entry.dtype)
-
-
-def _float_type(dtype: str) -> str:
-    return {"float16": "F16", "bfloat16": "BF16"}.get(dtype, "F32")
+    # Floats that are no codes have the type in which they lie there.
+    return form.type if entry.packed else float_type(entry.dtype)
 
 
 def _codes_again(artifact: ArtifactFile, entry: Entry, kind: str) -> Stored | None:
@@ -204,7 +212,7 @@ def _with_data(
         rows, values = _rows(artifact, one)
         order = row_order(one.key, shape)
         if order is not None:
-            rows, values = rows[order.numpy()], values[order]
+            rows, values = rows.reshape(len(order), -1)[order.numpy()], values[order]
         _check_values(artifact, one, rows, values)
         yield one, np.ascontiguousarray(rows)
 
@@ -236,12 +244,9 @@ def _check_values(artifact: ArtifactFile, one: GgufTensor, rows: Bytes, values: 
     """What a reader gets is what the artifact holds, to the last bit."""
     gguf = import_gguf()
     kind = gguf.GGMLQuantizationType(TYPE_NUMBERS[one.type])
-    found = gguf.dequantize(_typed(one, rows), kind)
+    found = np.ascontiguousarray(gguf.dequantize(_typed(one, rows), kind), dtype=np.float32)
     expected = values.contiguous().numpy()
-    same = np.array_equal(
-        np.ascontiguousarray(found, dtype=np.float32).view(np.int32), expected.view(np.int32)
-    )
-    if not same:
+    if not np.array_equal(found.reshape(-1).view(np.int32), expected.reshape(-1).view(np.int32)):
         raise ValueError(
             f"tensor {one.key}: {one.type} does not hold its values exactly; compress it with an "
             f"option that GGUF holds, or cast it ({artifact.folder})"
@@ -288,35 +293,3 @@ def _write(
             writer.write_tensor_data(rows)
     finally:
         writer.close()
-
-
-def gguf_file_bytes(shape: Shape, fields: Iterable[Field], tensors: Iterable[GgufTensor]) -> int:
-    """Bytes of a file, without writing it: header, metadata, list of tensors, tensors."""
-    head = Field(key="general.architecture", kind="STRING", value=shape.family.architecture)
-    total = 24 + sum(field_bytes(field) for field in [head, *fields])
-    data = 0
-    for one in tensors:
-        total += 8 + len(one.name.encode()) + 4 + 8 * len(one.shape) + 4 + 8
-        data += padded(type_bytes(one.type, one.shape))
-    return padded(total) + data
-
-
-_SIZES = {
-    **dict.fromkeys(("UINT8", "INT8", "BOOL"), 1),
-    **dict.fromkeys(("UINT16", "INT16"), 2),
-    **dict.fromkeys(("UINT32", "INT32", "FLOAT32"), 4),
-    **dict.fromkeys(("UINT64", "INT64", "FLOAT64"), 8),
-}
-
-
-def field_bytes(field: Field) -> int:
-    """Bytes of one entry of the metadata."""
-    total = 8 + len(field.key.encode()) + 4
-    if not field.array:
-        return total + _value_bytes(field.kind, field.value)
-    assert isinstance(field.value, list)
-    return total + 12 + sum(_value_bytes(field.kind, one) for one in field.value)
-
-
-def _value_bytes(kind: str, value: object) -> int:
-    return 8 + len(str(value).encode()) if kind == "STRING" else _SIZES[kind]

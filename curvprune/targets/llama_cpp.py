@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -142,5 +142,7 @@ def running(path: Path, *, length: int, threads: int) -> Iterator[Running]:
             process.kill()
             process.wait()
             for stream in (process.stdin, process.stdout):
-                if stream is not None:
-                    stream.close()
+                # What it has not read any more is lost with it.
+                with suppress(BrokenPipeError):
+                    if stream is not None:
+                        stream.close()

@@ -32,6 +32,7 @@ from typer.testing import CliRunner
 
 import curvprune as cp
 from curvprune.cli import app
+from curvprune.run import source_gguf
 from curvprune.targets import (
     gguf_fields,
     gguf_layer_bytes,
@@ -403,6 +404,14 @@ def test_like_goes_with_gguf_alone(four_bits, tmp_path):
     command = ["export", str(four_bits), str(tmp_path / "out"), "--like", "a.gguf"]
     found = CliRunner().invoke(app, [*command, "--format", "dense"])
     assert found.exit_code == 2 and not (tmp_path / "out").exists()
+
+
+def test_the_file_that_a_run_began_with_is_found(tmp_path):
+    recipe = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+    (tmp_path / "recipe.lock.yaml").write_text(recipe.read_text())
+    found = source_gguf(tmp_path / "model")
+    assert found is not None and found.name == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert source_gguf(tmp_path / "elsewhere" / "model") is None
 
 
 # ----------------------------------------------------------------------------- llama.cpp

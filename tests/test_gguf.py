@@ -32,6 +32,7 @@ from typer.testing import CliRunner
 
 import curvprune as cp
 from curvprune.cli import app
+from curvprune.run import source_gguf
 from curvprune.targets import (
     gguf_fields,
     gguf_layer_bytes,
@@ -113,7 +114,8 @@ def four_bits(tmp_path_factory) -> Path:
 # ------------------------------------------------------------------------------ exactness
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# transformers takes biases of Llama for tensors too many; llama.cpp below reads them.
+@pytest.mark.parametrize("family", [name for name in FAMILIES if "biases" not in name])
 def test_transformers_reads_the_file_as_the_model_of_the_artifact(family, tmp_path):
     option = cp.Quantize(bits=5, group_size=32, symmetric=False)
     folder = saved(tmp_path / "saved", option, family)
@@ -404,6 +406,14 @@ def test_like_goes_with_gguf_alone(four_bits, tmp_path):
     assert found.exit_code == 2 and not (tmp_path / "out").exists()
 
 
+def test_the_file_that_a_run_began_with_is_found(tmp_path):
+    recipe = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+    (tmp_path / "recipe.lock.yaml").write_text(recipe.read_text())
+    found = source_gguf(tmp_path / "model")
+    assert found is not None and found.name == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert source_gguf(tmp_path / "elsewhere" / "model") is None
+
+
 # ----------------------------------------------------------------------------- llama.cpp
 
 ASK = """\
@@ -413,6 +423,7 @@ p = x.CommonParams()
 p.model.path, p.n_ctx, p.n_parallel, p.warmup, p.n_gpu_layers = sys.argv[1], 64, 1, False, 0
 p.cpuparams.n_threads = 1
 p.cache_type_k = p.cache_type_v = x.ggml_type.GGML_TYPE_F32
+p.flash_attn_type = x.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 server = x.Server(p)
 asked = {"prompt": json.loads(sys.argv[2]), "n_predict": 1, "n_probs": 288, "samplers": []}
 found = server.handle_completions({**asked, "temperature": 1.0})
@@ -428,7 +439,8 @@ os._exit(0)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_computes_what_transformers_does(family, tmp_path):
     pytest.importorskip("xllamacpp")
-    folder = saved(tmp_path / "saved", cp.Cast(dtype="float16"), family)
+    # It rounds the inputs of all types but this one.
+    folder = saved(tmp_path / "saved", cp.Keep(), family)
     out = cp.export_gguf(folder, tmp_path / "model.gguf")
     answer = tmp_path / "answer.json"
     command = [sys.executable, "-c", ASK, out, json.dumps(IDS[0].tolist()), answer]
@@ -437,4 +449,4 @@ def test_llama_cpp_computes_what_transformers_does(family, tmp_path):
         expected = cp.load(folder)(IDS[:1]).logits[0, -1].log_softmax(-1)
     said = json.loads(answer.read_text())
     found = torch.tensor([said[str(token)] for token in range(VOCABULARY)])
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)

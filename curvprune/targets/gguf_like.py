@@ -3,7 +3,7 @@ model."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def _fields(content: Any) -> list[Field]:
     return found
 
 
-def _check_numbers(path: Path, said: dict[str, Any], shape: Shape) -> None:
+def _check_numbers(path: Path, said: Mapping[str, object], shape: Shape) -> None:
     """Every number of the config is the file's, also those that a file leaves to llama.cpp."""
     a = shape.family.architecture
     ours = {field.key: field.value for field in model_fields(shape)}
@@ -115,7 +115,7 @@ def _check_numbers(path: Path, said: dict[str, Any], shape: Shape) -> None:
             raise _differs(path, key, said[key], None)
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _equal(one: object, other: object) -> bool:
     if isinstance(one, (int, float)) and isinstance(other, (int, float)):
         return bool(np.isclose(one, other, rtol=_CLOSE, atol=0))
     # Some files say a number once for every block.

@@ -98,6 +98,7 @@ def test_defaults_of_a_short_recipe(tmp_path: Path) -> None:
         },
         "search": {"trials": 6, "attempts": 2},
         "recover": None,
+        "certify": {"engine": None},
         "target": "transformers",
         "portable": None,
         "device": "auto",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from curvprune import artifact
 from curvprune.artifact import Portable
@@ -108,7 +108,7 @@ class Plain:
     config: Any
     model: nn.Module
 
-    def state_dict(self, *, keep_vars: bool) -> Mapping[str, Any]:
+    def state_dict(self, *, keep_vars: bool) -> Mapping[str, Tensor]:
         return self.model.state_dict(keep_vars=keep_vars)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from curvprune.targets.gguf_names import (
     ROPE_FACTORS,
     Field,
@@ -66,7 +68,7 @@ def gguf_other_bytes(model: Any, layers: Collection[str], fields: Iterable[Field
 def tensors_of(model: Any) -> list[GgufTensor]:
     """The tensors of a file of an uncompressed model; those with several names once."""
     shape, found, seen = shape_of(model.config), [], set()
-    own: Mapping[str, Any] = model.state_dict(keep_vars=True)
+    own: Mapping[str, Tensor] = model.state_dict(keep_vars=True)
     for key, tensor in own.items():
         if id(tensor) in seen:
             continue

@@ -30,6 +30,7 @@ import curvprune
 from curvprune import run as runs
 from curvprune.artifact import export_dense, export_gptq
 from curvprune.failures import MACHINE, tell, told_to_end
+from curvprune.targets import export_gguf
 
 RESUMING = ("run", "analyze")  # commands that go on from where they were stopped
 
@@ -115,6 +116,7 @@ QuietOption = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
 
 class ExportFormat(StrEnum):
     # Lower case: members are what one types.
+    gguf = "gguf"
     gptq = "gptq"
     dense = "dense"
 
@@ -327,15 +329,31 @@ def export(
     folder: Annotated[
         Path, typer.Argument(help="a saved model, for example runs/quickstart/model")
     ],
-    out: Annotated[Path, typer.Argument(help="a new folder")],
-    format: Annotated[
-        ExportFormat, typer.Option("--format", help="dense: an ordinary model")
+    out: Annotated[Path, typer.Argument(help="a new folder; of gguf a new file")],
+    target: Annotated[
+        ExportFormat,
+        typer.Option("--target", "--format", help="dense: an ordinary model"),
     ] = ExportFormat.gptq,
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            "--like",
+            help="of gguf: a GGUF file of the same model, for metadata, tokenizer and chat "
+            "template (default: the file that the model came from, if it is still there)",
+        ),
+    ] = None,
 ) -> None:
-    """Write a saved model once more: as a GPTQ checkpoint (one grid of 2, 3, 4 or 8 bits for all
-    Linear layers), or dense, for every tool that reads the uncompressed one."""
-    write = export_gptq if format is ExportFormat.gptq else export_dense
-    write(folder, out)
+    """Write a saved model once more: as one GGUF file for llama.cpp, as a GPTQ checkpoint (one grid
+    of 2, 3, 4 or 8 bits for all Linear layers), or dense, for every tool that reads the
+    uncompressed one."""
+    if like is not None and target is not ExportFormat.gguf:
+        raise ValueError(f"--like goes with --target gguf; {target.value} takes nothing from it")
+    if target is ExportFormat.gguf:
+        export_gguf(folder, out, like=like or runs.source_gguf(folder))
+    elif target is ExportFormat.gptq:
+        export_gptq(folder, out)
+    else:
+        export_dense(folder, out)
     Console().print(str(out), highlight=False)
 
 

@@ -226,8 +226,8 @@ def check_fits(
             raise ValueError(
                 f"layer {layer}: group_size={asked} does not divide its {width} inputs, and "
                 f"{reader} cannot read a shorter last group; nearest that does: {nearest} (or "
-                "null for one scale per channel), or portable: false (in Python "
-                "Settings(portable=False))"
+                "null for one scale per channel), or target: curvprune (in Python "
+                'Settings(target="curvprune"))'
             )
     if prune is not None and prune.nm is not None and width % prune.nm[1]:
         raise ValueError(
@@ -248,8 +248,8 @@ def _check_engines(quantize: Quantize, layer: str, width: int) -> None:
         kind = "" if quantize.symmetric else " with zero points"
         raise ValueError(
             f"layer {layer}: option {quantize.key}: serving engines have kernels for "
-            f"{_or(widths)} bits{kind}, not {quantize.bits}; nearest: {nearest} (or portable: "
-            "true, for transformers)"
+            f"{_or(widths)} bits{kind}, not {quantize.bits}; nearest: {nearest} (or target: "
+            "transformers)"
         )
     if quantize.group_size not in (None, *ENGINE_GROUP_SIZES):
         asked = quantize.group_size or 0

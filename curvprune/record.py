@@ -39,6 +39,7 @@ __all__ = [
     "DiagonalRecord",
     "Disagreement",
     "EigenvaluesRecord",
+    "EngineRecord",
     "Estimate",
     "EstimateRecord",
     "FrontierPoint",
@@ -47,6 +48,7 @@ __all__ = [
     "LayerRecord",
     "LedgerRecord",
     "LimitUse",
+    "ModelCard",
     "ModelComparison",
     "ModelCurvatureRecord",
     "NamedLimit",
@@ -65,7 +67,7 @@ __all__ = [
     "Verdict",
 ]
 
-FORMAT = 2  # of the record; raised whenever its fields change
+FORMAT = 3  # of the record; raised whenever its fields change
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,6 +140,26 @@ class Attempt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EngineRecord:
+    """The engine that ran the model for its verdict.
+
+    Attributes:
+        bytes: of the file that it ran.
+        weights: the drop of the same weights in torch, ± ``weights_stderr``.
+        share: what the engine's own arithmetic loses beyond that, paired by item, ±
+            ``share_stderr``.
+    """
+
+    name: str
+    version: str
+    bytes: int
+    weights: Number
+    weights_stderr: Number
+    share: Number
+    share_stderr: Number
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LimitUse:
     """A limit of the budget on size or speed: the most allowed, and what the plan uses of it."""
 
@@ -197,12 +219,14 @@ class BudgetRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Size:
-    """Bytes of the weights before and after, and of the whole folder; parameters before."""
+    """Bytes of the weights before and after, and of the whole folder; parameters before; bytes of
+    the file that the model was read from, where it was one."""
 
     before_bytes: int
     parameters: int
     after_bytes: int | None = None
     folder_bytes: int | None = None
+    source_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -319,6 +343,7 @@ class RunRecord:
         verdict: of the model that ships; ``None`` where no ``max_drop`` was asked.
         measured: the verdict, or the same test where there is no budget to judge by.
         items: results of every item of the certify split.
+        engine: what ran the model for the verdict, where it was not torch.
         attempts: the plans that were tested, in order.
         corrections: option → factor on its prices, as the trials say.
         together: pruning and rounding together against each alone.
@@ -337,6 +362,7 @@ class RunRecord:
     verdict: Verdict | None = None
     measured: Verdict | None = None
     items: ItemColumns | None = None
+    engine: EngineRecord | None = None
     attempts: tuple[Attempt, ...] = ()
     limits: tuple[LimitUse, ...] = ()
     corrections: dict[str, float] = field(default_factory=dict)
@@ -369,6 +395,35 @@ class RunRecord:
                 f"reads {FORMAT}); run the recipe again with a new --out"
             )
         return decode(RunRecord, value, source=source)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelCard:
+    """What the ``README.md`` of a saved folder says.
+
+    Attributes:
+        architecture: the model's class.
+        portable: who reads the folder besides `curvprune.load`; see `curvprune.targets`.
+        packed: whether others read layers of it packed.
+        builds_itself: whether `curvprune.load` needs no ``model=``.
+        base_model: its name on a hub, or empty.
+        source_bytes: of the file that the model was read from, where that is known.
+        options: option → number of layers.
+    """
+
+    title: str
+    architecture: str
+    portable: bool | str
+    packed: bool
+    builds_itself: bool
+    parameters: int
+    bytes: int
+    curvprune: str
+    base_model: str = ""
+    source_bytes: int | None = None
+    options: dict[str, int] = field(default_factory=dict)
+    verdict: Verdict | None = None
+    trials: tuple[Trial, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Hashable
+from dataclasses import InitVar
 from functools import cache
 from typing import Annotated, Any, TypeAlias, TypeVar, cast, get_args, get_type_hints, overload
 
@@ -96,6 +97,8 @@ def check_fields(value: object) -> None:
     """
     kind = type(value)
     for name, annotation in _annotations(cast(Hashable, kind)).items():
+        if isinstance(annotation, InitVar):  # no field: `__post_init__` has it
+            continue
         given = getattr(value, name)
         try:
             _strict(annotation).validate_python(given, strict=True)

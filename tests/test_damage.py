@@ -101,7 +101,8 @@ def all_refuse(folder: Path, out: Path, name: str) -> None:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_every_reader_refuses_every_damaged_file_by_its_name(damage, saved, folder, tmp_path):
-    names = sorted(path.name for path in folder.iterdir())
+    # The card is for people, who edit it before they publish a model.
+    names = sorted(path.name for path in folder.iterdir() if path.name != "README.md")
     assert {WEIGHTS, MARK, "config.json", "tokenizer.json"} <= set(names)
     for name in names:
         DAMAGES[damage](folder / name)

@@ -123,7 +123,7 @@ def test_options_that_do_not_fit_name_layer_and_nearest_value():
     with pytest.raises(
         ValueError,
         match=r"layer a\.b: group_size=64 does not divide its 96 inputs.*transformers.*"
-        "nearest that does: 48.*portable",
+        "nearest that does: 48.*target: curvprune",
     ):
         check_fits(Quantize(bits=4, group_size=64), "a.b", (10, 96), reader="transformers")
     with pytest.raises(

@@ -19,6 +19,7 @@ from curvprune.planning import (
     Choice,
     Infeasible,
     Limit,
+    MeasuredPlan,
     Measurement,
     Plan,
     Within,
@@ -54,6 +55,19 @@ def best_at_every_limit() -> list[tuple[int, Fraction]]:
     rows = ladder(30)
     limits = [plan.price for plan in frontier(rows, points=10_000)]
     return [value(rows, cheapest(rows, max_loss=limit)) for limit in limits]
+
+
+def test_plans_that_are_known_correct_the_first_one() -> None:
+    """Losses are a fourth of the prices: who has been told so once starts where the budget is."""
+    rows = ladder(30)
+    told = cheapest(rows, max_loss=0.004)
+    truth = lambda p: 0.25 * p  # noqa: E731
+    known = [MeasuredPlan(told, truth(float(value(rows, told)[1])), 0.0)]
+    (first,) = search_plans(
+        rows, Truth(rows, truth, budget=0.02), start=0.02, known=known, max_trials=1
+    ).steps
+    assert first.choices == cheapest(rows, max_loss=0.08)
+    assert first.expected == pytest.approx(first.drop)
 
 
 def test_search_measures_only_plans_that_share() -> None:

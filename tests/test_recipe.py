@@ -98,10 +98,31 @@ def test_defaults_of_a_short_recipe(tmp_path: Path) -> None:
         },
         "search": {"trials": 6, "attempts": 2},
         "recover": None,
-        "portable": True,
+        "certify": {"engine": None},
+        "target": "transformers",
+        "portable": None,
         "device": "auto",
         "seed": 0,
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "portable"),
+    [
+        ("portable: true\n", "transformers", True),
+        ("portable: engines\n", "vllm", "engines"),
+        ("portable: false\n", "curvprune", False),
+        ("target: curvprune\n", "curvprune", None),
+        ("target: vllm\nportable: engines\n", "vllm", "engines"),
+    ],
+)
+def test_the_earlier_name_of_a_target_still_reads(tmp_path, text, target, portable) -> None:
+    recipe = load_recipe(write(tmp_path, MODEL + DATA + COMPRESS + BUDGET + text))
+    assert recipe.target_name == target
+    lock = tmp_path / "lock.yaml"
+    lock.write_text(lock_text(recipe, {}), encoding="utf-8")
+    assert load_recipe(lock) == recipe
+    assert Settings(target=target) == Settings(portable=portable, target=target)
 
 
 def test_every_kind_of_option_is_read_and_survives_the_lock(tmp_path: Path) -> None:
@@ -197,7 +218,7 @@ def test_sections_have_the_defaults_of_the_arguments_that_they_fill(tmp_path: Pa
     assert Budget(**recipe.budget.model_dump()) == Budget(max_drop=0.05)
     assert Structured(**recipe.structured.model_dump(exclude_none=True)) == Structured(share=0.2)
     settings = {**recipe.price.model_dump(), **recipe.search.model_dump()}
-    assert Settings(**settings, portable=recipe.portable, seed=recipe.seed) == Settings()
+    assert Settings(**settings, target=recipe.target, seed=recipe.seed) == Settings()
 
 
 def test_a_recovery_without_an_end_says_how_many_steps_it_takes(tmp_path: Path) -> None:

@@ -450,8 +450,18 @@ REJECTED = {
     ),
     "no reader of that name": (
         OFFERS + BUDGET + "portable: engine #!\n",
-        'portable: "engine" is not valid; expected true',
+        'portable: "engine" is not valid; expected an earlier name of target',
         "or false",
+    ),
+    "no target of that name": (
+        OFFERS + BUDGET + "target: llama.cpp #!\n",
+        'target: "llama.cpp" is not offered; expected transformers',
+        "or curvprune",
+    ),
+    "two targets": (
+        OFFERS + BUDGET + "target: vllm\nportable: false #!\n",
+        "portable: portable and target are two names of one key",
+        "target: vllm alone",
     ),
     "no attempts": (
         OFFERS + BUDGET + "search:\n  attempts: 0 #!\n",

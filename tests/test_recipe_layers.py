@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from curvprune.model import Groups
-from curvprune.options import Keep, Quantize
+from curvprune.options import Keep, Quantize, check_fits
 from curvprune.run import RecipeError, assign_groups, assign_options, load_recipe, lock_text
 from tests.recipe_texts import BUDGET, COMPRESS, DATA, MODEL, marked_line, write
 
@@ -50,12 +50,16 @@ def assignment_error(
     folder: Path,
     text: str,
     layers: dict[str, tuple[int, int]] = LAYERS,
-    readers: dict[str, str | None] | None = None,
+    reader: str | None = None,
 ) -> str:
     full = MODEL + DATA + text
     recipe = load_recipe(write(folder, full + BUDGET))
     with pytest.raises(RecipeError) as caught:
-        assign_options(recipe, layers, readers=readers)
+        assign_options(
+            recipe,
+            layers,
+            check=lambda name, option: check_fits(option, name, layers[name], reader=reader),
+        )
     assert caught.value.line == marked_line(full), str(caught.value)
     assert str(caught.value).startswith(f"{folder / 'recipe.yaml'}:{caught.value.line}: compress[")
     return str(caught.value)
@@ -134,12 +138,12 @@ compress:
       - keep
       - quantize: {bits: 4, group_size: 64} #!
 """
-    message = assignment_error(tmp_path, text, readers=dict.fromkeys(LAYERS, "transformers"))
+    message = assignment_error(tmp_path, text, reader="transformers")
     assert (
         "compress[0].options[1]: layer model.layers.0.down_proj: group_size=64 does not divide "
         "its 96 inputs" in message
     )
-    assert "nearest that does: 48" in message and "portable: false" in message
+    assert "nearest that does: 48" in message and "target: curvprune" in message
     assert len(assign_options(load_recipe(tmp_path / "recipe.yaml"), LAYERS)) == 3, (
         "curvprune.load reads it"
     )
@@ -154,12 +158,14 @@ compress:
       - quantize: {bits: 4, group_size: 32}
       - quantize: {bits: 3, group_size: 32} #!
 """
-    message = assignment_error(tmp_path, text, readers={"model.layers.0.down_proj": "engines"})
+    message = assignment_error(
+        tmp_path, text, layers={"model.layers.0.down_proj": (64, 96)}, reader="engines"
+    )
     assert (
         "compress[0].options[1]: layer model.layers.0.down_proj: option int3-g32-sym: " in message
     )
     assert "2, 4 or 8 bits, not 3; nearest: 4" in message
-    assert load_recipe(tmp_path / "recipe.yaml").portable == "engines"
+    assert load_recipe(tmp_path / "recipe.yaml").target_name == "vllm"
 
 
 # ------------------------------------------------------------ layers that share an option

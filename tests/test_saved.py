@@ -76,7 +76,7 @@ def test_a_class_that_initialises_packed_weights_by_name_is_stored_dense_with_a_
     result = cp.quantize(model, [batch], **asked)
     folder = result.save(tmp_path / "dense")
     (note,) = [text for text in result.plan.notes if "stored dense" in text]
-    assert "T5ForConditionalGeneration" in note and "portable: false" in note
+    assert "T5ForConditionalGeneration" in note and "target: curvprune" in note
     config = json.loads((folder / "config.json").read_text())
     assert "quantization_config" not in config
     on_disk = sum(size for _, size in artifact.tensor_names(folder).values())

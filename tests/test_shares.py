@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import curvprune as cp
 from curvprune.compression import Moments, round_layer
-from curvprune.curvature import Change, DivergencePass, divergence_pass
+from curvprune.curvature import Change, Checkpoint, DivergencePass, divergence_pass
 from curvprune.model import (
     Classification,
     MultiLabel,
@@ -23,7 +23,8 @@ from curvprune.model import (
     find_layers,
 )
 from curvprune.options import Cast, Keep
-from curvprune.pricing import Ledger, Round, share_ledger
+from curvprune.pricing import Ledger, Round, measured_loss, share_ledger
+from curvprune.run import Arguments, solve_and_price, task_from
 from tests import networks
 
 
@@ -61,6 +62,13 @@ DIVERGENCES = {
 }
 
 
+LABELLED = {
+    "classification": lambda z, y: F.cross_entropy(z, y, reduction="sum"),
+    "multi-label": lambda z, y: F.binary_cross_entropy_with_logits(z, y, reduction="sum"),
+    "regression": lambda z, y: (z - y).square().sum(),
+}
+
+
 @pytest.mark.parametrize("name", list(DIVERGENCES))
 def test_slopes_are_those_of_the_divergence(name):
     """Against autograd through torch's own divergence, item by item, in float64."""
@@ -81,6 +89,10 @@ def test_slopes_are_those_of_the_divergence(name):
         counted = float(passed.count[i])
         assert counted in (1.0, 3.0)  # an item, or each of its labels or outputs
         assert float(passed.divergence[i]) == pytest.approx(float(rise.detach()), rel=1e-9)
+        lost = []
+        for one in (model, changed):
+            lost.append(LABELLED[name](one(x[i : i + 1]).detach(), items[i][1]))
+        assert float(passed.rises[i]) == pytest.approx(float(lost[1] - lost[0]), rel=1e-9)
         weights = [changed.get_submodule(n).weight for n in layers]
         grads = torch.autograd.grad(rise, weights)
         for layer, grad in zip(layers, grads, strict=True):
@@ -115,6 +127,32 @@ def test_outputs_that_are_no_numbers_end_the_pass():
         divergence_pass((model, broken), Classification(), [item], find_layers(broken), {})
 
 
+class Killed(Exception):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("done", [1, 4, 6])
+def test_an_interrupted_pass_goes_on_where_it_stood(done):
+    """To the last bit, draws for rows included."""
+    changed = moved(networks.mlp()).eval()
+    whole, kept = over_items(changed), {}
+
+    def stop(finished: int, totals: dict[str, torch.Tensor]) -> None:
+        if finished == done:
+            kept.update({key: value.clone() for key, value in totals.items()})
+            raise Killed
+
+    with pytest.raises(Killed):
+        over_items(changed, Checkpoint(after_item=stop))
+    assert int(kept["done"]) == done
+    again = over_items(changed, Checkpoint(resume=kept))
+    for field in ("count", "divergence", "rises"):
+        assert torch.equal(getattr(again, field), getattr(whole, field))
+    for name, slopes in whole.slopes.items():
+        assert torch.equal(again.slopes[name], slopes)
+        assert torch.equal(again.rows[name], whole.rows[name])
+
+
 def run_as(rank: int, world: int, address: str, results) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
@@ -122,13 +160,20 @@ def run_as(rank: int, world: int, address: str, results) -> None:
     torch.distributed.destroy_process_group()
 
 
-def over_items(changed: nn.Module) -> DivergencePass:
+def over_items(changed: nn.Module, checkpoint: Checkpoint | None = None) -> DivergencePass:
     """Seven items; each of two processes has some of those that rows are drawn from."""
     model, x = networks.mlp().eval(), normal(7, 4, seed=9)
     items = [(x[i : i + 1], torch.tensor([i % 3])) for i in range(7)]
     layers = find_layers(changed)
     changes = {n: [Change.of(normal(*layer.shape, seed=3))] for n, layer in layers.items()}
-    return divergence_pass((model, changed), Classification(), items, layers, changes)
+    return divergence_pass(
+        (model, changed),
+        Classification(),
+        items,
+        layers,
+        changes,
+        checkpoint=checkpoint or Checkpoint(),
+    )
 
 
 def passed_over() -> dict[str, list[float]]:
@@ -245,13 +290,14 @@ def test_errors_of_each_group_are_those_of_its_own_inputs():
 # ------------------------------------------------------------------------- prices from rounds
 
 
-def a_round(shares, choices, errors, divergence=None) -> Round:
+def a_round(shares, choices, errors, divergence=None, rises=None) -> Round:
     halves = 0.5 * torch.tensor(list(shares.values())).sum(0)
     items = len(halves)
     return Round(
         choices=choices,
         count=[1.0] * items,
         divergence=(halves if divergence is None else torch.tensor(divergence)).tolist(),
+        rises=[0.0] * items if rises is None else list(rises),
         shares=shares,
         answers={name: [0.0] * items for name in shares},
         errors=errors,
@@ -296,6 +342,26 @@ def test_prices_are_stretched_to_what_the_last_plan_was_measured_to_cost():
     assert ledger.layer_rows(names[0])["large"].price == pytest.approx(1 / 16)
     assert ledger.audits[0].shares == pytest.approx(0.8)
     assert ledger.audits[0].divergence == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("scatter", [0.0, 0.001, 0.05, 10.0])
+def test_what_a_plan_loses_is_its_divergence_until_labels_say_otherwise(scatter):
+    """Bayes on a grid: normal about the divergence by half of it, times the labels' likelihood."""
+    items, divergence, lost = 16, 0.2, 0.12
+    rises = lost + scatter * torch.tensor([-1.0, 1.0] * (items // 2), dtype=torch.float64)
+    shares = {"fc": [2 * divergence] * items}
+    one = a_round(shares, {"fc": "small"}, {"fc": ERRORS}, rises=rises.tolist())
+    found = measured_loss(one)
+    stderr = float(rises.std() / items**0.5)
+    if scatter == 0:
+        assert (found.loss, found.stderr) == (pytest.approx(lost), 0.0)
+        return
+    grid = torch.linspace(-2, 2, 400_001, dtype=torch.float64)
+    log = -(((grid - divergence) / (0.5 * divergence)) ** 2 + ((grid - lost) / stderr) ** 2) / 2
+    weights = log.softmax(0)
+    mean = float(weights @ grid)
+    assert found.loss == pytest.approx(mean, rel=1e-3)
+    assert found.stderr == pytest.approx(float(weights @ (grid - mean) ** 2) ** 0.5, rel=1e-2)
 
 
 def test_noise_moves_shares_towards_the_mean_of_their_kind():
@@ -460,3 +526,34 @@ def test_a_loss_of_the_model_alone_keeps_its_quadratic_prices():
     )
     assert result.ledger.prices == "quadratic"
     assert any("prices are quadratic forms" in note for note in result.plan.notes)
+
+
+@pytest.mark.filterwarnings("ignore:.*have also made or chosen the model")
+def test_what_was_a_later_round_can_be_the_first_of_another_budget(tmp_path):
+    """A later round knows no errors of other options; as the first of another run it needs them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 3))
+    x = normal(64, 24).float()
+    split = as_split([(x[i : i + 1], torch.tensor([i % 3])) for i in range(64)])
+    splits = Splits(calibrate=split, price=split, select=split, certify=split)
+    options = [cp.Quantize(bits=bits) for bits in (2, 3, 4)]
+    mixed = {"0": options[0].key, "2": options[2].key}
+
+    def ledger(folder, reference, then):
+        budget = cp.Budget(max_bytes=10**6)
+        told = Arguments(settings=cp.Settings(prices="shares"))
+        task, space = task_from(model, splits, options, budget, folder, told)
+        priced = solve_and_price(task, space, reference=reference, next_plan=lambda ledger: then)
+        return priced.prices.ledger
+
+    uniform = dict.fromkeys(mixed, options[1].key)
+    earlier = ledger(tmp_path / "one", uniform, mixed)
+    assert [audit.plan for audit in earlier.audits] == [
+        options[1].key,
+        f"mixed, mostly {options[0].key}",
+    ]
+    reused = ledger(tmp_path / "one", mixed, None)
+    fresh = ledger(tmp_path / "two", mixed, None)
+    for one, other in zip(reused.rows, fresh.rows, strict=True):
+        assert one == other
+        assert one.option == "keep" or one.price > 0

@@ -303,7 +303,7 @@ def test_a_portable_artifact_says_what_its_zeros_cost(tmp_path):
     )
     assert (
         f"{4 * numel / 1e6:.1f} MB" in portable.plan.notes[0]
-        and "portable: false" in portable.plan.notes[0]
+        and "target: curvprune" in portable.plan.notes[0]
     )
     portable.save(tmp_path / "portable")
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "portable").eval()

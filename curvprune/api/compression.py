@@ -250,7 +250,7 @@ def quantize(
 ) -> Result:
     """Round every layer to ``bits`` bits, or, with a budget, each layer to its own width (``bits``:
     the widths offered, by default 2, 3, 4, 5, 6 and 8, or those that serving engines have kernels
-    for with ``Settings(portable="engines")``).
+    for with ``Settings(target="vllm")``).
 
     Args:
         group_size: inputs that share a scale; ``None`` for one scale per output channel.
@@ -269,7 +269,7 @@ def _widths_offered(
     """The widths of `quantize` where none are given."""
     if budget is None:
         return 4
-    if settings is not None and settings.portable == "engines":
+    if settings is not None and settings.target == "vllm":
         return ENGINE_BITS if symmetric else ENGINE_ASYMMETRIC_BITS
     return (2, 3, 4, 5, 6, 8)
 
@@ -294,9 +294,9 @@ def prune(
     and faster.
 
     With a budget, ``sparsity`` lists the shares offered to the planner. Of a model that is not
-    transformers' own, and with ``Settings(portable=False)``, the file holds a bitmask and the kept
-    weights alone, where that is smaller; transformers needs the zeros. ``arguments`` are passed on
-    to `compress`.
+    transformers' own, and with ``Settings(target="curvprune")``, the file holds a bitmask and the
+    kept weights alone, where that is smaller; transformers needs the zeros. ``arguments`` are
+    passed on to `compress`.
 
     Args:
         allocate: prune most where it costs least. ``sparsity`` is then the share of all layers

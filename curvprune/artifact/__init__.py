@@ -22,32 +22,46 @@ from curvprune.artifact.folder import (
     weights_file,
 )
 from curvprune.artifact.gptq import export_gptq
-from curvprune.artifact.manifest import MANIFEST, Manifest, not_written, read_manifest, verify
+from curvprune.artifact.manifest import (
+    MANIFEST,
+    Manifest,
+    is_own_card,
+    not_written,
+    read_manifest,
+    verify,
+    write_card,
+)
+from curvprune.artifact.one_by_one import ArtifactFile, Entry, opened_file
 from curvprune.artifact.packed_modules import PackedWeight, SparseWeight
 from curvprune.artifact.packing import pack, unpack
 from curvprune.artifact.readers import readable
 from curvprune.artifact.save_and_load import describe, load_artifact, unread_note, write_model
-from curvprune.artifact.stored_layers import stored_tensors
+from curvprune.artifact.stored_layers import Stored, stored_tensors
 from curvprune.artifact.transformers_folder import quantization_config
 
 __all__ = [
     "MANIFEST",
     "WEIGHTS",
+    "ArtifactFile",
+    "Entry",
     "Manifest",
     "PackedWeight",
     "Portable",
     "SparseWeight",
+    "Stored",
     "describe",
     "export_dense",
     "export_gptq",
     "folder_bytes",
     "form_of",
     "header_bytes",
+    "is_own_card",
     "is_transformers",
     "layer_bytes",
     "load_artifact",
     "load_into",
     "not_written",
+    "opened_file",
     "other_bytes",
     "pack",
     "portable_for",
@@ -64,5 +78,6 @@ __all__ = [
     "verify",
     "weights_file",
     "why_not_portable",
+    "write_card",
     "write_model",
 ]

@@ -20,6 +20,7 @@ from curvprune.artifact.manifest import (
     MANIFEST,
     Manifest,
     StoredLayer,
+    is_own_card,
     not_written,
     read_manifest,
     verify,
@@ -378,7 +379,8 @@ def copy_companions(folder: Path, out: Path) -> None:
     home, left = folder.resolve(), (MANIFEST, "config.json", weights_file(folder).name)
     for path in folder.iterdir():
         inside = path.resolve().is_relative_to(home)
-        if path.is_file() and inside and path.name not in left:
+        own = path.name in left or is_own_card(path)
+        if path.is_file() and inside and not own:
             # The content alone: its mode is that of a new file.
             shutil.copyfile(path, out / path.name)
 

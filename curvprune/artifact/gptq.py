@@ -94,7 +94,7 @@ def _refuse_experts(folder: Path, layers: Iterable[Layer]) -> None:
         raise ValueError(
             f"{folder}: GPTQ's layout has no stacked experts, and this model has "
             f"{', '.join(stacked[:2])}{more}; export_dense writes an ordinary model, "
-            "portable=False packs them for curvprune.load"
+            'target="curvprune" packs them for curvprune.load'
         )
 
 

@@ -17,6 +17,8 @@ from curvprune.schema import decode, encode
 
 MANIFEST = "curvprune.json"
 VERSION = 2  # of the manifest
+CARD = "README.md"
+SEAL = "<!-- as curvprune wrote it, sha256 of what stands above: "
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,6 +137,29 @@ def verify(folder: Path, manifest: Manifest | None = None, *, hashes: bool = Tru
             )
 
 
+def sealed_card(text: str) -> str:
+    """A model card with the hash of its text at the end, which tells it from one that was
+    edited."""
+    return f"{text}{SEAL}{hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def is_own_card(path: Path) -> bool:
+    """Whether a file is a model card as it was written, or what a kill has left of one."""
+    if path.name == f".{CARD}.tmp":
+        return True
+    if path.name != CARD or path.is_symlink():
+        return False
+    text, seal, _ = path.read_text(encoding="utf-8", errors="replace").rpartition(SEAL)
+    return bool(seal) and sealed_card(text) == path.read_text(encoding="utf-8", errors="replace")
+
+
+def write_card(folder: Path, text: str) -> None:
+    """Write the model card of an artifact, unless somebody else has written one."""
+    path = folder / CARD
+    if not path.exists() or is_own_card(path):
+        State(folder).write_text(CARD, sealed_card(text))
+
+
 def not_written(folder: Path, *, but: Collection[str] = ()) -> list[str]:
     """Files below an artifact's folder that were not written with it, or have changed since:
     writing over the folder would lose them."""
@@ -142,6 +167,8 @@ def not_written(folder: Path, *, but: Collection[str] = ()) -> list[str]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if name == MANIFEST or name in but or (path.is_dir() and not path.is_symlink()):
+            continue
+        if is_own_card(path):
             continue
         if name not in listed or path.is_symlink() or sha256_of_file(path) != listed[name]:
             found.append(name)

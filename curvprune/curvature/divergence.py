@@ -45,6 +45,7 @@ class DivergencePass:
     Attributes:
         count: positions of each item.
         divergence: what the compressed model costs each item beyond the slope of the loss.
+        rises: what it costs each item by the loss itself: of a likelihood, by its labels.
         slopes: layer → ``⟨∇D, δ⟩`` of every change.
         rows: layer → how much the loss bends along each of its outputs, by the first items of
             about `DRAWN` positions: the sum of ``‖g_i‖²``, with g_i what a draw leaves at row i of
@@ -53,6 +54,7 @@ class DivergencePass:
 
     count: Float[Tensor, " items"]
     divergence: Float[Tensor, " items"]
+    rises: Float[Tensor, " items"]
     slopes: dict[str, Float[Tensor, "items changes"]]
     rows: dict[str, Float[Tensor, " out"]]
 
@@ -127,6 +129,7 @@ def divergence_pass(
     return DivergencePass(
         count=totals["count"].cpu(),
         divergence=totals["divergence"].cpu(),
+        rises=totals["rise"].cpu(),
         slopes={name: totals[f"slope/{name}"].cpu() for name in layers},
         rows={name: totals[f"rows/{name}"].cpu() for name in layers},
     )
@@ -137,6 +140,14 @@ def _drawn_items(model: nn.Module, objective: Loss, first: Batch) -> int:
     """How many items `DivergencePass.rows` are by. Cost: a forward pass of the first one."""
     positions = float(objective.counts(objective.outputs(model, first), first).sum())
     return math.ceil(DRAWN / max(1.0, positions))
+
+
+@torch.no_grad()
+def _rise(objective: Loss, before: Tensor, after: Tensor, batch: Batch) -> float:
+    """How much more the second outputs lose than the first."""
+    first = objective.item_losses(before, batch).double()
+    second = objective.item_losses(after, batch).double()
+    return float((second - first).sum())
 
 
 def _raise_together(broken: FloatingPointError | None, item: int) -> None:
@@ -163,6 +174,7 @@ def _empty_totals(
         "done": torch.zeros((), dtype=torch.int64),
         "count": torch.zeros(items, dtype=torch.float64),
         "divergence": torch.zeros(items, dtype=torch.float64),
+        "rise": torch.zeros(items, dtype=torch.float64),
     }
     for name in layers:
         number = len(changes.get(name, ()))
@@ -193,12 +205,13 @@ class _Slopes:
         found = objective.outputs(model, batch)
         after = found.detach()
         self.totals["count"][item] = float(objective.counts(after, batch).sum())
-        rise = float(objective.rises(before, after, batch).sum())
-        if not rise < float("inf"):
+        divergence = float(objective.rises(before, after, batch).sum())
+        if not divergence < float("inf"):
             raise FloatingPointError(
                 f"item {item}: the compressed model's outputs are no finite numbers"
             )
-        self.totals["divergence"][item] = rise
+        self.totals["divergence"][item] = divergence
+        self.totals["rise"][item] = _rise(objective, before, after, batch)
         if not found.requires_grad:  # no layer is on the way to the loss
             return
         # 1. Back from the divergence.

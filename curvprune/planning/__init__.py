@@ -6,7 +6,7 @@ are measured until the smallest one that passes is found.
 
 from curvprune.planning.budget import OF_OUTPUTS, SHARES, SIZES, Budget, Limit, Within
 from curvprune.planning.closed_loop import Measurement, Search, SearchStep, search_plans
-from curvprune.planning.corrected_prices import corrected, corrections
+from curvprune.planning.corrected_prices import MeasuredPlan, corrected, corrections
 from curvprune.planning.frontier_plans import FrontierPlan, frontier
 from curvprune.planning.highs import Effort
 from curvprune.planning.infeasible import Infeasible, Shortfall
@@ -25,6 +25,7 @@ __all__ = [
     "FrontierPlan",
     "Infeasible",
     "Limit",
+    "MeasuredPlan",
     "Measurement",
     "Plan",
     "Priced",

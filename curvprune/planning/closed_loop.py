@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from curvprune.planning.budget import UNLIMITED, Within
-from curvprune.planning.corrected_prices import corrected, corrections
+from curvprune.planning.corrected_prices import MeasuredPlan, corrected, corrections
 from curvprune.planning.integer_program import cheapest
 from curvprune.planning.priced import Priced
 
@@ -76,6 +76,7 @@ def search_plans(
     measure: Callable[[dict[str, str]], Measurement],
     *,
     start: float,
+    known: Sequence[MeasuredPlan] = (),
     within: Within = UNLIMITED,
     max_trials: int = 6,
     tolerance: float = 0.03,
@@ -84,7 +85,8 @@ def search_plans(
     smallest plan that passes is found. Every plan keeps `within` the other limits.
 
     `measure(choices)` is called at most once per plan and `max_trials` times. `start` is the
-    budget, and what the first plan may cost. Each plan is the smallest whose corrected price is
+    budget, and what the first plan may cost, by prices that the plans `known` so far have
+    corrected. Each plan is the smallest whose corrected price is
     within the next limit. That limit is where the drop becomes `allowed` by the measurement of the
     plan next to it, if drops grow like prices, but
 
@@ -119,7 +121,7 @@ def search_plans(
     rules = _Rules(start, within, max_trials, tolerance)
 
     steps: dict[_Key, SearchStep] = {}
-    factors: dict[str, float] = {}
+    factors = corrections(rows, known)
     while True:
         # 1. The next plan, by the prices as all measurements so far correct them.
         prices = corrected(rows, factors)
@@ -149,7 +151,8 @@ def search_plans(
         )
 
         # 3. Learn from it.
-        factors = corrections(rows, [(s.choices, s.loss, s.stderr) for s in steps.values()])
+        trials = [MeasuredPlan(s.choices, s.loss, s.stderr) for s in steps.values()]
+        factors = corrections(rows, [*known, *trials])
 
     passing = [step for step in steps.values() if step.accepted]
     best = min(passing, key=lambda step: step.bytes).choices if passing else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,11 +14,19 @@ _SCATTER = 0.5  # of the options' factors about their mean, as a share of it
 _AT_LEAST, _AT_MOST = 0.25, 4.0  # factors, in units of the common ratio
 
 
+class MeasuredPlan(NamedTuple):
+    """A plan, what it was measured to lose, and the standard error of that."""
+
+    choices: Mapping[str, str]
+    loss: float
+    stderr: float
+
+
 def corrections(
     rows: Iterable[Priced], measured: Iterable[tuple[Mapping[str, str], float, float]]
 ) -> dict[str, float]:
     """What the price of each option must be multiplied by, from plans with their measured losses
-    and standard errors.
+    and standard errors (`MeasuredPlan`).
 
     A price is good to second order, so it errs with the size of the change, which the option
     decides. The loss of a plan is modelled as a sum over options: a factor times what the plan's

@@ -18,7 +18,7 @@ from curvprune.pricing.operations import (
     work_of,
 )
 from curvprune.pricing.other_curvatures import FORMS, Forms, Parts, in_parts, quadratic_forms
-from curvprune.pricing.shares import Round, share_ledger
+from curvprune.pricing.shares import Round, measured_loss, share_ledger
 from curvprune.pricing.single_changes import divergences
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "limits_of",
     "macs_left",
     "measure_highest",
+    "measured_loss",
     "multiply_adds",
     "quadratic_forms",
     "share_ledger",

@@ -33,6 +33,7 @@ import torch
 from jaxtyping import Float
 
 from curvprune.curvature import Estimate, ratio_estimate
+from curvprune.planning import MeasuredPlan
 from curvprune.pricing.ledger import Audit, Ledger, Row
 
 KEPT_APART = 4  # layers of a kind and depth that make a group of their own
@@ -41,6 +42,7 @@ LEAST = 0.1  # of its group's mean that a layer costs, whatever was measured of 
 MOST_SCALED = 4.0  # by no more are shares stretched to what was measured; beyond they are noise
 CLEAR = 3.0  # standard errors
 KEPT_OR_CAST = ("keep", "float16", "bfloat16")  # keys of options that neither round nor prune
+LABELS_MAY_DIFFER = 0.5  # of a divergence, by which the loss may rise more or less
 LEAST_OF_KIND = 0.2  # of its kind's mean that a group's is at least; of all layers', a kind's
 
 
@@ -52,6 +54,7 @@ class Round:
         choices: layer → option key of the plan.
         count: positions of each item.
         divergence: from the uncompressed model, summed over the positions of each item.
+        rises: of the loss, by its labels where it has any, likewise.
         shares: layer → ``⟨∇D, W_P − V⟩`` of each item.
         answers: layer → ``⟨∇D, V − W⟩`` of each item: near zero where answers are at their best.
         errors: layer → option key → ``tr(B Δ A Δᵀ)``; the plan's own option is among them.
@@ -62,6 +65,7 @@ class Round:
     choices: dict[str, str]
     count: list[float]
     divergence: list[float]
+    rises: list[float]
     shares: dict[str, list[float]]
     answers: dict[str, list[float]]
     errors: dict[str, dict[str, float]]
@@ -86,6 +90,26 @@ class Round:
             divergence=measured.value,
             divergence_stderr=measured.stderr,
         )
+
+
+def measured_loss(one: Round) -> MeasuredPlan:
+    """What the plan of a round loses, as `curvprune.planning.corrections` takes it.
+
+    The loss rises by the divergence where the uncompressed model is right about the labels. Where
+    it is not, it rises by less or by more: SmolLM2-135M-Instruct loses .6 of its divergence on
+    plain text. So the divergence, give or take `LABELS_MAY_DIFFER` of it, is expected before the
+    labels are looked at. Their rise is weighed against it by the two errors (a normal prior).
+    """
+    expected = _mean(np.array(one.divergence), one.count)
+    seen = _mean(np.array(one.rises), one.count)
+    if len(one.count) == 1 or expected.value <= 0:
+        return MeasuredPlan(one.choices, expected.value, expected.stderr)
+    loose = 1 / (LABELS_MAY_DIFFER * expected.value) ** 2
+    if seen.stderr == 0:
+        return MeasuredPlan(one.choices, seen.value, 0.0)
+    tight = 1 / seen.stderr**2
+    value = (tight * seen.value + loose * expected.value) / (tight + loose)
+    return MeasuredPlan(one.choices, value, (tight + loose) ** -0.5)
 
 
 def share_ledger(

@@ -1,5 +1,6 @@
 """Records of runs to a self-contained HTML report and a short text summary."""
 
+from curvprune.report.card import model_card
 from curvprune.report.html import build
 from curvprune.report.terminal import summary
 from curvprune.report.two_models import (
@@ -15,5 +16,6 @@ __all__ = [
     "comparison_page",
     "comparison_table",
     "comparison_title",
+    "model_card",
     "summary",
 ]

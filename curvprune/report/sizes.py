@@ -81,6 +81,14 @@ def times_text(times: float | None) -> str:
     return MISSING if times is None else f"{fixed(times, 2)}{THIN}{TIMES}"
 
 
+def _source_fact(sizes: Size) -> list[Fact]:
+    """The file that the model was read from, where it is another than these weights."""
+    if sizes.source_bytes is None or sizes.source_bytes == sizes.before_bytes:
+        return []
+    read = sizes.source_bytes
+    return [Fact("file read", size(read), finite(read), "", f"{count(read)} B, as the model came")]
+
+
 def size_facts(record: RunRecord) -> list[Fact]:
     """Bytes before and after, their ratio, bits per parameter, what is used of each limit."""
     sizes = record.size
@@ -88,6 +96,7 @@ def size_facts(record: RunRecord) -> list[Fact]:
     times, bits = times_smaller(sizes), stored_bits(sizes)
     facts = [
         Fact("weights before", size(before), finite(before), "", f"{count(before)} B"),
+        *_source_fact(sizes),
         Fact("weights after", size(after), finite(after), "", f"{count(after)} B"),
         Fact(
             "ratio", times_text(times), times, "smaller", "weights before divided by weights after"

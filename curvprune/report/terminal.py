@@ -15,6 +15,7 @@ from curvprune.report.verdict import (
     advice,
     bound_text,
     drop_text,
+    engine_text,
     statement,
     status_of,
 )
@@ -57,6 +58,8 @@ def _verdict_points(record: RunRecord) -> list[str]:
         f"drop {drop_text(verdict)} {quantity.measure}, bound {bound_text(verdict)}, budget "
         f"{budget}; {count(verdict.items)} items, {count(verdict.clusters)} clusters"
     ]
+    if said := engine_text(record):
+        points.append(said)
     # Here too, because of notes only the first few are shown.
     if verdict.unseen is not None:
         share = at_most(100 * verdict.unseen, None, 1)
@@ -74,6 +77,7 @@ def _size_points(record: RunRecord) -> list[str]:
     points = [
         f"weights {size(sizes.before_bytes)} to {size(sizes.after_bytes)}, "
         f"{fixed(times_smaller(sizes), 2)} times smaller; model folder {size(sizes.folder_bytes)}"
+        + ("" if sizes.source_bytes is None else f"; read from {size(sizes.source_bytes)}")
     ]
     if units := removed_line(record):
         points.append(units)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
-from curvprune.record import PairedLoss, RunRecord, Verdict
+from curvprune.record import EngineRecord, PairedLoss, RunRecord, Verdict
 from curvprune.report import charts
 from curvprune.report.figures import (
     MINUS,
@@ -104,7 +104,7 @@ def drop_text(verdict: Verdict | PairedLoss) -> str:
 def statement(record: RunRecord) -> str:
     """What the verdict means, in one sentence (two where the data cannot decide)."""
     if record.verdict is not None:
-        return _claim(record.verdict)
+        return claim(record.verdict)
     if status_of(record) == NOT_FINISHED:
         return "The run has not reached certification; nothing below is a promise about accuracy."
     measured = judged(record)
@@ -120,7 +120,7 @@ def statement(record: RunRecord) -> str:
     )
 
 
-def _claim(verdict: Verdict) -> str:
+def claim(verdict: Verdict) -> str:
     """What a test has shown, no more."""
     # 1. Nothing is claimed that the record does not say itself.
     if verdict.status not in STATUSES:
@@ -269,7 +269,51 @@ def verdict_facts(record: RunRecord) -> list[Fact]:
                 f"verdicts on these items before this one: {'; '.join(verdict.earlier)}",
             )
         )
-    return [*_drop_facts(verdict), *_level_facts(verdict), *evidence]
+    facts = [*_drop_facts(verdict), *_level_facts(verdict), *evidence]
+    if record.engine is not None:
+        facts += _engine_facts(record.engine, Quantity.of(verdict))
+    return facts
+
+
+def _engine_facts(engine: EngineRecord, quantity: Quantity) -> list[Fact]:
+    """What the verdict's engine was, and its own part of the drop."""
+    weights = _scaled(quantity, engine.weights, engine.weights_stderr)
+    share = _scaled(quantity, engine.share, engine.share_stderr)
+    return [
+        Fact("engine", engine.name, None, engine.version, "what ran the model for this verdict"),
+        Fact(
+            "of the weights",
+            weights,
+            finite(engine.weights),
+            quantity.measure,
+            "the drop of the same weights in torch",
+        ),
+        Fact(
+            "of the engine",
+            share,
+            finite(engine.share),
+            quantity.measure,
+            "what its own arithmetic loses beyond that, as by rounding activations; paired by item",
+        ),
+    ]
+
+
+def engine_text(record: RunRecord) -> str:
+    """The engine and its share, in one line; empty where torch was judged."""
+    engine, verdict = record.engine, judged(record)
+    if engine is None or verdict is None:
+        return ""
+    quantity = Quantity.of(verdict)
+    weights = _scaled(quantity, engine.weights, engine.weights_stderr)
+    share = _scaled(quantity, engine.share, engine.share_stderr)
+    return (
+        f"as {engine.name} ({engine.version}) runs it: {weights} {quantity.measure} by the "
+        f"weights, {share} by the engine"
+    )
+
+
+def _scaled(quantity: Quantity, value: float, stderr: float) -> str:
+    return plus_minus(quantity.scaled(value), quantity.scaled(stderr))
 
 
 def _drop_facts(verdict: Verdict) -> list[Fact]:

@@ -28,6 +28,7 @@ from curvprune.run.sequence import (
     next_plan,
     to_test,
 )
+from curvprune.run.source_files import source_gguf
 from curvprune.run.sources import (
     DIGITS_TRAINING,
     digits,
@@ -121,6 +122,7 @@ __all__ = [
     "select_plans",
     "sensitive",
     "solve_and_price",
+    "source_gguf",
     "task_from",
     "text_splits",
     "to_test",

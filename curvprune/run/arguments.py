@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,10 +33,11 @@ from curvprune.model import (
     split_items,
     to_device,
 )
-from curvprune.options import Keep, Option, check_fits
+from curvprune.options import Keep, Option
 from curvprune.planning import Budget
 from curvprune.run.task import Settings, Storage, Task, check_task
 from curvprune.run.workspace import Workspace
+from curvprune.targets import export_gguf, target_named
 
 Data = Iterable[Batch] | Split | Splits
 
@@ -83,13 +85,13 @@ def task_from(
         raise ValueError("layers is empty: expected names or globs, such as 'model.layers.*'")
     if not options:
         raise ValueError("options is empty: expected at least one, such as Quantize(bits=4)")
-    for name, layer in found.items():
-        reader = artifact.reader_of(model, layer, portable=settings.portable)
+    target = target_named(settings.target)
+    for layer in found.values():
         for option in options:
-            check_fits(option, name, layer.shape, reader=reader)
+            target.check(model, layer, option)
     keys = [option.key for option in options]
     offered = {name: [Keep().key] for name in find_layers(model)} | dict.fromkeys(found, keys)
-    groups = find_groups(read_request(told.same_option), offered)
+    groups = find_groups(target.sharing(read_request(told.same_option)), offered)
 
     # 2. Splits of the data, and the model where it is to be worked on.
     splits = splits_from(data, seed=settings.seed, budget=budget, priced=priced)
@@ -129,6 +131,7 @@ def warn_caller(text: str) -> None:
 
 def _storage(model: nn.Module, settings: Settings) -> Storage:
     """Folders that hold an artifact and nothing for other readers."""
+    portable = target_named(settings.target).portable
 
     def write(
         folder: Path,
@@ -137,12 +140,24 @@ def _storage(model: nn.Module, settings: Settings) -> Storage:
         plan: Mapping[str, JsonValue],
     ) -> None:
         layers = find_layers(written)
-        artifact.save(folder, written, layers, solved, plan, portable=settings.portable)
+        artifact.save(folder, written, layers, solved, plan, portable=portable)
 
     def read(folder: Path) -> nn.Module:
         return artifact.load_into(folder, copy.deepcopy(model)).eval()
 
-    return Storage(write=write, read=read)
+    if settings.engine is None:
+        return Storage(write=write, read=read)
+
+    def write_whole(
+        folder: Path,
+        written: nn.Module,
+        solved: Mapping[str, Solved],
+        plan: Mapping[str, JsonValue],
+    ) -> None:
+        artifact.write_model(folder, written, solved, plan, portable=portable)
+
+    # An engine runs the tokens as they are, and needs a config but no tokenizer.
+    return Storage(write=write_whole, read=read, view=partial(export_gguf, tokenizer=False))
 
 
 def objective_of(

@@ -26,7 +26,7 @@ from curvprune.compression import Solved
 from curvprune.files import sha256_of_file
 from curvprune.model import ItemResults, find_layers
 from curvprune.planning import Budget, Plan
-from curvprune.record import Attempt, RecoveryRecord, Trial
+from curvprune.record import Attempt, EngineRecord, RecoveryRecord, Trial
 from curvprune.run.apply import (
     applied_in,
     apply_plan,
@@ -36,6 +36,7 @@ from curvprune.run.apply import (
     unpriced_plan,
     write_artifact,
 )
+from curvprune.run.engine_results import results_in_engine
 from curvprune.run.evaluation import are_of, results_on
 from curvprune.run.folder import EARLIER
 from curvprune.run.price import Prices
@@ -55,6 +56,7 @@ class Shipped:
         verdict: of that model; ``None`` without ``max_drop``.
         measured: the same test, also where there is nothing to judge by.
         items: what happened to every item of the certify split.
+        engine: what ran the model for the verdict, where it was not torch.
         attempts: the plans that were tested, in order.
         applied: trials of the plans that were applied, before and after a recovery.
         solved: the model's compressed layers.
@@ -66,6 +68,7 @@ class Shipped:
     measured: Verdict
     items: ItemColumns
     solved: dict[str, Solved]
+    engine: EngineRecord | None = None
     attempts: tuple[Attempt, ...] = ()
     applied: tuple[Trial, ...] = ()
     recoveries: tuple[RecoveryRecord, ...] = ()
@@ -101,14 +104,14 @@ def certify_plans(task: Task, space: Workspace, selection: Selection) -> Shipped
     # 2. The tests.
     judged = task.budget if task.max_drop is not None else None
     verdicts: list[Verdict] = []
-    items: list[ItemColumns] = []
+    found: list[Judged] = []
     for one in sequence:
         file = f"certify/{plan_key(one.trial.choices)}.json"
         title = f"certify {one.trial.name}"
-        verdict, columns = _verdict_of(task, space, one.folder, file, title=title, budget=judged)
-        verdicts.append(verdict)
-        items.append(columns)
-        if verdict.status != "CERTIFIED":
+        tested = _verdict_of(task, space, one.folder, file, title=title, budget=judged)
+        found.append(tested)
+        verdicts.append(tested.verdict)
+        if tested.verdict.status != "CERTIFIED":
             break
     # 3. What the split was used for before.
     verdicts = _counted(task, space, verdicts, judged=judged is not None)
@@ -123,14 +126,15 @@ def certify_plans(task: Task, space: Workspace, selection: Selection) -> Shipped
     if judged is not None:
         if verdict.note:
             space.note(f"certificate: {verdict.note}")
-        for one, found in zip(sequence, verdicts, strict=False):
-            attempts.append(Attempt(plan=one.trial.name, verdict=found))
+        for one, said in zip(sequence, verdicts, strict=False):
+            attempts.append(Attempt(plan=one.trial.name, verdict=said))
     return Shipped(
         folder=shipped.folder,
         plan=plan,
         verdict=verdict if judged is not None else None,
         measured=verdict,
-        items=items[place],
+        items=found[place].items,
+        engine=found[place].engine,
         solved=shipped.solved,
         attempts=tuple(attempts),
         applied=tuple(making.trials()),
@@ -150,26 +154,36 @@ def apply_and_measure(task: Task, space: Workspace, choices: Mapping[str, str]) 
     plan = unpriced_plan(task, space, choices)
     space.note(*notes_on_storage(task, choices))
     path = write_artifact(task, space, folder, model, solved, plan)
-    measured, items = _verdict_of(task, space, path, "certify/1.json", title="measure", budget=None)
-    (measured,) = _counted(task, space, [measured], judged=False)
+    found = _verdict_of(task, space, path, "certify/1.json", title="measure", budget=None)
+    (measured,) = _counted(task, space, [found.verdict], judged=False)
     return Shipped(
         folder=path,
         plan=plan,
         verdict=None,
         measured=measured,
-        items=items,
+        items=found.items,
+        engine=found.engine,
         solved=solved,
         recoveries=recoveries,
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judged:
+    """A verdict, what happened to every item, and the engine where it is about one."""
+
+    verdict: Verdict
+    items: ItemColumns
+    engine: EngineRecord | None = None
+
+
 def _verdict_of(
     task: Task, space: Workspace, folder: Path, file: str, *, title: str, budget: Budget | None
-) -> tuple[Verdict, ItemColumns]:
-    """Paired verdict of a saved and reloaded model on the certify split, and what happened to every
-    item; without a budget the bound is not judged."""
-    certify = task.splits.certify
-    with space.log.stage(title, 2) as advance:
+) -> Judged:
+    """Paired verdict of a saved and reloaded model on the certify split; without a budget the bound
+    is not judged. Where an engine is asked for, it is about what that computes."""
+    certify, engine = task.splits.certify, task.settings.engine
+    with space.log.stage(title, 2 if engine is None else 3) as advance:
         uncompressed = task.uncompressed
         baseline = results_on(task, space, "certify/baseline.json", uncompressed, certify)
         advance(1)
@@ -180,11 +194,32 @@ def _verdict_of(
             model = task.storage.read(folder)
         results = results_on(task, space, file, model, certify, of=of)
         advance(2)
+        served = None
+        if engine is not None:
+            served = results_in_engine(task, space, folder, file, of=of)
+            advance(3)
     if budget is None:
         confidence = 0.95 if task.budget is None else task.budget.confidence
         budget = Budget("loss", max_drop=0.0, confidence=confidence)
-    verdict = judge(baseline, results, certify, budget, measure=task.objective.measure)
-    return verdict, item_columns(baseline, results, certify)
+    measure = task.objective.measure
+    verdict = judge(baseline, results, certify, budget, measure=measure)
+    if served is None:
+        return Judged(verdict=verdict, items=item_columns(baseline, results, certify))
+    # The weights alone, and what the engine loses beyond them.
+    beyond = judge(results, served.results, certify, budget, measure=measure)
+    return Judged(
+        verdict=judge(baseline, served.results, certify, budget, measure=measure),
+        items=item_columns(baseline, served.results, certify),
+        engine=EngineRecord(
+            name=served.name,
+            version=served.version,
+            bytes=served.bytes,
+            weights=verdict.drop,
+            weights_stderr=verdict.stderr,
+            share=beyond.drop,
+            share_stderr=beyond.stderr,
+        ),
+    )
 
 
 def _counted(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +26,16 @@ from curvprune.model import (
     evaluating,
     to_device,
 )
+from curvprune.planning import MeasuredPlan
 from curvprune.run.task import Task
 from curvprune.run.workspace import Workspace
 from curvprune.schema import Number, decode, encode
 
 ACCEPTABLE = 0.80  # predicted probability of being certified that a plan must have on select
+# (metric, quantile) of budgets whose drop is the rise of the mean loss.
+AS_LOSS = (("loss", None), ("kl", None))
+LEAST_OF_BUDGET = 0.5  # the first plan is to spend as much of its budget at least
+CLEAR = 1.645  # standard errors: one-sided 95 %
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -214,3 +219,18 @@ def allowed_drop(task: Task, low: float, stderr: float, reach: float) -> float:
         else:
             high = middle
     return low
+
+
+def first_drop(task: Task, known: Sequence[MeasuredPlan], low: float) -> float:
+    """The drop that the first plan is to have: the budget's, less the room that its error will need
+    on the certify split, as far as plans ``known`` so far tell that error; no less than ``low``."""
+    assert task.max_drop is not None and task.budget is not None
+    last = known[-1] if known else None
+    as_loss = (task.budget.metric, task.budget.quantile) in AS_LOSS
+    if last is None or not as_loss or not (last.loss > 0 and math.isfinite(last.stderr)):
+        return task.max_drop
+    # Errors grow about as losses do, and fall with the root of the number of items.
+    items, there = len(task.splits.price.items), len(task.splits.select.items)
+    stderr = last.stderr * task.max_drop / last.loss * (items / there) ** 0.5
+    allowed = allowed_drop(task, min(0.0, low), stderr, CLEAR * stderr)
+    return max(allowed, LEAST_OF_BUDGET * task.max_drop)

@@ -39,6 +39,7 @@ LOCK, ANALYSIS, LEDGER = "recipe.lock.yaml", "analysis.json", "ledger.json"
 PLAN, VERDICT = "plan.json", "verdict.json"
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 MODEL, STATE = "model", "state"
+VIEW = "model.gguf"  # the artifact once more, for an engine
 INPUTS, FINISHED = "state/inputs.json", "done.json"  # the second in the state
 NEW_STATE = ".state.new"
 # Of the inputs themselves; all else in the state is sealed with what solving depends on.
@@ -222,7 +223,7 @@ def check_places(root: State) -> None:
         raise RecipeError(f"{root.folder} is a file; give --out a folder")
     for name in (MODEL, STATE):
         _check_place(root.folder / name, folder=True)
-    files = (LOCK, ANALYSIS, LEDGER, PLAN, VERDICT, REPORT_JSON, REPORT_HTML)
+    files = (LOCK, ANALYSIS, LEDGER, PLAN, VERDICT, REPORT_JSON, REPORT_HTML, VIEW)
     for name in (*files, LIST):
         _check_place(root.folder / name, folder=False)
     state, begun = root.folder / STATE, root.has(INPUTS)
@@ -282,6 +283,16 @@ def publish(folder: Path, root: State) -> None:
         artifact.verify(fresh)
     hashes[own] = sha256_of_file(root.path(MODEL) / artifact.MANIFEST)
     settle(root, hashes, instead_of=MODEL)
+
+
+def publish_view(view: Path, root: State) -> None:
+    """Put the file of an engine beside ``model/``: a copy, then one rename."""
+    hashes = {VIEW: sha256_of_file(view)}
+    announce(root, hashes)
+    fresh = root.path(f".{VIEW}.tmp")
+    shutil.copyfile(view, fresh)
+    fresh.replace(root.path(VIEW))
+    settle(root, hashes)
 
 
 # ---------------------------------------------------------------------------------- whose folder

@@ -20,12 +20,14 @@ from curvprune.model import collate, to_device
 from curvprune.places import only_here
 from curvprune.record import RunRecord
 from curvprune.run.certify import Shipped, apply_and_measure, certify_plans
+from curvprune.run.engine_results import view_of
 from curvprune.run.folder import (
     ANALYSIS,
     INPUTS,
     check_places,
     finished_record,
     publish,
+    publish_view,
     run_to_reuse,
 )
 from curvprune.run.prepare import Prepared, prepare
@@ -144,6 +146,8 @@ def _go_on(recipe: Recipe, root: State, *, progress: bool, reuse: str | Path | N
     else:
         selection, shipped = choose_and_certify(task, space, priced)
     publish(shipped.folder, root)
+    if task.target.name == "gguf":
+        publish_view(view_of(task, shipped.folder), root)
     outcome = Outcome(priced=priced, selection=selection, shipped=shipped)
     record = run_record(prepared, outcome, root)
     write_results(recipe, root, prepared, record, shipped)

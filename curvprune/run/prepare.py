@@ -20,7 +20,7 @@ import torch
 from pydantic import JsonValue
 from torch import nn
 
-from curvprune import artifact, distributed
+from curvprune import distributed
 from curvprune.artifact import describe, load_artifact, write_model
 from curvprune.certificate import loss_for
 from curvprune.compression import Solved, Training
@@ -54,6 +54,7 @@ from curvprune.run.uses import FOLDER, UsesInFolder
 from curvprune.run.workspace import Workspace
 from curvprune.schema import decode, encode
 from curvprune.structured import Pruned, Structured, offered_widths, prune_units
+from curvprune.targets import export_gguf, gguf_header_bytes, target_named
 
 REMOVED = "structured/removed.json"
 
@@ -79,6 +80,7 @@ class Prepared:
         offered: cut → widths, where the recipe asks for hidden units to be removed and they are
             not yet.
         removed: the units that are gone, if so.
+        source_bytes: of the files of weights that the model was read from; ``None`` from a hub.
     """
 
     task: Task
@@ -89,6 +91,7 @@ class Prepared:
     kept: tuple[str, ...]
     offered: Mapping[str, Widths]
     removed: RemovedUnits | None
+    source_bytes: int | None = None
 
 
 def prepare(
@@ -160,6 +163,7 @@ def prepare(
         kept=tuple(kept),
         offered=offered,
         removed=removed,
+        source_bytes=_source_bytes(recipe),
     )
 
 
@@ -177,11 +181,11 @@ def _fit(
     not known yet."""
     # 1. Layers, their options and groups.
     found = find_layers(model)
-    readers = {}
-    for name, layer in found.items():
-        readers[name] = artifact.reader_of(model, layer, portable=recipe.portable)
+    target = target_named(recipe.target_name)
     shapes = {name: layer.shape for name, layer in found.items()}
-    assigned = assign_options(recipe, shapes, readers=readers)
+    assigned = assign_options(
+        recipe, shapes, check=lambda name, option: target.check(model, found[name], option)
+    )
     groups = assign_groups(recipe, found, assigned)
     layers = {name: found[name] for name in found if name in assigned}
 
@@ -240,7 +244,8 @@ def _settings(recipe: Recipe) -> Settings:
         measure_above=recipe.price.measure_above,
         trials=recipe.search.trials,
         attempts=recipe.search.attempts,
-        portable=recipe.portable,
+        target=recipe.target_name,
+        engine=recipe.certify.engine,
     )
 
 
@@ -252,6 +257,7 @@ def _training(recipe: Recipe) -> Training | None:
 
 def _storage(recipe: Recipe, tokenizer: Any, model: nn.Module) -> Storage:
     """Folders that transformers reads too, with the tokenizer."""
+    portable = target_named(recipe.target_name).portable
     device = next(model.parameters()).device
 
     def write(
@@ -260,9 +266,22 @@ def _storage(recipe: Recipe, tokenizer: Any, model: nn.Module) -> Storage:
         solved: Mapping[str, Solved],
         plan: Mapping[str, JsonValue],
     ) -> None:
-        write_model(folder, written, solved, plan, tokenizer=tokenizer, portable=recipe.portable)
+        write_model(folder, written, solved, plan, tokenizer=tokenizer, portable=portable)
 
-    return Storage(write=write, read=partial(load_artifact, device=device, kind=type(model)))
+    read = partial(load_artifact, device=device, kind=type(model))
+    if recipe.target_name != "gguf" and recipe.certify.engine is None:
+        return Storage(write=write, read=read)
+    # What an engine reads is made like the file that the model came from, if it was one.
+    source, gguf = _model_source(recipe)
+    like = None if gguf is None else Path(source) / gguf
+    view = partial(export_gguf, like=like)
+    if recipe.target_name != "gguf":
+        return Storage(write=write, read=read, view=view)
+    try:
+        header = gguf_header_bytes(model, like, tokenizer)
+    except ValueError as error:
+        raise recipe.error(("target",), str(error)) from error
+    return Storage(write=write, read=read, view=view, header=header)
 
 
 def _check_folder(recipe: Recipe, root: State | None) -> None:
@@ -363,6 +382,16 @@ def _model_source(recipe: Recipe) -> tuple[str | Path, str | None]:
         return source, None
     assert section.name is not None
     return section.name, None
+
+
+def _source_bytes(recipe: Recipe) -> int | None:
+    """Bytes of the files of weights that a recipe names, where they are on this machine."""
+    source, gguf = _model_source(recipe)
+    if gguf is not None:
+        return (Path(source) / gguf).stat().st_size
+    if not isinstance(source, Path):
+        return None
+    return sum(path.stat().st_size for path in source.glob("*.safetensors")) or None
 
 
 def _load_data(recipe: Recipe, tokenizer: Any) -> Splits:
@@ -468,7 +497,7 @@ def _structured(recipe: Recipe) -> Structured | None:
     asked = recipe.structured.model_dump(exclude_none=True)
     # Layers that read what is left must still fit the patterns and groups that they are offered.
     options = list(chain.from_iterable(entry.options for entry in recipe.compress))
-    steps = _steps(options, groups=bool(recipe.portable))
+    steps = _steps(options, groups=bool(target_named(recipe.target_name).portable))
     if steps:
         asked.setdefault("round_to", math.lcm(8, *steps))
     try:

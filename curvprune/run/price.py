@@ -24,7 +24,7 @@ from curvprune.curvature import (
 from curvprune.distributed import rank, shared, wait, world
 from curvprune.model import BROKEN
 from curvprune.options import Keep, Prune, kept_weights, pruner_of
-from curvprune.planning import Limit, Priced, Within, cheapest, corrected
+from curvprune.planning import Limit, MeasuredPlan, Priced, Within, cheapest, corrected
 from curvprune.pricing import (
     FORMS,
     MEASURED_ROWS,
@@ -55,10 +55,12 @@ class Prices:
 
     Attributes:
         ledger: prices as they were first made.
+        measured: plans that were measured while prices were made, on the price items.
         factors: option → what its prices must be multiplied by, as far as trials say.
     """
 
     ledger: Ledger
+    measured: tuple[MeasuredPlan, ...] = ()
     factors: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -119,8 +121,10 @@ def solve_and_price(
         chosen = task.budget is not None
     if by_shares(task, chosen=chosen):
         try:
-            ledger = price_by_shares(task, space, reference=reference, next_plan=next_plan)
-            return PricedOptions(prices=Prices(ledger=ledger))
+            ledger, measured = price_by_shares(
+                task, space, reference=reference, next_plan=next_plan
+            )
+            return PricedOptions(prices=Prices(ledger=ledger, measured=measured))
         except FloatingPointError as error:
             space.note(f"prices are quadratic forms: there is no plan to take shares at ({error})")
     elif task.settings.prices == "shares":

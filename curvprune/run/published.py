@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from curvprune.artifact import is_own_card
 from curvprune.files import State, sha256_of_file
 from curvprune.run.recipe_errors import RecipeError
 from curvprune.schema import decode, encode
@@ -159,7 +160,8 @@ def _files(root: State, names: Collection[str]) -> Iterator[tuple[str, Path]]:
         if path.is_dir() and not path.is_symlink():
             found = [one for one in sorted(path.rglob("*")) if one.is_symlink() or not one.is_dir()]
         for one in found:
-            if one.exists() or one.is_symlink():
+            # A model card that nobody has edited may be written again.
+            if (one.exists() or one.is_symlink()) and not is_own_card(one):
                 yield one.relative_to(root.folder).as_posix(), one
 
 

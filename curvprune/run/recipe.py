@@ -46,6 +46,7 @@ from curvprune.run.recipe_sections import Section, field_from, section_from
 from curvprune.run.task import Settings
 from curvprune.schema import Json
 from curvprune.structured import Structured
+from curvprune.targets import EngineName, TargetName, named_before
 
 # ------------------------------------------------------------ model and data
 
@@ -293,6 +294,12 @@ class SearchSection(_SearchKeys):
     split; see `curvprune.Settings`."""
 
 
+class CertifySection(Section):
+    """What the verdict is about."""
+
+    engine: EngineName | None = field_from(Settings, "engine")
+
+
 class RecoverSection(_RecoverKeys):
     """A short training after the compression; see `curvprune.compression.Training`."""
 
@@ -384,8 +391,12 @@ class Recipe(Section):
     analyze: AnalyzeSection = AnalyzeSection()
     search: SearchSection = SearchSection()
     recover: RecoverSection | None = None
+    certify: CertifySection = CertifySection()
     # Who reads the result, and where the work is done.
-    portable: Portable = field_from(Settings, "portable")
+    target: TargetName = field_from(Settings, "target")
+    portable: Portable | None = Field(
+        None, description="an earlier name of target: true, engines or false"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:0 (or another number) or mps")
     # A seed of torch's generators has 63 bits.
     seed: Annotated[int, Field(lt=2**63)] = field_from(Settings, "seed")
@@ -400,6 +411,19 @@ class Recipe(Section):
     @property
     def loss_name(self) -> str:
         return self.loss if self.objective is None else self.objective
+
+    @property
+    def target_name(self) -> TargetName:
+        return self.target if self.portable is None else named_before(self.portable)
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Recipe:
+        if self.portable is not None and self.target not in ("transformers", self.target_name):
+            raise Complaint(
+                ("portable",),
+                f"portable and target are two names of one key; write target: {self.target} alone",
+            )
+        return self
 
     @model_validator(mode="after")
     def _loss_fits(self) -> Recipe:

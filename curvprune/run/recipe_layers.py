@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from curvprune.model import GroupError, Groups, find_groups
 from curvprune.options import Keep, Option, check_fits
 from curvprune.run.recipe import Recipe
 from curvprune.run.recipe_errors import KeyPath
+from curvprune.targets import target_named
 
 
 def assign_options(
     recipe: Recipe,
     layers: Mapping[str, tuple[int, int]],
     *,
-    readers: Mapping[str, str | None] | None = None,
+    check: Callable[[str, Option], None] | None = None,
 ) -> dict[str, list[Option]]:
     """The options that each layer may get: the first entry with a glob that matches its name
     decides.
 
     Args:
         layers: name → ``(out, in)`` of the weight as a matrix.
-        readers: name → who must be able to read the layer packed; see
-            `curvprune.options.check_fits`.
+        check: raises ``ValueError`` where the target of the recipe cannot hold a layer under an
+            option; by default whether the option fits the layer at all.
 
     Returns:
         Layer → options, in the order of ``layers``. A layer that no entry matches is absent: it is
@@ -42,10 +43,12 @@ def assign_options(
         if name not in owner:
             continue
         entry = recipe.compress[owner[name]]
-        reader = None if readers is None else readers.get(name)
         for number, option in enumerate(entry.options):
             try:
-                check_fits(option, name, shape, reader=reader)
+                if check is None:
+                    check_fits(option, name, shape)
+                else:
+                    check(name, option)
             except ValueError as error:
                 key: KeyPath = ("compress", owner[name], "options", number)
                 raise recipe.error(key, str(error)) from error
@@ -119,6 +122,7 @@ def assign_groups(
     for name in layers:
         offered[name] = [option.key for option in assigned.get(name, [Keep()])]
     try:
-        return find_groups(recipe.same_option, offered)
+        request = target_named(recipe.target_name).sharing(recipe.same_option)
+        return find_groups(request, offered)
     except GroupError as error:
         raise recipe.error(("same_option", *error.position), error.message) from error

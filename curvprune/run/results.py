@@ -11,7 +11,7 @@ import torch
 from pydantic import JsonValue
 from torch import nn
 
-from curvprune.artifact import Portable, write_model
+from curvprune.artifact import Portable, write_card, write_model
 from curvprune.certificate import Verdict
 from curvprune.compression import Recovery, Solved, dequantize
 from curvprune.curvature import Analysis, Estimate
@@ -20,6 +20,8 @@ from curvprune.options import quantizer_of
 from curvprune.planning import Plan
 from curvprune.pricing import Ledger
 from curvprune.record import Trial
+from curvprune.report import model_card
+from curvprune.run.card import Shown, card_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
@@ -69,7 +71,7 @@ class Result:
     def save(self, folder: str | Path, *, tokenizer: Any = None) -> Path:
         """Write the packed artifact, which `load` reads. Returns the folder.
 
-        Transformers reads it too, for its own models, unless ``Settings(portable=False)``: that
+        Transformers reads it too, for its own models, unless ``Settings(target="curvprune")``: that
         packs embeddings and every other kind of layer as well. ``"engines"`` keeps to what serving
         engines have kernels for.
 
@@ -86,6 +88,8 @@ class Result:
             tokenizer=tokenizer,
             portable=self.portable,
         )
+        shown = Shown(choices=self.plan.choices, verdict=self.verdict, trials=self.trials)
+        write_card(path, model_card(card_of(path, self.model, shown)))
         return path
 
 

@@ -18,6 +18,7 @@ from curvprune.planning import (
     SHARES,
     Budget,
     Infeasible,
+    MeasuredPlan,
     Measurement,
     Within,
     cheapest,
@@ -31,9 +32,12 @@ from curvprune.run.apply import applied_in, apply_plan, plan_key
 from curvprune.run.baselines import Control, controls
 from curvprune.run.evaluation import (
     ACCEPTABLE,
+    AS_LOSS,
+    CLEAR,
     allowed_drop,
     chance_at,
     divergences_on,
+    first_drop,
     keep_results,
     read_results,
     results_on,
@@ -44,9 +48,6 @@ from curvprune.run.workspace import Workspace
 
 TRIALS_BESIDES = 8  # the uncompressed model, at most six controls, and a plan after the first four
 COMPARED = 64  # items of select on which two plans' divergences are compared, at most
-CLEAR = 1.645  # standard errors: one-sided 95 %
-# (metric, quantile) of budgets whose drop is the rise of the mean loss.
-AS_LOSS = (("loss", None), ("kl", None))
 LEVEL_BYTES = 0.97  # a control of this share of a plan's bytes, or more, is of its size
 # Two plans whose bytes differ by less are one size: what they lost on select decides.
 SAME_SIZE = 1.002
@@ -360,7 +361,8 @@ class _Search:
         found = search_plans(
             rows,
             measured,
-            start=max(0.0, task.max_drop - spent),
+            start=max(0.0, first_drop(task, self.prices.measured, spent) - spent),
+            known=self.prices.measured,
             max_trials=task.settings.trials,
             within=task.within,
         )
@@ -436,7 +438,8 @@ class _Search:
     def _correct_prices(self) -> None:
         """Let everything measured correct the prices; where that is lost in noise, what was known
         before stays."""
-        measured = [(t.choices, t.loss, finite_stderr(t)) for t in self.trials]
+        trials = [MeasuredPlan(t.choices, t.loss, finite_stderr(t)) for t in self.trials]
+        measured = [*self.prices.measured, *trials]
         factors = corrections(self.prices.ledger.rows, measured) or self.prices.factors
         self.prices = self.prices.with_factors(factors)
 

@@ -20,8 +20,15 @@ from curvprune.curvature import Change, Checkpoint, DivergencePass, divergence_p
 from curvprune.distributed import rank, wait, world
 from curvprune.model import find_layers
 from curvprune.options import Cast, Keep, Option, option_from_key
-from curvprune.planning import Choice, Infeasible, cheapest
-from curvprune.pricing import Ledger, Round, share_ledger, work_of
+from curvprune.planning import (
+    Choice,
+    Infeasible,
+    MeasuredPlan,
+    cheapest,
+    corrected,
+    corrections,
+)
+from curvprune.pricing import Ledger, Round, measured_loss, share_ledger, work_of
 from curvprune.run.apply import applied_in, apply_plan, plan_key
 from curvprune.run.baselines import Control, uniform_plans
 from curvprune.run.candidates import StoredRounding, read_rounding
@@ -61,8 +68,8 @@ def price_by_shares(
     *,
     reference: Mapping[str, str] | None = None,
     next_plan: NextPlan | None = None,
-) -> Ledger:
-    """The ledger of up to ``settings.rounds`` rounds.
+) -> tuple[Ledger, tuple[MeasuredPlan, ...]]:
+    """The ledger of up to ``settings.rounds`` rounds, and what their plans lose on the price items.
 
     Args:
         reference: the plan of the first; by default the uniform one nearest the budget.
@@ -71,11 +78,10 @@ def price_by_shares(
     Cost: for each round one sequential pass over the calibration items, which of the later ones
     select and ship need anyway; two forward passes and one backward pass per price item.
     """
-    next_plan = next_plan or (lambda ledger: _plan_for_budget(task, ledger))
     rounds = [_first_round(task, space, reference)]
     ledger = _ledger_of(task, rounds)
     while len(rounds) < task.settings.rounds:
-        choices = next_plan(ledger)
+        choices = next_plan(ledger) if next_plan else _plan_for_budget(task, ledger, rounds)
         if choices is None or not _worth_a_round(task, ledger, rounds, choices):
             break
         try:
@@ -84,7 +90,7 @@ def price_by_shares(
             space.note(f"round {len(rounds) + 1} of the prices was left out: {error}")
             break
         ledger = _ledger_of(task, rounds)
-    return ledger
+    return ledger, tuple(map(measured_loss, rounds))
 
 
 def _ledger_of(task: Task, rounds: Sequence[Round]) -> Ledger:
@@ -96,13 +102,14 @@ def _ledger_of(task: Task, rounds: Sequence[Round]) -> Ledger:
     return replace(ledger, work=task.work or work_of(task.layers))
 
 
-def _plan_for_budget(task: Task, ledger: Ledger) -> dict[str, str] | None:
-    """The plan that prices choose; a drop of another measure is taken for nats, until trials say
-    how the two go together."""
+def _plan_for_budget(task: Task, ledger: Ledger, rounds: Sequence[Round]) -> dict[str, str] | None:
+    """The plan that prices choose, as the rounds correct them. A drop of another measure is taken
+    for nats, until trials say how the two go together."""
     if task.budget is None:
         return None
+    rows = corrected(ledger.rows, corrections(ledger.rows, map(measured_loss, rounds)))
     try:
-        return cheapest(ledger.rows, task.within, max_loss=task.max_drop)
+        return cheapest(rows, task.within, max_loss=task.max_drop)
     except Infeasible:
         return None
 
@@ -230,6 +237,7 @@ def _as_round(
         choices=dict(choices),
         count=passed.count.tolist(),
         divergence=passed.divergence.tolist(),
+        rises=passed.rises.tolist(),
         shares=shares,
         answers=answers,
         errors=errors,

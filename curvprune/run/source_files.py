@@ -6,8 +6,9 @@ from pathlib import Path
 
 from curvprune.files import sha256_of_file
 from curvprune.run.models import package_folder
-from curvprune.run.recipe import Recipe
+from curvprune.run.recipe import Recipe, load_recipe
 
+LOCK = "recipe.lock.yaml"
 # Of a model's folder; what else lies there changes nothing.
 _READ = (
     *(".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"),
@@ -45,6 +46,22 @@ def _model_files(recipe: Recipe) -> list[Path]:
     if not folder.is_dir():
         return []
     return [path for path in sorted(folder.iterdir()) if path.suffix in _READ]
+
+
+def source_gguf(model: str | Path) -> Path | None:
+    """The GGUF file that the model of a run was read from, if it is one and still there.
+
+    The run's own recipe, ``recipe.lock.yaml`` beside ``model/``, names it. Of folders that lie
+    elsewhere nothing is known.
+    """
+    lock = Path(model).resolve().parent / LOCK
+    if not lock.is_file():
+        return None
+    recipe = load_recipe(lock)
+    if recipe.model.file is None:
+        return None
+    files = [path for path in _model_files(recipe) if path.is_file()]
+    return files[0] if files else None
 
 
 def other_sources(before: dict[str, str], now: dict[str, str]) -> bool:

@@ -7,7 +7,7 @@ through `check_task`, so that the same is refused and noted on either road.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,7 +16,6 @@ import torch
 from pydantic import Field, JsonValue
 from torch import nn
 
-from curvprune import artifact
 from curvprune.artifact import Portable
 from curvprune.certificate import documents_needed
 from curvprune.compression import Solved, Training
@@ -40,6 +39,14 @@ from curvprune.run.altered_layers import altered_layers
 from curvprune.run.models import not_finite
 from curvprune.run.off_path import note, nothing_left, refusal, with_groups
 from curvprune.schema import check_fields
+from curvprune.targets import (
+    EngineName,
+    Target,
+    TargetName,
+    check_engine,
+    named_before,
+    target_named,
+)
 
 # Documents of the select split: on 4 an outlier moved a plan's bound from twice its drop to five
 # times.
@@ -64,7 +71,10 @@ class Settings:
         trials: plans measured on the select split.
         attempts: plans applied, to be tested in order on the certify split.
         batch_size: items of one forward pass when a model is evaluated.
-        portable: who must be able to read the model; see `curvprune.artifact.reader_of`.
+        target: what is to run the model; see `curvprune.targets`.
+        engine: what runs the model for its verdict; ``None``: torch.
+        portable: an earlier name of ``target``: true for transformers, ``"engines"`` for vllm,
+            false for curvprune.
     """
 
     seed: Annotated[int, Field(ge=0, description="a whole number of at least 0")] = 0
@@ -109,26 +119,47 @@ class Settings:
         ),
     ] = 2
     batch_size: AtLeastOne = 4
-    portable: Annotated[
-        Portable,
+    target: Annotated[
+        TargetName,
         Field(
             description=(
-                "true (transformers loads model/), engines (so do serving engines) or false (every "
-                "kind of layer is packed, for curvprune.load)"
+                "transformers (loads model/), gguf (llama.cpp), vllm (so do serving engines) or "
+                "curvprune (every kind of layer is packed, for curvprune.load)"
             )
         ),
-    ] = True
+    ] = "transformers"
+    engine: Annotated[
+        EngineName | None,
+        Field(description="llama.cpp, or null: the verdict is about the weights in torch"),
+    ] = None
+    portable: InitVar[Portable | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, portable: Portable | None) -> None:
+        if portable is not None:
+            if portable not in (True, False, "engines"):
+                raise ValueError(
+                    f"Settings: portable={portable!r}: expected a target in its place: "
+                    "target='transformers' (true), 'vllm' (engines) or 'curvprune' (false)"
+                )
+            named = named_before(portable)
+            if self.target not in ("transformers", named):
+                raise ValueError(
+                    f"Settings: target={self.target!r} and portable={portable!r} are two names of "
+                    "one knob; pass target alone"
+                )
+            object.__setattr__(self, "target", named)
         check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Storage:
-    """How a compressed model is written to a folder, and read back in evaluation mode."""
+    """How a compressed model is written to a folder, read back in evaluation mode, and written once
+    more as the file of an engine (``view``); ``header``: what that takes besides its tensors."""
 
     write: Callable[[Path, nn.Module, Mapping[str, Solved], Mapping[str, JsonValue]], None]
     read: Callable[[Path], nn.Module]
+    view: Callable[[Path, Path], Path] | None = None
+    header: int | None = None
 
 
 class TaskError(ValueError):
@@ -202,26 +233,29 @@ class Task:
     # ------------------------------------------------------------------------------ bytes on disk
 
     @property
+    def target(self) -> Target:
+        """What is to run the result, and so decides what its bytes are."""
+        return target_named(self.settings.target)
+
+    @property
     def fixed_bytes(self) -> int:
         """Bytes of everything that no option changes."""
-        return artifact.other_bytes(self.model, self.layers)
+        return self.target.other_bytes(self.model, self.layers)
 
     @property
     def header_bytes(self) -> int:
         """The most that the header of the weights file can take."""
-        return artifact.header_bytes(self.model, self.layers)
+        if self.storage.header is not None:
+            return self.storage.header
+        return self.target.header_bytes(self.model, self.layers)
 
     def layer_bytes(self, name: str, option: Option) -> int:
         """Bytes on disk of a layer under an option."""
-        return artifact.layer_bytes(
-            self.model, self.layers[name], option, portable=self.settings.portable
-        )
+        return self.target.layer_bytes(self.model, self.layers[name], option)
 
     def form_of(self, name: str, option: Option) -> Form:
         """How a layer lies on disk under an option."""
-        return artifact.form_of(
-            self.model, self.layers[name], option, portable=self.settings.portable
-        )
+        return self.target.form_of(self.model, self.layers[name], option)
 
     def bytes_of(self, choices: Mapping[str, str]) -> int:
         """Tensor bytes of the whole model under a plan (the file adds its header)."""
@@ -321,6 +355,7 @@ def check_task(
     """
     _check_weights(task)
     _check_splits(task)
+    _check_engine(task)
     task = _without_unknown(task, named, priced=priced or task.budget is not None)
     task = _with_notes(task)
     _check_budget(task)
@@ -374,6 +409,14 @@ def _check_splits(task: Task) -> None:
             raise TaskError(str(error), "data") from error
     if task.budget is not None and (few := task.splits.too_few()) is not None:
         raise TaskError(few, "data")
+
+
+def _check_engine(task: Task) -> None:
+    try:
+        if task.settings.engine is not None:
+            check_engine(task.settings.engine, task.model, task.splits.certify.items)
+    except ValueError as error:
+        raise TaskError(str(error), "certify", "engine") from error
 
 
 def _without_unknown(task: Task, named: Collection[str], *, priced: bool) -> Task:

@@ -74,7 +74,7 @@ def compress_model(
                 analysis=None,
                 trials=(),
                 solved=solved,
-                portable=task.settings.portable,
+                portable=task.target.portable,
                 seen=task.splits.seen(),
             )
         else:
@@ -89,7 +89,7 @@ def compress_model(
                 analysis=priced.analysis,
                 trials=(*selection.trials, *shipped.applied),
                 solved=shipped.solved,
-                portable=task.settings.portable,
+                portable=task.target.portable,
                 seen=task.splits.seen(),
             )
     return _handed_over(result, model, inplace=inplace)
@@ -142,7 +142,7 @@ def allocate_zeros(
             analysis=priced.analysis,
             trials=(),
             solved=solved,
-            portable=task.settings.portable,
+            portable=task.target.portable,
             seen=task.splits.seen(),
         )
     return _handed_over(result, model, inplace=inplace)

@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -26,12 +27,14 @@ from curvprune.record import (
     LayerRecord,
     LedgerRecord,
     LimitUse,
+    ModelCard,
     NamedLimit,
     PriceRow,
     Provenance,
     RunRecord,
     Size,
 )
+from curvprune.run.card import Shown, card_of
 from curvprune.run.certify import Shipped
 from curvprune.run.folder import (
     ANALYSIS,
@@ -43,6 +46,7 @@ from curvprune.run.folder import (
     REPORT_HTML,
     REPORT_JSON,
     VERDICT,
+    VIEW,
     FinishedRecord,
     fingerprint,
     state_bytes,
@@ -74,7 +78,7 @@ def run_record(prepared: Prepared, outcome: Outcome, root: State) -> RunRecord:
         title=prepared.title,
         objective=task.objective.name,
         measure=task.objective.measure,
-        size=_size(task, outcome.shipped, root),
+        size=_size(prepared, outcome.shipped, root),
         structured=prepared.removed,
         stages=tuple(space.log.log),
         peak_memory_bytes=_peak_memory(),
@@ -125,6 +129,7 @@ def _with_shipped(
         verdict=shipped.verdict,
         measured=shipped.measured,
         items=shipped.items,
+        engine=shipped.engine,
         attempts=shipped.attempts,
         recoveries=shipped.recoveries,
         layers=_layer_records(task, shipped, ledger),
@@ -146,20 +151,24 @@ def _budget_record(budget: Budget) -> BudgetRecord:
     )
 
 
-def _size(task: Task, shipped: Shipped | None, root: State) -> Size:
+def _size(prepared: Prepared, shipped: Shipped | None, root: State) -> Size:
     """Bytes on disk: of the uncompressed model as transformers would store it, and of what was
     written."""
-    model = task.uncompressed
+    model = prepared.task.uncompressed
     on_disk = artifact.state_dict_on_disk(model, find_layers(model), {})
     before = sum(tensor.numel() * tensor.element_size() for tensor in on_disk.values())
     parameters = sum(p.numel() for p in model.parameters())
     if shipped is None:
-        return Size(before_bytes=before, parameters=parameters)
+        return Size(before_bytes=before, parameters=parameters, source_bytes=prepared.source_bytes)
     folder = root.path(MODEL)
+    weights = artifact.weights_file(folder)
+    if prepared.task.target.name == "gguf":
+        weights = root.path(VIEW)
     return Size(
         before_bytes=before,
         parameters=parameters,
-        after_bytes=artifact.weights_file(folder).stat().st_size,
+        source_bytes=prepared.source_bytes,
+        after_bytes=weights.stat().st_size,
         folder_bytes=artifact.folder_bytes(folder),
     )
 
@@ -329,6 +338,8 @@ def write_results(
     verdict = whole["verdict"]
     if verdict is None:
         verdict = {"status": "NOT ASKED", "measured": whole["measured"]}
+    if whole["engine"] is not None:
+        verdict = {**verdict, "engine": whole["engine"]}
     # What it is about: no verdict goes with another model.
     of = {
         "model": sha256_of_file(root.path(MODEL) / artifact.MANIFEST),
@@ -336,9 +347,22 @@ def write_results(
         "data": dict(prepared.inputs.data_sha256),
     }
     publish_texts(root, {PLAN: as_text(plan), VERDICT: as_text({**verdict, "of": of})})
+    model = root.path(MODEL)
+    artifact.write_card(model, report.model_card(_card(model, prepared, record, shipped)))
     write_report(root, record)
     ended = FinishedRecord(recipe=fingerprint(recipe), sources=prepared.sources)
     prepared.space.state.write_json(FINISHED, encode(ended))
+
+
+def _card(folder: Path, prepared: Prepared, record: RunRecord, shipped: Shipped) -> ModelCard:
+    shown = Shown(choices=shipped.plan.choices, verdict=shipped.verdict, trials=record.trials)
+    return card_of(
+        folder,
+        prepared.task.uncompressed,
+        shown,
+        title=record.title,
+        source_bytes=record.size.source_bytes,
+    )
 
 
 def write_report(root: State, record: RunRecord) -> None:

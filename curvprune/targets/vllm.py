@@ -2,8 +2,8 @@
 
 The tables say what vLLM's own code says, and where: `KERNELS` which grids of a packed layer run on
 which devices, `curvprune.targets.vllm_classes` which layers each of its classes fuses. This target
-offers what runs on every device, CPUs included: a folder that needs a GPU of one kind is none that
-"vLLM reads". `scripts/vllm_table.py` reads the tables from an installed vLLM once more.
+offers what runs on CPUs as well as on GPUs. `scripts/vllm_table.py` reads the tables from an
+installed vLLM, and `benchmarks/engine_vllm.py` loads what the target accepts.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ class Kernel:
 
 # `_POSSIBLE_KERNELS` in kernels/linear/__init__.py and the kernels' `can_implement`, vLLM 0.32.
 _MARLIN = (None, 32, 64, 128)
-_HOPPER = "NVIDIA GPUs of compute capability 9.0 (Machete)"
-_HUMMING = "NVIDIA GPUs from compute capability 7.5 on, where Humming is installed"
+_TURING = "NVIDIA GPUs (Marlin, compute capability 7.5 and later)"
+_HOPPER = "NVIDIA GPUs (Machete, compute capability 9.0)"
+_HUMMING = "NVIDIA GPUs (Humming, which must be installed, compute capability 7.5 and later)"
 KERNELS = (
     Kernel(
         bits=(4,),
@@ -71,7 +72,7 @@ KERNELS = (
         bits=(8,),
         symmetric=True,
         group_sizes=_MARLIN,
-        devices="NVIDIA GPUs from compute capability 7.5 on (Marlin)",
+        devices=_TURING,
         names=("MarlinLinearKernel",),
     ),
     Kernel(
@@ -184,14 +185,14 @@ def _check_kernel(quantize: Quantize, layer: Layer) -> None:
     if quantize.bits not in bits:
         nearest = min(bits, key=lambda b: abs(b - quantize.bits))
         elsewhere = [k.devices for k in kernels if quantize.bits in k.bits]
-        where = f"on {elsewhere[0]} alone" if elsewhere else "nowhere"
+        grid = f"{quantize.bits} bits{'' if quantize.symmetric else ' with zero points'}"
+        where = f"runs {grid} only on {elsewhere[0]}" if elsewhere else f"has no kernel for {grid}"
         way = ""
         if elsewhere and quantize.symmetric:
             way = ", or target: transformers with same_option: fused, which vLLM reads there"
         raise ValueError(
-            f"layer {layer.name}: option {quantize.key}: vLLM {VERSION} runs {quantize.bits} bits"
-            f"{'' if quantize.symmetric else ' with zero points'} {where}, and target: vllm keeps "
-            f"to what runs on {EVERYWHERE}: {_or(bits)} bits; nearest: {nearest}{way}"
+            f"layer {layer.name}: option {quantize.key}: vLLM {VERSION} {where}; target: vllm "
+            f"keeps to what runs on {EVERYWHERE}: {_or(bits)} bits; nearest: {nearest}{way}"
         )
     # 2. The groups.
     sizes = [size for k in able for size in k.group_sizes if size is not None]
@@ -222,7 +223,7 @@ def _check_shape(model: nn.Module, quantize: Quantize, layer: Layer) -> None:
     facts = known(type(model).__name__)
     problem = ""
     if facts is not None and layer.name.rpartition(".")[2] in facts.dense:
-        problem = f"its {type(model).__name__} reads this layer dense alone"
+        problem = f"its class {type(model).__name__} reads this layer only dense"
     elif missing:
         problem = f"it runs {' and '.join(parts)} as one, and there is no {missing[0]}"
     elif width % MULTIPLE:

@@ -33,20 +33,21 @@ class Known:
 _BOTH = Known(fused=(QKV, GATE_UP))
 _QKV_ALONE = Known(fused=(QKV,))
 _NOTHING = Known()
+_HEAD = ("lm_head",)
 # By the name of transformers' class.
 CLASSES: dict[str, Known] = {
     "ApertusForCausalLM": _QKV_ALONE,
     "ArceeForCausalLM": _QKV_ALONE,
-    "BloomForCausalLM": _NOTHING,
-    "Cohere2ForCausalLM": _BOTH,
-    "CohereForCausalLM": _BOTH,
+    "BloomForCausalLM": Known(dense=_HEAD),
+    "Cohere2ForCausalLM": Known(fused=(QKV, GATE_UP), dense=_HEAD),
+    "CohereForCausalLM": Known(fused=(QKV, GATE_UP), dense=_HEAD),
     "Ernie4_5ForCausalLM": _BOTH,
     "Exaone4ForCausalLM": _BOTH,
     "FalconForCausalLM": _NOTHING,
-    "GPT2LMHeadModel": _NOTHING,
+    "GPT2LMHeadModel": Known(dense=_HEAD),
     "GPTJForCausalLM": Known(dense=QKV),
     "GPTNeoXForCausalLM": _NOTHING,
-    "Gemma2ForCausalLM": _BOTH,
+    "Gemma2ForCausalLM": Known(fused=(QKV, GATE_UP), dense=_HEAD),
     "Gemma3ForCausalLM": _BOTH,
     "GemmaForCausalLM": _BOTH,
     "Glm4ForCausalLM": _BOTH,
@@ -58,7 +59,7 @@ CLASSES: dict[str, Known] = {
     "MistralForCausalLM": _BOTH,
     "MixtralForCausalLM": _QKV_ALONE,
     "NemotronForCausalLM": _QKV_ALONE,
-    "OPTForCausalLM": _QKV_ALONE,
+    "OPTForCausalLM": Known(fused=(QKV,), dense=_HEAD),
     "Olmo2ForCausalLM": _BOTH,
     "Olmo3ForCausalLM": _BOTH,
     "OlmoForCausalLM": _BOTH,
@@ -71,7 +72,7 @@ CLASSES: dict[str, Known] = {
     "Qwen3MoeForCausalLM": _QKV_ALONE,
     "SeedOssForCausalLM": _BOTH,
     "SmolLM3ForCausalLM": _BOTH,
-    "StableLmForCausalLM": Known(dense=(*QKV, *GATE_UP)),
+    "StableLmForCausalLM": Known(dense=(*QKV, *GATE_UP, *_HEAD)),
     "Starcoder2ForCausalLM": _QKV_ALONE,
 }
 

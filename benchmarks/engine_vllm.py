@@ -1,8 +1,8 @@
 """vLLM: does every folder that ``target: vllm`` accepts load, with the loss that transformers has?
 
 Small random models, one for each class of `curvprune.targets.vllm_classes`, under every option that
-the target offers; then SmolLM2, if its folder is given. vLLM's interpreter is named by
-``CURVPRUNE_VLLM_PYTHON``. See benchmarks/engines.py.
+the target offers. vLLM's interpreter is named by ``CURVPRUNE_VLLM_PYTHON``. See
+benchmarks/engines.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import subprocess
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import curvprune as cp
 from curvprune import targets
 
 SAMPLES = Path(__file__).parent.parent / "tests" / "samples" / "vllm_layers.json"
-SCRIPT = Path(targets.__file__).with_name("vllm_losses.py")
+SCRIPT = Path(__file__).with_name("vllm_losses.py")
 OPTIONS = [
     cp.Quantize(bits=4, group_size=size, symmetric=symmetric)
     for size in (32, 64, 128, None)
@@ -58,7 +59,7 @@ def tiny(config: dict[str, object]) -> nn.Module:
     return model
 
 
-def items(count: int = 8, length: int = 48) -> list[torch.Tensor]:
+def items(count: int = 24, length: int = 48) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(3, 256, (1, length), generator=generator) for _ in range(count)]
 
@@ -71,14 +72,11 @@ def loss_of(model: nn.Module, texts: Sequence[torch.Tensor]) -> float:
 def accepted(model: nn.Module, option: cp.Quantize) -> list[str]:
     """The layers of a model that the target packs under an option, with those fused to them."""
     target = targets.target_named("vllm")
-    found, refused = [], set()
+    found = []
     for name, layer in cp.model.find_layers(model).items():
-        try:
+        with suppress(ValueError):
             target.check(model, layer, option)
-        except ValueError as error:
-            refused.add(str(error))
-            continue
-        found.append(name)
+            found.append(name)
     return found
 
 
@@ -128,11 +126,18 @@ def families(names: Sequence[str], out: Path, options: Sequence[cp.Quantize | No
     return cases
 
 
-def table(cases: Sequence[Case], dtype: str) -> list[str]:
+def dtype_of(family: str) -> str:
+    """The type with the least noise that vLLM's CPU kernels and the class have."""
+    return "bfloat16" if family.startswith("gemma") else "float16"
+
+
+def table(cases: Sequence[Case]) -> list[str]:
     """A Markdown table of both losses."""
     found = {}
-    for answer in losses([case.folder for case in cases], items(), dtype):
-        found[answer["folder"]] = answer
+    for dtype in ("float16", "bfloat16"):
+        folders = [case.folder for case in cases if dtype_of(case.family) == dtype]
+        for answer in losses(folders, items(), dtype):
+            found[answer["folder"]] = answer
     lines = ["| family | option | layers packed | transformers | vLLM | difference |"]
     lines.append("|---|---|---|---|---|---|")
     for case in cases:
@@ -148,10 +153,10 @@ def table(cases: Sequence[Case], dtype: str) -> list[str]:
     return lines
 
 
-def run(names: Sequence[str], out: Path, options: Sequence[str], dtype: str) -> list[str]:
+def run(names: Sequence[str], out: Path, options: Sequence[str]) -> list[str]:
     """The section of the report."""
     warnings.simplefilter("ignore")
     wanted: list[cp.Quantize | None] = [None, *OPTIONS]
     if options:
         wanted = [o for o in wanted if (o.key if o else "dense") in options]
-    return table(families(names, out, wanted), dtype)
+    return table(families(names, out, wanted))

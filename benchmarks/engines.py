@@ -19,12 +19,11 @@ def main() -> None:
     parser.add_argument("engine", choices=["vllm"])
     parser.add_argument("--families", nargs="*", default=[])
     parser.add_argument("--options", nargs="*", default=[])
-    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path)
     told = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         out = told.out or Path(scratch)
-        print("\n".join(engine_vllm.run(told.families, out, told.options, told.dtype)))
+        print("\n".join(engine_vllm.run(told.families, out, told.options)))
 
 
 if __name__ == "__main__":

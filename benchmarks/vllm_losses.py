@@ -1,6 +1,6 @@
 """Losses of folders in vLLM: a script for the interpreter that has vLLM, which needs no curvprune.
 
-    python vllm_losses.py < request.json
+    python benchmarks/vllm_losses.py < request.json
 
 The request says ``folders``, ``items`` (lists of token numbers) and ``dtype``. For every folder one
 line comes out: the log-probability of every token but the first given those before it, item by
@@ -13,10 +13,6 @@ import json
 import os
 import sys
 from typing import Any
-
-# Beside this file lies one that is called vllm.py as well.
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:] = [place for place in sys.path if os.path.abspath(place) != HERE]
 
 # The engine in this process, so that one after the other can be let go.
 DEFAULTS = {

@@ -1,4 +1,4 @@
-"""vLLM as a judge; the engine itself is run where ``CURVPRUNE_VLLM_PYTHON`` names one that has it."""
+"""vLLM as a judge; it is run where ``CURVPRUNE_VLLM_PYTHON`` names a Python that has it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path) -> None:
                 wanted = result.model(input_ids=tokens).logits[0]
             # bfloat16, whose steps are .4 % of logits of up to 5, after two blocks.
             torch.testing.assert_close(found, wanted, atol=0.15, rtol=0)
-        with pytest.raises(ValueError, match="25 tokens, .* opened for 24"):
+        with pytest.raises(ValueError, match=r"25 tokens, .* opened for 24"):
             engine.logits([5] * 25)
     (tmp_path / "empty").mkdir()
     with (

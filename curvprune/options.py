@@ -26,12 +26,6 @@ SHAPE_BYTES = 16  # pack-quantized stores `weight_shape` as two int64
 # weights that were kept, and those alone, as floats or codes.
 Form = Literal["dense", "packed", "blocks", "sparse"]
 
-# What serving engines have kernels for in compressed-tensors checkpoints; docs/formats.md says
-# where that was read.
-ENGINE_BITS = (2, 4, 8)
-ENGINE_ASYMMETRIC_BITS = (4, 8)
-ENGINE_GROUP_SIZES = (32, 64, 128)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Keep:
@@ -213,12 +207,10 @@ def check_fits(
 
     Args:
         reader: who must read the layer packed, besides curvprune: nobody (``None``),
-            ``"transformers"`` or ``"engines"``; see `curvprune.artifact.bytes_on_disk.reader_of`.
+            ``"transformers"`` or ``"vllm"``; see `curvprune.artifact.bytes_on_disk.reader_of`.
     """
     _, width = shape
     quantize, prune = quantizer_of(option), pruner_of(option)
-    if quantize is not None and reader == "engines":
-        _check_engines(quantize, layer, width)
     if quantize is not None and quantize.bits > 1 and reader is not None:
         asked = quantize.group_size
         if asked is not None and width % asked:
@@ -239,32 +231,6 @@ def check_fits(
 
 def _divisors(width: int) -> list[int]:
     return [d for d in range(1, width + 1) if width % d == 0]
-
-
-def _check_engines(quantize: Quantize, layer: str, width: int) -> None:
-    widths = ENGINE_BITS if quantize.symmetric else ENGINE_ASYMMETRIC_BITS
-    if quantize.bits not in widths:
-        nearest = min(widths, key=lambda b: (abs(b - quantize.bits), -b))
-        kind = "" if quantize.symmetric else " with zero points"
-        raise ValueError(
-            f"layer {layer}: option {quantize.key}: serving engines have kernels for "
-            f"{_or(widths)} bits{kind}, not {quantize.bits}; nearest: {nearest} (or target: "
-            "transformers)"
-        )
-    if quantize.group_size not in (None, *ENGINE_GROUP_SIZES):
-        asked = quantize.group_size or 0
-        fitting = [g for g in ENGINE_GROUP_SIZES if width % g == 0]
-        fitting.sort(key=lambda g: abs(g - asked))
-        near = str(fitting[0]) if fitting else "null (one scale per channel)"
-        raise ValueError(
-            f"layer {layer}: option {quantize.key}: serving engines have kernels for groups of "
-            f"{_or(ENGINE_GROUP_SIZES)} or one scale per channel, not {quantize.group_size}; "
-            f"nearest that divides its {width} inputs: {near}"
-        )
-
-
-def _or(values: tuple[int, ...]) -> str:
-    return f"{', '.join(map(str, values[:-1]))} or {values[-1]}"
 
 
 def stored_bytes(

@@ -473,7 +473,7 @@ def test_one_bit_is_dense_where_transformers_must_read_it(symmetric, tmp_path):
     assert all(len(group.unique()) == 2 for group in weight.detach().reshape(-1, 16))
 
 
-def test_an_artifact_for_engines_holds_only_what_they_have_kernels_for(tmp_path):
+def test_an_artifact_for_vllm_holds_only_what_it_has_kernels_for(tmp_path):
     model = tiny.llama(tied=False)
     (batch,) = batches(1)
     settings = cp.Settings(portable="engines")
@@ -482,18 +482,23 @@ def test_an_artifact_for_engines_holds_only_what_they_have_kernels_for(tmp_path)
     ):  # these tests check types at run time as well
         cp.Settings(portable="engine")
     with pytest.raises(
-        ValueError, match=r"q_proj: option int3-pc-sym: .*2, 4 or 8 bits, not 3; nearest: 4"
+        ValueError, match=r"q_proj: option int3-pc-sym: vLLM .* runs 3 bits .*nearest: 4"
     ):
         cp.quantize(model, [batch], bits=3, settings=settings)
-    budget = cp.Budget(max_bytes=85_000)
-    result = cp.quantize(
-        model, batches(10), budget=budget, settings=settings, layers="model.layers.*"
-    )
+    with pytest.raises(ValueError, match=r"down_proj: option int4-pc-sym: .*32 inputs, not 48"):
+        cp.quantize(model, [batch], settings=settings)
+    budget = cp.Budget(max_bytes=100_000)
+    told = {"layers": "model.layers.*", "exclude": "*.down_proj"}
+    result = cp.quantize(model, batches(10), budget=budget, settings=settings, **told)
     offered = {row.option for row in result.ledger.rows}
-    assert offered == {"keep", "int2-pc-sym", "int4-pc-sym", "int8-pc-sym"}
+    assert offered == {"keep", "int4-pc-sym"}
+    choices = result.plan.choices
+    for block in ("model.layers.0", "model.layers.1"):
+        assert len({choices[f"{block}.self_attn.{part}_proj"] for part in "qkv"}) == 1
+        assert choices[f"{block}.mlp.gate_proj"] == choices[f"{block}.mlp.up_proj"]
     result.save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    assert {group["weights"]["num_bits"] for group in config["config_groups"].values()} <= {2, 4, 8}
+    assert {group["weights"]["num_bits"] for group in config["config_groups"].values()} == {4}
     # vLLM wants every Linear layer to be a target or ignored.
     targets: set[str] = set()
     for group in config["config_groups"].values():

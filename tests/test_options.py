@@ -135,30 +135,3 @@ def test_options_that_do_not_fit_name_layer_and_nearest_value():
     check_fits(
         Quantize(bits=1, group_size=64), "a.b", (10, 96), reader="transformers"
     )  # stored dense
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        (Quantize(bits=3), "layer a: option int3-pc-sym: .*2, 4 or 8 bits, not 3; nearest: 4"),
-        (Quantize(bits=1), "2, 4 or 8 bits, not 1; nearest: 2"),
-        (Quantize(bits=7), "nearest: 8"),
-        (Quantize(bits=2, symmetric=False), "4 or 8 bits with zero points, not 2; nearest: 4"),
-        (
-            Quantize(bits=4, group_size=16),
-            "groups of 32, 64 or 128 .*nearest that divides its 96 inputs: 32",
-        ),
-        (Quantize(bits=4, group_size=64), "group_size=64 does not divide its 96 inputs, .*engines"),
-        (PruneQuantize(prune=Prune(sparsity=0.5), quantize=Quantize(bits=6)), "not 6; nearest: 8"),
-    ],
-)
-def test_options_without_kernels_in_engines_name_the_nearest_that_has_one(option, message):
-    with pytest.raises(ValueError, match=message):
-        check_fits(option, "a", (10, 96), reader="engines")
-    for fine in (
-        Quantize(bits=4, group_size=32),
-        Quantize(bits=8, symmetric=False),
-        Quantize(bits=2),
-        Keep(),
-    ):
-        check_fits(fine, "a", (10, 96), reader="engines")

@@ -149,25 +149,6 @@ compress:
     )
 
 
-def test_a_width_without_kernels_is_reported_at_its_option(tmp_path: Path) -> None:
-    text = """\
-portable: engines
-compress:
-  - layers: "*"
-    options:
-      - quantize: {bits: 4, group_size: 32}
-      - quantize: {bits: 3, group_size: 32} #!
-"""
-    message = assignment_error(
-        tmp_path, text, layers={"model.layers.0.down_proj": (64, 96)}, reader="engines"
-    )
-    assert (
-        "compress[0].options[1]: layer model.layers.0.down_proj: option int3-g32-sym: " in message
-    )
-    assert "2, 4 or 8 bits, not 3; nearest: 4" in message
-    assert load_recipe(tmp_path / "recipe.yaml").target_name == "vllm"
-
-
 # ------------------------------------------------------------ layers that share an option
 
 IN_A_BLOCK = (

@@ -22,8 +22,6 @@ from curvprune.model import (
     takes_models,
 )
 from curvprune.options import (
-    ENGINE_ASYMMETRIC_BITS,
-    ENGINE_BITS,
     Cast,
     Keep,
     Option,
@@ -48,6 +46,7 @@ from curvprune.run import (
     remove_units,
 )
 from curvprune.structured import Structured
+from curvprune.targets import vllm_bits
 
 ALLOCATED = (-0.2, -0.1, 0.0, 0.1, 0.2)  # shares around the common one that a layer may get
 
@@ -249,28 +248,26 @@ def quantize(
     **arguments: Any,
 ) -> Result:
     """Round every layer to ``bits`` bits, or, with a budget, each layer to its own width (``bits``:
-    the widths offered, by default 2, 3, 4, 5, 6 and 8, or those that serving engines have kernels
-    for with ``Settings(target="vllm")``).
+    the widths offered, by default 2, 3, 4, 5, 6 and 8, or those that vLLM runs with
+    ``Settings(target="vllm")``).
 
     Args:
         group_size: inputs that share a scale; ``None`` for one scale per output channel.
         arguments: passed on to `compress`.
     """
     if bits is None:
-        bits = _widths_offered(budget, arguments.get("settings"), symmetric=symmetric)
+        bits = _widths_offered(budget, arguments.get("settings"))
     widths = list(bits) if isinstance(bits, Iterable) else [bits]
     options = [Quantize(bits=b, group_size=group_size, symmetric=symmetric) for b in widths]
     return compress(model, data, options=options, budget=budget, **arguments)
 
 
-def _widths_offered(
-    budget: Budget | None, settings: Settings | None, *, symmetric: bool
-) -> int | Sequence[int]:
+def _widths_offered(budget: Budget | None, settings: Settings | None) -> int | Sequence[int]:
     """The widths of `quantize` where none are given."""
     if budget is None:
         return 4
     if settings is not None and settings.target == "vllm":
-        return ENGINE_BITS if symmetric else ENGINE_ASYMMETRIC_BITS
+        return vllm_bits()
     return (2, 3, 4, 5, 6, 8)
 
 

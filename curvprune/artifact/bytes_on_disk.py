@@ -26,18 +26,17 @@ def is_transformers(model: nn.Module) -> bool:
 
 def reader_of(model: nn.Module, layer: Layer, *, portable: Portable = True) -> str | None:
     """Who must be able to read this layer packed besides `curvprune.load`: ``"transformers"``,
-    ``"engines"``, ``None``.
+    ``"vllm"``, ``None``.
 
     transformers' loader unpacks untied ``nn.Linear`` only, and of some classes none: they
     initialise weights that packing has removed. `curvprune.artifact.readers` tries which. A
     ``portable`` artifact therefore stores other layers of its models dense after rounding.
-    ``portable="engines"`` keeps the options of those that are packed to what serving engines have
-    kernels for. An artifact that is not portable is for `curvprune.load` alone, and so is that of
-    any module that is not transformers' own.
+    ``portable="engines"`` is the folder that vLLM reads as well. An artifact that is not portable
+    is for `curvprune.load` alone, and so is that of any module that is not transformers' own.
     """
     if _ours_alone(model, portable) or layer.name not in readable(model).packed:
         return None
-    return "engines" if portable == "engines" else "transformers"
+    return "vllm" if portable == "engines" else "transformers"
 
 
 def portable_for(model: nn.Module, portable: Portable) -> Portable:
@@ -66,9 +65,9 @@ def form_of(model: nn.Module, layer: Layer, option: Option, *, portable: Portabl
 
     Packed: every rounded layer, if only `curvprune.load` must read it; else those of `reader_of`,
     from 2 bits on (compressed-tensors' zero points are integers, which one bit has no use for).
-    Blocks: the same with zero points, where transformers must read it; engines have kernels for the
-    packed form alone. Sparse: a pruned layer that only `curvprune.load` must read, if that is
-    smaller. Otherwise dense.
+    Blocks: the same with zero points, where transformers must read it; vLLM reads the packed form
+    alone. Sparse: a pruned layer that only `curvprune.load` must read, if that is smaller.
+    Otherwise dense.
     """
     ours = _ours_alone(model, portable)
     quantize = quantizer_of(option)
@@ -89,7 +88,7 @@ def _packed_for_others(
     reader = reader_of(model, layer, portable=portable)
     if reader is None or quantize.bits == 1:
         return "dense"
-    return "packed" if quantize.symmetric or reader == "engines" else "blocks"
+    return "packed" if quantize.symmetric or reader == "vllm" else "blocks"
 
 
 def layer_bytes(

@@ -34,11 +34,14 @@ _EXAMPLE = 'write fused, or lists of globs such as [["*.q_proj", "*.k_proj", "*.
 
 class GroupError(ValueError):
     """A request that cannot be met; ``position`` is the index of its entry and, where one glob is
-    wrong, of that."""
+    wrong, of that. ``key`` says who asked: ``same_option``, or ``target`` for what an engine runs
+    as one."""
 
-    def __init__(self, position: tuple[int, ...], message: str) -> None:
-        self.position, self.message = position, message
-        where = "same_option" + "".join(f"[{index}]" for index in position)
+    def __init__(
+        self, position: tuple[int, ...], message: str, *, key: str = "same_option"
+    ) -> None:
+        self.position, self.message, self.key = position, message, key
+        where = key + "".join(f"[{index}]" for index in position)
         super().__init__(f"{where}: {message}")
 
 

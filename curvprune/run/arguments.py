@@ -26,7 +26,6 @@ from curvprune.model import (
     Splits,
     as_split,
     check_independent,
-    find_groups,
     find_layers,
     make_loss,
     read_request,
@@ -91,7 +90,7 @@ def task_from(
             target.check(model, layer, option)
     keys = [option.key for option in options]
     offered = {name: [Keep().key] for name in find_layers(model)} | dict.fromkeys(found, keys)
-    groups = find_groups(target.sharing(read_request(told.same_option)), offered)
+    groups = target.groups(model, read_request(told.same_option), offered)
 
     # 2. Splits of the data, and the model where it is to be worked on.
     splits = splits_from(data, seed=settings.seed, budget=budget, priced=priced)

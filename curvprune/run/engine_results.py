@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from curvprune.artifact import weights_file
 from curvprune.model import ItemResults
 from curvprune.run.evaluation import are_of, read_results, results_on
 from curvprune.run.folder import VIEW
@@ -57,14 +58,18 @@ def results_in_engine(task: Task, space: Workspace, folder: Path, file: str, *, 
     state, split = space.state, task.splits.certify
     if not (are_of(space, kept, of) and state.has(about)):
         state.path(kept).unlink(missing_ok=True)
-        path = view_of(task, folder)
+        path = folder if name == "vllm" else view_of(task, folder)
         length = 1
         for item in split.items:
             assert isinstance(item, Mapping)
             length = max(length, item["input_ids"].shape[-1])
         with open_engine(path, engine=name, length=length) as model:
             results_on(task, space, kept, model, split, of=of)
-            engine = Engine(name=name, version=model.runner.version, bytes=path.stat().st_size)
+            engine = Engine(
+                name=name,
+                version=model.runner.version,
+                bytes=(weights_file(folder) if name == "vllm" else path).stat().st_size,
+            )
             state.write_json(about, encode(engine))
     engine = decode(Engine, state.read_json(about), source=str(state.path(about)))
     return Served(

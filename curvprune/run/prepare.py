@@ -186,7 +186,7 @@ def _fit(
     assigned = assign_options(
         recipe, shapes, check=lambda name, option: target.check(model, found[name], option)
     )
-    groups = assign_groups(recipe, found, assigned)
+    groups = assign_groups(recipe, found, assigned, find=partial(target.groups, model))
     layers = {name: found[name] for name in found if name in assigned}
 
     # 2. What has to be said.

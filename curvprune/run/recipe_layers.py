@@ -6,11 +6,10 @@ import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 
-from curvprune.model import GroupError, Groups, find_groups
+from curvprune.model import GroupError, Groups, Request, find_groups
 from curvprune.options import Keep, Option, check_fits
 from curvprune.run.recipe import Recipe
 from curvprune.run.recipe_errors import KeyPath
-from curvprune.targets import target_named
 
 
 def assign_options(
@@ -111,9 +110,16 @@ def _nearest_layer(glob: str, layers: Iterable[str]) -> str:
 
 
 def assign_groups(
-    recipe: Recipe, layers: Iterable[str], assigned: Mapping[str, Iterable[Option]]
+    recipe: Recipe,
+    layers: Iterable[str],
+    assigned: Mapping[str, Iterable[Option]],
+    *,
+    find: Callable[[Request, Mapping[str, Iterable[str]]], Groups] = find_groups,
 ) -> Groups:
     """The layers that must share an option, from `assign_options` and the names of all layers.
+
+    Args:
+        find: makes groups of the recipe's request; a target adds the layers that it runs as one.
 
     Raises:
         RecipeError: see `curvprune.model.find_groups`.
@@ -122,7 +128,6 @@ def assign_groups(
     for name in layers:
         offered[name] = [option.key for option in assigned.get(name, [Keep()])]
     try:
-        request = target_named(recipe.target_name).sharing(recipe.same_option)
-        return find_groups(request, offered)
+        return find(recipe.same_option, offered)
     except GroupError as error:
-        raise recipe.error(("same_option", *error.position), error.message) from error
+        raise recipe.error((error.key, *error.position), error.message) from error

@@ -130,7 +130,7 @@ class Settings:
     ] = "transformers"
     engine: Annotated[
         EngineName | None,
-        Field(description="llama.cpp, or null: the verdict is about the weights in torch"),
+        Field(description="llama.cpp, vllm, or null: the verdict is about the weights in torch"),
     ] = None
     portable: InitVar[Portable | None] = None
 
@@ -413,6 +413,8 @@ def _check_splits(task: Task) -> None:
 
 def _check_engine(task: Task) -> None:
     try:
+        if task.settings.engine == "vllm" and task.settings.target != "vllm":
+            raise ValueError("engine vllm runs folders of target: vllm; write both")
         if task.settings.engine is not None:
             check_engine(task.settings.engine, task.model, task.splits.certify.items)
     except ValueError as error:

@@ -8,6 +8,7 @@ from curvprune.targets.gguf_types import GgufForm, block_rows, gguf_layer_bytes,
 from curvprune.targets.gguf_writer import export_gguf, gguf_fields
 from curvprune.targets.table import named_before, target_named
 from curvprune.targets.target import Target, TargetName
+from curvprune.targets.vllm import vllm_bits
 
 __all__ = [
     "EngineModel",
@@ -28,4 +29,5 @@ __all__ = [
     "shape_of",
     "target_named",
     "tensors_of",
+    "vllm_bits",
 ]

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from curvprune.model import Batch
-from curvprune.targets import llama_cpp
+from curvprune.targets import llama_cpp, vllm_engine
 from curvprune.targets.gguf import check_architecture
 
-EngineName = Literal["llama.cpp"]
+EngineName = Literal["llama.cpp", "vllm"]
 INPUTS = {"input_ids", "attention_mask", "labels"}
 
 
@@ -113,7 +113,7 @@ def open_engine(
     """A model file in an engine, for as long as the ``with`` block lasts.
 
     Args:
-        file: for llama.cpp a GGUF file.
+        file: for llama.cpp a GGUF file, for vllm a folder of ``target: vllm``.
         length: most tokens of a sequence.
         threads: of the engine; by default those of torch.
 
@@ -128,11 +128,13 @@ def open_engine(
         ...     verdict = cp.certify(model, served, items, cp.Budget("loss", max_drop=0.05))
     """
     check_installed(engine)
-    path = Path(file)
-    if not path.is_file():
+    path, wanted = Path(file), threads or torch.get_num_threads()
+    if engine == "llama.cpp" and not path.is_file():
         raise ValueError(f"{path} is not a file; expected a GGUF file, see curvprune export")
-    wanted = threads or torch.get_num_threads()
-    with llama_cpp.running(path, length=length, threads=wanted) as runner:
+    if engine == "vllm" and not path.is_dir():
+        raise ValueError(f"{path} is not a folder; expected what target: vllm writes")
+    running = llama_cpp.running if engine == "llama.cpp" else vllm_engine.running
+    with running(path, length=length, threads=wanted) as runner:
         yield EngineModel(runner, engine=engine, file=path).eval()
 
 
@@ -150,13 +152,17 @@ def check_engine(engine: EngineName, model: nn.Module, items: Sequence[Batch]) -
                 f"and the items have {told}; leave the engine out"
             )
     try:
-        check_architecture(model)
+        if engine == "llama.cpp":
+            check_architecture(model)
     except ValueError as error:
         raise ValueError(f"engine {engine}: {error}") from error
 
 
 def check_installed(engine: EngineName) -> None:
     """Raises ``ValueError`` with what to install, where an engine is not there."""
-    if engine != "llama.cpp":
-        raise ValueError(f"engine {engine!r} is not offered; expected llama.cpp")
-    llama_cpp.check_installed()
+    if engine == "llama.cpp":
+        llama_cpp.check_installed()
+    elif engine == "vllm":
+        vllm_engine.check_installed()
+    else:
+        raise ValueError(f"engine {engine!r} is not offered; expected llama.cpp or vllm")

@@ -1,15 +1,16 @@
-"""Targets that read a curvprune folder as it is: transformers, vLLM, and `curvprune.load` alone."""
+"""Targets that read a curvprune folder as it is: transformers, and `curvprune.load` alone. vLLM
+reads one too: `curvprune.targets.vllm`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from curvprune import artifact
 from curvprune.artifact import Portable
-from curvprune.model import Layer, Request
+from curvprune.model import Groups, Layer, Request, find_groups
 from curvprune.options import Form, Option, check_fits
 from curvprune.targets.target import TargetName
 
@@ -21,12 +22,11 @@ class FolderTarget:
     name: TargetName
     portable: Portable
     source: str
-    fuses: bool = False
 
-    def sharing(self, request: Request) -> Request:
-        if not self.fuses or "fused" in request:
-            return request
-        return (*request, "fused")
+    def groups(
+        self, model: nn.Module, request: Request, offered: Mapping[str, Iterable[str]]
+    ) -> Groups:
+        return find_groups(request, offered)
 
     def check(self, model: nn.Module, layer: Layer, option: Option) -> None:
         reader = artifact.reader_of(model, layer, portable=self.portable)
@@ -49,12 +49,6 @@ TRANSFORMERS = FolderTarget(
     name="transformers",
     portable=True,
     source="transformers 5.18 to 5.24 with compressed-tensors 0.20, tried before anything long",
-)
-VLLM = FolderTarget(
-    name="vllm",
-    portable="engines",
-    fuses=True,
-    source="vLLM 0.32, compressed_tensors_wNa16.py and marlin_utils.py",
 )
 CURVPRUNE = FolderTarget(
     name="curvprune", portable=False, source="curvprune.load, every kind of layer packed"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from curvprune import artifact
 from curvprune.artifact import Portable
-from curvprune.model import Layer, Request
+from curvprune.model import Groups, Layer, Request, find_groups
 from curvprune.options import Form, Option
 from curvprune.targets.gguf_names import shape_of
 from curvprune.targets.gguf_sizes import header_bytes, tensors_of
@@ -34,8 +34,10 @@ class GgufTarget:
     portable: Portable = False
     source = "ggml-common.h of ggml-org/llama.cpp, gguf 0.19; see gguf_types"
 
-    def sharing(self, request: Request) -> Request:
-        return request  # llama.cpp runs every matrix by itself
+    def groups(
+        self, model: nn.Module, request: Request, offered: Mapping[str, Iterable[str]]
+    ) -> Groups:
+        return find_groups(request, offered)  # llama.cpp runs every matrix by itself
 
     def check(self, model: nn.Module, layer: Layer, option: Option) -> None:
         check_architecture(model)

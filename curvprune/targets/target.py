@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, Protocol
 
 from torch import nn
 
 from curvprune.artifact import Portable
-from curvprune.model import Layer, Request
+from curvprune.model import Groups, Layer, Request
 from curvprune.options import Form, Option
 
 TargetName = Literal["transformers", "gguf", "vllm", "curvprune"]
@@ -29,8 +29,17 @@ class Target(Protocol):
     def source(self) -> str:
         """Where its table was read, and of which version."""
 
-    def sharing(self, request: Request) -> Request:
-        """A request for layers that share an option, with those that the target runs as one."""
+    def groups(
+        self, model: nn.Module, request: Request, offered: Mapping[str, Iterable[str]]
+    ) -> Groups:
+        """The layers that share an option: those that a request names, and those that the target
+        runs as one.
+
+        Args:
+            offered: the keys of the options of every compressible layer, in the model's order.
+
+        Raises `curvprune.model.GroupError`, whose ``key`` is ``target`` where only the target asks.
+        """
 
     def check(self, model: nn.Module, layer: Layer, option: Option) -> None:
         """Raise ``ValueError`` naming layer and nearest valid value, if the target cannot hold or

@@ -83,6 +83,7 @@ if TYPE_CHECKING:
     from curvprune.run import Settings as Settings
     from curvprune.run import StructuredResult as StructuredResult
     from curvprune.structured import Structured as Structured
+    from curvprune.targets import export_onnx as export_onnx
 
 _HOME = {
     "api": (
@@ -156,6 +157,7 @@ _HOME = {
     "pricing": ("Ledger",),
     "run": ("Settings",),
     "structured": ("Structured",),
+    "targets": ("export_onnx",),
 }
 __all__ = ["__version__", *sorted(chain.from_iterable(_HOME.values()))]
 

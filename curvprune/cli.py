@@ -30,6 +30,7 @@ import curvprune
 from curvprune import run as runs
 from curvprune.artifact import export_dense, export_gptq
 from curvprune.failures import MACHINE, tell, told_to_end
+from curvprune.targets import export_onnx
 
 RESUMING = ("run", "analyze")  # commands that go on from where they were stopped
 
@@ -116,6 +117,7 @@ QuietOption = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
 class ExportFormat(StrEnum):
     # Lower case: members are what one types.
     gptq = "gptq"
+    onnx = "onnx"
     dense = "dense"
 
 
@@ -327,15 +329,21 @@ def export(
     folder: Annotated[
         Path, typer.Argument(help="a saved model, for example runs/quickstart/model")
     ],
-    out: Annotated[Path, typer.Argument(help="a new folder")],
-    format: Annotated[
-        ExportFormat, typer.Option("--format", help="dense: an ordinary model")
+    out: Annotated[Path, typer.Argument(help="a new folder; of onnx a new file")],
+    target: Annotated[
+        ExportFormat,
+        typer.Option("--target", "--format", help="dense: an ordinary model"),
     ] = ExportFormat.gptq,
 ) -> None:
-    """Write a saved model once more: as a GPTQ checkpoint (one grid of 2, 3, 4 or 8 bits for all
-    Linear layers), or dense, for every tool that reads the uncompressed one."""
-    write = export_gptq if format is ExportFormat.gptq else export_dense
-    write(folder, out)
+    """Write a saved model once more: as an ONNX file for ONNX Runtime, as a GPTQ checkpoint (one
+    grid of 2, 3, 4 or 8 bits for all Linear layers), or dense, for every tool that reads the
+    uncompressed one."""
+    if target is ExportFormat.onnx:
+        export_onnx(folder, out)
+    elif target is ExportFormat.gptq:
+        export_gptq(folder, out)
+    else:
+        export_dense(folder, out)
     Console().print(str(out), highlight=False)
 
 

@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 BELOW_RUN = {*MAY_IMPORT}
 MAY_IMPORT["run"] = BELOW_RUN
 MAY_IMPORT["api"] = {*BELOW_RUN, "run"}
-MAY_IMPORT["cli"] = {"run", "artifact", "failures"}
+MAY_IMPORT["cli"] = {"run", "artifact", "targets", "failures"}
 MAY_IMPORT["__init__"] = {*MAY_IMPORT} - {"cli"}
 MAY_IMPORT["__main__"] = {"cli", "failures"}
 

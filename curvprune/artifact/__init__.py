@@ -12,6 +12,7 @@ from curvprune.artifact.bytes_on_disk import (
 from curvprune.artifact.dense import export_dense
 from curvprune.artifact.folder import (
     WEIGHTS,
+    coded_layers,
     folder_bytes,
     header_bytes,
     load_into,
@@ -27,7 +28,7 @@ from curvprune.artifact.packed_modules import PackedWeight, SparseWeight
 from curvprune.artifact.packing import pack, unpack
 from curvprune.artifact.readers import readable
 from curvprune.artifact.save_and_load import describe, load_artifact, unread_note, write_model
-from curvprune.artifact.stored_layers import stored_tensors
+from curvprune.artifact.stored_layers import Stored, stored_tensors
 from curvprune.artifact.transformers_folder import quantization_config
 
 __all__ = [
@@ -37,6 +38,8 @@ __all__ = [
     "PackedWeight",
     "Portable",
     "SparseWeight",
+    "Stored",
+    "coded_layers",
     "describe",
     "export_dense",
     "export_gptq",

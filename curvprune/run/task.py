@@ -115,8 +115,9 @@ class Settings:
         TargetName,
         Field(
             description=(
-                "transformers (loads model/), vllm (so do serving engines) or curvprune (every "
-                "kind of layer is packed, for curvprune.load)"
+                "transformers (loads model/), vllm (so do serving engines), onnx (ONNX Runtime, "
+                "after curvprune export --target onnx) or curvprune (every kind of layer is "
+                "packed, for curvprune.load)"
             )
         ),
     ] = "transformers"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from curvprune.artifact import Portable
 from curvprune.targets.folders import CURVPRUNE, TRANSFORMERS, VLLM
+from curvprune.targets.onnx_table import ONNX
 from curvprune.targets.target import Target, TargetName
 
 _TARGETS: dict[TargetName, Target] = {
-    target.name: target for target in (TRANSFORMERS, VLLM, CURVPRUNE)
+    target.name: target for target in (TRANSFORMERS, VLLM, ONNX, CURVPRUNE)
 }
 _BEFORE: dict[Portable, TargetName] = {
     True: "transformers",

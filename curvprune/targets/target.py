@@ -11,7 +11,7 @@ from curvprune.artifact import Portable
 from curvprune.model import Layer, Request
 from curvprune.options import Form, Option
 
-TargetName = Literal["transformers", "vllm", "curvprune"]
+TargetName = Literal["transformers", "vllm", "onnx", "curvprune"]
 
 
 class Target(Protocol):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from curvprune.artifact import (
     MANIFEST,
     coded_layers,
+    is_transformers,
     load_artifact,
     load_into,
     read_manifest,
@@ -91,10 +92,7 @@ def export_onnx(
     import_onnxruntime()
     # 1. The model in float32, with the very values of its codes.
     opened = _opened(folder, model)
-    example = example_for(opened.model, cache=cache) if inputs is None else None
-    if inputs is not None:
-        example = example_of(inputs, axes)
-    assert example is not None
+    example = _example(opened.model, inputs, axes, cache=cache)
     traced = Traced(opened.model, example).eval()
     # 2. Its graph, with packed layers in the places of dense ones.
     graph = _graph_of(traced, example)
@@ -131,6 +129,24 @@ def _check_arguments(out: Path, accuracy_level: int) -> None:
 
 def _data_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.data")
+
+
+def _example(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor] | Sequence[Tensor] | Tensor | None,
+    axes: Mapping[str, Axes] | None,
+    *,
+    cache: bool,
+) -> Example:
+    """The inputs that were given, or those that are known for a model of transformers."""
+    if inputs is not None:
+        return example_of(inputs, axes)
+    if is_transformers(model):
+        return example_for(model, cache=cache)
+    raise ValueError(
+        f"inputs: expected inputs of {type(model).__name__} to trace it with, by name or in a "
+        "list; a model of your own needs them"
+    )
 
 
 # ------------------------------------------------------------------------------------- the artifact

@@ -215,9 +215,7 @@ def _decoder(model: Any, accepted: Mapping[str, object]) -> Example:
     """Tokens, and keys and values of those before them."""
     config = model.config
     # 1. What the cache is like.
-    with torch.no_grad():
-        given = model(input_ids=_tokens(config, (1, 2)), use_cache=True)
-    like = cached_tensors(getattr(given, "past_key_values", None))
+    like = _past(model, 1, 2)
     if not like:
         raise ValueError(
             f"model: the cache of {type(model).__name__} is not one that keeps every token's keys "
@@ -233,11 +231,9 @@ def _decoder(model: Any, accepted: Mapping[str, object]) -> Example:
         tensors = [_tokens(config, (items, length)), mask]
         if placed:
             tensors.append(torch.arange(past, past + length).expand(items, -1))
-        draws = torch.Generator().manual_seed(1)
-        for one in like:
-            heads, width = one.shape[1], one.shape[3]
-            tensors.append(torch.randn(items, heads, past, width, generator=draws))
-        batches.append(tuple(tensors))
+        # Of tokens: any numbers would be no keys, and enlarge every rounding that follows.
+        before = _past(model, items, max(past, 1)) or []
+        batches.append((*tensors, *(one[:, :, :past].contiguous() for one in before)))
     # 3. Their names.
     own = ["input_ids", "attention_mask", *(["position_ids"] if placed else [])]
     axes: list[Axes] = [{0: "batch", 1: "sequence"} for _ in own]
@@ -247,3 +243,10 @@ def _decoder(model: Any, accepted: Mapping[str, object]) -> Example:
     return Example(
         names=(*own, *cached), axes=tuple(axes), batches=tuple(batches), cached=len(like)
     )
+
+
+def _past(model: Any, items: int, length: int) -> list[Tensor] | None:
+    """Keys and values of some tokens; ``None`` where the cache is of another kind."""
+    with torch.no_grad():
+        given = model(input_ids=_tokens(model.config, (items, length)), use_cache=True)
+    return cached_tensors(getattr(given, "past_key_values", None))

@@ -44,7 +44,7 @@ from curvprune.targets.onnx_package import import_onnx_ir, import_onnxruntime
 from curvprune.targets.onnx_table import HELD
 
 LARGEST = 1 << 31  # bytes; protobuf reads no larger file
-TOLERANCE = 1e-4  # of the norm of an output
+TOLERANCE, MOST = 1e-4, 1e-3  # of the norm of an output
 LEVELS = (0, 1, 4)
 
 
@@ -63,7 +63,7 @@ def export_onnx(
     Every weight of the file is the artifact's, exactly: ``(code − zero) · scale`` where it is
     packed, computed in float32. The written file is run on examples in ONNX Runtime and compared
     with the model in torch, in float32; it gets its name if each output differs by at most 1e-4 of
-    its norm. Cost: tracing in torch, 10 s for 22 million weights, two minutes for 135 million.
+    its norm, or by what torch's float32 itself is off, up to 1e-3. Cost: tracing in torch, 10 s for 22 million weights, two minutes for 135 million.
 
     Args:
         folder: what ``Result.save`` or a run (``model/``) wrote, portable or not. A portable folder
@@ -289,7 +289,11 @@ def session_of(path: Path, *, threads: int = 0) -> Any:
 
 def check_outputs(path: Path, traced: Traced, example: Example) -> None:
     """Raise ``ValueError`` naming the output that ONNX Runtime gives otherwise than torch, on any
-    of the examples."""
+    of the examples.
+
+    An output may be farther from torch's than 1e-4 of its norm, up to 1e-3, only where torch's own
+    is nearly as far from what it is in float64: some models enlarge every rounding.
+    """
     session = session_of(path, threads=torch.get_num_threads())
     read = {value.name for value in session.get_inputs()}
     names = [value.name for value in session.get_outputs()]
@@ -300,20 +304,41 @@ def check_outputs(path: Path, traced: Traced, example: Example) -> None:
         for name, tensor in zip(example.names, tensors, strict=True):
             if name in read:
                 feeds[name] = tensor.numpy()
-        for name, got, want in zip(names, session.run(names, feeds), expected, strict=True):
-            error = _difference(got, want)
-            if not error <= TOLERANCE:
-                shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in feeds.items())
+        given = session.run(names, feeds)
+        errors = [_difference(a, b.numpy()) for a, b in zip(given, expected, strict=True)]
+        allowed = [TOLERANCE] * len(errors)
+        if not max(errors) <= TOLERANCE:
+            errors, allowed = _beside_float64(traced, tensors, given, expected)
+        for name, error, most in zip(names, errors, allowed, strict=True):
+            if not error <= most:
+                shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in list(feeds.items())[:3])
                 raise ValueError(
                     f"{type(traced.model).__name__}: output {name} differs by {error:.1e} of its "
-                    f"norm between ONNX Runtime and torch ({shapes[:200]}); no file is left. "
-                    "Export it dense (curvprune export --target dense) for another converter"
+                    f"norm between ONNX Runtime and torch ({shapes}); no file is left. Export it "
+                    "dense (curvprune export --target dense) for another converter"
                 )
 
 
-def _difference(got: Any, want: Tensor) -> float:
-    """‖got − want‖ / ‖want‖; infinite where shapes or what is not finite differ."""
-    expected = want.numpy()
+@torch.no_grad()
+def _beside_float64(
+    traced: Traced, tensors: Sequence[Tensor], given: Sequence[Any], expected: Sequence[Tensor]
+) -> tuple[list[float], list[float]]:
+    """How far outputs are from those in float64, and how far they may be: twice as far as torch's
+    in float32, if that is more than `TOLERANCE`; never more than `MOST`."""
+    wide = copy.deepcopy(traced).double()
+    doubled = [one.double() if one.is_floating_point() else one for one in tensors]
+    errors, allowed = [], []
+    for got, narrow, exact in zip(given, expected, wide(doubled), strict=True):
+        # In the type that is compared, so that only values count.
+        want = exact.to(narrow.dtype).numpy()
+        errors.append(_difference(got, want))
+        own = min(2 * _difference(narrow.numpy(), want), MOST)
+        allowed.append(max(TOLERANCE, own))
+    return errors, allowed
+
+
+def _difference(got: Any, expected: Any) -> float:
+    """‖got − expected‖ / ‖expected‖; infinite where shapes or what is not finite differ."""
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return float("inf")
     if not np.issubdtype(got.dtype, np.floating):

@@ -63,7 +63,8 @@ def export_onnx(
     Every weight of the file is the artifact's, exactly: ``(code − zero) · scale`` where it is
     packed, computed in float32. The written file is run on examples in ONNX Runtime and compared
     with the model in torch, in float32; it gets its name if each output differs by at most 1e-4 of
-    its norm, or by what torch's float32 itself is off, up to 1e-3. Cost: tracing in torch, 10 s for 22 million weights, two minutes for 135 million.
+    its norm, or by what torch's float32 itself is off, up to 1e-3. Cost:
+    tracing in torch, 10 s for 22 million weights, two minutes for 135 million.
 
     Args:
         folder: what ``Result.save`` or a run (``model/``) wrote, portable or not. A portable folder

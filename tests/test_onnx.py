@@ -290,6 +290,21 @@ class Net(nn.Module):
         return self.two(torch.relu(self.one(h))), h.mean(dim=1)
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_portable_folder_with_its_head_as_floats_gives_the_same_codes(tmp_path):
+    """The head is the embedding, which such a folder holds dense."""
+    for symmetric in (True, False):
+        model = tiny.llama(layers=1)
+        grid = Quantize(bits=8, group_size=16, symmetric=symmetric)
+        options = {"model.embed_tokens": grid}
+        folder = saved(tmp_path / f"{symmetric}", model, options, portable=True)
+        out = cp.export_onnx(folder, tmp_path / f"{symmetric}.onnx", cache=False)
+        (head,), bits = weights_of(out)
+        assert bits == [8] and count(out, "GatherBlockQuantized") == 1
+        assert np.array_equal(head, model.lm_head.weight.detach().double().numpy())
+
+
 @torch.no_grad()
 def test_a_module_of_ones_own_keeps_its_other_layers_dense(tmp_path):
     torch.manual_seed(0)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from curvprune.artifact import (
     MANIFEST,
+    Stored,
     coded_layers,
     is_transformers,
     load_artifact,
@@ -41,6 +42,7 @@ from curvprune.targets.onnx_graph import (
 )
 from curvprune.targets.onnx_inputs import Axes, Example, Traced, example_for, example_of
 from curvprune.targets.onnx_package import import_onnx_ir, import_onnxruntime
+from curvprune.targets.onnx_recover import recovered
 from curvprune.targets.onnx_table import HELD
 
 LARGEST = 1 << 31  # bytes; protobuf reads no larger file
@@ -68,7 +70,7 @@ def export_onnx(
 
     Args:
         folder: what ``Result.save`` or a run (``model/``) wrote, portable or not. A portable folder
-            holds rounded embeddings as floats, and so does the file.
+            holds rounded embeddings as floats; they become codes again where that is exact.
         out: the new file, ``*.onnx``. Beyond 2 GB its tensors lie beside it, in ``*.onnx.data``.
         model: your own module of the uncompressed architecture; not for models of transformers.
         inputs: what to trace the model with, by name or in order. Models of transformers that take
@@ -227,10 +229,23 @@ def _graph_of(traced: Traced, example: Example) -> Any:
     return graph
 
 
+def _coded(opened: _Opened) -> dict[str, Stored]:
+    """The layers that the artifact holds as codes, and as floats whose codes are found again."""
+    found = coded_layers(opened.folder, opened.model)
+    for name, entry in read_manifest(opened.folder).layers.items():
+        quantize, layer = quantizer_of(option_from_key(entry.option)), opened.layers[name]
+        if quantize is None or name in found or layer.kind not in HELD:
+            continue
+        again = recovered(layer.as_matrix(layer.weight.detach()), quantize)
+        if again is not None:
+            found[name] = again
+    return found
+
+
 def _pack_(graph: Any, opened: _Opened) -> None:
     """Codes in the places of dense weights, and all else in the types that it is stored in."""
     dense = []
-    for name, stored in coded_layers(opened.folder, opened.model).items():
+    for name, stored in _coded(opened).items():
         layer = opened.layers[name]
         tensors = block_tensors(stored) if layer.kind in HELD else None
         # The model is what the file is compared with: it has the codes' own values.

@@ -1,6 +1,6 @@
 """Artifacts as ONNX files in ONNX Runtime: how far from torch, and how fast beside float32.
 
-    python benchmarks/engine_onnx.py --models vit resnet
+    python benchmarks/engine_onnx.py --models mlp vit resnet
     python benchmarks/engine_onnx.py --models smol --smol FOLDER --text FILE
     python benchmarks/engine_onnx.py --models minilm --minilm FOLDER
 
@@ -14,6 +14,7 @@ loss in nats. int8 is ``accuracy_level=4``: inputs rounded to eight bits, no lon
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 import time
 from collections.abc import Callable
@@ -48,16 +49,20 @@ def rounded(model: nn.Module, folder: Path) -> Path:
     return folder
 
 
-def files(model: nn.Module, scratch: Path) -> dict[str, Path]:
-    """The same model dense, with codes, and with codes and inputs of eight bits."""
-    folder = rounded(model, scratch / "rounded")
-    found = {
-        "codes": cp.export_onnx(folder, scratch / "codes.onnx"),
-        "int8": cp.export_onnx(folder, scratch / "int8.onnx", accuracy_level=4),
+def files(net: nn.Module, scratch: Path, **own: Any) -> dict[str, Path]:
+    """The same model dense, with codes, and with codes and inputs of eight bits. ``own``: the
+    arguments of `export_onnx` for a module of one's own."""
+    folder, dense = rounded(net, scratch / "rounded"), scratch / "dense"
+    write_model(dense, reloaded(folder, **own), {}, {}, portable=False)
+    return {
+        "float32": cp.export_onnx(dense, scratch / "float32.onnx", **own),
+        "codes": cp.export_onnx(folder, scratch / "codes.onnx", **own),
+        "int8": cp.export_onnx(folder, scratch / "int8.onnx", accuracy_level=4, **own),
     }
-    loaded = cp.load(folder)
-    write_model(scratch / "dense", loaded, {}, {}, portable=False)
-    return {"float32": cp.export_onnx(scratch / "dense", scratch / "float32.onnx"), **found}
+
+
+def reloaded(folder: Path, *, model: nn.Module | None = None, **_: Any) -> nn.Module:
+    return cp.load(folder, model=copy.deepcopy(model))
 
 
 def session(path: Path) -> Any:
@@ -94,18 +99,35 @@ def sizes(found: dict[str, Path]) -> str:
 
 
 @torch.no_grad()
-def plain_rows(name: str, model: nn.Module, works: dict[str, Feeds], scratch: Path) -> list[str]:
+def plain_rows(
+    name: str, net: nn.Module, works: dict[str, Feeds], scratch: Path, **own: Any
+) -> list[str]:
     """Rows of a model that gives the same for the same inputs."""
-    found = files(model, scratch)
-    loaded, running = cp.load(scratch / "rounded"), {k: session(p) for k, p in found.items()}
+    found = files(net, scratch, **own)
+    loaded = reloaded(scratch / "rounded", **own)
+    running = {k: session(path) for k, path in found.items()}
     rows = []
     for work, feeds in works.items():
-        want = loaded(**{k: torch.from_numpy(v) for k, v in feeds.items()})[0]
+        tensors = {k: torch.from_numpy(v) for k, v in feeds.items()}
+        want = loaded(tensors.pop("input")) if "input" in feeds else loaded(**tensors)[0]
         off = {k: far(running[k].run(None, feeds)[0], want) for k in ("codes", "int8")}
         calls = {k: partial(s.run, None, feeds) for k, s in running.items()}
         told = f"{off['codes']:.0e} / {off['int8']:.0e}"
         rows.append(row(name, work, sizes(found), told, interleaved(calls)))
     return rows
+
+
+def mlp(scratch: Path) -> list[str]:
+    """Nothing but Linear layers, more than a cache holds."""
+    torch.manual_seed(0)
+    parts = [part for _ in range(6) for part in (nn.Linear(2048, 2048), nn.ReLU())]
+    model = nn.Sequential(*parts).eval()
+    works = {}
+    for rows in (1, 16):
+        x = np.random.default_rng(0).standard_normal((rows, 2048), dtype=np.float32)
+        works[f"{rows} × 2048"] = {"input": x}
+    own = {"model": copy.deepcopy(model), "inputs": torch.zeros(2, 2048)}
+    return plain_rows("MLP", model, works, scratch, **own)
 
 
 def vit(scratch: Path) -> list[str]:
@@ -230,13 +252,13 @@ def table(models: list[str], places: dict[str, Path]) -> list[str]:
             elif name == "minilm":
                 lines += minilm(Path(scratch), places["minilm"])
             else:
-                lines += {"vit": vit, "resnet": resnet}[name](Path(scratch))
+                lines += {"mlp": mlp, "vit": vit, "resnet": resnet}[name](Path(scratch))
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["vit", "resnet"])
+    parser.add_argument("--models", nargs="+", default=["mlp", "vit", "resnet"])
     for place in ("smol", "text", "minilm"):
         parser.add_argument(f"--{place}", type=Path)
     told = parser.parse_args()

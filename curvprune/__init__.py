@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from curvprune.run import StructuredResult as StructuredResult
     from curvprune.structured import Structured as Structured
     from curvprune.targets import export_gguf as export_gguf
+    from curvprune.targets import export_onnx as export_onnx
     from curvprune.targets import open_engine as open_engine
 
 _HOME = {
@@ -158,7 +159,7 @@ _HOME = {
     "pricing": ("Ledger",),
     "run": ("Settings",),
     "structured": ("Structured",),
-    "targets": ("export_gguf", "open_engine"),
+    "targets": ("export_gguf", "export_onnx", "open_engine"),
 }
 __all__ = ["__version__", *sorted(chain.from_iterable(_HOME.values()))]
 

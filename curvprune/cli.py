@@ -30,7 +30,7 @@ import curvprune
 from curvprune import run as runs
 from curvprune.artifact import export_dense, export_gptq
 from curvprune.failures import MACHINE, tell, told_to_end
-from curvprune.targets import export_gguf
+from curvprune.targets import export_gguf, export_onnx
 
 RESUMING = ("run", "analyze")  # commands that go on from where they were stopped
 
@@ -118,6 +118,7 @@ class ExportFormat(StrEnum):
     # Lower case: members are what one types.
     gguf = "gguf"
     gptq = "gptq"
+    onnx = "onnx"
     dense = "dense"
 
 
@@ -329,7 +330,7 @@ def export(
     folder: Annotated[
         Path, typer.Argument(help="a saved model, for example runs/quickstart/model")
     ],
-    out: Annotated[Path, typer.Argument(help="a new folder; of gguf a new file")],
+    out: Annotated[Path, typer.Argument(help="a new folder; of gguf and onnx a new file")],
     target: Annotated[
         ExportFormat,
         typer.Option("--target", "--format", help="dense: an ordinary model"),
@@ -343,13 +344,15 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Write a saved model once more: as one GGUF file for llama.cpp, as a GPTQ checkpoint (one grid
-    of 2, 3, 4 or 8 bits for all Linear layers), or dense, for every tool that reads the
-    uncompressed one."""
+    """Write a saved model once more: as one GGUF file for llama.cpp, as an ONNX file for ONNX
+    Runtime, as a GPTQ checkpoint (one grid of 2, 3, 4 or 8 bits for all Linear layers), or dense,
+    for every tool that reads the uncompressed one."""
     if like is not None and target is not ExportFormat.gguf:
         raise ValueError(f"--like goes with --target gguf; {target.value} takes nothing from it")
     if target is ExportFormat.gguf:
         export_gguf(folder, out, like=like or runs.source_gguf(folder))
+    elif target is ExportFormat.onnx:
+        export_onnx(folder, out)
     elif target is ExportFormat.gptq:
         export_gptq(folder, out)
     else:

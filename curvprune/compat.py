@@ -8,9 +8,12 @@ take it to do, and `tests/test_compat.py` fails where a release takes that away.
 from __future__ import annotations
 
 import copy
+import io
+import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -502,3 +505,44 @@ def step_callback(on_step: Callable[[int, Any], None], on_end: Callable[[], None
                 on_end()
 
     return StepCallback()
+
+
+# --------------------------------------------------------------------------- transformers: caches
+
+
+def plain_cache(keys_and_values: Sequence[Tensor]) -> Any:
+    """A cache of transformers that grows with every token: keys and values of each block in turn,
+    ``(batch, heads, tokens, width)``."""
+    pairs = zip(keys_and_values[::2], keys_and_values[1::2], strict=True)
+    return import_transformers().DynamicCache(list(pairs))
+
+
+def cached_tensors(cache: Any) -> list[Tensor] | None:
+    """The inverse of `plain_cache`; ``None`` for any other kind of cache, such as one that forgets
+    what leaves a window."""
+    if type(cache) is not import_transformers().DynamicCache:
+        return None
+    found: list[Tensor] = []
+    for layer in cache.layers:
+        if type(layer).__name__ != "DynamicLayer":
+            return None
+        found += [layer.keys, layer.values]
+    return found
+
+
+# ------------------------------------------------------------------------------------ torch: ONNX
+
+
+@contextmanager
+def quiet_onnx() -> Iterator[None]:
+    """The exporter of torch says what it does on standard output, and warns of packages that are
+    not there."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

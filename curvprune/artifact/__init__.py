@@ -12,6 +12,7 @@ from curvprune.artifact.bytes_on_disk import (
 from curvprune.artifact.dense import export_dense
 from curvprune.artifact.folder import (
     WEIGHTS,
+    coded_layers,
     folder_bytes,
     header_bytes,
     load_into,
@@ -49,6 +50,7 @@ __all__ = [
     "Portable",
     "SparseWeight",
     "Stored",
+    "coded_layers",
     "describe",
     "export_dense",
     "export_gptq",

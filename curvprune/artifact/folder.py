@@ -316,6 +316,16 @@ def _refuse_meta(model: nn.Module) -> None:
             )
 
 
+def coded_layers(folder: Path, model: nn.Module) -> dict[str, Stored]:
+    """The layers that an artifact holds packed or sparse, by name, for views that keep their codes.
+
+    ``model`` is of the shapes that were saved, as `load_into` leaves it. Raises as that does.
+    """
+    tensors = read_tensors_of(weights_file(folder))
+    manifest = read_manifest(folder)
+    return dict(_take_layers(folder, manifest, tensors, find_layers(model)))
+
+
 def _take_layers(
     folder: Path, manifest: Manifest, tensors: dict[str, Tensor], layers: Mapping[str, Layer]
 ) -> Iterator[tuple[str, Stored]]:

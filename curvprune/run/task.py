@@ -73,8 +73,7 @@ class Settings:
         batch_size: items of one forward pass when a model is evaluated.
         target: what is to run the model; see `curvprune.targets`.
         engine: what runs the model for its verdict; ``None``: torch.
-        portable: an earlier name of ``target``: true for transformers, ``"engines"`` for vllm,
-            false for curvprune.
+        portable: an earlier name of ``target``: true, ``"engines"`` (vllm) or false (curvprune).
     """
 
     seed: Annotated[int, Field(ge=0, description="a whole number of at least 0")] = 0
@@ -123,8 +122,9 @@ class Settings:
         TargetName,
         Field(
             description=(
-                "transformers (loads model/), gguf (llama.cpp), vllm (so do serving engines) or "
-                "curvprune (every kind of layer is packed, for curvprune.load)"
+                "transformers (loads model/), gguf (llama.cpp), vllm (so do serving engines), onnx "
+                "(ONNX Runtime, after curvprune export --target onnx) or curvprune (every kind of "
+                "layer is packed, for curvprune.load)"
             )
         ),
     ] = "transformers"
@@ -153,8 +153,8 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Storage:
-    """How a compressed model is written to a folder, read back in evaluation mode, and written once
-    more as the file of an engine (``view``); ``header``: what that takes besides its tensors."""
+    """How a compressed model is written to a folder, read back, and written once more as the file
+    of an engine (``view``); ``header``: what that takes besides its tensors."""
 
     write: Callable[[Path, nn.Module, Mapping[str, Solved], Mapping[str, JsonValue]], None]
     read: Callable[[Path], nn.Module]
@@ -183,8 +183,8 @@ class Task:
         options: layer → the options that it is offered.
         same_option: groups of layers; the layers of one get the same option.
         recover: the training after the compression, if any.
-        nearest: layers that no forward pass reads, asked for by name: without inputs to make up for
-            they are rounded to nearest or pruned by magnitude (`check_task` fills it in).
+        nearest: layers that no forward pass reads, asked for by name: without inputs they are
+            rounded to nearest or pruned by magnitude (`check_task` fills it in).
         limits: what the budget limits besides bytes and the drop (`check_task` fills it in).
         work: multiply-adds of every layer, where they were counted.
         notes: what the plan and the report must say.
@@ -413,10 +413,9 @@ def _check_splits(task: Task) -> None:
 
 def _check_engine(task: Task) -> None:
     try:
-        if task.settings.engine == "vllm" and task.settings.target != "vllm":
-            raise ValueError("engine vllm runs folders of target: vllm; write both")
         if task.settings.engine is not None:
-            check_engine(task.settings.engine, task.model, task.splits.certify.items)
+            told = task.settings.engine, task.settings.target
+            check_engine(*told, task.model, task.splits.certify.items)
     except ValueError as error:
         raise TaskError(str(error), "certify", "engine") from error
 

@@ -6,6 +6,7 @@ from curvprune.targets.gguf_names import shape_of
 from curvprune.targets.gguf_sizes import gguf_other_bytes, tensors_of
 from curvprune.targets.gguf_types import GgufForm, block_rows, gguf_layer_bytes, gguf_type
 from curvprune.targets.gguf_writer import export_gguf, gguf_fields
+from curvprune.targets.onnx_writer import export_onnx
 from curvprune.targets.table import named_before, target_named
 from curvprune.targets.target import Target, TargetName
 from curvprune.targets.vllm import vllm_bits
@@ -19,6 +20,7 @@ __all__ = [
     "block_rows",
     "check_engine",
     "export_gguf",
+    "export_onnx",
     "gguf_fields",
     "gguf_header_bytes",
     "gguf_layer_bytes",

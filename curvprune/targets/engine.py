@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from curvprune.model import Batch
 from curvprune.targets import llama_cpp, vllm_engine
 from curvprune.targets.gguf import check_architecture
+from curvprune.targets.target import TargetName
 
 EngineName = Literal["llama.cpp", "vllm"]
 INPUTS = {"input_ids", "attention_mask", "labels"}
@@ -138,12 +139,16 @@ def open_engine(
         yield EngineModel(runner, engine=engine, file=path).eval()
 
 
-def check_engine(engine: EngineName, model: nn.Module, items: Sequence[Batch]) -> None:
+def check_engine(
+    engine: EngineName, target: TargetName, model: nn.Module, items: Sequence[Batch]
+) -> None:
     """Whether an engine is there and can run a model of this architecture on these items.
 
     Raises ``ValueError`` with what to do.
     """
     check_installed(engine)
+    if engine == "vllm" and target != "vllm":
+        raise ValueError("engine vllm runs what target: vllm writes; ask for both")
     for item in items:
         if not isinstance(item, Mapping) or not INPUTS.issuperset(item):
             told = ", ".join(sorted(item)) if isinstance(item, Mapping) else "tensors alone"

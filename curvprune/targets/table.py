@@ -5,11 +5,12 @@ from __future__ import annotations
 from curvprune.artifact import Portable
 from curvprune.targets.folders import CURVPRUNE, TRANSFORMERS
 from curvprune.targets.gguf import GGUF
+from curvprune.targets.onnx_table import ONNX
 from curvprune.targets.target import Target, TargetName
 from curvprune.targets.vllm import VLLM
 
 _TARGETS: dict[TargetName, Target] = {
-    target.name: target for target in (TRANSFORMERS, GGUF, VLLM, CURVPRUNE)
+    target.name: target for target in (TRANSFORMERS, GGUF, VLLM, ONNX, CURVPRUNE)
 }
 _BEFORE: dict[Portable, TargetName] = {
     True: "transformers",

@@ -11,7 +11,7 @@ from curvprune.artifact import Portable
 from curvprune.model import Groups, Layer, Request
 from curvprune.options import Form, Option
 
-TargetName = Literal["transformers", "gguf", "vllm", "curvprune"]
+TargetName = Literal["transformers", "gguf", "vllm", "onnx", "curvprune"]
 
 
 class Target(Protocol):

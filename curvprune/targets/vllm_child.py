@@ -85,7 +85,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def say(answer: dict[str, Any]) -> None:
+    def say(answer: dict[str, int | str]) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
     try:

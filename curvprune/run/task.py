@@ -63,9 +63,8 @@ class Settings:
         seed: of every random draw.
         labels: draws per item for the prices.
         curvature: what prices are taken from, a key of `curvprune.pricing.CURVATURES`.
-        prices: what a layer's option costs: its ``"shares"`` of the loss of a plan as it ships, or
-            a ``"quadratic"`` form of the curvature of the uncompressed model. ``None``: shares,
-            where a plan is chosen and they apply.
+        prices: what an option costs: its ``"shares"`` of the loss of a plan as it ships, or a
+            ``"quadratic"`` form of the curvature. ``None``: shares where a plan is chosen.
         rounds: passes that shares are taken from, at most.
         measure_above: nats below which no quadratic price is measured; ``None``: none is.
         trials: plans measured on the select split.

@@ -21,7 +21,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import curvprune as cp
-from curvprune import targets
+from curvprune.model import find_layers
+from curvprune.targets import target_named
 
 SAMPLES = Path(__file__).parent.parent / "tests" / "samples" / "vllm_layers.json"
 SCRIPT = Path(__file__).with_name("vllm_losses.py")
@@ -71,9 +72,9 @@ def loss_of(model: nn.Module, texts: Sequence[torch.Tensor]) -> float:
 
 def accepted(model: nn.Module, option: cp.Quantize) -> list[str]:
     """The layers of a model that the target packs under an option, with those fused to them."""
-    target = targets.target_named("vllm")
+    target = target_named("vllm")
     found = []
-    for name, layer in cp.model.find_layers(model).items():
+    for name, layer in find_layers(model).items():
         with suppress(ValueError):
             target.check(model, layer, option)
             found.append(name)

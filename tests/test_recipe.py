@@ -45,9 +45,10 @@ def test_the_quickstart_says_what_it_promises() -> None:
         0.95,
     )
     assert recipe.compress[0].options == tuple(
-        Quantize(bits=bits, group_size=64) for bits in (3, 4, 5, 6, 8)
+        Quantize(bits=bits, group_size=32) for bits in (4, 5, 8)
     )
-    assert recipe.compress[1].options == (Cast(dtype="float16"),)
+    assert recipe.compress[1].options == (Quantize(bits=8, group_size=32),)
+    assert (recipe.target_name, recipe.certify.engine) == ("gguf", "llama.cpp")
 
 
 def test_defaults_of_a_short_recipe(tmp_path: Path) -> None:

@@ -15,18 +15,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
-import numpy as np
-import numpy.typing as npt
+from curvprune.targets.child_process import Running, started
 
 PACKAGE = "xllamacpp"
 CHILD = Path(__file__).with_name("llama_cpp_child.py")
@@ -50,64 +44,6 @@ def check_installed() -> None:
         )
 
 
-@dataclass(kw_only=True, slots=True)
-class Running:
-    """A file in a llama.cpp of its own process."""
-
-    path: Path
-    process: subprocess.Popen[str]
-    shared: Path
-    length: int
-    vocabulary: int = 0
-    version: str = ""
-    _logits: npt.NDArray[np.float32] | None = field(default=None)
-
-    def logits(self, tokens: list[int]) -> npt.NDArray[np.float32]:
-        """Those of every position, ``(tokens, vocabulary)``.
-
-        Raises ``ValueError`` for more tokens than the context holds, ``RuntimeError`` where
-        llama.cpp fails.
-        """
-        if len(tokens) > self.length:
-            raise ValueError(
-                f"{len(tokens)} tokens, and {self.path} was opened for {self.length}; expected "
-                "length= of the longest sequence"
-            )
-        # The process writes a position's row after the other into a file that both see.
-        self.ask({"tokens": tokens})
-        shape = (self.length, self.vocabulary)
-        rows = np.memmap(self.shared, dtype=np.float32, mode="r", shape=shape)[: len(tokens)]
-        found: npt.NDArray[np.float32] = np.array(rows)
-        if not bool(np.isfinite(found).all()):
-            raise RuntimeError(f"llama.cpp computes no finite logits from {self.path}")
-        return found
-
-    def ask(self, request: dict[str, list[int]] | None = None) -> dict[str, int | str]:
-        """The answer to a request, or the first line that the process says by itself."""
-        said = ""
-        try:
-            if request is not None:
-                assert self.process.stdin is not None
-                self.process.stdin.write(json.dumps(request) + "\n")
-                self.process.stdin.flush()
-            said = _line(self.process.stdout)
-        except BrokenPipeError:
-            pass
-        if not said:
-            status = self.process.wait()
-            raise RuntimeError(f"llama.cpp ended (status {status}) while it read {self.path}")
-        answer: dict[str, int | str] = json.loads(said)
-        if "error" in answer:
-            kind = RuntimeError if request is not None else ValueError
-            raise kind(f"{self.path}: llama.cpp: {answer['error']}")
-        return answer
-
-
-def _line(stream: IO[str] | None) -> str:
-    assert stream is not None
-    return stream.readline()
-
-
 @contextmanager
 def running(path: Path, *, length: int, threads: int) -> Iterator[Running]:
     """A llama.cpp that has read a file.
@@ -117,32 +53,15 @@ def running(path: Path, *, length: int, threads: int) -> Iterator[Running]:
     """
     found = library()
     assert found is not None
-    with tempfile.TemporaryDirectory(prefix="curvprune-llama-cpp-") as folder:
-        shared = Path(folder) / "logits"
-        # ``-I``: nothing but installed packages may be imported there.
-        command = [sys.executable, "-I", str(CHILD), str(found), str(path), str(shared)]
-        process = subprocess.Popen(
-            [*command, str(length), str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        one = Running(path=path, process=process, shared=shared, length=length)
-        try:
-            try:
-                first = one.ask()
-            except RuntimeError as error:
-                # It ended by itself: the file is to blame.
-                raise ValueError(f"{error}: it is damaged, or no model for llama.cpp") from error
-            one.vocabulary = int(first["vocabulary"])
-            one.version = f"{PACKAGE} {importlib.metadata.version(PACKAGE)}"
-            yield one
-        finally:
-            process.kill()
-            process.wait()
-            for stream in (process.stdin, process.stdout):
-                # What it has not read any more is lost with it.
-                with suppress(BrokenPipeError):
-                    if stream is not None:
-                        stream.close()
+    told = [str(length), str(threads)]
+    # ``-I``: nothing but installed packages may be imported there.
+    start = [sys.executable, "-I", str(CHILD), str(found), str(path)]
+    version = f"{PACKAGE} {importlib.metadata.version(PACKAGE)}"
+    with started(
+        "llama.cpp",
+        path,
+        lambda shared: [*start, str(shared), *told],
+        length=length,
+        version=lambda first: version,
+    ) as one:
+        yield one

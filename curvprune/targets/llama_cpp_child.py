@@ -151,7 +151,7 @@ def main() -> None:
                 checked = True
             rows[: len(tokens)] = llama.logits(tokens)
             rows.flush()
-            _say({"done": len(tokens)})
+            _say({"rows": len(tokens)})
         except Failed as error:
             _say({"error": str(error)})
 

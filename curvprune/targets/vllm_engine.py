@@ -9,18 +9,13 @@ every position; they are taken as they leave its output head, all of the vocabul
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
+from curvprune.targets.child_process import Running, started
 
 VARIABLE = "CURVPRUNE_VLLM_PYTHON"
 CHILD = Path(__file__).with_name("vllm_child.py")
@@ -46,58 +41,6 @@ def check_installed() -> None:
         raise ValueError(f"{VARIABLE}={python}: no such file; expected a Python that has vLLM")
 
 
-@dataclass(kw_only=True, slots=True)
-class Running:
-    """A folder in a vLLM of its own process; a `curvprune.targets.engine.Runner`."""
-
-    path: Path
-    process: subprocess.Popen[str]
-    shared: Path
-    length: int
-    vocabulary: int = 0
-    version: str = ""
-
-    def logits(self, tokens: list[int]) -> npt.NDArray[np.float32]:
-        """Those of every position, ``(tokens, vocabulary)``, each after all tokens up to it.
-
-        Raises ``ValueError`` for more tokens than the context holds, ``RuntimeError`` where vLLM
-        fails.
-        """
-        if len(tokens) > self.length:
-            raise ValueError(
-                f"{len(tokens)} tokens, and {self.path} was opened for {self.length}; expected "
-                "length= of the longest sequence"
-            )
-        rows = int(self.ask({"tokens": tokens})["rows"])
-        if rows != len(tokens):
-            raise RuntimeError(f"vLLM returns {rows} rows of logits for {len(tokens)} tokens")
-        # The process writes them into a file that both see.
-        shape = (self.length, self.vocabulary)
-        found = np.array(np.memmap(self.shared, dtype=np.float32, mode="r", shape=shape)[:rows])
-        if not bool(np.isfinite(found).all()):
-            raise RuntimeError(f"vLLM computes no finite logits from {self.path}")
-        return found
-
-    def ask(self, request: dict[str, list[int]] | None = None) -> dict[str, int | str]:
-        """The answer to a request, or the first line that the process says by itself."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        said = ""
-        with suppress(BrokenPipeError):
-            if request is not None:
-                self.process.stdin.write(json.dumps(request) + "\n")
-                self.process.stdin.flush()
-            said = self.process.stdout.readline()
-        if not said:
-            status = self.process.wait()
-            raise RuntimeError(f"vLLM ended (status {status}) while it read {self.path}")
-        answer: dict[str, int | str] = json.loads(said)
-        if "error" in answer:
-            kind = RuntimeError if request is not None else ValueError
-            raise kind(f"{self.path}: vLLM: {answer['error']}")
-        return answer
-
-
 @contextmanager
 def running(path: Path, *, length: int, threads: int) -> Iterator[Running]:
     """A vLLM that has read a folder of ``target: vllm``, or a dense one.
@@ -111,30 +54,14 @@ def running(path: Path, *, length: int, threads: int) -> Iterator[Running]:
     check_installed()
     python = interpreter()
     assert python is not None
-    with tempfile.TemporaryDirectory(prefix="curvprune-vllm-") as scratch:
-        shared = Path(scratch) / "logits"
-        # ``-I``: nothing but installed packages may be imported there.
-        process = subprocess.Popen(
-            [python, "-I", str(CHILD), str(path), str(shared), str(length)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        )
-        one = Running(path=path, process=process, shared=shared, length=length)
-        try:
-            try:
-                first = one.ask()
-            except RuntimeError as error:
-                raise ValueError(f"{error}: it is damaged, or no model for vLLM") from error
-            one.vocabulary = int(first["vocabulary"])
-            one.version = f"vllm {first['version']}"
-            yield one
-        finally:
-            process.kill()
-            process.wait()
-            for stream in (process.stdin, process.stdout):
-                with suppress(BrokenPipeError):
-                    if stream is not None:
-                        stream.close()
+    # ``-I``: nothing but installed packages may be imported there.
+    start = [python, "-I", str(CHILD), str(path)]
+    with started(
+        "vLLM",
+        path,
+        lambda shared: [*start, str(shared), str(length)],
+        length=length,
+        version=lambda first: f"vllm {first['version']}",
+        variables={"OMP_NUM_THREADS": str(threads)},
+    ) as one:
+        yield one
